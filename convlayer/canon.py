@@ -1,0 +1,307 @@
+"""CVXPY problem -> Program: the affine map from parameters to (P, q, A, b), the cones, and the way back.
+
+CVXPY canonicalises; what is read here is its parametrised cone program, kept sparse and split by parameter:
+
+    (P, q, A, b, d) = constant + sum over parameters of map_p @ theta_p,
+
+with theta_p the parameter's entries as CVXPY reduces them (upper triangle of a symmetric one, logarithm in a log-log convex
+program). Variables and dual variables are gathered from (x, y) with one coefficient an entry. Both maps are read off CVXPY by
+probing its own reductions, and checked against CVXPY on random data whenever a layer is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import cvxpy as cp
+import numpy as np
+import scipy.sparse as sp
+import torch
+from cvxpy.constraints import PowConeND
+from cvxpy.reductions.canonicalization import Canonicalization
+from cvxpy.reductions.cvx_attr2constr import CvxAttr2Constr, lower_value
+from cvxpy.reductions.dgp2dcp.dgp2dcp import Dgp2Dcp
+from cvxpy.reductions.solvers.conic_solvers.clarabel_conif import CLARABEL
+from torch import Tensor
+
+from convlayer.cones import Product
+from convlayer.diagnose import check_arguments, check_convexity
+from convlayer.program import Program
+
+
+class CanonicalisationError(RuntimeError):
+    """The installed CVXPY canonicalises in a way that our map does not reproduce."""
+
+
+class _StandardForm(CLARABEL):
+    """The cone program we ask CVXPY for: quadratic objective, all six cones, psd by its upper triangle, values not applied."""
+
+    SUPPORTED_CONSTRAINTS = [cone for cone in CLARABEL.SUPPORTED_CONSTRAINTS if cone is not PowConeND]
+
+    def name(self) -> str:
+        return "CONVLAYER"
+
+    def import_solver(self) -> None:
+        pass
+
+    def apply(self, problem):
+        problem, data, inverse_data = self._prepare_data_and_inv_data(problem)
+        inverse_data[cp.settings.OFFSET] = 0.0
+        return data, inverse_data
+
+
+@dataclass(frozen=True, eq=False)
+class ParameterMap:
+    """From one user's parameter to the canonical values it moves."""
+
+    shape: tuple[int, ...]
+    gather: Tensor  # (k,) row-major position of each canonical entry in the parameter
+    mirror: Tensor | None  # (k,) position of the entry across the diagonal, for a symmetric parameter
+    log: bool  # the canonical entry is the logarithm
+    maps: dict[str, sp.csr_array]  # for each of P, q, A, b, d that the parameter moves: (values, k)
+    transposes: dict[str, sp.csr_array]  # (k, values), for P and A only the columns in Canonical.moving
+
+    def entries(self, value: Tensor) -> Tensor:
+        """(B, *shape) -> (B, k): differentiable; a symmetric parameter is read from both triangles alike."""
+        flat = value.unsqueeze(-1).flatten(1)
+        theta = flat[:, self.gather]
+        if self.mirror is not None:
+            theta = (theta + flat[:, self.mirror]) / 2
+        return theta.log() if self.log else theta
+
+
+@dataclass(frozen=True, eq=False)
+class Recovery:
+    """From (x, y) to one of the user's variables: value = coefficient * (x, y)[position], then exp in a log-log program."""
+
+    shape: tuple[int, ...]
+    dual: bool
+    position: Tensor  # (size,) row-major order of the user's variable
+    coefficient: Tensor | None  # (size,), None where all are one
+    exp: bool
+
+    def value(self, x: Tensor, y: Tensor) -> Tensor:
+        """(B, n), (B, m) -> (B, *shape)."""
+        flat = (y if self.dual else x)[:, self.position]
+        if self.coefficient is not None:
+            flat = flat * self.coefficient
+        value = flat.view(-1, *self.shape)
+        return value.exp() if self.exp else value
+
+
+@dataclass(frozen=True, eq=False)
+class Canonical:
+    """A problem, canonicalised once."""
+
+    program: Program
+    constant: dict[str, np.ndarray]  # P, q, A, b, d without any parameter
+    moving: dict[str, np.ndarray]  # for P and A: positions of the entries that depend on a parameter
+    parameters: list[ParameterMap]
+    variables: list[Recovery]
+    sign: float  # -1 where the user maximises
+    gp: bool
+    sizes: dict[str, Any] = field(default_factory=dict)  # the problem as the user wrote it, for explain()
+
+    def objective(self, value: Tensor) -> Tensor:
+        """The user's objective from the cone program's."""
+        return self.sign * value if not self.gp else (self.sign * value).exp()
+
+
+def canonicalise(problem: cp.Problem, parameters: Sequence[cp.Parameter], variables: Sequence[cp.Variable], *, gp: bool = False) -> Canonical:
+    """Canonicalise `problem` once and for all values of its parameters.
+
+    Errors: ValueError or TypeError naming the argument or the sub-expression at fault, and the remedy;
+    CanonicalisationError if this CVXPY's cone program is not the one our map gives.
+    """
+    owners = check_arguments(problem, parameters, variables)
+    check_convexity(problem, gp)
+    # A copy of the problem object, so that the user's own cached canonicalisation is left alone.
+    copy = cp.Problem(problem.objective, problem.constraints)
+    data, chain, inverse = copy.get_problem_data(solver=_StandardForm(), gp=gp, enforce_dpp=True, solver_opts={})
+    cone_program = data[cp.settings.PARAM_PROB]
+    if getattr(cone_program, "dir_cones", None) or cone_program.lower_bounds is not None or cone_program.upper_bounds is not None:
+        raise CanonicalisationError("CVXPY left bounds or cones outside the constraint matrix; this version is not supported.")
+
+    program, tensors = _tensors(cone_program)
+    moving = {name: np.unique(tensors[name][:, :-1].tocoo().row).astype(np.int64) for name in ("P", "A")}
+    reductions = list(zip(chain.reductions, inverse, strict=True))
+    canonical = Canonical(
+        program=program, moving=moving, constant={name: tensor[:, [-1]].toarray().ravel() for name, tensor in tensors.items()},
+        parameters=_parameter_maps(parameters, reductions, cone_program, tensors, moving),
+        variables=[_recovery(v, owners.get(v.id), reductions, cone_program, gp) for v in variables],
+        sign=-1.0 if isinstance(problem.objective, cp.Maximize) else 1.0, gp=gp,
+        sizes={"variables": sum(v.size for v in problem.variables()), "parameters": sum(p.size for p in parameters),
+               "constraints": sum(int(np.prod(c.shape)) for c in problem.constraints)},
+    )
+    _self_check(canonical, cone_program, parameters, reductions)
+    return canonical
+
+
+def _tensors(cone_program) -> tuple[Program, dict[str, sp.csr_array]]:
+    """CVXPY's tensors: for each of P, q, A, b, d a row for each stored value, a column for each parameter entry and one for the constant."""
+    n, m = cone_program.x.size, int(cone_program.constr_size)
+    columns = cone_program.q.shape[1]
+
+    A = sp.coo_array(cone_program.A)
+    row, col = A.row.astype(np.int64), A.col
+    i, j = (row % m, row // m) if m else (row, row)
+    in_A = (j < n) & (A.data != 0)
+    A_key, A_position = np.unique(j[in_A] * max(m, 1) + i[in_A], return_inverse=True)
+    A_cols, A_rows = np.divmod(A_key, max(m, 1))
+    # CVXPY's tensor holds the expression inside the cone: s = -(A x) + b in our sign.
+    A_part = sp.csr_array((-A.data[in_A], (A_position, col[in_A])), shape=(len(A_key), columns))
+    b_part = sp.csr_array((A.data[j == n], (i[j == n], col[j == n])), shape=(m, columns))
+
+    if cone_program.P is None:
+        P_rows = P_cols = np.zeros(0, dtype=np.int64)
+        P_part = sp.csr_array((0, columns))
+    else:
+        P = sp.coo_array(cone_program.P)
+        i, j = P.row.astype(np.int64) % n, P.row.astype(np.int64) // n
+        upper, lower = np.minimum(i, j), np.maximum(i, j)
+        P_key, P_position = np.unique(lower * n + upper, return_inverse=True)
+        P_cols, P_rows = np.divmod(P_key, n)
+        P_part = sp.csr_array((np.where(i == j, 1.0, 0.5) * P.data, (P_position, P.col)), shape=(len(P_key), columns))
+
+    q = sp.csr_array(cone_program.q)
+    tensors = {"P": P_part, "q": q[:n], "A": A_part, "b": b_part, "d": q[n:]}
+
+    dims = cone_program.cone_dims
+    cones = Product.from_dims(zero=dims.zero, nonnegative=dims.nonneg, second_order=tuple(dims.soc), psd=tuple(dims.psd),
+                              exponential=dims.exp, power=tuple(float(a) for a in dims.p3d))
+    if cones.size != m or dims.pnd:
+        raise CanonicalisationError(f"CVXPY's cones have {cones.size} rows and its matrix {m}; this version is not supported.")
+    return Program(n, m, cones, P_rows, P_cols, A_rows, A_cols), tensors
+
+
+def _parameter_maps(parameters, reductions, cone_program, tensors, moving) -> list[ParameterMap]:
+    by_column = {name: sp.csc_array(tensor) for name, tensor in tensors.items()}
+    final = _final_parameters(parameters, reductions)
+
+    maps = []
+    for parameter, (canonical, reduced) in zip(parameters, final, strict=True):
+        if canonical is not parameter and parameter.id in cone_program.param_id_to_col:
+            raise ValueError(f"Parameter `{parameter.name()}` stands both as a factor and as an exponent of the log-log convex program; "
+                             "use two parameters and pass the same tensor twice.")
+        symmetric = len(parameter.shape) >= 2 and any(parameter.attributes[a] for a in ("symmetric", "PSD", "NSD"))
+        positions = np.arange(parameter.size).reshape(parameter.shape)
+
+        def read(array: np.ndarray, canonical=canonical, reduced=reduced) -> Tensor:
+            entries = array if reduced is canonical else np.asarray(lower_value(canonical, array))
+            return torch.from_numpy(entries.flatten(order="F").astype(np.int64))
+        pieces = {}
+        if reduced.id in cone_program.param_id_to_col:
+            start = cone_program.param_id_to_col[reduced.id]
+            columns = slice(start, start + cone_program.param_id_to_size[reduced.id])
+            pieces = {name: sp.csr_array(tensor[:, columns]) for name, tensor in by_column.items()}
+            pieces = {name: piece for name, piece in pieces.items() if piece.nnz}
+        transposes = {name: sp.csr_array((piece[moving[name]] if name in moving else piece).T) for name, piece in pieces.items()}
+        mirror = read(np.swapaxes(positions, -1, -2)) if symmetric else None
+        maps.append(ParameterMap(tuple(parameter.shape), read(positions), mirror, canonical is not parameter, pieces, transposes))
+    return maps
+
+
+def _final_parameters(parameters, reductions) -> list[tuple[cp.Parameter, cp.Parameter]]:
+    """For each parameter: (it or its logarithm, the reduced one that stands in the cone program)."""
+    logs: dict = {}
+    lowered: dict = {}
+    for reduction, _ in reductions:
+        if isinstance(reduction, Dgp2Dcp):
+            logs = reduction.canon_methods._parameters
+        elif isinstance(reduction, CvxAttr2Constr):
+            lowered.update({p.id: q for p, q in reduction._parameters.items()})
+    canonical = [logs.get(p, p) for p in parameters]
+    return [(p, lowered.get(p.id, p)) for p in canonical]
+
+
+def _invert_primal(x: np.ndarray, reductions, cone_program) -> dict[int, np.ndarray]:
+    """The user's variables (their logarithms in a log-log program) from x, by CVXPY's own reductions, without projecting."""
+    values = cone_program.split_solution(x)
+    for reduction, _ in reversed(reductions):
+        if isinstance(reduction, Dgp2Dcp):
+            origin = {new.id: old.id for old, new in reduction.canon_methods._variables.items()}
+            values = {origin.get(key, key): value for key, value in values.items()}
+        else:
+            values = reduction.var_forward(values)
+    return {key: value.toarray() if sp.issparse(value) else np.asarray(value) for key, value in values.items()}
+
+
+def _invert_dual(y: np.ndarray, constraint, reductions, cone_program) -> list[np.ndarray]:
+    """The dual variables of one of the user's constraints from y, by CVXPY's own reductions."""
+    solution = SimpleNamespace(status="Solved", x=np.zeros(cone_program.x.size), z=y, obj_val=0.0, solve_time=0.0, iterations=0)
+    for reduction, inverse in reversed(reductions):
+        if isinstance(reduction, Dgp2Dcp):
+            solution = Canonicalization.invert(reduction, solution, inverse)
+        else:
+            solution = reduction.invert(solution, inverse)
+    if constraint.id not in solution.dual_vars:
+        raise ValueError(f"CVXPY gives no dual variable for constraint `{constraint}`.")
+    before = [dual.value for dual in constraint.dual_variables]
+    constraint.save_dual_value(solution.dual_vars[constraint.id])
+    values = [np.asarray(dual.value.toarray() if sp.issparse(dual.value) else dual.value) for dual in constraint.dual_variables]
+    for dual, value in zip(constraint.dual_variables, before, strict=True):
+        dual.save_value(value)
+    return values
+
+
+def _probe(function, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Read off a map that gathers entries and scales each: (positions, coefficients) from two evaluations.
+
+    With input i + 1 an output is c (i + 1), with (i + 1)^2 it is c (i + 1)^2: their ratio tells the position.
+    """
+    first, second = (np.asarray(function(np.arange(1, size + 1, dtype=float) ** power), dtype=float).ravel() for power in (1, 2))
+    used = first != 0
+    position = np.zeros(len(first), dtype=np.int64)
+    position[used] = np.rint(second[used] / first[used]).astype(np.int64) - 1
+    if used.any() and not (0 <= position.min() and position.max() < size):
+        raise CanonicalisationError("CVXPY recovers a variable by more than a gather; this version is not supported.")
+    return position, np.where(used, first / (position + 1), 0.0)
+
+
+def _recovery(variable, owner, reductions, cone_program, gp) -> Recovery:
+    if owner is None:
+        size, function = cone_program.x.size, lambda x: _invert_primal(x, reductions, cone_program)[variable.id].reshape(variable.shape)
+    else:
+        place = [dual.id for dual in owner.dual_variables].index(variable.id)
+        size, function = cone_program.constr_size, lambda y: _invert_dual(y, owner, reductions, cone_program)[place].reshape(variable.shape)
+    position, coefficient = _probe(function, size)
+    probe = np.random.default_rng(0).standard_normal(size)
+    if not np.allclose(np.asarray(function(probe), dtype=float).ravel(), coefficient * (probe[position] if size else 0.0), rtol=1e-9, atol=1e-12):
+        raise CanonicalisationError(f"The map to variable `{variable}` does not reproduce CVXPY's.")
+    exact = bool(np.all(coefficient == 1.0))
+    return Recovery(tuple(variable.shape), owner is not None, torch.from_numpy(position),
+                    None if exact else torch.from_numpy(coefficient), gp and owner is None)
+
+
+def _self_check(canonical: Canonical, cone_program, parameters, reductions) -> None:
+    """Compare our map with CVXPY's own matrices at random parameter entries."""
+    random = np.random.default_rng(0)
+    theta = random.standard_normal(cone_program.total_param_size + 1)
+    theta[-1] = 1.0
+    values = {p.id: theta[cone_program.param_id_to_col[p.id]:][:p.size].reshape(p.shape, order="F") for p in cone_program.parameters}
+    quadratic = cone_program.P is not None
+    applied = cone_program.apply_parameters(values, quad_obj=quadratic)
+    P, q, d, A, b = applied if quadratic else (None, *applied)
+
+    ours = {name: value.copy() for name, value in canonical.constant.items()}
+    final = _final_parameters(parameters, reductions)
+    for (_, reduced), piece in zip(final, canonical.parameters, strict=True):
+        for name, block in piece.maps.items():
+            ours[name] += block @ values[reduced.id].flatten(order="F")
+    program = canonical.program
+    shape = (program.m, program.n)
+    ours_A = sp.csc_array((ours["A"], program.A_rows, program.A_indptr), shape=shape)
+    checks = [(ours_A + A, "A"), (ours["q"] - q, "q"), (ours["d"] - d, "offset")]
+    if program.m:
+        checks.append((ours["b"] - b, "b"))
+    if quadratic:
+        upper = sp.csc_array((ours["P"], program.P_rows, program.P_indptr), shape=(program.n, program.n))
+        symmetric = (P + P.T) / 2
+        checks.append((upper - sp.triu(symmetric), "P"))
+    scale = 1.0 + max((abs(part).max() for part in (A, q, b) if np.prod(part.shape)), default=0.0)
+    for difference, name in checks:
+        if np.prod(difference.shape) and abs(difference).max() > 1e-10 * scale:
+            raise CanonicalisationError(f"Our {name} differs from the one of CVXPY {cp.__version__}; this version is not supported.")

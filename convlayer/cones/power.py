@@ -1,0 +1,231 @@
+"""The power cone: a projection by one root of one variable, and its derivative in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from convlayer.cones.cone import Cone, Spectrum, finite_rows
+
+FLAT = 1e-60  # relative to |v|: |z| below this is 0
+NEAR = 1e-160  # relative to |z|: the least distance of the root from its anchor
+ITERATIONS = 100
+
+
+class _Root(NamedTuple):
+    """p = (x, y, sign(z) w) and q = |z| - w; all (*batch,)."""
+
+    x: Tensor
+    y: Tensor
+    w: Tensor
+    q: Tensor
+
+
+class _Case(NamedTuple):
+    """Which formula holds where; all but v (*batch,), and exclusive."""
+
+    v: Tensor  # (*batch, 3), divided by scale
+    scale: Tensor
+    inside: Tensor  # v in K
+    polar: Tensor  # v in -K*
+    flat: Tensor  # z = 0
+
+
+@dataclass(frozen=True)
+class Power(Cone):
+    """K = {(x, y, z) : x, y >= 0, x^alpha y^beta >= |z|}, beta = 1 - alpha; one alpha for each of k stacked blocks.
+
+    Shapes:      v (*batch, 3) for one alpha, (*batch, k, 3) for k of them.
+    Solution:    v in K: v.  v in -K*, that is x, y <= 0 and (-x/alpha)^alpha (-y/beta)^beta >= |z|: 0.
+                 z = 0: (max(x, 0), max(y, 0), 0).  Else, with w the height of the projection and q = |z| - w,
+                 p_x (p_x - x) = alpha w q,  p_y (p_y - y) = beta w q,  and w solves p_x^alpha p_y^beta = w.
+    Derivative:  eigenvectors p, v - p and their cross product, with eigenvalues 1, 0 and 1/(1 + |v - p| kappa), kappa
+                 the curvature of the surface:  |v - p| kappa = alpha beta q w |p|^2 / |M|^2,
+                 M = (alpha w p_y, beta w p_x, p_x p_y), which is p_x p_y times the gradient of the surface up to signs.
+                 At z = 0 with x < 0 < y: diag(0, 1, c), c = 1, 0 or y/(y - 2x) as alpha is below, above or at 1/2.
+    At a kink:   the surfaces of K and -K*. Within `tolerance` of the first the derivative is I, of the second the
+                 projection onto the nearest ray.
+    Source:      the equation in w is Hien's (2015), solved here in its logarithm from the nearer end, see `_root`.
+    """
+
+    alphas: tuple[float, ...]
+    name: ClassVar[str] = "power"
+    size: ClassVar[int] = 3  # type: ignore[misc]
+
+    def __init__(self, alphas: float | Sequence[float]) -> None:
+        chosen = (float(alphas),) if isinstance(alphas, (int, float)) else tuple(float(alpha) for alpha in alphas)
+        if not chosen or not all(0 < alpha < 1 for alpha in chosen):
+            raise ValueError(f"A power cone was given alpha = {alphas}; expected numbers strictly between 0 and 1.")
+        object.__setattr__(self, "alphas", chosen)
+
+    def project(self, v: Tensor) -> Tensor:
+        return self._solve(v)[0]
+
+    def linearise(self, v: Tensor, tolerance: float = 0.0) -> tuple[Tensor, Spectrum]:
+        p, root, case = self._solve(v)
+        alpha, beta = self._exponents(v)
+        large = torch.maximum(root.x, root.y)
+        x, y, w = root.x / large, root.y / large, root.w / large
+        sign = torch.where(case.v[..., 2] < 0, -1.0, 1.0)
+        ray = torch.stack((x, y, sign * w), -1)
+        normal = torch.stack((-alpha * y, -beta * x, sign * torch.minimum(root.x, root.y) / root.w), -1)  # M/(large w)
+        ray_square, normal_square = ray.square().sum(-1, keepdim=True), normal.square().sum(-1, keepdim=True)
+        middle = 1 / (1 + alpha * beta * (root.q / root.w) * (ray_square / normal_square)[..., 0])
+        ray, normal = ray * ray_square.rsqrt(), normal * normal_square.rsqrt()
+        basis = torch.stack((ray, normal, torch.linalg.cross(ray, normal)), -1)
+        inside, leading = case.inside, ~case.polar
+        if tolerance > 0:
+            inside = inside | ((case.v - _point(root, sign)).norm(dim=-1) * case.scale <= tolerance)
+            leading = leading | inside | (self._depth(self._mirror(case.v)) * case.scale <= tolerance)
+        middle = torch.where(inside, 1.0, middle * ~case.polar)
+        values = torch.stack((leading.to(v.dtype), inside.to(v.dtype), middle), -1)
+        values = torch.where(case.flat.unsqueeze(-1), self._flat_values(case, tolerance), values)
+        identity = _identity(v.dtype, v.device)
+        return p, Spectrum(values, torch.where(case.flat[..., None, None], identity, basis))
+
+    def margin(self, v: Tensor) -> Tensor:
+        p, root, case = self._solve(v)
+        x, y, z = case.v.unbind(-1)
+        unit = p / torch.where(case.scale > 0, case.scale, 1.0).unsqueeze(-1)
+        curved = torch.minimum((case.v - unit).norm(dim=-1), unit.norm(dim=-1))
+        flat = torch.where((x < 0) & (y < 0), self._depth(self._mirror(case.v)), torch.minimum(x.abs(), y.abs()))
+        margin = torch.where(case.flat, flat, curved)
+        margin = torch.where(case.inside, self._depth(case.v), margin)
+        return torch.where(case.polar, self._depth(self._mirror(case.v)), margin) * case.scale
+
+    @property
+    def parameter(self) -> float | None:
+        return self.alphas[0] if len(self.alphas) == 1 else None
+
+    @property
+    def group(self) -> object:
+        return self.name
+
+    @classmethod
+    def merge(cls, cones: Sequence[Cone]) -> tuple[Cone, int]:
+        alphas = [alpha for cone in cones if isinstance(cone, Power) for alpha in cone.alphas]
+        return cls(alphas), len(alphas)
+
+    def _exponents(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        return _exponents(self.alphas, v.dtype, v.device)
+
+    def _solve(self, v: Tensor) -> tuple[Tensor, _Root, _Case]:
+        safe, blot = finite_rows(v)
+        alpha, beta = self._exponents(v)
+        scale = safe.abs().amax(-1)
+        unit = safe / torch.where(scale > 0, scale, 1.0).unsqueeze(-1)
+        x, y, z = unit.unbind(-1)
+        height = z.abs()
+        inside = (x >= 0) & (y >= 0) & (x**alpha * y**beta >= height)
+        polar = (x <= 0) & (y <= 0) & ((-x / alpha) ** alpha * (-y / beta) ** beta >= height) & ~inside
+        flat = (height <= FLAT) & ~inside
+        wanted = ~(inside | polar | flat)
+        root = _root(*(torch.where(wanted, u, stand) for u, stand in ((x, 0.0), (y, 0.0), (height, 1.0))), alpha, beta, wanted)
+        polar_root = _Root(alpha / -x, beta / -y, 1 / height, height)
+        root = _Root(*(torch.where(polar & (x < 0) & (y < 0) & ~flat, b, a) for a, b in zip(root, polar_root)))
+        p = _point(root, z.sign()) * torch.where(polar, 0.0, scale).unsqueeze(-1)
+        face = torch.cat((v[..., :2].clamp(min=0), torch.zeros_like(v[..., 2:])), -1)
+        p = torch.where(inside.unsqueeze(-1), v, torch.where(flat.unsqueeze(-1), face, p))
+        return p + blot, root, _Case(unit, scale, inside, polar & ~flat, flat)
+
+    def _flat_values(self, case: _Case, tolerance: float) -> Tensor:
+        alpha, beta = self._exponents(case.v)
+        x, y, _ = (case.v * case.scale.unsqueeze(-1)).unbind(-1)
+        free_x, free_y = x >= -tolerance, y >= -tolerance
+        own = torch.where(free_x, beta, alpha)  # the exponent of the negative coordinate
+        even = torch.maximum(x, y).clamp(min=0)
+        even = even / (even - 2 * torch.minimum(x, y)).clamp(min=1e-300)
+        crossing = torch.where(own < 0.5, 1.0, torch.where(own > 0.5, 0.0, even))
+        height = torch.where(free_x & free_y, 1.0, torch.where(free_x | free_y, crossing, 0.0))
+        return torch.stack((free_x.to(x.dtype), free_y.to(x.dtype), height), -1)
+
+    def _depth(self, v: Tensor) -> Tensor:
+        """How far v in K is from the surface of K, within a factor of sqrt 3: the least of the distances along the axes,
+        since K is convex and so holds the octahedron they span."""
+        alpha, beta = self._exponents(v)
+        x, y, height = v[..., 0], v[..., 1], v[..., 2].abs()
+        along_x = x - (height / y**beta) ** (1 / alpha)
+        along_y = y - (height / x**alpha) ** (1 / beta)
+        least = torch.minimum(torch.minimum(along_x, along_y), x**alpha * y**beta - height)
+        return torch.where((x > 0) & (y > 0), least, 0.0).clamp(min=0)
+
+    def _mirror(self, v: Tensor) -> Tensor:
+        """The linear map that takes -K* to K."""
+        alpha, beta = self._exponents(v)
+        return torch.stack((-v[..., 0] / alpha, -v[..., 1] / beta, v[..., 2]), -1)
+
+
+def _root(x: Tensor, y: Tensor, height: Tensor, alpha: Tensor, beta: Tensor, wanted: Tensor) -> _Root:
+    """Solve  f = alpha log p_x + beta log p_y - log w = 0  for w in (0, height), where `wanted`.
+
+    f falls from w = 0, where it is negative only on -K*, to w = height, where it is positive only on K. Either end may be
+    so near that only the distance d from it is a number, so the unknown is d, measured from the nearer end. f is nearly
+    linear in log d where it is infinite at that end, and else in d; Newton's method uses that, inside a bracket.
+    """
+
+    def surface(d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """p_x and p_y, and d (df/dd) without the term of log w."""
+        area = d * (height - d)
+        wide_x, wide_y = torch.sqrt(x * x + 4 * alpha * area), torch.sqrt(y * y + 4 * beta * area)
+        p_x = torch.where(x >= 0, (x + wide_x) * 0.5, 2 * alpha * area / (wide_x - x))
+        p_y = torch.where(y >= 0, (y + wide_y) * 0.5, 2 * beta * area / (wide_y - y))
+        growth = d * (height - 2 * d)
+        return p_x, p_y, growth * (alpha * alpha / (p_x * wide_x) + beta * beta / (p_y * wide_y))
+
+    half = height * 0.5
+    p_x, p_y, _ = surface(half)
+    from_top = alpha * torch.log(p_x) + beta * torch.log(p_y) > torch.log(half)  # then the unknown is q, else w
+    bounded = torch.where(from_top, (x > 0) & (y > 0), (x < 0) & (y < 0))  # f is finite at the anchor
+
+    # at a finite end:  |f(0)| = sum_i weight_i log((1 + sqrt(1 + 4 area/size_i))/2) - log(1 - d/height)
+    width_x = torch.where(from_top, x, x / alpha).abs()
+    width_y = torch.where(from_top, y, y / beta).abs()
+    limit = (torch.log(height) - alpha * torch.log(width_x) - beta * torch.log(width_y)).clamp(min=0)
+    start = -torch.expm1(-limit) * height
+    for weight, u in ((alpha, x), (beta, y)):
+        ratio = (limit / weight).clamp(max=300)
+        start = torch.minimum(start, u * u / weight * torch.exp(ratio) * torch.expm1(ratio) / height)
+    least = height * NEAR
+    most = half
+    d = torch.where(bounded, torch.minimum(start, half), half * 0.5).clamp(min=least)
+    floor, idle = least * 2, ~wanted
+    sign = torch.where(from_top, -1.0, 1.0)  # f falls in w and rises in q
+    for _ in range(ITERATIONS):
+        p_x, p_y, growth = surface(d)
+        rest = height - d
+        value = alpha * torch.log(p_x) + beta * torch.log(p_y) - torch.log(torch.where(from_top, rest, d))
+        value = value * sign
+        slope = growth * sign - torch.where(from_top, d / rest, 1.0)  # of value, in log d: negative
+        least, most = torch.where(value > 0, d, least), torch.where(value > 0, most, d)
+        step = -value / slope
+        new = torch.where(bounded, d + d * step, d * torch.exp(step.clamp(-400, 400)))
+        done = (step.abs() <= 1e-8) | (value.abs() <= 1e-15)
+        trusted = ((new > least) & (new < most)) | done
+        d = torch.where(idle, d, torch.where(trusted, new, torch.sqrt(least) * torch.sqrt(most)))
+        idle = idle | done | (d <= floor)
+        if bool(idle.all()):
+            break
+    p_x, p_y, _ = surface(d)
+    rest = height - d
+    return _Root(p_x, p_y, torch.where(from_top, rest, d), torch.where(from_top, d, rest))
+
+
+def _point(root: _Root, sign: Tensor) -> Tensor:
+    return torch.stack((root.x, root.y, sign * root.w), -1)
+
+
+@lru_cache(maxsize=64)
+def _exponents(alphas: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """alpha and 1 - alpha, () for one block and (k,) for k."""
+    alpha = torch.tensor(alphas if len(alphas) > 1 else alphas[0], dtype=dtype, device=device)
+    return alpha, 1 - alpha
+
+
+@lru_cache(maxsize=16)
+def _identity(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.eye(3, dtype=dtype, device=device)

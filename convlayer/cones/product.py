@@ -1,0 +1,235 @@
+"""A product of cones: blocks in row order, and blocks of a kind served by one batched call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from convlayer.cones.cone import Cone, Spectrum
+from convlayer.cones.exponential import Exponential
+from convlayer.cones.nonnegative import Nonnegative
+from convlayer.cones.power import Power
+from convlayer.cones.psd import Psd
+from convlayer.cones.second_order import SecondOrder
+from convlayer.cones.zero import Zero
+
+
+class Block(NamedTuple):
+    """One cone of a product, by its rows."""
+
+    name: str
+    start: int
+    size: int
+    parameter: float | int | None  # n of a psd cone, alpha of a power cone
+
+
+class _Group(NamedTuple):
+    """Blocks that one call serves, as (*batch, count, size)."""
+
+    cone: Cone
+    count: int
+    rows: slice | Tensor  # Tensor: (count * size,), on the CPU
+
+    def take(self, x: Tensor) -> Tensor:
+        """The rows of this group, (*batch, m) -> (*batch, count, size)."""
+        return _rows_of(x, self.rows, -1).unflatten(-1, (self.count, -1))
+
+
+class ProductSpectrum:
+    """The derivative of a product's projection, D = U diag(values) U', with U orthogonal and block diagonal.
+
+    Shapes:      values (*batch, m); `bases` lists (rows, basis) with basis (*batch, count, k, k) and rows the slice, or
+                 the (count, k) tensor of indices, of the rows it acts on; rows in no basis have U = I.
+    """
+
+    def __init__(self, values: Tensor, bases: Sequence[tuple[slice | Tensor, Tensor]] = ()) -> None:
+        self.values = values
+        self.bases = list(bases)
+
+    @property
+    def is_diagonal(self) -> bool:
+        return not self.bases
+
+    def to_basis(self, x: Tensor, columns: bool = False) -> Tensor:
+        """U' x for x (*batch, m), or for every column of x (*batch, m, c) with `columns`; batches broadcast."""
+        return self._rotate(x, columns, lambda basis: basis.mT)
+
+    def from_basis(self, x: Tensor, columns: bool = False) -> Tensor:
+        """U x, with the shapes of `to_basis`."""
+        return self._rotate(x, columns, lambda basis: basis)
+
+    def index_select(self, rows: Tensor) -> ProductSpectrum:
+        """The spectrum of a subset of a flattened batch, values (B, m) -> (len(rows), m)."""
+        return ProductSpectrum(self.values[rows], [(where, basis[rows]) for where, basis in self.bases])
+
+    def _rotate(self, x: Tensor, columns: bool, orient: Callable[[Tensor], Tensor]) -> Tensor:
+        if not self.bases:
+            return x
+        x = x if columns else x.unsqueeze(-1)
+        batch = torch.broadcast_shapes(self.values.shape[:-1], x.shape[:-2])
+        out = x.expand(*batch, -1, -1).clone()
+        for rows, basis in self.bases:
+            matrix = orient(basis)
+            part = _rows_of(x, rows, -2).unflatten(-2, matrix.shape[-3:-1])
+            out[..., _flat(rows, x.device), :] = (matrix @ part).flatten(-3, -2)
+        return out if columns else out.squeeze(-1)
+
+
+class Product:
+    """K = K_1 x ... x K_k, blocks in the order given; adjacent zero or nonnegative blocks become one.
+
+    Dual:        Pi_K*(v) = v + Pi_K(-v) (Moreau), DPi_K*(v) = I - DPi_K(-v): the same basis, values 1 - values.
+    Shapes:      v (*batch, m), m = size; m = 0 and empty batches included.
+    """
+
+    def __init__(self, cones: Sequence[Cone]) -> None:
+        self.cones = tuple(_joined(cones))
+        self.size = sum(cone.size for cone in self.cones)
+        starts = [0]
+        for cone in self.cones:
+            starts.append(starts[-1] + cone.size)
+        self.blocks = [Block(c.name, start, c.size, c.parameter) for c, start in zip(self.cones, starts)]
+        members: dict[object, list[tuple[Cone, int]]] = {}
+        for cone, start in zip(self.cones, starts):
+            members.setdefault(cone.group, []).append((cone, start))
+        self._groups: list[_Group] = []
+        order: list[int] = []
+        for pairs in members.values():
+            rows = [row for cone, start in pairs for row in range(start, start + cone.size)]
+            merged, count = type(pairs[0][0]).merge([cone for cone, _ in pairs])
+            order += rows
+            contiguous = rows[-1] - rows[0] == len(rows) - 1
+            self._groups.append(
+                _Group(merged, count, slice(rows[0], rows[-1] + 1) if contiguous else torch.tensor(rows))
+            )
+        self._restore = None if order == sorted(order) else torch.argsort(torch.tensor(order))
+
+    @classmethod
+    def from_dims(
+        cls,
+        zero: int = 0,
+        nonnegative: int = 0,
+        second_order: Sequence[int] = (),
+        psd: Sequence[int] = (),
+        exponential: int = 0,
+        power: Sequence[float] = (),
+    ) -> Product:
+        """Rows in exactly this order: sizes of second-order cones, n of psd cones, alphas of power cones."""
+        return cls(
+            [
+                Zero(zero),
+                Nonnegative(nonnegative),
+                *(SecondOrder(size) for size in second_order),
+                *(Psd(n) for n in psd),
+                *(Exponential() for _ in range(exponential)),
+                *(Power(alpha) for alpha in power),
+            ]
+        )
+
+    def project(self, v: Tensor) -> Tensor:
+        """Pi_K(v)."""
+        return self._assemble(v, [group.cone.project(group.take(v)).flatten(-2) for group in self._groups])
+
+    def project_dual(self, v: Tensor) -> Tensor:
+        """Pi_K*(v)."""
+        return v + self.project(-v)
+
+    def linearise_dual(self, v: Tensor, tolerance: float = 0.0) -> tuple[Tensor, Tensor, ProductSpectrum]:
+        """y = Pi_K*(v), s = y - v = Pi_K(-v), and DPi_K*(v).
+
+        s is the projection itself, not a difference, so its small components keep their accuracy. At a kink the branch
+        is the one with the larger derivative of Pi_K at -v, the smaller of Pi_K* at v: rows count as free slack.
+        """
+        mirrored = -v
+        slack, values = [], []
+        bases: list[tuple[slice | Tensor, Tensor]] = []
+        for group in self._groups:
+            p, spectrum = group.cone.linearise(group.take(mirrored), tolerance)
+            slack.append(p.flatten(-2))
+            values.append(spectrum.values.flatten(-2))
+            if spectrum.basis is not None:
+                rows = group.rows
+                shaped = rows if isinstance(rows, slice) else rows.to(v.device).unflatten(0, (group.count, -1))
+                bases.append((shaped, spectrum.basis))
+        s = self._assemble(v, slack)
+        return v + s, s, ProductSpectrum(1 - self._assemble(v, values), bases)
+
+    def margin(self, v: Tensor) -> Tensor:
+        """The least margin of the blocks at -v, the distance to the nearest kink of Pi_K*, (*batch,)."""
+        mirrored = -v
+        margins = [group.cone.margin(group.take(mirrored)).amin(-1) for group in self._groups]
+        return torch.stack(margins, -1).amin(-1) if margins else v.new_full(v.shape[:-1], torch.inf)
+
+    def describe(self) -> str:
+        """In words, such as `2 zero, 10 nonnegative, 3 second-order (sizes 3, 4)`."""
+        parts = []
+        for name in dict.fromkeys(block.name for block in self.blocks):
+            blocks = [block for block in self.blocks if block.name == name]
+            match name:
+                case "zero" | "nonnegative":
+                    parts.append(f"{sum(block.size for block in blocks)} {name}")
+                case "second_order":
+                    parts.append(f"{len(blocks)} second-order ({_listed('size', (b.size for b in blocks))})")
+                case "psd":
+                    parts.append(f"{len(blocks)} psd (n = {_distinct(b.parameter for b in blocks)})")
+                case "power":
+                    parts.append(f"{len(blocks)} power (alpha = {_distinct(b.parameter for b in blocks)})")
+                case _:
+                    parts.append(f"{len(blocks)} {name}")
+        return ", ".join(parts) or "no rows"
+
+    def __eq__(self, other: object) -> bool:
+        return self.cones == other.cones if isinstance(other, Product) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.cones)
+
+    def __reduce__(self) -> tuple[type[Product], tuple[tuple[Cone, ...]]]:
+        return Product, (self.cones,)
+
+    def __repr__(self) -> str:
+        return f"Product({self.describe()})"
+
+    def _assemble(self, v: Tensor, parts: list[Tensor]) -> Tensor:
+        """Group results in row order."""
+        if not parts:
+            return torch.zeros_like(v)
+        joined = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+        return joined if self._restore is None else joined[..., self._restore.to(v.device)]
+
+
+def _joined(cones: Sequence[Cone]) -> list[Cone]:
+    """Adjacent elementwise blocks joined, empty ones dropped, several alphas in one Power taken apart."""
+    out: list[Cone] = []
+    for kind, members in groupby((cone for cone in cones if cone.size), key=type):
+        run = list(members)
+        if kind in (Zero, Nonnegative):
+            out.append(kind.merge(run)[0])
+        elif kind is Power:
+            out += [Power(alpha) for cone in run if isinstance(cone, Power) for alpha in cone.alphas]
+        else:
+            out += run
+    return out
+
+
+def _rows_of(x: Tensor, rows: slice | Tensor, dim: int) -> Tensor:
+    if isinstance(rows, slice):
+        return x.narrow(dim, rows.start, rows.stop - rows.start)
+    return x.index_select(dim, rows.flatten().to(x.device))
+
+
+def _flat(rows: slice | Tensor, device: torch.device) -> slice | Tensor:
+    return rows if isinstance(rows, slice) else rows.flatten().to(device)
+
+
+def _distinct(values: object) -> str:
+    return ", ".join(f"{value:g}" for value in dict.fromkeys(values))  # type: ignore[call-overload]
+
+
+def _listed(word: str, values: object) -> str:
+    listed = _distinct(values)
+    return f"{word}{'s' if ',' in listed else ''} {listed}"

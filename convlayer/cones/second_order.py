@@ -1,0 +1,90 @@
+"""The second-order cone, with an explicit eigenbasis of its projection's derivative."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import sqrt
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from convlayer.cones.cone import Cone, Spectrum, lift, spectral_weight
+
+
+@dataclass(frozen=True)
+class SecondOrder(Cone):
+    """K = {(t, z) : |z| <= t}, of `size` rows; size 1 is the nonnegative ray.
+
+    Spectrum of a point:  l1 = t + |z|, l2 = t - |z| along (1, u)/sqrt 2 and (1, -u)/sqrt 2, with u = z/|z|.
+    Solution:    v if l2 >= 0, else max(l1, 0)/2 (1, u).
+    Derivative:  1[l1 > 0], 1[l2 > 0] along these two, and 1/2 (1 + (l1 + l2)/(|l1| + |l2|)) on the complement of u,
+                 whose basis are the other columns of the Householder reflection that takes u to an axis.
+    At a kink:   l1 = 0 or l2 = 0; an eigenvalue in [-sqrt 2 tolerance, 0) counts as positive.
+    """
+
+    size: int
+    name: ClassVar[str] = "second_order"
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"A second-order cone was given {self.size} rows; expected 1 or more.")
+
+    def project(self, v: Tensor) -> Tensor:
+        if self.size == 1:
+            return v.clamp(min=0)
+        return self._split(v)[0]
+
+    def linearise(self, v: Tensor, tolerance: float = 0.0) -> tuple[Tensor, Spectrum]:
+        if self.size == 1:
+            return v.clamp(min=0), Spectrum((v >= -tolerance).to(v.dtype), None)
+        p, eigenvalues, u = self._split(v)
+        eigenvalues = lift(eigenvalues, sqrt(2) * tolerance)
+        values = v.new_empty(v.shape)
+        values[..., :2] = eigenvalues >= 0
+        if self.size == 2:
+            return p, Spectrum(values, self._basis(u))
+        values[..., 2:] = spectral_weight(eigenvalues[..., :1], eigenvalues[..., 1:])
+        return p, Spectrum(values, self._basis(u))
+
+    def margin(self, v: Tensor) -> Tensor:
+        if self.size == 1:
+            return v[..., 0].abs()
+        t, length = v[..., 0], torch.linalg.vector_norm(v[..., 1:], dim=-1)
+        return (t.abs() - length).abs() / sqrt(2)
+
+    def _split(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Projection, the eigenvalues (l1, l2) of v, and the unit vector u (an axis where z = 0)."""
+        t, z = v[..., :1], v[..., 1:]
+        length = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+        axis, signs, _ = _constants(self.size, v.dtype, v.device)
+        u = torch.where(length > 0, z / length, axis)
+        eigenvalues = torch.addcmul(t, length, signs)
+        half = eigenvalues[..., :1].clamp(min=0) * 0.5
+        p = torch.where(eigenvalues[..., 1:] >= 0, v, torch.cat((half, half * u), -1))
+        return p, eigenvalues, u
+
+    def _basis(self, u: Tensor) -> Tensor:
+        """Columns (1, u)/sqrt 2, (1, -u)/sqrt 2, (0, h_j), h_j = e_j - u_j w/(1 + |u_1|), w = u + sign(u_1) e_1."""
+        basis = _constants(self.size, u.dtype, u.device)[2].expand(*u.shape[:-1], -1, -1).clone()
+        basis[..., 1:, :2] *= u.unsqueeze(-1)
+        if self.size > 2:
+            first = u[..., :1]
+            f = u / (first.abs() + 1)
+            f[..., :1] = torch.where(first < 0, -1.0, 1.0)  # (u_1 + sign)/(1 + |u_1|)
+            basis[..., 1:, 2:] -= f.unsqueeze(-1) * u[..., None, 1:]
+        return basis
+
+
+@lru_cache(maxsize=64)
+def _constants(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The axis e_1 of R^(size - 1), the signs (1, -1), and the basis where it does not depend on u."""
+    axis = torch.zeros(size - 1, dtype=dtype, device=device)
+    axis[0] = 1
+    basis = torch.zeros(size, size, dtype=dtype, device=device)
+    basis[:, 0] = sqrt(0.5)
+    basis[1:, 1] = -sqrt(0.5)
+    basis[0, 1] = sqrt(0.5)
+    basis[2:, 2:] = torch.eye(size - 2, dtype=dtype, device=device)
+    return axis, torch.tensor([1.0, -1.0], dtype=dtype, device=device), basis

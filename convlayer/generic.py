@@ -1,0 +1,189 @@
+"""The generic path: parameters -> Data -> solver -> polish -> (x, y, optimal value), and the adjoint back.
+
+Everything here is float64 on the host. Rows that failed are left out of all batched work and never reach the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convlayer.adjoint import Zero, adjoint, polish, pull_back
+from convlayer.canon import Canonical
+from convlayer.program import DENSE_ENTRIES, Data, Operators
+from convlayer.residual import Scaling, normalise, recentre
+from convlayer.solution import Status
+from convlayer.solvers.solver import Iterate, Solver, solve_batch
+
+INACCURATE = 1e-4  # a relative residual above this is no solution
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of the path: its options, and what comes back beside the differentiable outputs."""
+
+    canonical: Canonical
+    solver: Solver
+    tolerance: float
+    options: Mapping[str, Any]
+    executor: Executor | None
+    bad: Tensor  # (B,) rows whose parameters are not to be used
+    start: tuple[Tensor, Tensor, Tensor] | None  # canonical (x, s, y), (B, .) each
+    differentiable: bool
+    status: Tensor = field(init=False)
+    iterations: Tensor = field(init=False)
+    residual: Tensor = field(init=False)
+    degenerate: Tensor = field(init=False)
+    iterate: tuple[Tensor, Tensor, Tensor] = field(init=False)
+    on_degenerate: Any = None  # called at backward with the rows that are differentiated by rule
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Some rows of the batch with the zero found for them."""
+
+    rows: Tensor
+    zero: Zero
+    scaling: Scaling
+
+
+def evaluate(canonical: Canonical, thetas: list[np.ndarray]) -> dict[str, Tensor]:
+    """Canonical parameter entries, (B or 1, k) each -> values of P, q, A, b, d, (B or 1, .) each: shared stays shared."""
+    values = {name: constant[None, :] for name, constant in canonical.constant.items()}
+    for theta, parameter in zip(thetas, canonical.parameters, strict=True):
+        for name, block in parameter.maps.items():
+            values[name] = values[name] + np.asarray(block @ theta.T).T
+    return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in values.items()}
+
+
+class Solve(torch.autograd.Function):
+    """(call, *canonical parameter entries) -> x (B, n), y (B, m), value (B,). Failed rows hold the solver's last iterate, or zeros."""
+
+    @staticmethod
+    def forward(ctx, call: Call, *thetas: Tensor):
+        values = evaluate(call.canonical, [theta.detach().numpy() for theta in thetas])
+        batch = len(call.bad)
+        data = Data(call.canonical.program, values["P"], values["q"], values["A"], values["b"])
+        x, s, y, pieces = _solve(call, data, values["d"], batch)
+        value = _objective(Operators(data, dense=False), x, values["d"])
+        ctx.call, ctx.data, ctx.pieces = call, data, pieces
+        ctx.sizes = [len(theta) for theta in thetas]
+        ctx.save_for_backward(x, y)
+        call.iterate = (x, s, y)
+        return x, y, value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, x_bar: Tensor, y_bar: Tensor, value_bar: Tensor):
+        x, y = ctx.saved_tensors
+        w, u = torch.zeros_like(x), torch.zeros_like(y)
+        for piece in ctx.pieces:
+            rows, scaling = piece.rows, piece.scaling
+            w_piece, u_piece = adjoint(piece.zero, x_bar[rows] / scaling.rho, y_bar[rows] * (scaling.e / scaling.tau))
+            w[rows], u[rows] = scaling.tau * w_piece, scaling.rho * scaling.e * u_piece
+        _report(ctx.call, ctx.pieces, x_bar, y_bar)
+        # A failed row that the loss does use has no derivative: NaN, not zero.
+        failed = ctx.call.status >= Status.INFEASIBLE
+        used = (x_bar != 0).any(1) | (y_bar != 0).any(1) | (value_bar != 0)
+        w[failed & used] = torch.nan
+        return None, *_parameters_bar(ctx, w, u, value_bar.unsqueeze(1), x, y)
+
+
+def _parameters_bar(ctx, w: Tensor, u: Tensor, value_bar: Tensor, x: Tensor, y: Tensor) -> list[Tensor | None]:
+    canonical = ctx.call.canonical
+    wanted = [k for k, need in enumerate(ctx.needs_input_grad[1:]) if need]
+    touched = {name for k in wanted for name in canonical.parameters[k].maps}
+    moving = {name: torch.from_numpy(canonical.moving[name] if name in touched else canonical.moving[name][:0]) for name in ("P", "A")}
+    # The optimal value's derivative is that of the Lagrangian: half of it has the form of an adjoint of its own.
+    bars = pull_back(ctx.data, moving, x, y, w - value_bar * x / 2, u - value_bar * y / 2)
+    bars = {**bars, "q": bars["q"] + value_bar * x / 2, "b": bars["b"] - value_bar * y / 2, "d": value_bar}
+    result: list[Tensor | None] = [None] * len(ctx.sizes)
+    for k in wanted:
+        total = 0.0
+        for name, block in canonical.parameters[k].transposes.items():
+            bar = bars[name] if ctx.sizes[k] == len(x) else bars[name].sum(0, keepdim=True)
+            total = total + np.asarray(block @ bar.numpy().T).T
+        size = len(canonical.parameters[k].gather)
+        result[k] = torch.zeros(ctx.sizes[k], size, dtype=torch.float64) if isinstance(total, float) else torch.from_numpy(np.ascontiguousarray(total))
+    return result
+
+
+def _solve(call: Call, data: Data, d: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor, list[Piece]]:
+    program = data.program
+    x, s, y = (torch.zeros(batch, k, dtype=torch.float64) for k in (program.n, program.m, program.m))
+    finite = torch.ones(1, dtype=torch.bool)
+    for part in (data.P, data.q, data.A, data.b, d):
+        finite = finite & torch.isfinite(part).all(1)
+    good = torch.nonzero(~call.bad & finite).flatten()
+    call.status = torch.full((batch,), int(Status.BAD_INPUT))
+    call.iterations = torch.zeros(batch, dtype=torch.int64)
+    call.residual = torch.full((batch,), torch.nan, dtype=torch.float64)
+    call.degenerate = torch.zeros(batch, dtype=torch.bool)
+    if not len(good):
+        return x, s, y, []
+
+    scaled, scaling = normalise(data.rows(good).widen(len(good)))
+    iterates = solve_batch(call.solver, scaled, call.tolerance, call.options, _start(call, scaling, good), call.executor)
+    x_s, s_s, y_s = (torch.from_numpy(np.array([getattr(it, name) for it in iterates], dtype=np.float64).reshape(len(good), -1))
+                     for name in ("x", "s", "y"))
+    status = torch.tensor([int(it.status) for it in iterates])
+    call.iterations[good] = torch.tensor([it.iterations for it in iterates])
+    usable = torch.isfinite(x_s).all(1) & torch.isfinite(s_s).all(1) & torch.isfinite(y_s).all(1)
+    status[~usable & (status < Status.INFEASIBLE)] = int(Status.NOT_CONVERGED)
+
+    pieces = []
+    x[good], s[good], y[good] = scaling.leave(x_s, s_s, y_s)
+    refine = torch.nonzero(usable & (status != Status.INFEASIBLE) & (status != Status.UNBOUNDED)).flatten()
+    for part in refine.split(_rows_at_once(program)) if len(refine) else ():
+        everything = len(part) == batch
+        rows = good[part]
+        piece_data, piece_scaling = (scaled, scaling) if everything else (scaled.rows(part), scaling.rows(part))
+        point = (x_s, s_s, y_s) if everything else (x_s[part], s_s[part], y_s[part])
+        piece_data, inner = recentre(piece_data, piece_scaling, *point)
+        start = inner.enter(*piece_scaling.leave(*point))
+        zero = polish(Operators(piece_data), *start, differentiable=call.differentiable)
+        status[part] = _judge(status[part], zero.residual, call.tolerance)
+        call.residual[rows], call.degenerate[rows] = zero.residual, zero.degenerate
+        x[rows], s[rows], y[rows] = inner.leave(zero.x, zero.s, zero.y)
+        if call.differentiable:
+            pieces.append(Piece(rows, zero, inner))
+    call.status[good] = status
+    return x, s, y, pieces
+
+
+def _judge(status: Tensor, residual: Tensor, tolerance: float) -> Tensor:
+    """What the polished residual says, whatever the solver said: it is the KKT residual of the point in hand."""
+    judged = torch.where(residual <= INACCURATE, int(Status.INACCURATE), int(Status.NOT_CONVERGED))
+    return torch.where(residual <= tolerance, int(Status.SOLVED), judged)
+
+
+def _rows_at_once(program) -> int:
+    """So many rows that their dense matrices stay affordable."""
+    return max(1, DENSE_ENTRIES // max(1, (program.n + program.m) * program.n))
+
+
+def _start(call: Call, scaling: Scaling, good: Tensor) -> list[Iterate] | None:
+    if call.start is None:
+        return None
+    x, s, y = scaling.enter(*(part[good] for part in call.start))
+    return [Iterate(*(part[k].numpy() for part in (x, s, y)), Status.SOLVED, 0) for k in range(len(good))]
+
+
+def _objective(operators: Operators, x: Tensor, d: Tensor) -> Tensor:
+    return (x * (operators.P(x) / 2 + operators.data.q)).sum(1) + d.squeeze(1)
+
+
+def _report(call: Call, pieces: list[Piece], x_bar: Tensor, y_bar: Tensor) -> None:
+    """Tell the layer which rows with a cotangent were differentiated by rule."""
+    for piece in pieces:
+        call.degenerate[piece.rows] |= piece.zero.system.singular
+    used = (x_bar != 0).any(1) | (y_bar != 0).any(1)
+    rows = torch.nonzero(call.degenerate & used).flatten()
+    if len(rows) and call.on_degenerate is not None:
+        call.on_degenerate(rows)

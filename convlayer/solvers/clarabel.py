@@ -1,0 +1,83 @@
+"""Clarabel: interior point, quadratic objectives, all cones; the default.
+
+Its conventions are ours: the psd cone is the upper triangle in column-major order, off-diagonals times sqrt 2.
+Source: Goulart and Chen (2024), Clarabel: an interior-point solver for conic programs with quadratic objectives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import clarabel
+import numpy as np
+
+from convlayer.program import Program
+from convlayer.solution import Status
+from convlayer.solvers.solver import Iterate, Solver, Task
+
+STATUS = {
+    "Solved": Status.SOLVED,
+    "AlmostSolved": Status.INACCURATE,
+    "PrimalInfeasible": Status.INFEASIBLE,
+    "AlmostPrimalInfeasible": Status.INFEASIBLE,
+    "DualInfeasible": Status.UNBOUNDED,
+    "AlmostDualInfeasible": Status.UNBOUNDED,
+}
+
+CONES = {
+    "zero": lambda block: clarabel.ZeroConeT(block.size),
+    "nonnegative": lambda block: clarabel.NonnegativeConeT(block.size),
+    "second_order": lambda block: clarabel.SecondOrderConeT(block.size),
+    "psd": lambda block: clarabel.PSDTriangleConeT(block.parameter),
+    "exponential": lambda block: clarabel.ExponentialConeT(),
+    "power": lambda block: clarabel.PowerConeT(block.parameter),
+}
+
+
+class Clarabel(Solver):
+    name: ClassVar[str] = "clarabel"
+
+    def check(self, program: Program, options: Mapping[str, Any]) -> None:
+        self._settings(1e-8, options)
+
+    def solve(self, task: Task) -> list[Iterate]:
+        settings = self._settings(task.tolerance, task.options)
+        cones = [CONES[block.name](block) for block in task.program.cones.blocks]
+        solver, iterates = None, []
+        for row in range(len(task)):
+            solver = self._load(solver, task, row, cones, settings)
+            iterates.append(_iterate(solver.solve(), task.program))
+        return iterates
+
+    def _settings(self, tolerance: float, options: Mapping[str, Any]) -> clarabel.DefaultSettings:
+        settings = clarabel.DefaultSettings()
+        settings.verbose = False
+        # Without presolve and chordal decomposition a solver takes new values on the old pattern, which saves its set-up.
+        settings.presolve_enable = False
+        settings.chordal_decomposition_enable = False
+        settings.tol_feas = settings.tol_gap_abs = settings.tol_gap_rel = tolerance
+        for option, value in options.items():
+            if option.startswith("_") or option == "default" or not hasattr(settings, option):
+                known = sorted(name for name in dir(settings) if not name.startswith("_") and name != "default")
+                raise TypeError(f"Clarabel has no option `{option}`. It has: tolerance, {', '.join(known)}.")
+            try:
+                setattr(settings, option, value)
+            except (TypeError, ValueError) as error:
+                raise TypeError(f"Clarabel's option `{option}` cannot be {value!r}: {error}") from error
+        return settings
+
+    def _load(self, solver, task: Task, row: int, cones, settings):
+        if solver is not None and solver.is_data_update_allowed():
+            P, q, A, b = task.values(row)
+            if task.vectors_only:
+                solver.update(q=q, b=b)
+            else:
+                solver.update(P=P, q=q, A=A, b=b)
+            return solver
+        return clarabel.DefaultSolver(*task.matrices(row), cones, settings)
+
+
+def _iterate(result, program: Program) -> Iterate:
+    status = STATUS.get(str(result.status), Status.NOT_CONVERGED)
+    return Iterate(np.array(result.x), np.array(result.s), np.array(result.z), status, int(result.iterations))

@@ -1,0 +1,91 @@
+"""SCS: first order, low memory, warm start, one factorisation while only q and b change.
+
+It stores the psd cone as the lower triangle in column-major order; ours is the upper one, so those rows are permuted here.
+Source: O'Donoghue (2021), Operator splitting for a homogeneous embedding of the linear complementarity problem.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import scipy.sparse as sp
+import scs
+
+from convlayer.program import Program
+from convlayer.solution import Status
+from convlayer.solvers.solver import Iterate, Solver, Task
+
+STATUS = {
+    scs.SOLVED: Status.SOLVED,
+    scs.SOLVED_INACCURATE: Status.INACCURATE,
+    scs.INFEASIBLE: Status.INFEASIBLE,
+    scs.INFEASIBLE_INACCURATE: Status.INFEASIBLE,
+    scs.UNBOUNDED: Status.UNBOUNDED,
+    scs.UNBOUNDED_INACCURATE: Status.UNBOUNDED,
+}
+
+
+class SCS(Solver):
+    name: ClassVar[str] = "scs"
+    warm_starts: ClassVar[bool] = True
+
+    def check(self, program: Program, options: Mapping[str, Any]) -> None:
+        if not program.m:
+            raise ValueError("SCS needs at least one constraint, and this problem has none; use solver='clarabel'.")
+        probe = {"A": sp.csc_matrix(np.ones((1, 1))), "b": np.ones(1), "c": np.ones(1)}
+        for option, value in options.items():
+            try:
+                scs.SCS(probe, {"l": 1}, **{"verbose": False, option: value})
+            except (TypeError, ValueError) as error:
+                raise TypeError(f"SCS does not take the option `{option}` = {value!r}: {error}. Its options are those of scs.SCS, and tolerance.") from error
+
+    def solve(self, task: Task) -> list[Iterate]:
+        settings = {"verbose": False, "eps_abs": task.tolerance, "eps_rel": task.tolerance, **task.options}
+        order = svec_order(task.program)
+        cone = _cone(task.program)
+        solver, iterates = None, []
+        for row in range(len(task)):
+            if solver is not None and task.vectors_only:
+                _, q, _, b = task.values(row)
+                solver.update(b[order], q)
+            else:
+                P, q, A, b = task.matrices(row)
+                solver = scs.SCS({"P": P, "A": A[order].tocsc(), "b": b[order], "c": q}, cone, **settings)
+            iterates.append(_iterate(_run(solver, task, row, order), order))
+        return iterates
+
+
+def svec_order(program: Program) -> np.ndarray:
+    """(m,) for each of SCS's rows, ours: the lower triangle by columns is the upper triangle with its entries reordered."""
+    order = np.arange(program.m)
+    for block in program.cones.blocks:
+        if block.name == "psd":
+            k = block.parameter
+            column, row = np.triu_indices(k)  # SCS's order: column by column, downwards
+            order[block.start:block.start + block.size] = block.start + row * (row + 1) // 2 + column
+    return order
+
+
+def _cone(program: Program) -> dict[str, Any]:
+    blocks: dict[str, list] = {name: [] for name in ("zero", "nonnegative", "second_order", "psd", "exponential", "power")}
+    for block in program.cones.blocks:
+        blocks[block.name].append(block)
+    return {"z": sum(b.size for b in blocks["zero"]), "l": sum(b.size for b in blocks["nonnegative"]),
+            "q": [b.size for b in blocks["second_order"]], "s": [b.params for b in blocks["psd"]],
+            "ep": len(blocks["exponential"]), "p": [b.params for b in blocks["power"]]}
+
+
+def _run(solver, task: Task, row: int, order: np.ndarray) -> dict[str, Any]:
+    if task.start is None:
+        return solver.solve(warm_start=False)
+    start = task.start[row]
+    return solver.solve(warm_start=True, x=start.x, y=start.y[order], s=start.s[order])
+
+
+def _iterate(result: dict[str, Any], order: np.ndarray) -> Iterate:
+    s, y = np.empty_like(result["s"]), np.empty_like(result["y"])
+    s[order], y[order] = result["s"], result["y"]
+    info = result["info"]
+    return Iterate(result["x"], s, y, STATUS.get(info["status_val"], Status.NOT_CONVERGED), int(info["iter"]))

@@ -1,0 +1,112 @@
+"""The interface of a solver of cone programs, and how a batch is handed to it.
+
+A solver of one's own is a subclass with a `name` and `solve`; pass an instance as ConvexLayer(..., solver=MySolver()).
+It must be picklable if the executor's workers are other processes or machines.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, ClassVar
+
+import numpy as np
+import scipy.sparse as sp
+
+from convlayer.program import Data, Program
+from convlayer.solution import Status
+
+
+@dataclass(frozen=True, eq=False)
+class Iterate:
+    """A solver's answer for one row: a primal-dual point, or a failure (the point is then the last one, or NaN)."""
+
+    x: np.ndarray  # (n,)
+    s: np.ndarray  # (m,) in K
+    y: np.ndarray  # (m,) in K*
+    status: Status
+    iterations: int
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Some rows of a batch, for one call of a solver."""
+
+    program: Program
+    P: np.ndarray  # (rows or 1, nnz(P)) upper triangle, compressed columns
+    q: np.ndarray  # (rows, n)
+    A: np.ndarray  # (rows or 1, nnz(A)) compressed columns
+    b: np.ndarray  # (rows, m)
+    tolerance: float
+    options: Mapping[str, Any] = field(default_factory=dict)
+    start: list[Iterate] | None = None  # a warm start for each row
+
+    def __len__(self) -> int:
+        return len(self.q)
+
+    @property
+    def vectors_only(self) -> bool:
+        """P and A are the same for all rows: only q and b change."""
+        return len(self.P) == 1 and len(self.A) == 1
+
+    def values(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(P values, q, A values, b) of one row."""
+        return self.P[row % len(self.P)], self.q[row], self.A[row % len(self.A)], self.b[row]
+
+    def matrices(self, row: int) -> tuple[sp.csc_matrix, np.ndarray, sp.csc_matrix, np.ndarray]:
+        """(upper triangle of P, q, A, b) of one row, as SciPy matrices."""
+        P, q, A, b = self.values(row)
+        n, m = self.program.n, self.program.m
+        return (sp.csc_matrix((P, self.program.P_rows, self.program.P_indptr), shape=(n, n)), q,
+                sp.csc_matrix((A, self.program.A_rows, self.program.A_indptr), shape=(m, n)), b)
+
+
+class Solver(ABC):
+    """Solves the rows of a Task. `tolerance` is the relative size of the KKT residuals and of the gap to be reached."""
+
+    name: ClassVar[str]
+    warm_starts: ClassVar[bool] = False  # whether Task.start is made use of
+
+    @abstractmethod
+    def solve(self, task: Task) -> list[Iterate]:
+        """One Iterate for each row of the task, in order. Must be safe to call from several threads at once."""
+
+    def check(self, program: Program, options: Mapping[str, Any]) -> None:
+        """Raise ValueError for a program the solver cannot take, TypeError for an option it does not have."""
+        if options:
+            raise TypeError(f"Solver {self.name} takes no options; got {', '.join(options)}.")
+
+
+@cache
+def default_executor() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="convlayer")
+
+
+def solve_batch(solver: Solver, data: Data, tolerance: float, options: Mapping[str, Any], start: list[Iterate] | None,
+                executor: Executor | None) -> list[Iterate]:
+    """Solve every row of `data`; rows are dealt to the executor's workers in contiguous tasks."""
+    batch = data.batch
+    executor = executor or default_executor()
+    workers = getattr(executor, "_max_workers", None) or os.cpu_count() or 1
+    # Two tasks a worker: balance for rows of unequal length, while a task still reuses its solver from row to row.
+    pieces = 1 if batch < 4 else min(batch, 2 * workers)
+    bounds = np.linspace(0, batch, pieces + 1).astype(int)
+    tasks = [Task(data.program, _part(data.P, lo, hi), _part(data.q.expand(batch, -1), lo, hi), _part(data.A, lo, hi),
+                  _part(data.b.expand(batch, -1), lo, hi), tolerance, options, start[lo:hi] if start else None)
+             for lo, hi in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)]
+    inline = len(tasks) == 1 and isinstance(executor, ThreadPoolExecutor)
+    results = [solver.solve(tasks[0])] if inline else executor.map(solver.solve, tasks)
+    return list(_flatten(results))
+
+
+def _part(values, lo: int, hi: int) -> np.ndarray:
+    return np.ascontiguousarray((values if len(values) == 1 and hi - lo != 1 else values[lo:hi] if len(values) > 1 else values).numpy())
+
+
+def _flatten(results) -> Iterator[Iterate]:
+    for result in results:
+        yield from result
