@@ -39,8 +39,11 @@ class Zero:
     degenerate: Tensor  # (B,) weakly active or singular
 
 
-def polish(operators: Operators, x: Tensor, s: Tensor, y: Tensor, *, differentiable: bool) -> Zero:
-    """Semismooth Newton on the residual map from (x, y - s); a row moves only if its residual falls."""
+def polish(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Tensor, *, differentiable: bool) -> Zero:
+    """Semismooth Newton on the residual map from (x, y - s); a row moves only if its residual falls.
+
+    visible: (n,) which entries of x the user sees; a solution that is not unique elsewhere is not flagged.
+    """
     cones = operators.data.program.cones
     v = y - s
     y, s, spectrum = cones.linearise_dual(v, KINK)
@@ -49,7 +52,7 @@ def polish(operators: Operators, x: Tensor, s: Tensor, y: Tensor, *, differentia
     for _ in range(STEPS):
         if not bool((size > TARGET).any()):
             break
-        system = system or factorise(operators, spectrum)
+        system = system or factorise(operators, spectrum, visible)
         dx, dv = _newton(operators, spectrum, system, F1, F2)
         x_new, v_new = x + dx, v + dv
         y_new, s_new, spectrum_new = cones.linearise_dual(v_new, KINK)
@@ -72,7 +75,7 @@ def polish(operators: Operators, x: Tensor, s: Tensor, y: Tensor, *, differentia
             break
     degenerate = cones.margin(v) < MARGIN
     if differentiable and system is None:
-        system = factorise(operators, spectrum)
+        system = factorise(operators, spectrum, visible)
     if system is not None:
         degenerate = degenerate | system.singular
     return Zero(operators, x, s, y, size, spectrum, system if differentiable else None, degenerate)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -104,6 +105,15 @@ class Canonical:
     sign: float  # -1 where the user maximises
     gp: bool
     sizes: dict[str, Any] = field(default_factory=dict)  # the problem as the user wrote it, for explain()
+
+    @cached_property
+    def visible(self) -> Tensor:
+        """(n,) the entries of x that some output reads."""
+        seen = torch.zeros(self.program.n, dtype=torch.bool)
+        for recovery in self.variables:
+            if not recovery.dual:
+                seen[recovery.position] = True
+        return seen
 
     def objective(self, value: Tensor) -> Tensor:
         """The user's objective from the cone program's."""

@@ -147,7 +147,7 @@ def _solve(call: Call, data: Data, d: Tensor, batch: int) -> tuple[Tensor, Tenso
         point = (x_s, s_s, y_s) if everything else (x_s[part], s_s[part], y_s[part])
         piece_data, inner = recentre(piece_data, piece_scaling, *point)
         start = inner.enter(*piece_scaling.leave(*point))
-        zero = polish(Operators(piece_data), *start, differentiable=call.differentiable)
+        zero = polish(Operators(piece_data), *start, call.canonical.visible, differentiable=call.differentiable)
         status[part] = _judge(status[part], zero.residual, call.tolerance)
         call.residual[rows], call.degenerate[rows] = zero.residual, zero.degenerate
         x[rows], s[rows], y[rows] = inner.leave(zero.x, zero.s, zero.y)

@@ -8,7 +8,10 @@ With DPi_K*(v) = U diag(d) U', the Jacobian of F reduces to
 Rows with d = 0 (inactive) leave the system, rows with d = 1 are equalities. `solve(a, c)` returns (w, e) with
 K (w, eta) = (a, sqrt(d) c) and e = sqrt(d) eta, both in U's coordinates: what Newton and the adjoint need of it.
 
-A numerically singular K gets the least-norm least-squares solution, and is flagged.
+What is factored is K + delta diag(1, -1), which is quasidefinite and so never singular; iterative refinement against K removes
+the shift again. Where K itself is singular, its null space is found by inverse iteration with that factor, and the solution is the
+least-norm least-squares one. Such a row is flagged, unless the null space touches neither a constraint nor a variable that the user
+sees: canonical auxiliaries that are free to move do no harm.
 """
 
 from __future__ import annotations
@@ -22,28 +25,30 @@ from torch import Tensor
 from convlayer.cones import ProductSpectrum
 from convlayer.program import Data, Operators
 
-SUSPECT = 1e-9  # a smallest pivot below this share of the largest is examined by an eigenvalue decomposition
-RANK = 1e-12  # eigenvalues below this share of the largest count as zero
-REGULARISATION = 1e-9  # static, sparse factorisation only; refinement works against the unregularised matrix
+SHIFT = 1e-11  # delta, relative to the equilibrated matrix
+SUSPECT = 1e-9  # a pivot below this may be the sign of a null vector
+NULL = 1e-13  # |K z| below this share of |z| (times the size) makes z one
+REFINEMENTS = 6
+CERTIFIED = 1e-10  # relative residual that a solve must reach, or the row is flagged
 DENSE_SIZE = 160  # at most this many unknowns: dense always; more: dense only if a good part of K is nonzero
 DENSE_SHARE = 0.15
 
 
-def factorise(operators: Operators, spectrum: ProductSpectrum) -> DenseSystem | SparseSystem:
+def factorise(operators: Operators, spectrum: ProductSpectrum, visible: Tensor) -> DenseSystem | SparseSystem:
     """The system at one point, by dense or sparse factorisation, whichever is expected to be cheaper."""
     program = operators.data.program
     active = int((spectrum.values > 0).sum(-1).max()) if spectrum.values.numel() else 0
     size = program.n + active
     share = (2 * program.nnz + program.n + active) / max(size, 1) ** 2
     if operators.dense and (size <= DENSE_SIZE or share > DENSE_SHARE):
-        return DenseSystem(operators, spectrum, active)
-    return SparseSystem(operators.data, spectrum)
+        return DenseSystem(operators, spectrum, visible, active)
+    return SparseSystem(operators.data, spectrum, visible)
 
 
 class DenseSystem:
     """Batched LU of the equilibrated matrix."""
 
-    def __init__(self, operators: Operators, spectrum: ProductSpectrum, active: int):
+    def __init__(self, operators: Operators, spectrum: ProductSpectrum, visible: Tensor, active: int):
         A = operators.A_dense
         batch, m, n = len(spectrum.values), A.shape[1], A.shape[2]
         d = spectrum.values
@@ -65,67 +70,109 @@ class DenseSystem:
         largest = K.abs().amax(2) if size else K.new_zeros(batch, 0)
         self.scale = torch.where(largest > 0, largest.rsqrt(), 1.0)
         self.K = K.mul_(self.scale.unsqueeze(1)).mul_(self.scale.unsqueeze(2))
-        self.lu, self.pivots, _ = torch.linalg.lu_factor_ex(self.K)
-        pivots = self.lu.diagonal(dim1=1, dim2=2).abs()
-        suspect = pivots.amin(1) <= SUSPECT * pivots.amax(1) if size else torch.zeros(batch, dtype=torch.bool)
+        shifted = self.K.clone()
+        diagonal = shifted.diagonal(dim1=1, dim2=2)
+        diagonal[:, :n] += SHIFT
+        diagonal[:, n:] -= SHIFT
+        self.lu, self.pivots, _ = torch.linalg.lu_factor_ex(shifted)
         self.singular = torch.zeros(batch, dtype=torch.bool)
-        self.inverse: dict[int, Tensor] = {}
-        for row in torch.nonzero(suspect).flatten().tolist():
-            inverse, rank_deficient = _pseudoinverse(self.K[row], self.scale[row])
-            self.singular[row] = rank_deficient
-            self.inverse[row] = inverse
+        pivots = self.lu.diagonal(dim1=1, dim2=2).abs()
+        self.suspects = torch.nonzero(pivots.amin(1) <= SUSPECT).flatten() if size else torch.zeros(0, dtype=torch.int64)
+        if len(self.suspects):
+            self._find_null_space(visible)
 
     def solve(self, a: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """a (B, n), c (B, m) -> w (B, n), e (B, m)."""
         c_active = c if self.active is None else c.gather(1, self.active)
         right = torch.cat([a, self.root * c_active], 1)
+        if len(self.suspects):
+            right[self.suspects] = self._off_null(right[self.suspects])
         scaled = (right * self.scale).unsqueeze(-1)
+        goal = scaled.abs().amax(1, keepdim=True) if scaled.shape[1] else scaled
         solution = torch.linalg.lu_solve(self.lu, self.pivots, scaled)
-        solution = solution + torch.linalg.lu_solve(self.lu, self.pivots, scaled - self.K @ solution)
+        for _ in range(REFINEMENTS):
+            error = scaled - self.K @ solution
+            poor = error.abs().amax(1, keepdim=True) > 1e-15 * goal if scaled.shape[1] else error > 0
+            if not bool(poor.any()):
+                break
+            trial = solution + torch.linalg.lu_solve(self.lu, self.pivots, error)
+            better = (scaled - self.K @ trial).abs().amax(1, keepdim=True) < 0.5 * error.abs().amax(1, keepdim=True)
+            solution = torch.where(better, trial, solution)
+            if not bool((poor & better).any()):
+                self.singular |= (error.abs().amax(1, keepdim=True) > CERTIFIED * goal).flatten()
+                break
         solution = solution.squeeze(-1) * self.scale
-        for row, inverse in self.inverse.items():
-            solution[row] = inverse @ right[row]
+        if len(self.suspects):
+            solution[self.suspects] = self._off_null(solution[self.suspects])
         w, eta = solution[:, :self.n], solution[:, self.n:] * self.root
         if self.active is not None:
             eta = c.new_zeros(len(c), self.m).scatter_(1, self.active, eta)
         return w, eta
 
+    def _find_null_space(self, visible: Tensor) -> None:
+        """Null vectors of the unscaled matrix, for the rows with a small pivot."""
+        rows = self.suspects
+        size, width = self.K.shape[1], 4
+        while True:
+            width = min(width, size)
+            vectors = _block_null(self.K[rows], self.lu[rows], self.pivots[rows], width)
+            if width == size or not bool((vectors.abs().amax(1) > 0).all(1).any()):
+                break
+            width *= 4
+        null = self.scale[rows].unsqueeze(-1) * vectors
+        gram = null.mT @ null
+        empty = gram.diagonal(dim1=1, dim2=2) == 0
+        gram.diagonal(dim1=1, dim2=2).add_(empty.to(gram.dtype))
+        self.null, self.gram = null, torch.linalg.cholesky(gram)
+        self.singular[rows] = _harmful(null / null.norm(dim=1, keepdim=True).clamp(min=1e-300), visible)
 
-def _pseudoinverse(K: Tensor, scale: Tensor) -> tuple[Tensor, bool]:
-    """Least-norm least-squares inverse of the unscaled matrix S^-1 K S^-1, S = diag(scale): (matrix, whether it is singular)."""
-    values, vectors = torch.linalg.eigh(K)
-    zero = values.abs() <= RANK * len(values) * values.abs().max()
-    inverse = torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, values))
-    inverse = scale.unsqueeze(1) * ((vectors * inverse) @ vectors.mT) * scale
-    if bool(zero.any()):
-        # The null space of the unscaled matrix is S times that of K.
-        null, _ = torch.linalg.qr(scale.unsqueeze(1) * vectors[:, zero])
-        inverse = inverse - null @ (null.mT @ inverse)
-        inverse = inverse - (inverse @ null) @ null.mT
-    return inverse, bool(zero.any())
+    def _off_null(self, right: Tensor) -> Tensor:
+        """The part of (rows, size) orthogonal to the null space."""
+        part = torch.cholesky_solve(self.null.mT @ right.unsqueeze(-1), self.gram)
+        return right - (self.null @ part).squeeze(-1)
+
+
+def _block_null(K: Tensor, lu: Tensor, pivots: Tensor, width: int) -> Tensor:
+    """Orthonormal null vectors of K (rows, size, size) among `width` Ritz vectors of inverse iteration; other columns are zero."""
+    start = torch.randn(K.shape[1], width, dtype=K.dtype, generator=torch.Generator().manual_seed(0)).expand(len(K), -1, -1)
+    basis = start
+    for _ in range(2):
+        basis, _ = torch.linalg.qr(torch.linalg.lu_solve(lu, pivots, basis))
+    values, mixing = torch.linalg.eigh((K @ basis).mT @ (K @ basis))
+    zero = values.clamp(min=0).sqrt() <= NULL * K.shape[1] ** 0.5 * 10
+    return torch.where(zero.unsqueeze(1), basis @ mixing, 0.0)
+
+
+def _harmful(null: Tensor, visible: Tensor) -> Tensor:
+    """(rows,) whether a null vector (rows, size, k) moves a constraint or a variable that the user sees."""
+    n = len(visible)
+    seen = null[:, :n][:, visible].abs().flatten(1)
+    dual = null[:, n:].abs().flatten(1)
+    both = torch.cat([seen, dual, null.new_zeros(len(null), 1)], 1)
+    return both.amax(1) > 1e-7
 
 
 class SparseSystem:
     """One sparse LDL' a row, regularised and refined."""
 
-    def __init__(self, data: Data, spectrum: ProductSpectrum):
-        batch = len(spectrum.values)
+    def __init__(self, data: Data, spectrum: ProductSpectrum, visible: Tensor):
         self.n, self.m = data.program.n, data.program.m
-        self.spectrum = spectrum
-        self.rows = [_SparseRow(data, spectrum, row) for row in range(batch)]
-        self.singular = torch.tensor([row.singular for row in self.rows], dtype=torch.bool)
+        self.rows = [_SparseRow(data, spectrum, visible, row) for row in range(len(spectrum.values))]
+
+    @property
+    def singular(self) -> Tensor:
+        return torch.tensor([row.singular for row in self.rows], dtype=torch.bool)
 
     def solve(self, a: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """a (B, n), c (B, m) -> w (B, n), e (B, m)."""
         w, e = np.empty((len(a), self.n)), np.zeros((len(a), self.m))
         for k, row in enumerate(self.rows):
             w[k], e[k, row.active] = row.solve(a[k].numpy(), c[k].numpy())
-        self.singular = torch.tensor([row.singular for row in self.rows], dtype=torch.bool)
         return torch.from_numpy(w), torch.from_numpy(e)
 
 
 class _SparseRow:
-    def __init__(self, data: Data, spectrum: ProductSpectrum, row: int):
+    def __init__(self, data: Data, spectrum: ProductSpectrum, visible: Tensor, row: int):
         program = data.program
         n, m = program.n, program.m
         d = spectrum.values[row].numpy()
@@ -134,48 +181,64 @@ class _SparseRow:
         A = sp.csr_array((data.A[row % len(data.A)].numpy()[order], columns, indptr), shape=(m, n))
         if not spectrum.is_diagonal:
             A = sp.csr_array(_basis(spectrum, row, m).T @ A)
+        self.n = n
         self.active = np.flatnonzero(d > 0)
         self.root = np.sqrt(d[self.active])
         B = sp.diags_array(self.root) @ A[self.active]
         corner = sp.diags_array(d[self.active] - 1)
-        upper = sp.csc_array(sp.block_array([[P + sp.csc_array((n, n)), B.T], [None, corner]], format="csc")) if n + len(self.active) else None
-        self.n = n
-        full = upper + sp.triu(upper, 1).T
-        largest = abs(full).max(axis=1).toarray().ravel()
-        self.scale = np.where(largest > 0, 1 / np.sqrt(np.where(largest > 0, largest, 1.0)), 1.0)
+        upper = sp.csr_array(sp.block_array([[P, B.T], [None, corner]], format="csr")) if len(self.active) else sp.csr_array(P)
+        K = sp.csr_array(upper + sp.triu(upper, 1).T)
+        largest = abs(K).max(axis=1).toarray().ravel()
+        self.scale = 1 / np.sqrt(np.where(largest > 0, largest, 1.0))
         scale = sp.diags_array(self.scale)
-        self.K = sp.csr_array(scale @ full @ scale)
-        shift = np.concatenate([np.full(n, REGULARISATION), np.full(len(self.active), -REGULARISATION)])
+        self.K = sp.csr_array(scale @ K @ scale)
+        # A larger shift than in the dense case: there is no pivoting here, and refinement is cheap.
+        shift = 100 * SHIFT * np.concatenate([np.ones(n), -np.ones(len(self.active))])
         self.factor = qdldl.Solver(sp.csc_matrix(sp.triu(self.K) + sp.diags_array(shift)), upper=True)
-        self.singular = bool(np.abs(self.factor.factors()[1]).min() < 100 * REGULARISATION)
-        self.inverse: np.ndarray | None = None
+        self.null: np.ndarray | None = None
+        self.singular = False
+        if np.abs(self.factor.factors()[1]).min(initial=1.0) <= 100 * SUSPECT:
+            self._find_null_space(visible)
 
     def solve(self, a: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        right = np.concatenate([a, self.root * c[self.active]])
+        right = self._off_null(np.concatenate([a, self.root * c[self.active]]))
         scaled = right * self.scale
-        size = np.abs(scaled).max() if len(scaled) else 0.0
+        size = np.abs(scaled).max(initial=0.0)
         solution, error = np.zeros_like(scaled), scaled
-        for _ in range(20):
-            if np.abs(error).max(initial=0.0) <= 1e-14 * size:
+        for _ in range(5 * REFINEMENTS):
+            if np.abs(error).max(initial=0.0) <= 1e-15 * size:
                 break
             trial = solution + self.factor.solve(error)
             trial_error = scaled - self.K @ trial
             if not np.abs(trial_error).max() < 0.9 * np.abs(error).max():
                 break
             solution, error = trial, trial_error
-        solution = solution * self.scale
-        if np.abs(error).max(initial=0.0) > 1e-9 * size:
+        if np.abs(error).max(initial=0.0) > CERTIFIED * size:
             self.singular = True
-            solution = _least_norm(self.K, self.scale, right)
+        solution = self._off_null(solution * self.scale)
         return solution[:self.n], solution[self.n:] * self.root
 
+    def _find_null_space(self, visible: Tensor) -> None:
+        size = self.K.shape[0]
+        start = np.random.default_rng(0)
+        width = 4
+        while True:
+            width = min(width, size)
+            basis = start.standard_normal((size, width))
+            for _ in range(3):
+                basis, _ = np.linalg.qr(np.column_stack([self.factor.solve(column) for column in basis.T]))
+            image = self.K @ basis
+            values, mixing = np.linalg.eigh(image.T @ image)
+            zero = np.sqrt(np.maximum(values, 0)) <= 1e3 * NULL * size ** 0.5
+            if width == size or not zero.all() or width >= 256:
+                break
+            width *= 4
+        if zero.any():
+            self.null, _ = np.linalg.qr(self.scale[:, None] * (basis @ mixing[:, zero]))
+            self.singular = bool(_harmful(torch.from_numpy(self.null)[None], visible)[0])
 
-def _least_norm(K: sp.csr_array, scale: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Least-norm least-squares solution where regularised refinement does not converge: by eigenvalues, or LSMR when large."""
-    if K.shape[0] <= 3000:
-        inverse, _ = _pseudoinverse(torch.from_numpy(K.toarray()), torch.from_numpy(scale))
-        return inverse.numpy() @ right
-    return scale * sp.linalg.lsmr(K, right * scale, atol=1e-14, btol=1e-14, conlim=1e14, maxiter=20 * K.shape[0])[0]
+    def _off_null(self, right: np.ndarray) -> np.ndarray:
+        return right if self.null is None else right - self.null @ (self.null.T @ right)
 
 
 def _basis(spectrum: ProductSpectrum, row: int, m: int) -> sp.csr_array:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from convlayer.cones.cone import Cone, Spectrum, finite_rows
+from convlayer.cones.cone import Cone, Spectrum
 
 TINY = 1e-100  # relative to |v|: a positive coordinate below this is rounded up to it, so that ratios and squares stay finite
 NEAR = 1e-290  # the least distance of the root from its anchor
 FAR = 2000.0  # the greatest: e^rho and e^-rho are then beyond anything v can balance
+SWEEPS = 10  # of plain Newton, which nearly always suffices
 ITERATIONS = 60
 
 
@@ -28,9 +29,9 @@ class _Root(NamedTuple):
 
 
 class _Case(NamedTuple):
-    """Which formula holds where; all but v (*batch,), and exclusive."""
+    """Which formula holds where; all (*batch,), and exclusive."""
 
-    v: Tensor  # (*batch, 3), divided by scale
+    v: tuple[Tensor, Tensor, Tensor]  # r, s, t divided by scale
     scale: Tensor
     inside: Tensor  # v in K
     polar: Tensor  # v in -K*, r > 0
@@ -64,51 +65,61 @@ class Exponential(Cone):
         rho = root.rho
         e, one, large = torch.exp(-rho.abs()), torch.ones_like(rho), rho > 0
         c, k = torch.where(large, e, one), torch.where(large, one, e)  # 1 and e^rho, divided by the greater
-        ray = torch.stack((rho * c, c, k), -1)
-        normal = torch.stack((k, k * (1 - rho), -c), -1)
-        ray_square, normal_square = ray.square().sum(-1, keepdim=True), normal.square().sum(-1, keepdim=True)
-        free, bent = root.a * normal_square[..., 0], root.b * ray_square[..., 0]
-        ray, normal = ray * ray_square.rsqrt(), normal * normal_square.rsqrt()
-        basis = torch.stack((ray, normal, torch.linalg.cross(ray, normal)), -1)
-        identity, first = _constants(v.dtype, v.device)
-        inside, polar, quadrant = case.inside, case.polar, case.quadrant
-        leading = ~polar
+        cc, kk, fall = c * c, k * k, 1 - rho
+        ray_square = torch.addcmul(kk, torch.addcmul(one, rho, rho), cc)
+        normal_square = torch.addcmul(cc, torch.addcmul(one, fall, fall), kk)
+        ray, normal = torch.rsqrt(ray_square), torch.rsqrt(normal_square)
+        both, ray_c, normal_k = ray * normal, ray * c, normal * k
+        columns = (
+            (rho * ray_c, normal_k, -both * torch.addcmul(cc, kk, fall)),
+            (ray_c, normal_k * fall, both * torch.addcmul(kk, rho, cc)),
+            (k * ray, -c * normal, -both * e * torch.addcmul(one, rho, fall, value=-1)),  # last: their cross product
+        )
+        basis = torch.stack([entry for row in columns for entry in row])
+        inside, leading, quadrant, (r, s, t) = case.inside, ~case.polar, case.quadrant, v.unbind(-1)
         if tolerance > 0:
-            original = case.v * case.scale.unsqueeze(-1)
             inside = inside | (_gap(root) * case.scale <= tolerance)
-            leading = leading | (_depth(_mirror(original)) <= tolerance) | inside
-            quadrant = (original[..., :2] <= tolerance).all(-1) & ~inside
-            corner = (original >= -tolerance) | first
-        else:
-            corner = (case.v >= 0) | first
-        middle = torch.where(inside, one, free / (free + bent) * ~polar)
-        values = torch.stack((leading.to(v.dtype), inside.to(v.dtype), middle), -1)
-        values = torch.where(quadrant.unsqueeze(-1), corner.to(v.dtype), values)
-        return p, Spectrum(values, torch.where(quadrant[..., None, None], identity, basis))
+            leading = leading | inside | (_depth(s - r, r, -t) <= tolerance)
+            quadrant = (v[..., :2] <= tolerance).all(-1) & ~inside
+        free, bent = root.a * normal_square, root.b * ray_square
+        middle = (free / (free + bent)).masked_fill(case.polar, 0.0).masked_fill(inside, 1.0)
+        middle = torch.where(quadrant, (t >= -tolerance).to(v.dtype), middle)
+        flat = inside | (quadrant & (s >= -tolerance))
+        values = torch.stack((leading.to(v.dtype), flat.to(v.dtype), middle), -1)
+        axes = quadrant.to(v.dtype)
+        basis = basis * (1 - axes)
+        basis[::4] += axes  # the identity on the quadrant
+        return p, Spectrum(values, basis.movedim(0, -1).contiguous().unflatten(-1, (3, 3)))
 
     def margin(self, v: Tensor) -> Tensor:
         p, root, case = self._solve(v)
-        r, s, t = case.v.unbind(-1)
+        r, s, t = case.v
         corner = torch.hypot(r.clamp(min=0), s.clamp(min=0))
         curved = torch.minimum(torch.minimum(_gap(root), _length(root)), corner)
         quadrant = torch.minimum(torch.minimum(-r, -s), t.abs())
         margin = torch.where(case.quadrant, quadrant, curved)
-        margin = torch.where(case.inside, _depth(case.v), margin)
-        return torch.where(case.polar, _depth(_mirror(case.v)), margin) * case.scale + (p - p).sum(-1)
+        margin = torch.where(case.inside, _depth(r, s, t), margin)
+        return torch.where(case.polar, _depth(s - r, r, -t), margin) * case.scale + (p - p).sum(-1)
 
     def _solve(self, v: Tensor) -> tuple[Tensor, _Root, _Case]:
-        safe, blot = finite_rows(v)
-        scale = safe.abs().amax(-1)
-        unit = safe / torch.where(scale > 0, scale, 1.0).unsqueeze(-1)
-        r, s, t = unit.unbind(-1)
+        r, s, t = v.unbind(-1)
+        blot = r * 0 + s * 0 + t * 0  # NaN where v is not finite
+        bad = blot != 0
+        rows = [row.masked_fill(bad, 0.0) for row in (r, s, t)]
+        scale = torch.maximum(torch.maximum(rows[0].abs(), rows[1].abs()), rows[2].abs())
+        safe = scale.masked_fill(scale == 0, 1.0)
+        r, s, t = (row / safe for row in rows)
         quadrant = (r <= 0) & (s <= 0)
         inside = (s > 0) & (s * torch.exp(r / s) <= t)
         polar = (r > 0) & (r * torch.exp(s / r - 1) <= -t)
-        root = _root(torch.where(quadrant, 1.0, r), torch.where(quadrant, 1.0, s), t, ~(quadrant | inside | polar))
-        p = torch.stack((root.a * root.rho, root.a, root.rise), -1) * torch.where(polar, 0.0, scale).unsqueeze(-1)
-        face = torch.stack((v[..., 0], torch.zeros_like(r), v[..., 2].clamp(min=0)), -1)
-        p = torch.where(inside.unsqueeze(-1), v, torch.where(quadrant.unsqueeze(-1), face, p))
-        return p + blot, root, _Case(unit, scale, inside, polar, quadrant)
+        closed = quadrant | inside
+        root = _root(r.masked_fill(quadrant, 1.0), s.masked_fill(quadrant, 1.0), t, ~(closed | polar))
+        size = scale.masked_fill(polar, 0.0)
+        p_r = torch.where(closed, rows[0], root.a * root.rho * size)
+        p_s = torch.where(closed, rows[1].clamp(min=0), root.a * size)
+        p_t = torch.where(closed, rows[2].clamp(min=0), root.rise * size)
+        p = torch.stack((p_r + blot, p_s + blot, p_t + blot), -1)
+        return p, root, _Case((r, s, t), scale, inside, polar, quadrant)
 
 
 def _root(r: Tensor, s: Tensor, t: Tensor, wanted: Tensor) -> _Root:
@@ -142,15 +153,14 @@ def _root(r: Tensor, s: Tensor, t: Tensor, wanted: Tensor) -> _Root:
     theta, nu = torch.where(from_upper, t, -t) / m, n / m
     x0 = torch.where(from_upper, nu, nu - 1)
     d0 = nu * (nu - 1) + 1
-    least = torch.full_like(d0, 1e-300)
     most = torch.where(nu > 0, d0 / (2 * nu), FAR).clamp(max=FAR)
     start = torch.exp(x0.clamp(max=100))
     start = (d0 * start * (start - theta)).clamp(min=NEAR, max=1e290)
     d = torch.where(start < 1, start, torch.minimum(1 + 0.5 * torch.log(start), most))
     positive, magnitude, theta_square = theta >= 0, theta.abs(), theta * theta
-    settled = (x0.abs() + 1) * 1e-15
-    idle = ~wanted | (d <= NEAR)
-    for _ in range(ITERATIONS):
+
+    def newton(d: Tensor) -> tuple[Tensor, Tensor]:
+        """The equation at d, and Newton's step there."""
         y = nu - d
         quadratic = y * (y - 1) + 1
         rest = torch.addcmul(d0, nu, d, value=-1)
@@ -160,15 +170,18 @@ def _root(r: Tensor, s: Tensor, t: Tensor, wanted: Tensor) -> _Root:
         value = x0 - d + torch.log(torch.where(positive, other / c, c / own))
         tau = theta / wide
         slope = ((tau + 1) * nu / rest + (1 - tau) / d) * 0.5 + 1 + tau * (1 - 2 * y) / quadratic
-        least, most = torch.where(value > 0, d, least), torch.where(value > 0, most, d)
-        step = value / slope
-        new = d + step
-        done = (step.abs() <= 1e-8 * d) | (value.abs() <= settled)
-        trusted = ((new > least) & (new < most)) | done
-        d = torch.where(idle, d, torch.where(trusted, new, torch.sqrt(least) * torch.sqrt(most)))
-        idle = idle | done | (d <= NEAR)
-        if bool(idle.all()):
+        return value, value / slope
+
+    settled = (x0.abs() + d + 1) * 4e-15
+    first, idle = d, ~wanted | (d <= NEAR)
+    for sweep in range(SWEEPS):
+        value, step = newton(d)
+        d = torch.minimum(torch.maximum(d + step, d * 0.0625), most)
+        if sweep > 1 and bool(((step.abs() <= 1e-7 * d) | (value.abs() <= settled) | idle).all()):
             break
+    else:
+        d = _bracketed(newton, first, most, settled, idle)
+    d = torch.where(idle, first, d)
     y = nu - d
     quadratic = y * (y - 1) + 1
     own, other = d / quadratic, torch.addcmul(d0, nu, d, value=-1) / quadratic
@@ -185,6 +198,24 @@ def _root(r: Tensor, s: Tensor, t: Tensor, wanted: Tensor) -> _Root:
     )
 
 
+def _bracketed(
+    newton: Callable[[Tensor], tuple[Tensor, Tensor]], d: Tensor, most: Tensor, settled: Tensor, idle: Tensor
+) -> Tensor:
+    """Newton's method where it stays inside a bracket, else bisection of log d."""
+    least = torch.full_like(d, 1e-300)
+    for _ in range(ITERATIONS):
+        value, step = newton(d)
+        least, most = torch.where(value > 0, d, least), torch.where(value > 0, most, d)
+        new = d + step
+        done = (step.abs() <= 1e-7 * d) | (value.abs() <= settled)
+        trusted = ((new > least) & (new < most)) | done
+        d = torch.where(idle, d, torch.where(trusted, new, torch.sqrt(least) * torch.sqrt(most)))
+        idle = idle | done | (d <= NEAR)
+        if bool(idle.all()):
+            break
+    return d
+
+
 def _gap(root: _Root) -> Tensor:
     """|v - p| on the curved boundary."""
     return torch.hypot(root.b * torch.hypot(torch.ones_like(root.rho), 1 - root.rho), root.fall)
@@ -195,24 +226,12 @@ def _length(root: _Root) -> Tensor:
     return torch.hypot(root.a * torch.hypot(torch.ones_like(root.rho), root.rho), root.rise)
 
 
-def _depth(v: Tensor) -> Tensor:
-    """How far v in K is from the surface of K, within a small factor: the least of the distances along the axes and of
-    the first-order one of the concave function s log(t/s) - r."""
-    r, s, t = v.unbind(-1)
+def _depth(r: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """How far a point of K is from the surface of K, within a small factor: the least of distances along the axes and of
+    the first-order one of the concave function s log(t/s) - r. At (s - r, r, -t), a map with singular values between
+    0.6 and 1.7, it is that of a point of -K* from the surface of -K*."""
     slope = torch.log(t / s)
     along_r = s * slope - r
     first_order = along_r * torch.rsqrt(1 + (slope - 1).square() + (s / t).square())
     along_t = t - s * torch.exp(r / s)
     return torch.minimum(torch.minimum(first_order, along_t), s).clamp(min=0)
-
-
-def _mirror(v: Tensor) -> Tensor:
-    """The linear map that takes -K* to K, with singular values between 0.6 and 1.7."""
-    r, s, t = v.unbind(-1)
-    return torch.stack((s - r, r, -t), -1)
-
-
-@lru_cache(maxsize=16)
-def _constants(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The identity, and the mask of the first coordinate."""
-    return torch.eye(3, dtype=dtype, device=device), torch.tensor([True, False, False], device=device)

@@ -111,6 +111,6 @@ def _layout(n: int, dtype: torch.dtype, device: torch.device) -> _Layout:
     column, row = torch.tril_indices(n, n, device=device)
     index = torch.arange(n, device=device)
     low, high = torch.minimum(index[:, None], index), torch.maximum(index[:, None], index)
-    scale = torch.where(row == column, 1.0, sqrt(2)).to(dtype)
+    scale = torch.where(row == column, 1.0, 2.0).to(dtype).sqrt()
     place = (high * (high + 1) // 2 + low).flatten()
     return _Layout(row, column, row * n + column, place, scale, scale[:, None] * scale / 2)
