@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from convlayer.cones import ProductSpectrum
-from convlayer.kkt import DenseSystem, SparseSystem, factorise
+from convlayer.kkt import DenseSystem, SparseSystem, Visible, factorise
 from convlayer.program import Data, Operators
 from convlayer.residual import residual
 
@@ -39,10 +39,10 @@ class Zero:
     degenerate: Tensor  # (B,) weakly active or singular
 
 
-def polish(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Tensor, *, differentiable: bool) -> Zero:
+def polish(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visible, *, differentiable: bool) -> Zero:
     """Semismooth Newton on the residual map from (x, y - s); a row moves only if its residual falls.
 
-    visible: (n,) which entries of x the user sees; a solution that is not unique elsewhere is not flagged.
+    visible: where a solution or multiplier that is not unique is flagged.
     """
     cones = operators.data.program.cones
     v = y - s
@@ -89,7 +89,7 @@ def _same(old: ProductSpectrum, new: ProductSpectrum, v: Tensor, v_new: Tensor) 
 
 
 def _newton(operators: Operators, spectrum: ProductSpectrum, system, F1: Tensor, F2: Tensor) -> tuple[Tensor, Tensor]:
-    dx, e = system.solve(-F1, -spectrum.to_basis(F2))
+    dx, e = system.solve(-F1, -spectrum.to_basis(F2), refine=False)
     return dx, operators.A(dx) + F2 + spectrum.from_basis(e)
 
 

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from convlayer.cones import Product
 from convlayer.diagnose import check_arguments, check_convexity
+from convlayer.kkt import Visible
 from convlayer.program import Program
 
 
@@ -107,13 +108,21 @@ class Canonical:
     sizes: dict[str, Any] = field(default_factory=dict)  # the problem as the user wrote it, for explain()
 
     @cached_property
-    def visible(self) -> Tensor:
-        """(n,) the entries of x that some output reads."""
-        seen = torch.zeros(self.program.n, dtype=torch.bool)
+    def visible(self) -> Visible:
+        """What some output reads or some parameter moves."""
+        x, y = torch.zeros(self.program.n, dtype=torch.bool), torch.zeros(self.program.m, dtype=torch.bool)
         for recovery in self.variables:
-            if not recovery.dual:
-                seen[recovery.position] = True
-        return seen
+            (y if recovery.dual else x)[recovery.position] = True
+        for parameter in self.parameters:
+            for name, seen in (("q", x), ("b", y)):
+                if name in parameter.maps:
+                    seen[torch.from_numpy(np.diff(parameter.maps[name].indptr) > 0)] = True
+        index = self.program.indices
+        x[index["A_cols"][self.moving["A"]]] = True
+        y[index["A_rows"][self.moving["A"]]] = True
+        x[index["P_rows"][self.moving["P"]]] = True
+        x[index["P_cols"][self.moving["P"]]] = True
+        return Visible(x, y)
 
     def objective(self, value: Tensor) -> Tensor:
         """The user's objective from the cone program's."""
@@ -178,6 +187,9 @@ def _tensors(cone_program) -> tuple[Program, dict[str, sp.csr_array]]:
 
     q = sp.csr_array(cone_program.q)
     tensors = {"P": P_part, "q": q[:n], "A": A_part, "b": b_part, "d": q[n:]}
+    for tensor in tensors.values():
+        tensor.sum_duplicates()
+        tensor.eliminate_zeros()
 
     dims = cone_program.cone_dims
     cones = Product.from_dims(zero=dims.zero, nonnegative=dims.nonneg, second_order=tuple(dims.soc), psd=tuple(dims.psd),

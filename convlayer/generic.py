@@ -128,7 +128,8 @@ def _solve(call: Call, data: Data, d: Tensor, batch: int) -> tuple[Tensor, Tenso
     if not len(good):
         return x, s, y, []
 
-    scaled, scaling = normalise(data.rows(good).widen(len(good)))
+    chosen = data if len(good) == batch else data.rows(good)
+    scaled, scaling = normalise(chosen.widen(len(good)))
     iterates = solve_batch(call.solver, scaled, call.tolerance, call.options, _start(call, scaling, good), call.executor)
     x_s, s_s, y_s = (torch.from_numpy(np.array([getattr(it, name) for it in iterates], dtype=np.float64).reshape(len(good), -1))
                      for name in ("x", "s", "y"))

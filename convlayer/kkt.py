@@ -10,11 +10,13 @@ K (w, eta) = (a, sqrt(d) c) and e = sqrt(d) eta, both in U's coordinates: what N
 
 What is factored is K + delta diag(1, -1), which is quasidefinite and so never singular; iterative refinement against K removes
 the shift again. Where K itself is singular, its null space is found by inverse iteration with that factor, and the solution is the
-least-norm least-squares one. Such a row is flagged, unless the null space touches neither a constraint nor a variable that the user
-sees: canonical auxiliaries that are free to move do no harm.
+least-norm least-squares one. Such a row is flagged, unless the null space touches nothing that the user sees or moves (`Visible`):
+canonical auxiliaries that are free, or constraints that are redundant whatever the parameters, do no harm.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import qdldl
@@ -27,14 +29,21 @@ from convlayer.program import Data, Operators
 
 SHIFT = 1e-11  # delta, relative to the equilibrated matrix
 SUSPECT = 1e-9  # a pivot below this may be the sign of a null vector
-NULL = 1e-13  # |K z| below this share of |z| (times the size) makes z one
+NULL = 1e-12  # |K z| below this share of |z| (times the size) makes z one
 REFINEMENTS = 6
 CERTIFIED = 1e-10  # relative residual that a solve must reach, or the row is flagged
 DENSE_SIZE = 160  # at most this many unknowns: dense always; more: dense only if a good part of K is nonzero
 DENSE_SHARE = 0.15
 
 
-def factorise(operators: Operators, spectrum: ProductSpectrum, visible: Tensor) -> DenseSystem | SparseSystem:
+class Visible(NamedTuple):
+    """The entries of x and rows of A where a null vector of K would make an output or a gradient ambiguous."""
+
+    x: Tensor  # (n,) bool
+    y: Tensor  # (m,) bool
+
+
+def factorise(operators: Operators, spectrum: ProductSpectrum, visible: Visible) -> DenseSystem | SparseSystem:
     """The system at one point, by dense or sparse factorisation, whichever is expected to be cheaper."""
     program = operators.data.program
     active = int((spectrum.values > 0).sum(-1).max()) if spectrum.values.numel() else 0
@@ -48,12 +57,12 @@ def factorise(operators: Operators, spectrum: ProductSpectrum, visible: Tensor) 
 class DenseSystem:
     """Batched LU of the equilibrated matrix."""
 
-    def __init__(self, operators: Operators, spectrum: ProductSpectrum, visible: Tensor, active: int):
+    def __init__(self, operators: Operators, spectrum: ProductSpectrum, visible: Visible, active: int):
         A = operators.A_dense
         batch, m, n = len(spectrum.values), A.shape[1], A.shape[2]
         d = spectrum.values
         A = spectrum.to_basis(A.expand(batch, -1, -1), columns=True) if not spectrum.is_diagonal else A.expand(batch, -1, -1)
-        self.n, self.m = n, m
+        self.n, self.m, self.spectrum = n, m, spectrum
         # The rows with d > 0, gathered to the front; a batch row with fewer is padded by rows with d = 0, which are decoupled.
         self.active = None if active == m else torch.topk((d > 0).to(torch.uint8), active, dim=1, sorted=True).indices
         if self.active is not None:
@@ -62,60 +71,72 @@ class DenseSystem:
         self.root = d.clamp(min=0).sqrt()
         B = A * self.root.unsqueeze(-1)
         size = n + active
-        K = A.new_zeros(batch, size, size)
-        K[:, :n, :n] = operators.P_dense
+        P = operators.P_dense
+        B_size = B.abs()
+        upper, lower = P.abs().amax(2).expand(batch, -1), 1 - d
+        if active:
+            upper, lower = torch.maximum(upper, B_size.amax(1)), torch.maximum(lower, B_size.amax(2))
+        largest = torch.cat([upper, lower], 1)
+        self.scale = torch.where(largest > 0, largest.rsqrt(), 1.0)
+        primal, dual = self.scale[:, :n], self.scale[:, n:]
+        B = B * dual.unsqueeze(2) * primal.unsqueeze(1)
+        # K is kept with the shift on its diagonal; `_product` takes it off again.
+        self.shift = torch.cat([P.new_full((n,), SHIFT), P.new_full((active,), -SHIFT)])
+        K = P.new_zeros(batch, size, size)
+        K[:, :n, :n] = P * primal.unsqueeze(1) * primal.unsqueeze(2)
         K[:, n:, :n] = B
         K[:, :n, n:] = B.mT
-        K[:, n:, n:].diagonal(dim1=1, dim2=2).copy_(d - 1)
-        largest = K.abs().amax(2) if size else K.new_zeros(batch, 0)
-        self.scale = torch.where(largest > 0, largest.rsqrt(), 1.0)
-        self.K = K.mul_(self.scale.unsqueeze(1)).mul_(self.scale.unsqueeze(2))
-        shifted = self.K.clone()
-        diagonal = shifted.diagonal(dim1=1, dim2=2)
-        diagonal[:, :n] += SHIFT
-        diagonal[:, n:] -= SHIFT
-        self.lu, self.pivots, _ = torch.linalg.lu_factor_ex(shifted)
+        K.diagonal(dim1=1, dim2=2)[:, n:] = (d - 1) * dual.square()
+        K.diagonal(dim1=1, dim2=2).add_(self.shift)
+        self.K = K
+        self.lu, self.pivots, _ = torch.linalg.lu_factor_ex(K)
         self.singular = torch.zeros(batch, dtype=torch.bool)
         pivots = self.lu.diagonal(dim1=1, dim2=2).abs()
         self.suspects = torch.nonzero(pivots.amin(1) <= SUSPECT).flatten() if size else torch.zeros(0, dtype=torch.int64)
         if len(self.suspects):
             self._find_null_space(visible)
 
-    def solve(self, a: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """a (B, n), c (B, m) -> w (B, n), e (B, m)."""
+    def solve(self, a: Tensor, c: Tensor, *, refine: bool = True) -> tuple[Tensor, Tensor]:
+        """a (B, n), c (B, m) -> w (B, n), e (B, m); without `refine` to the accuracy of the shifted factor, for Newton."""
         c_active = c if self.active is None else c.gather(1, self.active)
         right = torch.cat([a, self.root * c_active], 1)
-        if len(self.suspects):
-            right[self.suspects] = self._off_null(right[self.suspects])
+        right = self._off_null(right)
         scaled = (right * self.scale).unsqueeze(-1)
-        goal = scaled.abs().amax(1, keepdim=True) if scaled.shape[1] else scaled
         solution = torch.linalg.lu_solve(self.lu, self.pivots, scaled)
-        for _ in range(REFINEMENTS):
-            error = scaled - self.K @ solution
-            poor = error.abs().amax(1, keepdim=True) > 1e-15 * goal if scaled.shape[1] else error > 0
-            if not bool(poor.any()):
-                break
-            trial = solution + torch.linalg.lu_solve(self.lu, self.pivots, error)
-            better = (scaled - self.K @ trial).abs().amax(1, keepdim=True) < 0.5 * error.abs().amax(1, keepdim=True)
-            solution = torch.where(better, trial, solution)
-            if not bool((poor & better).any()):
-                self.singular |= (error.abs().amax(1, keepdim=True) > CERTIFIED * goal).flatten()
-                break
-        solution = solution.squeeze(-1) * self.scale
-        if len(self.suspects):
-            solution[self.suspects] = self._off_null(solution[self.suspects])
+        if refine and scaled.numel():
+            solution = self._refined(scaled, solution)
+        solution = self._off_null(solution.squeeze(-1) * self.scale)
         w, eta = solution[:, :self.n], solution[:, self.n:] * self.root
         if self.active is not None:
             eta = c.new_zeros(len(c), self.m).scatter_(1, self.active, eta)
         return w, eta
 
-    def _find_null_space(self, visible: Tensor) -> None:
+    def _refined(self, right: Tensor, solution: Tensor) -> Tensor:
+        """Iterative refinement against K itself; a row that stays inaccurate is flagged."""
+        goal = right.abs().amax(1, keepdim=True)
+        error = right - self._product(solution)
+        for _ in range(REFINEMENTS):
+            trial = solution + torch.linalg.lu_solve(self.lu, self.pivots, error)
+            trial_error = right - self._product(trial)
+            before, after = error.abs().amax(1, keepdim=True), trial_error.abs().amax(1, keepdim=True)
+            better = after < before
+            solution, error = torch.where(better, trial, solution), torch.where(better, trial_error, error)
+            if not bool((better & (after < 0.5 * before) & (after > 1e-15 * goal)).any()):
+                break
+        self.singular |= (error.abs().amax(1, keepdim=True) > CERTIFIED * goal).flatten()
+        return solution
+
+    def _product(self, x: Tensor) -> Tensor:
+        """K x for x (B, size, k), or of some rows' matrix."""
+        return self.K @ x - self.shift.unsqueeze(-1) * x
+
+    def _find_null_space(self, visible: Visible) -> None:
         """Null vectors of the unscaled matrix, for the rows with a small pivot."""
         rows = self.suspects
         size, width = self.K.shape[1], 4
         while True:
             width = min(width, size)
-            vectors = _block_null(self.K[rows], self.lu[rows], self.pivots[rows], width)
+            vectors = self._null_vectors(rows, width)
             if width == size or not bool((vectors.abs().amax(1) > 0).all(1).any()):
                 break
             width *= 4
@@ -124,38 +145,45 @@ class DenseSystem:
         empty = gram.diagonal(dim1=1, dim2=2) == 0
         gram.diagonal(dim1=1, dim2=2).add_(empty.to(gram.dtype))
         self.null, self.gram = null, torch.linalg.cholesky(gram)
-        self.singular[rows] = _harmful(null / null.norm(dim=1, keepdim=True).clamp(min=1e-300), visible)
+        unit = null / null.norm(dim=1, keepdim=True).clamp(min=1e-300)
+        dual = unit[:, self.n:] * self.root[rows].unsqueeze(-1)
+        if self.active is not None:
+            place = self.active[rows].unsqueeze(-1).expand_as(dual)
+            dual = dual.new_zeros(len(rows), self.m, dual.shape[2]).scatter_(1, place, dual)
+        dual = self.spectrum.index_select(rows).from_basis(dual, columns=True)
+        self.singular[rows] = _harmful(unit[:, :self.n], dual, visible)
+
+    def _null_vectors(self, rows: Tensor, width: int) -> Tensor:
+        """Orthonormal null vectors of K among `width` Ritz vectors of inverse iteration, (rows, size, width); other columns are zero."""
+        K, lu, pivots = self.K[rows], self.lu[rows], self.pivots[rows]
+        size = K.shape[1]
+        basis = torch.randn(size, width, dtype=K.dtype, generator=torch.Generator().manual_seed(0)).expand(len(K), -1, -1)
+        for _ in range(2):
+            basis, _ = torch.linalg.qr(torch.linalg.lu_solve(lu, pivots, basis))
+        image = K @ basis - self.shift.unsqueeze(-1) * basis
+        values, mixing = torch.linalg.eigh(image.mT @ image)
+        zero = values.clamp(min=0).sqrt() <= NULL * size ** 0.5
+        return torch.where(zero.unsqueeze(1), basis @ mixing, 0.0)
 
     def _off_null(self, right: Tensor) -> Tensor:
-        """The part of (rows, size) orthogonal to the null space."""
-        part = torch.cholesky_solve(self.null.mT @ right.unsqueeze(-1), self.gram)
-        return right - (self.null @ part).squeeze(-1)
+        """The part of (B, size) orthogonal to the null spaces found."""
+        if not len(self.suspects):
+            return right
+        part = right[self.suspects]
+        coordinates = torch.cholesky_solve(self.null.mT @ part.unsqueeze(-1), self.gram)
+        return right.index_copy(0, self.suspects, part - (self.null @ coordinates).squeeze(-1))
 
 
-def _block_null(K: Tensor, lu: Tensor, pivots: Tensor, width: int) -> Tensor:
-    """Orthonormal null vectors of K (rows, size, size) among `width` Ritz vectors of inverse iteration; other columns are zero."""
-    start = torch.randn(K.shape[1], width, dtype=K.dtype, generator=torch.Generator().manual_seed(0)).expand(len(K), -1, -1)
-    basis = start
-    for _ in range(2):
-        basis, _ = torch.linalg.qr(torch.linalg.lu_solve(lu, pivots, basis))
-    values, mixing = torch.linalg.eigh((K @ basis).mT @ (K @ basis))
-    zero = values.clamp(min=0).sqrt() <= NULL * K.shape[1] ** 0.5 * 10
-    return torch.where(zero.unsqueeze(1), basis @ mixing, 0.0)
-
-
-def _harmful(null: Tensor, visible: Tensor) -> Tensor:
-    """(rows,) whether a null vector (rows, size, k) moves a constraint or a variable that the user sees."""
-    n = len(visible)
-    seen = null[:, :n][:, visible].abs().flatten(1)
-    dual = null[:, n:].abs().flatten(1)
-    both = torch.cat([seen, dual, null.new_zeros(len(null), 1)], 1)
-    return both.amax(1) > 1e-7
+def _harmful(primal: Tensor, dual: Tensor, visible: Visible) -> Tensor:
+    """(rows,) whether unit null vectors, (rows, n, k) and (rows, m, k), touch what the user sees or moves."""
+    touched = torch.cat([primal[:, visible.x].flatten(1), dual[:, visible.y].flatten(1), primal.new_zeros(len(primal), 1)], 1)
+    return touched.abs().amax(1) > 1e-7
 
 
 class SparseSystem:
     """One sparse LDL' a row, regularised and refined."""
 
-    def __init__(self, data: Data, spectrum: ProductSpectrum, visible: Tensor):
+    def __init__(self, data: Data, spectrum: ProductSpectrum, visible: Visible):
         self.n, self.m = data.program.n, data.program.m
         self.rows = [_SparseRow(data, spectrum, visible, row) for row in range(len(spectrum.values))]
 
@@ -163,8 +191,8 @@ class SparseSystem:
     def singular(self) -> Tensor:
         return torch.tensor([row.singular for row in self.rows], dtype=torch.bool)
 
-    def solve(self, a: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """a (B, n), c (B, m) -> w (B, n), e (B, m)."""
+    def solve(self, a: Tensor, c: Tensor, *, refine: bool = True) -> tuple[Tensor, Tensor]:
+        """a (B, n), c (B, m) -> w (B, n), e (B, m); always refined."""
         w, e = np.empty((len(a), self.n)), np.zeros((len(a), self.m))
         for k, row in enumerate(self.rows):
             w[k], e[k, row.active] = row.solve(a[k].numpy(), c[k].numpy())
@@ -172,16 +200,17 @@ class SparseSystem:
 
 
 class _SparseRow:
-    def __init__(self, data: Data, spectrum: ProductSpectrum, visible: Tensor, row: int):
+    def __init__(self, data: Data, spectrum: ProductSpectrum, visible: Visible, row: int):
         program = data.program
         n, m = program.n, program.m
         d = spectrum.values[row].numpy()
         P = sp.csc_array((data.P[row % len(data.P)].numpy(), program.P_rows, program.P_indptr), shape=(n, n))
         order, columns, indptr = program.A_by_row
         A = sp.csr_array((data.A[row % len(data.A)].numpy()[order], columns, indptr), shape=(m, n))
-        if not spectrum.is_diagonal:
-            A = sp.csr_array(_basis(spectrum, row, m).T @ A)
-        self.n = n
+        basis = None if spectrum.is_diagonal else _basis(spectrum, row, m)
+        if basis is not None:
+            A = sp.csr_array(basis.T @ A)
+        self.n, self.m = n, m
         self.active = np.flatnonzero(d > 0)
         self.root = np.sqrt(d[self.active])
         B = sp.diags_array(self.root) @ A[self.active]
@@ -198,7 +227,7 @@ class _SparseRow:
         self.null: np.ndarray | None = None
         self.singular = False
         if np.abs(self.factor.factors()[1]).min(initial=1.0) <= 100 * SUSPECT:
-            self._find_null_space(visible)
+            self._find_null_space(visible, basis)
 
     def solve(self, a: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         right = self._off_null(np.concatenate([a, self.root * c[self.active]]))
@@ -218,7 +247,7 @@ class _SparseRow:
         solution = self._off_null(solution * self.scale)
         return solution[:self.n], solution[self.n:] * self.root
 
-    def _find_null_space(self, visible: Tensor) -> None:
+    def _find_null_space(self, visible: Visible, rotation: sp.csr_array | None) -> None:
         size = self.K.shape[0]
         start = np.random.default_rng(0)
         width = 4
@@ -229,13 +258,16 @@ class _SparseRow:
                 basis, _ = np.linalg.qr(np.column_stack([self.factor.solve(column) for column in basis.T]))
             image = self.K @ basis
             values, mixing = np.linalg.eigh(image.T @ image)
-            zero = np.sqrt(np.maximum(values, 0)) <= 1e3 * NULL * size ** 0.5
+            zero = np.sqrt(np.maximum(values, 0)) <= 100 * NULL * size ** 0.5
             if width == size or not zero.all() or width >= 256:
                 break
             width *= 4
         if zero.any():
             self.null, _ = np.linalg.qr(self.scale[:, None] * (basis @ mixing[:, zero]))
-            self.singular = bool(_harmful(torch.from_numpy(self.null)[None], visible)[0])
+            dual = np.zeros((self.m, self.null.shape[1]))
+            dual[self.active] = self.root[:, None] * self.null[self.n:]
+            dual = dual if rotation is None else rotation @ dual
+            self.singular = bool(_harmful(torch.from_numpy(self.null[None, :self.n]), torch.from_numpy(dual[None]), visible)[0])
 
     def _off_null(self, right: np.ndarray) -> np.ndarray:
         return right if self.null is None else right - self.null @ (self.null.T @ right)

@@ -15,7 +15,7 @@ from torch import Tensor
 class Spectrum:
     """The derivative of a projection, DPi(v) = basis @ diag(values) @ basis.T.
 
-    The projection onto a closed convex cone is nonexpansive and the gradient of a convex function, hence DPi is symmetric
+    The projection onto a closed convex cone is nonexpansive and the gradient of a convex function, so DPi is symmetric
     with 0 <= DPi <= I, and its roots and complements cost nothing once it is diagonal.
     """
 
@@ -75,7 +75,7 @@ def spectral_weight(left: Tensor, right: Tensor) -> Tensor:
         1/2 (1 + (left + right) / (|left| + |right|)),   and 1 where both are 0
     """
     total = left.abs() + right.abs()
-    return torch.where(total > 0, (0.5 * (left + right) / total + 0.5), 1.0)
+    return torch.where((total > 0) & (total < torch.inf), 0.5 * (left + right) / total + 0.5, 1.0)
 
 
 def lift(eigenvalues: Tensor, tolerance: float) -> Tensor:

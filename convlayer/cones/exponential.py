@@ -11,7 +11,7 @@ from torch import Tensor
 
 from convlayer.cones.cone import Cone, Spectrum
 
-TINY = 1e-100  # relative to |v|: a positive coordinate below this is rounded up to it, so that ratios and squares stay finite
+TINY = 1e-100  # relative to |v|: a positive r or s below it is rounded up, so that ratios and their squares stay finite
 NEAR = 1e-290  # the least distance of the root from its anchor
 FAR = 2000.0  # the greatest: e^rho and e^-rho are then beyond anything v can balance
 SWEEPS = 10  # of plain Newton, which nearly always suffices
@@ -125,14 +125,14 @@ class Exponential(Cone):
 def _root(r: Tensor, s: Tensor, t: Tensor, wanted: Tensor) -> _Root:
     """Solve a e^rho - b e^-rho = t for rho where `wanted`; elsewhere something finite.
 
-    a = ((rho - 1) r + s)/D and b = (r - rho s)/D with D = rho^2 - rho + 1, both positive between 1 - s/r and r/s (an end
-    is infinite where r or s is not positive). Either end may be so near that only the distance d from it is a number, so
-    the unknown is d, measured from the nearer end, and the coefficient that vanishes there is d m/D to full accuracy:
+    a = ((rho - 1) r + s)/D and b = (r - rho s)/D with D = rho^2 - rho + 1, both positive between 1 - s/r and r/s (an
+    end is infinite where r or s is not positive). Either end may be so near that only the distance d from it is a
+    number, so the unknown is d, from the nearer end, and the coefficient that vanishes there is d m/D, accurately:
 
         from r/s:      m = s,  n = r,  theta = t/s,   x = rho  = nu - d        own = b, other = a
         from 1 - s/r:  m = r,  n = s,  theta = -t/r,  x = -rho = nu - 1 - d    own = a, other = b
 
-    and in both cases, with nu = n/m,   own = m d/D,  other = m (D0 - nu d)/D,  D0 = nu^2 - nu + 1, and the equation is
+    and in both cases, with nu = n/m,  own = m d/D,  other = m (D0 - nu d)/D,  D0 = nu^2 - nu + 1, and the equation is
     (other e^x - own e^-x)/m = theta. As a quadratic in e^x it has one positive root, whose logarithm gives
 
         0 = x - asinh(theta/(2 g)) + log(other/own)/2,   g = sqrt(own other)/m,
@@ -227,7 +227,7 @@ def _length(root: _Root) -> Tensor:
 
 
 def _depth(r: Tensor, s: Tensor, t: Tensor) -> Tensor:
-    """How far a point of K is from the surface of K, within a small factor: the least of distances along the axes and of
+    """How far a point of K is from the surface of K, within a small factor: the least of two distances along axes and
     the first-order one of the concave function s log(t/s) - r. At (s - r, r, -t), a map with singular values between
     0.6 and 1.7, it is that of a point of -K* from the surface of -K*."""
     slope = torch.log(t / s)

@@ -81,7 +81,7 @@ class Power(Cone):
         inside, leading = case.inside, ~case.polar
         if tolerance > 0:
             inside = inside | ((case.v - _point(root, sign)).norm(dim=-1) * case.scale <= tolerance)
-            leading = leading | inside | (self._depth(self._mirror(case.v)) * case.scale <= tolerance)
+            leading = leading | inside | (self._polar_depth(case.v) * case.scale <= tolerance)
         middle = torch.where(inside, 1.0, middle * ~case.polar)
         values = torch.stack((leading.to(v.dtype), inside.to(v.dtype), middle), -1)
         values = torch.where(case.flat.unsqueeze(-1), self._flat_values(case, tolerance), values)
@@ -89,14 +89,14 @@ class Power(Cone):
         return p, Spectrum(values, torch.where(case.flat[..., None, None], identity, basis))
 
     def margin(self, v: Tensor) -> Tensor:
-        p, root, case = self._solve(v)
-        x, y, z = case.v.unbind(-1)
+        p, _, case = self._solve(v)
+        x, y, _ = case.v.unbind(-1)
         unit = p / torch.where(case.scale > 0, case.scale, 1.0).unsqueeze(-1)
         curved = torch.minimum((case.v - unit).norm(dim=-1), unit.norm(dim=-1))
-        flat = torch.where((x < 0) & (y < 0), self._depth(self._mirror(case.v)), torch.minimum(x.abs(), y.abs()))
+        flat = torch.where((x < 0) & (y < 0), self._polar_depth(case.v), torch.minimum(x.abs(), y.abs()))
         margin = torch.where(case.flat, flat, curved)
         margin = torch.where(case.inside, self._depth(case.v), margin)
-        return torch.where(case.polar, self._depth(self._mirror(case.v)), margin) * case.scale
+        return torch.where(case.polar, self._polar_depth(case.v), margin) * case.scale
 
     @property
     def parameter(self) -> float | None:
@@ -125,7 +125,8 @@ class Power(Cone):
         polar = (x <= 0) & (y <= 0) & ((-x / alpha) ** alpha * (-y / beta) ** beta >= height) & ~inside
         flat = (height <= FLAT) & ~inside
         wanted = ~(inside | polar | flat)
-        root = _root(*(torch.where(wanted, u, stand) for u, stand in ((x, 0.0), (y, 0.0), (height, 1.0))), alpha, beta, wanted)
+        stand_ins = (torch.where(wanted, x, 0.0), torch.where(wanted, y, 0.0), torch.where(wanted, height, 1.0))
+        root = _root(*stand_ins, alpha, beta, wanted)
         polar_root = _Root(alpha / -x, beta / -y, 1 / height, height)
         root = _Root(*(torch.where(polar & (x < 0) & (y < 0) & ~flat, b, a) for a, b in zip(root, polar_root)))
         p = _point(root, z.sign()) * torch.where(polar, 0.0, scale).unsqueeze(-1)
@@ -145,8 +146,8 @@ class Power(Cone):
         return torch.stack((free_x.to(x.dtype), free_y.to(x.dtype), height), -1)
 
     def _depth(self, v: Tensor) -> Tensor:
-        """How far v in K is from the surface of K, within a factor of sqrt 3: the least of the distances along the axes,
-        since K is convex and so holds the octahedron they span."""
+        """How far v in K is from the surface of K, within a factor of sqrt 3: the least of the distances along the
+        axes, since K is convex and so holds the octahedron they span."""
         alpha, beta = self._exponents(v)
         x, y, height = v[..., 0], v[..., 1], v[..., 2].abs()
         along_x = x - (height / y**beta) ** (1 / alpha)
@@ -154,17 +155,21 @@ class Power(Cone):
         least = torch.minimum(torch.minimum(along_x, along_y), x**alpha * y**beta - height)
         return torch.where((x > 0) & (y > 0), least, 0.0).clamp(min=0)
 
-    def _mirror(self, v: Tensor) -> Tensor:
-        """The linear map that takes -K* to K."""
+    def _polar_depth(self, v: Tensor) -> Tensor:
+        """How far v in -K* is from the surface of -K*, likewise: (-x/alpha, -y/beta, z) is then in K."""
         alpha, beta = self._exponents(v)
-        return torch.stack((-v[..., 0] / alpha, -v[..., 1] / beta, v[..., 2]), -1)
+        x, y, height = -v[..., 0], -v[..., 1], v[..., 2].abs()
+        along_x = x - alpha * (height / (y / beta) ** beta) ** (1 / alpha)
+        along_y = y - beta * (height / (x / alpha) ** alpha) ** (1 / beta)
+        least = torch.minimum(torch.minimum(along_x, along_y), (x / alpha) ** alpha * (y / beta) ** beta - height)
+        return torch.where((x > 0) & (y > 0), least, 0.0).clamp(min=0)
 
 
 def _root(x: Tensor, y: Tensor, height: Tensor, alpha: Tensor, beta: Tensor, wanted: Tensor) -> _Root:
     """Solve  f = alpha log p_x + beta log p_y - log w = 0  for w in (0, height), where `wanted`.
 
-    f falls from w = 0, where it is negative only on -K*, to w = height, where it is positive only on K. Either end may be
-    so near that only the distance d from it is a number, so the unknown is d, measured from the nearer end. f is nearly
+    f falls from w = 0, where it is negative only on -K*, to w = height, where it is positive only on K. Either end may
+    be so near that only the distance d from it is a number, so the unknown is d, from the nearer end. f is nearly
     linear in log d where it is infinite at that end, and else in d; Newton's method uses that, inside a bracket.
     """
 
@@ -195,6 +200,9 @@ def _root(x: Tensor, y: Tensor, height: Tensor, alpha: Tensor, beta: Tensor, wan
     d = torch.where(bounded, torch.minimum(start, half), half * 0.5).clamp(min=least)
     floor, idle = least * 2, ~wanted
     sign = torch.where(from_top, -1.0, 1.0)  # f falls in w and rises in q
+    p_x, p_y, _ = surface(d)
+    logs = alpha * p_x.log().abs() + beta * p_y.log().abs() + torch.where(from_top, height, d).log().abs()
+    settled = 2e-15 * (1 + logs)  # the rounding of f
     for _ in range(ITERATIONS):
         p_x, p_y, growth = surface(d)
         rest = height - d
@@ -204,7 +212,7 @@ def _root(x: Tensor, y: Tensor, height: Tensor, alpha: Tensor, beta: Tensor, wan
         least, most = torch.where(value > 0, d, least), torch.where(value > 0, most, d)
         step = -value / slope
         new = torch.where(bounded, d + d * step, d * torch.exp(step.clamp(-400, 400)))
-        done = (step.abs() <= 1e-8) | (value.abs() <= 1e-15)
+        done = (step.abs() <= 1e-8) | (value.abs() <= settled)
         trusted = ((new > least) & (new < most)) | done
         d = torch.where(idle, d, torch.where(trusted, new, torch.sqrt(least) * torch.sqrt(most)))
         idle = idle | done | (d <= floor)

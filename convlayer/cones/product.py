@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from convlayer.cones.cone import Cone, Spectrum
+from convlayer.cones.cone import Cone
 from convlayer.cones.exponential import Exponential
 from convlayer.cones.nonnegative import Nonnegative
 from convlayer.cones.power import Power
@@ -31,12 +31,12 @@ class _Group(NamedTuple):
     """Blocks that one call serves, as (*batch, count, size)."""
 
     cone: Cone
-    count: int
+    copies: int
     rows: slice | Tensor  # Tensor: (count * size,), on the CPU
 
     def take(self, x: Tensor) -> Tensor:
         """The rows of this group, (*batch, m) -> (*batch, count, size)."""
-        return _rows_of(x, self.rows, -1).unflatten(-1, (self.count, -1))
+        return _rows_of(x, self.rows, -1).unflatten(-1, (self.copies, -1))
 
 
 class ProductSpectrum:
@@ -153,7 +153,7 @@ class Product:
             values.append(spectrum.values.flatten(-2))
             if spectrum.basis is not None:
                 rows = group.rows
-                shaped = rows if isinstance(rows, slice) else rows.to(v.device).unflatten(0, (group.count, -1))
+                shaped = rows if isinstance(rows, slice) else rows.to(v.device).unflatten(0, (group.copies, -1))
                 bases.append((shaped, spectrum.basis))
         s = self._assemble(v, slack)
         return v + s, s, ProductSpectrum(1 - self._assemble(v, values), bases)

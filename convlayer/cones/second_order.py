@@ -59,7 +59,7 @@ class SecondOrder(Cone):
         t, z = v[..., :1], v[..., 1:]
         length = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
         axis, signs, _ = _constants(self.size, v.dtype, v.device)
-        u = torch.where(length > 0, z / length, axis)
+        u = torch.where((length > 0) & (length < torch.inf), z / length, axis)
         eigenvalues = torch.addcmul(t, length, signs)
         half = eigenvalues[..., :1].clamp(min=0) * 0.5
         p = torch.where(eigenvalues[..., 1:] >= 0, v, torch.cat((half, half * u), -1))
