@@ -39,10 +39,12 @@ class Zero:
     degenerate: Tensor  # (B,) weakly active or singular
 
 
-def polish(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visible, *, differentiable: bool) -> Zero:
+def polish(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visible, units: Tensor | None, *,
+           differentiable: bool) -> Zero:
     """Semismooth Newton on the residual map from (x, y - s); a row moves only if its residual falls.
 
     visible: where a solution or multiplier that is not unique is flagged.
+    units:   (B or 1, n) of x, in which norms of null vectors are taken; None for ones.
     """
     cones = operators.data.program.cones
     v = y - s
@@ -52,7 +54,7 @@ def polish(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visib
     for _ in range(STEPS):
         if not bool((size > TARGET).any()):
             break
-        system = system or factorise(operators, spectrum, visible)
+        system = system or factorise(operators, spectrum, visible, units)
         dx, dv = _newton(operators, spectrum, system, F1, F2)
         x_new, v_new = x + dx, v + dv
         y_new, s_new, spectrum_new = cones.linearise_dual(v_new, KINK)
@@ -75,7 +77,7 @@ def polish(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visib
             break
     degenerate = cones.margin(v) < MARGIN
     if differentiable and system is None:
-        system = factorise(operators, spectrum, visible)
+        system = factorise(operators, spectrum, visible, units)
     if system is not None:
         degenerate = degenerate | system.singular
     return Zero(operators, x, s, y, size, spectrum, system if differentiable else None, degenerate)

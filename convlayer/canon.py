@@ -90,7 +90,7 @@ class Recovery:
         flat = (y if self.dual else x)[:, self.position]
         if self.coefficient is not None:
             flat = flat * self.coefficient
-        value = flat.view(-1, *self.shape)
+        value = flat.reshape(len(x), *self.shape)
         return value.exp() if self.exp else value
 
 

@@ -17,6 +17,7 @@ Use convlayer.ConvexLayer in new code: any number of batch dimensions, statuses 
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,7 @@ from torch import Tensor
 from convlayer import solution
 from convlayer.diagnose import ProblemError
 from convlayer.layer import ConvexLayer
-from convlayer.solvers import Solver
+from convlayer.solvers import SOLVERS, Solver
 
 FINEST = 1e-10  # the tightest tolerance asked of a solver; polishing goes beyond it anyway
 ACCELERATED = ("MOREAU", "CUCLARABEL", "MPAX")
@@ -122,15 +123,16 @@ class CvxpyLayer(torch.nn.Module):
         self._settings = self._translate(self._solver_args)
         if canon_backend is not None:
             self._check_backend(canon_backend)
-        self._declaration = (problem, parameters, variables, gp)
+        solver_of_layer, on_failure, jobs, options = self._settings
         try:
-            self.layer = self._build(self._settings, self._settings.options)
+            self.layer = ConvexLayer(problem, parameters, variables, gp=gp, solver=solver_of_layer, solver_args=options,
+                                     on_failure=on_failure, executor=threads(jobs))
         except (ValueError, TypeError) as error:
             theirs = _in_their_words(error, problem, parameters, variables, gp)
             if theirs is None:
                 raise
             raise theirs from error
-        self._declaration = (problem, list(parameters), list(variables), gp)
+        self._parameters_of_problem = list(parameters)
         self._others: dict[tuple, ConvexLayer] = {}
 
     def forward(self, *params: Tensor, solver_args: Mapping[str, Any] | None = None,
@@ -161,18 +163,21 @@ class CvxpyLayer(torch.nn.Module):
             state_dict.pop(prefix + name, None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _build(self, settings: Settings, options: Mapping[str, Any] | None = None) -> ConvexLayer:
-        problem, parameters, variables, gp = self._declaration
-        executor = None if settings.jobs == -1 else threads(settings.jobs)
-        return ConvexLayer(problem, parameters, variables, gp=gp, solver=settings.solver, solver_args=options,
-                           on_failure=settings.on_failure, executor=executor)
-
     def _layer_for(self, settings: Settings) -> ConvexLayer:
-        key = settings[:3]
+        """The layer, or a sibling with other settings that shares what was canonicalised.
+
+        It is not built anew from the problem: CVXPY can abort the process on one that was copied or pickled.
+        """
+        solver, on_failure, jobs, _ = settings
+        key = (solver, on_failure, jobs)
         if key == self._settings[:3]:
             return self.layer
         if key not in self._others:
-            self._others[key] = self._build(settings)
+            sibling = copy.copy(self.layer)
+            sibling.on_failure, sibling.executor = on_failure, threads(jobs)
+            sibling._solver = SOLVERS[solver] if isinstance(solver, str) else solver
+            sibling._tolerance, sibling._options = sibling._check_options({})
+            self._others[key] = sibling
         return self._others[key]
 
     def _choose_solver(self, solver: Any) -> str | Solver:
@@ -182,8 +187,8 @@ class CvxpyLayer(torch.nn.Module):
             return solver
         known = f"Expected one of {', '.join(SOLVER_NAMES)}, or an instance of a subclass of convlayer.Solver."
         if isinstance(solver, bool):
-            raise UnknownSolverError(f"Unknown solver {solver}. If you mean a log-log convex program, write gp={solver}. "
-                                     f"{known}")
+            raise UnknownSolverError(f"Unknown solver {solver}. If you mean a log-log convex program, write "
+                                     f"gp={solver}. {known}")
         if not isinstance(solver, str):
             raise UnknownSolverError(f"Unknown solver {solver!r}. {known}")
         name = solver.upper()
@@ -234,13 +239,13 @@ class CvxpyLayer(torch.nn.Module):
 
     def _refuse_warm_start(self) -> None:
         if not self._accelerated:
-            raise ValueError("warm_start=True is only supported with solver='MOREAU', and has no effect even there: leave "
-                             "it out. ConvexLayer(..., solver='scs').solve(..., warm_start=solution) does start warm.")
+            raise ValueError("warm_start=True is only supported with solver='MOREAU', and has no effect even there: "
+                             "leave it out. ConvexLayer(..., solver='scs').solve(..., warm_start=solution) has one.")
         self._without_effect("warm_start", WITHOUT_EFFECT["warm_start"])
 
     def _check_shapes(self, tensors: tuple[Tensor, ...]) -> None:
         """One batch dimension at most, and one batch size: theirs is the stricter rule."""
-        parameters = self._declaration[1]
+        parameters = self._parameters_of_problem
         if len(tensors) != len(parameters):
             names = ", ".join(f"`{p.name()}`" for p in parameters)
             raise ValueError("A tensor must be provided for each CVXPY parameter; "
@@ -253,8 +258,8 @@ class CvxpyLayer(torch.nn.Module):
             complaint = _shape_complaint(tuple(tensor.shape), tuple(parameter.shape))
             if complaint is not None:
                 wrong, expected = complaint
-                raise ValueError(f"Invalid parameter {wrong} for parameter {k}: `{parameter.name()}` was given a tensor "
-                                 f"of shape {tuple(tensor.shape)}. Expected {expected}")
+                raise ValueError(f"Invalid parameter {wrong} for parameter {k}: `{parameter.name()}` was given a "
+                                 f"tensor of shape {tuple(tensor.shape)}. Expected {expected}")
             if tensor.ndim > len(parameter.shape):
                 batches[f"`{parameter.name()}`"] = tensor.shape[0]
         if len(set(batches.values())) > 1:
@@ -293,8 +298,9 @@ class Threads(ThreadPoolExecutor):
 
 
 @cache
-def threads(number: int) -> Threads:
-    return Threads(number)
+def threads(number: int) -> Threads | None:
+    """One pool for each number; None, the default pool, for -1."""
+    return None if number == -1 else Threads(number)
 
 
 def _tolerance(given: Mapping[str, Any]) -> float:

@@ -85,8 +85,7 @@ class Solve(torch.autograd.Function):
         w, u = torch.zeros_like(x), torch.zeros_like(y)
         for piece in ctx.pieces:
             rows, scaling = piece.rows, piece.scaling
-            w_piece, u_piece = adjoint(piece.zero, x_bar[rows] / scaling.rho, y_bar[rows] * (scaling.e / scaling.tau))
-            w[rows], u[rows] = scaling.tau * w_piece, scaling.rho * scaling.e * u_piece
+            w[rows], u[rows] = scaling.leave_adjoint(*adjoint(piece.zero, *scaling.enter_cotangents(x_bar[rows], y_bar[rows])))
         _report(ctx.call, ctx.pieces, x_bar, y_bar)
         # A failed row that the loss does use has no derivative: NaN, not zero.
         failed = ctx.call.status >= Status.INFEASIBLE
@@ -146,10 +145,13 @@ def _solve(call: Call, data: Data, d: Tensor, batch: int) -> tuple[Tensor, Tenso
         rows = good[part]
         piece_data, piece_scaling = (scaled, scaling) if everything else (scaled.rows(part), scaling.rows(part))
         point = (x_s, s_s, y_s) if everything else (x_s[part], s_s[part], y_s[part])
-        piece_data, inner = recentre(piece_data, piece_scaling, *point)
+        piece_data, inner = recentre(piece_data, piece_scaling, point[0], point[2])
         start = inner.enter(*piece_scaling.leave(*point))
-        zero = polish(Operators(piece_data), *start, call.canonical.visible, differentiable=call.differentiable)
-        status[part] = _judge(status[part], zero.residual, call.tolerance)
+        zero = polish(Operators(piece_data), *start, call.canonical.visible, inner.c, differentiable=call.differentiable)
+        status[part] = _judge(zero.residual, call.tolerance)
+        if inner.unbounded is not None:
+            # A bound that was taken for infinite and is active after all: this is not the solution.
+            status[part[(inner.unbounded & (zero.y > 0)).any(1)]] = int(Status.NOT_CONVERGED)
         call.residual[rows], call.degenerate[rows] = zero.residual, zero.degenerate
         x[rows], s[rows], y[rows] = inner.leave(zero.x, zero.s, zero.y)
         if call.differentiable:
@@ -158,7 +160,7 @@ def _solve(call: Call, data: Data, d: Tensor, batch: int) -> tuple[Tensor, Tenso
     return x, s, y, pieces
 
 
-def _judge(status: Tensor, residual: Tensor, tolerance: float) -> Tensor:
+def _judge(residual: Tensor, tolerance: float) -> Tensor:
     """What the polished residual says, whatever the solver said: it is the KKT residual of the point in hand."""
     judged = torch.where(residual <= INACCURATE, int(Status.INACCURATE), int(Status.NOT_CONVERGED))
     return torch.where(residual <= tolerance, int(Status.SOLVED), judged)

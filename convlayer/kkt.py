@@ -43,21 +43,21 @@ class Visible(NamedTuple):
     y: Tensor  # (m,) bool
 
 
-def factorise(operators: Operators, spectrum: ProductSpectrum, visible: Visible) -> DenseSystem | SparseSystem:
+def factorise(operators: Operators, spectrum: ProductSpectrum, visible: Visible, units: Tensor | None) -> DenseSystem | SparseSystem:
     """The system at one point, by dense or sparse factorisation, whichever is expected to be cheaper."""
     program = operators.data.program
     active = int((spectrum.values > 0).sum(-1).max()) if spectrum.values.numel() else 0
     size = program.n + active
     share = (2 * program.nnz + program.n + active) / max(size, 1) ** 2
     if operators.dense and (size <= DENSE_SIZE or share > DENSE_SHARE):
-        return DenseSystem(operators, spectrum, visible, active)
-    return SparseSystem(operators.data, spectrum, visible)
+        return DenseSystem(operators, spectrum, visible, units, active)
+    return SparseSystem(operators.data, spectrum, visible, units)
 
 
 class DenseSystem:
     """Batched LU of the equilibrated matrix."""
 
-    def __init__(self, operators: Operators, spectrum: ProductSpectrum, visible: Visible, active: int):
+    def __init__(self, operators: Operators, spectrum: ProductSpectrum, visible: Visible, units: Tensor | None, active: int):
         A = operators.A_dense
         batch, m, n = len(spectrum.values), A.shape[1], A.shape[2]
         d = spectrum.values
@@ -94,18 +94,17 @@ class DenseSystem:
         pivots = self.lu.diagonal(dim1=1, dim2=2).abs()
         self.suspects = torch.nonzero(pivots.amin(1) <= SUSPECT).flatten() if size else torch.zeros(0, dtype=torch.int64)
         if len(self.suspects):
-            self._find_null_space(visible)
+            self._find_null_space(visible, units)
 
     def solve(self, a: Tensor, c: Tensor, *, refine: bool = True) -> tuple[Tensor, Tensor]:
         """a (B, n), c (B, m) -> w (B, n), e (B, m); without `refine` to the accuracy of the shifted factor, for Newton."""
         c_active = c if self.active is None else c.gather(1, self.active)
-        right = torch.cat([a, self.root * c_active], 1)
-        right = self._off_null(right)
+        right = self._off_null(torch.cat([a, self.root * c_active], 1), -1)
         scaled = (right * self.scale).unsqueeze(-1)
         solution = torch.linalg.lu_solve(self.lu, self.pivots, scaled)
         if refine and scaled.numel():
             solution = self._refined(scaled, solution)
-        solution = self._off_null(solution.squeeze(-1) * self.scale)
+        solution = self._off_null(solution.squeeze(-1) * self.scale, 1)
         w, eta = solution[:, :self.n], solution[:, self.n:] * self.root
         if self.active is not None:
             eta = c.new_zeros(len(c), self.m).scatter_(1, self.active, eta)
@@ -130,8 +129,8 @@ class DenseSystem:
         """K x for x (B, size, k), or of some rows' matrix."""
         return self.K @ x - self.shift.unsqueeze(-1) * x
 
-    def _find_null_space(self, visible: Visible) -> None:
-        """Null vectors of the unscaled matrix, for the rows with a small pivot."""
+    def _find_null_space(self, visible: Visible, units: Tensor | None) -> None:
+        """Null vectors of the matrix in x's own units, for the rows with a small pivot."""
         rows = self.suspects
         size, width = self.K.shape[1], 4
         while True:
@@ -140,7 +139,10 @@ class DenseSystem:
             if width == size or not bool((vectors.abs().amax(1) > 0).all(1).any()):
                 break
             width *= 4
-        null = self.scale[rows].unsqueeze(-1) * vectors
+        self.units = self.scale.new_ones(len(rows), size)
+        if units is not None:
+            self.units[:, :self.n] = units.expand(len(self.scale), -1)[rows]
+        null = (self.units * self.scale[rows]).unsqueeze(-1) * vectors
         gram = null.mT @ null
         empty = gram.diagonal(dim1=1, dim2=2) == 0
         gram.diagonal(dim1=1, dim2=2).add_(empty.to(gram.dtype))
@@ -165,13 +167,14 @@ class DenseSystem:
         zero = values.clamp(min=0).sqrt() <= NULL * size ** 0.5
         return torch.where(zero.unsqueeze(1), basis @ mixing, 0.0)
 
-    def _off_null(self, right: Tensor) -> Tensor:
-        """The part of (B, size) orthogonal to the null spaces found."""
+    def _off_null(self, vector: Tensor, power: int) -> Tensor:
+        """The part of (B, size) orthogonal to the null spaces found, in x's own units: a solution is in units^1, a right-hand side in units^-1."""
         if not len(self.suspects):
-            return right
-        part = right[self.suspects]
+            return vector
+        units = self.units ** power
+        part = vector[self.suspects] * units
         coordinates = torch.cholesky_solve(self.null.mT @ part.unsqueeze(-1), self.gram)
-        return right.index_copy(0, self.suspects, part - (self.null @ coordinates).squeeze(-1))
+        return vector.index_copy(0, self.suspects, (part - (self.null @ coordinates).squeeze(-1)) / units)
 
 
 def _harmful(primal: Tensor, dual: Tensor, visible: Visible) -> Tensor:
@@ -183,9 +186,9 @@ def _harmful(primal: Tensor, dual: Tensor, visible: Visible) -> Tensor:
 class SparseSystem:
     """One sparse LDL' a row, regularised and refined."""
 
-    def __init__(self, data: Data, spectrum: ProductSpectrum, visible: Visible):
+    def __init__(self, data: Data, spectrum: ProductSpectrum, visible: Visible, units: Tensor | None):
         self.n, self.m = data.program.n, data.program.m
-        self.rows = [_SparseRow(data, spectrum, visible, row) for row in range(len(spectrum.values))]
+        self.rows = [_SparseRow(data, spectrum, visible, None if units is None else units[row % len(units)].numpy(), row) for row in range(len(spectrum.values))]
 
     @property
     def singular(self) -> Tensor:
@@ -200,7 +203,7 @@ class SparseSystem:
 
 
 class _SparseRow:
-    def __init__(self, data: Data, spectrum: ProductSpectrum, visible: Visible, row: int):
+    def __init__(self, data: Data, spectrum: ProductSpectrum, visible: Visible, units: np.ndarray | None, row: int):
         program = data.program
         n, m = program.n, program.m
         d = spectrum.values[row].numpy()
@@ -224,13 +227,14 @@ class _SparseRow:
         # A larger shift than in the dense case: there is no pivoting here, and refinement is cheap.
         shift = 100 * SHIFT * np.concatenate([np.ones(n), -np.ones(len(self.active))])
         self.factor = qdldl.Solver(sp.csc_matrix(sp.triu(self.K) + sp.diags_array(shift)), upper=True)
+        self.units = np.concatenate([np.ones(n) if units is None else units, np.ones(len(self.active))])
         self.null: np.ndarray | None = None
         self.singular = False
         if np.abs(self.factor.factors()[1]).min(initial=1.0) <= 100 * SUSPECT:
             self._find_null_space(visible, basis)
 
     def solve(self, a: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        right = self._off_null(np.concatenate([a, self.root * c[self.active]]))
+        right = self._off_null(np.concatenate([a, self.root * c[self.active]]) / self.units) * self.units
         scaled = right * self.scale
         size = np.abs(scaled).max(initial=0.0)
         solution, error = np.zeros_like(scaled), scaled
@@ -244,7 +248,7 @@ class _SparseRow:
             solution, error = trial, trial_error
         if np.abs(error).max(initial=0.0) > CERTIFIED * size:
             self.singular = True
-        solution = self._off_null(solution * self.scale)
+        solution = self._off_null(solution * self.scale * self.units) / self.units
         return solution[:self.n], solution[self.n:] * self.root
 
     def _find_null_space(self, visible: Visible, rotation: sp.csr_array | None) -> None:
@@ -263,7 +267,7 @@ class _SparseRow:
                 break
             width *= 4
         if zero.any():
-            self.null, _ = np.linalg.qr(self.scale[:, None] * (basis @ mixing[:, zero]))
+            self.null, _ = np.linalg.qr((self.units * self.scale)[:, None] * (basis @ mixing[:, zero]))
             dual = np.zeros((self.m, self.null.shape[1]))
             dual[self.active] = self.root[:, None] * self.null[self.n:]
             dual = dual if rotation is None else rotation @ dual

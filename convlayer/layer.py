@@ -118,8 +118,8 @@ class ConvexLayer(torch.nn.Module):
             if failed is not None:
                 fill = self.on_failure == "nan"
                 outputs = [_Guard.apply(output, failed, fill or (call.bad if bool(call.bad.any()) else False)) for output in outputs]
-            *variables, objective = (output.to(device, dtype).view(*batch, *output.shape[1:]) for output in outputs)
-        row = {name: getattr(call, name).view(batch) for name in ("status", "iterations", "residual", "degenerate")}
+            *variables, objective = (output.to(device, dtype).reshape((*batch, *output.shape[1:])) for output in outputs)
+        row = {name: getattr(call, name).reshape(batch) for name in ("status", "iterations", "residual", "degenerate")}
         return Solution(tuple(variables), objective, **row, iterate=call.iterate)
 
     def _check_tensors(self, tensors: tuple[Tensor, ...]) -> tuple[torch.dtype, torch.device, tuple[int, ...]]:
@@ -211,7 +211,7 @@ class _Guard(torch.autograd.Function):
     def backward(ctx, output_bar: Tensor):
         guarded = output_bar.clone()
         rows = guarded[ctx.failed]
-        guarded[ctx.failed] = torch.where(rows == 0, 0.0, torch.nan)
+        guarded[ctx.failed] = torch.zeros_like(rows).masked_fill_(rows != 0, torch.nan)
         return guarded, None, None
 
 

@@ -66,6 +66,22 @@ class Program:
                 group[block.start:block.start + block.size] = block.start
         return torch.from_numpy(group)
 
+    @cached_property
+    def inequalities(self) -> Tensor:
+        """(m,) rows of the nonnegative cone."""
+        rows = torch.zeros(self.m, dtype=torch.bool)
+        for block in self.cones.blocks:
+            if block.name == "nonnegative":
+                rows[block.start:block.start + block.size] = True
+        return rows
+
+    @cached_property
+    def singletons(self) -> Tensor:
+        """(nnz(A),) entries that are alone in their row, of an elementwise cone."""
+        alone = np.bincount(self.A_rows, minlength=self.m) == 1
+        elementwise = np.bincount(self.scale_group.numpy(), minlength=self.m)[self.scale_group.numpy()] == 1
+        return torch.from_numpy((alone & elementwise)[self.A_rows])
+
     @property
     def nnz(self) -> int:
         return len(self.P_rows) + len(self.A_rows)
@@ -148,7 +164,7 @@ def dense_P(data: Data) -> Tensor:
     P = data.P.new_zeros(len(data.P), n * n)
     P[:, i * n + j] = data.P
     P[:, j * n + i] = data.P
-    return P.view(-1, n, n)
+    return P.view(len(P), n, n)
 
 
 def dense_A(data: Data) -> Tensor:
@@ -156,7 +172,7 @@ def dense_A(data: Data) -> Tensor:
     n, m = data.program.n, data.program.m
     A = data.A.new_zeros(len(data.A), m * n)
     A[:, data.program.indices["A_rows"] * n + data.program.indices["A_cols"]] = data.A
-    return A.view(-1, m, n)
+    return A.view(len(A), m, n)
 
 
 def _product(matrix: Tensor, x: Tensor) -> Tensor:

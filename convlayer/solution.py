@@ -60,7 +60,8 @@ class SolverError(RuntimeError):
             more = f" and {len(members) - 10} more" if len(members) > 10 else ""
             where = f"row{'s' if len(members) > 1 else ''} {shown}{more}" if shape else "the problem"
             lines.append(f"{where}: {kind.name}, {kind.advice}")
-            lines += [f"  {details[i]}" for _, i in members[:3] if details and i in details]
+            reasons = dict.fromkeys(details[i] for _, i in members if details and i in details)
+            lines += [f"  {reason}" for reason in list(reasons)[:3]]
         message = "\n".join([f"{len(failed)} of {status.numel()} rows failed." if shape else "The solve failed.", *lines,
                              "on_failure='nan' fills just the failed rows, 'keep' returns the solver's last iterate, flagged."])
         return cls(message, rows, [s for _, s in failed])

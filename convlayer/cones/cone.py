@@ -26,8 +26,9 @@ class Spectrum:
 class Cone(ABC):
     """One block of rows and the cone it lies in.
 
-    Shapes:      v (*batch, size); a block that is not finite gives NaN, and only there. Its spectrum is then that of a
-                 finite stand-in, so that no factorisation downstream meets a NaN of our making.
+    Shapes:      v (*batch, size), float64, to whose range and precision roots are solved. A block with a NaN gives
+                 NaN, and only there; its spectrum is that of a finite stand-in, so that no factorisation downstream
+                 meets a NaN of our making.
     At a kink:   within `tolerance` of a point where the projection is not differentiable, `linearise` takes the branch
                  with the larger derivative, the one that leaves more directions of K free.
     """

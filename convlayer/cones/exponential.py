@@ -137,15 +137,14 @@ def _root(r: Tensor, s: Tensor, t: Tensor, wanted: Tensor) -> _Root:
 
         0 = x - asinh(theta/(2 g)) + log(other/own)/2,   g = sqrt(own other)/m,
 
-    decreasing in d, without overflow, and either nearly linear in d or nearly linear in log d. One fixed-point step from
-    d = 0 is D0 e^x (e^x - theta), a good start in both cases; Newton's method inside a bracket does the rest.
+    decreasing in d, without overflow, and nearly linear either in d or in log d. One fixed-point step from d = 0 is
+    D0 e^x (e^x - theta), a good start in both cases; Newton's method inside a bracket does the rest.
     """
     lower = torch.where(r > 0, r.clamp(min=TINY), r)
     upper = torch.where(s > 0, s.clamp(min=TINY), s)
     ratio, inverse = lower / upper, upper / lower
-    middle = torch.exp((ratio + 1 - inverse) * 0.5)
-    width = ratio + inverse - 1
-    centre = (ratio + 1 - inverse) * 0.5
+    centre, width = (ratio - inverse + 1) * 0.5, ratio + inverse - 1  # of the interval
+    middle = torch.exp(centre)
     below_middle = lower * middle - upper / middle > 2 * t * (centre * (centre - 1) + 1) / width
     from_upper = (upper > 0) & ((lower <= 0) | ~below_middle)
 
@@ -172,12 +171,12 @@ def _root(r: Tensor, s: Tensor, t: Tensor, wanted: Tensor) -> _Root:
         slope = ((tau + 1) * nu / rest + (1 - tau) / d) * 0.5 + 1 + tau * (1 - 2 * y) / quadratic
         return value, value / slope
 
-    settled = (x0.abs() + d + 1) * 4e-15
     first, idle = d, ~wanted | (d <= NEAR)
+    settled = ((x0.abs() + d + 1) * 4e-15).masked_fill(idle, torch.inf)  # the rounding of the equation
     for sweep in range(SWEEPS):
         value, step = newton(d)
         d = torch.minimum(torch.maximum(d + step, d * 0.0625), most)
-        if sweep > 1 and bool(((step.abs() <= 1e-7 * d) | (value.abs() <= settled) | idle).all()):
+        if sweep > 2 and bool(((step.abs() <= 1e-7 * d) | (value.abs() <= settled)).all()):
             break
     else:
         d = _bracketed(newton, first, most, settled, idle)

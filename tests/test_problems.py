@@ -1,0 +1,85 @@
+"""Every prebuilt problem: the layer agrees with the oracle, its gradient with differences, a batch with a loop."""
+
+import pytest
+import torch
+
+from convlayer import problems
+
+SECTIONS = ("Solution:", "Derivative:", "Shapes:", "Cost:", "At a kink:", "Source:")
+BATCH = 3
+STEP = 1e-3  # of the way to another sample: symmetry, and room inside the domain, are kept
+FIVE_POINT = {-2: 1 / 12, -1: -2 / 3, 1: 2 / 3, 2: -1 / 12}
+
+pytestmark = pytest.mark.parametrize("problem", problems.PROBLEMS.values(), ids=problems.PROBLEMS)
+
+
+def relative(got, expected):
+    return float((got - expected).norm() / expected.norm().clamp_min(1e-12))
+
+
+def test_the_docstring_states_solution_derivative_shapes_cost_kinks_and_source(problem: problems.Prebuilt):
+    positions = [(problem.__doc__ or "").find(section) for section in SECTIONS]
+    assert -1 not in positions, f"missing: {[s for s, position in zip(SECTIONS, positions) if position < 0]}"
+    assert positions == sorted(positions)
+
+
+def test_the_declaration_lists_all_parameters_of_the_problem_under_its_own_name(problem: problems.Prebuilt):
+    declared = problem()
+    assert declared.name == problem.name == problem.__module__.rpartition(".")[2]
+    assert {p.id for p in declared.parameters} == {p.id for p in declared.problem.parameters()}
+    assert {v.id for v in declared.variables} <= {v.id for v in declared.problem.variables()}
+
+
+def test_a_sample_is_float64_batched_and_given_by_its_seed(problem: problems.Prebuilt):
+    shapes = [p.shape for p in problem().parameters]
+    for batch in ((), 2, (2, 3)):
+        lead = (batch,) if isinstance(batch, int) else batch
+        first, again, other = problem.sample(batch, 1), problem.sample(batch, 1), problem.sample(batch, 2)
+        assert [t.shape for t in first] == [torch.Size(lead + shape) for shape in shapes]
+        assert all(t.dtype == torch.float64 for t in first)
+        assert all(torch.equal(s, t) for s, t in zip(first, again, strict=True))
+        assert not any(torch.equal(s, t) for s, t in zip(first, other, strict=True))
+
+
+def test_the_layer_agrees_with_the_oracle(problem: problems.Prebuilt):
+    for seed in range(3):
+        tensors = problem.sample(BATCH, seed)
+        for got, expected in zip(problem.layer()(*tensors), problem.oracle(*tensors), strict=True):
+            assert got.shape == expected.shape
+            assert relative(got, expected) < 1e-8
+
+
+def test_the_gradient_agrees_with_five_point_differences_of_the_oracle(problem: problems.Prebuilt):
+    """Along the way to another sample, for a random linear functional of the variables, one sum a row."""
+    tensors, others = problem.sample(BATCH, 10), problem.sample(BATCH, 11)
+    directions = [b - a for a, b in zip(tensors, others, strict=True)]
+    weights = [torch.randn(x.shape, generator=torch.Generator().manual_seed(12), dtype=torch.float64)
+               for x in problem.oracle(*tensors)]
+
+    def functional(variables):
+        return sum((w * x).reshape(BATCH, -1).sum(1) for w, x in zip(weights, variables, strict=True))
+
+    def moved(k):
+        return functional(problem.oracle(*(t + k * STEP * d for t, d in zip(tensors, directions, strict=True))))
+
+    expected = sum(c * moved(k) for k, c in FIVE_POINT.items()) / STEP
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    gradients = torch.autograd.grad(functional(problem.layer()(*leaves)).sum(), leaves)
+    got = sum((g * d).reshape(BATCH, -1).sum(1) for g, d in zip(gradients, directions, strict=True))
+    assert expected.abs().max() > 1e-3, "the functional does not move: this would test nothing"
+    assert relative(got, expected) < 1e-6
+
+
+def test_a_batch_equals_a_loop_in_value_and_gradient(problem: problems.Prebuilt):
+    layer = problem.layer()
+    leaves = [t.requires_grad_() for t in problem.sample((2, 2), 20)]
+    whole = layer(*leaves)
+    weights = [torch.randn(x.shape, generator=torch.Generator().manual_seed(21), dtype=torch.float64) for x in whole]
+    gradients = torch.autograd.grad(whole, leaves, weights)
+    for i in range(2):
+        for j in range(2):
+            row = [t[i, j].detach().requires_grad_() for t in leaves]
+            alone = layer(*row)
+            assert all(relative(x[i, j], y) < 1e-8 for x, y in zip(whole, alone, strict=True))
+            of_row = torch.autograd.grad(alone, row, [w[i, j] for w in weights])
+            assert all(relative(g[i, j], h) < 1e-7 for g, h in zip(gradients, of_row, strict=True))
