@@ -20,7 +20,9 @@ from convlayer.program import Data, Operators
 from convlayer.residual import residual
 
 TARGET = 1e-14  # relative residual at which polish has nothing left to do
-STEPS = 8
+STEPS = 20
+PATIENCE = 4
+SETTLED = 1e-11  # below this residual, a step that gains less than a digit was the last
 KINK = 1e-11  # |v| below this counts as weakly active: treated as inactive
 MARGIN = 1e-7  # distance from a kink below which a row is flagged
 
@@ -39,55 +41,79 @@ class Zero:
     degenerate: Tensor  # (B,) weakly active or singular
 
 
+@dataclass(eq=False)
+class _Point:
+    """A point of the polish, row by row."""
+
+    x: Tensor  # (B, n)
+    v: Tensor  # (B, m)
+    y: Tensor
+    s: Tensor
+    spectrum: ProductSpectrum
+    F1: Tensor
+    F2: Tensor
+    size: Tensor  # (B,) relative residual
+
+    @classmethod
+    def at(cls, operators: Operators, x: Tensor, v: Tensor) -> _Point:
+        y, s, spectrum = operators.data.program.cones.linearise_dual(v, KINK)
+        return cls(x, v, y, s, spectrum, *residual(operators, x, s, y))
+
+
 def polish(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visible, units: Tensor | None, *,
            differentiable: bool) -> Zero:
-    """Semismooth Newton on the residual map from (x, y - s); a row moves only if its residual falls.
+    """Semismooth Newton on the residual map from (x, y - s), row by row, keeping the best point of each.
+
+    Steps are full and need not descend: while the active set settles the residual may rise. A row gives up after PATIENCE
+    steps without a new best.
 
     visible: where a solution or multiplier that is not unique is flagged.
     units:   (B or 1, n) of x, in which norms of null vectors are taken; None for ones.
     """
-    cones = operators.data.program.cones
-    v = y - s
-    y, s, spectrum = cones.linearise_dual(v, KINK)
-    F1, F2, size = residual(operators, x, s, y)
-    system = None
+    point = best = _Point.at(operators, x, y - s)
+    x, v = point.x, point.v
+    patience = torch.full((len(x),), PATIENCE)
+    factor: tuple[DenseSystem | SparseSystem, _Point] | None = None  # of all rows, and where
     for _ in range(STEPS):
-        if not bool((size > TARGET).any()):
+        rows = torch.nonzero((best.size > TARGET) & (patience > 0)).flatten()
+        if not len(rows):
             break
-        system = system or factorise(operators, spectrum, visible, units)
-        dx, dv = _newton(operators, spectrum, system, F1, F2)
-        x_new, v_new = x + dx, v + dv
-        y_new, s_new, spectrum_new = cones.linearise_dual(v_new, KINK)
-        F1_new, F2_new, size_new = residual(operators, x_new, s_new, y_new)
-        better = size_new < size
-        if not bool(better.any()):
-            break
-        settled = bool((size_new[better] > 0.1 * size[better]).all())
-        stays = _same(spectrum, spectrum_new, v, v_new)
-        if bool(better.all()):
-            x, v, y, s, spectrum_next, F1, F2, size = x_new, v_new, y_new, s_new, spectrum_new, F1_new, F2_new, size_new
+        if len(rows) == len(x):
+            if factor is None or not _same(factor[1], point):
+                factor = factorise(operators, point.spectrum, visible, units), point
+            part, system = operators, factor[0]
         else:
-            keep = better.unsqueeze(1)
-            x, v = torch.where(keep, x_new, x), torch.where(keep, v_new, v)
-            y, s, spectrum_next = cones.linearise_dual(v, KINK)
-            F1, F2, size = residual(operators, x, s, y)
-        if not stays:
-            spectrum, system = spectrum_next, None
-        if settled:
-            break
-    degenerate = cones.margin(v) < MARGIN
+            part = operators.rows(rows)
+            point = _Point.at(part, x[rows], v[rows])
+            system = factorise(part, point.spectrum, visible, units if units is None or len(units) == 1 else units[rows])
+        dx, dv = _newton(part, point.spectrum, system, point.F1, point.F2)
+        point = _Point.at(part, point.x + dx, point.v + dv)
+        old = best.size[rows]
+        better, settled = point.size < old, (old < SETTLED) & (point.size > 0.1 * old)
+        patience[rows] = torch.where(settled, 0, torch.where(better, PATIENCE, patience[rows] - 1))
+        x, v = (point.x, point.v) if len(rows) == len(x) else (x.index_copy(0, rows, point.x), v.index_copy(0, rows, point.v))
+        if len(rows) == len(x) and bool(better.all()):
+            best = point
+        elif bool(better.any()):
+            rows = rows[better]
+            best = _Point.at(operators, best.x.index_copy(0, rows, x[rows]), best.v.index_copy(0, rows, v[rows]))
+    system = factor[0] if factor is not None and _same(factor[1], best) else None
     if differentiable and system is None:
-        system = factorise(operators, spectrum, visible, units)
+        system = factorise(operators, best.spectrum, visible, units)
+    degenerate = operators.data.program.cones.margin(best.v) < MARGIN
     if system is not None:
         degenerate = degenerate | system.singular
-    return Zero(operators, x, s, y, size, spectrum, system if differentiable else None, degenerate)
+    return Zero(operators, best.x, best.s, best.y, best.size, best.spectrum, system if differentiable else None, degenerate)
 
 
-def _same(old: ProductSpectrum, new: ProductSpectrum, v: Tensor, v_new: Tensor) -> bool:
+def _same(old: _Point, new: _Point) -> bool:
     """The factor of the old point serves the new one: no face has changed, and curved cones have hardly moved."""
-    if old.is_diagonal and new.is_diagonal:
-        return bool((old.values == new.values).all())
-    return bool(((v_new - v).abs() <= 1e-12 * v.abs().amax(1, keepdim=True)).all()) and bool(((old.values > 0) == (new.values > 0)).all())
+    if old is new:
+        return True
+    if old.spectrum.is_diagonal:
+        return bool((old.spectrum.values == new.spectrum.values).all())
+    still = (new.v - old.v).abs() <= 1e-12 * old.v.abs().amax(1, keepdim=True)
+    return bool(still.all()) and bool(((old.spectrum.values > 0) == (new.spectrum.values > 0)).all())
 
 
 def _newton(operators: Operators, spectrum: ProductSpectrum, system, F1: Tensor, F2: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from concurrent.futures import Executor
 from typing import Any
 
 import cvxpy as cp
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,9 +64,9 @@ class ConvexLayer(torch.nn.Module):
         _one_of("on_failure", on_failure, POLICIES)
         self.structure = "cone_program"
         self.on_failure, self.validate, self.executor = on_failure, validate, executor
+        self._canonical = canonicalise(problem, parameters, variables, gp=gp)
         self._parameters_of_problem = list(parameters)
         self._names = [v.name() for v in variables]
-        self._canonical = canonicalise(problem, parameters, variables, gp=gp)
         self._solver = _solver(solver)
         self._tolerance, self._options = self._check_options(solver_args or {})
         self._warned: set[str] = set()
@@ -136,8 +137,8 @@ class ConvexLayer(torch.nn.Module):
                 raise TypeError(f"Parameter `{parameter.name()}` was given a tensor of {tensor.dtype}; expected floating point: write {parameter.name()}.double().")
             shapes.append(_batch_shape(tensor, parameter))
         try:
-            batch = tuple(torch.broadcast_shapes(*shapes))
-        except RuntimeError:
+            batch = np.broadcast_shapes(*shapes)  # torch's own loads a symbolic algebra package at its first call
+        except ValueError:
             listed = ", ".join(f"`{p.name()}` {shape}" for p, shape in zip(parameters, shapes, strict=True))
             raise ValueError(f"The batch dimensions do not agree: {listed}. Each parameter has the batch dimensions in front, or none if it is shared.") from None
         devices = {str(t.device) for t in tensors}
