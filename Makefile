@@ -20,7 +20,7 @@ bench: .venv/benchmarks  ## us against the peers, side by side
 
 lint: .venv/dev  ## style and types
 	$(PY) -m ruff check
-	$(PY) -m mypy
+	$(PY) -m mypy convlayer problems examples
 
 clean:  ## remove .venv, pictures and caches
 	rm -rf .venv out build .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

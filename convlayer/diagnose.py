@@ -83,7 +83,7 @@ def check_convexity(problem: cp.Problem, gp: bool) -> None:
         raise ProblemError("The problem is not convex as written (DCP), but it is log-log convex: pass gp=True.")
     if problem.is_dqcp():
         raise ProblemError("The problem is quasiconvex (DQCP) but not convex: it is solved by bisection and its solution is not differentiable by a "
-                           f"cone program. {_locate(problem, 'dcp', dpp=False)}")
+                           f"cone program: {_locate(problem, 'dcp', dpp=False)}")
     raise ProblemError(f"The problem is not convex (DCP): {_locate(problem, 'dcp', dpp=False)}")
 
 

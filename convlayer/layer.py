@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -67,7 +68,7 @@ class ConvexLayer(torch.nn.Module):
         self._canonical = canonicalise(problem, parameters, variables, gp=gp)
         self._parameters_of_problem = list(parameters)
         self._names = [v.name() for v in variables]
-        self._solver = _solver(solver)
+        self._solver, self._chosen = _solver(solver), solver is not None
         self._tolerance, self._options = self._check_options(solver_args or {})
         self._warned: set[str] = set()
 
@@ -84,7 +85,25 @@ class ConvexLayer(torch.nn.Module):
 
     def explain(self, batch: int = 1) -> str:
         """Which path runs and why, the sizes before and after canonicalisation, and what a forward and a backward cost."""
-        return explain_cone_program(self._canonical, self._solver.name, self._tolerance, batch)
+        return explain_cone_program(self._canonical, self._solver, self._chosen, self._tolerance, batch)
+
+    def with_options(self, *, solver: str | Solver | None = None, solver_args: Mapping[str, Any] | None = None,
+                     on_failure: str | None = None, validate: bool | None = None, executor: Executor | None = None) -> ConvexLayer:
+        """A layer of the same problem, sharing its canonical form, with some of the constructor's options changed."""
+        sibling = copy.copy(self)
+        sibling._warned = set()
+        if on_failure is not None:
+            _one_of("on_failure", on_failure, POLICIES)
+            sibling.on_failure = on_failure
+        if validate is not None:
+            sibling.validate = validate
+        if executor is not None:
+            sibling.executor = executor
+        if solver is not None:
+            sibling._solver, sibling._chosen, sibling._options = _solver(solver), True, {}
+        if solver is not None or solver_args is not None:
+            sibling._tolerance, sibling._options = sibling._check_options({"tolerance": self._tolerance, **(solver_args or {})})
+        return sibling
 
     def extra_repr(self) -> str:
         parameters = ", ".join(f"{p.name()}{tuple(p.shape)}" for p in self._parameters_of_problem)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.parametrize("problem", problems.PROBLEMS.values(), ids=
 
 
 def relative(got, expected):
-    return float((got - expected).norm() / expected.norm().clamp_min(1e-12))
+    return float((got - expected).detach().norm() / expected.detach().norm().clamp_min(1e-12))
 
 
 def test_the_docstring_states_solution_derivative_shapes_cost_kinks_and_source(problem: problems.Prebuilt):

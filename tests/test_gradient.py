@@ -1,0 +1,143 @@
+"""On every case: the KKT residual vanishes, value and duals are CVXPY's, the gradient is that of differences."""
+
+import numpy as np
+import pytest
+import torch
+from cases import CASES, FIVE_POINT, leaves, outputs_of, relative, set_values, weights
+from oracles import cone_program, kkt_violation, solve_with_cvxpy
+
+SEEDS = (0, 1, 2)
+STEP = 2e-4  # of the way to another sample: symmetry, pattern and domain are kept
+
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+@every_case
+def test_the_recomputed_kkt_residual_vanishes_on_cvxpys_own_cone_program(case):
+    declared = case.declare()
+    for seed in SEEDS:
+        tensors = case.sample(seed=seed)
+        solution = case.shared.solve(*tensors)
+        program = cone_program(case, declared, tensors)
+        x, s, y = (part[0].numpy() for part in solution.iterate)
+        assert kkt_violation(program, x, s, y) < 1e-11
+        assert float(solution.residual) < 1e-11
+
+
+@every_case
+def test_variables_duals_and_value_are_those_of_cvxpys_own_solve(case):
+    declared = case.declare()
+    for seed in SEEDS:
+        tensors = case.sample(seed=seed)
+        solution = case.shared.solve(*tensors)
+        expected, value = solve_with_cvxpy(case, declared, tensors)
+        for got, reference in zip(solution.variables, expected, strict=True):
+            assert got.shape == reference.shape
+            assert np.abs(got.numpy() - reference).max() <= 1e-6 * (1 + np.abs(reference).max())
+        assert float(solution.objective) == pytest.approx(value, rel=1e-7, abs=1e-7)
+
+
+@every_case
+def test_the_value_is_the_users_objective_at_the_users_variables(case):
+    declared = case.declare()
+    tensors = case.sample(seed=3)
+    layer = case.layer() if len(declared.outputs) == 0 else None
+    del layer
+    variables = declared.problem.variables()
+    declared.outputs[:] = variables
+    from convlayer import ConvexLayer
+
+    solution = ConvexLayer(declared.problem, declared.parameters, variables, gp=case.gp).solve(*tensors)
+    set_values(declared, tensors)
+    for variable, value in zip(variables, solution.variables, strict=True):
+        if variable.sparse_idx is not None:
+            continue
+        variable.save_value(value.numpy())
+    if all(v.value is not None for v in variables if v.sparse_idx is None) and not any(v.sparse_idx for v in variables):
+        assert float(solution.objective) == pytest.approx(float(declared.problem.objective.value), rel=1e-9, abs=1e-9)
+
+
+def directional(function, tensors, directions, step):
+    return sum(c * function([t + k * step * d for t, d in zip(tensors, directions, strict=True)])
+               for k, c in FIVE_POINT.items()) / step
+
+
+@every_case
+def test_the_gradient_of_variables_duals_and_value_is_that_of_five_point_differences(case):
+    """Each parameter moves alone, so that none hides behind another, along a direction that keeps its domain."""
+    layer = case.shared
+    for seed in SEEDS:
+        tensors, others = case.sample(seed=seed), case.sample(seed=seed + 100)
+        inputs = leaves(tensors)
+        outputs = outputs_of(layer, inputs)
+        cotangents = weights(outputs)
+        gradients = torch.autograd.grad(outputs, inputs, cotangents)
+
+        def functional(values, cotangents=cotangents):
+            with torch.no_grad():
+                return float(sum((w * o).sum() for w, o in zip(cotangents, outputs_of(layer, values), strict=True)))
+
+        for k, gradient in enumerate(gradients):
+            directions = [b - a if i == k else torch.zeros_like(a) for i, (a, b) in enumerate(zip(tensors, others, strict=True))]
+            wide, narrow = (directional(functional, tensors, directions, h) for h in (STEP, STEP / 2))
+            scale = max(abs(narrow), float(gradient.norm() * directions[k].norm()) * 1e-2)
+            assert abs(wide - narrow) <= 1e-6 * scale, f"parameter {k}, seed {seed}: differences do not converge here, {wide} and {narrow}"
+            got = float((gradient * directions[k]).sum())
+            assert abs(got - narrow) <= 1e-6 * scale, f"parameter {k}, seed {seed}: {got} against {narrow}"
+            assert scale > 1e-6, "the functional does not move: this would test nothing"
+
+
+@every_case
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+def test_a_scaled_loss_scales_the_gradient_exactly(case, scale):
+    inputs = leaves(case.sample(seed=1))
+    outputs = outputs_of(case.shared, inputs)
+    cotangents = weights(outputs)
+    plain = torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True)
+    scaled = torch.autograd.grad(outputs, inputs, [scale * w for w in cotangents])
+    for a, b in zip(plain, scaled, strict=True):
+        assert relative(b / scale, a) < 1e-12
+
+
+SYMMETRIC = [name for name, case in CASES.items()
+             if any(p.attributes[a] for p in case.declare().parameters for a in ("symmetric", "PSD", "NSD"))]
+
+
+@pytest.mark.parametrize("case", [CASES[name] for name in SYMMETRIC], ids=SYMMETRIC)
+def test_a_symmetric_parameter_has_a_symmetric_gradient_that_is_right_along_every_symmetric_direction(case):
+    layer, declared = case.shared, case.declare()
+    tensors = case.sample(seed=1)
+    inputs = leaves(tensors)
+    outputs = outputs_of(layer, inputs)
+    cotangents = weights(outputs)
+    gradients = torch.autograd.grad(outputs, inputs, cotangents)
+
+    def functional(values):
+        with torch.no_grad():
+            return float(sum((w * o).sum() for w, o in zip(cotangents, outputs_of(layer, values), strict=True)))
+
+    for k, (parameter, gradient) in enumerate(zip(declared.parameters, gradients, strict=True)):
+        if not any(parameter.attributes[a] for a in ("symmetric", "PSD", "NSD")):
+            continue
+        assert torch.equal(gradient, gradient.mT)
+        n = parameter.shape[0]
+        for i in range(n):
+            for j in range(i + 1):
+                direction = torch.zeros(n, n, dtype=torch.float64)
+                direction[i, j] = direction[j, i] = 1.0
+                directions = [direction if m == k else torch.zeros_like(t) for m, t in enumerate(tensors)]
+                expected = directional(functional, tensors, directions, 5e-4)
+                got = float((gradient * direction).sum())
+                assert abs(got - expected) <= 1e-6 * max(abs(expected), float(gradient.norm()))
+
+
+@every_case
+def test_an_output_that_the_loss_does_not_use_adds_nothing(case):
+    """Each output alone, added up, is all of them together."""
+    inputs = leaves(case.sample(seed=2))
+    outputs = outputs_of(case.shared, inputs)
+    cotangents = weights(outputs)
+    together = torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True)
+    alone = [torch.autograd.grad(o, inputs, w, retain_graph=True) for o, w in zip(outputs, cotangents, strict=True)]
+    for k, total in enumerate(together):
+        assert relative(sum(parts[k] for parts in alone), total) < 1e-10
