@@ -29,7 +29,7 @@ def lasso(m: int = 8, n: int = 4) -> Declaration:
 
 @lasso.sampled_by
 def _sample(draw, m, n):
-    return draw.normal(m, n), draw.normal(m), draw.uniform(0.5, 3.0)
+    return draw.normal(m, n), draw.normal(m), draw.uniform(0.2, 1.5)
 
 
 @lasso.solved_by

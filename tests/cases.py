@@ -485,7 +485,7 @@ def posynomial():
     """A parameter as an exponent, and a posynomial objective."""
     k, a, p, x = (cp.Parameter(2, pos=True, name="k"), cp.Parameter(pos=True, name="a"), cp.Parameter(name="p"),
                   cp.Variable(2, pos=True, name="x"))
-    problem = cp.Problem(cp.Minimize(k[0] * x[0] + k[1] * x[1] + a / (x[0] * x[1])), [x[0] ** p <= 2 * x[1]])
+    problem = cp.Problem(cp.Minimize(k[0] * x[0] + k[1] * x[1] + a / (x[0] * x[1])), [x[0] ** p <= 0.5 * x[1]])
     return problem, [k, a, p], [x]
 
 
@@ -547,7 +547,7 @@ def scalars():
 # All cones at once ------------------------------------------------------------------------------------------------------
 
 
-@case(lambda d: (d.normal(4), d.normal(3, 4), d.symmetric(2), d.uniform(1.5, 2.5)), quadratic=True)
+@case(lambda d: (d.normal(4), d.normal(3, 4), d.symmetric(2), d.uniform(0.3, 0.6)), quadratic=True)
 def every_cone():
     a, B, C, r = (cp.Parameter(4, name="a"), cp.Parameter((3, 4), name="B"),
                   cp.Parameter((2, 2), symmetric=True, name="C"), cp.Parameter(pos=True, name="r"))

@@ -6,6 +6,8 @@ import torch
 from cases import CASES, FIVE_POINT, leaves, outputs_of, relative, set_values, weights
 from oracles import cone_program, kkt_violation, solve_with_cvxpy
 
+from convlayer import ConvexLayer
+
 SEEDS = (0, 1, 2)
 STEP = 2e-4  # of the way to another sample: symmetry, pattern and domain are kept
 
@@ -26,35 +28,31 @@ def test_the_recomputed_kkt_residual_vanishes_on_cvxpys_own_cone_program(case):
 
 @every_case
 def test_variables_duals_and_value_are_those_of_cvxpys_own_solve(case):
+    """To the root of its tolerance: so far is an interior point from the solution where the objective is flat."""
     declared = case.declare()
     for seed in SEEDS:
         tensors = case.sample(seed=seed)
         solution = case.shared.solve(*tensors)
-        expected, value = solve_with_cvxpy(case, declared, tensors)
+        expected, value, tolerance = solve_with_cvxpy(case, declared, tensors)
         for got, reference in zip(solution.variables, expected, strict=True):
             assert got.shape == reference.shape
-            assert np.abs(got.numpy() - reference).max() <= 1e-6 * (1 + np.abs(reference).max())
+            assert np.abs(got.numpy() - reference).max() <= 3 * tolerance**0.5 * (1 + np.abs(reference).max())
         assert float(solution.objective) == pytest.approx(value, rel=1e-7, abs=1e-7)
 
 
 @every_case
 def test_the_value_is_the_users_objective_at_the_users_variables(case):
     declared = case.declare()
-    tensors = case.sample(seed=3)
-    layer = case.layer() if len(declared.outputs) == 0 else None
-    del layer
     variables = declared.problem.variables()
-    declared.outputs[:] = variables
-    from convlayer import ConvexLayer
-
+    if any(v.sparse_idx is not None or v.attributes["diag"] for v in variables):
+        pytest.skip("CVXPY evaluates no expression of a variable stored sparsely")
+    tensors = case.sample(seed=3)
     solution = ConvexLayer(declared.problem, declared.parameters, variables, gp=case.gp).solve(*tensors)
     set_values(declared, tensors)
     for variable, value in zip(variables, solution.variables, strict=True):
-        if variable.sparse_idx is not None:
-            continue
         variable.save_value(value.numpy())
-    if all(v.value is not None for v in variables if v.sparse_idx is None) and not any(v.sparse_idx for v in variables):
-        assert float(solution.objective) == pytest.approx(float(declared.problem.objective.value), rel=1e-9, abs=1e-9)
+    expected = float(declared.problem.objective.expr.value)
+    assert float(solution.objective) == pytest.approx(expected, rel=1e-10, abs=1e-10)
 
 
 def directional(function, tensors, directions, step):
@@ -66,6 +64,7 @@ def directional(function, tensors, directions, step):
 def test_the_gradient_of_variables_duals_and_value_is_that_of_five_point_differences(case):
     """Each parameter moves alone, so that none hides behind another, along a direction that keeps its domain."""
     layer = case.shared
+    moved = [False] * len(case.sample())
     for seed in SEEDS:
         tensors, others = case.sample(seed=seed), case.sample(seed=seed + 100)
         inputs = leaves(tensors)
@@ -77,14 +76,17 @@ def test_the_gradient_of_variables_duals_and_value_is_that_of_five_point_differe
             with torch.no_grad():
                 return float(sum((w * o).sum() for w, o in zip(cotangents, outputs_of(layer, values), strict=True)))
 
-        for k, gradient in enumerate(gradients):
-            directions = [b - a if i == k else torch.zeros_like(a) for i, (a, b) in enumerate(zip(tensors, others, strict=True))]
+        moves = [b - a for a, b in zip(tensors, others, strict=True)]
+        size = max(float(g.norm() * d.norm()) for g, d in zip(gradients, moves, strict=True))
+        for k, (gradient, move) in enumerate(zip(gradients, moves, strict=True)):
+            directions = [move if i == k else torch.zeros_like(t) for i, t in enumerate(tensors)]
             wide, narrow = (directional(functional, tensors, directions, h) for h in (STEP, STEP / 2))
-            scale = max(abs(narrow), float(gradient.norm() * directions[k].norm()) * 1e-2)
-            assert abs(wide - narrow) <= 1e-6 * scale, f"parameter {k}, seed {seed}: differences do not converge here, {wide} and {narrow}"
-            got = float((gradient * directions[k]).sum())
-            assert abs(got - narrow) <= 1e-6 * scale, f"parameter {k}, seed {seed}: {got} against {narrow}"
-            assert scale > 1e-6, "the functional does not move: this would test nothing"
+            unit = max(abs(narrow), 1e-2 * float(gradient.norm() * move.norm()), 1e-3 * size)
+            assert abs(wide - narrow) <= 1e-6 * unit, f"parameter {k}, seed {seed}: differences do not converge here"
+            got = float((gradient * move).sum())
+            assert abs(got - narrow) <= 1e-6 * unit, f"parameter {k}, seed {seed}: {got} against {narrow}"
+            moved[k] |= abs(narrow) > 1e-3 * size
+    assert all(moved), "a parameter that moves nothing at any seed tests nothing"
 
 
 @every_case
@@ -111,6 +113,7 @@ def test_a_symmetric_parameter_has_a_symmetric_gradient_that_is_right_along_ever
     outputs = outputs_of(layer, inputs)
     cotangents = weights(outputs)
     gradients = torch.autograd.grad(outputs, inputs, cotangents)
+    size = max(float(g.norm()) for g in gradients)
 
     def functional(values):
         with torch.no_grad():
@@ -128,7 +131,7 @@ def test_a_symmetric_parameter_has_a_symmetric_gradient_that_is_right_along_ever
                 directions = [direction if m == k else torch.zeros_like(t) for m, t in enumerate(tensors)]
                 expected = directional(functional, tensors, directions, 5e-4)
                 got = float((gradient * direction).sum())
-                assert abs(got - expected) <= 1e-6 * max(abs(expected), float(gradient.norm()))
+                assert abs(got - expected) <= 1e-6 * max(abs(expected), float(gradient.norm()), 1e-3 * size)
 
 
 @every_case
