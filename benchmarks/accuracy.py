@@ -10,6 +10,7 @@ Value:     the same for the optimal objective, ours alone (the peer does not ret
 
 from __future__ import annotations
 
+import math
 import statistics
 import warnings
 from collections.abc import Callable, Iterable
@@ -48,18 +49,20 @@ def measure(case: Prebuilt, options: Options) -> Iterable[Row]:
     gp = not declared.problem.is_dcp()
     layer = ConvexLayer(declared.problem, declared.parameters, declared.variables, gp=gp)
     exact, source = _reference(case, declared, tensors)
-    outputs, slopes = _differences(case, layer, tensors)
+    expected, slopes = _differences(case, layer, tensors)
     row = Row(case.name, {"cones": ", ".join(sorted({block.name for block in _program(declared, gp).cones.blocks})), "vs": source},
               {SOLUTION: ("<=", 1e-8), GRADIENT: ("<=", 1e-6), "value": ("<=", 1e-6)})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        figures = _errors(lambda *leaves: layer(*(leaf.to(options.device) for leaf in leaves)), tensors, exact, outputs)
+        def ours(*leaves: Tensor) -> Variables:
+            return tuple(x.cpu() for x in layer(*(leaf.to(options.device) for leaf in leaves)))
+
+        error, gradient = _solution_error(ours, tensors, exact), _gradient_error(ours, tensors, *expected)
         solution = layer.solve(*tensors)
         value = _gradient_error(lambda *leaves: (layer.solve(*leaves).objective,), tensors, (torch.ones(ROWS),), slopes)
         kkt = [kkt_residual(declared, [t[k].numpy() for t in tensors], *(part[k].numpy() for part in solution.iterate)) for k in range(ROWS)]
-        row.figures |= {SOLUTION: figures[0], "KKT": max(kkt), GRADIENT: figures[1], "value": value, "kinks": int((~outputs[2]).sum())}
-        peer = _peer_errors(case, tensors, exact, outputs)
-    row.figures |= {"peer solution": peer[0], "peer gradient": peer[1]} if isinstance(peer, tuple) else {"peer solution": peer}
+        row.figures |= {SOLUTION: error, "KKT": float(max(kkt)), GRADIENT: gradient, "value": value, "kinks": int((~expected[1][2]).sum())}
+        row.figures |= _peer(case, tensors, exact, *expected)
     yield row
 
 
@@ -68,11 +71,17 @@ def summary(rows: list[Row]) -> Iterable[Row]:
     measured = [row for row in rows if not row.error]
     columns = (SOLUTION, "KKT", GRADIENT, "value", "peer solution", "peer gradient")
     for name, reduce in (("median", statistics.median), ("worst", max)):
-        figures = {c: reduce(v) for c in columns if (v := [r.figures[c] for r in measured if isinstance(r.figures.get(c), float)])}
+        figures = {c: reduce(v) for c in columns if (v := [r.figures[c] for r in measured if math.isfinite(_number(r.figures.get(c)))])}
         yield Row(name, figures, {SOLUTION: ("<=", 1e-8), GRADIENT: ("<=", 1e-6)})
+    failed = [row for row in measured if "peer solution" in row.figures and not math.isfinite(_number(row.figures.get("peer gradient")))]
+    yield Row("the peer has no finite gradient", {"problems": len(failed)})
     seen = {cone for row in measured for cone in row.figures["cones"].split(", ")}
     yield Row("problems", {"cones": "all" if seen >= CONES else "missing " + ", ".join(CONES - seen), "problems": len(measured)},
               {"problems": (">=", 24)})
+
+
+def _number(figure: object) -> float:
+    return figure if isinstance(figure, float) else math.nan
 
 
 def _program(declared: Declared, gp: bool):
@@ -101,7 +110,7 @@ def _tight(declared: Declared, tensors: Variables) -> Variables:
 
 
 def _differences(case: Prebuilt, layer: ConvexLayer, tensors: Variables):
-    """((weights, directional derivatives, kept) of the functional, (directions, derivatives, kept) of the value)."""
+    """What is expected, (directions, derivatives, which to keep): of the functional, with its weights, and of the value."""
     directions = [tuple(b - a for a, b in zip(tensors, case.sample(ROWS, seed), strict=True)) for seed in range(1, DIRECTIONS + 1)]
     # All points of all directions in one batch: (rows, directions, points).
     moved = [torch.stack([torch.stack([t + k * STEP / 2 * d[i] for k in POINTS], 1) for d in directions], 1) for i, t in enumerate(tensors)]
@@ -115,7 +124,7 @@ def _differences(case: Prebuilt, layer: ConvexLayer, tensors: Variables):
     generator = torch.Generator().manual_seed(100)
     weights = tuple(torch.randn((ROWS, *v.shape[3:]), generator=generator, dtype=torch.float64) for v in variables)
     functional = sum((w[:, None, None] * v).reshape(ROWS, DIRECTIONS, len(POINTS), -1).sum(-1) for w, v in zip(weights, variables, strict=True))
-    return (weights, directions, *reversed(_slopes(functional))), (directions, *_slopes(solution.objective))
+    return (weights, (directions, *_slopes(functional))), (directions, *_slopes(solution.objective))
 
 
 def _slopes(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,13 +135,12 @@ def _slopes(values: Tensor) -> tuple[Tensor, Tensor]:
     return fine, (coarse - fine).abs() <= AGREE * size
 
 
-def _errors(layer: Callable[..., Variables], tensors: Variables, exact: Variables, outputs) -> tuple[float, float]:
-    weights, directions, kept, slopes = outputs
+def _solution_error(layer: Callable[..., Variables], tensors: Variables, exact: Variables) -> float:
+    """The worst row's relative error of all variables together."""
     with torch.no_grad():
         got = layer(*tensors)
-    error = torch.stack([_flat(x.cpu() - e).square().sum(1) for x, e in zip(got, exact, strict=True)]).sum(0)
-    size = torch.stack([_flat(e).square().sum(1) for e in exact]).sum(0)
-    return float((error / size).sqrt().max()), _gradient_error(layer, tensors, weights, (directions, slopes, kept))
+    error = sum(_flat(x - e).square().sum(1) for x, e in zip(got, exact, strict=True))
+    return float((error / sum(_flat(e).square().sum(1) for e in exact)).sqrt().max())
 
 
 def _gradient_error(layer: Callable[..., Variables], tensors: Variables, weights: Variables, expected) -> float:
@@ -145,12 +153,18 @@ def _gradient_error(layer: Callable[..., Variables], tensors: Variables, weights
     return float((difference / torch.where(kept, slopes, 0.0).norm(dim=1).clamp(min=1e-12)).max())
 
 
-def _peer_errors(case: Prebuilt, tensors: Variables, exact: Variables, outputs) -> tuple[float, float] | str:
+def _peer(case: Prebuilt, tensors: Variables, exact: Variables, weights: Variables, expected) -> dict[str, float | str]:
     try:
         layer = peer_layer(case())
-        return MISSING if layer is None else _errors(layer, tensors, exact, outputs)
+        if layer is None:
+            return {"peer solution": MISSING}
+        figures = {"peer solution": _solution_error(layer, tensors, exact)}
     except Exception as error:  # the peer's failure is a finding
-        return f"{type(error).__name__}"
+        return {"peer solution": f"refused: {type(error).__name__}"}
+    try:
+        return {**figures, "peer gradient": _gradient_error(layer, tensors, weights, expected)}
+    except Exception as error:
+        return {**figures, "peer gradient": f"refused: {type(error).__name__}"}
 
 
 def _flat(t: Tensor) -> Tensor:

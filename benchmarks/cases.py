@@ -5,13 +5,13 @@ Where a problem has no oracle, the reference is CVXPY's own solution by a tight 
 
 from __future__ import annotations
 
-from itertools import chain, combinations
+from itertools import chain, combinations, product
 
 import cvxpy as cp
 import numpy as np
 import torch
 from scipy.optimize import isotonic_regression as isotonic
-from scipy.optimize import linprog, root
+from scipy.optimize import brentq, linprog, root
 from scipy.special import logsumexp
 from scipy.special import softmax as soft
 
@@ -84,6 +84,22 @@ def _active_sets(P, q, G, h, A, b):
             dual[active] = multipliers
             return x, dual, z[n + len(active):]
     raise ValueError("no active set is optimal")
+
+
+@prebuilt()
+def quadratic_program_factored(n=4, m=5, p=1):
+    L, q, G = cp.Parameter((n, n)), cp.Parameter(n), cp.Parameter((m, n))
+    h, A, b, x = cp.Parameter(m), cp.Parameter((p, n)), cp.Parameter(p), cp.Variable(n)
+    return cp.Problem(cp.Minimize(0.5 * cp.sum_squares(L.T @ x) + q @ x), [G @ x <= h, A @ x == b]), [L, q, G, h, A, b], [x]
+
+
+@quadratic_program_factored.sampled_by
+def _factored(draw, n, m, p):
+    P, *rest = _feasible(draw, n, m, p)
+    return torch.linalg.cholesky(P), *rest
+
+
+quadratic_program_factored.solved_by(lambda L, *rest: _active_sets(L @ L.T, *rest)[0])
 
 
 @prebuilt()
@@ -281,16 +297,15 @@ huber_regression.sampled_by(lambda draw, m, n: (draw.normal(m, n), 3 * draw.norm
 
 @prebuilt()
 def support_vectors(m=8, n=3):
-    A, c, w = cp.Parameter((m, n)), cp.Parameter(nonneg=True), cp.Variable(n)
-    return cp.Problem(cp.Minimize(0.5 * cp.sum_squares(w) + c * cp.sum(cp.pos(1 - A @ w)))), [A, c], [w]
+    A, lam, w = cp.Parameter((m, n)), cp.Parameter(nonneg=True), cp.Variable(n)
+    return cp.Problem(cp.Minimize(lam * cp.sum_squares(w) + cp.sum(cp.pos(1 - A @ w)))), [A, lam], [w]
 
 
-support_vectors.sampled_by(lambda draw, m, n: (draw.normal(m, n), draw.uniform(0.2, 1)))
+support_vectors.sampled_by(lambda draw, m, n: (draw.normal(m, n), draw.uniform(0.5, 2)))
 
 
 @prebuilt()
 def control(states=4, inputs=2, horizon=10):
-    """Optimal control with bounded inputs, first input sequence of a linear system with parametric dynamics."""
     A, B = cp.Parameter((states, states)), cp.Parameter((states, inputs))
     start, X, U = cp.Parameter(states), cp.Variable((states, horizon + 1)), cp.Variable((inputs, horizon))
     moves = [X[:, 0] == start, X[:, 1:] == A @ X[:, :-1] + B @ U, cp.abs(U) <= 0.5]
@@ -311,7 +326,23 @@ def risk_budget(n=4):
 
 @risk_budget.sampled_by
 def _risks(draw, n):
-    return draw.normal(n), torch.eye(n) + 0.1 * draw.normal(n, n), draw.uniform(0.6, 0.8)
+    return 2 * draw.normal(n), torch.eye(n) + 0.1 * draw.normal(n, n), draw.uniform(0.55, 0.65)
+
+
+@risk_budget.solved_by
+def _within_budget(mu, L, sigma):
+    """With w = exp(z): stationarity, the risk and the budget, for (z, multiplier of the risk, multiplier of the budget)."""
+    n = len(mu)
+
+    def conditions(unknowns):
+        w, multiplier, nu = np.exp(unknowns[:n]), unknowns[n], unknowns[n + 1]
+        risk = np.linalg.norm(L.T @ w)
+        return np.concatenate([mu - 0.1 * (unknowns[:n] + 1) - multiplier * (L @ (L.T @ w)) / risk - nu, [risk - sigma, w.sum() - 1]])
+
+    found = root(conditions, np.concatenate([np.full(n, -np.log(n)), [5.0, 0.0]]), tol=1e-14)
+    if np.abs(found.fun).max() > 1e-10 or found.x[n] < 0:
+        raise ValueError("the risk is not at its limit")
+    return np.exp(found.x[:n]), found.x[n]
 
 
 @prebuilt()
@@ -320,7 +351,19 @@ def norm_fit_psd(n=3):
     return cp.Problem(cp.Minimize(cp.norm(X - C, "fro") + lam * cp.sum_squares(X) + cp.trace(X) / 10)), [C, lam], [X]
 
 
-norm_fit_psd.sampled_by(lambda draw, n: (_symmetric(2 * draw.normal(n, n)), draw.uniform(0.05, 0.2)))
+norm_fit_psd.sampled_by(lambda draw, n: (_symmetric(draw.normal(n, n)) + torch.diag(torch.linspace(-3, 3, n)), draw.uniform(0.05, 0.2)))
+
+
+@norm_fit_psd.solved_by
+def _shrunk_spectrum(C, lam):
+    """By eigenvalues: x = max((c - N / 10) / (1 + 2 lam N), 0) with N = |x - c|."""
+    values, vectors = np.linalg.eigh(C)
+
+    def shrunk(N):
+        return np.maximum((values - N / 10) / (1 + 2 * lam * N), 0)
+
+    N = brentq(lambda N: np.linalg.norm(shrunk(N) - values) - N, 1e-6, 1e3, xtol=1e-15, rtol=1e-15)
+    return (vectors * shrunk(N)) @ vectors.T
 
 
 @prebuilt()
@@ -334,6 +377,28 @@ def all_cones(n=3):
 
 
 all_cones.sampled_by(lambda draw, n: (draw.normal(n), _symmetric(draw.normal(n, n)), draw.uniform(0.2, 1), draw.uniform(0.2, 1)))
+
+
+@all_cones.solved_by
+def _by_active_bounds(y, S, lam, b):
+    """On each set of bounds: the gradient of the cost plus a multiplier of the sum vanishes off it."""
+    def gradient(x):
+        v = np.linalg.eigh(S + np.diag(x))[1][:, -1]
+        return 2 * (x - y) + lam * x / np.linalg.norm(x) + soft(x) + v * v + 2.5 * np.sign(x) * np.abs(x) ** 1.5
+
+    for bounded in product((False, True), repeat=len(y)):
+        free = ~np.array(bounded)
+
+        def point(z, free=free):
+            x = np.full(len(y), 0.5)
+            x[free] = z[:-1]
+            return x
+
+        found = root(lambda z: np.append((gradient(point(z)) + z[-1])[free], point(z).sum() - b), np.full(free.sum() + 1, b / 3), tol=1e-14)  # noqa: B023
+        x, slope = point(found.x), gradient(point(found.x)) + found.x[-1]
+        if np.abs(found.fun).max() < 1e-11 and np.all(x <= 0.5 + 1e-12) and np.all(slope[~free] <= 0):
+            return x, found.x[-1]
+    raise ValueError("no set of bounds is optimal")
 
 
 def _symmetric(W):

@@ -383,7 +383,7 @@ def small_psd():
 @case(lambda d: (d.normal(4), d.normal(1, 4)))
 def entropy():
     c, A, x = cp.Parameter(4, name="c"), cp.Parameter((1, 4), name="A"), cp.Variable(4, name="x")
-    equal, other = cp.sum(x) == 1, A @ x <= 0.4
+    equal, other = cp.sum(x) == 1, A @ x <= cp.sum(A) / 4 + 0.1
     return cp.Problem(cp.Maximize(cp.sum(cp.entr(x)) + c @ x), [equal, other]), [c, A], [x, equal.dual_variables[0]]
 
 
@@ -552,10 +552,10 @@ def every_cone():
     a, B, C, r = (cp.Parameter(4, name="a"), cp.Parameter((3, 4), name="B"),
                   cp.Parameter((2, 2), symmetric=True, name="C"), cp.Parameter(pos=True, name="r"))
     x, X = cp.Variable(4, name="x"), cp.Variable((2, 2), PSD=True, name="X")
-    equal, below, ball = cp.sum(x) == 1, B[:1] @ x <= 0.1, cp.norm(B @ x) <= r
+    equal, below, ball = cp.sum(x) == 1, B[:1] @ x <= 0.1, cp.norm(B @ x) <= r + X[0, 0]
     objective = (0.5 * cp.sum_squares(x - a) + cp.log_sum_exp(B @ x) + cp.sum_squares(X - C) + cp.trace(X)
                  + cp.pnorm(x, 3, approx=False) + 0.2 * x[0] * 1.0)
-    problem = cp.Problem(cp.Minimize(objective), [equal, below, ball, X[0, 0] + x[1] <= 1])
+    problem = cp.Problem(cp.Minimize(objective), [equal, below, ball])
     return problem, [a, B, C, r], [x, X, equal.dual_variables[0], below.dual_variables[0]]
 
 

@@ -1,0 +1,77 @@
+"""Building a layer with a large dense parameter: seconds and memory, beside CVXPY's own canonicalisation of the same problem.
+
+Each row runs in a process of its own, `python -m benchmarks.construction PROBLEM SIZE`.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+
+import cvxpy as cp
+import numpy as np
+
+from benchmarks.measure import PeakMemory, clock
+from benchmarks.peer import CvxpyLayer, peer_layer
+from benchmarks.subprocesses import alone
+from benchmarks.table import Family, Options, Row
+from convlayer import ConvexLayer
+from convlayer.problems import Declared
+
+TASKS = (("least squares", 500), ("least squares", 1000), ("quad_form", 500))
+SECONDS, MEMORY = ("<=", 10.0), ("<=", 2000.0)  # "seconds"; a dense map of 500 x 500 entries would take 500 GB
+
+
+def family(options: Options) -> Family:
+    tasks = [("least squares", 100)] if options.quick else TASKS
+    return Family("construction", "Building a layer with one dense square parameter: seconds and peak megabytes.",
+                  [(f"{name} {n}", lambda name=name, n=n: [measure(name, n)]) for name, n in tasks])
+
+
+def measure(name: str, n: int) -> Row:
+    figures = alone("benchmarks.construction", name, n, "ours", timeout=100)
+    figures |= alone("benchmarks.construction", name, n, "CVXPY", timeout=100)
+    if CvxpyLayer is not None:
+        try:
+            figures |= alone("benchmarks.construction", name, n, "peer", timeout=30)
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            figures["peer seconds"] = "over 30" if isinstance(error, subprocess.TimeoutExpired) else str(error)[:60]
+    return Row(f"{name}, {n} x {n}", {**figures, "seconds / CVXPY": figures["ours seconds"] / figures["CVXPY seconds"]},
+               {"ours seconds": SECONDS, "ours MB": MEMORY})
+
+
+def declare(name: str, n: int) -> Declared:
+    x = cp.Variable(n, name="x")
+    if name == "quad_form":
+        P, q = cp.Parameter((n, n), PSD=True, name="P"), cp.Parameter(n, name="q")
+        P.value, q.value = np.eye(n), np.ones(n)
+        return Declared(name, cp.Problem(cp.Minimize(cp.quad_form(x, P) + q @ x), [x >= 0]), (P, q), (x,))
+    A, b = cp.Parameter((n, n), name="A"), cp.Parameter(n, name="b")
+    A.value, b.value = np.eye(n), np.ones(n)
+    return Declared(name, cp.Problem(cp.Minimize(cp.sum_squares(A @ x - b)), [x >= 0]), (A, b), (x,))
+
+
+def build(who: str, declared: Declared) -> None:
+    if who == "ours":
+        ConvexLayer(declared.problem, declared.parameters, declared.variables)
+    elif who == "CVXPY":
+        declared.problem.get_problem_data(cp.CLARABEL)
+    else:
+        peer_layer(declared)
+
+
+def main(name: str, n: int, who: str) -> dict[str, float]:
+    warnings.simplefilter("ignore")
+    build(who, declare(name, 3))
+    declared = declare(name, n)
+    with PeakMemory() as peak:
+        start = clock()
+        build(who, declared)
+        seconds = clock() - start
+    return {f"{who} seconds": seconds, f"{who} MB": peak.megabytes}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1], int(sys.argv[2]), sys.argv[3])))
