@@ -10,6 +10,7 @@ Source: the implicit function theorem; Busseti, Moursi and Boyd (2019) for refin
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ from convlayer.kkt import DenseSystem, SparseSystem, Visible, factorise
 from convlayer.program import Data, Operators
 from convlayer.residual import residual
 
-TARGET = 1e-14  # relative residual at which polish has nothing left to do
+TARGET = 1e-13  # relative residual at which polish has nothing left to do
+REUSE = 1e-3
 STEPS = 20
 PATIENCE = 4
 SETTLED = 1e-11  # below this residual, a step that gains less than a digit was the last
@@ -27,7 +29,7 @@ KINK = 1e-11  # |v| below this counts as weakly active: treated as inactive
 MARGIN = 1e-7  # distance from a kink below which a row is flagged
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Zero:
     """A zero of the residual map, in the data's units, with what its derivative needs."""
 
@@ -37,8 +39,15 @@ class Zero:
     y: Tensor  # (B, m)
     residual: Tensor  # (B,) relative
     spectrum: ProductSpectrum  # of DPi_K* at v = y - s
-    system: DenseSystem | SparseSystem | None  # None where no derivative is wanted
     degenerate: Tensor  # (B,) weakly active or singular
+    visible: Visible
+    units: Tensor | None
+    last: DenseSystem | SparseSystem | None  # the polish's last factor, if it belongs to this very point
+
+    @cached_property
+    def system(self) -> DenseSystem | SparseSystem:
+        """The factored system here: the polish's last one, or where curved cones have moved since, a new one."""
+        return self.last or factorise(self.operators, self.spectrum, self.visible, self.units)
 
 
 @dataclass(eq=False)
@@ -60,12 +69,11 @@ class _Point:
         return cls(x, v, y, s, spectrum, *residual(operators, x, s, y))
 
 
-def polish(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visible, units: Tensor | None, *,
-           differentiable: bool) -> Zero:
+def polish(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visible, units: Tensor | None) -> Zero:
     """Semismooth Newton on the residual map from (x, y - s), row by row, keeping the best point of each.
 
     Steps are full and need not descend: while the active set settles the residual may rise. A row gives up after PATIENCE
-    steps without a new best.
+    steps without a new best. A factor is kept while its steps still gain REUSE each.
 
     visible: where a solution or multiplier that is not unique is flagged.
     units:   (B or 1, n) of x, in which norms of null vectors are taken; None for ones.
@@ -74,12 +82,13 @@ def polish(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visib
     x, v = point.x, point.v
     patience = torch.full((len(x),), PATIENCE)
     factor: tuple[DenseSystem | SparseSystem, _Point] | None = None  # of all rows, and where
+    singular, gains = torch.zeros(len(x), dtype=torch.bool), False
     for _ in range(STEPS):
         rows = torch.nonzero((best.size > TARGET) & (patience > 0)).flatten()
         if not len(rows):
             break
         if len(rows) == len(x):
-            if factor is None or not _same(factor[1], point):
+            if factor is None or not (gains or _same(factor[1], point)):
                 factor = factorise(operators, point.spectrum, visible, units), point
             part, system = operators, factor[0]
         else:
@@ -90,6 +99,7 @@ def polish(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visib
         point = _Point.at(part, point.x + dx, point.v + dv)
         old = best.size[rows]
         better, settled = point.size < old, (old < SETTLED) & (point.size > 0.1 * old)
+        gains = bool((point.size <= torch.clamp(REUSE * old, min=TARGET)).all())
         patience[rows] = torch.where(settled, 0, torch.where(better, PATIENCE, patience[rows] - 1))
         x, v = (point.x, point.v) if len(rows) == len(x) else (x.index_copy(0, rows, point.x), v.index_copy(0, rows, point.v))
         if len(rows) == len(x) and bool(better.all()):
@@ -97,13 +107,11 @@ def polish(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visib
         elif bool(better.any()):
             rows = rows[better]
             best = _Point.at(operators, best.x.index_copy(0, rows, x[rows]), best.v.index_copy(0, rows, v[rows]))
-    system = factor[0] if factor is not None and _same(factor[1], best) else None
-    if differentiable and system is None:
-        system = factorise(operators, best.spectrum, visible, units)
-    degenerate = operators.data.program.cones.margin(best.v) < MARGIN
-    if system is not None:
-        degenerate = degenerate | system.singular
-    return Zero(operators, best.x, best.s, best.y, best.size, best.spectrum, system if differentiable else None, degenerate)
+    if factor is not None:
+        singular = factor[0].singular
+    last = factor[0] if factor is not None and _same(factor[1], best) else None
+    degenerate = singular | (operators.data.program.cones.margin(best.v) < MARGIN)
+    return Zero(operators, best.x, best.s, best.y, best.size, best.spectrum, degenerate, visible, units, last)
 
 
 def _same(old: _Point, new: _Point) -> bool:
@@ -112,7 +120,7 @@ def _same(old: _Point, new: _Point) -> bool:
         return True
     if old.spectrum.is_diagonal:
         return bool((old.spectrum.values == new.spectrum.values).all())
-    still = (new.v - old.v).abs() <= 1e-12 * old.v.abs().amax(1, keepdim=True)
+    still = (new.v - old.v).abs() <= 1e-10 * old.v.abs().amax(1, keepdim=True)
     return bool(still.all()) and bool(((old.spectrum.values > 0) == (new.spectrum.values > 0)).all())
 
 

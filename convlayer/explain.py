@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import os
 
-import numpy as np
-import qdldl
-import scipy.sparse as sp
-
 from convlayer.canon import Canonical
-from convlayer.kkt import DENSE_SHARE, DENSE_SIZE
-from convlayer.program import Program
+from convlayer.pattern import kkt_pattern
 from convlayer.solvers.solver import Solver
 
 ITERATIONS = {"clarabel": 12}  # a typical count; an interior-point method's hardly depends on the problem
@@ -20,7 +15,8 @@ def explain_cone_program(canonical: Canonical, solver: Solver, chosen: bool, tol
     """The report of `ConvexLayer.explain` for the generic path."""
     program, sizes = canonical.program, canonical.sizes
     moving = sum(len(rows) for rows in canonical.moving.values())
-    factor, solve = factor_cost(program)
+    pattern = kkt_pattern(program)
+    factor, solve = pattern.flops, 4.0 * pattern.fill
     iterations = ITERATIONS.get(solver.name)
     lines = [
         ("Path", "cone_program, the generic one: any DPP problem. No other structure is known to this version."),
@@ -35,38 +31,17 @@ def explain_cone_program(canonical: Canonical, solver: Solver, chosen: bool, tol
                     f"{f' for {batch} rows' if batch > 1 else ' a row'}"
                     + (f": about {iterations} factorisations of {_flops(factor)} in the solver, 1 or 2 in the polish" if iterations else "")),
         ("Backward", f"{_flops(4 * batch * solve)}{f' for {batch} rows' if batch > 1 else ' a row'}: solves with the polish's last factor, "
-                     f"{_factor(program)}"),
+                     f"dense or sparse as the active rows decide"),
     ]
     text = "\n".join(f"{name + ':':14}{value}" for name, value in lines)
     hints = list(_hints(canonical, solver))
     return text + "\n" + "\n".join(f"{'Faster:' if not k else '':14}{hint}" for k, hint in enumerate(hints))
 
 
-def factor_cost(program: Program) -> tuple[float, float]:
-    """(flops of one factorisation of the full KKT matrix, flops of one solve), counted on the pattern after fill-reducing ordering."""
-    size = program.n + program.m
-    P = sp.csc_array((np.full(len(program.P_rows), 1e-3), (program.P_rows, program.P_cols)), shape=(program.n, program.n))
-    A = sp.csc_array((np.ones(len(program.A_rows)), (program.A_rows, program.A_cols)), shape=(program.m, program.n))
-    upper = sp.block_array([[P, A.T], [None, sp.csc_array((program.m, program.m))]], format="csc") if program.m else P
-    quasidefinite = upper + sp.diags_array(np.concatenate([np.full(program.n, 1e3), np.full(program.m, -1e3)]))
-    L, _, _ = qdldl.Solver(sp.csc_matrix(sp.triu(quasidefinite)), upper=True).factors()
-    columns = np.diff(sp.csc_matrix(L).indptr) + 1.0
-    return float((columns ** 2).sum()), float(4 * columns.sum() + size)
-
-
 def _why(solver: Solver, chosen: bool) -> str:
     if chosen:
         return "as you asked"
     return "the default (every cone, a quadratic objective, accurate)"
-
-
-def _factor(program: Program) -> str:
-    share = program.nnz / max(1, program.n * (program.n + program.m))
-    if not program.dense_is_affordable(1):
-        return "sparse LDL' of the active rows"
-    if program.n + program.m <= DENSE_SIZE or share > DENSE_SHARE:
-        return "dense LU of the active rows, batched"
-    return "dense LU of the active rows where they are few or full, sparse LDL' otherwise"
 
 
 def _hints(canonical: Canonical, solver: Solver):

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from convlayer.adjoint import Zero, adjoint, polish, pull_back
 from convlayer.canon import Canonical
-from convlayer.program import DENSE_ENTRIES, Data, Operators
+from convlayer.kkt import prefers_dense
+from convlayer.program import DENSE_ENTRIES, Data, Operators, Program
 from convlayer.residual import Scaling, normalise, recentre
 from convlayer.solution import Status
 from convlayer.solvers.solver import Iterate, Solver, solve_batch
@@ -75,7 +76,8 @@ class Solve(torch.autograd.Function):
         ctx.call, ctx.data, ctx.pieces = call, data, pieces
         ctx.sizes = [len(theta) for theta in thetas]
         ctx.save_for_backward(x, y)
-        call.iterate = (x, s, y)
+        # Detached: an output held here would hold its own graph, and neither would ever be freed.
+        call.iterate = (x.detach(), s, y.detach())
         return x, y, value
 
     @staticmethod
@@ -140,14 +142,15 @@ def _solve(call: Call, data: Data, d: Tensor, batch: int) -> tuple[Tensor, Tenso
     pieces = []
     x[good], s[good], y[good] = scaling.leave(x_s, s_s, y_s)
     refine = torch.nonzero(usable & (status != Status.INFEASIBLE) & (status != Status.UNBOUNDED)).flatten()
-    for part in refine.split(_rows_at_once(program)) if len(refine) else ():
+    dense = prefers_dense(program)
+    for part in refine.split(_rows_at_once(program, dense)) if len(refine) else ():
         everything = len(part) == batch
         rows = good[part]
         piece_data, piece_scaling = (scaled, scaling) if everything else (scaled.rows(part), scaling.rows(part))
         point = (x_s, s_s, y_s) if everything else (x_s[part], s_s[part], y_s[part])
         piece_data, inner = recentre(piece_data, piece_scaling, point[0], point[2])
         start = inner.enter(*piece_scaling.leave(*point))
-        zero = polish(Operators(piece_data), *start, call.canonical.visible, inner.c, differentiable=call.differentiable)
+        zero = polish(Operators(piece_data, dense), *start, call.canonical.visible, inner.c)
         status[part] = _judge(zero.residual, call.tolerance)
         if inner.unbounded is not None:
             # A bound that was taken for infinite and is active after all: this is not the solution.
@@ -166,9 +169,10 @@ def _judge(residual: Tensor, tolerance: float) -> Tensor:
     return torch.where(residual <= tolerance, int(Status.SOLVED), judged)
 
 
-def _rows_at_once(program) -> int:
-    """So many rows that their dense matrices stay affordable."""
-    return max(1, DENSE_ENTRIES // max(1, (program.n + program.m) * program.n))
+def _rows_at_once(program: Program, dense: bool) -> int:
+    """So many rows that their matrices stay affordable."""
+    a_row = (program.n + program.m) * program.n if dense else 4 * program.nnz
+    return max(1, DENSE_ENTRIES // max(1, a_row))
 
 
 def _start(call: Call, scaling: Scaling, good: Tensor) -> list[Iterate] | None:
@@ -185,7 +189,7 @@ def _objective(operators: Operators, x: Tensor, d: Tensor) -> Tensor:
 def _report(call: Call, pieces: list[Piece], x_bar: Tensor, y_bar: Tensor) -> None:
     """Tell the layer which rows with a cotangent were differentiated by rule."""
     for piece in pieces:
-        call.degenerate[piece.rows] |= piece.zero.system.singular
+        call.degenerate[piece.rows] |= piece.zero.system.singular  # a solve may have flagged more
     used = (x_bar != 0).any(1) | (y_bar != 0).any(1)
     rows = torch.nonzero(call.degenerate & used).flatten()
     if len(rows) and call.on_degenerate is not None:

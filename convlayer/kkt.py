@@ -16,24 +16,25 @@ canonical auxiliaries that are free, or constraints that are redundant whatever 
 
 from __future__ import annotations
 
+import weakref
 from typing import NamedTuple
 
 import numpy as np
-import qdldl
 import scipy.sparse as sp
 import torch
 from torch import Tensor
 
 from convlayer.cones import ProductSpectrum
-from convlayer.program import Data, Operators
+from convlayer.pattern import kkt_pattern
+from convlayer.program import DENSE_ENTRIES, Data, Operators, Program
 
 SHIFT = 1e-11  # delta, relative to the equilibrated matrix
 SUSPECT = 1e-9  # a pivot below this may be the sign of a null vector
 NULL = 1e-12  # |K z| below this share of |z| (times the size) makes z one
 REFINEMENTS = 6
 CERTIFIED = 1e-10  # relative residual that a solve must reach, or the row is flagged
-DENSE_SIZE = 160  # at most this many unknowns: dense always; more: dense only if a good part of K is nonzero
-DENSE_SHARE = 0.15
+DENSE_RATE, DENSE_CALL = 5e9, 1e-5  # flops a second of batched LU, and seconds a row beside them; measured
+SPARSE_RATE, SPARSE_CALL = 1e9, 4e-5  # the same of sparse LDL'
 
 
 class Visible(NamedTuple):
@@ -43,22 +44,28 @@ class Visible(NamedTuple):
     y: Tensor  # (m,) bool
 
 
+def prefers_dense(program: Program) -> bool:
+    """Whether dense batched LU is expected to cost less than sparse LDL', with about as many active rows as variables."""
+    if (program.n + program.m) * program.n > DENSE_ENTRIES:
+        return False
+    size = program.n + min(program.m, program.n)
+    dense = DENSE_CALL + (2 / 3 * size ** 3 + 40 * size ** 2) / DENSE_RATE
+    return dense <= SPARSE_CALL or dense <= SPARSE_CALL + kkt_pattern(program).flops / SPARSE_RATE
+
+
 def factorise(operators: Operators, spectrum: ProductSpectrum, visible: Visible, units: Tensor | None) -> DenseSystem | SparseSystem:
-    """The system at one point, by dense or sparse factorisation, whichever is expected to be cheaper."""
-    program = operators.data.program
-    active = int((spectrum.values > 0).sum(-1).max()) if spectrum.values.numel() else 0
-    size = program.n + active
-    share = (2 * program.nnz + program.n + active) / max(size, 1) ** 2
-    if operators.dense and (size <= DENSE_SIZE or share > DENSE_SHARE):
-        return DenseSystem(operators, spectrum, visible, units, active)
+    """The system at one point, dense or sparse as the operators are."""
+    if operators.dense:
+        return DenseSystem(operators, spectrum, visible, units)
     return SparseSystem(operators.data, spectrum, visible, units)
 
 
 class DenseSystem:
     """Batched LU of the equilibrated matrix."""
 
-    def __init__(self, operators: Operators, spectrum: ProductSpectrum, visible: Visible, units: Tensor | None, active: int):
-        A = operators.A_dense
+    def __init__(self, operators: Operators, spectrum: ProductSpectrum, visible: Visible, units: Tensor | None):
+        A = operators.A_values
+        active = int((spectrum.values > 0).sum(-1).max()) if spectrum.values.numel() else 0
         batch, m, n = len(spectrum.values), A.shape[1], A.shape[2]
         d = spectrum.values
         A = spectrum.to_basis(A.expand(batch, -1, -1), columns=True) if not spectrum.is_diagonal else A.expand(batch, -1, -1)
@@ -71,7 +78,7 @@ class DenseSystem:
         self.root = d.clamp(min=0).sqrt()
         B = A * self.root.unsqueeze(-1)
         size = n + active
-        P = operators.P_dense
+        P = operators.P_values
         B_size = B.abs()
         upper, lower = P.abs().amax(2).expand(batch, -1), 1 - d
         if active:
@@ -184,110 +191,112 @@ def _harmful(primal: Tensor, dual: Tensor, visible: Visible) -> Tensor:
 
 
 class SparseSystem:
-    """One sparse LDL' a row, regularised and refined."""
+    """Sparse LDL' of the equilibrated matrix, a factor for each row; the fill-reducing ordering is found once a program.
+
+    All m rows of A stay in the pattern: inactive ones have a zero coupling and -1 on the diagonal.
+    """
 
     def __init__(self, data: Data, spectrum: ProductSpectrum, visible: Visible, units: Tensor | None):
-        self.n, self.m = data.program.n, data.program.m
-        self.rows = [_SparseRow(data, spectrum, visible, None if units is None else units[row % len(units)].numpy(), row) for row in range(len(spectrum.values))]
-
-    @property
-    def singular(self) -> Tensor:
-        return torch.tensor([row.singular for row in self.rows], dtype=torch.bool)
+        pattern = kkt_pattern(data.program)
+        d = spectrum.values
+        batch, n, m = len(d), data.program.n, data.program.m
+        self.n, self.spectrum, self.units, self.pattern = n, spectrum, units, pattern
+        self.root = d.clamp(min=0).sqrt()
+        E = pattern.rotated(data.A, spectrum) * self.root[:, pattern.E_rows]
+        values = E.new_zeros(batch, pattern.nnz)
+        values[:, pattern.place_P] = data.P
+        values[:, pattern.place_E] = E
+        values[:, pattern.place_diagonal[n:]] = d - 1
+        # (nnz, B) from here on: products gather and add whole rows of memory.
+        values = values.mT.contiguous()
+        sizes = values.abs()
+        largest = values.new_zeros(n + m, batch)
+        for index in (pattern.rows, pattern.columns):
+            largest.scatter_reduce_(0, index.unsqueeze(1).expand(-1, batch), sizes, "amax")
+        self.scale = torch.where(largest > 0, largest.rsqrt(), 1.0)
+        self.K = values * self.scale[pattern.rows] * self.scale[pattern.columns]
+        # A larger shift than in the dense case: there is no pivoting here, and refinement is cheap.
+        shifted = self.K.mT.contiguous()
+        shifted[:, pattern.place_diagonal[:n]] += 100 * SHIFT
+        shifted[:, pattern.place_diagonal[n:]] -= 100 * SHIFT
+        self.factors = [pattern.factor(row) for row in shifted.numpy()]
+        weakref.finalize(self, pattern.release, self.factors)
+        self.singular = torch.zeros(batch, dtype=torch.bool)
+        self.null: dict[int, np.ndarray] = {}
+        # Pivots tell nothing without pivoting; a null vector shows as a solution of size 1 / shift.
+        probe = torch.randn(n + m, 1, dtype=d.dtype, generator=torch.Generator().manual_seed(0)).expand(-1, batch)
+        for row in torch.nonzero(self._back_substitute(probe).norm(dim=0) > 1e-2 / (100 * SHIFT)).flatten().tolist():
+            self._find_null_space(row, visible)
 
     def solve(self, a: Tensor, c: Tensor, *, refine: bool = True) -> tuple[Tensor, Tensor]:
-        """a (B, n), c (B, m) -> w (B, n), e (B, m); always refined."""
-        w, e = np.empty((len(a), self.n)), np.zeros((len(a), self.m))
-        for k, row in enumerate(self.rows):
-            w[k], e[k, row.active] = row.solve(a[k].numpy(), c[k].numpy())
-        return torch.from_numpy(w), torch.from_numpy(e)
+        """a (B, n), c (B, m) -> w (B, n), e (B, m); without `refine` to the accuracy of the shifted factor, for Newton."""
+        right = self._off_null(torch.cat([a, self.root * c], 1), -1)
+        scaled = right.mT * self.scale
+        solution = self._back_substitute(scaled)
+        if refine and scaled.numel():
+            solution = self._refined(scaled, solution)
+        solution = self._off_null((solution * self.scale).mT, 1)
+        return solution[:, :self.n], solution[:, self.n:] * self.root
 
-
-class _SparseRow:
-    def __init__(self, data: Data, spectrum: ProductSpectrum, visible: Visible, units: np.ndarray | None, row: int):
-        program = data.program
-        n, m = program.n, program.m
-        d = spectrum.values[row].numpy()
-        P = sp.csc_array((data.P[row % len(data.P)].numpy(), program.P_rows, program.P_indptr), shape=(n, n))
-        order, columns, indptr = program.A_by_row
-        A = sp.csr_array((data.A[row % len(data.A)].numpy()[order], columns, indptr), shape=(m, n))
-        basis = None if spectrum.is_diagonal else _basis(spectrum, row, m)
-        if basis is not None:
-            A = sp.csr_array(basis.T @ A)
-        self.n, self.m = n, m
-        self.active = np.flatnonzero(d > 0)
-        self.root = np.sqrt(d[self.active])
-        B = sp.diags_array(self.root) @ A[self.active]
-        corner = sp.diags_array(d[self.active] - 1)
-        upper = sp.csr_array(sp.block_array([[P, B.T], [None, corner]], format="csr")) if len(self.active) else sp.csr_array(P)
-        K = sp.csr_array(upper + sp.triu(upper, 1).T)
-        largest = abs(K).max(axis=1).toarray().ravel()
-        self.scale = 1 / np.sqrt(np.where(largest > 0, largest, 1.0))
-        scale = sp.diags_array(self.scale)
-        self.K = sp.csr_array(scale @ K @ scale)
-        # A larger shift than in the dense case: there is no pivoting here, and refinement is cheap.
-        shift = 100 * SHIFT * np.concatenate([np.ones(n), -np.ones(len(self.active))])
-        self.factor = qdldl.Solver(sp.csc_matrix(sp.triu(self.K) + sp.diags_array(shift)), upper=True)
-        self.units = np.concatenate([np.ones(n) if units is None else units, np.ones(len(self.active))])
-        self.null: np.ndarray | None = None
-        self.singular = False
-        if np.abs(self.factor.factors()[1]).min(initial=1.0) <= 100 * SUSPECT:
-            self._find_null_space(visible, basis)
-
-    def solve(self, a: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        right = self._off_null(np.concatenate([a, self.root * c[self.active]]) / self.units) * self.units
-        scaled = right * self.scale
-        size = np.abs(scaled).max(initial=0.0)
-        solution, error = np.zeros_like(scaled), scaled
+    def _refined(self, right: Tensor, solution: Tensor) -> Tensor:
+        """Iterative refinement against K itself; a row that stays inaccurate is flagged. All (size, B)."""
+        goal = right.abs().amax(0)
+        error = right - self._product(solution)
         for _ in range(5 * REFINEMENTS):
-            if np.abs(error).max(initial=0.0) <= 1e-15 * size:
+            trial = solution + self._back_substitute(error)
+            trial_error = right - self._product(trial)
+            before, after = error.abs().amax(0), trial_error.abs().amax(0)
+            better = after < before
+            solution, error = torch.where(better, trial, solution), torch.where(better, trial_error, error)
+            if not bool((better & (after < 0.9 * before) & (after > 1e-15 * goal)).any()):
                 break
-            trial = solution + self.factor.solve(error)
-            trial_error = scaled - self.K @ trial
-            if not np.abs(trial_error).max() < 0.9 * np.abs(error).max():
-                break
-            solution, error = trial, trial_error
-        if np.abs(error).max(initial=0.0) > CERTIFIED * size:
-            self.singular = True
-        solution = self._off_null(solution * self.scale * self.units) / self.units
-        return solution[:self.n], solution[self.n:] * self.root
+        self.singular |= error.abs().amax(0) > CERTIFIED * goal
+        return solution
 
-    def _find_null_space(self, visible: Visible, rotation: sp.csr_array | None) -> None:
-        size = self.K.shape[0]
-        start = np.random.default_rng(0)
-        width = 4
+    def _back_substitute(self, right: Tensor) -> Tensor:
+        rows = right.mT.contiguous().numpy()
+        return torch.from_numpy(np.array([factor.solve(row) for factor, row in zip(self.factors, rows, strict=True)]).reshape(rows.shape)).mT
+
+    def _product(self, x: Tensor) -> Tensor:
+        """K x for x (size, B)."""
+        i, j = self.pattern.rows, self.pattern.columns
+        off = self.pattern.off_diagonal
+        return torch.zeros_like(x).index_add_(0, i, self.K * x[j]).index_add_(0, j[off], self.K[off] * x[i[off]])
+
+    def _find_null_space(self, row: int, visible: Visible) -> None:
+        size, factor = len(self.scale), self.factors[row]
+        K = self.pattern.matrix(self.K[:, row].numpy())
+        K = sp.csr_array(K + sp.triu(K, 1).T)
+        random, width = np.random.default_rng(0), 4
         while True:
             width = min(width, size)
-            basis = start.standard_normal((size, width))
+            basis = random.standard_normal((size, width))
             for _ in range(3):
-                basis, _ = np.linalg.qr(np.column_stack([self.factor.solve(column) for column in basis.T]))
-            image = self.K @ basis
+                basis, _ = np.linalg.qr(np.column_stack([factor.solve(column) for column in basis.T]))
+            image = K @ basis
             values, mixing = np.linalg.eigh(image.T @ image)
             zero = np.sqrt(np.maximum(values, 0)) <= 100 * NULL * size ** 0.5
             if width == size or not zero.all() or width >= 256:
                 break
             width *= 4
         if zero.any():
-            self.null, _ = np.linalg.qr((self.units * self.scale)[:, None] * (basis @ mixing[:, zero]))
-            dual = np.zeros((self.m, self.null.shape[1]))
-            dual[self.active] = self.root[:, None] * self.null[self.n:]
-            dual = dual if rotation is None else rotation @ dual
-            self.singular = bool(_harmful(torch.from_numpy(self.null[None, :self.n]), torch.from_numpy(dual[None]), visible)[0])
+            units = self._units(row)
+            null, _ = np.linalg.qr((units * self.scale[:, row].numpy())[:, None] * (basis @ mixing[:, zero]))
+            self.null[row] = null
+            dual = self.root[row].unsqueeze(1) * torch.from_numpy(null[self.n:])
+            dual = self.spectrum.index_select(torch.tensor([row])).from_basis(dual.unsqueeze(0), columns=True)
+            self.singular[row] = _harmful(torch.from_numpy(null[None, :self.n]), dual, visible)[0]
 
-    def _off_null(self, right: np.ndarray) -> np.ndarray:
-        return right if self.null is None else right - self.null @ (self.null.T @ right)
+    def _units(self, row: int) -> np.ndarray:
+        units = np.ones(len(self.scale))
+        if self.units is not None:
+            units[:self.n] = self.units[row % len(self.units)].numpy()
+        return units
 
-
-def _basis(spectrum: ProductSpectrum, row: int, m: int) -> sp.csr_array:
-    """The block-diagonal orthogonal matrix U of one row, sparse."""
-    i, j, values, covered = [], [], [], np.zeros(m, dtype=bool)
-    for index, basis in spectrum.bases:
-        count, k = basis.shape[-3], basis.shape[-1]
-        positions = np.arange(m)[index] if isinstance(index, slice) else index.numpy()
-        positions = positions.reshape(count, k)
-        i.append(np.repeat(positions, k, axis=1).ravel())
-        j.append(np.tile(positions, (1, k)).ravel())
-        values.append(basis[row].numpy().reshape(-1))
-        covered[positions.ravel()] = True
-    rest = np.flatnonzero(~covered)
-    i.append(rest), j.append(rest), values.append(np.ones(len(rest)))
-    return sp.csr_array((np.concatenate(values), (np.concatenate(i), np.concatenate(j))), shape=(m, m))
+    def _off_null(self, vector: Tensor, power: int) -> Tensor:
+        """The part of (B, size) orthogonal to the null spaces found, in x's own units (see DenseSystem)."""
+        for row, null in self.null.items():
+            units = self._units(row) ** power
+            part = vector[row].numpy() * units
+            vector[row] = torch.from_numpy((part - null @ (null.T @ part)) / units)
+        return vector

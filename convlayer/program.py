@@ -18,7 +18,7 @@ from torch import Tensor
 
 from convlayer.cones import Product
 
-DENSE_ENTRIES = 4_000_000  # a dense copy of P and A may take this many numbers a batch (32 MB)
+DENSE_ENTRIES = 4_000_000  # dense copies of P and A may take this many numbers at a time (32 MB)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,9 +86,6 @@ class Program:
     def nnz(self) -> int:
         return len(self.P_rows) + len(self.A_rows)
 
-    def dense_is_affordable(self, batch: int) -> bool:
-        return max(batch, 1) * (self.n + self.m) * self.n <= DENSE_ENTRIES
-
 
 @dataclass(frozen=True, eq=False)
 class Data:
@@ -116,46 +113,58 @@ class Data:
 
 
 class Operators:
-    """Products with P and A for a batch, dense where that is affordable, by index otherwise.
+    """Products with P and A for a batch, by dense matrices or by index.
 
     Shapes: x (B, n), y (B, m); results have the same leading dimension.
     """
 
-    def __init__(self, data: Data, dense: bool | None = None):
-        program = data.program
-        self.data = data
-        self.index = program.indices
-        self.dense = program.dense_is_affordable(max(len(data.P), len(data.A))) if dense is None else dense
-        if self.dense:
-            self.P_dense, self.A_dense = dense_P(data), dense_A(data)
+    def __init__(self, data: Data, dense: bool):
+        self.data, self.dense = data, dense
+        if dense:
+            self.P_values, self.A_values = dense_P(data), dense_A(data)
+        else:
+            # (nnz, B): gathers and sums then move whole rows of memory.
+            self.P_values, self.A_values = data.P.mT.contiguous(), data.A.mT.contiguous()
 
     def rows(self, index: Tensor) -> Operators:
         """The operators of the instances at `index`, without assembling them again."""
         chosen = object.__new__(Operators)
-        chosen.data, chosen.index, chosen.dense = self.data.rows(index), self.index, self.dense
-        if self.dense:
-            chosen.P_dense = self.P_dense if len(self.P_dense) == 1 else self.P_dense[index]
-            chosen.A_dense = self.A_dense if len(self.A_dense) == 1 else self.A_dense[index]
+        chosen.data, chosen.dense = self.data.rows(index), self.dense
+        chosen.P_values, chosen.A_values = (self._pick(values, index) for values in (self.P_values, self.A_values))
         return chosen
 
     def P(self, x: Tensor) -> Tensor:
-        if not self.data.P.shape[1]:
+        index = self.data.program.indices
+        i, j = index["P_rows"], index["P_cols"]
+        if not len(i):
             return torch.zeros_like(x)
         if self.dense:
-            return _product(self.P_dense, x)
-        i, j, values = self.index["P_rows"], self.index["P_cols"], self.data.P
-        strict = torch.where(i == j, 0.0, values)
-        return x.new_zeros(x.shape).index_add_(1, i, values * x[:, j]).index_add_(1, j, strict * x[:, i])
+            return _product(self.P_values, x)
+        columns = x.mT.contiguous()
+        strict = torch.where((i == j).unsqueeze(1), 0.0, self.P_values)
+        return torch.zeros_like(columns).index_add_(0, i, self.P_values * columns[j]).index_add_(0, j, strict * columns[i]).mT
 
     def A(self, x: Tensor) -> Tensor:
         if self.dense:
-            return _product(self.A_dense, x)
-        return x.new_zeros(len(x), self.data.program.m).index_add_(1, self.index["A_rows"], self.data.A * x[:, self.index["A_cols"]])
+            return _product(self.A_values, x)
+        index = self.data.program.indices
+        return _gather_add(self.A_values, x, index["A_cols"], index["A_rows"], self.data.program.m)
 
     def At(self, y: Tensor) -> Tensor:
         if self.dense:
-            return _product(self.A_dense.mT, y)
-        return y.new_zeros(len(y), self.data.program.n).index_add_(1, self.index["A_cols"], self.data.A * y[:, self.index["A_rows"]])
+            return _product(self.A_values.mT, y)
+        index = self.data.program.indices
+        return _gather_add(self.A_values, y, index["A_rows"], index["A_cols"], self.data.program.n)
+
+    def _pick(self, values: Tensor, index: Tensor) -> Tensor:
+        if self.dense:
+            return values if len(values) == 1 else values[index]
+        return values if values.shape[1] == 1 else values[:, index]
+
+
+def _gather_add(values: Tensor, x: Tensor, source: Tensor, target: Tensor, size: int) -> Tensor:
+    """Sparse product by index: values (nnz, B or 1), x (B, .) -> (B, size)."""
+    return x.new_zeros(size, len(x)).index_add_(0, target, values * x.mT.contiguous()[source]).mT
 
 
 def dense_P(data: Data) -> Tensor:

@@ -320,7 +320,7 @@ def test_a_row_that_ran_out_of_iterations_is_flagged_or_right(name, options):
         else:
             assert status in (Status.NOT_CONVERGED, Status.INACCURATE)
             assert float(solution.residual[row]) > 1e-8
-    if options["max_iter"] == 1:
+    if options["max_iter"] == 1 and name == "every_cone":
         assert (solution.status == Status.NOT_CONVERGED).any()
         with pytest.raises(SolverError, match="NOT_CONVERGED"):
             case.layer(solver_args=options)(*tensors)
