@@ -146,15 +146,11 @@ class DenseSystem:
             if width == size or not bool((vectors.abs().amax(1) > 0).all(1).any()):
                 break
             width *= 4
-        self.units = self.scale.new_ones(len(rows), size)
+        in_units = self.scale.new_ones(len(rows), size)
         if units is not None:
-            self.units[:, :self.n] = units.expand(len(self.scale), -1)[rows]
-        null = (self.units * self.scale[rows]).unsqueeze(-1) * vectors
-        gram = null.mT @ null
-        empty = gram.diagonal(dim1=1, dim2=2) == 0
-        gram.diagonal(dim1=1, dim2=2).add_(empty.to(gram.dtype))
-        self.null, self.gram = null, torch.linalg.cholesky(gram)
-        unit = null / null.norm(dim=1, keepdim=True).clamp(min=1e-300)
+            in_units[:, :self.n] = units.expand(len(self.scale), -1)[rows]
+        self.projector = _Projector((in_units * self.scale[rows]).unsqueeze(-1) * vectors, in_units)
+        unit = self.projector.unit
         dual = unit[:, self.n:] * self.root[rows].unsqueeze(-1)
         if self.active is not None:
             place = self.active[rows].unsqueeze(-1).expand_as(dual)
@@ -175,13 +171,10 @@ class DenseSystem:
         return torch.where(zero.unsqueeze(1), basis @ mixing, 0.0)
 
     def _off_null(self, vector: Tensor, power: int) -> Tensor:
-        """The part of (B, size) orthogonal to the null spaces found, in x's own units: a solution is in units^1, a right-hand side in units^-1."""
+        """The part of (B, size) orthogonal to the null spaces found."""
         if not len(self.suspects):
             return vector
-        units = self.units ** power
-        part = vector[self.suspects] * units
-        coordinates = torch.cholesky_solve(self.null.mT @ part.unsqueeze(-1), self.gram)
-        return vector.index_copy(0, self.suspects, (part - (self.null @ coordinates).squeeze(-1)) / units)
+        return vector.index_copy(0, self.suspects, self.projector(vector[self.suspects], power))
 
 
 def _harmful(primal: Tensor, dual: Tensor, visible: Visible) -> Tensor:
@@ -222,11 +215,12 @@ class SparseSystem:
         self.factors = [pattern.factor(row) for row in shifted.numpy()]
         weakref.finalize(self, pattern.release, self.factors)
         self.singular = torch.zeros(batch, dtype=torch.bool)
-        self.null: dict[int, np.ndarray] = {}
+        self.suspects = torch.zeros(0, dtype=torch.int64)
         # Pivots tell nothing without pivoting; a null vector shows as a solution of size 1 / shift.
         probe = torch.randn(n + m, 1, dtype=d.dtype, generator=torch.Generator().manual_seed(0)).expand(-1, batch)
-        for row in torch.nonzero(self._back_substitute(probe).norm(dim=0) > 1e-2 / (100 * SHIFT)).flatten().tolist():
-            self._find_null_space(row, visible)
+        suspects = torch.nonzero(self._back_substitute(probe).norm(dim=0) > 1e-2 / (100 * SHIFT)).flatten()
+        if len(suspects):
+            self._find_null_space(suspects, visible)
 
     def solve(self, a: Tensor, c: Tensor, *, refine: bool = True) -> tuple[Tensor, Tensor]:
         """a (B, n), c (B, m) -> w (B, n), e (B, m); without `refine` to the accuracy of the shifted factor, for Newton."""
@@ -259,44 +253,60 @@ class SparseSystem:
 
     def _product(self, x: Tensor) -> Tensor:
         """K x for x (size, B)."""
-        i, j = self.pattern.rows, self.pattern.columns
-        off = self.pattern.off_diagonal
-        return torch.zeros_like(x).index_add_(0, i, self.K * x[j]).index_add_(0, j[off], self.K[off] * x[i[off]])
+        return self._times(self.K, x)
 
-    def _find_null_space(self, row: int, visible: Visible) -> None:
-        size, factor = len(self.scale), self.factors[row]
-        K = self.pattern.matrix(self.K[:, row].numpy())
-        K = sp.csr_array(K + sp.triu(K, 1).T)
-        random, width = np.random.default_rng(0), 4
+    def _times(self, values: Tensor, x: Tensor) -> Tensor:
+        i, j, off = self.pattern.rows, self.pattern.columns, self.pattern.off_diagonal
+        return torch.zeros_like(x).index_add_(0, i, values * x[j]).index_add_(0, j[off], values[off] * x[i[off]])
+
+    def _find_null_space(self, suspects: Tensor, visible: Visible) -> None:
+        """Null vectors of the matrix in x's own units, for these rows."""
+        size, count, width = len(self.scale), len(suspects), 4
+        generator = torch.Generator().manual_seed(0)
         while True:
             width = min(width, size)
-            basis = random.standard_normal((size, width))
-            for _ in range(3):
-                basis, _ = np.linalg.qr(np.column_stack([factor.solve(column) for column in basis.T]))
-            image = K @ basis
-            values, mixing = np.linalg.eigh(image.T @ image)
-            zero = np.sqrt(np.maximum(values, 0)) <= 100 * NULL * size ** 0.5
-            if width == size or not zero.all() or width >= 256:
+            basis = torch.randn(size, width, dtype=torch.float64, generator=generator).expand(count, -1, -1)
+            for _ in range(2):
+                columns = [[self.factors[row].solve(column) for column in block.mT.contiguous().numpy()]
+                           for row, block in zip(suspects.tolist(), basis, strict=True)]
+                basis, _ = torch.linalg.qr(torch.from_numpy(np.array(columns)).mT)
+            stacked = basis.permute(1, 0, 2).reshape(size, -1)
+            image = self._times(self.K[:, suspects].repeat_interleave(width, 1), stacked)
+            image = image.reshape(size, count, width).permute(1, 0, 2)
+            values, mixing = torch.linalg.eigh(image.mT @ image)
+            zero = values.clamp(min=0).sqrt() <= 100 * NULL * size ** 0.5
+            if width == size or width >= 256 or not bool(zero.all(1).any()):
                 break
             width *= 4
-        if zero.any():
-            units = self._units(row)
-            null, _ = np.linalg.qr((units * self.scale[:, row].numpy())[:, None] * (basis @ mixing[:, zero]))
-            self.null[row] = null
-            dual = self.root[row].unsqueeze(1) * torch.from_numpy(null[self.n:])
-            dual = self.spectrum.index_select(torch.tensor([row])).from_basis(dual.unsqueeze(0), columns=True)
-            self.singular[row] = _harmful(torch.from_numpy(null[None, :self.n]), dual, visible)[0]
-
-    def _units(self, row: int) -> np.ndarray:
-        units = np.ones(len(self.scale))
+        units = torch.ones(count, size, dtype=torch.float64)
         if self.units is not None:
-            units[:self.n] = self.units[row % len(self.units)].numpy()
-        return units
+            units[:, :self.n] = self.units.expand(self.scale.shape[1], -1)[suspects]
+        vectors = torch.where(zero.unsqueeze(1), basis @ mixing, 0.0)
+        self.suspects, self.projector = suspects, _Projector((units * self.scale.mT[suspects]).unsqueeze(-1) * vectors, units)
+        null = self.projector.unit
+        dual = self.spectrum.index_select(suspects).from_basis(self.root[suspects].unsqueeze(-1) * null[:, self.n:], columns=True)
+        self.singular[suspects] = _harmful(null[:, :self.n], dual, visible)
 
     def _off_null(self, vector: Tensor, power: int) -> Tensor:
-        """The part of (B, size) orthogonal to the null spaces found, in x's own units (see DenseSystem)."""
-        for row, null in self.null.items():
-            units = self._units(row) ** power
-            part = vector[row].numpy() * units
-            vector[row] = torch.from_numpy((part - null @ (null.T @ part)) / units)
-        return vector
+        """The part of (B, size) orthogonal to the null spaces found."""
+        if not len(self.suspects):
+            return vector
+        return vector.index_copy(0, self.suspects, self.projector(vector[self.suspects], power))
+
+
+class _Projector:
+    """Takes null spaces out of vectors in x's own units: a solution is in units^1, a right-hand side in units^-1."""
+
+    def __init__(self, null: Tensor, units: Tensor):
+        """null (rows, size, k), not normalised, zero where there are fewer than k; units (rows, size)."""
+        self.units = units
+        self.unit = null / null.norm(dim=1, keepdim=True).clamp(min=1e-300)
+        gram = self.unit.mT @ self.unit
+        gram.diagonal(dim1=1, dim2=2).clamp_(min=1.0)
+        self.gram = torch.linalg.cholesky(gram)
+
+    def __call__(self, vector: Tensor, power: int) -> Tensor:
+        units = self.units ** power
+        vector = vector * units
+        part = torch.cholesky_solve(self.unit.mT @ vector.unsqueeze(-1), self.gram)
+        return (vector - (self.unit @ part).squeeze(-1)) / units
