@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 import cvxpy as cp
 import numpy as np
 import torch
+from convlayer.problems import Declared, Prebuilt
 from torch import Tensor
 
 from benchmarks.cases import CASES
@@ -26,7 +27,6 @@ from benchmarks.peer import MISSING, peer_layer
 from benchmarks.table import Family, Options, Row
 from convlayer import ConvexLayer
 from convlayer.canon import canonicalise
-from convlayer.problems import Declared, Prebuilt
 
 ROWS, DIRECTIONS, STEP = 4, 4, 4e-4
 POINTS = (-4, -2, -1, 1, 2, 4)  # in half steps

@@ -10,12 +10,11 @@ from itertools import chain, combinations, product
 import cvxpy as cp
 import numpy as np
 import torch
-from scipy.optimize import isotonic_regression as isotonic
+from convlayer.problems import PROBLEMS, Prebuilt, prebuilt
 from scipy.optimize import brentq, linprog, root
+from scipy.optimize import isotonic_regression as isotonic
 from scipy.special import logsumexp
 from scipy.special import softmax as soft
-
-from convlayer.problems import PROBLEMS, Prebuilt, prebuilt
 
 
 @prebuilt()

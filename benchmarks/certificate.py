@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import cvxpy as cp
 import numpy as np
-
 from convlayer.problems import Declared
 
 

@@ -14,17 +14,17 @@ from __future__ import annotations
 
 import statistics
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import cvxpy as cp
 import numpy as np
 import torch
+from convlayer.problems import Declared
 from torch import Tensor
 
 from benchmarks.peer import MISSING, peer_layer
 from benchmarks.table import Family, Options, Row
 from convlayer import ConvexLayer
-from convlayer.problems import Declared
 
 N, ACTIVE, CONSTRAINTS, ROWS = 20, 5, 20, 8
 

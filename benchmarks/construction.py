@@ -12,16 +12,16 @@ import warnings
 
 import cvxpy as cp
 import numpy as np
+from convlayer.problems import Declared
 
 from benchmarks.measure import PeakMemory, clock
 from benchmarks.peer import CvxpyLayer, peer_layer
 from benchmarks.subprocesses import alone
 from benchmarks.table import Family, Options, Row
 from convlayer import ConvexLayer
-from convlayer.problems import Declared
 
 TASKS = (("least squares", 500), ("least squares", 1000), ("quad_form", 500))
-SECONDS, MEMORY = ("<=", 10.0), ("<=", 2000.0)  # "seconds"; a dense map of 500 x 500 entries would take 500 GB
+SECONDS, MEMORY = ("<=", 10.0), ("<=", 2000.0)  # a dense map of 500 x 500 entries would take 500 GB
 
 
 def family(options: Options) -> Family:

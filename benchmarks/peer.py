@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor
-
 from convlayer.problems import Declared
+from torch import Tensor
 
 try:
     from cvxpylayers.torch import CvxpyLayer

@@ -8,5 +8,18 @@ from convlayer.solvers import Iterate, Solver, Task
 
 __version__ = "0.1.0"
 
-__all__ = ["AccuracyWarning", "CanonicalisationError", "ConvexLayer", "GradientWarning", "Iterate", "ParameterError", "ProblemError",
-           "Solution", "Solver", "SolverError", "Status", "Task", "__version__"]
+__all__ = [
+    "AccuracyWarning",
+    "CanonicalisationError",
+    "ConvexLayer",
+    "GradientWarning",
+    "Iterate",
+    "ParameterError",
+    "ProblemError",
+    "Solution",
+    "Solver",
+    "SolverError",
+    "Status",
+    "Task",
+    "__version__",
+]

@@ -94,14 +94,20 @@ def polish(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visib
         else:
             part = operators.rows(rows)
             point = _Point.at(part, x[rows], v[rows])
-            system = factorise(part, point.spectrum, visible, units if units is None or len(units) == 1 else units[rows])
+            system = factorise(
+                part, point.spectrum, visible, units if units is None or len(units) == 1 else units[rows]
+            )
         dx, dv = _newton(part, point.spectrum, system, point.F1, point.F2)
         point = _Point.at(part, point.x + dx, point.v + dv)
         old = best.size[rows]
         better, settled = point.size < old, (old < SETTLED) & (point.size > 0.1 * old)
         gains = bool((point.size <= torch.clamp(REUSE * old, min=TARGET)).all())
         patience[rows] = torch.where(settled, 0, torch.where(better, PATIENCE, patience[rows] - 1))
-        x, v = (point.x, point.v) if len(rows) == len(x) else (x.index_copy(0, rows, point.x), v.index_copy(0, rows, point.v))
+        x, v = (
+            (point.x, point.v)
+            if len(rows) == len(x)
+            else (x.index_copy(0, rows, point.x), v.index_copy(0, rows, point.v))
+        )
         if len(rows) == len(x) and bool(better.all()):
             best = point
         elif bool(better.any()):

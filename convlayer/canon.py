@@ -129,7 +129,9 @@ class Canonical:
         return self.sign * value if not self.gp else (self.sign * value).exp()
 
 
-def canonicalise(problem: cp.Problem, parameters: Sequence[cp.Parameter], variables: Sequence[cp.Variable], *, gp: bool = False) -> Canonical:
+def canonicalise(
+    problem: cp.Problem, parameters: Sequence[cp.Parameter], variables: Sequence[cp.Variable], *, gp: bool = False
+) -> Canonical:
     """Canonicalise `problem` once and for all values of its parameters.
 
     Errors: ValueError or TypeError naming the argument or the sub-expression at fault, and the remedy;
@@ -141,19 +143,31 @@ def canonicalise(problem: cp.Problem, parameters: Sequence[cp.Parameter], variab
     copy = cp.Problem(problem.objective, problem.constraints)
     data, chain, inverse = copy.get_problem_data(solver=_StandardForm(), gp=gp, enforce_dpp=True, solver_opts={})
     cone_program = data[cp.settings.PARAM_PROB]
-    if getattr(cone_program, "dir_cones", None) or cone_program.lower_bounds is not None or cone_program.upper_bounds is not None:
-        raise CanonicalisationError("CVXPY left bounds or cones outside the constraint matrix; this version is not supported.")
+    if (
+        getattr(cone_program, "dir_cones", None)
+        or cone_program.lower_bounds is not None
+        or cone_program.upper_bounds is not None
+    ):
+        raise CanonicalisationError(
+            "CVXPY left bounds or cones outside the constraint matrix; this version is not supported."
+        )
 
     program, tensors = _tensors(cone_program)
     moving = {name: np.unique(tensors[name][:, :-1].tocoo().row).astype(np.int64) for name in ("P", "A")}
     reductions = list(zip(chain.reductions, inverse, strict=True))
     canonical = Canonical(
-        program=program, moving=moving, constant={name: tensor[:, [-1]].toarray().ravel() for name, tensor in tensors.items()},
+        program=program,
+        moving=moving,
+        constant={name: tensor[:, [-1]].toarray().ravel() for name, tensor in tensors.items()},
         parameters=_parameter_maps(parameters, reductions, cone_program, tensors, moving),
         variables=[_recovery(v, owners.get(v.id), reductions, cone_program, gp) for v in variables],
-        sign=-1.0 if isinstance(problem.objective, cp.Maximize) else 1.0, gp=gp,
-        sizes={"variables": sum(v.size for v in problem.variables()), "parameters": sum(p.size for p in parameters),
-               "constraints": sum(int(np.prod(c.shape)) for c in problem.constraints)},
+        sign=-1.0 if isinstance(problem.objective, cp.Maximize) else 1.0,
+        gp=gp,
+        sizes={
+            "variables": sum(v.size for v in problem.variables()),
+            "parameters": sum(p.size for p in parameters),
+            "constraints": sum(int(np.prod(c.shape)) for c in problem.constraints),
+        },
     )
     _self_check(canonical, cone_program, parameters, reductions)
     return canonical
@@ -192,10 +206,18 @@ def _tensors(cone_program) -> tuple[Program, dict[str, sp.csr_array]]:
         tensor.eliminate_zeros()
 
     dims = cone_program.cone_dims
-    cones = Product.from_dims(zero=dims.zero, nonnegative=dims.nonneg, second_order=tuple(dims.soc), psd=tuple(dims.psd),
-                              exponential=dims.exp, power=tuple(float(a) for a in dims.p3d))
+    cones = Product.from_dims(
+        zero=dims.zero,
+        nonnegative=dims.nonneg,
+        second_order=tuple(dims.soc),
+        psd=tuple(dims.psd),
+        exponential=dims.exp,
+        power=tuple(float(a) for a in dims.p3d),
+    )
     if cones.size != m or dims.pnd:
-        raise CanonicalisationError(f"CVXPY's cones have {cones.size} rows and its matrix {m}; this version is not supported.")
+        raise CanonicalisationError(
+            f"CVXPY's cones have {cones.size} rows and its matrix {m}; this version is not supported."
+        )
     return Program(n, m, cones, P_rows, P_cols, A_rows, A_cols), tensors
 
 
@@ -206,23 +228,32 @@ def _parameter_maps(parameters, reductions, cone_program, tensors, moving) -> li
     maps = []
     for parameter, (canonical, reduced) in zip(parameters, final, strict=True):
         if canonical is not parameter and parameter.id in cone_program.param_id_to_col:
-            raise ValueError(f"Parameter `{parameter.name()}` stands both as a factor and as an exponent of the log-log convex program; "
-                             "use two parameters and pass the same tensor twice.")
+            raise ValueError(
+                f"Parameter `{parameter.name()}` stands both as a factor and as an exponent of the log-log convex program; "
+                "use two parameters and pass the same tensor twice."
+            )
         symmetric = len(parameter.shape) >= 2 and any(parameter.attributes[a] for a in ("symmetric", "PSD", "NSD"))
         positions = np.arange(parameter.size).reshape(parameter.shape)
 
         def read(array: np.ndarray, canonical=canonical, reduced=reduced) -> Tensor:
             entries = array if reduced is canonical else np.asarray(lower_value(canonical, array))
             return torch.from_numpy(entries.flatten(order="F").astype(np.int64))
+
         pieces = {}
         if reduced.id in cone_program.param_id_to_col:
             start = cone_program.param_id_to_col[reduced.id]
             columns = slice(start, start + cone_program.param_id_to_size[reduced.id])
             pieces = {name: sp.csr_array(tensor[:, columns]) for name, tensor in by_column.items()}
             pieces = {name: piece for name, piece in pieces.items() if piece.nnz}
-        transposes = {name: sp.csr_array((piece[moving[name]] if name in moving else piece).T) for name, piece in pieces.items()}
+        transposes = {
+            name: sp.csr_array((piece[moving[name]] if name in moving else piece).T) for name, piece in pieces.items()
+        }
         mirror = read(np.swapaxes(positions, -1, -2)) if symmetric else None
-        maps.append(ParameterMap(tuple(parameter.shape), read(positions), mirror, canonical is not parameter, pieces, transposes))
+        maps.append(
+            ParameterMap(
+                tuple(parameter.shape), read(positions), mirror, canonical is not parameter, pieces, transposes
+            )
+        )
     return maps
 
 
@@ -253,7 +284,9 @@ def _invert_primal(x: np.ndarray, reductions, cone_program) -> dict[int, np.ndar
 
 def _invert_dual(y: np.ndarray, constraint, reductions, cone_program) -> list[np.ndarray]:
     """The dual variables of one of the user's constraints from y, by CVXPY's own reductions."""
-    solution = SimpleNamespace(status="Solved", x=np.zeros(cone_program.x.size), z=y, obj_val=0.0, solve_time=0.0, iterations=0)
+    solution = SimpleNamespace(
+        status="Solved", x=np.zeros(cone_program.x.size), z=y, obj_val=0.0, solve_time=0.0, iterations=0
+    )
     for reduction, inverse in reversed(reductions):
         if isinstance(reduction, Dgp2Dcp):
             solution = Canonicalization.invert(reduction, solution, inverse)
@@ -263,7 +296,10 @@ def _invert_dual(y: np.ndarray, constraint, reductions, cone_program) -> list[np
         raise ValueError(f"CVXPY gives no dual variable for constraint `{constraint}`.")
     before = [dual.value for dual in constraint.dual_variables]
     constraint.save_dual_value(solution.dual_vars[constraint.id])
-    values = [np.asarray(dual.value.toarray() if sp.issparse(dual.value) else dual.value) for dual in constraint.dual_variables]
+    values = [
+        np.asarray(dual.value.toarray() if sp.issparse(dual.value) else dual.value)
+        for dual in constraint.dual_variables
+    ]
     for dual, value in zip(constraint.dual_variables, before, strict=True):
         dual.save_value(value)
     return values
@@ -274,28 +310,46 @@ def _probe(function, size: int) -> tuple[np.ndarray, np.ndarray]:
 
     With input i + 1 an output is c (i + 1), with (i + 1)^2 it is c (i + 1)^2: their ratio tells the position.
     """
-    first, second = (np.asarray(function(np.arange(1, size + 1, dtype=float) ** power), dtype=float).ravel() for power in (1, 2))
+    first, second = (
+        np.asarray(function(np.arange(1, size + 1, dtype=float) ** power), dtype=float).ravel() for power in (1, 2)
+    )
     used = first != 0
     position = np.zeros(len(first), dtype=np.int64)
     position[used] = np.rint(second[used] / first[used]).astype(np.int64) - 1
-    if used.any() and not (0 <= position.min() and position.max() < size):
+    if used.any() and not (position.min() >= 0 and position.max() < size):
         raise CanonicalisationError("CVXPY recovers a variable by more than a gather; this version is not supported.")
     return position, np.where(used, first / (position + 1), 0.0)
 
 
 def _recovery(variable, owner, reductions, cone_program, gp) -> Recovery:
     if owner is None:
-        size, function = cone_program.x.size, lambda x: _invert_primal(x, reductions, cone_program)[variable.id].reshape(variable.shape)
+        size, function = (
+            cone_program.x.size,
+            lambda x: _invert_primal(x, reductions, cone_program)[variable.id].reshape(variable.shape),
+        )
     else:
         place = [dual.id for dual in owner.dual_variables].index(variable.id)
-        size, function = cone_program.constr_size, lambda y: _invert_dual(y, owner, reductions, cone_program)[place].reshape(variable.shape)
+        size, function = (
+            cone_program.constr_size,
+            lambda y: _invert_dual(y, owner, reductions, cone_program)[place].reshape(variable.shape),
+        )
     position, coefficient = _probe(function, size)
     probe = np.random.default_rng(0).standard_normal(size)
-    if not np.allclose(np.asarray(function(probe), dtype=float).ravel(), coefficient * (probe[position] if size else 0.0), rtol=1e-9, atol=1e-12):
+    if not np.allclose(
+        np.asarray(function(probe), dtype=float).ravel(),
+        coefficient * (probe[position] if size else 0.0),
+        rtol=1e-9,
+        atol=1e-12,
+    ):
         raise CanonicalisationError(f"The map to variable `{variable}` does not reproduce CVXPY's.")
     exact = bool(np.all(coefficient == 1.0))
-    return Recovery(tuple(variable.shape), owner is not None, torch.from_numpy(position),
-                    None if exact else torch.from_numpy(coefficient), gp and owner is None)
+    return Recovery(
+        tuple(variable.shape),
+        owner is not None,
+        torch.from_numpy(position),
+        None if exact else torch.from_numpy(coefficient),
+        gp and owner is None,
+    )
 
 
 def _self_check(canonical: Canonical, cone_program, parameters, reductions) -> None:
@@ -303,7 +357,10 @@ def _self_check(canonical: Canonical, cone_program, parameters, reductions) -> N
     random = np.random.default_rng(0)
     theta = random.standard_normal(cone_program.total_param_size + 1)
     theta[-1] = 1.0
-    values = {p.id: theta[cone_program.param_id_to_col[p.id]:][:p.size].reshape(p.shape, order="F") for p in cone_program.parameters}
+    values = {
+        p.id: theta[cone_program.param_id_to_col[p.id] :][: p.size].reshape(p.shape, order="F")
+        for p in cone_program.parameters
+    }
     quadratic = cone_program.P is not None
     applied = cone_program.apply_parameters(values, quad_obj=quadratic)
     P, q, d, A, b = applied if quadratic else (None, *applied)
@@ -326,4 +383,6 @@ def _self_check(canonical: Canonical, cone_program, parameters, reductions) -> N
     scale = 1.0 + max((abs(part).max() for part in (A, q, b) if np.prod(part.shape)), default=0.0)
     for difference, name in checks:
         if np.prod(difference.shape) and abs(difference).max() > 1e-10 * scale:
-            raise CanonicalisationError(f"Our {name} differs from the one of CVXPY {cp.__version__}; this version is not supported.")
+            raise CanonicalisationError(
+                f"Our {name} differs from the one of CVXPY {cp.__version__}; this version is not supported."
+            )

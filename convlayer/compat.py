@@ -48,8 +48,19 @@ WITHOUT_EFFECT = {
     **dict.fromkeys(("use_indirect", "gpu", "cg_rate"), "SCS of today chooses by its option `linear_solver`"),
     **dict.fromkeys(("device", "ipm_settings", "algorithm"), "it belongs to an accelerated solver, and none runs here"),
 }
-TUNES_SCS = ("acceleration_lookback", "acceleration_interval", "adaptive_scale", "alpha", "eps_infeas", "linear_solver",
-             "log_csv_filename", "normalize", "rho_x", "scale", "write_data_filename")
+TUNES_SCS = (
+    "acceleration_lookback",
+    "acceleration_interval",
+    "adaptive_scale",
+    "alpha",
+    "eps_infeas",
+    "linear_solver",
+    "log_csv_filename",
+    "normalize",
+    "rho_x",
+    "scale",
+    "write_data_filename",
+)
 SCS_SLEEPS = "it tunes SCS, and Clarabel runs here"
 POLICY = "In CvxpyLayer, on_failure='nan' is solver_args={'raise_on_error': False}; 'keep' needs convlayer.ConvexLayer."
 
@@ -112,9 +123,17 @@ class CvxpyLayer(torch.nn.Module):
               call ValueError for shapes and warm_start, SolverError (a diffcp.SolverError) for rows.
     """
 
-    def __init__(self, problem: cp.Problem, parameters: Sequence[cp.Parameter], variables: Sequence[cp.Variable],
-                 solver: str | Solver | None = None, gp: bool = False, verbose: bool = False,
-                 canon_backend: str | None = None, solver_args: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        problem: cp.Problem,
+        parameters: Sequence[cp.Parameter],
+        variables: Sequence[cp.Variable],
+        solver: str | Solver | None = None,
+        gp: bool = False,
+        verbose: bool = False,
+        canon_backend: str | None = None,
+        solver_args: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self._warned: set[str] = set()
         self._default_solver = self._choose_solver(solver)
@@ -125,8 +144,16 @@ class CvxpyLayer(torch.nn.Module):
             self._check_backend(canon_backend)
         solver_of_layer, on_failure, jobs, options = self._settings
         try:
-            self.layer = ConvexLayer(problem, parameters, variables, gp=gp, solver=solver_of_layer, solver_args=options,
-                                     on_failure=on_failure, executor=threads(jobs))
+            self.layer = ConvexLayer(
+                problem,
+                parameters,
+                variables,
+                gp=gp,
+                solver=solver_of_layer,
+                solver_args=options,
+                on_failure=on_failure,
+                executor=threads(jobs),
+            )
         except (ValueError, TypeError) as error:
             theirs = _in_their_words(error, problem, parameters, variables, gp)
             if theirs is None:
@@ -135,8 +162,9 @@ class CvxpyLayer(torch.nn.Module):
         self._parameters_of_problem = list(parameters)
         self._others: dict[tuple, ConvexLayer] = {}
 
-    def forward(self, *params: Tensor, solver_args: Mapping[str, Any] | None = None,
-                warm_start: bool = False) -> tuple[Tensor, ...]:
+    def forward(
+        self, *params: Tensor, solver_args: Mapping[str, Any] | None = None, warm_start: bool = False
+    ) -> tuple[Tensor, ...]:
         """The optimal variables for these parameter values, in the order of `variables`."""
         if warm_start:
             self._refuse_warm_start()
@@ -187,8 +215,9 @@ class CvxpyLayer(torch.nn.Module):
             return solver
         known = f"Expected one of {', '.join(SOLVER_NAMES)}, or an instance of a subclass of convlayer.Solver."
         if isinstance(solver, bool):
-            raise UnknownSolverError(f"Unknown solver {solver}. If you mean a log-log convex program, write "
-                                     f"gp={solver}. {known}")
+            raise UnknownSolverError(
+                f"Unknown solver {solver}. If you mean a log-log convex program, write gp={solver}. {known}"
+            )
         if not isinstance(solver, str):
             raise UnknownSolverError(f"Unknown solver {solver!r}. {known}")
         name = solver.upper()
@@ -207,8 +236,9 @@ class CvxpyLayer(torch.nn.Module):
         on_failure = "raise" if given.pop("raise_on_error", True) else "nan"
         jobs = given.pop("n_jobs_forward", -1)
         if not isinstance(jobs, int) or (jobs < 1 and jobs != -1):
-            raise ValueError(f"`n_jobs_forward` is the number of threads, at least 1, or -1 for one a core; "
-                             f"got {jobs!r}.")
+            raise ValueError(
+                f"`n_jobs_forward` is the number of threads, at least 1, or -1 for one a core; got {jobs!r}."
+            )
         if given.get("mode", "lsqr") not in MODES:
             raise ValueError(f"Unsupported mode {given['mode']!r}; expected one of {', '.join(map(repr, MODES))}.")
 
@@ -233,14 +263,18 @@ class CvxpyLayer(torch.nn.Module):
     def _check_backend(self, canon_backend: str) -> None:
         known = [value for name, value in vars(cp.settings).items() if name.endswith("_CANON_BACKEND")]
         if canon_backend not in known:
-            raise ValueError(f"Unknown backend: `canon_backend` is {canon_backend!r}, and CVXPY's are "
-                             f"{', '.join(sorted(set(known)))}. Leave it out: it has no effect here.")
+            raise ValueError(
+                f"Unknown backend: `canon_backend` is {canon_backend!r}, and CVXPY's are "
+                f"{', '.join(sorted(set(known)))}. Leave it out: it has no effect here."
+            )
         self._without_effect("canon_backend", "it changes how long a construction takes, not its result")
 
     def _refuse_warm_start(self) -> None:
         if not self._accelerated:
-            raise ValueError("warm_start=True is only supported with solver='MOREAU', and has no effect even there: "
-                             "leave it out. ConvexLayer(..., solver='scs').solve(..., warm_start=solution) has one.")
+            raise ValueError(
+                "warm_start=True is only supported with solver='MOREAU', and has no effect even there: "
+                "leave it out. ConvexLayer(..., solver='scs').solve(..., warm_start=solution) has one."
+            )
         self._without_effect("warm_start", WITHOUT_EFFECT["warm_start"])
 
     def _check_shapes(self, tensors: tuple[Tensor, ...]) -> None:
@@ -248,24 +282,32 @@ class CvxpyLayer(torch.nn.Module):
         parameters = self._parameters_of_problem
         if len(tensors) != len(parameters):
             names = ", ".join(f"`{p.name()}`" for p in parameters)
-            raise ValueError("A tensor must be provided for each CVXPY parameter; "
-                             f"received {len(tensors)} tensors, expected {len(parameters)}: {names}.")
+            raise ValueError(
+                "A tensor must be provided for each CVXPY parameter; "
+                f"received {len(tensors)} tensors, expected {len(parameters)}: {names}."
+            )
         batches = {}
         for k, (tensor, parameter) in enumerate(zip(tensors, parameters, strict=True)):
             if not isinstance(tensor, Tensor):
-                raise TypeError(f"Parameter `{parameter.name()}` was given a {type(tensor).__name__}; "
-                                "expected a torch.Tensor: write torch.as_tensor(value).")
+                raise TypeError(
+                    f"Parameter `{parameter.name()}` was given a {type(tensor).__name__}; "
+                    "expected a torch.Tensor: write torch.as_tensor(value)."
+                )
             complaint = _shape_complaint(tuple(tensor.shape), tuple(parameter.shape))
             if complaint is not None:
                 wrong, expected = complaint
-                raise ValueError(f"Invalid parameter {wrong} for parameter {k}: `{parameter.name()}` was given a "
-                                 f"tensor of shape {tuple(tensor.shape)}. Expected {expected}")
+                raise ValueError(
+                    f"Invalid parameter {wrong} for parameter {k}: `{parameter.name()}` was given a "
+                    f"tensor of shape {tuple(tensor.shape)}. Expected {expected}"
+                )
             if tensor.ndim > len(parameter.shape):
                 batches[f"`{parameter.name()}`"] = tensor.shape[0]
         if len(set(batches.values())) > 1:
             listed = ", ".join(f"{name} {size}" for name, size in batches.items())
-            raise ValueError(f"Inconsistent batch sizes: {listed}. All batched parameters need the same one; a "
-                             "parameter that the whole batch shares has no batch dimension: squeeze(0) a batch of one.")
+            raise ValueError(
+                f"Inconsistent batch sizes: {listed}. All batched parameters need the same one; a "
+                "parameter that the whole batch shares has no batch dimension: squeeze(0) a batch of one."
+            )
 
     def _without_effect(self, name: str, reason: str) -> None:
         """Once a layer and option."""

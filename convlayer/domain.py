@@ -30,38 +30,63 @@ def violations(parameter: cp.Parameter, value: Tensor) -> Iterator[tuple[Tensor,
     low, high = flat.amin(1), flat.amax(1)
     if attributes["nonneg"] or attributes["pos"]:
         bad = low < -slack if attributes["nonneg"] else low <= 0
-        yield from report(bad, f"{'nonneg' if attributes['nonneg'] else 'pos'}=True, but its smallest entry is {_worst(low, bad, min)}.",
-                          "Pass it through torch.nn.functional.softplus or clamp it.")
+        yield from report(
+            bad,
+            f"{'nonneg' if attributes['nonneg'] else 'pos'}=True, but its smallest entry is {_worst(low, bad, min)}.",
+            "Pass it through torch.nn.functional.softplus or clamp it.",
+        )
     if attributes["nonpos"] or attributes["neg"]:
         bad = high > slack if attributes["nonpos"] else high >= 0
-        yield from report(bad, f"{'nonpos' if attributes['nonpos'] else 'neg'}=True, but its largest entry is {_worst(high, bad, max)}.",
-                          "Clamp it, or declare the parameter without a sign.")
+        yield from report(
+            bad,
+            f"{'nonpos' if attributes['nonpos'] else 'neg'}=True, but its largest entry is {_worst(high, bad, max)}.",
+            "Clamp it, or declare the parameter without a sign.",
+        )
     if any(attributes[a] for a in ("symmetric", "PSD", "NSD")) and value.ndim >= 3:
         gap = (value - value.mT).abs().flatten(1).amax(1)
         bad = gap > 10 * slack
-        yield from report(bad, f"symmetric, but differs from its transpose by {_worst(gap, bad, max)}.", "Write (X + X.mT) / 2.")
+        yield from report(
+            bad, f"symmetric, but differs from its transpose by {_worst(gap, bad, max)}.", "Write (X + X.mT) / 2."
+        )
         for attribute, sign in (("PSD", 1.0), ("NSD", -1.0)):
             if attributes[attribute]:
                 finite = torch.where(torch.isfinite(value), value, 0.0).double()
-                smallest = torch.linalg.eigvalsh(sign * (finite + finite.mT) / 2)[..., 0].reshape(len(value), -1).amin(1)
+                smallest = (
+                    torch.linalg.eigvalsh(sign * (finite + finite.mT) / 2)[..., 0].reshape(len(value), -1).amin(1)
+                )
                 bad = smallest < -10 * slack * value.shape[-1]
-                yield from report(bad, f"{attribute}=True, but has the eigenvalue {_worst(sign * smallest, bad, min if sign > 0 else max)}.",
-                                  f"Write {'' if sign > 0 else '-'}L @ L.mT for some L.")
-    if attributes["diag"] or parameter.sparse_idx is not None:
+                yield from report(
+                    bad,
+                    f"{attribute}=True, but has the eigenvalue {_worst(sign * smallest, bad, min if sign > 0 else max)}.",
+                    f"Write {'' if sign > 0 else '-'}L @ L.mT for some L.",
+                )
+    if attributes["diag"] or parameter.sparse_idx:
         allowed = np.zeros(parameter.shape, dtype=bool)
         if attributes["diag"]:
             np.fill_diagonal(allowed, True)
         else:
-            allowed[tuple(parameter.sparse_idx)] = True
+            allowed[parameter.sparse_idx] = True
         outside = torch.from_numpy(~allowed).to(value.device)
         stray = (value * outside).flatten(1).abs().amax(1)
-        yield from report(stray > slack, f"{'diag=True' if attributes['diag'] else 'sparse'}, but is nonzero outside that pattern.",
-                          "Zero those entries; they would be ignored.")
+        yield from report(
+            stray > slack,
+            f"{'diag=True' if attributes['diag'] else 'sparse'}, but is nonzero outside that pattern.",
+            "Zero those entries; they would be ignored.",
+        )
     bounds = attributes.get("bounds")
-    if bounds is not None:
+    if isinstance(bounds, (list, tuple)):
         lower, upper = (_dense(b, parameter.shape, value) for b in bounds)
-        yield from report(((value < lower - slack.view(-1, *[1] * (value.ndim - 1))) | (value > upper + slack.view(-1, *[1] * (value.ndim - 1)))).unsqueeze(-1).flatten(1).any(1),
-                          "with bounds, and lies outside them.", "Clamp it.")
+        yield from report(
+            (
+                (value < lower - slack.view(-1, *[1] * (value.ndim - 1)))
+                | (value > upper + slack.view(-1, *[1] * (value.ndim - 1)))
+            )
+            .unsqueeze(-1)
+            .flatten(1)
+            .any(1),
+            "with bounds, and lies outside them.",
+            "Clamp it.",
+        )
 
 
 def _worst(values: Tensor, bad: Tensor, pick) -> str:

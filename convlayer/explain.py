@@ -20,18 +20,40 @@ def explain_cone_program(canonical: Canonical, solver: Solver, chosen: bool, tol
     iterations = ITERATIONS.get(solver.name)
     lines = [
         ("Path", "cone_program, the generic one: any DPP problem. No other structure is known to this version."),
-        ("Problem", f"{sizes['variables']} variables and {sizes['constraints']} constraint rows; {sizes['parameters']} numbers in "
-                    f"{len(canonical.parameters)} parameters" + (", log-log convex" if canonical.gp else "")),
+        (
+            "Problem",
+            f"{sizes['variables']} variables and {sizes['constraints']} constraint rows; {sizes['parameters']} numbers in "
+            f"{len(canonical.parameters)} parameters" + (", log-log convex" if canonical.gp else ""),
+        ),
         ("Cone program", f"{program.n} variables and {program.m} rows: {program.cones.describe()}"),
-        ("Data", f"{'quadratic' if len(program.P_rows) else 'linear'} objective; {len(program.P_rows)} nonzeros in the upper triangle of P and "
-                 f"{len(program.A_rows)} in A, {moving} of them moved by parameters"),
-        ("Solver", f"{solver.name}, {_why(solver, chosen)}; relative tolerance {tolerance:g}, then Newton on the KKT residual map to about 1e-14"),
-        ("Runs on", f"the host, in float64, rows dealt to {os.cpu_count()} threads; tensors of other dtypes and devices are copied to and from"),
-        ("Forward", f"{_flops(batch * factor * (iterations + 2)) if iterations else 'first order: as many iterations as it takes'}"
-                    f"{f' for {batch} rows' if batch > 1 else ' a row'}"
-                    + (f": about {iterations} factorisations of {_flops(factor)} in the solver, 1 or 2 in the polish" if iterations else "")),
-        ("Backward", f"{_flops(4 * batch * solve)}{f' for {batch} rows' if batch > 1 else ' a row'}: solves with the polish's last factor, "
-                     f"dense or sparse as the active rows decide"),
+        (
+            "Data",
+            f"{'quadratic' if len(program.P_rows) else 'linear'} objective; {len(program.P_rows)} nonzeros in the upper triangle of P and "
+            f"{len(program.A_rows)} in A, {moving} of them moved by parameters",
+        ),
+        (
+            "Solver",
+            f"{solver.name}, {_why(solver, chosen)}; relative tolerance {tolerance:g}, then Newton on the KKT residual map to about 1e-14",
+        ),
+        (
+            "Runs on",
+            f"the host, in float64, rows dealt to {os.cpu_count()} threads; tensors of other dtypes and devices are copied to and from",
+        ),
+        (
+            "Forward",
+            f"{_flops(batch * factor * (iterations + 2)) if iterations else 'first order: as many iterations as it takes'}"
+            f"{f' for {batch} rows' if batch > 1 else ' a row'}"
+            + (
+                f": about {iterations} factorisations of {_flops(factor)} in the solver, 1 or 2 in the polish"
+                if iterations
+                else ""
+            ),
+        ),
+        (
+            "Backward",
+            f"{_flops(4 * batch * solve)}{f' for {batch} rows' if batch > 1 else ' a row'}: solves with the polish's last factor, "
+            f"dense or sparse as the active rows decide",
+        ),
     ]
     text = "\n".join(f"{name + ':':14}{value}" for name, value in lines)
     hints = list(_hints(canonical, solver))
@@ -57,7 +79,7 @@ def _hints(canonical: Canonical, solver: Solver):
     if "exponential" in kinds or "power" in kinds:
         yield "exponential and power cones take more iterations than quadratic ones; a quadratic regulariser may serve instead of entropy."
     if not any(len(rows) for rows in canonical.moving.values()) and solver.name != "scs" and program.m:
-        yield "no parameter moves P or A: solver=\"scs\" keeps one factorisation for all rows and starts warm (solve(..., warm_start=...))."
+        yield 'no parameter moves P or A: solver="scs" keeps one factorisation for all rows and starts warm (solve(..., warm_start=...)).'
     yield "larger batches share the work that is done once a call; torch.set_num_threads(1) helps where other processes use the cores."
 
 

@@ -87,7 +87,9 @@ class Solve(torch.autograd.Function):
         w, u = torch.zeros_like(x), torch.zeros_like(y)
         for piece in ctx.pieces:
             rows, scaling = piece.rows, piece.scaling
-            w[rows], u[rows] = scaling.leave_adjoint(*adjoint(piece.zero, *scaling.enter_cotangents(x_bar[rows], y_bar[rows])))
+            w[rows], u[rows] = scaling.leave_adjoint(
+                *adjoint(piece.zero, *scaling.enter_cotangents(x_bar[rows], y_bar[rows]))
+            )
         _report(ctx.call, ctx.pieces, x_bar, y_bar)
         # A failed row that the loss does use has no derivative: NaN, not zero.
         failed = ctx.call.status >= Status.INFEASIBLE
@@ -100,18 +102,20 @@ def _parameters_bar(ctx, w: Tensor, u: Tensor, value_bar: Tensor, x: Tensor, y: 
     canonical = ctx.call.canonical
     wanted = [k for k, need in enumerate(ctx.needs_input_grad[1:]) if need]
     touched = {name for k in wanted for name in canonical.parameters[k].maps}
-    moving = {name: torch.from_numpy(canonical.moving[name] if name in touched else canonical.moving[name][:0]) for name in ("P", "A")}
+    moving = {
+        name: torch.from_numpy(canonical.moving[name] if name in touched else canonical.moving[name][:0])
+        for name in ("P", "A")
+    }
     # The optimal value's derivative is that of the Lagrangian: half of it has the form of an adjoint of its own.
     bars = pull_back(ctx.data, moving, x, y, w - value_bar * x / 2, u - value_bar * y / 2)
     bars = {**bars, "q": bars["q"] + value_bar * x / 2, "b": bars["b"] - value_bar * y / 2, "d": value_bar}
     result: list[Tensor | None] = [None] * len(ctx.sizes)
     for k in wanted:
-        total = 0.0
+        total = np.zeros((ctx.sizes[k], len(canonical.parameters[k].gather)))
         for name, block in canonical.parameters[k].transposes.items():
             bar = bars[name] if ctx.sizes[k] == len(x) else bars[name].sum(0, keepdim=True)
-            total = total + np.asarray(block @ bar.numpy().T).T
-        size = len(canonical.parameters[k].gather)
-        result[k] = torch.zeros(ctx.sizes[k], size, dtype=torch.float64) if isinstance(total, float) else torch.from_numpy(np.ascontiguousarray(total))
+            total += np.asarray(block @ bar.numpy().T).T
+        result[k] = torch.from_numpy(total)
     return result
 
 
@@ -131,9 +135,13 @@ def _solve(call: Call, data: Data, d: Tensor, batch: int) -> tuple[Tensor, Tenso
 
     chosen = data if len(good) == batch else data.rows(good)
     scaled, scaling = normalise(chosen.widen(len(good)))
-    iterates = solve_batch(call.solver, scaled, call.tolerance, call.options, _start(call, scaling, good), call.executor)
-    x_s, s_s, y_s = (torch.from_numpy(np.array([getattr(it, name) for it in iterates], dtype=np.float64).reshape(len(good), -1))
-                     for name in ("x", "s", "y"))
+    iterates = solve_batch(
+        call.solver, scaled, call.tolerance, call.options, _start(call, scaling, good), call.executor
+    )
+    x_s, s_s, y_s = (
+        torch.from_numpy(np.array([getattr(it, name) for it in iterates], dtype=np.float64).reshape(len(good), -1))
+        for name in ("x", "s", "y")
+    )
     status = torch.tensor([int(it.status) for it in iterates])
     call.iterations[good] = torch.tensor([it.iterations for it in iterates])
     usable = torch.isfinite(x_s).all(1) & torch.isfinite(s_s).all(1) & torch.isfinite(y_s).all(1)
@@ -179,7 +187,8 @@ def _start(call: Call, scaling: Scaling, good: Tensor) -> list[Iterate] | None:
     if call.start is None:
         return None
     x, s, y = scaling.enter(*(part[good] for part in call.start))
-    return [Iterate(*(part[k].numpy() for part in (x, s, y)), Status.SOLVED, 0) for k in range(len(good))]
+    rows = zip(x.numpy(), s.numpy(), y.numpy(), strict=True)
+    return [Iterate(x_k, s_k, y_k, Status.SOLVED, 0) for x_k, s_k, y_k in rows]
 
 
 def _objective(operators: Operators, x: Tensor, d: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ import weakref
 from typing import NamedTuple
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 from torch import Tensor
 
@@ -49,11 +48,13 @@ def prefers_dense(program: Program) -> bool:
     if (program.n + program.m) * program.n > DENSE_ENTRIES:
         return False
     size = program.n + min(program.m, program.n)
-    dense = DENSE_CALL + (2 / 3 * size ** 3 + 40 * size ** 2) / DENSE_RATE
+    dense = DENSE_CALL + (2 / 3 * size**3 + 40 * size**2) / DENSE_RATE
     return dense <= SPARSE_CALL or dense <= SPARSE_CALL + kkt_pattern(program).flops / SPARSE_RATE
 
 
-def factorise(operators: Operators, spectrum: ProductSpectrum, visible: Visible, units: Tensor | None) -> DenseSystem | SparseSystem:
+def factorise(
+    operators: Operators, spectrum: ProductSpectrum, visible: Visible, units: Tensor | None
+) -> DenseSystem | SparseSystem:
     """The system at one point, dense or sparse as the operators are."""
     if operators.dense:
         return DenseSystem(operators, spectrum, visible, units)
@@ -68,7 +69,11 @@ class DenseSystem:
         active = int((spectrum.values > 0).sum(-1).max()) if spectrum.values.numel() else 0
         batch, m, n = len(spectrum.values), A.shape[1], A.shape[2]
         d = spectrum.values
-        A = spectrum.to_basis(A.expand(batch, -1, -1), columns=True) if not spectrum.is_diagonal else A.expand(batch, -1, -1)
+        A = (
+            spectrum.to_basis(A.expand(batch, -1, -1), columns=True)
+            if not spectrum.is_diagonal
+            else A.expand(batch, -1, -1)
+        )
         self.n, self.m, self.spectrum = n, m, spectrum
         # The rows with d > 0, gathered to the front; a batch row with fewer is padded by rows with d = 0, which are decoupled.
         self.active = None if active == m else torch.topk((d > 0).to(torch.uint8), active, dim=1, sorted=True).indices
@@ -99,7 +104,9 @@ class DenseSystem:
         self.lu, self.pivots, _ = torch.linalg.lu_factor_ex(K)
         self.singular = torch.zeros(batch, dtype=torch.bool)
         pivots = self.lu.diagonal(dim1=1, dim2=2).abs()
-        self.suspects = torch.nonzero(pivots.amin(1) <= SUSPECT).flatten() if size else torch.zeros(0, dtype=torch.int64)
+        self.suspects = (
+            torch.nonzero(pivots.amin(1) <= SUSPECT).flatten() if size else torch.zeros(0, dtype=torch.int64)
+        )
         if len(self.suspects):
             self._find_null_space(visible, units)
 
@@ -112,7 +119,7 @@ class DenseSystem:
         if refine and scaled.numel():
             solution = self._refined(scaled, solution)
         solution = self._off_null(solution.squeeze(-1) * self.scale, 1)
-        w, eta = solution[:, :self.n], solution[:, self.n:] * self.root
+        w, eta = solution[:, : self.n], solution[:, self.n :] * self.root
         if self.active is not None:
             eta = c.new_zeros(len(c), self.m).scatter_(1, self.active, eta)
         return w, eta
@@ -148,26 +155,28 @@ class DenseSystem:
             width *= 4
         in_units = self.scale.new_ones(len(rows), size)
         if units is not None:
-            in_units[:, :self.n] = units.expand(len(self.scale), -1)[rows]
+            in_units[:, : self.n] = units.expand(len(self.scale), -1)[rows]
         self.projector = _Projector((in_units * self.scale[rows]).unsqueeze(-1) * vectors, in_units)
         unit = self.projector.unit
-        dual = unit[:, self.n:] * self.root[rows].unsqueeze(-1)
+        dual = unit[:, self.n :] * self.root[rows].unsqueeze(-1)
         if self.active is not None:
             place = self.active[rows].unsqueeze(-1).expand_as(dual)
             dual = dual.new_zeros(len(rows), self.m, dual.shape[2]).scatter_(1, place, dual)
         dual = self.spectrum.index_select(rows).from_basis(dual, columns=True)
-        self.singular[rows] = _harmful(unit[:, :self.n], dual, visible)
+        self.singular[rows] = _harmful(unit[:, : self.n], dual, visible)
 
     def _null_vectors(self, rows: Tensor, width: int) -> Tensor:
         """Orthonormal null vectors of K among `width` Ritz vectors of inverse iteration, (rows, size, width); other columns are zero."""
         K, lu, pivots = self.K[rows], self.lu[rows], self.pivots[rows]
         size = K.shape[1]
-        basis = torch.randn(size, width, dtype=K.dtype, generator=torch.Generator().manual_seed(0)).expand(len(K), -1, -1)
+        basis = torch.randn(size, width, dtype=K.dtype, generator=torch.Generator().manual_seed(0)).expand(
+            len(K), -1, -1
+        )
         for _ in range(2):
             basis, _ = torch.linalg.qr(torch.linalg.lu_solve(lu, pivots, basis))
         image = K @ basis - self.shift.unsqueeze(-1) * basis
         values, mixing = torch.linalg.eigh(image.mT @ image)
-        zero = values.clamp(min=0).sqrt() <= NULL * size ** 0.5
+        zero = values.clamp(min=0).sqrt() <= NULL * size**0.5
         return torch.where(zero.unsqueeze(1), basis @ mixing, 0.0)
 
     def _off_null(self, vector: Tensor, power: int) -> Tensor:
@@ -179,7 +188,9 @@ class DenseSystem:
 
 def _harmful(primal: Tensor, dual: Tensor, visible: Visible) -> Tensor:
     """(rows,) whether unit null vectors, (rows, n, k) and (rows, m, k), touch what the user sees or moves."""
-    touched = torch.cat([primal[:, visible.x].flatten(1), dual[:, visible.y].flatten(1), primal.new_zeros(len(primal), 1)], 1)
+    touched = torch.cat(
+        [primal[:, visible.x].flatten(1), dual[:, visible.y].flatten(1), primal.new_zeros(len(primal), 1)], 1
+    )
     return touched.abs().amax(1) > 1e-7
 
 
@@ -230,7 +241,7 @@ class SparseSystem:
         if refine and scaled.numel():
             solution = self._refined(scaled, solution)
         solution = self._off_null((solution * self.scale).mT, 1)
-        return solution[:, :self.n], solution[:, self.n:] * self.root
+        return solution[:, : self.n], solution[:, self.n :] * self.root
 
     def _refined(self, right: Tensor, solution: Tensor) -> Tensor:
         """Iterative refinement against K itself; a row that stays inaccurate is flagged. All (size, B)."""
@@ -249,7 +260,9 @@ class SparseSystem:
 
     def _back_substitute(self, right: Tensor) -> Tensor:
         rows = right.mT.contiguous().numpy()
-        return torch.from_numpy(np.array([factor.solve(row) for factor, row in zip(self.factors, rows, strict=True)]).reshape(rows.shape)).mT
+        return torch.from_numpy(
+            np.array([factor.solve(row) for factor, row in zip(self.factors, rows, strict=True)]).reshape(rows.shape)
+        ).mT
 
     def _product(self, x: Tensor) -> Tensor:
         """K x for x (size, B)."""
@@ -267,25 +280,32 @@ class SparseSystem:
             width = min(width, size)
             basis = torch.randn(size, width, dtype=torch.float64, generator=generator).expand(count, -1, -1)
             for _ in range(2):
-                columns = [[self.factors[row].solve(column) for column in block.mT.contiguous().numpy()]
-                           for row, block in zip(suspects.tolist(), basis, strict=True)]
+                columns = [
+                    [self.factors[row].solve(column) for column in block.mT.contiguous().numpy()]
+                    for row, block in zip(suspects.tolist(), basis, strict=True)
+                ]
                 basis, _ = torch.linalg.qr(torch.from_numpy(np.array(columns)).mT)
             stacked = basis.permute(1, 0, 2).reshape(size, -1)
             image = self._times(self.K[:, suspects].repeat_interleave(width, 1), stacked)
             image = image.reshape(size, count, width).permute(1, 0, 2)
             values, mixing = torch.linalg.eigh(image.mT @ image)
-            zero = values.clamp(min=0).sqrt() <= 100 * NULL * size ** 0.5
+            zero = values.clamp(min=0).sqrt() <= 100 * NULL * size**0.5
             if width == size or width >= 256 or not bool(zero.all(1).any()):
                 break
             width *= 4
         units = torch.ones(count, size, dtype=torch.float64)
         if self.units is not None:
-            units[:, :self.n] = self.units.expand(self.scale.shape[1], -1)[suspects]
+            units[:, : self.n] = self.units.expand(self.scale.shape[1], -1)[suspects]
         vectors = torch.where(zero.unsqueeze(1), basis @ mixing, 0.0)
-        self.suspects, self.projector = suspects, _Projector((units * self.scale.mT[suspects]).unsqueeze(-1) * vectors, units)
+        self.suspects, self.projector = (
+            suspects,
+            _Projector((units * self.scale.mT[suspects]).unsqueeze(-1) * vectors, units),
+        )
         null = self.projector.unit
-        dual = self.spectrum.index_select(suspects).from_basis(self.root[suspects].unsqueeze(-1) * null[:, self.n:], columns=True)
-        self.singular[suspects] = _harmful(null[:, :self.n], dual, visible)
+        dual = self.spectrum.index_select(suspects).from_basis(
+            self.root[suspects].unsqueeze(-1) * null[:, self.n :], columns=True
+        )
+        self.singular[suspects] = _harmful(null[:, : self.n], dual, visible)
 
     def _off_null(self, vector: Tensor, power: int) -> Tensor:
         """The part of (B, size) orthogonal to the null spaces found."""
@@ -306,7 +326,7 @@ class _Projector:
         self.gram = torch.linalg.cholesky(gram)
 
     def __call__(self, vector: Tensor, power: int) -> Tensor:
-        units = self.units ** power
+        units = self.units**power
         vector = vector * units
         part = torch.cholesky_solve(self.unit.mT @ vector.unsqueeze(-1), self.gram)
         return (vector - (self.unit @ part).squeeze(-1)) / units

@@ -55,10 +55,21 @@ class ConvexLayer(torch.nn.Module):
     Source: Amos and Kolter (2017); Agrawal et al. (2019); Busseti, Moursi and Boyd (2019).
     """
 
-    def __init__(self, problem: cp.Problem, parameters: Sequence[cp.Parameter], variables: Sequence[cp.Variable], *,
-                 structure: str = "auto", solver: str | Solver | None = None, solver_args: Mapping[str, Any] | None = None,
-                 gp: bool = False, gradient: str = "exact", on_failure: str = "raise", validate: bool = True,
-                 executor: Executor | None = None) -> None:
+    def __init__(
+        self,
+        problem: cp.Problem,
+        parameters: Sequence[cp.Parameter],
+        variables: Sequence[cp.Variable],
+        *,
+        structure: str = "auto",
+        solver: str | Solver | None = None,
+        solver_args: Mapping[str, Any] | None = None,
+        gp: bool = False,
+        gradient: str = "exact",
+        on_failure: str = "raise",
+        validate: bool = True,
+        executor: Executor | None = None,
+    ) -> None:
         super().__init__()
         _one_of("structure", structure, STRUCTURES)
         _one_of("gradient", gradient, ("exact",))
@@ -76,7 +87,9 @@ class ConvexLayer(torch.nn.Module):
         """The optimal variables for these parameter values, in the order of `variables`."""
         return self._run(tensors, solver_args, None).variables
 
-    def solve(self, *tensors: Tensor, solver_args: Mapping[str, Any] | None = None, warm_start: Solution | None = None) -> Solution:
+    def solve(
+        self, *tensors: Tensor, solver_args: Mapping[str, Any] | None = None, warm_start: Solution | None = None
+    ) -> Solution:
         """As a call of the layer, with value, status, iterations and residual of every row.
 
         warm_start: a Solution of the same batch shape, for a solver that can start from it (SCS).
@@ -87,8 +100,15 @@ class ConvexLayer(torch.nn.Module):
         """Which path runs and why, the sizes before and after canonicalisation, and what a forward and a backward cost."""
         return explain_cone_program(self._canonical, self._solver, self._chosen, self._tolerance, batch)
 
-    def with_options(self, *, solver: str | Solver | None = None, solver_args: Mapping[str, Any] | None = None,
-                     on_failure: str | None = None, validate: bool | None = None, executor: Executor | None = None) -> ConvexLayer:
+    def with_options(
+        self,
+        *,
+        solver: str | Solver | None = None,
+        solver_args: Mapping[str, Any] | None = None,
+        on_failure: str | None = None,
+        validate: bool | None = None,
+        executor: Executor | None = None,
+    ) -> ConvexLayer:
         """A layer of the same problem, sharing its canonical form, with some of the constructor's options changed."""
         sibling = copy.copy(self)
         sibling._warned = set()
@@ -102,12 +122,16 @@ class ConvexLayer(torch.nn.Module):
         if solver is not None:
             sibling._solver, sibling._chosen, sibling._options = _solver(solver), True, {}
         if solver is not None or solver_args is not None:
-            sibling._tolerance, sibling._options = sibling._check_options({"tolerance": self._tolerance, **(solver_args or {})})
+            sibling._tolerance, sibling._options = sibling._check_options(
+                {"tolerance": self._tolerance, **(solver_args or {})}
+            )
         return sibling
 
     def extra_repr(self) -> str:
         parameters = ", ".join(f"{p.name()}{tuple(p.shape)}" for p in self._parameters_of_problem)
-        variables = ", ".join(f"{name}{v.shape}" for name, v in zip(self._names, self._canonical.variables, strict=True))
+        variables = ", ".join(
+            f"{name}{v.shape}" for name, v in zip(self._names, self._canonical.variables, strict=True)
+        )
         return f"({parameters}) -> ({variables}), structure={self.structure}, solver={self._solver.name}, on_failure={self.on_failure}"
 
     def _check_options(self, solver_args: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
@@ -118,8 +142,14 @@ class ConvexLayer(torch.nn.Module):
         self._solver.check(self._canonical.program, options)
         return float(tolerance), options
 
-    def _run(self, tensors: tuple[Tensor, ...], solver_args: Mapping[str, Any] | None, warm_start: Solution | None) -> Solution:
-        tolerance, options = self._check_options({"tolerance": self._tolerance, **self._options, **solver_args}) if solver_args else (self._tolerance, self._options)
+    def _run(
+        self, tensors: tuple[Tensor, ...], solver_args: Mapping[str, Any] | None, warm_start: Solution | None
+    ) -> Solution:
+        tolerance, options = (
+            self._check_options({"tolerance": self._tolerance, **self._options, **solver_args})
+            if solver_args
+            else (self._tolerance, self._options)
+        )
         dtype, device, batch = self._check_tensors(tensors)
         size = math.prod(batch)
         with torch.autocast("cpu", enabled=False), torch.autocast(device.type, enabled=False):
@@ -127,18 +157,27 @@ class ConvexLayer(torch.nn.Module):
             bad, details = self._bad_rows(values, size)
             if self.on_failure == "raise" and bool(bad.any()):
                 raise ParameterError.of(torch.where(bad, int(Status.BAD_INPUT), 0).view(batch), details)
-            thetas = [p.entries(v.to("cpu", torch.float64)) for v, p in zip(values, self._canonical.parameters, strict=True)]
+            thetas = [
+                p.entries(v.to("cpu", torch.float64)) for v, p in zip(values, self._canonical.parameters, strict=True)
+            ]
             start = self._start(warm_start, batch)
             differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in thetas)
             call = Call(self._canonical, self._solver, tolerance, options, self.executor, bad, start, differentiable)
             call.on_degenerate = self._warn_degenerate
             x, y, value = Solve.apply(call, *thetas)
             failed = self._judge(call.status, batch, details)
-            outputs = [recovery.value(x, y) for recovery in self._canonical.variables] + [self._canonical.objective(value)]
+            outputs = [recovery.value(x, y) for recovery in self._canonical.variables] + [
+                self._canonical.objective(value)
+            ]
             if failed is not None:
                 fill = self.on_failure == "nan"
-                outputs = [_Guard.apply(output, failed, fill or (call.bad if bool(call.bad.any()) else False)) for output in outputs]
-            *variables, objective = (output.to(device, dtype).reshape((*batch, *output.shape[1:])) for output in outputs)
+                outputs = [
+                    _Guard.apply(output, failed, fill or (call.bad if bool(call.bad.any()) else False))
+                    for output in outputs
+                ]
+            *variables, objective = (
+                output.to(device, dtype).reshape((*batch, *output.shape[1:])) for output in outputs
+            )
         row = {name: getattr(call, name).reshape(batch) for name in ("status", "iterations", "residual", "degenerate")}
         return Solution(tuple(variables), objective, **row, iterate=call.iterate)
 
@@ -151,15 +190,21 @@ class ConvexLayer(torch.nn.Module):
         shapes = []
         for tensor, parameter in zip(tensors, parameters, strict=True):
             if not isinstance(tensor, Tensor):
-                raise TypeError(f"Parameter `{parameter.name()}` was given a {type(tensor).__name__}; expected a torch.Tensor: write torch.as_tensor(value).")
+                raise TypeError(
+                    f"Parameter `{parameter.name()}` was given a {type(tensor).__name__}; expected a torch.Tensor: write torch.as_tensor(value)."
+                )
             if not tensor.is_floating_point():
-                raise TypeError(f"Parameter `{parameter.name()}` was given a tensor of {tensor.dtype}; expected floating point: write {parameter.name()}.double().")
+                raise TypeError(
+                    f"Parameter `{parameter.name()}` was given a tensor of {tensor.dtype}; expected floating point: write {parameter.name()}.double()."
+                )
             shapes.append(_batch_shape(tensor, parameter))
         try:
             batch = np.broadcast_shapes(*shapes)  # torch's own loads a symbolic algebra package at its first call
         except ValueError:
             listed = ", ".join(f"`{p.name()}` {shape}" for p, shape in zip(parameters, shapes, strict=True))
-            raise ValueError(f"The batch dimensions do not agree: {listed}. Each parameter has the batch dimensions in front, or none if it is shared.") from None
+            raise ValueError(
+                f"The batch dimensions do not agree: {listed}. Each parameter has the batch dimensions in front, or none if it is shared."
+            ) from None
         devices = {str(t.device) for t in tensors}
         if len(devices) > 1:
             listed = ", ".join(f"`{p.name()}` on {t.device}" for p, t in zip(parameters, tensors, strict=True))
@@ -171,10 +216,13 @@ class ConvexLayer(torch.nn.Module):
 
     def _bad_rows(self, values: list[Tensor], size: int) -> tuple[Tensor, dict[int, str]]:
         """Rows whose parameters are NaN, infinite or outside their domain, and the first reason for each."""
-        bad, details = torch.zeros(size, dtype=torch.bool), {}
+        bad = torch.zeros(size, dtype=torch.bool)
+        details: dict[int, str] = {}
         for value, parameter in zip(values, self._parameters_of_problem, strict=True):
             finite = torch.isfinite(value.detach()).unsqueeze(-1).flatten(1).all(1)
-            found = [(~finite, f"Parameter `{parameter.name()}` holds NaN or infinity.")] if not bool(finite.all()) else []
+            found = (
+                [(~finite, f"Parameter `{parameter.name()}` holds NaN or infinity.")] if not bool(finite.all()) else []
+            )
             if self.validate:
                 found += [(rows & finite, reason) for rows, reason in domain.violations(parameter, value)]
             for rows, reason in found:
@@ -188,9 +236,13 @@ class ConvexLayer(torch.nn.Module):
         if warm_start is None:
             return None
         if not self._solver.warm_starts:
-            raise ValueError(f"Solver {self._solver.name} cannot start from a previous solution; use solver='scs', or leave warm_start out.")
+            raise ValueError(
+                f"Solver {self._solver.name} cannot start from a previous solution; use solver='scs', or leave warm_start out."
+            )
         if tuple(warm_start.status.shape) != batch:
-            raise ValueError(f"warm_start has batch shape {tuple(warm_start.status.shape)}; the parameters have {batch}.")
+            raise ValueError(
+                f"warm_start has batch shape {tuple(warm_start.status.shape)}; the parameters have {batch}."
+            )
         return tuple(part.nan_to_num(0.0) for part in warm_start.iterate)
 
     def _judge(self, status: Tensor, batch: tuple[int, ...], details: dict[int, str]) -> Tensor | None:
@@ -206,8 +258,11 @@ class ConvexLayer(torch.nn.Module):
         return failed
 
     def _warn_degenerate(self, rows: Tensor) -> None:
-        self._warn(GradientWarning, f"Rows {rows[:10].tolist()} are degenerate (a weakly active constraint, or a singular KKT system): their derivative is "
-                   "one-sided, or the least-norm one. Solution.degenerate tells which rows; a small strongly convex term makes the solution unique.")
+        self._warn(
+            GradientWarning,
+            f"Rows {rows[:10].tolist()} are degenerate (a weakly active constraint, or a singular KKT system): their derivative is "
+            "one-sided, or the least-norm one. Solution.degenerate tells which rows; a small strongly convex term makes the solution unique.",
+        )
 
     def _warn(self, category: type[Warning], message: str) -> None:
         """Once a layer and cause."""
@@ -257,7 +312,7 @@ def _batch_shape(tensor: Tensor, parameter: cp.Parameter) -> tuple[int, ...]:
         wanted = ", ".join(map(str, expected))
         message = f"Parameter `{parameter.name()}` was given a tensor of shape {shape}; expected ({wanted}) or (*batch{', ' * bool(wanted)}{wanted})."
         if len(expected) == 2 and expected[0] == expected[1] == shape[-1] and lead < 1:
-            message += f"\nA vector is no matrix: each row needs its own {expected[0]} x {expected[1]} matrix. Did you mean torch.diag_embed({parameter.name()})?"
+            message += f"\nEach row needs its own {expected[0]} x {expected[1]} matrix: did you mean torch.diag_embed({parameter.name()})?"
         elif math.prod(shape) == math.prod(expected):
             message += f"\nIt has the right number of entries: did you mean {parameter.name()}.reshape({wanted})?"
         elif len(expected) >= 1 and len(shape) >= 1 and shape[1:] == expected[:-1] and shape[:1] != expected[:1]:

@@ -43,10 +43,10 @@ class KKTPattern:
         A_rows, A_cols = program.A_rows.astype(np.int64), program.A_cols.astype(np.int64)
         keys = [A_rows * n + A_cols]
         self._columns_of: dict[int, np.ndarray] = {}  # first row of a block -> the columns of all its rows
-        by_row, columns_by_row, indptr = program.A_by_row
+        _, columns_by_row, indptr = program.A_by_row
         for block in program.cones.blocks:
             if block.name not in ("zero", "nonnegative"):
-                columns = np.unique(columns_by_row[indptr[block.start]:indptr[block.start + block.size]])
+                columns = np.unique(columns_by_row[indptr[block.start] : indptr[block.start + block.size]])
                 self._columns_of[block.start] = columns
                 keys.append(((block.start + np.arange(block.size))[:, None] * n + columns).ravel())
         self._E_keys = np.unique(np.concatenate(keys)) if n else np.zeros(0, dtype=np.int64)
@@ -58,14 +58,17 @@ class KKTPattern:
         # Upper triangle, by columns: (row, column) of P, of B', of the diagonal.
         rows = np.concatenate([program.P_rows, E_cols, np.arange(n + m)]).astype(np.int64)
         columns = np.concatenate([program.P_cols, n + E_rows, np.arange(n + m)]).astype(np.int64)
-        key, place = np.unique(columns * (n + m) + rows, return_inverse=True)
+        key, inverse = np.unique(columns * (n + m) + rows, return_inverse=True)
         columns, rows = np.divmod(key, max(n + m, 1))
         self.nnz = len(key)
         self.rows, self.columns = torch.from_numpy(rows), torch.from_numpy(columns)
         self.off_diagonal = torch.from_numpy(np.flatnonzero(rows != columns))
-        place = torch.from_numpy(place)
-        self.place_P, self.place_E, self.place_diagonal = place.split([len(program.P_rows), len(E_rows), n + m])
-        self._indices, self._indptr = rows.astype(np.int32), np.searchsorted(columns, np.arange(n + m + 1)).astype(np.int32)
+        sections = [len(program.P_rows), len(E_rows), n + m]
+        self.place_P, self.place_E, self.place_diagonal = torch.from_numpy(inverse).split(sections)
+        self._indices, self._indptr = (
+            rows.astype(np.int32),
+            np.searchsorted(columns, np.arange(n + m + 1)).astype(np.int32),
+        )
         self._pool: deque[Factor] = deque()
 
     def rotated(self, A: Tensor, spectrum: ProductSpectrum) -> Tensor:
@@ -90,7 +93,7 @@ class KKTPattern:
             columns = [self._columns_of[int(first)] for first in where[:, 0]]
             positions = np.full((count, k, max(map(len, columns))), len(self._E_keys), dtype=np.int64)
             for block, (block_rows, cols) in enumerate(zip(where, columns, strict=True)):
-                positions[block, :, :len(cols)] = np.searchsorted(self._E_keys, block_rows[:, None] * self.n + cols)
+                positions[block, :, : len(cols)] = np.searchsorted(self._E_keys, block_rows[:, None] * self.n + cols)
             self._positions[key] = torch.from_numpy(positions)
         return self._positions[key]
 
@@ -110,14 +113,14 @@ class KKTPattern:
     def release(self, factors: list[Factor]) -> None:
         """Keep factors whose owner is gone: the next ones of this pattern save the ordering."""
         room = KEPT_BYTES // (16 * max(1, self.fill)) - len(self._pool)
-        self._pool.extend(factors[:max(0, room)])
+        self._pool.extend(factors[: max(0, room)])
 
     @cached_property
     def _counts(self) -> np.ndarray:
         """Nonzeros of each column of the factor, the diagonal included."""
         quasidefinite = np.full(self.nnz, 1e-3)
-        quasidefinite[self.place_diagonal[:self.n]] = 1e3
-        quasidefinite[self.place_diagonal[self.n:]] = -1e3
+        quasidefinite[self.place_diagonal[: self.n]] = 1e3
+        quasidefinite[self.place_diagonal[self.n :]] = -1e3
         return Factor(self.matrix(quasidefinite)).counts() if self.nnz else np.zeros(0)
 
     @property
@@ -128,7 +131,7 @@ class KKTPattern:
     @cached_property
     def flops(self) -> float:
         """Of one factorisation."""
-        return float((self._counts ** 2).sum())
+        return float((self._counts**2).sum())
 
 
 class Factor:

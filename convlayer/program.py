@@ -54,8 +54,10 @@ class Program:
     @cached_property
     def indices(self) -> dict[str, Tensor]:
         """The patterns as index tensors."""
-        return {name: torch.from_numpy(np.ascontiguousarray(getattr(self, name), dtype=np.int64))
-                for name in ("P_rows", "P_cols", "A_rows", "A_cols")}
+        return {
+            name: torch.from_numpy(np.ascontiguousarray(getattr(self, name), dtype=np.int64))
+            for name in ("P_rows", "P_cols", "A_rows", "A_cols")
+        }
 
     @cached_property
     def scale_group(self) -> Tensor:
@@ -63,7 +65,7 @@ class Program:
         group = np.arange(self.m)
         for block in self.cones.blocks:
             if block.name not in ("zero", "nonnegative"):
-                group[block.start:block.start + block.size] = block.start
+                group[block.start : block.start + block.size] = block.start
         return torch.from_numpy(group)
 
     @cached_property
@@ -72,7 +74,7 @@ class Program:
         rows = torch.zeros(self.m, dtype=torch.bool)
         for block in self.cones.blocks:
             if block.name == "nonnegative":
-                rows[block.start:block.start + block.size] = True
+                rows[block.start : block.start + block.size] = True
         return rows
 
     @cached_property
@@ -103,8 +105,10 @@ class Data:
 
     def rows(self, index: Tensor) -> Data:
         """The instances at `index`; shared values stay shared."""
+
         def pick(values: Tensor) -> Tensor:
             return values if len(values) == 1 else values[index]
+
         return replace(self, P=pick(self.P), q=pick(self.q), A=pick(self.A), b=pick(self.b))
 
     def widen(self, batch: int) -> Data:
@@ -142,7 +146,12 @@ class Operators:
             return _product(self.P_values, x)
         columns = x.mT.contiguous()
         strict = torch.where((i == j).unsqueeze(1), 0.0, self.P_values)
-        return torch.zeros_like(columns).index_add_(0, i, self.P_values * columns[j]).index_add_(0, j, strict * columns[i]).mT
+        return (
+            torch.zeros_like(columns)
+            .index_add_(0, i, self.P_values * columns[j])
+            .index_add_(0, j, strict * columns[i])
+            .mT
+        )
 
     def A(self, x: Tensor) -> Tensor:
         if self.dense:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from convlayer.program import Data, Operators
 
-
 INFINITE = 1e15  # an inequality's right-hand side beyond this (A having size one) is no bound
 BALANCED = 1e3  # columns of the row-normalised matrix within this factor of each other need no scaling
 
@@ -32,9 +31,16 @@ class Scaling:
     unbounded: Tensor | None  # (B, m) inequalities whose right-hand side was as good as infinite, and was cut
 
     def rows(self, index: Tensor) -> Scaling:
-        def pick(part: Tensor | None) -> Tensor | None:
-            return part if part is None or len(part) == 1 else part[index]
-        return Scaling(pick(self.c), pick(self.e), self.rho[index], self.tau[index], None if self.unbounded is None else self.unbounded[index])
+        def pick(part: Tensor) -> Tensor:
+            return part if len(part) == 1 else part[index]
+
+        return Scaling(
+            None if self.c is None else pick(self.c),
+            pick(self.e),
+            self.rho[index],
+            self.tau[index],
+            None if self.unbounded is None else self.unbounded[index],
+        )
 
     def enter(self, x: Tensor, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return (x if self.c is None else x / self.c) * self.rho, s * (self.rho * self.e), y * (self.tau / self.e)
@@ -57,15 +63,21 @@ def normalise(data: Data) -> tuple[Data, Scaling]:
     c, e = _equilibrate(data, data.P.abs() * P_size, group)
     scaled = replace(data, A=data.A * e[:, index["A_rows"]], b=data.b * e)
     if c is not None:
-        scaled = replace(scaled, A=scaled.A * c[:, index["A_cols"]], q=data.q * c, P=data.P * c[:, index["P_rows"]] * c[:, index["P_cols"]])
-    unbounded = (scaled.b >= INFINITE) & data.program.inequalities
-    if not bool(unbounded.any()):
-        unbounded = None
+        scaled = replace(
+            scaled,
+            A=scaled.A * c[:, index["A_cols"]],
+            q=data.q * c,
+            P=data.P * c[:, index["P_rows"]] * c[:, index["P_cols"]],
+        )
+    beyond = (scaled.b >= INFINITE) & data.program.inequalities
+    unbounded = beyond if bool(beyond.any()) else None
     b = scaled.b.abs() if unbounded is None else torch.where(unbounded, 0.0, scaled.b.abs())
     rho = _reciprocal(_typical(b))
     q, P = _largest(scaled.q), _largest(scaled.P)
     # Without a right-hand side the size of x is set by the objective: x ~ q / P.
-    rho = torch.where(_largest(b) > 0, rho, torch.where((P > 0) & (q > 0), P / q.clamp(min=torch.finfo(q.dtype).tiny), 1.0))
+    rho = torch.where(
+        _largest(b) > 0, rho, torch.where((P > 0) & (q > 0), P / q.clamp(min=torch.finfo(q.dtype).tiny), 1.0)
+    )
     tau = _reciprocal(torch.maximum(q, P / rho))
     if unbounded is not None:
         scaled = replace(scaled, b=torch.where(unbounded, 1e8 / rho, scaled.b))
@@ -84,21 +96,27 @@ def _equilibrate(data: Data, P: Tensor, group: Tensor) -> tuple[Tensor | None, T
     rows, i, j = group[index["A_rows"]], index["P_rows"], index["P_cols"]
 
     def row_sizes(values: Tensor) -> Tensor:
-        return values.new_zeros(len(values), program.m).scatter_reduce_(1, rows.expand(len(values), -1), values, "amax")[:, group]
+        return values.new_zeros(len(values), program.m).scatter_reduce_(
+            1, rows.expand(len(values), -1), values, "amax"
+        )[:, group]
 
     def column_sizes(A: Tensor, P: Tensor) -> Tensor:
         largest = A.new_zeros(len(A), program.n).scatter_reduce_(1, index["A_cols"].expand(len(A), -1), A, "amax")
         if not P.shape[1]:
             return largest
         for k in (i, j):
-            largest = torch.maximum(largest, P.new_zeros(len(P), program.n).scatter_reduce_(1, k.expand(len(P), -1), P, "amax"))
+            largest = torch.maximum(
+                largest, P.new_zeros(len(P), program.n).scatter_reduce_(1, k.expand(len(P), -1), P, "amax")
+            )
         return largest
 
     e = _reciprocal(row_sizes(A))
     # A row with one entry, a bound, takes any scale: it says nothing about its column's.
     joint = torch.where(program.singletons, 0.0, A)
     columns = column_sizes(joint * e[:, index["A_rows"]], P[:, :0])
-    if not columns.shape[1] or bool((_largest(columns) <= BALANCED * torch.where(columns > 0, columns, torch.inf).amin(1, keepdim=True)).all()):
+    if not columns.shape[1] or bool(
+        (_largest(columns) <= BALANCED * torch.where(columns > 0, columns, torch.inf).amin(1, keepdim=True)).all()
+    ):
         return None, e
     c, e = A.new_ones(size, program.n), A.new_ones(len(A), program.m)
     for _ in range(20):

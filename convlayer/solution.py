@@ -62,8 +62,13 @@ class SolverError(RuntimeError):
             lines.append(f"{where}: {kind.name}, {kind.advice}")
             reasons = dict.fromkeys(details[i] for _, i in members if details and i in details)
             lines += [f"  {reason}" for reason in list(reasons)[:3]]
-        message = "\n".join([f"{len(failed)} of {status.numel()} rows failed." if shape else "The solve failed.", *lines,
-                             "on_failure='nan' fills just the failed rows, 'keep' returns the solver's last iterate, flagged."])
+        message = "\n".join(
+            [
+                f"{len(failed)} of {status.numel()} rows failed." if shape else "The solve failed.",
+                *lines,
+                "on_failure='nan' fills just the failed rows, 'keep' returns the solver's last iterate, flagged.",
+            ]
+        )
         return cls(message, rows, [s for _, s in failed])
 
 
@@ -88,5 +93,7 @@ class Solution:
     status: Tensor  # int64, values of Status
     iterations: Tensor  # int64, of the solver
     residual: Tensor  # float64, relative KKT residual after polishing; NaN where there is no iterate
-    degenerate: Tensor  # bool, the derivative is one-sided or least-norm there (weakly active constraint, singular system)
+    degenerate: (
+        Tensor  # bool, the derivative is one-sided or least-norm there (weakly active constraint, singular system)
+    )
     iterate: Any = field(default=None, repr=False)  # canonical (x, s, y) for a warm start

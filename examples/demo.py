@@ -35,8 +35,18 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-MEASUREMENTS = ("age", "sex", "body mass index", "blood pressure", "total cholesterol", "LDL cholesterol",
-                "HDL cholesterol", "cholesterol / HDL", "log triglycerides", "glucose")
+MEASUREMENTS = (
+    "age",
+    "sex",
+    "body mass index",
+    "blood pressure",
+    "total cholesterol",
+    "LDL cholesterol",
+    "HDL cholesterol",
+    "cholesterol / HDL",
+    "log triglycerides",
+    "glucose",
+)
 SIGNS = {2: 1, 3: 1, 6: -1, 8: 1}
 FEATURES, SPLITS, TEST, STUDIES, PATIENTS = len(MEASUREMENTS), 8, 100, 16, 30
 STEPS, RATE = 60, 0.1
@@ -61,8 +71,8 @@ class Diabetes:
         X_fit, y_fit = self.X[drawn[..., :PATIENTS]], self.y[drawn[..., :PATIENTS]]  # (8, 16, 30, 10), (8, 16, 30)
         self.X_mean, self.y_mean = X_fit.mean(-2, keepdim=True), y_fit.mean(-1, keepdim=True)
         # |X w - y|^2 / 30 is |R w - b|^2 up to a constant: ten rows in place of thirty.
-        Q, self.R = torch.linalg.qr((X_fit - self.X_mean) / PATIENTS ** 0.5)  # R (8, 16, 10, 10)
-        self.b = (Q.mT @ (y_fit / PATIENTS ** 0.5).unsqueeze(-1)).squeeze(-1)  # (8, 16, 10)
+        Q, self.R = torch.linalg.qr((X_fit - self.X_mean) / PATIENTS**0.5)  # R (8, 16, 10, 10)
+        self.b = (Q.mT @ (y_fit / PATIENTS**0.5).unsqueeze(-1)).squeeze(-1)  # (8, 16, 10)
 
     def error(self, w: Tensor, patients: Tensor) -> Tensor:
         """w (8, 16, 10), patients (8, 16, k) -> (8,), root mean squared error in points of the score."""
@@ -88,7 +98,7 @@ def best_single(losses: Callable[[Tensor], Tensor]) -> Tensor:
 def check_gradient(loss: Callable[[Tensor], Tensor], at: Tensor, step: float = 1e-4) -> float:
     """The largest deviation of the gradient from central differences along twenty directions, relative to its norm."""
     leaf = at.clone().requires_grad_()
-    gradient, = torch.autograd.grad(loss(leaf), leaf)
+    (gradient,) = torch.autograd.grad(loss(leaf), leaf)
     directions = torch.randn(20, *at.shape, dtype=at.dtype, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         differences = torch.stack([(loss(at + step * d) - loss(at - step * d)) / (2 * step) for d in directions])
@@ -113,8 +123,12 @@ def draw_errors(axes, validation: Tensor, test: Tensor) -> None:
     for history, colour, label in ((test, GREY, "test, not used to learn"), (validation, LEARNT, "validation")):
         axes.plot(history, color=colour, lw=0.8, alpha=0.3)
         axes.plot(history.mean(1), color=colour, lw=2.8, label=label)
-    axes.set(title="Error while learning", xlabel="step of Adam", xlim=(0, STEPS),
-             ylabel="root mean squared error (points of the score)")
+    axes.set(
+        title="Error while learning",
+        xlabel="step of Adam",
+        xlim=(0, STEPS),
+        ylabel="root mean squared error (points of the score)",
+    )
     axes.grid(axis="y", alpha=0.25)
     axes.legend(title="bold: mean of 8 splits", loc="upper right", alignment="left")
 
@@ -127,30 +141,49 @@ def draw_penalties(axes, single: Tensor, learnt: Tensor) -> None:
     axes.errorbar(mean, MEASUREMENTS, xerr=spread, fmt="none", ecolor="black", elinewidth=1.1)
     axes.axvline(level, color=SINGLE, lw=2)
     axes.text(1.15 * level, -0.95, f"best single penalty, {level:.2g}", color=SINGLE, va="center")
-    axes.set(title="Penalties learnt (left: trusted, right: not)", xscale="log",
-             xlabel="penalty (no unit, log scale)\n(bars: geometric mean of 8 splits; lines: their range)")
+    axes.set(
+        title="Penalties learnt (left: trusted, right: not)",
+        xscale="log",
+        xlabel="penalty (no unit, log scale)\n(bars: geometric mean of 8 splits; lines: their range)",
+    )
 
 
 def draw_coefficients(axes, w_single: Tensor, w_learnt: Tensor) -> None:
-    for w, shift, colour, label in ((w_single, -0.16, SINGLE, "best single penalty"),
-                                    (w_learnt, 0.16, LEARNT, "ten learnt penalties")):
+    for w, shift, colour, label in (
+        (w_single, -0.16, SINGLE, "best single penalty"),
+        (w_learnt, 0.16, LEARNT, "ten learnt penalties"),
+    ):
         points, places = w.flatten(0, 1), torch.arange(FEATURES) + shift
         axes.errorbar(points.mean(0), places, xerr=points.std(0), fmt="o", color=colour, label=label)
     axes.axvline(0, color="black", lw=0.8)
     bounds = {1: "  (≥ 0)", -1: "  (≤ 0)", 0: ""}
     labels = [name + bounds[SIGNS.get(j, 0)] for j, name in enumerate(MEASUREMENTS)]
-    axes.set(title="Coefficients", yticks=range(FEATURES), yticklabels=labels,
-             xlabel="points of the score per standard deviation\n(mean and standard deviation of 128 fits)")
+    axes.set(
+        title="Coefficients",
+        yticks=range(FEATURES),
+        yticklabels=labels,
+        xlabel="points of the score per standard deviation\n(mean and standard deviation of 128 fits)",
+    )
     axes.legend(loc="upper right")
 
 
 def draw(validation: Tensor, test: Tensor, single: Tensor, learnt: Tensor, w_single: Tensor, w_learnt: Tensor) -> None:
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-                         "axes.titlelocation": "left", "axes.titlesize": 12, "axes.titleweight": "bold"})
+    plt.rcParams.update(
+        {
+            "font.size": 11,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "legend.frameon": False,
+            "axes.titlelocation": "left",
+            "axes.titlesize": 12,
+            "axes.titleweight": "bold",
+        }
+    )
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(17, 6), layout=layout)
-    figure.suptitle("Diabetes progression from 30 patients: ten penalties learnt through the regression's solution",
-                    fontsize=15)
+    figure.suptitle(
+        "Diabetes progression from 30 patients: ten penalties learnt through the regression's solution", fontsize=15
+    )
     draw_errors(left, validation, test)
     draw_penalties(middle, single, learnt)
     draw_coefficients(right, w_single, w_learnt)
@@ -192,14 +225,20 @@ def main() -> int:
 
     with torch.no_grad():
         w_single, w_free = coefficients(single), coefficients(torch.full_like(single, -18.0))
-    table = {"the mean of the 30 patients": torch.zeros_like(w_free), "no penalty": w_free,
-             "before: best single penalty": w_single, "after:  ten learnt penalties": w_learnt}
+    table = {
+        "the mean of the 30 patients": torch.zeros_like(w_free),
+        "no penalty": w_free,
+        "before: best single penalty": w_single,
+        "after:  ten learnt penalties": w_learnt,
+    }
     print(f"\n{'error, points of the score (mean of 8 splits)':<48}{'validation':>10}{'test':>10}")
     for name, w in table.items():
         print(f"{name:<48}{data.error(w, data.validation).mean():>10.2f}{data.error(w, data.test).mean():>10.2f}")
     fall = data.error(w_single, data.test) - data.error(w_learnt, data.test)
-    print(f"\ntest error falls in {int((fall > 0).sum())} of {SPLITS} splits, "
-          f"by {fall.mean():.2f} on average ({fall.min():.2f} to {fall.max():.2f})")
+    print(
+        f"\ntest error falls in {int((fall > 0).sum())} of {SPLITS} splits, "
+        f"by {fall.mean():.2f} on average ({fall.min():.2f} to {fall.max():.2f})"
+    )
     forward, backward = time_layer(loss, learnt)
     print(f"{SPLITS * STUDIES} problems: forward {forward:.1f} ms, backward {backward:.1f} ms (medians)")
     deviation = check_gradient(loss, single)

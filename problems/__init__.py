@@ -19,7 +19,8 @@ from ._prebuilt import Declared, Draw, Prebuilt, prebuilt
 
 PROBLEMS: dict[str, Prebuilt] = {
     name: getattr(import_module(f"{__name__}.{name}"), name)
-    for name in sorted(module.name for module in iter_modules(__path__)) if not name.startswith("_")
+    for name in sorted(module.name for module in iter_modules(__path__))
+    if not name.startswith("_")
 }
 globals().update(PROBLEMS)
 

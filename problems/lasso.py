@@ -35,6 +35,7 @@ def _sample(draw, m, n):
 @lasso.solved_by
 def _oracle(A, b, lam):
     """The best point over all 3^n patterns of signs."""
+
     def candidate(signs):
         x, S = np.zeros(A.shape[1]), signs != 0
         x[S] = np.linalg.solve(A[:, S].T @ A[:, S], A[:, S].T @ b - lam * signs[S])

@@ -36,6 +36,7 @@ def _sample(draw, m, n):
 @logistic_regression.solved_by
 def _oracle(A, lam):
     """Powell's hybrid method on the gradient."""
+
     def gradient(x):
         return lam * x - A.T @ expit(-A @ x)
 

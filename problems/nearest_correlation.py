@@ -34,6 +34,7 @@ def _sample(draw, n):
 @nearest_correlation.solved_by
 def _oracle(C):
     """Powell's hybrid method on the n equations diag(X) = 1."""
+
     def nearest(y):
         values, vectors = np.linalg.eigh(C + np.diag(y))
         return (vectors * np.maximum(values, 0)) @ vectors.T

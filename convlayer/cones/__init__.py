@@ -1,10 +1,10 @@
 """Cones: Euclidean projections and their derivatives as spectra, batched, in torch.
 
-    Cone, Spectrum                               what a cone answers, and the derivative as basis and values
-    Zero, Nonnegative, SecondOrder, Psd,
-    Exponential, Power                           one cone each
-    svec, smat                                   symmetric matrices as vectors, for Psd
-    Product, ProductSpectrum, Block              many cones in row order, and their dual
+Cone, Spectrum                               what a cone answers, and the derivative as basis and values
+Zero, Nonnegative, SecondOrder, Psd,
+Exponential, Power                           one cone each
+svec, smat                                   symmetric matrices as vectors, for Psd
+Product, ProductSpectrum, Block              many cones in row order, and their dual
 """
 
 from convlayer.cones.cone import Cone, Spectrum

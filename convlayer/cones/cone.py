@@ -73,7 +73,7 @@ def finite_rows(v: Tensor) -> tuple[Tensor, Tensor]:
 def spectral_weight(left: Tensor, right: Tensor) -> Tensor:
     """The divided difference of max(., 0), (left+ - right+) / (left - right), without a gap in the denominator.
 
-        1/2 (1 + (left + right) / (|left| + |right|)),   and 1 where both are 0
+    1/2 (1 + (left + right) / (|left| + |right|)),   and 1 where both are 0
     """
     total = left.abs() + right.abs()
     return torch.where((total > 0) & (total < torch.inf), 0.5 * (left + right) / total + 0.5, 1.0)

@@ -39,7 +39,9 @@ class SCS(Solver):
             try:
                 scs.SCS(probe, {"l": 1}, **{"verbose": False, option: value})
             except (TypeError, ValueError) as error:
-                raise TypeError(f"SCS does not take the option `{option}` = {value!r}: {error}. Its options are those of scs.SCS, and tolerance.") from error
+                raise TypeError(
+                    f"SCS does not take the option `{option}` = {value!r}: {error}. Its options are those of scs.SCS, and tolerance."
+                ) from error
 
     def solve(self, task: Task) -> list[Iterate]:
         settings = {"verbose": False, "eps_abs": task.tolerance, "eps_rel": task.tolerance, **task.options}
@@ -62,19 +64,26 @@ def svec_order(program: Program) -> np.ndarray:
     order = np.arange(program.m)
     for block in program.cones.blocks:
         if block.name == "psd":
-            k = block.parameter
+            k = int(block.parameter or 0)
             column, row = np.triu_indices(k)  # SCS's order: column by column, downwards
-            order[block.start:block.start + block.size] = block.start + row * (row + 1) // 2 + column
+            order[block.start : block.start + block.size] = block.start + row * (row + 1) // 2 + column
     return order
 
 
 def _cone(program: Program) -> dict[str, Any]:
-    blocks: dict[str, list] = {name: [] for name in ("zero", "nonnegative", "second_order", "psd", "exponential", "power")}
+    blocks: dict[str, list] = {
+        name: [] for name in ("zero", "nonnegative", "second_order", "psd", "exponential", "power")
+    }
     for block in program.cones.blocks:
         blocks[block.name].append(block)
-    return {"z": sum(b.size for b in blocks["zero"]), "l": sum(b.size for b in blocks["nonnegative"]),
-            "q": [b.size for b in blocks["second_order"]], "s": [b.params for b in blocks["psd"]],
-            "ep": len(blocks["exponential"]), "p": [b.params for b in blocks["power"]]}
+    return {
+        "z": sum(b.size for b in blocks["zero"]),
+        "l": sum(b.size for b in blocks["nonnegative"]),
+        "q": [b.size for b in blocks["second_order"]],
+        "s": [b.params for b in blocks["psd"]],
+        "ep": len(blocks["exponential"]),
+        "p": [b.params for b in blocks["power"]],
+    }
 
 
 def _run(solver, task: Task, row: int, order: np.ndarray) -> dict[str, Any]:

@@ -61,8 +61,12 @@ class Task:
         """(upper triangle of P, q, A, b) of one row, as SciPy matrices."""
         P, q, A, b = self.values(row)
         n, m = self.program.n, self.program.m
-        return (sp.csc_matrix((P, self.program.P_rows, self.program.P_indptr), shape=(n, n)), q,
-                sp.csc_matrix((A, self.program.A_rows, self.program.A_indptr), shape=(m, n)), b)
+        return (
+            sp.csc_matrix((P, self.program.P_rows, self.program.P_indptr), shape=(n, n)),
+            q,
+            sp.csc_matrix((A, self.program.A_rows, self.program.A_indptr), shape=(m, n)),
+            b,
+        )
 
 
 class Solver(ABC):
@@ -86,8 +90,14 @@ def default_executor() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="convlayer")
 
 
-def solve_batch(solver: Solver, data: Data, tolerance: float, options: Mapping[str, Any], start: list[Iterate] | None,
-                executor: Executor | None) -> list[Iterate]:
+def solve_batch(
+    solver: Solver,
+    data: Data,
+    tolerance: float,
+    options: Mapping[str, Any],
+    start: list[Iterate] | None,
+    executor: Executor | None,
+) -> list[Iterate]:
     """Solve every row of `data`; rows are dealt to the executor's workers in contiguous tasks."""
     batch = data.batch
     executor = executor or default_executor()
@@ -95,16 +105,28 @@ def solve_batch(solver: Solver, data: Data, tolerance: float, options: Mapping[s
     # Two tasks a worker: balance for rows of unequal length, while a task still reuses its solver from row to row.
     pieces = 1 if batch < 4 else min(batch, 2 * workers)
     bounds = np.linspace(0, batch, pieces + 1).astype(int)
-    tasks = [Task(data.program, _part(data.P, lo, hi), _part(data.q.expand(batch, -1), lo, hi), _part(data.A, lo, hi),
-                  _part(data.b.expand(batch, -1), lo, hi), tolerance, options, start[lo:hi] if start else None)
-             for lo, hi in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)]
+    tasks = [
+        Task(
+            data.program,
+            _part(data.P, lo, hi),
+            _part(data.q.expand(batch, -1), lo, hi),
+            _part(data.A, lo, hi),
+            _part(data.b.expand(batch, -1), lo, hi),
+            tolerance,
+            options,
+            start[lo:hi] if start else None,
+        )
+        for lo, hi in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
+    ]
     inline = len(tasks) == 1 and isinstance(executor, ThreadPoolExecutor)
     results = [solver.solve(tasks[0])] if inline else executor.map(solver.solve, tasks)
     return list(_flatten(results))
 
 
 def _part(values, lo: int, hi: int) -> np.ndarray:
-    return np.ascontiguousarray((values if len(values) == 1 and hi - lo != 1 else values[lo:hi] if len(values) > 1 else values).numpy())
+    return np.ascontiguousarray(
+        (values if len(values) == 1 and hi - lo != 1 else values[lo:hi] if len(values) > 1 else values).numpy()
+    )
 
 
 def _flatten(results) -> Iterator[Iterate]:
