@@ -18,7 +18,9 @@ from benchmarks import accuracy, conditioning, construction, large, speed
 from benchmarks.table import Options, Row, collect, environment, markdown, write
 
 SUITE = "generic"
-FAMILIES = {module.__name__.rpartition(".")[2]: module for module in (accuracy, conditioning, speed, large, construction)}
+FAMILIES = {
+    module.__name__.rpartition(".")[2]: module for module in (accuracy, conditioning, speed, large, construction)
+}
 
 
 def main() -> None:
@@ -39,7 +41,10 @@ def main() -> None:
                 progress.set_description(f"{family.name}: {name}")
                 rows += collect(task, name)
                 progress.update()
-            tables[family.name] = (family.title, rows + collect(lambda family=family, rows=rows: family.summary(rows), "summary"))
+            tables[family.name] = (
+                family.title,
+                rows + collect(lambda family=family, rows=rows: family.summary(rows), "summary"),
+            )
     about["seconds"] = time.perf_counter() - start
     print(markdown(about, tables))
     partial = arguments.quick or arguments.only

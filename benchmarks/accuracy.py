@@ -1,9 +1,9 @@
 """Solution and gradient errors over problems of every cone, with default settings, ours and the peer's.
 
-Solution:  relative error of the variables against an oracle or, where there is none, CVXPY by a tight interior point method.
+Solution:  relative error of the variables against an oracle or, where there is none, CVXPY by a tight solver.
 KKT:       residual of our canonical point in CVXPY's own matrices.
-Gradient:  of a random linear functional of the variables, along random directions, against 5-point differences of the oracle or,
-           where there is none, of our own solutions (which the KKT residual certifies). Where two step sizes disagree
+Gradient:  of a random linear functional of the variables, along random directions, against 5-point differences of
+           the oracle or, where there is none, of our own solutions (which the KKT residual certifies). Where two step sizes disagree
            the functional has a kink or moves too little to be measured: such rows are left out, and counted.
 Value:     the same for the optimal objective, ours alone (the peer does not return it), against differences of our own.
 """
@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable
 import cvxpy as cp
 import numpy as np
 import torch
-from convlayer.problems import Declared, Prebuilt
 from torch import Tensor
 
 from benchmarks.cases import CASES
@@ -27,6 +26,7 @@ from benchmarks.peer import MISSING, peer_layer
 from benchmarks.table import Family, Options, Row
 from convlayer import ConvexLayer
 from convlayer.canon import canonicalise
+from convlayer.problems import Declared, Prebuilt
 
 ROWS, DIRECTIONS, STEP = 4, 4, 4e-4
 POINTS = (-4, -2, -1, 1, 2, 4)  # in half steps
@@ -39,9 +39,13 @@ Variables = tuple[Tensor, ...]
 
 def family(options: Options) -> Family:
     names = list(CASES)[::4] if options.quick else list(CASES)
-    return Family("accuracy", "Relative errors with default settings: the worst of four instances a problem. "
-                  "`vs` names the reference of the solution; `kinks` counts pairs of instance and direction left out.",
-                  [(name, lambda name=name: measure(CASES[name], options)) for name in names], summary)
+    return Family(
+        "accuracy",
+        "Relative errors with default settings: the worst of four instances a problem. "
+        "`vs` names the reference of the solution; `kinks` counts pairs of instance and direction left out.",
+        [(name, lambda name=name: measure(CASES[name], options)) for name in names],
+        summary,
+    )
 
 
 def measure(case: Prebuilt, options: Options) -> Iterable[Row]:
@@ -50,18 +54,31 @@ def measure(case: Prebuilt, options: Options) -> Iterable[Row]:
     layer = ConvexLayer(declared.problem, declared.parameters, declared.variables, gp=gp)
     exact, source = _reference(case, declared, tensors)
     expected, slopes = _differences(case, layer, tensors)
-    row = Row(case.name, {"cones": ", ".join(sorted({block.name for block in _program(declared, gp).cones.blocks})), "vs": source},
-              {SOLUTION: ("<=", 1e-8), GRADIENT: ("<=", 1e-6), "value": ("<=", 1e-6)})
+    row = Row(
+        case.name,
+        {"cones": ", ".join(sorted({block.name for block in _program(declared, gp).cones.blocks})), "vs": source},
+        {SOLUTION: ("<=", 1e-8), GRADIENT: ("<=", 1e-6), "value": ("<=", 1e-6)},
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+
         def ours(*leaves: Tensor) -> Variables:
             return tuple(x.cpu() for x in layer(*(leaf.to(options.device) for leaf in leaves)))
 
         error, gradient = _solution_error(ours, tensors, exact), _gradient_error(ours, tensors, *expected)
         solution = layer.solve(*tensors)
         value = _gradient_error(lambda *leaves: (layer.solve(*leaves).objective,), tensors, (torch.ones(ROWS),), slopes)
-        kkt = [kkt_residual(declared, [t[k].numpy() for t in tensors], *(part[k].numpy() for part in solution.iterate)) for k in range(ROWS)]
-        row.figures |= {SOLUTION: error, "KKT": float(max(kkt)), GRADIENT: gradient, "value": value, "kinks": int((~expected[1][2]).sum())}
+        kkt = [
+            kkt_residual(declared, [t[k].numpy() for t in tensors], *(part[k].numpy() for part in solution.iterate))
+            for k in range(ROWS)
+        ]
+        row.figures |= {
+            SOLUTION: error,
+            "KKT": float(max(kkt)),
+            GRADIENT: gradient,
+            "value": value,
+            "kinks": int((~expected[1][2]).sum()),
+        }
         row.figures |= _peer(case, tensors, exact, *expected)
     yield row
 
@@ -71,13 +88,24 @@ def summary(rows: list[Row]) -> Iterable[Row]:
     measured = [row for row in rows if not row.error]
     columns = (SOLUTION, "KKT", GRADIENT, "value", "peer solution", "peer gradient")
     for name, reduce in (("median", statistics.median), ("worst", max)):
-        figures = {c: reduce(v) for c in columns if (v := [r.figures[c] for r in measured if math.isfinite(_number(r.figures.get(c)))])}
+        figures = {
+            c: reduce(v)
+            for c in columns
+            if (v := [r.figures[c] for r in measured if math.isfinite(_number(r.figures.get(c)))])
+        }
         yield Row(name, figures, {SOLUTION: ("<=", 1e-8), GRADIENT: ("<=", 1e-6)})
-    failed = [row for row in measured if "peer solution" in row.figures and not math.isfinite(_number(row.figures.get("peer gradient")))]
+    failed = [
+        row
+        for row in measured
+        if "peer solution" in row.figures and not math.isfinite(_number(row.figures.get("peer gradient")))
+    ]
     yield Row("the peer has no finite gradient", {"problems": len(failed)})
     seen = {cone for row in measured for cone in row.figures["cones"].split(", ")}
-    yield Row("problems", {"cones": "all" if seen >= CONES else "missing " + ", ".join(CONES - seen), "problems": len(measured)},
-              {"problems": (">=", 24)})
+    yield Row(
+        "problems",
+        {"cones": "all" if seen >= CONES else "missing " + ", ".join(CONES - seen), "problems": len(measured)},
+        {"problems": (">=", 24)},
+    )
 
 
 def _number(figure: object) -> float:
@@ -110,10 +138,15 @@ def _tight(declared: Declared, tensors: Variables) -> Variables:
 
 
 def _differences(case: Prebuilt, layer: ConvexLayer, tensors: Variables):
-    """What is expected, (directions, derivatives, which to keep): of the functional, with its weights, and of the value."""
-    directions = [tuple(b - a for a, b in zip(tensors, case.sample(ROWS, seed), strict=True)) for seed in range(1, DIRECTIONS + 1)]
+    """Expected (directions, derivatives, which to keep): of the functional, with its weights, and of the value."""
+    directions = [
+        tuple(b - a for a, b in zip(tensors, case.sample(ROWS, seed), strict=True)) for seed in range(1, DIRECTIONS + 1)
+    ]
     # All points of all directions in one batch: (rows, directions, points).
-    moved = [torch.stack([torch.stack([t + k * STEP / 2 * d[i] for k in POINTS], 1) for d in directions], 1) for i, t in enumerate(tensors)]
+    moved = [
+        torch.stack([torch.stack([t + k * STEP / 2 * d[i] for k in POINTS], 1) for d in directions], 1)
+        for i, t in enumerate(tensors)
+    ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         solution = layer.solve(*moved)
@@ -123,12 +156,15 @@ def _differences(case: Prebuilt, layer: ConvexLayer, tensors: Variables):
         variables = solution.variables
     generator = torch.Generator().manual_seed(100)
     weights = tuple(torch.randn((ROWS, *v.shape[3:]), generator=generator, dtype=torch.float64) for v in variables)
-    functional = sum((w[:, None, None] * v).reshape(ROWS, DIRECTIONS, len(POINTS), -1).sum(-1) for w, v in zip(weights, variables, strict=True))
+    functional = sum(
+        (w[:, None, None] * v).reshape(ROWS, DIRECTIONS, len(POINTS), -1).sum(-1)
+        for w, v in zip(weights, variables, strict=True)
+    )
     return (weights, (directions, *_slopes(functional))), (directions, *_slopes(solution.objective))
 
 
 def _slopes(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows, directions, points) -> 5-point derivatives, and where the two step sizes agree, (rows, directions) each."""
+    """(rows, directions, points) -> 5-point derivatives, and where two step sizes agree, (rows, directions) each."""
     at = {k: values[..., i] for i, k in enumerate(POINTS)}
     coarse, fine = (sum(c * at[factor * k] for k, c in FIVE_POINT.items()) / (factor * STEP / 2) for factor in (2, 1))
     size = fine.abs().amax(1, keepdim=True).clamp(min=1e-12)
@@ -148,7 +184,13 @@ def _gradient_error(layer: Callable[..., Variables], tensors: Variables, weights
     directions, slopes, kept = expected
     leaves = [t.clone().requires_grad_() for t in tensors]
     gradients = torch.autograd.grad(layer(*leaves), leaves, weights, allow_unused=True)
-    got = torch.stack([sum(_flat(g * d).sum(1) for g, d in zip(gradients, direction, strict=True) if g is not None) for direction in directions], 1)
+    got = torch.stack(
+        [
+            sum(_flat(g * d).sum(1) for g, d in zip(gradients, direction, strict=True) if g is not None)
+            for direction in directions
+        ],
+        1,
+    )
     difference = torch.where(kept, got - slopes, 0.0).norm(dim=1)
     return float((difference / torch.where(kept, slopes, 0.0).norm(dim=1).clamp(min=1e-12)).max())
 

@@ -10,11 +10,12 @@ from itertools import chain, combinations, product
 import cvxpy as cp
 import numpy as np
 import torch
-from convlayer.problems import PROBLEMS, Prebuilt, prebuilt
 from scipy.optimize import brentq, linprog, root
 from scipy.optimize import isotonic_regression as isotonic
 from scipy.special import logsumexp
 from scipy.special import softmax as soft
+
+from convlayer.problems import PROBLEMS, Prebuilt, prebuilt
 
 
 @prebuilt()
@@ -24,7 +25,9 @@ def linear_program_dual(n=4, m=6):
     return cp.Problem(cp.Minimize(-c @ x), [limit, x >= 0]), [c, A, b], [x, limit.dual_variables[0]]
 
 
-linear_program_dual.sampled_by(lambda draw, n, m: (draw.uniform(0.5, 2, n), draw.uniform(0.1, 1, m, n), draw.uniform(1, 2, m)))
+linear_program_dual.sampled_by(
+    lambda draw, n, m: (draw.uniform(0.5, 2, n), draw.uniform(0.1, 1, m, n), draw.uniform(1, 2, m))
+)
 
 
 @linear_program_dual.solved_by
@@ -52,7 +55,9 @@ for _regression, _bound in ((chebyshev_regression, lambda m: np.ones((m, 1))), (
     def _linear(A, b, bound=_bound):
         T = bound(len(b))
         cost = np.append(np.zeros(A.shape[1]), np.ones(T.shape[1]))
-        return linprog(cost, np.block([[A, -T], [-A, -T]]), np.concatenate([b, -b]), bounds=(None, None)).x[:A.shape[1]]
+        return linprog(cost, np.block([[A, -T], [-A, -T]]), np.concatenate([b, -b]), bounds=(None, None)).x[
+            : A.shape[1]
+        ]
 
 
 @prebuilt()
@@ -77,11 +82,11 @@ def _active_sets(P, q, G, h, A, b):
     for active in map(list, chain.from_iterable(combinations(range(m), k) for k in range(n - p + 1))):
         B, c = np.vstack([G[active], A]), np.concatenate([h[active], b])
         z = np.linalg.solve(np.block([[P, B.T], [B, np.zeros((len(c), len(c)))]]), np.concatenate([-q, c]))
-        x, multipliers = z[:n], z[n:n + len(active)]
+        x, multipliers = z[:n], z[n : n + len(active)]
         if np.all(G @ x <= h + 1e-12) and np.all(multipliers >= 0):
             dual = np.zeros(m)
             dual[active] = multipliers
-            return x, dual, z[n + len(active):]
+            return x, dual, z[n + len(active) :]
     raise ValueError("no active set is optimal")
 
 
@@ -89,7 +94,11 @@ def _active_sets(P, q, G, h, A, b):
 def quadratic_program_factored(n=4, m=5, p=1):
     L, q, G = cp.Parameter((n, n)), cp.Parameter(n), cp.Parameter((m, n))
     h, A, b, x = cp.Parameter(m), cp.Parameter((p, n)), cp.Parameter(p), cp.Variable(n)
-    return cp.Problem(cp.Minimize(0.5 * cp.sum_squares(L.T @ x) + q @ x), [G @ x <= h, A @ x == b]), [L, q, G, h, A, b], [x]
+    return (
+        cp.Problem(cp.Minimize(0.5 * cp.sum_squares(L.T @ x) + q @ x), [G @ x <= h, A @ x == b]),
+        [L, q, G, h, A, b],
+        [x],
+    )
 
 
 @quadratic_program_factored.sampled_by
@@ -139,7 +148,9 @@ def norm_regression(m=8, n=4):
 
 
 norm_regression.sampled_by(lambda draw, m, n: (draw.normal(m, n), 3 * draw.normal(m)))
-norm_regression.solved_by(lambda A, b: root(lambda x: A.T @ (A @ x - b) / np.linalg.norm(A @ x - b) + x, np.zeros(A.shape[1]), tol=1e-14).x)
+norm_regression.solved_by(
+    lambda A, b: root(lambda x: A.T @ (A @ x - b) / np.linalg.norm(A @ x - b) + x, np.zeros(A.shape[1]), tol=1e-14).x
+)
 
 
 @prebuilt()
@@ -252,7 +263,11 @@ log_sum_exp.solved_by(lambda A, b: root(lambda x: A.T @ soft(A @ x + b) + x, np.
 def cost_minimisation_dual(share=0.3):
     p, u, x, z = cp.Parameter(2, pos=True), cp.Parameter(pos=True), cp.Variable(2), cp.Variable()
     target = z == u
-    return cp.Problem(cp.Minimize(p @ x), [cp.PowCone3D(x[0], x[1], z, share), target]), [p, u], [x, target.dual_variables[0]]
+    return (
+        cp.Problem(cp.Minimize(p @ x), [cp.PowCone3D(x[0], x[1], z, share), target]),
+        [p, u],
+        [x, target.dual_variables[0]],
+    )
 
 
 cost_minimisation_dual.sampled_by(lambda draw, share: (draw.uniform(0.5, 2, 2), draw.uniform(0.5, 2)))
@@ -320,7 +335,11 @@ def _systems(draw, states, inputs, horizon):
 def risk_budget(n=4):
     mu, L, sigma, w = cp.Parameter(n), cp.Parameter((n, n)), cp.Parameter(pos=True), cp.Variable(n)
     risk = cp.norm2(L.T @ w) <= sigma
-    return cp.Problem(cp.Maximize(mu @ w + 0.1 * cp.sum(cp.entr(w))), [risk, cp.sum(w) == 1]), [mu, L, sigma], [w, risk.dual_variables[0]]
+    return (
+        cp.Problem(cp.Maximize(mu @ w + 0.1 * cp.sum(cp.entr(w))), [risk, cp.sum(w) == 1]),
+        [mu, L, sigma],
+        [w, risk.dual_variables[0]],
+    )
 
 
 @risk_budget.sampled_by
@@ -330,13 +349,15 @@ def _risks(draw, n):
 
 @risk_budget.solved_by
 def _within_budget(mu, L, sigma):
-    """With w = exp(z): stationarity, the risk and the budget, for (z, multiplier of the risk, multiplier of the budget)."""
+    """With w = exp(z): stationarity, the risk and the budget, for z and the two multipliers."""
     n = len(mu)
 
     def conditions(unknowns):
         w, multiplier, nu = np.exp(unknowns[:n]), unknowns[n], unknowns[n + 1]
         risk = np.linalg.norm(L.T @ w)
-        return np.concatenate([mu - 0.1 * (unknowns[:n] + 1) - multiplier * (L @ (L.T @ w)) / risk - nu, [risk - sigma, w.sum() - 1]])
+        return np.concatenate(
+            [mu - 0.1 * (unknowns[:n] + 1) - multiplier * (L @ (L.T @ w)) / risk - nu, [risk - sigma, w.sum() - 1]]
+        )
 
     found = root(conditions, np.concatenate([np.full(n, -np.log(n)), [5.0, 0.0]]), tol=1e-14)
     if np.abs(found.fun).max() > 1e-10 or found.x[n] < 0:
@@ -350,7 +371,9 @@ def norm_fit_psd(n=3):
     return cp.Problem(cp.Minimize(cp.norm(X - C, "fro") + lam * cp.sum_squares(X) + cp.trace(X) / 10)), [C, lam], [X]
 
 
-norm_fit_psd.sampled_by(lambda draw, n: (_symmetric(draw.normal(n, n)) + torch.diag(torch.linspace(-3, 3, n)), draw.uniform(0.05, 0.2)))
+norm_fit_psd.sampled_by(
+    lambda draw, n: (_symmetric(draw.normal(n, n)) + torch.diag(torch.linspace(-3, 3, n)), draw.uniform(0.05, 0.2))
+)
 
 
 @norm_fit_psd.solved_by
@@ -375,12 +398,15 @@ def all_cones(n=3):
     return problem, [y, S, lam, b], [x, total.dual_variables[0]]
 
 
-all_cones.sampled_by(lambda draw, n: (draw.normal(n), _symmetric(draw.normal(n, n)), draw.uniform(0.2, 1), draw.uniform(0.2, 1)))
+all_cones.sampled_by(
+    lambda draw, n: (draw.normal(n), _symmetric(draw.normal(n, n)), draw.uniform(0.2, 1), draw.uniform(0.2, 1))
+)
 
 
 @all_cones.solved_by
 def _by_active_bounds(y, S, lam, b):
     """On each set of bounds: the gradient of the cost plus a multiplier of the sum vanishes off it."""
+
     def gradient(x):
         v = np.linalg.eigh(S + np.diag(x))[1][:, -1]
         return 2 * (x - y) + lam * x / np.linalg.norm(x) + soft(x) + v * v + 2.5 * np.sign(x) * np.abs(x) ** 1.5
@@ -393,7 +419,10 @@ def _by_active_bounds(y, S, lam, b):
             x[free] = z[:-1]
             return x
 
-        found = root(lambda z: np.append((gradient(point(z)) + z[-1])[free], point(z).sum() - b), np.full(free.sum() + 1, b / 3), tol=1e-14)  # noqa: B023
+        def conditions(z, free=free, point=point):
+            return np.append((gradient(point(z)) + z[-1])[free], point(z).sum() - b)
+
+        found = root(conditions, np.full(free.sum() + 1, b / 3), tol=1e-14)
         x, slope = point(found.x), gradient(point(found.x)) + found.x[-1]
         if np.abs(found.fun).max() < 1e-11 and np.all(x <= 0.5 + 1e-12) and np.all(slope[~free] <= 0):
             return x, found.x[-1]

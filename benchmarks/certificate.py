@@ -1,12 +1,13 @@
 """The KKT residual of a canonical point, recomputed from CVXPY's own matrices without any of our code.
 
-    minimise 1/2 x'Px + q'x  subject to  Ax + s = b, s in K:   Px + q + A'y = 0,  s in K,  y in K*,  s'y = 0
+minimise 1/2 x'Px + q'x  subject to  Ax + s = b, s in K:   Px + q + A'y = 0,  s in K,  y in K*,  s'y = 0
 """
 
 from __future__ import annotations
 
 import cvxpy as cp
 import numpy as np
+
 from convlayer.problems import Declared
 
 
@@ -22,19 +23,23 @@ def kkt_residual(declared: Declared, values: list[np.ndarray], x: np.ndarray, s:
     stationarity = _size(Px + q + Ay) / _scale(Px, q, abs(A.T) @ abs(y))
     feasibility = _size(A @ x + s - b) / _scale(abs(A) @ abs(x), s, b)
     complementarity = abs(s @ y) / _scale(np.abs(s) @ np.abs(y), np.linalg.norm(s) * np.linalg.norm(y))
-    return max(stationarity, feasibility, complementarity, _outside(data["dims"], s, False), _outside(data["dims"], y, True))
+    return max(
+        stationarity, feasibility, complementarity, _outside(data["dims"], s, False), _outside(data["dims"], y, True)
+    )
 
 
 def _outside(dims, v: np.ndarray, dual: bool) -> float:
     """How far v is outside the cone (its dual), relative to |v|."""
-    if dims.zero + dims.nonneg + sum(dims.soc) + sum(k * (k + 1) // 2 for k in dims.psd) + 3 * (dims.exp + len(dims.p3d)) != len(v):
+    if dims.zero + dims.nonneg + sum(dims.soc) + sum(k * (k + 1) // 2 for k in dims.psd) + 3 * (
+        dims.exp + len(dims.p3d)
+    ) != len(v):
         raise ValueError("CVXPY's cones have another size than the point")
     parts, start = [0.0], 0
 
     def take(size: int) -> np.ndarray:
         nonlocal start
         start += size
-        return v[start - size:start]
+        return v[start - size : start]
 
     zero = take(dims.zero)
     parts += [] if dual else list(np.abs(zero))

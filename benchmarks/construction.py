@@ -1,4 +1,4 @@
-"""Building a layer with a large dense parameter: seconds and memory, beside CVXPY's own canonicalisation of the same problem.
+"""Building a layer with a large dense parameter: seconds and memory, beside CVXPY's canonicalisation of the same.
 
 Each row runs in a process of its own, `python -m benchmarks.construction PROBLEM SIZE`.
 """
@@ -12,22 +12,26 @@ import warnings
 
 import cvxpy as cp
 import numpy as np
-from convlayer.problems import Declared
 
 from benchmarks.measure import PeakMemory, clock
 from benchmarks.peer import CvxpyLayer, peer_layer
 from benchmarks.subprocesses import alone
 from benchmarks.table import Family, Options, Row
 from convlayer import ConvexLayer
+from convlayer.problems import Declared
 
 TASKS = (("least squares", 500), ("least squares", 1000), ("quad_form", 500))
+PATIENCE = 20  # seconds for the peer
 SECONDS, MEMORY = ("<=", 10.0), ("<=", 2000.0)  # a dense map of 500 x 500 entries would take 500 GB
 
 
 def family(options: Options) -> Family:
     tasks = [("least squares", 100)] if options.quick else TASKS
-    return Family("construction", "Building a layer with one dense square parameter: seconds and peak megabytes.",
-                  [(f"{name} {n}", lambda name=name, n=n: [measure(name, n)]) for name, n in tasks])
+    return Family(
+        "construction",
+        "Building a layer with one dense square parameter: seconds and peak megabytes.",
+        [(f"{name} {n}", lambda name=name, n=n: [measure(name, n)]) for name, n in tasks],
+    )
 
 
 def measure(name: str, n: int) -> Row:
@@ -35,11 +39,16 @@ def measure(name: str, n: int) -> Row:
     figures |= alone("benchmarks.construction", name, n, "CVXPY", timeout=100)
     if CvxpyLayer is not None:
         try:
-            figures |= alone("benchmarks.construction", name, n, "peer", timeout=30)
+            figures |= alone("benchmarks.construction", name, n, "peer", timeout=PATIENCE)
         except (RuntimeError, subprocess.TimeoutExpired) as error:
-            figures["peer seconds"] = "over 30" if isinstance(error, subprocess.TimeoutExpired) else str(error)[:60]
-    return Row(f"{name}, {n} x {n}", {**figures, "seconds / CVXPY": figures["ours seconds"] / figures["CVXPY seconds"]},
-               {"ours seconds": SECONDS, "ours MB": MEMORY})
+            figures["peer seconds"] = (
+                f"over {PATIENCE}" if isinstance(error, subprocess.TimeoutExpired) else str(error)[:60]
+            )
+    return Row(
+        f"{name}, {n} x {n}",
+        {**figures, "seconds / CVXPY": figures["ours seconds"] / figures["CVXPY seconds"]},
+        {"ours seconds": SECONDS, "ours MB": MEMORY},
+    )
 
 
 def declare(name: str, n: int) -> Declared:

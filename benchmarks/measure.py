@@ -14,7 +14,7 @@ MEGABYTE = 2**20
 
 
 def interleaved(*runs: Callable[[], tuple[float, ...]], repeats: int, seconds: float) -> list[list[tuple[float, ...]]]:
-    """Each run's figures in turn, ours, peer, ours, peer ..., so that drift cancels; at most `seconds` after one warm-up each."""
+    """Each run's figures in turn, ours, peer, ours, peer ..., so that drift cancels; about `seconds` after a warm-up."""
     for run in runs:
         run()
     figures: list[list[tuple[float, ...]]] = [[] for _ in runs]

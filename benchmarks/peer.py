@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from convlayer.problems import Declared
 from torch import Tensor
+
+from convlayer.problems import Declared
 
 try:
     from cvxpylayers.torch import CvxpyLayer

@@ -22,16 +22,33 @@ from benchmarks.table import Family, Options, Row
 from convlayer import ConvexLayer, generic
 
 BATCH, REPEATS, SECONDS = 32, 21, 8.0
-SIZES = {"quadratic_program": (20, 20, 5), "quadratic_program_factored": (20, 20, 5), "nonnegative_least_squares": (50, 20), "lasso": (50, 20),
-         "portfolio": (10,), "softmax": (20,), "simplex_projection": (50,), "ball_projection": (20,), "group_soft_threshold": (10, 5),
-         "nearest_correlation": (6,), "logistic_regression": (30, 5), "total_variation": (100,), "control": (4, 2, 10), "cobb_douglas": ()}
+SIZES = {
+    "quadratic_program": (20, 20, 5),
+    "quadratic_program_factored": (20, 20, 5),
+    "nonnegative_least_squares": (50, 20),
+    "lasso": (50, 20),
+    "portfolio": (10,),
+    "softmax": (20,),
+    "simplex_projection": (50,),
+    "ball_projection": (20,),
+    "group_soft_threshold": (10, 5),
+    "nearest_correlation": (6,),
+    "logistic_regression": (30, 5),
+    "total_variation": (100,),
+    "control": (4, 2, 10),
+    "cobb_douglas": (),
+}
 BACKWARD, BARE, SPEED_UP = "backward / forward", "forward / bare", "speed-up"
 
 
 def family(options: Options) -> Family:
     names = ["softmax", "simplex_projection"] if options.quick else list(SIZES)
-    return Family("speed", f"Forward and backward at batch {BATCH}, milliseconds. The speed-up is wanted of the geometric mean.",
-                  [(name, lambda name=name: [measure(name, options)]) for name in names], summary)
+    return Family(
+        "speed",
+        f"Forward and backward at batch {BATCH}, milliseconds. The speed-up is wanted of the geometric mean.",
+        [(name, lambda name=name: [measure(name, options)]) for name in names],
+        summary,
+    )
 
 
 def measure(name: str, options: Options) -> Row:
@@ -55,9 +72,16 @@ def measure(name: str, options: Options) -> Row:
         figures = interleaved(*runs, repeats=5 if options.quick else REPEATS, seconds=SECONDS)
     ours, single = figures[0], figures[1]
     forward, backward, solver = medians(ours)
-    row.figures = {"forward": forward, "backward": backward, "bare": solver, "peer total": row.figures.get("peer total"),
-                   "one thread total": sum(medians(single)[:2]), SPEED_UP: None,
-                   BACKWARD: statistics.median(b / f for f, b, _ in ours), BARE: statistics.median(f / s for f, _, s in ours)}
+    row.figures = {
+        "forward": forward,
+        "backward": backward,
+        "bare": solver,
+        "peer total": row.figures.get("peer total"),
+        "one thread total": sum(medians(single)[:2]),
+        SPEED_UP: None,
+        BACKWARD: statistics.median(b / f for f, b, _ in ours),
+        BARE: statistics.median(f / s for f, _, s in ours),
+    }
     if len(figures) > 2:
         peer_forward, peer_backward, _ = medians(figures[2])
         ratio = statistics.median((p[0] + p[1]) / (o[0] + o[1]) for o, p in zip(ours, figures[2], strict=True))
@@ -67,12 +91,17 @@ def measure(name: str, options: Options) -> Row:
 
 def summary(rows: list[Row]) -> Iterable[Row]:
     """Geometric means over the rows."""
-    figures = {c: statistics.geometric_mean(v) for c in (SPEED_UP, BACKWARD, BARE)
-               if (v := [row.figures[c] for row in rows if isinstance(row.figures.get(c), float)])}
+    figures = {
+        c: statistics.geometric_mean(v)
+        for c in (SPEED_UP, BACKWARD, BARE)
+        if (v := [row.figures[c] for row in rows if isinstance(row.figures.get(c), float)])
+    }
     yield Row("geometric mean", figures, {SPEED_UP: (">=", 3), BACKWARD: ("<=", 0.5), BARE: ("<=", 1.5)})
 
 
-def timed(layer: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor, ...], bare: list[float] | None = None) -> tuple[float, float, float]:
+def timed(
+    layer: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor, ...], bare: list[float] | None = None
+) -> tuple[float, float, float]:
     """Milliseconds of forward, backward, and the bare solver calls in that forward."""
     device = tensors[0].device
     leaves = [t.clone().requires_grad_() for t in tensors]

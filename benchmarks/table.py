@@ -35,7 +35,9 @@ class Row:
 
     def misses(self) -> list[str]:
         """The columns whose figure is not as wanted, or is missing."""
-        return [name for name, (sense, bound) in self.wanted.items() if not _meets(self.figures.get(name), sense, bound)]
+        return [
+            name for name, (sense, bound) in self.wanted.items() if not _meets(self.figures.get(name), sense, bound)
+        ]
 
     def verdict(self) -> str:
         if self.error:
@@ -65,17 +67,26 @@ def collect(task: Callable[[], Iterable[Row]], name: str) -> list[Row]:
 def environment(device: torch.device) -> dict[str, Any]:
     """What the figures depend on."""
     versions = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
-    machine = {"cpu": _cpu(), "cores": os.cpu_count(), "torch threads": torch.get_num_threads(),
-               "load at the start": [round(load, 2) for load in os.getloadavg()]}
+    machine = {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "torch threads": torch.get_num_threads(),
+        "load at the start": [round(load, 2) for load in os.getloadavg()],
+    }
     if device.type == "cuda":
         machine["accelerator"] = torch.cuda.get_device_name(device)
     return {"date": datetime.date.today().isoformat(), "device": str(device), "versions": versions, "machine": machine}
 
 
 def markdown(about: dict[str, Any], families: dict[str, tuple[str, list[Row]]]) -> str:
-    lines = [f"# Generic path on {about['device']}, {about['date']}", "",
-             ", ".join(f"{name} {version}" for name, version in about["versions"].items()) + ".", "",
-             ", ".join(f"{name} {value}" for name, value in about["machine"].items()) + f". The run took {about['seconds']:.0f} s."]
+    lines = [
+        f"# Generic path on {about['device']}, {about['date']}",
+        "",
+        ", ".join(f"{name} {version}" for name, version in about["versions"].items()) + ".",
+        "",
+        ", ".join(f"{name} {value}" for name, value in about["machine"].items())
+        + f". The run took {about['seconds']:.0f} s.",
+    ]
     for name, (title, rows) in families.items():
         columns = list(dict.fromkeys(column for row in rows for column in row.figures))
         bounds = {column: bound for row in rows for column, bound in row.wanted.items()}
@@ -88,7 +99,9 @@ def markdown(about: dict[str, Any], families: dict[str, tuple[str, list[Row]]]) 
 def write(folder: Path, name: str, about: dict[str, Any], families: dict[str, tuple[str, list[Row]]]) -> list[Path]:
     """NAME.json and NAME.md in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = {family: {"title": title, "rows": [_record(row) for row in rows]} for family, (title, rows) in families.items()}
+    rows = {
+        family: {"title": title, "rows": [_record(row) for row in rows]} for family, (title, rows) in families.items()
+    }
     contents = {"json": json.dumps({**about, "families": rows}, indent=1) + "\n", "md": markdown(about, families)}
     paths = [folder / f"{name}.{suffix}" for suffix in contents]
     for path, content in zip(paths, contents.values(), strict=True):
@@ -97,9 +110,16 @@ def write(folder: Path, name: str, about: dict[str, Any], families: dict[str, tu
 
 
 def _record(row: Row) -> dict[str, Any]:
-    figures = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.figures.items()}
-    return {"name": row.name, "figures": figures, "wanted": {c: " ".join(map(str, bound)) for c, bound in row.wanted.items()},
-            "verdict": row.verdict()}
+    figures = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.figures.items()
+    }
+    return {
+        "name": row.name,
+        "figures": figures,
+        "wanted": {c: " ".join(map(str, bound)) for c, bound in row.wanted.items()},
+        "verdict": row.verdict(),
+    }
 
 
 def _meets(value: Any, sense: str, bound: float) -> bool:

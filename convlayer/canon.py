@@ -55,6 +55,21 @@ class _StandardForm(CLARABEL):
         return data, inverse_data
 
 
+class _Log(torch.autograd.Function):
+    """The logarithm; where nothing flows back, nothing comes of it, be the argument NaN, zero or infinite."""
+
+    @staticmethod
+    def forward(ctx, theta: Tensor) -> Tensor:
+        ctx.save_for_backward(theta)
+        return theta.log()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, bar: Tensor) -> Tensor:
+        (theta,) = ctx.saved_tensors
+        return torch.where(bar == 0, 0.0, bar / theta)
+
+
 @dataclass(frozen=True, eq=False)
 class ParameterMap:
     """From one user's parameter to the canonical values it moves."""
@@ -72,7 +87,7 @@ class ParameterMap:
         theta = flat[:, self.gather]
         if self.mirror is not None:
             theta = (theta + flat[:, self.mirror]) / 2
-        return theta.log() if self.log else theta
+        return _Log.apply(theta) if self.log else theta
 
 
 @dataclass(frozen=True, eq=False)

@@ -52,7 +52,7 @@ def violations(parameter: cp.Parameter, value: Tensor) -> Iterator[tuple[Tensor,
             if attributes[attribute]:
                 finite = torch.where(torch.isfinite(value), value, 0.0).double()
                 smallest = (
-                    torch.linalg.eigvalsh(sign * (finite + finite.mT) / 2)[..., 0].reshape(len(value), -1).amin(1)
+                    torch.linalg.eigvalsh(sign * (finite + finite.mT) / 2)[..., 0].unsqueeze(-1).flatten(1).amin(1)
                 )
                 bad = smallest < -10 * slack * value.shape[-1]
                 yield from report(

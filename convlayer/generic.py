@@ -95,6 +95,7 @@ class Solve(torch.autograd.Function):
         failed = ctx.call.status >= Status.INFEASIBLE
         used = (x_bar != 0).any(1) | (y_bar != 0).any(1) | (value_bar != 0)
         w[failed & used] = torch.nan
+        u[failed & used] = torch.nan
         return None, *_parameters_bar(ctx, w, u, value_bar.unsqueeze(1), x, y)
 
 

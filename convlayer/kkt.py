@@ -28,6 +28,7 @@ from convlayer.pattern import kkt_pattern
 from convlayer.program import DENSE_ENTRIES, Data, Operators, Program
 
 SHIFT = 1e-11  # delta, relative to the equilibrated matrix
+SPARSE_SHIFT = 1e-7  # without pivoting it must exceed the square root of the rounding error; refinement removes it
 SUSPECT = 1e-9  # a pivot below this may be the sign of a null vector
 NULL = 1e-12  # |K z| below this share of |z| (times the size) makes z one
 REFINEMENTS = 6
@@ -175,9 +176,9 @@ class DenseSystem:
         for _ in range(2):
             basis, _ = torch.linalg.qr(torch.linalg.lu_solve(lu, pivots, basis))
         image = K @ basis - self.shift.unsqueeze(-1) * basis
-        values, mixing = torch.linalg.eigh(image.mT @ image)
-        zero = values.clamp(min=0).sqrt() <= NULL * size**0.5
-        return torch.where(zero.unsqueeze(1), basis @ mixing, 0.0)
+        _, values, mixing = torch.linalg.svd(image, full_matrices=False)
+        zero = values <= NULL * size**0.5
+        return torch.where(zero.unsqueeze(1), basis @ mixing.mT, 0.0)
 
     def _off_null(self, vector: Tensor, power: int) -> Tensor:
         """The part of (B, size) orthogonal to the null spaces found."""
@@ -204,7 +205,15 @@ class SparseSystem:
         pattern = kkt_pattern(data.program)
         d = spectrum.values
         batch, n, m = len(d), data.program.n, data.program.m
-        self.n, self.spectrum, self.units, self.pattern = n, spectrum, units, pattern
+        self.n, self.data, self.spectrum, self.visible, self.units, self.pattern = (
+            n,
+            data,
+            spectrum,
+            visible,
+            units,
+            pattern,
+        )
+        self.dense: tuple[Tensor, DenseSystem] | None = None  # rows that need pivoting, and their system
         self.root = d.clamp(min=0).sqrt()
         E = pattern.rotated(data.A, spectrum) * self.root[:, pattern.E_rows]
         values = E.new_zeros(batch, pattern.nnz)
@@ -219,44 +228,61 @@ class SparseSystem:
             largest.scatter_reduce_(0, index.unsqueeze(1).expand(-1, batch), sizes, "amax")
         self.scale = torch.where(largest > 0, largest.rsqrt(), 1.0)
         self.K = values * self.scale[pattern.rows] * self.scale[pattern.columns]
-        # A larger shift than in the dense case: there is no pivoting here, and refinement is cheap.
         shifted = self.K.mT.contiguous()
-        shifted[:, pattern.place_diagonal[:n]] += 100 * SHIFT
-        shifted[:, pattern.place_diagonal[n:]] -= 100 * SHIFT
+        shifted[:, pattern.place_diagonal[:n]] += SPARSE_SHIFT
+        shifted[:, pattern.place_diagonal[n:]] -= SPARSE_SHIFT
         self.factors = [pattern.factor(row) for row in shifted.numpy()]
+        self.broken = torch.tensor([not factor.valid for factor in self.factors])
         weakref.finalize(self, pattern.release, self.factors)
         self.singular = torch.zeros(batch, dtype=torch.bool)
         self.suspects = torch.zeros(0, dtype=torch.int64)
         # Pivots tell nothing without pivoting; a null vector shows as a solution of size 1 / shift.
         probe = torch.randn(n + m, 1, dtype=d.dtype, generator=torch.Generator().manual_seed(0)).expand(-1, batch)
-        suspects = torch.nonzero(self._back_substitute(probe).norm(dim=0) > 1e-2 / (100 * SHIFT)).flatten()
+        grows = self._back_substitute(probe).norm(dim=0) > 1e-2 / SPARSE_SHIFT
+        suspects = torch.nonzero(grows & ~self.broken).flatten()
         if len(suspects):
             self._find_null_space(suspects, visible)
 
     def solve(self, a: Tensor, c: Tensor, *, refine: bool = True) -> tuple[Tensor, Tensor]:
-        """a (B, n), c (B, m) -> w (B, n), e (B, m); without `refine` to the accuracy of the shifted factor, for Newton."""
+        """a (B, n), c (B, m) -> w (B, n), e (B, m); without `refine` to six digits, for Newton."""
         right = self._off_null(torch.cat([a, self.root * c], 1), -1)
         scaled = right.mT * self.scale
-        solution = self._back_substitute(scaled)
-        if refine and scaled.numel():
-            solution = self._refined(scaled, solution)
+        solution, poor = self._refined(scaled, 1e-15 if refine else 1e-6)
         solution = self._off_null((solution * self.scale).mT, 1)
-        return solution[:, : self.n], solution[:, self.n :] * self.root
+        w, e = solution[:, : self.n], solution[:, self.n :] * self.root
+        return self._pivoted(torch.nonzero(poor).flatten(), a, c, w, e) if bool(poor.any()) else (w, e)
 
-    def _refined(self, right: Tensor, solution: Tensor) -> Tensor:
-        """Iterative refinement against K itself; a row that stays inaccurate is flagged. All (size, B)."""
-        goal = right.abs().amax(0)
+    def _refined(self, right: Tensor, accuracy: float) -> tuple[Tensor, Tensor]:
+        """Iterative refinement against K itself: the solution, (size, B), and which rows stay inaccurate."""
+        goal = right.abs().amax(0) if len(right) else right.new_zeros(right.shape[1])
+        solution = self._back_substitute(right)
         error = right - self._product(solution)
         for _ in range(5 * REFINEMENTS):
+            before = error.abs().amax(0) if len(right) else goal
+            if not bool((before > accuracy * goal).any()):
+                break
             trial = solution + self._back_substitute(error)
             trial_error = right - self._product(trial)
-            before, after = error.abs().amax(0), trial_error.abs().amax(0)
+            after = trial_error.abs().amax(0)
             better = after < before
             solution, error = torch.where(better, trial, solution), torch.where(better, trial_error, error)
-            if not bool((better & (after < 0.9 * before) & (after > 1e-15 * goal)).any()):
+            if not bool((after < 0.9 * before).any()):
                 break
-        self.singular |= error.abs().amax(0) > CERTIFIED * goal
-        return solution
+        size = error.abs().amax(0) if len(right) else goal
+        return solution, ~(size <= max(CERTIFIED, accuracy) * goal) | self.broken
+
+    def _pivoted(self, rows: Tensor, a: Tensor, c: Tensor, w: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows for which LDL' without pivoting is not accurate enough: dense LU, if that fits; otherwise flagged."""
+        if (self.n + self.data.program.m) ** 2 > 4 * DENSE_ENTRIES:
+            self.singular[rows] = True
+            return w, e
+        if self.dense is None or not torch.equal(self.dense[0], rows):
+            units = self.units if self.units is None or len(self.units) == 1 else self.units[rows]
+            operators = Operators(self.data.rows(rows), dense=True)
+            self.dense = rows, DenseSystem(operators, self.spectrum.index_select(rows), self.visible, units)
+        w_rows, e_rows = self.dense[1].solve(a[rows], c[rows])
+        self.singular[rows] = self.dense[1].singular
+        return w.index_copy(0, rows, w_rows), e.index_copy(0, rows, e_rows)
 
     def _back_substitute(self, right: Tensor) -> Tensor:
         rows = right.mT.contiguous().numpy()
@@ -272,6 +298,21 @@ class SparseSystem:
         i, j, off = self.pattern.rows, self.pattern.columns, self.pattern.off_diagonal
         return torch.zeros_like(x).index_add_(0, i, values * x[j]).index_add_(0, j[off], values[off] * x[i[off]])
 
+    def _image(self, rows: Tensor, x: Tensor) -> Tensor:
+        """K x for some rows, x (rows, size, k)."""
+        size, k = x.shape[1:]
+        image = self._times(self.K[:, rows].repeat_interleave(k, 1), x.permute(1, 0, 2).reshape(size, -1))
+        return image.reshape(size, len(rows), k).permute(1, 0, 2)
+
+    def _solve_columns(self, rows: Tensor, x: Tensor) -> Tensor:
+        """(K + shift)^-1 x for some rows, x (rows, size, k)."""
+        columns = x.mT.contiguous().numpy()
+        solved = [
+            [self.factors[row].solve(column) for column in block]
+            for row, block in zip(rows.tolist(), columns, strict=True)
+        ]
+        return torch.from_numpy(np.array(solved)).mT
+
     def _find_null_space(self, suspects: Tensor, visible: Visible) -> None:
         """Null vectors of the matrix in x's own units, for these rows."""
         size, count, width = len(self.scale), len(suspects), 4
@@ -279,28 +320,23 @@ class SparseSystem:
         while True:
             width = min(width, size)
             basis = torch.randn(size, width, dtype=torch.float64, generator=generator).expand(count, -1, -1)
-            for _ in range(2):
-                columns = [
-                    [self.factors[row].solve(column) for column in block.mT.contiguous().numpy()]
-                    for row, block in zip(suspects.tolist(), basis, strict=True)
-                ]
-                basis, _ = torch.linalg.qr(torch.from_numpy(np.array(columns)).mT)
-            stacked = basis.permute(1, 0, 2).reshape(size, -1)
-            image = self._times(self.K[:, suspects].repeat_interleave(width, 1), stacked)
-            image = image.reshape(size, count, width).permute(1, 0, 2)
-            values, mixing = torch.linalg.eigh(image.mT @ image)
-            zero = values.clamp(min=0).sqrt() <= 100 * NULL * size**0.5
+            basis = self._solve_columns(suspects, basis)
+            for _ in range(3):
+                # z - (K + shift)^-1 K z takes z's other parts away: inverse iteration that corrects its own rounding.
+                basis, _ = torch.linalg.qr(basis)
+                basis = basis - self._solve_columns(suspects, self._image(suspects, basis))
+            basis, _ = torch.linalg.qr(basis)
+            _, values, mixing = torch.linalg.svd(self._image(suspects, basis), full_matrices=False)
+            zero = values <= NULL * size**0.5
             if width == size or width >= 256 or not bool(zero.all(1).any()):
                 break
             width *= 4
         units = torch.ones(count, size, dtype=torch.float64)
         if self.units is not None:
             units[:, : self.n] = self.units.expand(self.scale.shape[1], -1)[suspects]
-        vectors = torch.where(zero.unsqueeze(1), basis @ mixing, 0.0)
-        self.suspects, self.projector = (
-            suspects,
-            _Projector((units * self.scale.mT[suspects]).unsqueeze(-1) * vectors, units),
-        )
+        vectors = torch.where(zero.unsqueeze(1), basis @ mixing.mT, 0.0)
+        self.suspects = suspects
+        self.projector = _Projector((units * self.scale.mT[suspects]).unsqueeze(-1) * vectors, units)
         null = self.projector.unit
         dual = self.spectrum.index_select(suspects).from_basis(
             self.root[suspects].unsqueeze(-1) * null[:, self.n :], columns=True
@@ -321,12 +357,9 @@ class _Projector:
         """null (rows, size, k), not normalised, zero where there are fewer than k; units (rows, size)."""
         self.units = units
         self.unit = null / null.norm(dim=1, keepdim=True).clamp(min=1e-300)
-        gram = self.unit.mT @ self.unit
-        gram.diagonal(dim1=1, dim2=2).clamp_(min=1.0)
-        self.gram = torch.linalg.cholesky(gram)
+        self.dual = self.unit @ torch.linalg.pinv(self.unit.mT @ self.unit, hermitian=True)
 
     def __call__(self, vector: Tensor, power: int) -> Tensor:
         units = self.units**power
         vector = vector * units
-        part = torch.cholesky_solve(self.unit.mT @ vector.unsqueeze(-1), self.gram)
-        return (vector - (self.unit @ part).squeeze(-1)) / units
+        return (vector - (self.dual @ (self.unit.mT @ vector.unsqueeze(-1))).squeeze(-1)) / units

@@ -113,7 +113,7 @@ class KKTPattern:
     def release(self, factors: list[Factor]) -> None:
         """Keep factors whose owner is gone: the next ones of this pattern save the ordering."""
         room = KEPT_BYTES // (16 * max(1, self.fill)) - len(self._pool)
-        self._pool.extend(factors[: max(0, room)])
+        self._pool.extend([factor for factor in factors if factor.valid][: max(0, room)])
 
     @cached_property
     def _counts(self) -> np.ndarray:
@@ -135,17 +135,34 @@ class KKTPattern:
 
 
 class Factor:
-    """One LDL' of a quasidefinite matrix."""
+    """One LDL' of a quasidefinite matrix; `valid` is false where a pivot vanished, and `solve` then gives NaN."""
 
     def __init__(self, upper: sp.csc_matrix):
         self._upper = upper
-        self._solver = qdldl.Solver(upper, upper=True)
-        self.solve = self._solver.solve
+        self._solver: qdldl.Solver | None = None
+        self.valid = False
+        self._run(lambda: qdldl.Solver(upper, upper=True))
 
     def update(self, values: np.ndarray) -> None:
         """Factor other values on the same pattern."""
         self._upper.data = values
-        self._solver.update(self._upper, upper=True)
+        solver = self._solver
+        self._run(
+            lambda: (
+                solver.update(self._upper, upper=True) or solver if solver else qdldl.Solver(self._upper, upper=True)
+            )
+        )
+
+    def solve(self, right: np.ndarray) -> np.ndarray:
+        return self._solver.solve(right) if self.valid and self._solver else np.full_like(right, np.nan)
 
     def counts(self) -> np.ndarray:
+        """Nonzeros of each column of the factor, the diagonal included."""
+        assert self._solver is not None
         return np.diff(sp.csc_matrix(self._solver.factors()[0]).indptr) + 1.0
+
+    def _run(self, factorise) -> None:
+        try:
+            self._solver, self.valid = factorise(), True
+        except RuntimeError:  # a pivot vanished in rounding
+            self._solver, self.valid = None, False

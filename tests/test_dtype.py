@@ -1,0 +1,292 @@
+"""The answer has the dtype of the question, is computed in float64, and derivatives there are exact or refused."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from cases import CASES, close, leaves, outputs_of, weights
+from torch.autograd import forward_ad
+
+SMALL = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+some_cases = pytest.mark.parametrize("case", [CASES[name] for name in (
+    "quadratic_program", "transport", "norm_ball", "nearest_correlation", "entropy", "raw_power", "posynomial", "every_cone")], ids=str)
+
+
+@some_cases
+@pytest.mark.parametrize("dtype", [torch.float64, *SMALL])
+def test_values_and_gradients_have_the_parameters_dtype_to_its_precision(case, dtype):
+    """Against float64 at the same, rounded, parameters."""
+    rounded = [t.to(dtype) for t in case.sample(2, seed=0)]
+    layer = case.layer(validate=dtype in (torch.float64, torch.float32))
+    inputs, exact = leaves(rounded), leaves([t.double() for t in rounded])
+    outputs, references = outputs_of(layer, inputs), outputs_of(layer, exact)
+    assert all(o.dtype == dtype for o in outputs)
+    cotangents = [w.expand_as(o).to(dtype) for w, o in zip(weights(outputs, 1), outputs, strict=True)]
+    bars = torch.autograd.grad(outputs, inputs, cotangents)
+    references_bar = torch.autograd.grad(references, exact, [w.double() for w in cotangents])
+    tolerance = SMALL.get(dtype, 1e-12)
+    for got, reference in zip(outputs, references, strict=True):
+        assert close(got.double(), reference.detach(), tolerance)
+    size = max(float(bar.norm()) for bar in references_bar)
+    for got, reference in zip(bars, references_bar, strict=True):
+        assert got.dtype == dtype
+        assert float((got.double() - reference).norm()) <= tolerance * size
+
+
+def test_mixed_dtypes_promote():
+    case = CASES["lasso"]
+    tensors = list(case.sample(2, seed=0))
+    kinds = [torch.float32, torch.float64, torch.float16]
+    inputs = leaves([t.to(kind) for t, kind in zip(tensors, kinds, strict=True)])
+    x, = case.shared(*inputs)
+    assert x.dtype == torch.float64
+    bars = torch.autograd.grad(x.sum(), inputs)
+    assert [bar.dtype for bar in bars] == kinds
+    x, = case.shared(tensors[0].bfloat16(), tensors[1].half(), tensors[2].half())
+    assert x.dtype == torch.promote_types(torch.bfloat16, torch.float16)
+
+
+def test_status_and_residual_keep_their_own_dtypes():
+    solution = CASES["lasso"].shared.solve(*(t.float() for t in CASES["lasso"].sample(2)))
+    assert solution.status.dtype == torch.int64
+    assert solution.residual.dtype == torch.float64
+    assert solution.objective.dtype == torch.float32
+    assert (solution.residual < 1e-11).all()
+
+
+@some_cases
+def test_autocast_around_the_layer_changes_nothing(case):
+    tensors = [t.float() for t in case.sample(2, seed=0)]
+
+    def run(enabled):
+        inputs = leaves(tensors)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            outputs = outputs_of(case.shared, inputs)
+            total = sum((w.expand_as(o).float() * o).sum() for w, o in zip(weights(outputs, 1), outputs, strict=True))
+        return outputs, torch.autograd.grad(total, inputs)
+
+    (plain, plain_bars), (cast, cast_bars) = run(False), run(True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(plain_bars, cast_bars, strict=True))
+
+
+def test_parameters_under_no_grad_and_inference_mode():
+    case = CASES["quadratic_program"]
+    inputs = leaves(case.sample(2))
+    with torch.no_grad():
+        assert not case.shared(*inputs)[0].requires_grad
+    with torch.inference_mode():
+        assert close(case.shared(*inputs)[0].clone(), case.shared(*inputs)[0].clone(), 1e-12)
+
+
+def test_only_what_needs_a_gradient_gets_one():
+    case = CASES["quadratic_program"]
+    tensors = [t.clone() for t in case.sample(2, seed=1)]
+    full = leaves(tensors)
+    cotangents = weights(outputs_of(case.shared, full))
+    expected = torch.autograd.grad(outputs_of(case.shared, full), full, cotangents)
+    for k in range(len(tensors)):
+        one = [t.clone().requires_grad_(i == k) for i, t in enumerate(tensors)]
+        bar, = torch.autograd.grad(outputs_of(case.shared, one), one[k], cotangents)
+        assert close(bar, expected[k], 1e-10)
+
+
+def test_tensors_that_are_not_contiguous_or_are_expanded():
+    case = CASES["matrix_shapes"]
+    tensors = case.sample(3, seed=0)
+    views = [t.mT.contiguous().mT if t.ndim == 3 else t for t in tensors]
+    assert all(torch.equal(a, b) for a, b in zip(outputs_of(case.shared, views), outputs_of(case.shared, tensors), strict=True))
+    strided = [torch.stack([t, t], -1)[..., 0] for t in tensors]
+    assert all(torch.equal(a, b) for a, b in zip(outputs_of(case.shared, strided), outputs_of(case.shared, tensors), strict=True))
+
+
+# Second order, forward mode, vmap: exact or an error, never zeros -------------------------------------------------------
+
+
+def scalar(case):
+    tensors = case.sample(seed=0)
+
+    def function(first):
+        outputs = outputs_of(case.shared, [first, *tensors[1:]])
+        return sum((w * o * o).sum() for w, o in zip(weights(outputs), outputs, strict=True))
+
+    return function, tensors[0]
+
+
+@some_cases
+def test_a_second_derivative_is_exact_or_refused_and_never_silently_zero(case):
+    function, at = scalar(case)
+    leaf = at.clone().requires_grad_()
+    direction = torch.randn(at.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    if at.ndim == 2 and at.shape[0] == at.shape[1]:
+        direction = direction + direction.mT
+    try:
+        first, = torch.autograd.grad(function(leaf), leaf, create_graph=True)
+        second, = torch.autograd.grad((first * direction).sum(), leaf)
+    except RuntimeError as error:
+        assert "differentiate twice" in str(error) or "once_differentiable" in str(error) or "second" in str(error)
+        return
+
+    def gradient(value):
+        value = value.clone().requires_grad_()
+        return torch.autograd.grad(function(value), value)[0]
+
+    expected = (gradient(at + 1e-5 * direction) - gradient(at - 1e-5 * direction)) / 2e-5
+    assert close(second, expected, 1e-4)
+
+
+@some_cases
+def test_functional_hessian_is_exact_or_refused(case):
+    function, at = scalar(case)
+    try:
+        hessian = torch.autograd.functional.hessian(function, at)
+    except RuntimeError:
+        return
+    assert float(hessian.abs().max()) > 0, "silent zeros: the incumbent's defect"
+
+
+@some_cases
+def test_forward_mode_is_exact_or_refused(case):
+    function, at = scalar(case)
+    direction = torch.randn(at.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    if at.ndim == 2 and at.shape[0] == at.shape[1]:
+        direction = direction + direction.mT
+    leaf = at.clone().requires_grad_()
+    expected = float((torch.autograd.grad(function(leaf), leaf)[0] * direction).sum())
+    with forward_ad.dual_level():
+        try:
+            tangent = forward_ad.unpack_dual(function(forward_ad.make_dual(at, direction))).tangent
+        except (RuntimeError, NotImplementedError):
+            return
+        assert tangent is not None, "a tangent that is lost is a silent zero"
+        assert float(tangent) == pytest.approx(expected, rel=1e-8)
+
+
+@some_cases
+def test_func_jvp_is_exact_or_refused(case):
+    function, at = scalar(case)
+    direction = torch.ones_like(at)
+    leaf = at.clone().requires_grad_()
+    expected = float((torch.autograd.grad(function(leaf), leaf)[0] * direction).sum())
+    try:
+        _, tangent = torch.func.jvp(function, (at,), (direction,))
+    except (RuntimeError, NotImplementedError):
+        return
+    assert float(tangent) == pytest.approx(expected, rel=1e-8)
+
+
+@some_cases
+def test_vmap_is_exact_or_refused(case):
+    tensors = case.sample(3, seed=0)
+    expected = case.shared(*tensors)
+    try:
+        got = torch.func.vmap(case.shared)(*tensors)
+    except (RuntimeError, NotImplementedError):
+        return
+    assert all(close(a, b, 1e-9) for a, b in zip(got, expected, strict=True))
+
+
+@some_cases
+def test_func_grad_and_jacrev_are_exact_or_refused(case):
+    function, at = scalar(case)
+    leaf = at.clone().requires_grad_()
+    expected, = torch.autograd.grad(function(leaf), leaf)
+    for transform in (torch.func.grad, torch.func.jacrev):
+        try:
+            got = transform(function)(at)
+        except (RuntimeError, NotImplementedError):
+            continue
+        assert close(got, expected, 1e-9)
+
+
+def test_functional_jacobian_is_the_gradient_of_each_entry():
+    case = CASES["quadratic_program"]
+    tensors = case.sample(seed=0)
+    jacobian = torch.autograd.functional.jacobian(lambda q: case.shared(tensors[0], q, *tensors[2:])[0], tensors[1])
+    for i in range(4):
+        leaf = tensors[1].clone().requires_grad_()
+        bar, = torch.autograd.grad(case.shared(tensors[0], leaf, *tensors[2:])[0][i], leaf)
+        assert close(jacobian[i], bar, 1e-10)
+
+
+def test_backward_twice_needs_retain_graph_and_gives_the_same():
+    case = CASES["every_cone"]
+    inputs = leaves(case.sample(seed=0))
+    outputs = outputs_of(case.shared, inputs)
+    cotangents = weights(outputs)
+    first = torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True)
+    second = torch.autograd.grad(outputs, inputs, cotangents)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(outputs, inputs, cotangents)
+
+
+def test_a_parameter_changed_in_place_between_forward_and_backward_is_noticed_or_harmless():
+    case = CASES["quadratic_program"]
+    tensors = case.sample(2, seed=0)
+    inputs = leaves(tensors)
+    copies = [t * 1.0 for t in inputs]
+    outputs = outputs_of(case.shared, copies)
+    cotangents = weights(outputs)
+    expected = torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True)
+    with torch.no_grad():
+        for t in copies:
+            t.mul_(3.0)
+    try:
+        got = torch.autograd.grad(outputs, inputs, cotangents)
+    except RuntimeError:
+        return
+    assert all(close(a, b, 1e-12) for a, b in zip(got, expected, strict=True))
+
+
+def test_an_output_changed_in_place_does_not_change_the_gradient():
+    """The optimal value's derivative uses x: a user who overwrites x must not be able to corrupt it unnoticed."""
+    case = CASES["lasso"]
+    inputs = leaves(case.sample(2, seed=0))
+    solution = case.shared.solve(*inputs)
+    expected = torch.autograd.grad(solution.objective.sum(), inputs, retain_graph=True)
+    with torch.no_grad():
+        solution.variables[0].zero_()
+        for part in solution.iterate:
+            part.zero_()
+    try:
+        got = torch.autograd.grad(solution.objective.sum(), inputs)
+    except RuntimeError:
+        return
+    assert all(close(a, b, 1e-12) for a, b in zip(got, expected, strict=True))
+
+
+# Modules ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("duplicate", ["deepcopy", "pickle", "torch.save"])
+def test_a_copy_of_a_layer_solves_alike(duplicate):
+    case = CASES["every_cone"]
+    layer = case.layer(on_failure="nan", solver_args={"tolerance": 1e-9})
+    if duplicate == "deepcopy":
+        twin = copy.deepcopy(layer)
+    elif duplicate == "pickle":
+        twin = pickle.loads(pickle.dumps(layer))
+    else:
+        buffer = io.BytesIO()
+        torch.save(layer, buffer)
+        buffer.seek(0)
+        twin = torch.load(buffer, weights_only=False)
+    tensors = case.sample(2, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(outputs_of(layer, tensors), outputs_of(twin, tensors), strict=True))
+    assert repr(layer) == repr(twin)
+    assert twin.on_failure == "nan"
+
+
+def test_a_layer_is_a_module_without_parameters_inside_others():
+    case = CASES["lasso"]
+    layer = case.layer()
+    model = torch.nn.ModuleDict({"layer": layer})
+    assert not list(model.parameters())
+    assert not model.state_dict()
+    model.float().eval().train()
+    assert close(layer(*case.sample(2))[0], case.shared(*case.sample(2))[0], 1e-12)
+    assert "lasso" not in repr(layer)
+    assert "A(6, 4)" in repr(layer)
