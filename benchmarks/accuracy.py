@@ -103,8 +103,12 @@ def summary(rows: list[Row]) -> Iterable[Row]:
     seen = {cone for row in measured for cone in row.figures["cones"].split(", ")}
     yield Row(
         "problems",
-        {"cones": "all" if seen >= CONES else "missing " + ", ".join(CONES - seen), "problems": len(measured)},
-        {"problems": (">=", 24)},
+        {
+            "cones": "all" if seen >= CONES else "missing " + ", ".join(CONES - seen),
+            "problems": len(measured),
+            "errors": len(rows) - len(measured),
+        },
+        {"problems": (">=", 24), "errors": ("<=", 0)},
     )
 
 

@@ -52,6 +52,8 @@ def measure(nonzeros: int) -> Row:
 def slopes(rows: list[Row]) -> Iterable[Row]:
     """Exponent of growth with the nonzeros, by least squares in logarithms."""
     rows = [row for row in rows if not row.error]
+    if len(rows) < 2:
+        raise ValueError("growth needs two sizes")
     figures = {}
     for name in ("build", "forward", "bare", "backward", BUILD, CALL, CVXPY):
         figures[name] = float(np.polyfit(*(np.log([row.figures[c] for row in rows]) for c in ("nonzeros", name)), 1)[0])

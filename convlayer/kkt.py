@@ -228,7 +228,7 @@ class SparseSystem:
             largest.scatter_reduce_(0, index.unsqueeze(1).expand(-1, batch), sizes, "amax")
         self.scale = torch.where(largest > 0, largest.rsqrt(), 1.0)
         self.K = values * self.scale[pattern.rows] * self.scale[pattern.columns]
-        shifted = self.K.mT.contiguous()
+        shifted = self.K.mT.clone(memory_format=torch.contiguous_format)
         shifted[:, pattern.place_diagonal[:n]] += SPARSE_SHIFT
         shifted[:, pattern.place_diagonal[n:]] -= SPARSE_SHIFT
         self.factors = [pattern.factor(row) for row in shifted.numpy()]

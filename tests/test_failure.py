@@ -3,13 +3,16 @@
 import copy
 import pickle
 import warnings
+from typing import ClassVar
 
 import cvxpy as cp
+import numpy as np
 import pytest
 import torch
 from cases import CASES, close, leaves, relative, weights
 
-from convlayer import AccuracyWarning, ConvexLayer, ParameterError, SolverError, Status
+from convlayer import AccuracyWarning, ConvexLayer, Iterate, ParameterError, Solver, SolverError, Status
+from convlayer.solvers.clarabel import Clarabel
 
 NAN, INF = float("nan"), float("inf")
 BAD_ROW = 2
@@ -158,6 +161,40 @@ def test_a_shared_parameter_that_is_not_finite_fails_every_row():
     assert caught.value.rows == [(0,), (1,), (2,)]
     assert "`c`" in str(caught.value)
     assert ray(on_failure="nan")(c, b)[0].isnan().all()
+
+
+class Spoiled(Solver):
+    """Clarabel, but for one row, for which it returns nothing that is a number."""
+
+    name: ClassVar[str] = "spoiled"
+
+    def solve(self, task):
+        iterates = Clarabel().solve(task)
+        nothing = [np.full(len(part), NAN) for part in (iterates[BAD_ROW].x, iterates[BAD_ROW].s, iterates[BAD_ROW].y)]
+        iterates[BAD_ROW] = Iterate(*nothing, Status.NOT_CONVERGED, 7)
+        return iterates
+
+
+@pytest.mark.parametrize("policy", ["nan", "keep"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_solver_that_returns_nan_for_a_row_spoils_that_row_only(name, policy):
+    """Gradients of shared parameters included."""
+    case = CASES[name]
+    tensors = case.sample(3, seed=1)
+    layer = case.layer(on_failure=policy, solver=Spoiled())
+    for shared in range(len(tensors)) if len(tensors) > 1 else (None,):
+        inputs = leaves([t[0] if k == shared else t for k, t in enumerate(tensors)])
+        clean = leaves([t[0] if k == shared else t[:2] for k, t in enumerate(tensors)])
+        solution, expected = layer.solve(*inputs), case.shared.solve(*clean)
+        assert solution.status.tolist() == [0, 0, Status.NOT_CONVERGED]
+        outputs = [o[:2] for o in (*solution.variables, solution.objective)]
+        references = [*expected.variables, expected.objective]
+        cotangents = weights(references)
+        bars = torch.autograd.grad(outputs, inputs, cotangents)
+        references_bar = torch.autograd.grad(references, clean, cotangents)
+        size = max(float(r.norm()) for r in references_bar)
+        for k, (bar, reference) in enumerate(zip(bars, references_bar, strict=True)):
+            assert float(((bar if k == shared else bar[:2]) - reference).norm()) <= 1e-8 * size
 
 
 def test_every_row_failed_is_still_an_answer():

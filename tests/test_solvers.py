@@ -94,8 +94,6 @@ class Raw(Solver):
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6])
 @pytest.mark.parametrize("solver", [Clarabel, SCS])
 def test_a_solvers_own_point_is_nearly_optimal_in_our_convention_before_any_polish(solver, n):
-    raw = Raw(solver())
-    layer = semidefinite(n, solver=raw, solver_args={} if solver is Clarabel else OPTIONS)
     generator = torch.Generator().manual_seed(n)
     C, D = (torch.randn(n, n, generator=generator, dtype=torch.float64) for _ in range(2))
     seen = {}
@@ -311,6 +309,4 @@ def test_iterations_that_ran_out_are_never_a_solution_that_is_wrong(solver):
             good = solution.status == Status.SOLVED
             for got, reference in zip(solution.variables, expected, strict=False):
                 assert close(got[good], reference[good], 1e-6)
-            assert not (solution.status[~good] == Status.SOLVED).any()
-            if steps == 1:
-                assert not good.all()
+            assert (solution.residual[~good] > 1e-8).all()
