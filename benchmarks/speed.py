@@ -1,7 +1,8 @@
 """Forward and backward at batch 32: ours against the peer, against the bare solver calls, and with one torch thread.
 
 All times are medians in milliseconds; runs of ours and of the peer alternate. `bare` is the time inside
-convlayer.generic.solve_batch during the same forward. Speed-up: the peer's forward + backward over ours.
+convlayer.generic.solve_batch during the same forward. Speed-up: the peer's forward + backward over ours;
+`one thread` is ours with one torch thread, the peer being as it is.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ SIZES = {
     "control": (4, 2, 10),
     "cobb_douglas": (),
 }
-BACKWARD, BARE, SPEED_UP = "backward / forward", "forward / bare", "speed-up"
+BACKWARD, BARE, SPEED_UP, SINGLE = "backward / forward", "forward / bare", "speed-up", "speed-up, one thread"
 
 
 def family(options: Options) -> Family:
@@ -85,7 +86,13 @@ def measure(name: str, options: Options) -> Row:
     if len(figures) > 2:
         peer_forward, peer_backward, _ = medians(figures[2])
         ratio = statistics.median((p[0] + p[1]) / (o[0] + o[1]) for o, p in zip(ours, figures[2], strict=True))
-        row.figures |= {"peer forward": peer_forward, "peer total": peer_forward + peer_backward, SPEED_UP: ratio}
+        alone = statistics.median((p[0] + p[1]) / (o[0] + o[1]) for o, p in zip(single, figures[2], strict=True))
+        row.figures |= {
+            "peer forward": peer_forward,
+            "peer total": peer_forward + peer_backward,
+            SPEED_UP: ratio,
+            SINGLE: alone,
+        }
     return row
 
 
@@ -93,7 +100,7 @@ def summary(rows: list[Row]) -> Iterable[Row]:
     """Geometric means over the rows."""
     figures = {
         c: statistics.geometric_mean(v)
-        for c in (SPEED_UP, BACKWARD, BARE)
+        for c in (SPEED_UP, SINGLE, BACKWARD, BARE)
         if (v := [row.figures[c] for row in rows if isinstance(row.figures.get(c), float)])
     }
     yield Row("geometric mean", figures, {SPEED_UP: (">=", 3), BACKWARD: ("<=", 0.5), BARE: ("<=", 1.5)})

@@ -64,7 +64,6 @@ class _Log(torch.autograd.Function):
         return theta.log()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, bar: Tensor) -> Tensor:
         (theta,) = ctx.saved_tensors
         return torch.where(bar == 0, 0.0, bar / theta)

@@ -151,9 +151,11 @@ def _innermost(expression: Any, valid: Callable[[Any], bool]) -> Any:
 
 def _explain(expression: Any, dpp: bool) -> str:
     text = f"`{expression}`"
-    if not dpp:
-        return f"{text} follows no rule of disciplined convex programming (its arguments are valid, their composition is not)."
     names = _quote([p.name() for p in expression.parameters()])
+    if not dpp:
+        unsigned = [p.name() for p in expression.parameters() if not (p.is_nonneg() or p.is_nonpos())]
+        hint = f" If {_quote(unsigned)} has a sign, declare it, as in Parameter(nonneg=True)." if unsigned else ""
+        return f"{text} follows no rule of disciplined convex programming (its arguments are valid, their composition is not).{hint}"
     if isinstance(expression, cp.QuadForm):
         return (
             f"{text} multiplies a Parameter by two variables. Write sum_squares(L.T @ x) with a Parameter L such that P = L L'; "
@@ -169,7 +171,10 @@ def _explain(expression: Any, dpp: bool) -> str:
                     "or declare one Parameter for the product and compute it in torch before the layer."
                 )
             return f"{text} multiplies Parameters with each other ({names}). Declare one Parameter for the product and compute it in torch before the layer."
-        return f"{text} multiplies a Parameter ({names}) by something it may not scale; its sign must be known, as in Parameter(nonneg=True)."
+        return (
+            f"{text} multiplies a nonlinear function of a Parameter, or a Parameter of unknown sign ({names}), by a variable. Declare the sign, as in "
+            "Parameter(nonneg=True), or declare one Parameter for the whole factor and compute it in torch before the layer."
+        )
     if not expression.variables():
         return f"{text} is a nonlinear function of Parameters alone ({names}). Declare one Parameter for its value and compute it in torch before the layer."
     return (

@@ -23,6 +23,7 @@ from convlayer.solution import Status
 from convlayer.solvers.solver import Iterate, Solver, solve_batch
 
 INACCURATE = 1e-4  # a relative residual above this is no solution
+CERTIFICATE = 1e-4  # relative error of a certificate of infeasibility or unboundedness, in units where x is of size one
 
 
 @dataclass(eq=False)
@@ -75,15 +76,25 @@ class Solve(torch.autograd.Function):
         value = _objective(Operators(data, dense=False), x, values["d"])
         ctx.call, ctx.data, ctx.pieces = call, data, pieces
         ctx.sizes = [len(theta) for theta in thetas]
-        ctx.save_for_backward(x, y)
+        # A failed row's iterate may hold anything; its zero cotangents must stay zeros.
+        ctx.save_for_backward(x.nan_to_num(0.0, 0.0, 0.0), y.nan_to_num(0.0, 0.0, 0.0), *thetas)
         # Detached: an output held here would hold its own graph, and neither would ever be freed.
         call.iterate = (x.detach(), s, y.detach())
         return x, y, value
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, x_bar: Tensor, y_bar: Tensor, value_bar: Tensor):
-        x, y = ctx.saved_tensors
+        x, y, *thetas = ctx.saved_tensors
+        with torch.no_grad():
+            bars = Solve._adjoint(ctx, x_bar, y_bar, value_bar, x, y)
+        if torch.is_grad_enabled():
+            # create_graph=True: a second derivative through here would come out as silent zeros.
+            sources = [t for t in (*thetas, x_bar, y_bar, value_bar) if t.requires_grad]
+            bars = [None if bar is None else _Once.apply(bar, *sources) for bar in bars]
+        return None, *bars
+
+    @staticmethod
+    def _adjoint(ctx, x_bar: Tensor, y_bar: Tensor, value_bar: Tensor, x: Tensor, y: Tensor) -> list[Tensor | None]:
         w, u = torch.zeros_like(x), torch.zeros_like(y)
         for piece in ctx.pieces:
             rows, scaling = piece.rows, piece.scaling
@@ -96,7 +107,21 @@ class Solve(torch.autograd.Function):
         used = (x_bar != 0).any(1) | (y_bar != 0).any(1) | (value_bar != 0)
         w[failed & used] = torch.nan
         u[failed & used] = torch.nan
-        return None, *_parameters_bar(ctx, w, u, value_bar.unsqueeze(1), x, y)
+        return _parameters_bar(ctx, w, u, value_bar.unsqueeze(1), x, y)
+
+
+class _Once(torch.autograd.Function):
+    """A first derivative that refuses to be differentiated again."""
+
+    @staticmethod
+    def forward(ctx, bar: Tensor, *sources: Tensor) -> Tensor:
+        return bar.clone()
+
+    @staticmethod
+    def backward(ctx, bar: Tensor):
+        raise RuntimeError(
+            "ConvexLayer can be differentiated once, not twice: second derivatives are not implemented, and would be zeros."
+        )
 
 
 def _parameters_bar(ctx, w: Tensor, u: Tensor, value_bar: Tensor, x: Tensor, y: Tensor) -> list[Tensor | None]:
@@ -147,6 +172,7 @@ def _solve(call: Call, data: Data, d: Tensor, batch: int) -> tuple[Tensor, Tenso
     call.iterations[good] = torch.tensor([it.iterations for it in iterates])
     usable = torch.isfinite(x_s).all(1) & torch.isfinite(s_s).all(1) & torch.isfinite(y_s).all(1)
     status[~usable & (status < Status.INFEASIBLE)] = int(Status.NOT_CONVERGED)
+    status = _certified(scaled, status, x_s, s_s, y_s)
 
     pieces = []
     x[good], s[good], y[good] = scaling.leave(x_s, s_s, y_s)
@@ -170,6 +196,29 @@ def _solve(call: Call, data: Data, d: Tensor, batch: int) -> tuple[Tensor, Tenso
             pieces.append(Piece(rows, zero, inner))
     call.status[good] = status
     return x, s, y, pieces
+
+
+def _certified(data: Data, status: Tensor, x: Tensor, s: Tensor, y: Tensor) -> Tensor:
+    """A claim of infeasibility or unboundedness stands if its certificate does; otherwise the row has merely not converged.
+
+    Infeasible:  A'y = 0, b'y < 0, y in K*: no x of moderate size is feasible.
+    Unbounded:   Px = 0, Ax + s = 0, q'x < 0, s in K: a ray along which the objective falls.
+    """
+    claimed = torch.nonzero((status == Status.INFEASIBLE) | (status == Status.UNBOUNDED)).flatten()
+    if not len(claimed):
+        return status
+    part = data.rows(claimed).widen(len(claimed))
+    operators, cones = Operators(part, dense=False), data.program.cones
+    x, y = x[claimed].nan_to_num(0.0), cones.project_dual(y[claimed].nan_to_num(0.0))
+    s = cones.project(-operators.A(x))
+    gain, ray_gain = -(part.b * y).sum(1), -(part.q * x).sum(1)
+    infeasible = operators.At(y).abs().sum(1) <= CERTIFICATE * gain
+    error = torch.cat([operators.P(x), operators.A(x) + s], 1).abs().amax(1)
+    unbounded = error <= CERTIFICATE * ray_gain
+    proven = torch.where(status[claimed] == Status.INFEASIBLE, infeasible & (gain > 0), unbounded & (ray_gain > 0))
+    status = status.clone()
+    status[claimed[~proven]] = int(Status.NOT_CONVERGED)
+    return status
 
 
 def _judge(residual: Tensor, tolerance: float) -> Tensor:

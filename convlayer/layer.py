@@ -243,6 +243,9 @@ class ConvexLayer(torch.nn.Module):
             raise ValueError(
                 f"warm_start has batch shape {tuple(warm_start.status.shape)}; the parameters have {batch}."
             )
+        sizes = (self._canonical.program.n, self._canonical.program.m)
+        if (warm_start.iterate[0].shape[1], warm_start.iterate[2].shape[1]) != sizes:
+            raise ValueError("warm_start is the solution of another problem; pass one that this layer returned.")
         return tuple(part.nan_to_num(0.0) for part in warm_start.iterate)
 
     def _judge(self, status: Tensor, batch: tuple[int, ...], details: dict[int, str]) -> Tensor | None:
@@ -315,8 +318,8 @@ def _batch_shape(tensor: Tensor, parameter: cp.Parameter) -> tuple[int, ...]:
             message += f"\nEach row needs its own {expected[0]} x {expected[1]} matrix: did you mean torch.diag_embed({parameter.name()})?"
         elif math.prod(shape) == math.prod(expected):
             message += f"\nIt has the right number of entries: did you mean {parameter.name()}.reshape({wanted})?"
-        elif len(expected) >= 1 and len(shape) >= 1 and shape[1:] == expected[:-1] and shape[:1] != expected[:1]:
-            message += "\nThe batch comes first: did you mean .movedim(-1, 0)?"
+        elif expected and shape[:-1] == expected:
+            message += f"\nThe batch comes first: did you mean {parameter.name()}.movedim(-1, 0)?"
         raise ValueError(message)
     return shape[:lead]
 

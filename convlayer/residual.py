@@ -134,26 +134,27 @@ def rescale(data: Data, rho: Tensor, tau: Tensor) -> Data:
 
 
 def recentre(data: Data, scaling: Scaling, x: Tensor, y: Tensor) -> tuple[Data, Scaling]:
-    """Units in which a point found in `data`'s units has |x|, |y| near one: there v = y - s tells active from inactive best.
+    """Units in which a point found in `data`'s units has |x| and |y| near one: there v = y - s tells active from inactive best.
 
-    A factor is kept within 1e-6 .. 1e6, so that noise around zero is not magnified to size one.
+    Where x or y is all but zero, the right-hand side or the objective sets the unit, so that noise does not become of size one.
     """
-    rho = _reciprocal(_largest(x)).clamp(1e-6, 1e6)
-    tau = _reciprocal(_largest(y)).clamp(1e-6, 1e6)
+    size = _largest(x).clamp(min=1e-4)
+    rho = 1 / size
+    tau = _reciprocal(torch.stack([_largest(y), _largest(data.q).expand_as(size), _largest(data.P) * size]).amax(0))
     return rescale(data, rho, tau), replace(scaling, rho=scaling.rho * rho, tau=scaling.tau * tau)
 
 
 def residual(operators: Operators, x: Tensor, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(F1 (B, n), F2 (B, m), relative size (B,)).
 
-    Each entry is measured against its own terms and the size of x or y (A having entries of size one), so that neither a very
-    large slack nor a very large cost hides the error of another row.
+    Each entry is measured against its right-hand side and the size of x or y (A having entries of size one), so that a large
+    cost or bound hides no other row's error. In `recentre`'s units x and y are of size one: an iterate that is larger is far
+    off any scale of the problem, and gains nothing by it.
     """
     data = operators.data
-    Px = operators.P(x)
-    F1, F2 = Px + data.q + operators.At(y), operators.A(x) + s - data.b
-    dual = F1.abs() / (torch.maximum(data.q.abs(), Px.abs()).clamp(min=1e-6) + _largest(y))
-    primal = F2.abs() / (torch.maximum(data.b.abs(), s).clamp(min=1e-6) + _largest(x))
+    F1, F2 = operators.P(x) + data.q + operators.At(y), operators.A(x) + s - data.b
+    dual = F1.abs() / (data.q.abs() + _largest(y).clamp(1e-6, 1.0))
+    primal = F2.abs() / (data.b.abs() + _largest(x).clamp(1e-6, 1.0))
     return F1, F2, torch.maximum(_largest(dual), _largest(primal)).squeeze(1)
 
 
@@ -163,11 +164,11 @@ def _largest(values: Tensor) -> Tensor:
 
 
 def _typical(sizes: Tensor) -> Tensor:
-    """(B, k) -> (B, 1), the median of the entries that are not zero; zero where all are."""
-    if not sizes.shape[1]:
-        return sizes.new_zeros(len(sizes), 1)
-    significant = torch.where(sizes > 1e-14 * _largest(sizes), sizes, torch.nan)
-    return significant.nanmedian(1, keepdim=True).values.nan_to_num(0.0)
+    """(B, k) -> (B, 1), the geometric mean of the entries that are not zero; zero where all are."""
+    present = sizes > 1e-14 * _largest(sizes)
+    count = present.sum(1, keepdim=True)
+    mean = torch.where(present, sizes, 1.0).log().sum(1, keepdim=True) / count.clamp(min=1)
+    return torch.where(count > 0, mean.exp(), 0.0)
 
 
 def _reciprocal(values: Tensor) -> Tensor:

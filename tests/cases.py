@@ -203,7 +203,7 @@ def transport():
     return cp.Problem(cp.Minimize(cost), [rows]), [C, a, b], [T, rows.dual_variables[0]]
 
 
-@case(lambda d: (d.definite(4), 3 * d.normal(4), d.normal(5, 4), d.uniform(0.1, 1.0, 5), d.normal(1, 4)),
+@case(lambda d: (d.definite(4), 8 * d.normal(4), d.normal(5, 4), d.uniform(0.1, 1.0, 5), d.normal(1, 4)),
       quadratic=True)
 def quadratic_program():
     P, q = cp.Parameter((4, 4), PSD=True, name="P"), cp.Parameter(4, name="q")
@@ -345,7 +345,7 @@ def matrix_inequality():
     return problem, [F, G, H, c], [x, above.dual_variables[0]]
 
 
-@case(lambda d: (torch.eye(3, dtype=torch.float64) + d.symmetric(3),), quadratic=True)
+@case(lambda d: (torch.eye(3, dtype=torch.float64) + 2 * d.symmetric(3),), quadratic=True)
 def nearest_correlation():
     """A symmetric variable with >>, and the dual matrix."""
     C, X = cp.Parameter((3, 3), symmetric=True, name="C"), cp.Variable((3, 3), symmetric=True, name="X")
@@ -368,7 +368,7 @@ def largest_eigenvalue():
     return problem, [C, a], [x]
 
 
-@case(lambda d: (d.normal(), d.normal(2, 2)), quadratic=True)
+@case(lambda d: (d.uniform(-0.5, 0.5), 2 * d.normal(2, 2)), quadratic=True)
 def small_psd():
     """Cones of orders one and two, and an asymmetric matrix inside >>, of which CVXPY sees the symmetric part."""
     a, B, x = cp.Parameter(name="a"), cp.Parameter((2, 2), name="B"), cp.Variable((2, 2), symmetric=True, name="X")
@@ -534,7 +534,7 @@ def unmentioned_variable():
     a, B, c, x, z = (cp.Parameter(3, name="a"), cp.Parameter((2, 3), name="B"), cp.Parameter(2, name="c"),
                      cp.Variable(3, name="x"), cp.Variable(2, name="z"))
     tie = z == B @ x + c
-    return cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [tie, x[0] >= 0.2]), [a, B, c], [z, x]
+    return cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [tie, x[0] >= a[1] + 0.2]), [a, B, c], [z, x]
 
 
 @case(lambda d: (d.normal(),), quadratic=True)

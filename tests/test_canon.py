@@ -65,7 +65,8 @@ def test_variables_and_duals_are_recovered_as_cvxpy_does(case):
     duals = {d.id for c in problem.constraints for d in c.dual_variables}
     for variable, recovery in zip(declared.outputs, canonical.variables, strict=True):
         got = recovery.value(torch.from_numpy(x)[None], torch.from_numpy(y)[None])[0].numpy()
-        if variable.id not in duals and any(variable.attributes[a] for a in ("nonneg", "nonpos", "PSD", "NSD", "pos", "neg")):
+        projected = ("nonneg", "nonpos", "PSD", "NSD", "pos", "neg", "bounds")
+        if variable.id not in duals and any(variable.attributes[a] for a in projected):
             continue  # CVXPY projects these onto their attribute, which moves what is no solution
         value = variable.value_sparse if variable.sparse_idx is not None else variable.value
         value = value.toarray() if hasattr(value, "toarray") else np.asarray(value)

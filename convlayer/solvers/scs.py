@@ -80,9 +80,9 @@ def _cone(program: Program) -> dict[str, Any]:
         "z": sum(b.size for b in blocks["zero"]),
         "l": sum(b.size for b in blocks["nonnegative"]),
         "q": [b.size for b in blocks["second_order"]],
-        "s": [b.params for b in blocks["psd"]],
+        "s": [b.parameter for b in blocks["psd"]],
         "ep": len(blocks["exponential"]),
-        "p": [b.params for b in blocks["power"]],
+        "p": [b.parameter for b in blocks["power"]],
     }
 
 

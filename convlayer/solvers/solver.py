@@ -23,7 +23,11 @@ from convlayer.solution import Status
 
 @dataclass(frozen=True, eq=False)
 class Iterate:
-    """A solver's answer for one row: a primal-dual point, or a failure (the point is then the last one, or NaN)."""
+    """A solver's answer for one row: a primal-dual point; where it failed the last one, or NaN.
+
+    INFEASIBLE and UNBOUNDED are believed only with their certificate: y with A'y = 0 and b'y < 0, or x with Px = 0, q'x < 0
+    and -Ax in K.
+    """
 
     x: np.ndarray  # (n,)
     s: np.ndarray  # (m,) in K

@@ -1,0 +1,272 @@
+"""Mutants: a fault is planted in the package, and a law of this suite must catch it."""
+
+import cvxpy as cp
+import numpy as np
+import pytest
+import test_batches
+import test_canon
+import test_degenerate
+import test_failure
+import test_gradient
+import test_solvers
+import torch
+from cases import CASES
+
+import convlayer.adjoint
+import convlayer.canon
+import convlayer.generic
+import convlayer.layer
+import convlayer.residual
+import convlayer.solvers.scs
+from convlayer.cones import ProductSpectrum
+
+
+def fresh(name):
+    """A case whose layer is built anew, so that a mutant of the canonicalisation is in it."""
+    case = CASES[name]
+    case.__dict__.pop("shared", None)
+    return case
+
+
+def gradient_law(name):
+    return lambda: test_gradient.test_the_gradient_of_variables_duals_and_value_is_that_of_five_point_differences(fresh(name))
+
+
+def adjoint_sign(patch):
+    original = convlayer.generic.adjoint
+    patch.setattr(convlayer.generic, "adjoint", lambda *a: tuple(-part for part in original(*a)))
+
+
+def adjoint_sign_of_the_dual_part(patch):
+    original = convlayer.generic.adjoint
+
+    def mutant(*arguments):
+        w, u = original(*arguments)
+        return w, -u
+
+    patch.setattr(convlayer.generic, "adjoint", mutant)
+
+
+def pulled_back(change):
+    def plant(patch):
+        original = convlayer.generic.pull_back
+
+        def mutant(data, moving, x, y, w, u):
+            return change(original, data, moving, x, y, w, u)
+
+        patch.setattr(convlayer.generic, "pull_back", mutant)
+
+    return plant
+
+
+def transpose_dropped(original, data, moving, x, y, w, u):
+    bars, index = original(data, moving, x, y, w, u), data.program.indices
+    row, col = index["A_rows"][moving["A"]], index["A_cols"][moving["A"]]
+    return {**bars, "A": -(y[:, row] * w[:, col])}
+
+
+def half_of_the_quadratic(original, *arguments):
+    bars = original(*arguments)
+    return {**bars, "P": bars["P"] / 2}
+
+
+def quadratic_not_symmetrised(original, data, moving, x, y, w, u):
+    bars, index = original(data, moving, x, y, w, u), data.program.indices
+    i, j = index["P_rows"][moving["P"]], index["P_cols"][moving["P"]]
+    return {**bars, "P": -2 * w[:, i] * x[:, j] * torch.where(i == j, 0.5, 1.0)}
+
+
+def derivative_of_the_projection_is_the_identity(patch):
+    original = ProductSpectrum.__init__
+    patch.setattr(ProductSpectrum, "__init__", lambda self, values, bases=(): original(self, torch.where(values > 0, 1.0, 0.0).to(values), bases))
+
+
+def basis_transposed(patch):
+    patch.setattr(ProductSpectrum, "to_basis", lambda self, x, columns=False: self._rotate(x, columns, lambda basis: basis))
+    patch.setattr(ProductSpectrum, "from_basis", lambda self, x, columns=False: self._rotate(x, columns, lambda basis: basis.mT))
+
+
+def cotangents_of_y_ignored(patch):
+    original = convlayer.generic.adjoint
+    patch.setattr(convlayer.generic, "adjoint", lambda zero, x_bar, y_bar: original(zero, x_bar, torch.zeros_like(y_bar)))
+
+
+def scaling_of_the_adjoint_lost(patch):
+    patch.setattr(convlayer.residual.Scaling, "leave_adjoint", lambda self, w, u: (self.tau * w, self.rho * u))
+
+
+def objective_sign(patch):
+    patch.setattr(convlayer.canon.Canonical, "objective", lambda self, value: value if not self.gp else value.exp())
+
+
+def value_without_its_gradient(patch):
+    original = convlayer.generic._parameters_bar
+    patch.setattr(convlayer.generic, "_parameters_bar", lambda ctx, w, u, value_bar, x, y: original(ctx, w, u, torch.zeros_like(value_bar), x, y))
+
+
+def symmetry_lost(patch):
+    original = convlayer.canon.ParameterMap
+
+    def mutant(shape, gather, mirror, *rest):
+        return original(shape, gather, None, *rest)
+
+    patch.setattr(convlayer.canon, "ParameterMap", mutant)
+
+
+def polish_skipped(patch):
+    patch.setattr(convlayer.adjoint, "STEPS", 0)
+
+
+GRADIENT = {
+    "the adjoint's sign flipped": (adjoint_sign, "quadratic_program"),
+    "the sign of its dual part flipped": (adjoint_sign_of_the_dual_part, "quadratic_program"),
+    "a transpose dropped in pull_back": (pulled_back(transpose_dropped), "linear_program"),
+    "half of dP": (pulled_back(half_of_the_quadratic), "equality_qp"),
+    "dP not symmetrised": (pulled_back(quadratic_not_symmetrised), "free_quadratic"),
+    "D replaced by I on a psd cone": (derivative_of_the_projection_is_the_identity, "spectraplex"),
+    "D replaced by I on a second-order cone": (derivative_of_the_projection_is_the_identity, "norm_ball"),
+    "D replaced by I on an exponential cone": (derivative_of_the_projection_is_the_identity, "entropy"),
+    "D replaced by I on a power cone": (derivative_of_the_projection_is_the_identity, "raw_power"),
+    "the basis transposed": (basis_transposed, "nearest_correlation"),
+    "cotangents of y ignored": (cotangents_of_y_ignored, "quadratic_program"),
+    "the scaling of the adjoint lost": (scaling_of_the_adjoint_lost, "linear_program"),
+    "the value's own gradient lost": (value_without_its_gradient, "concave_quadratic"),
+}
+
+
+@pytest.mark.parametrize("mutant", GRADIENT)
+def test_the_law_of_differences_catches(mutant, monkeypatch):
+    plant, name = GRADIENT[mutant]
+    gradient_law(name)()
+    with monkeypatch.context() as patch:
+        plant(patch)
+        with pytest.raises(Exception):  # noqa: B017, PT011 - a mutant may fail as it likes
+            gradient_law(name)()
+    fresh(name)
+
+
+def caught(law, plant, monkeypatch, *names):
+    law()
+    with monkeypatch.context() as patch:
+        plant(patch)
+        for name in names:
+            fresh(name)
+        with pytest.raises(Exception):  # noqa: B017, PT011
+            law()
+    for name in names:
+        fresh(name)
+
+
+def test_a_shared_gradient_that_is_a_mean_is_caught(monkeypatch):
+    """The defect of a well-known QP layer."""
+    original = convlayer.generic._parameters_bar
+
+    def mutant(ctx, w, u, value_bar, x, y):
+        bars = original(ctx, w, u, value_bar, x, y)
+        return [b / len(x) if b is not None and len(b) == 1 else b for b in bars]
+
+    caught(lambda: test_batches.test_a_shared_parameters_gradient_is_the_sum_over_rows(CASES["quadratic_program"]),
+           lambda patch: patch.setattr(convlayer.generic, "_parameters_bar", mutant), monkeypatch)
+
+
+def test_rows_that_are_swapped_are_caught(monkeypatch):
+    original = convlayer.generic.solve_batch
+    caught(lambda: test_batches.test_a_batch_equals_a_loop_in_value_and_gradient(CASES["linear_program"]),
+           lambda patch: patch.setattr(convlayer.generic, "solve_batch", lambda *a: original(*a)[::-1]
+                                       if patch.setattr(convlayer.adjoint, "STEPS", 0) is None else None), monkeypatch)
+
+
+def test_the_sign_of_a_maximum_is_caught(monkeypatch):
+    caught(lambda: test_gradient.test_the_value_is_the_users_objective_at_the_users_variables(CASES["concave_quadratic"]),
+           objective_sign, monkeypatch)
+
+
+def test_a_symmetric_parameter_read_from_one_triangle_is_caught(monkeypatch):
+    caught(lambda: test_gradient.test_a_symmetric_parameter_has_a_symmetric_gradient_that_is_right_along_every_symmetric_direction(
+        fresh("spectraplex")), symmetry_lost, monkeypatch, "spectraplex")
+
+
+def test_an_answer_that_is_not_polished_is_caught(monkeypatch):
+    caught(lambda: test_gradient.test_the_recomputed_kkt_residual_vanishes_on_cvxpys_own_cone_program(CASES["every_cone"]),
+           polish_skipped, monkeypatch)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_the_order_of_a_psd_cone_in_scs_is_caught(n, monkeypatch):
+    """Orders one and two are alike in both orders but for the diagonal; three and more differ everywhere."""
+    def plant(patch):
+        patch.setattr(convlayer.solvers.scs, "svec_order", lambda program: np.arange(program.m))
+
+    def law():
+        test_solvers.test_a_solvers_own_point_is_nearly_optimal_in_our_convention_before_any_polish(convlayer.solvers.scs.SCS, n)
+
+    if n == 2:
+        law()
+        with monkeypatch.context() as patch:
+            plant(patch)
+            law()
+        return
+    caught(law, plant, monkeypatch)
+
+
+def test_an_absolute_zero_test_of_a_small_loss_is_caught(monkeypatch):
+    """The incumbent's: a cotangent below a fixed size counts as zero."""
+    original = convlayer.generic.adjoint
+
+    def mutant(zero, x_bar, y_bar):
+        return original(zero, torch.where(x_bar.abs() > 1e-8, x_bar, 0.0), torch.where(y_bar.abs() > 1e-8, y_bar, 0.0))
+
+    caught(lambda: test_gradient.test_a_scaled_loss_scales_the_gradient_exactly(CASES["lasso"], 1e-9),
+           lambda patch: patch.setattr(convlayer.generic, "adjoint", mutant), monkeypatch)
+
+
+def test_a_failed_row_with_a_gradient_of_zero_is_caught(monkeypatch):
+    original = convlayer.generic._parameters_bar
+
+    def mutant(ctx, w, u, value_bar, x, y):
+        return original(ctx, w.nan_to_num(0.0), u.nan_to_num(0.0), value_bar.nan_to_num(0.0), x, y)
+
+    caught(lambda: test_failure.test_a_failed_row_that_the_loss_uses_has_a_gradient_of_nan("nan", "variable", "infeasible"),
+           lambda patch: patch.setattr(convlayer.generic, "_parameters_bar", mutant), monkeypatch)
+
+
+def test_a_failed_row_that_is_called_solved_is_caught(monkeypatch):
+    caught(lambda: test_failure.test_a_row_that_ran_out_of_iterations_is_flagged_or_right("every_cone", {"max_iter": 1}),
+           lambda patch: patch.setattr(convlayer.generic, "_judge", lambda residual, tolerance: torch.zeros_like(residual, dtype=torch.int64)),
+           monkeypatch)
+
+
+def test_a_kink_that_is_not_flagged_is_caught(monkeypatch):
+    caught(test_degenerate.test_a_weakly_active_bound_is_flagged_and_counts_as_inactive,
+           lambda patch: patch.setattr(convlayer.adjoint, "MARGIN", 0.0), monkeypatch)
+
+
+def test_a_flag_on_what_is_harmless_is_caught(monkeypatch):
+    caught(test_degenerate.test_redundant_equalities_without_parameters_are_harmless,
+           lambda patch: patch.setattr(convlayer.kkt, "_harmful", lambda primal, *rest: torch.ones(len(primal), dtype=torch.bool)),
+           monkeypatch)
+
+
+def test_a_recovery_in_the_wrong_order_is_caught(monkeypatch):
+    original = convlayer.canon._recovery
+
+    def mutant(variable, *arguments):
+        recovery = original(variable, *arguments)
+        return type(recovery)(recovery.shape, recovery.dual, recovery.position.flip(0), recovery.coefficient, recovery.exp)
+
+    caught(lambda: test_canon.test_variables_and_duals_are_recovered_as_cvxpy_does(fresh("least_norm")),
+           lambda patch: patch.setattr(convlayer.canon, "_recovery", mutant), monkeypatch, "least_norm")
+
+
+def test_a_constraint_that_is_dropped_is_caught(monkeypatch):
+    """An accelerated peer drops x >= 0 without a word: the problem handed on is not the user's."""
+    def plant(patch):
+        original = convlayer.canon.canonicalise
+
+        def mutant(problem, *arguments, **named):
+            return original(cp.Problem(problem.objective, problem.constraints[:-1]), *arguments, **named)
+
+        patch.setattr(convlayer.layer, "canonicalise", mutant)
+
+    caught(lambda: test_gradient.test_variables_duals_and_value_are_those_of_cvxpys_own_solve(fresh("matrix_shapes")),
+           plant, monkeypatch, "matrix_shapes")
