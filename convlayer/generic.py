@@ -43,6 +43,7 @@ class Call:
     residual: Tensor = field(init=False)
     degenerate: Tensor = field(init=False)
     iterate: tuple[Tensor, Tensor, Tensor] = field(init=False)
+    blank: Tensor = field(init=False)  # (B,) rows without any iterate
     on_degenerate: Any = None  # called at backward with the rows that are differentiated by rule
 
 
@@ -76,8 +77,10 @@ class Solve(torch.autograd.Function):
         value = _objective(Operators(data, dense=False), x, values["d"])
         ctx.call, ctx.data, ctx.pieces = call, data, pieces
         ctx.sizes = [len(theta) for theta in thetas]
-        # A failed row's iterate may hold anything; its zero cotangents must stay zeros.
-        ctx.save_for_backward(x.nan_to_num(0.0, 0.0, 0.0), y.nan_to_num(0.0, 0.0, 0.0), *thetas)
+        # A failed row's iterate may hold anything; behind the outputs its zero cotangents must stay zeros.
+        call.blank |= ~(torch.isfinite(x).all(1) & torch.isfinite(y).all(1) & torch.isfinite(value))
+        x[call.blank], y[call.blank], value[call.blank] = 0.0, 0.0, 0.0
+        ctx.save_for_backward(x, y, *thetas)
         # Detached: an output held here would hold its own graph, and neither would ever be freed.
         call.iterate = (x.detach(), s, y.detach())
         return x, y, value
@@ -156,46 +159,78 @@ def _solve(call: Call, data: Data, d: Tensor, batch: int) -> tuple[Tensor, Tenso
     call.iterations = torch.zeros(batch, dtype=torch.int64)
     call.residual = torch.full((batch,), torch.nan, dtype=torch.float64)
     call.degenerate = torch.zeros(batch, dtype=torch.bool)
+    call.blank = torch.ones(batch, dtype=torch.bool)
+    call.blank[good] = False
     if not len(good):
         return x, s, y, []
 
     chosen = data if len(good) == batch else data.rows(good)
     scaled, scaling = normalise(chosen.widen(len(good)))
-    iterates = solve_batch(
-        call.solver, scaled, call.tolerance, call.options, _start(call, scaling, good), call.executor
-    )
-    x_s, s_s, y_s = (
-        torch.from_numpy(np.array([getattr(it, name) for it in iterates], dtype=np.float64).reshape(len(good), -1))
-        for name in ("x", "s", "y")
-    )
-    status = torch.tensor([int(it.status) for it in iterates])
-    call.iterations[good] = torch.tensor([it.iterations for it in iterates])
-    usable = torch.isfinite(x_s).all(1) & torch.isfinite(s_s).all(1) & torch.isfinite(y_s).all(1)
-    status[~usable & (status < Status.INFEASIBLE)] = int(Status.NOT_CONVERGED)
-    status = _certified(scaled, status, x_s, s_s, y_s)
+    found = _Found(x, s, y, [])
+    everyone = torch.arange(len(good))
+    _attempt(call, scaled, scaling, good, everyone, call.tolerance, _start(call, scaling, good), found)
+    if call.solver.finest is not None:
+        # What the polish could not settle may need a sharper start: a face is not told from its neighbours yet.
+        again = everyone[(call.status[good] == Status.INACCURATE) | (call.status[good] == Status.NOT_CONVERGED)]
+        if len(again):
+            _attempt(call, scaled, scaling, good, again, call.solver.finest, None, found)
+    return found.x, found.s, found.y, found.pieces
 
-    pieces = []
-    x[good], s[good], y[good] = scaling.leave(x_s, s_s, y_s)
+
+@dataclass(eq=False)
+class _Found:
+    """What the attempts have found so far, in the original units, all rows; a later piece overrides an earlier one."""
+
+    x: Tensor
+    s: Tensor
+    y: Tensor
+    pieces: list[Piece]
+
+
+def _attempt(
+    call: Call,
+    data: Data,  # normalised, the rows `good` of the batch
+    scaling: Scaling,
+    good: Tensor,
+    chosen: Tensor,  # which of them to solve
+    tolerance: float,
+    start: list[Iterate] | None,
+    found: _Found,
+) -> None:
+    """Solve, check certificates, polish, judge."""
+    whole = len(chosen) == len(good)
+    data, scaling, rows = (data, scaling, good) if whole else (data.rows(chosen), scaling.rows(chosen), good[chosen])
+    iterates = solve_batch(call.solver, data, tolerance, call.options, start, call.executor)
+    point = [
+        torch.from_numpy(np.array([getattr(it, name) for it in iterates], dtype=np.float64).reshape(len(rows), -1))
+        for name in ("x", "s", "y")
+    ]
+    usable = torch.isfinite(torch.cat(point, 1)).all(1)
+    status = torch.tensor([int(it.status) for it in iterates])
+    status[~usable & (status < Status.INFEASIBLE)] = int(Status.NOT_CONVERGED)
+    status = _certified(data, status, *point)
+    call.iterations[rows] += torch.tensor([it.iterations for it in iterates])
+    found.x[rows], found.s[rows], found.y[rows] = scaling.leave(*point)
+
     refine = torch.nonzero(usable & (status != Status.INFEASIBLE) & (status != Status.UNBOUNDED)).flatten()
-    dense = prefers_dense(program)
-    for part in refine.split(_rows_at_once(program, dense)) if len(refine) else ():
-        everything = len(part) == batch
-        rows = good[part]
-        piece_data, piece_scaling = (scaled, scaling) if everything else (scaled.rows(part), scaling.rows(part))
-        point = (x_s, s_s, y_s) if everything else (x_s[part], s_s[part], y_s[part])
-        piece_data, inner = recentre(piece_data, piece_scaling, point[0], point[2])
-        start = inner.enter(*piece_scaling.leave(*point))
-        zero = polish(Operators(piece_data, dense), *start, call.canonical.visible, inner.c)
+    dense = prefers_dense(data.program)
+    for part in refine.split(_rows_at_once(data.program, dense)) if len(refine) else ():
+        everything = len(part) == len(rows)
+        piece_data, piece_scaling = (data, scaling) if everything else (data.rows(part), scaling.rows(part))
+        piece_point = point if everything else [values[part] for values in point]
+        piece_data, inner = recentre(piece_data, piece_scaling, piece_point[0], piece_point[2])
+        started = inner.enter(*piece_scaling.leave(*piece_point))
+        zero = polish(Operators(piece_data, dense), *started, call.canonical.visible, inner.c)
         status[part] = _judge(zero.residual, call.tolerance)
         if inner.unbounded is not None:
             # A bound that was taken for infinite and is active after all: this is not the solution.
             status[part[(inner.unbounded & (zero.y > 0)).any(1)]] = int(Status.NOT_CONVERGED)
-        call.residual[rows], call.degenerate[rows] = zero.residual, zero.degenerate
-        x[rows], s[rows], y[rows] = inner.leave(zero.x, zero.s, zero.y)
+        where = rows[part]
+        call.residual[where], call.degenerate[where] = zero.residual, zero.degenerate
+        found.x[where], found.s[where], found.y[where] = inner.leave(zero.x, zero.s, zero.y)
         if call.differentiable:
-            pieces.append(Piece(rows, zero, inner))
-    call.status[good] = status
-    return x, s, y, pieces
+            found.pieces.append(Piece(where, zero, inner))
+    call.status[rows] = status
 
 
 def _certified(data: Data, status: Tensor, x: Tensor, s: Tensor, y: Tensor) -> Tensor:

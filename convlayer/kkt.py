@@ -32,7 +32,11 @@ SPARSE_SHIFT = 1e-7  # without pivoting it must exceed the square root of the ro
 SUSPECT = 1e-9  # a pivot below this may be the sign of a null vector
 NULL = 1e-12  # |K z| below this share of |z| (times the size) makes z one
 REFINEMENTS = 6
-CERTIFIED = 1e-10  # relative residual that a solve must reach, or the row is flagged
+CERTIFIED = 1e-10  # relative residual that a solve must reach, or the row is flagged;
+BACKWARD, GROWTH = (
+    1e-13,
+    1e12,
+)  # or this share of the solution, provided that the solution is not larger than the right-hand side by GROWTH
 DENSE_RATE, DENSE_CALL = 5e9, 1e-5  # flops a second of batched LU, and seconds a row beside them; measured
 SPARSE_RATE, SPARSE_CALL = 1e9, 4e-5  # the same of sparse LDL'
 
@@ -137,7 +141,7 @@ class DenseSystem:
             solution, error = torch.where(better, trial, solution), torch.where(better, trial_error, error)
             if not bool((better & (after < 0.5 * before) & (after > 1e-15 * goal)).any()):
                 break
-        self.singular |= (error.abs().amax(1, keepdim=True) > CERTIFIED * goal).flatten()
+        self.singular |= ~_certified(error.abs().amax(1), solution.abs().amax(1), goal.squeeze(1)).squeeze(1)
         return solution
 
     def _product(self, x: Tensor) -> Tensor:
@@ -185,6 +189,12 @@ class DenseSystem:
         if not len(self.suspects):
             return vector
         return vector.index_copy(0, self.suspects, self.projector(vector[self.suspects], power))
+
+
+def _certified(error: Tensor, solution: Tensor, right: Tensor) -> Tensor:
+    """Whether a solve of the equilibrated system is good: by its residual, or by backward stability where K is ill-conditioned."""
+    stable = (error <= BACKWARD * solution) & (solution <= GROWTH * right)
+    return (error <= CERTIFIED * right) | stable
 
 
 def _harmful(primal: Tensor, dual: Tensor, visible: Visible) -> Tensor:
@@ -268,8 +278,10 @@ class SparseSystem:
             solution, error = torch.where(better, trial, solution), torch.where(better, trial_error, error)
             if not bool((after < 0.9 * before).any()):
                 break
-        size = error.abs().amax(0) if len(right) else goal
-        return solution, ~(size <= max(CERTIFIED, accuracy) * goal) | self.broken
+        if not len(right):
+            return solution, self.broken
+        size = error.abs().amax(0)
+        return solution, ~((size <= accuracy * goal) | _certified(size, solution.abs().amax(0), goal)) | self.broken
 
     def _pivoted(self, rows: Tensor, a: Tensor, c: Tensor, w: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
         """Rows for which LDL' without pivoting is not accurate enough: dense LU, if that fits; otherwise flagged."""

@@ -170,11 +170,8 @@ class ConvexLayer(torch.nn.Module):
                 self._canonical.objective(value)
             ]
             if failed is not None:
-                fill = self.on_failure == "nan"
-                outputs = [
-                    _Guard.apply(output, failed, fill or (call.bad if bool(call.bad.any()) else False))
-                    for output in outputs
-                ]
+                fill = failed if self.on_failure == "nan" else call.blank
+                outputs = [_Guard.apply(output, failed, fill) for output in outputs]
             *variables, objective = (
                 output.to(device, dtype).reshape((*batch, *output.shape[1:])) for output in outputs
             )
@@ -239,6 +236,8 @@ class ConvexLayer(torch.nn.Module):
             raise ValueError(
                 f"Solver {self._solver.name} cannot start from a previous solution; use solver='scs', or leave warm_start out."
             )
+        if not isinstance(warm_start, Solution):
+            raise TypeError(f"warm_start must be a Solution that this layer returned; got {type(warm_start).__name__}.")
         if tuple(warm_start.status.shape) != batch:
             raise ValueError(
                 f"warm_start has batch shape {tuple(warm_start.status.shape)}; the parameters have {batch}."
@@ -278,11 +277,10 @@ class _Guard(torch.autograd.Function):
     """Failed rows of an output: NaN where `fill`; their cotangent is NaN where the loss uses them and zero where it does not."""
 
     @staticmethod
-    def forward(ctx, output: Tensor, failed: Tensor, fill: bool | Tensor):
+    def forward(ctx, output: Tensor, failed: Tensor, fill: Tensor):
         ctx.failed = failed
         output = output.clone()
-        if fill is not False:
-            output[failed if fill is True else fill] = torch.nan
+        output[fill] = torch.nan
         return output
 
     @staticmethod

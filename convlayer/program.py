@@ -78,11 +78,9 @@ class Program:
         return rows
 
     @cached_property
-    def singletons(self) -> Tensor:
-        """(nnz(A),) entries that are alone in their row, of an elementwise cone."""
-        alone = np.bincount(self.A_rows, minlength=self.m) == 1
-        elementwise = np.bincount(self.scale_group.numpy(), minlength=self.m)[self.scale_group.numpy()] == 1
-        return torch.from_numpy((alone & elementwise)[self.A_rows])
+    def elementwise(self) -> Tensor:
+        """(m,) rows of zero and nonnegative cones."""
+        return torch.bincount(self.scale_group, minlength=self.m)[self.scale_group] == 1
 
     @property
     def nnz(self) -> int:

@@ -112,7 +112,8 @@ def _equilibrate(data: Data, P: Tensor, group: Tensor) -> tuple[Tensor | None, T
 
     e = _reciprocal(row_sizes(A))
     # A row with one entry, a bound, takes any scale: it says nothing about its column's.
-    joint = torch.where(program.singletons, 0.0, A)
+    entries = A.new_zeros(len(A), program.m).index_add_(1, index["A_rows"], (A > 0).to(A.dtype))
+    joint = torch.where(((entries == 1) & program.elementwise)[:, index["A_rows"]], 0.0, A)
     columns = column_sizes(joint * e[:, index["A_rows"]], P[:, :0])
     if not columns.shape[1] or bool(
         (_largest(columns) <= BALANCED * torch.where(columns > 0, columns, torch.inf).amin(1, keepdim=True)).all()
@@ -136,11 +137,13 @@ def rescale(data: Data, rho: Tensor, tau: Tensor) -> Data:
 def recentre(data: Data, scaling: Scaling, x: Tensor, y: Tensor) -> tuple[Data, Scaling]:
     """Units in which a point found in `data`'s units has |x| and |y| near one: there v = y - s tells active from inactive best.
 
-    Where x or y is all but zero, the right-hand side or the objective sets the unit, so that noise does not become of size one.
+    Where x or y is all but zero, the right-hand side or the objective sets the unit, so that noise does not become of size one;
+    where it is absurdly large, it stays so.
     """
-    size = _largest(x).clamp(min=1e-4)
+    size = _largest(x).clamp(1e-4, 1e8)
     rho = 1 / size
-    tau = _reciprocal(torch.stack([_largest(y), _largest(data.q).expand_as(size), _largest(data.P) * size]).amax(0))
+    natural = torch.maximum(_largest(data.q), _largest(data.P) * size)
+    tau = _reciprocal(torch.maximum(_largest(y).clamp(max=1e8), natural))
     return rescale(data, rho, tau), replace(scaling, rho=scaling.rho * rho, tau=scaling.tau * tau)
 
 

@@ -14,6 +14,7 @@ from cvxpy.constraints import PowConeND
 from cvxpy.reductions.solvers.conic_solvers.clarabel_conif import CLARABEL
 from torch import Tensor
 
+
 @dataclass(frozen=True, eq=False)
 class ConeProgram:
     """minimise 1/2 x'Px + q'x subject to Ax + s = b, s in the product of `blocks` (name, size, parameter), all dense."""

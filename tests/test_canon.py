@@ -56,7 +56,7 @@ def test_variables_and_duals_are_recovered_as_cvxpy_does(case):
     declared = case.declare()
     set_values(declared, case.sample(seed=0))
     problem = cp.Problem(declared.problem.objective, declared.problem.constraints)
-    data, chain, inverse = problem.get_problem_data(ThreeDimensionalPowers(), gp=case.gp, solver_opts={})
+    _, chain, inverse = problem.get_problem_data(ThreeDimensionalPowers(), gp=case.gp, solver_opts={})
     canonical = case.shared._canonical
     rng = np.random.default_rng(0)
     x, y = np.abs(rng.standard_normal(canonical.program.n)), rng.standard_normal(canonical.program.m)

@@ -12,7 +12,8 @@ from convlayer import ConvexLayer, GradientWarning, Status
 
 
 def tensor(*values):
-    return torch.tensor(values[0] if len(values) == 1 else values, dtype=torch.float64)
+    """tensor(1.0, 2.0) is a vector, tensor(1.0) a scalar, tensor(array) that array."""
+    return torch.as_tensor(values[0] if len(values) == 1 else values, dtype=torch.float64)
 
 
 def run(problem, parameters, variables, *values, cotangents=None, **options):
@@ -152,7 +153,7 @@ def test_a_duplicated_inequality_whose_multiplier_is_an_output_is_flagged():
 
 def test_an_equality_written_as_two_inequalities():
     """The multipliers' difference is unique, they are not."""
-    a, b, x = cp.Parameter(2, name="a"), cp.Parameter(name="b"), cp.Variable(2, name="x")
+    a, x = cp.Parameter(2, name="a"), cp.Variable(2, name="x")
     problem = cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [cp.sum(x) <= 1, cp.sum(x) >= 1])
     _, (bar,), flagged = run(problem, [a], [x], tensor(0.3, 0.1), cotangents=[tensor(1.0, 0.0)])
     assert not flagged
@@ -330,3 +331,63 @@ def test_without_gradients_nothing_is_warned_about():
     with torch.no_grad():
         solution = layer.solve(tensor([0.0]))
     assert bool(solution.degenerate[0]), "the flag needs no backward pass"
+
+
+# Ties everywhere: data of small whole numbers -----------------------------------------------------------------------------
+
+
+def tied(kind):
+    q, h, G, x = cp.Parameter(3, name="q"), cp.Parameter(4, name="h"), cp.Parameter((4, 3), name="G"), cp.Variable(3, name="x")
+    quadratic, rows = 0.5 * cp.sum_squares(x) + q @ x, [G @ x <= h]
+    objective, constraints = {
+        "quadratic": (quadratic, rows),
+        "linear": (q @ x, [*rows, x <= 3, x >= -3]),
+        "absolute": (quadratic + cp.norm1(x), rows),
+        "norm": (quadratic + cp.norm(x), rows),
+        "largest": (quadratic + cp.norm_inf(x), rows),
+        "equality": (0.5 * cp.sum_squares(x[:2]) + q @ x, [*rows, cp.sum(x) == 1, x >= -2]),
+    }[kind]
+    return ConvexLayer(cp.Problem(cp.Minimize(objective), constraints), [q, h, G], [x], on_failure="keep")
+
+
+@pytest.mark.parametrize("kind", ["quadratic", "linear", "absolute", "norm", "largest", "equality"])
+def test_with_ties_a_gradient_is_the_derivative_or_flagged_and_a_kink_is_always_flagged(kind):
+    """One-sided differences at two steps tell a kink from a smooth point."""
+    rows, layer, rng = 60, tied(kind), np.random.default_rng(0)
+    values = [tensor(rng.integers(low, high, (rows, *shape)).astype(float)) for low, high, shape in
+              ((-2, 3, (3,)), (0, 3, (4,)), (-1, 2, (4, 3)))]
+    inputs = leaves(values)
+    weight = tensor(rng.standard_normal((rows, 3)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        solution = layer.solve(*inputs)
+        solved = solution.status <= Status.INACCURATE
+        base = (solution.variables[0] * weight).sum(1)
+        bars = torch.autograd.grad(base[solved].sum(), inputs)
+        base = base.detach()
+        for k in range(3):
+            moves = [torch.zeros_like(v) for v in values]
+            moves[k] = tensor(rng.standard_normal(tuple(values[k].shape)))
+            moves[k] = moves[k].abs() if k == 1 else moves[k]  # keeps the origin feasible
+            slopes, usable = {}, solved.clone()
+            for step in (1e-3, -1e-3, 1e-4, -1e-4):
+                moved = layer.solve(*(v + step * d for v, d in zip(values, moves, strict=True)))
+                slopes[step] = ((moved.variables[0] * weight).sum(1) - base) / step
+                usable &= moved.status <= Status.INACCURATE
+            got = (bars[k] * moves[k]).reshape(rows, -1).sum(1)
+            unit = 1 + got.abs()
+            fine, coarse = ((slopes[h] - slopes[-h]).abs() for h in (1e-4, 1e-3))
+            kink = usable & (fine > 0.2 * unit) & (coarse > 0.2 * unit)
+            smooth = usable & (fine < 0.02 * unit) & (coarse < 0.1 * unit)
+            wrong = smooth & ((got - (slopes[1e-4] + slopes[-1e-4]) / 2).abs() > 0.02 * unit)
+            assert int(smooth.sum()) >= rows // 10
+            assert not (wrong & ~solution.degenerate).any(), torch.nonzero(wrong & ~solution.degenerate).flatten().tolist()
+            assert not (kink & ~solution.degenerate).any(), torch.nonzero(kink & ~solution.degenerate).flatten().tolist()
+
+
+@pytest.mark.parametrize("slope", [[-1.0, 0.0, 0.0], [-1.0, 1.0, 1.0], [-1.0, 0.5, 0.2]])
+def test_a_kink_at_a_solution_of_zero_is_flagged(slope):
+    """There is no size of x to measure a distance by: rounding must not be taken for a margin."""
+    q, x = cp.Parameter(3, name="q"), cp.Variable(3, name="x")
+    problem = cp.Problem(cp.Minimize(0.5 * cp.sum_squares(x) + q @ x + cp.norm1(x)), [x <= 1])
+    assert run(problem, [q], [x], tensor(*slope))[2]

@@ -124,10 +124,10 @@ def test_a_second_derivative_is_exact_or_refused_and_never_silently_zero(case):
         direction = direction + direction.mT
     try:
         first, = torch.autograd.grad(function(leaf), leaf, create_graph=True)
-        second, = torch.autograd.grad((first * direction).sum(), leaf)
-    except RuntimeError as error:
-        assert "differentiate twice" in str(error) or "once_differentiable" in str(error) or "second" in str(error)
+        second, = torch.autograd.grad((first * direction).sum(), leaf, allow_unused=True)
+    except RuntimeError:
         return
+    assert second is not None, "a graph cut without a word: backward() and functional.hessian take it for zero"
 
     def gradient(value):
         value = value.clone().requires_grad_()

@@ -380,3 +380,27 @@ def test_an_inaccurate_row_is_warned_about_once_and_kept():
         statuses = [layer.solve(*tensors).status for _ in range(2)]
     warned = [w for w in caught if w.category is AccuracyWarning]
     assert len(warned) == int(any((s == Status.INACCURATE).any() for s in statuses))
+
+
+def ill_posed():
+    p, x, X = cp.Parameter(nonneg=True, name="p"), cp.Variable(2, name="x"), cp.Variable((2, 2), symmetric=True, name="X")
+    yield "unbounded, logarithmically", cp.Problem(cp.Minimize(-cp.log(x[0]) + cp.square(x[1] - p))), p, x
+    yield "unbounded, by a square root", cp.Problem(cp.Minimize(-cp.sqrt(x[0]) + cp.square(x[1] - p))), p, x
+    yield "weakly infeasible", cp.Problem(cp.Minimize(p * X[0, 0]), [X >> 0, X[0, 1] == 1, X[1, 1] == 0]), p, X
+    yield ("weakly infeasible cone", cp.Problem(cp.Minimize(p * x[0]), [cp.SOC(x[0] + x[1], cp.hstack([x[0] - x[1], 2.0])), x[1] == 0]),
+           p, x)
+    yield "a duality gap", cp.Problem(cp.Minimize(p * X[0, 1]), [X >> 0, X[0, 0] == 0]), p, X
+    yield "an infimum not attained", cp.Problem(cp.Minimize(p * X[0, 0]), [X >> 0, X[0, 1] == 1]), p, X
+
+
+ILL_POSED = list(ill_posed())
+
+
+@pytest.mark.parametrize("k", range(len(ILL_POSED)), ids=[name for name, *_ in ILL_POSED])
+def test_a_problem_without_a_solution_is_never_called_solved(k):
+    """No primal-dual solution exists: iterates run off to infinity, where a residual relative to their size means nothing."""
+    _, problem, p, variable = ILL_POSED[k]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        solution = ConvexLayer(problem, [p], [variable], on_failure="keep").solve(torch.tensor(1.0, dtype=torch.float64))
+    assert int(solution.status) != Status.SOLVED, f"x = {solution.variables[0].tolist()}"

@@ -126,7 +126,7 @@ def test_a_problem_without_variables_is_refused():
 
 def test_arguments_of_the_wrong_kind_are_named():
     every = [price, alpha, demand]
-    with pytest.raises(TypeError, match="cvxpy.Problem"):
+    with pytest.raises(TypeError, match=r"cvxpy\.Problem"):
         ConvexLayer(GOOD.objective, every, [x])
     refuse(GOOD, price, error=TypeError, words=["`parameters`", "list or tuple"])
     refuse(GOOD, every, x, error=TypeError, words=["`variables`", "list or tuple"])

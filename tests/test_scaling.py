@@ -10,7 +10,7 @@ import torch
 from cases import leaves, relative
 from torch import Tensor
 
-from convlayer import ConvexLayer, Status
+from convlayer import AccuracyWarning, ConvexLayer, Status
 
 FACTORS = (1e-9, 1e-6, 1e-3, 1e3, 1e6, 1e9)
 
@@ -240,7 +240,9 @@ def test_a_huge_bound_changes_nothing(bound, quadratic):
 def test_a_huge_bound_that_is_active_is_obeyed_or_flagged(bound):
     c, upper, x = cp.Parameter(2, name="c"), cp.Parameter(2, name="upper"), cp.Variable(2, name="x")
     layer = ConvexLayer(cp.Problem(cp.Minimize(c @ x), [x <= upper, x >= 0]), [c, upper], [x], on_failure="keep")
-    solution = layer.solve(torch.tensor([-1.0, 1.0], dtype=torch.float64), torch.tensor([bound, 1.0], dtype=torch.float64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AccuracyWarning)
+        solution = layer.solve(torch.tensor([-1.0, 1.0], dtype=torch.float64), torch.tensor([bound, 1.0], dtype=torch.float64))
     if int(solution.status) == Status.SOLVED:
         assert float(solution.variables[0][0]) == pytest.approx(bound, rel=1e-8)
         assert abs(float(solution.variables[0][1])) <= 1e-8 * bound
@@ -283,3 +285,18 @@ def test_conditioned_least_squares_is_that_of_a_pseudo_inverse(condition, tail):
     assert relative(got.detach(), expected.detach()) < reach
     for bar, reference_bar in zip(bars, expected_bars, strict=True):
         assert relative(bar, reference_bar) < max(1e-7, reach)
+
+
+@pytest.mark.parametrize("price", [1e-12, 1e-10, 1e-8, 1e-6, 1e-3, 1e3, 1e6, 1e9])
+def test_a_logarithmic_barrier_at_any_price(price):
+    """min p x - log x has x = 1/p: right to 1e-7, or not called SOLVED."""
+    p, x = cp.Parameter(name="p"), cp.Variable(name="x")
+    layer = ConvexLayer(cp.Problem(cp.Minimize(p * x - cp.log(x))), [p], [x], on_failure="keep")
+    leaf = torch.tensor(price, dtype=torch.float64, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        solution = layer.solve(leaf)
+        bar, = torch.autograd.grad(solution.variables[0], leaf)
+    if int(solution.status) == Status.SOLVED:
+        assert float(solution.variables[0].detach()) * price == pytest.approx(1.0, rel=1e-7)
+        assert float(bar) * price**2 == pytest.approx(-1.0, rel=1e-6) or bool(solution.degenerate)

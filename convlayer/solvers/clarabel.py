@@ -37,6 +37,7 @@ CONES = {
 
 class Clarabel(Solver):
     name: ClassVar[str] = "clarabel"
+    finest: ClassVar[float | None] = 1e-13
 
     def check(self, program: Program, options: Mapping[str, Any]) -> None:
         self._settings(1e-8, options)

@@ -78,6 +78,7 @@ class Solver(ABC):
 
     name: ClassVar[str]
     warm_starts: ClassVar[bool] = False  # whether Task.start is made use of
+    finest: ClassVar[float | None] = None  # a tolerance worth a second attempt where the polish did not settle
 
     @abstractmethod
     def solve(self, task: Task) -> list[Iterate]:
