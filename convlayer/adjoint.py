@@ -39,6 +39,7 @@ class Zero:
     y: Tensor  # (B, m)
     residual: Tensor  # (B,) relative
     spectrum: ProductSpectrum  # of DPi_K* at v = y - s
+    error: Tensor  # (B,) estimated relative error of what the user sees of x: the size of one more Newton step
     degenerate: Tensor  # (B,) weakly active or singular
     visible: Visible
     units: Tensor | None
@@ -113,11 +114,14 @@ def polish(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visib
         elif bool(better.any()):
             rows = rows[better]
             best = _Point.at(operators, best.x.index_copy(0, rows, x[rows]), best.v.index_copy(0, rows, v[rows]))
+    error = torch.zeros(len(x), dtype=x.dtype)
     if factor is not None:
         singular = factor[0].singular
+        dx, _ = _newton(operators, best.spectrum, factor[0], best.F1, best.F2)
+        error = (dx * visible.x).abs().amax(1) / best.x.abs().amax(1).clamp(min=1e-3) if dx.shape[1] else error
     last = factor[0] if factor is not None and _same(factor[1], best) else None
     degenerate = singular | (operators.data.program.cones.margin(best.v) < MARGIN)
-    return Zero(operators, best.x, best.s, best.y, best.size, best.spectrum, degenerate, visible, units, last)
+    return Zero(operators, best.x, best.s, best.y, best.size, best.spectrum, error, degenerate, visible, units, last)
 
 
 def _same(old: _Point, new: _Point) -> bool:

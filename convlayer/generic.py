@@ -23,6 +23,8 @@ from convlayer.solution import Status
 from convlayer.solvers.solver import Iterate, Solver, solve_batch
 
 INACCURATE = 1e-4  # a relative residual above this is no solution
+SENSITIVE = 1e-7  # a relative error of x, estimated by one more Newton step, above this is not called solved
+RUNAWAY = 1e6  # nor is an x that many times the size which the data suggest: it may be on its way to infinity
 CERTIFICATE = 1e-4  # relative error of a certificate of infeasibility or unboundedness, in units where x is of size one
 
 
@@ -221,7 +223,9 @@ def _attempt(
         piece_data, inner = recentre(piece_data, piece_scaling, piece_point[0], piece_point[2])
         started = inner.enter(*piece_scaling.leave(*piece_point))
         zero = polish(Operators(piece_data, dense), *started, call.canonical.visible, inner.c)
-        status[part] = _judge(zero.residual, call.tolerance)
+        status[part] = _judge(zero, call.tolerance)
+        runaway = (piece_point[0].abs() > RUNAWAY).any(1) & (status[part] == Status.SOLVED)
+        status[part[runaway]] = int(Status.INACCURATE)
         if inner.unbounded is not None:
             # A bound that was taken for infinite and is active after all: this is not the solution.
             status[part[(inner.unbounded & (zero.y > 0)).any(1)]] = int(Status.NOT_CONVERGED)
@@ -256,10 +260,14 @@ def _certified(data: Data, status: Tensor, x: Tensor, s: Tensor, y: Tensor) -> T
     return status
 
 
-def _judge(residual: Tensor, tolerance: float) -> Tensor:
-    """What the polished residual says, whatever the solver said: it is the KKT residual of the point in hand."""
-    judged = torch.where(residual <= INACCURATE, int(Status.INACCURATE), int(Status.NOT_CONVERGED))
-    return torch.where(residual <= tolerance, int(Status.SOLVED), judged)
+def _judge(zero: Zero, tolerance: float) -> Tensor:
+    """What the polished residual says, whatever the solver said: it is the KKT residual of the point in hand.
+
+    A problem so ill-conditioned that the residual's rounding moves the solution is not called solved either.
+    """
+    judged = torch.where(zero.residual <= INACCURATE, int(Status.INACCURATE), int(Status.NOT_CONVERGED))
+    solved = (zero.residual <= tolerance) & (zero.error <= max(SENSITIVE, 10 * tolerance))
+    return torch.where(solved, int(Status.SOLVED), judged)
 
 
 def _rows_at_once(program: Program, dense: bool) -> int:

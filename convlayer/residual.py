@@ -140,9 +140,12 @@ def recentre(data: Data, scaling: Scaling, x: Tensor, y: Tensor) -> tuple[Data, 
     Where x or y is all but zero, the right-hand side or the objective sets the unit, so that noise does not become of size one;
     where it is absurdly large, it stays so.
     """
-    size = _largest(x).clamp(1e-4, 1e8)
+    q, P = _largest(data.q), _largest(data.P)
+    # What x would be by the objective alone, if that is less than the right-hand side's 1.
+    least = torch.where((q > 0) & (P > 0), (q / P.clamp(min=torch.finfo(P.dtype).tiny)).clamp(1e-6, 1.0), 1e-2)
+    size = torch.maximum(_largest(x).clamp(max=1e8), least)
     rho = 1 / size
-    natural = torch.maximum(_largest(data.q), _largest(data.P) * size)
+    natural = torch.maximum(q, P * size)
     tau = _reciprocal(torch.maximum(_largest(y).clamp(max=1e8), natural))
     return rescale(data, rho, tau), replace(scaling, rho=scaling.rho * rho, tau=scaling.tau * tau)
 
