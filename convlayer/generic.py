@@ -5,8 +5,9 @@ Everything here is float64 on the host. Rows that failed are left out of all bat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,24 @@ from convlayer.solvers.solver import Iterate, Solver, solve_batch
 INACCURATE = 1e-4  # a relative residual above this is no solution
 SENSITIVE = 3e-8  # a relative error of x, estimated by one more Newton step, above this is not called solved
 RUNAWAY = 1e6  # nor is an x that many times the size which the data suggest: it may be on its way to infinity
+SHARED_WORK = 5e8  # cubed unknowns of dense systems, over the batch, from which more than one torch thread pays
 CERTIFICATE = 1e-4  # relative error of a certificate of infeasibility or unboundedness, in units where x is of size one
+
+
+@contextmanager
+def _threads_for(program: Program, batch: int) -> Iterator[None]:
+    """One torch thread for work that is too small to share: where other processes hold the cores, waiting for a second thread
+    at every small operation costs a hundred times the operation."""
+    before = torch.get_num_threads()
+    size = program.n + min(program.m, program.n)
+    alone = before > 1 and not (prefers_dense(program) and batch * size**3 > SHARED_WORK)
+    if alone:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if alone:
+            torch.set_num_threads(before)
 
 
 @dataclass(eq=False)
@@ -72,8 +90,13 @@ class Solve(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, call: Call, *thetas: Tensor):
-        values = evaluate(call.canonical, [theta.detach().numpy() for theta in thetas])
         batch = len(call.bad)
+        with _threads_for(call.canonical.program, batch):
+            return Solve._forward(ctx, call, batch, thetas)
+
+    @staticmethod
+    def _forward(ctx, call: Call, batch: int, thetas: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        values = evaluate(call.canonical, [theta.detach().numpy() for theta in thetas])
         data = Data(call.canonical.program, values["P"], values["q"], values["A"], values["b"])
         x, s, y, pieces = _solve(call, data, values["d"], batch)
         value = _objective(Operators(data, dense=False), x, values["d"])
@@ -90,7 +113,7 @@ class Solve(torch.autograd.Function):
     @staticmethod
     def backward(ctx, x_bar: Tensor, y_bar: Tensor, value_bar: Tensor):
         x, y, *thetas = ctx.saved_tensors
-        with torch.no_grad():
+        with torch.no_grad(), _threads_for(ctx.call.canonical.program, len(x)):
             bars = Solve._adjoint(ctx, x_bar, y_bar, value_bar, x, y)
         if torch.is_grad_enabled():
             # create_graph=True: a second derivative through here would come out as silent zeros.
