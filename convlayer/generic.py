@@ -25,7 +25,8 @@ from convlayer.solvers.solver import Iterate, Solver, solve_batch
 
 INACCURATE = 1e-4  # a relative residual above this is no solution
 SENSITIVE = 3e-8  # a relative error of x, estimated by one more Newton step, above this is not called solved
-RUNAWAY = 1e6  # nor is an x that many times the size which the data suggest: it may be on its way to infinity
+MEANINGLESS = 1e-2  # above this it is no solution at all
+RUNAWAY = 1e6  # nor is an x that many times the size which the data suggest solved: it may be on its way to infinity
 SHARED_WORK = 5e8  # cubed unknowns of dense systems, over the batch, from which more than one torch thread pays
 CERTIFICATE = 1e-4  # relative error of a certificate of infeasibility or unboundedness, in units where x is of size one
 
@@ -247,8 +248,9 @@ def _attempt(
         started = inner.enter(*piece_scaling.leave(*piece_point))
         zero = polish(Operators(piece_data, dense), *started, call.canonical.visible, inner.c)
         status[part] = _judge(zero, call.tolerance)
-        runaway = (piece_point[0].abs() > RUNAWAY).any(1) & (status[part] == Status.SOLVED)
-        status[part[runaway]] = int(Status.INACCURATE)
+        for bound, verdict in ((RUNAWAY, Status.INACCURATE), (RUNAWAY**1.5, Status.NOT_CONVERGED)):
+            runaway = (piece_point[0].abs() > bound).any(1) & (status[part] < verdict)
+            status[part[runaway]] = int(verdict)
         if inner.unbounded is not None:
             # A bound that was taken for infinite and is active after all: this is not the solution.
             status[part[(inner.unbounded & (zero.y > 0)).any(1)]] = int(Status.NOT_CONVERGED)
@@ -292,7 +294,8 @@ def _judge(zero: Zero, tolerance: float) -> Tensor:
     """
     judged = torch.where(zero.residual <= INACCURATE, int(Status.INACCURATE), int(Status.NOT_CONVERGED))
     solved = (zero.residual <= tolerance) & (zero.error <= max(SENSITIVE, 10 * tolerance))
-    return torch.where(solved, int(Status.SOLVED), judged)
+    judged = torch.where(solved, int(Status.SOLVED), judged)
+    return torch.where(zero.error <= MEANINGLESS, judged, int(Status.NOT_CONVERGED))
 
 
 def _rows_at_once(program: Program, dense: bool) -> int:

@@ -104,10 +104,13 @@ class DenseSystem:
         K[:, n:, :n] = B
         K[:, :n, n:] = B.mT
         K.diagonal(dim1=1, dim2=2)[:, n:] = (d - 1) * dual.square()
+        # A variable that no active row and no quadratic term holds is a null vector by itself: it stays where it is.
+        self.held = largest[:, :n] > 0
+        K.diagonal(dim1=1, dim2=2)[:, :n] += ~self.held
         K.diagonal(dim1=1, dim2=2).add_(self.shift)
         self.K = K
         self.lu, self.pivots, _ = torch.linalg.lu_factor_ex(K)
-        self.singular = torch.zeros(batch, dtype=torch.bool)
+        self.singular = (visible.x & ~self.held).any(1)
         pivots = self.lu.diagonal(dim1=1, dim2=2).abs()
         self.suspects = (
             torch.nonzero(pivots.amin(1) <= SUSPECT).flatten() if size else torch.zeros(0, dtype=torch.int64)
@@ -118,7 +121,7 @@ class DenseSystem:
     def solve(self, a: Tensor, c: Tensor, *, refine: bool = True) -> tuple[Tensor, Tensor]:
         """a (B, n), c (B, m) -> w (B, n), e (B, m); without `refine` to the accuracy of the shifted factor, for Newton."""
         c_active = c if self.active is None else c.gather(1, self.active)
-        right = self._off_null(torch.cat([a, self.root * c_active], 1), -1)
+        right = self._off_null(torch.cat([a * self.held, self.root * c_active], 1), -1)
         scaled = (right * self.scale).unsqueeze(-1)
         solution = torch.linalg.lu_solve(self.lu, self.pivots, scaled)
         if refine and scaled.numel():
@@ -168,7 +171,7 @@ class DenseSystem:
             place = self.active[rows].unsqueeze(-1).expand_as(dual)
             dual = dual.new_zeros(len(rows), self.m, dual.shape[2]).scatter_(1, place, dual)
         dual = self.spectrum.index_select(rows).from_basis(dual, columns=True)
-        self.singular[rows] = _harmful(unit[:, : self.n], dual, visible)
+        self.singular[rows] |= _harmful(unit[:, : self.n], dual, visible)
 
     def _null_vectors(self, rows: Tensor, width: int) -> Tensor:
         """Orthonormal null vectors of K among `width` Ritz vectors of inverse iteration, (rows, size, width); other columns are zero."""
@@ -238,13 +241,16 @@ class SparseSystem:
             largest.scatter_reduce_(0, index.unsqueeze(1).expand(-1, batch), sizes, "amax")
         self.scale = torch.where(largest > 0, largest.rsqrt(), 1.0)
         self.K = values * self.scale[pattern.rows] * self.scale[pattern.columns]
+        # A variable that no active row and no quadratic term holds is a null vector by itself: it stays where it is.
+        self.held = (largest[:n] > 0).mT
+        self.K[pattern.place_diagonal[:n]] += ~self.held.mT
         shifted = self.K.mT.clone(memory_format=torch.contiguous_format)
         shifted[:, pattern.place_diagonal[:n]] += SPARSE_SHIFT
         shifted[:, pattern.place_diagonal[n:]] -= SPARSE_SHIFT
         self.factors = [pattern.factor(row) for row in shifted.numpy()]
         self.broken = torch.tensor([not factor.valid for factor in self.factors])
         weakref.finalize(self, pattern.release, self.factors)
-        self.singular = torch.zeros(batch, dtype=torch.bool)
+        self.singular = (visible.x & ~self.held).any(1)
         self.suspects = torch.zeros(0, dtype=torch.int64)
         # Pivots tell nothing without pivoting; a null vector shows as a solution of size 1 / shift.
         probe = torch.randn(n + m, 1, dtype=d.dtype, generator=torch.Generator().manual_seed(0)).expand(-1, batch)
@@ -255,7 +261,7 @@ class SparseSystem:
 
     def solve(self, a: Tensor, c: Tensor, *, refine: bool = True) -> tuple[Tensor, Tensor]:
         """a (B, n), c (B, m) -> w (B, n), e (B, m); without `refine` to six digits, for Newton."""
-        right = self._off_null(torch.cat([a, self.root * c], 1), -1)
+        right = self._off_null(torch.cat([a * self.held, self.root * c], 1), -1)
         scaled = right.mT * self.scale
         solution, poor = self._refined(scaled, 1e-15 if refine else 1e-6)
         solution = self._off_null((solution * self.scale).mT, 1)
@@ -353,7 +359,7 @@ class SparseSystem:
         dual = self.spectrum.index_select(suspects).from_basis(
             self.root[suspects].unsqueeze(-1) * null[:, self.n :], columns=True
         )
-        self.singular[suspects] = _harmful(null[:, : self.n], dual, visible)
+        self.singular[suspects] |= _harmful(null[:, : self.n], dual, visible)
 
     def _off_null(self, vector: Tensor, power: int) -> Tensor:
         """The part of (B, size) orthogonal to the null spaces found."""

@@ -290,7 +290,7 @@ def test_conditioned_least_squares_is_that_of_a_pseudo_inverse(condition, tail):
 
 @pytest.mark.parametrize("price", [1e-12, 1e-10, 1e-8, 1e-6, 1e-3, 1e3, 1e6, 1e9])
 def test_a_logarithmic_barrier_at_any_price(price):
-    """min p x - log x has x = 1/p: right to 1e-7, or not called SOLVED."""
+    """min p x - log x has x = 1/p: right to 1e-7, or to rounding of the 1 that stands beside x in the cone, or not called SOLVED."""
     p, x = cp.Parameter(name="p"), cp.Variable(name="x")
     layer = ConvexLayer(cp.Problem(cp.Minimize(p * x - cp.log(x))), [p], [x], on_failure="keep")
     leaf = torch.tensor(price, dtype=torch.float64, requires_grad=True)
@@ -299,5 +299,6 @@ def test_a_logarithmic_barrier_at_any_price(price):
         solution = layer.solve(leaf)
         bar, = torch.autograd.grad(solution.variables[0], leaf)
     if int(solution.status) == Status.SOLVED:
-        assert float(solution.variables[0].detach()) * price == pytest.approx(1.0, rel=1e-7)
-        assert float(bar) * price**2 == pytest.approx(-1.0, rel=1e-6) or bool(solution.degenerate)
+        rounding = 1e-15 * price
+        assert float(solution.variables[0].detach()) * price == pytest.approx(1.0, rel=max(1e-7, rounding))
+        assert float(bar) * price**2 == pytest.approx(-1.0, rel=max(1e-6, 10 * rounding)) or bool(solution.degenerate)
