@@ -117,8 +117,9 @@ def polish(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visib
     error = torch.zeros(len(x), dtype=x.dtype)
     if factor is not None:
         singular = factor[0].singular
-        dx, _ = _newton(operators, best.spectrum, factor[0], best.F1, best.F2)
-        error = (dx * visible.x).abs().amax(1) / best.x.abs().amax(1).clamp(min=1e-3) if dx.shape[1] else error
+        if factor[0].stiff:
+            dx, _ = _newton(operators, best.spectrum, factor[0], best.F1, best.F2)
+            error = (dx * visible.x).abs().amax(1) / best.x.abs().amax(1).clamp(min=1e-3)
     last = factor[0] if factor is not None and _same(factor[1], best) else None
     degenerate = singular | (operators.data.program.cones.margin(best.v) < MARGIN)
     return Zero(operators, best.x, best.s, best.y, best.size, best.spectrum, error, degenerate, visible, units, last)

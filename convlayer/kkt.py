@@ -32,6 +32,7 @@ SPARSE_SHIFT = 1e-7  # without pivoting it must exceed the square root of the ro
 SUSPECT = 1e-9  # a pivot below this may be the sign of a null vector
 NULL = 1e-12  # |K z| below this share of |z| (times the size) makes z one
 REFINEMENTS = 6
+STIFF = 1e-5  # a pivot, or the inverse of a probe's growth, below this: solves are checked, and the solution's own error estimated
 CERTIFIED = 1e-10  # relative residual that a solve must reach, or the row is flagged;
 BACKWARD, GROWTH = (
     1e-13,
@@ -115,6 +116,7 @@ class DenseSystem:
         self.suspects = (
             torch.nonzero(pivots.amin(1) <= SUSPECT).flatten() if size else torch.zeros(0, dtype=torch.int64)
         )
+        self.stiff = bool((pivots.amin(1) <= STIFF).any()) if size else False
         if len(self.suspects):
             self._find_null_space(visible, units)
 
@@ -254,7 +256,9 @@ class SparseSystem:
         self.suspects = torch.zeros(0, dtype=torch.int64)
         # Pivots tell nothing without pivoting; a null vector shows as a solution of size 1 / shift.
         probe = torch.randn(n + m, 1, dtype=d.dtype, generator=torch.Generator().manual_seed(0)).expand(-1, batch)
-        grows = self._back_substitute(probe).norm(dim=0) > 1e-2 / SPARSE_SHIFT
+        growth = self._back_substitute(probe).norm(dim=0)
+        grows = growth > 1e-2 / SPARSE_SHIFT
+        self.stiff = not bool((growth < 1 / STIFF).all())
         suspects = torch.nonzero(grows & ~self.broken).flatten()
         if len(suspects):
             self._find_null_space(suspects, visible)
@@ -263,7 +267,10 @@ class SparseSystem:
         """a (B, n), c (B, m) -> w (B, n), e (B, m); without `refine` to six digits, for Newton."""
         right = self._off_null(torch.cat([a * self.held, self.root * c], 1), -1)
         scaled = right.mT * self.scale
-        solution, poor = self._refined(scaled, 1e-15 if refine else 1e-6)
+        if refine or self.stiff:
+            solution, poor = self._refined(scaled, 1e-15 if refine else 1e-6)
+        else:
+            solution, poor = self._back_substitute(scaled), self.broken
         solution = self._off_null((solution * self.scale).mT, 1)
         w, e = solution[:, : self.n], solution[:, self.n :] * self.root
         return self._pivoted(torch.nonzero(poor).flatten(), a, c, w, e) if bool(poor.any()) else (w, e)

@@ -216,12 +216,13 @@ class ConvexLayer(torch.nn.Module):
         bad = torch.zeros(size, dtype=torch.bool)
         details: dict[int, str] = {}
         for value, parameter in zip(values, self._parameters_of_problem, strict=True):
-            finite = torch.isfinite(value.detach()).unsqueeze(-1).flatten(1).all(1)
-            found = (
-                [(~finite, f"Parameter `{parameter.name()}` holds NaN or infinity.")] if not bool(finite.all()) else []
-            )
-            if self.validate:
-                found += [(rows & finite, reason) for rows, reason in domain.violations(parameter, value)]
+            found = list(domain.violations(parameter, value)) if self.validate else []
+            # A finite sum has finite terms: one pass over the values where all is well.
+            if not math.isfinite(value.detach().sum().item()):
+                finite = torch.isfinite(value.detach()).unsqueeze(-1).flatten(1).all(1)
+                found = [(rows & finite, reason) for rows, reason in found]
+                if not bool(finite.all()):
+                    found.insert(0, (~finite, f"Parameter `{parameter.name()}` holds NaN or infinity."))
             for rows, reason in found:
                 rows = rows.cpu().expand(size)
                 bad = bad | rows
