@@ -20,7 +20,9 @@ def kkt_residual(declared: Declared, values: list[np.ndarray], x: np.ndarray, s:
     q, A, b = data["c"], data["A"], data["b"]
     P = data.get("P")
     Px, Ay = (P @ x if P is not None else np.zeros_like(x)), A.T @ y
-    stationarity = _size(Px + q + Ay) / _scale(Px, q, abs(A.T) @ abs(y))
+    # Where every multiplier is zero, so are all these terms, to rounding: the objective's own size keeps noise from noise.
+    natural = np.array([1e-8 * abs(P).max() * np.abs(x).max()]) if P is not None and P.nnz else np.zeros(1)
+    stationarity = _size(Px + q + Ay) / _scale(Px, q, abs(A.T) @ abs(y), natural)
     feasibility = _size(A @ x + s - b) / _scale(abs(A) @ abs(x), s, b)
     complementarity = abs(s @ y) / _scale(np.abs(s) @ np.abs(y), np.linalg.norm(s) * np.linalg.norm(y))
     return max(
