@@ -24,6 +24,13 @@ TARGET = 1e-13  # relative residual at which polish has nothing left to do
 REUSE = 1e-3
 STEPS = 20
 PATIENCE = 4
+STUCK = 1e-9  # rows above this after Newton follow the central path
+PATH, SHRINK, CENTRING, FLOOR = (
+    40,
+    0.1,
+    3,
+    1e-24,
+)  # its steps, the factor of each, Newton steps a step, and the end of kappa
 SETTLED = 1e-11  # below this residual, a step that gains less than a digit was the last
 KINK = 1e-11  # |v| below this counts as weakly active: treated as inactive
 MARGIN = 1e-7  # distance from a kink below which a row is flagged
@@ -69,21 +76,90 @@ class _Point:
         y, s, spectrum = operators.data.program.cones.linearise_dual(v, KINK)
         return cls(x, v, y, s, spectrum, *residual(operators, x, s, y))
 
+    @classmethod
+    def inside(cls, operators: Operators, x: Tensor, s: Tensor, y: Tensor) -> _Point:
+        """With s and y of the inequalities as they are, both positive: D = y / (y + s) there, as on a central path."""
+        program = operators.data.program
+        v = y - s
+        y_edge, s_edge, spectrum = program.cones.linearise_dual(v, KINK)
+        rows = program.inequalities
+        y, s = torch.where(rows, y, y_edge), torch.where(rows, s, s_edge)
+        values = torch.where(rows, y / (y + s), spectrum.values)
+        return cls(x, v, y, s, ProductSpectrum(values, spectrum.bases), *residual(operators, x, s, y))
+
 
 def polish(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visible, units: Tensor | None) -> Zero:
-    """Semismooth Newton on the residual map from (x, y - s), row by row, keeping the best point of each.
+    """The zero of the residual map near a solver's (x, s, y).
 
-    Steps are full and need not descend: while the active set settles the residual may rise. A row gives up after PATIENCE
-    steps without a new best. A factor is kept while its steps still gain REUSE each.
+    Newton's method settles it at once where the active set is right. Rows where it is not follow the central path from the
+    solver's point a little further, and try again.
 
     visible: where a solution or multiplier that is not unique is flagged.
     units:   (B or 1, n) of x, in which norms of null vectors are taken; None for ones.
     """
-    point = best = _Point.at(operators, x, y - s)
+    best, factor = _settle(operators, _Point.at(operators, x, y - s), visible, units)
+    rows = torch.nonzero(best.size > STUCK).flatten()
+    if len(rows) and bool(operators.data.program.inequalities.any()):
+        part, part_units = operators.rows(rows), units if units is None or len(units) == 1 else units[rows]
+        start = _follow(part, x[rows], s[rows], y[rows], visible, part_units)
+        again, _ = _settle(part, start, visible, part_units)
+        won = again.size < best.size[rows]
+        if bool(won.any()):
+            rows = rows[won]
+            x, v = best.x.index_copy(0, rows, again.x[won]), best.v.index_copy(0, rows, again.v[won])
+            best, factor = _Point.at(operators, x, v), None
+    if factor is None and bool((best.size > TARGET).any()):
+        factor = factorise(operators, best.spectrum, visible, units), best
+    singular, error = torch.zeros(len(x), dtype=torch.bool), torch.zeros(len(x), dtype=x.dtype)
+    if factor is not None:
+        singular = factor[0].singular
+        if factor[0].stiff:
+            dx, _ = _newton(operators, best.spectrum, factor[0], best.F1, best.F2)
+            error = (dx * visible.x).abs().amax(1) / best.x.abs().amax(1).clamp(min=1e-3)
+    last = factor[0] if factor is not None and _same(factor[1], best) else None
+    degenerate = singular | (operators.data.program.cones.margin(best.v) < MARGIN)
+    return Zero(operators, best.x, best.s, best.y, best.size, best.spectrum, error, degenerate, visible, units, last)
+
+
+def _follow(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visible, units: Tensor | None) -> _Point:
+    """Primal-dual interior-point steps from a solver's point, towards y s = 0 for every inequality.
+
+    Newton on F and on y s = target, the target a share of what it is now for each inequality:
+        s dy + y ds = r,   so   dy = D dv + r/(y + s),   ds = (D - I) dv + r/(y + s),   D = y/(y + s).
+    """
+    rows = operators.data.program.inequalities
+    y, s = (torch.where(rows, part.clamp(min=FLOOR), part) for part in (y, s))
+    point = _Point.inside(operators, x, s, y)
+    for _ in range(PATH):
+        product = torch.where(rows, point.y * point.s, 0.0)
+        if bool((product.amax(1) <= FLOOR).all()):
+            break
+        share = torch.where(rows, (SHRINK - 1) * product / torch.where(rows, point.y + point.s, 1.0), 0.0)
+        system = factorise(operators, point.spectrum, visible, units)
+        dx, dv = _newton(operators, point.spectrum, system, point.F1 + operators.At(share), point.F2 + share)
+        dy = point.spectrum.from_basis(point.spectrum.values * point.spectrum.to_basis(dv)) + share
+        ds = dy - dv
+        # As far as 0.99 of the way to the boundary; a row whose step is no number stays where it is.
+        ratio = torch.maximum(torch.where(rows, -dy / point.y, 0.0), torch.where(rows, -ds / point.s, 0.0)).amax(1)
+        length = (0.99 / ratio.clamp(min=0.99)).nan_to_num(0.0).unsqueeze(1)
+        dx, dy, ds = (step.nan_to_num(0.0) * length for step in (dx, dy, ds))
+        point = _Point.inside(operators, point.x + dx, point.s + ds, point.y + dy)
+    return _Point.at(operators, point.x, point.v)
+
+
+def _settle(
+    operators: Operators, point: _Point, visible: Visible, units: Tensor | None
+) -> tuple[_Point, tuple[DenseSystem | SparseSystem, _Point] | None]:
+    """Semismooth Newton, row by row: (the best point of each row, the last factor of all rows and where it was made).
+
+    Steps are full and need not descend: while the active set settles the residual may rise. A row gives up after PATIENCE
+    steps without a new best. A factor is kept while its steps still gain REUSE each.
+    """
+    best = point
     x, v = point.x, point.v
     patience = torch.full((len(x),), PATIENCE)
     factor: tuple[DenseSystem | SparseSystem, _Point] | None = None  # of all rows, and where
-    singular, gains = torch.zeros(len(x), dtype=torch.bool), False
+    gains = False
     for _ in range(STEPS):
         rows = torch.nonzero((best.size > TARGET) & (patience > 0)).flatten()
         if not len(rows):
@@ -114,15 +190,7 @@ def polish(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visib
         elif bool(better.any()):
             rows = rows[better]
             best = _Point.at(operators, best.x.index_copy(0, rows, x[rows]), best.v.index_copy(0, rows, v[rows]))
-    error = torch.zeros(len(x), dtype=x.dtype)
-    if factor is not None:
-        singular = factor[0].singular
-        if factor[0].stiff:
-            dx, _ = _newton(operators, best.spectrum, factor[0], best.F1, best.F2)
-            error = (dx * visible.x).abs().amax(1) / best.x.abs().amax(1).clamp(min=1e-3)
-    last = factor[0] if factor is not None and _same(factor[1], best) else None
-    degenerate = singular | (operators.data.program.cones.margin(best.v) < MARGIN)
-    return Zero(operators, best.x, best.s, best.y, best.size, best.spectrum, error, degenerate, visible, units, last)
+    return best, factor
 
 
 def _same(old: _Point, new: _Point) -> bool:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import FIVE_POINT, close, leaves
 
+import convlayer.adjoint
 from convlayer import ConvexLayer, GradientWarning, Status
 
 
@@ -391,3 +392,23 @@ def test_a_kink_at_a_solution_of_zero_is_flagged(slope):
     q, x = cp.Parameter(3, name="q"), cp.Variable(3, name="x")
     problem = cp.Problem(cp.Minimize(0.5 * cp.sum_squares(x) + q @ x + cp.norm1(x)), [x <= 1])
     assert run(problem, [q], [x], tensor(*slope))[2]
+
+
+# Active sets that an interior point does not tell ----------------------------------------------------------------------------
+
+
+def test_an_active_set_that_newton_cannot_settle_is_settled_by_the_central_path(monkeypatch):
+    """A thousand bounds and rows, some all but weakly active: the polish takes the interior-point steps that are missing."""
+    generator = torch.Generator().manual_seed(0)
+    n, band = 300, 5
+    A = sum(np.diag(torch.randn(n - k, generator=generator, dtype=torch.float64).numpy(), k) for k in range(band))
+    q, b, x = cp.Parameter(n, name="q"), cp.Parameter(n, name="b"), cp.Variable(n, name="x")
+    problem = cp.Problem(cp.Minimize(0.5 * cp.sum_squares(x) + q @ x), [A @ x <= b, x >= -1, x <= 1])
+    layer = ConvexLayer(problem, [q, b], [x], solver_args={"max_iter": 5}, on_failure="keep")
+    values = torch.randn(8, n, generator=generator, dtype=torch.float64), torch.rand(8, n, generator=generator, dtype=torch.float64) / 2
+    with monkeypatch.context() as patch:
+        patch.setattr(convlayer.adjoint, "PATH", 0)
+        assert (layer.solve(*values).status != Status.SOLVED).any(), "the case is too easy"
+    solution = layer.solve(*values)
+    assert (solution.status == Status.SOLVED).all()
+    assert float(solution.residual.max()) < 1e-10

@@ -11,6 +11,7 @@ import pytest
 import torch
 from cases import CASES, close, leaves, relative, weights
 
+import convlayer.adjoint
 from convlayer import AccuracyWarning, ConvexLayer, Iterate, ParameterError, Solver, SolverError, Status
 from convlayer.solvers.clarabel import Clarabel
 
@@ -357,10 +358,17 @@ def test_a_row_that_ran_out_of_iterations_is_flagged_or_right(name, options):
         else:
             assert status in (Status.NOT_CONVERGED, Status.INACCURATE)
             assert float(solution.residual[row]) > 1e-8
-    if options["max_iter"] == 1 and name == "every_cone":
-        assert (solution.status == Status.NOT_CONVERGED).any()
-        with pytest.raises(SolverError, match="NOT_CONVERGED"):
-            case.layer(solver_args=options)(*tensors)
+
+
+def test_a_row_that_neither_solver_nor_polish_settles_is_named(monkeypatch):
+    monkeypatch.setattr(convlayer.adjoint, "PATH", 0)
+    case = CASES["every_cone"]
+    tensors, options = case.sample(6, seed=0), {"max_iter": 1}
+    solution = case.layer(solver_args=options, on_failure="keep").solve(*tensors)
+    assert (solution.status == Status.NOT_CONVERGED).any()
+    assert (solution.residual[solution.status == Status.NOT_CONVERGED] > 1e-8).all()
+    with pytest.raises(SolverError, match="NOT_CONVERGED"):
+        case.layer(solver_args=options)(*tensors)
 
 
 def test_keep_returns_the_last_iterate_of_a_row_that_did_not_converge():
