@@ -117,7 +117,7 @@ def polish(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visib
             dx, _ = _newton(operators, best.spectrum, factor[0], best.F1, best.F2)
             error = (dx * visible.x).abs().amax(1) / best.x.abs().amax(1).clamp(min=1e-3)
     last = factor[0] if factor is not None and _same(factor[1], best) else None
-    degenerate = singular | (operators.data.program.cones.margin(best.v) < MARGIN)
+    degenerate = singular | (operators.data.program.cones.margin(best.v, best.s) < MARGIN)
     return Zero(operators, best.x, best.s, best.y, best.size, best.spectrum, error, degenerate, visible, units, last)
 
 

@@ -144,7 +144,7 @@ def test_the_derivative_agrees_with_differences(cone: Cone) -> None:
     v = torch.cat((points(cone), near_kinks(cone)))
     direction = torch.randn_like(v)
     direction /= direction.norm(dim=-1, keepdim=True)
-    reach = torch.minimum(cone.margin(v), 1e-2 * v.norm(dim=-1)).unsqueeze(-1)
+    reach = torch.minimum(cone.margin(v, cone.project(v)), 1e-2 * v.norm(dim=-1)).unsqueeze(-1)
     wide = difference(cone, v, direction, reach / 20)
     narrow = difference(cone, v, direction, reach / 40)
     # where the second derivative is unbounded (next to an edge, or to z = 0 of a power cone) differences at two steps
@@ -193,20 +193,21 @@ def test_the_projection_is_positively_homogeneous(cone: Cone, scale: float) -> N
     size = v.norm(dim=-1, keepdim=True)
     assert ((scaled / scale - p) / size).abs().amax() < 1e-13
     assert (dense(scaled_spectrum) - dense(spectrum)).abs().amax((-1, -2)).quantile(0.99) < 1e-8
-    assert torch.allclose(cone.margin(scale * v) / scale, cone.margin(v), rtol=1e-6, atol=1e-13 * float(size.max()))
+    scaled = cone.margin(scale * v, cone.project(scale * v)) / scale
+    assert torch.allclose(scaled, cone.margin(v, cone.project(v)), rtol=1e-6, atol=1e-13 * float(size.max()))
 
 
 @every_cone
 def test_a_batch_equals_a_loop(cone: Cone) -> None:
     v = points(cone, 24)
     p, spectrum = cone.linearise(v.view(2, 3, 4, cone.size))
-    margin = cone.margin(v)
+    margin = cone.margin(v, cone.project(v))
     for row, point in enumerate(v):
         q, alone = cone.linearise(point)
         assert q.shape == (cone.size,)
         assert torch.allclose(p.view(24, -1)[row], q, rtol=1e-13, atol=1e-13)
         assert torch.allclose(row_of(spectrum, row, cone.size), dense(alone), rtol=1e-9, atol=1e-9)
-        assert torch.allclose(margin[row], cone.margin(point), rtol=1e-9)
+        assert torch.allclose(margin[row], cone.margin(point, cone.project(point)), rtol=1e-9)
     empty, spectrum = cone.linearise(v[:0])
     assert empty.shape == spectrum.values.shape == (0, cone.size)
 
@@ -239,7 +240,7 @@ def test_a_block_that_is_not_finite_leaves_the_others_untouched(cone: Cone, pois
 def test_the_margin_is_zero_on_a_kink_and_the_derivative_constant_in_rank_within_it(cone: Cone) -> None:
     """Inside half the margin the number of free directions, those of value 1, does not change."""
     v = points(cone, 1000)
-    margin = cone.margin(v)
+    margin = cone.margin(v, cone.project(v))
     assert (margin >= 0).all()
     rank = (cone.linearise(v)[1].values == 1).sum(-1)
     for _ in range(4):
@@ -392,8 +393,8 @@ def test_a_product_equals_its_parts(product: Product, batch: tuple[int, ...]) ->
         assert torch.allclose(s[..., rows], slack, rtol=1e-12, atol=1e-13)
         matrix = torch.eye(part.shape[-1], dtype=v.dtype) - dense(own)
         assert torch.allclose(derivative[..., rows, :], matrix @ x[..., rows, :], atol=1e-9)
-        margin = torch.minimum(margin, cone.margin(-part))
-    assert torch.allclose(product.margin(v), margin)
+        margin = torch.minimum(margin, cone.margin(-part, cone.project(-part)))
+    assert torch.allclose(product.margin(v, product.project(-v)), margin)
     assert torch.allclose(y, product.project_dual(v))
 
 

@@ -45,8 +45,8 @@ class Cone(ABC):
         """The projection of v and its derivative there."""
 
     @abstractmethod
-    def margin(self, v: Tensor) -> Tensor:
-        """The distance from v to the nearest kink of the projection, (*batch,); infinite where there is none."""
+    def margin(self, v: Tensor, p: Tensor) -> Tensor:
+        """The distance from v to the nearest kink of the projection, (*batch,); infinite where there is none. p = project(v)."""
 
     @property
     def parameter(self) -> float | int | None:

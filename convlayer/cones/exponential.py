@@ -91,17 +91,20 @@ class Exponential(Cone):
         basis[::4] += axes  # the identity on the quadrant
         return p, Spectrum(values, basis.movedim(0, -1).contiguous().unflatten(-1, (3, 3)))
 
-    def margin(self, v: Tensor) -> Tensor:
-        p, root, case = self._solve(v)
+    def margin(self, v: Tensor, p: Tensor) -> Tensor:
+        case, _, _, _ = self._case(v)
         r, s, t = case.v
+        unit = p / case.scale.masked_fill(case.scale == 0, 1.0).unsqueeze(-1)
         corner = torch.hypot(r.clamp(min=0), s.clamp(min=0))
-        curved = torch.minimum(torch.minimum(_gap(root), _length(root)), corner)
+        away = (torch.stack(case.v, -1) - unit).norm(dim=-1)
+        curved = torch.minimum(torch.minimum(away, unit.norm(dim=-1)), corner)
         quadrant = torch.minimum(torch.minimum(-r, -s), t.abs())
         margin = torch.where(case.quadrant, quadrant, curved)
         margin = torch.where(case.inside, _depth(r, s, t), margin)
         return torch.where(case.polar, _depth(s - r, r, -t), margin) * case.scale + (p - p).sum(-1)
 
-    def _solve(self, v: Tensor) -> tuple[Tensor, _Root, _Case]:
+    def _case(self, v: Tensor) -> tuple[_Case, list[Tensor], Tensor, Tensor]:
+        """Which of the cases each v is, its finite coordinates, where it is in K or the quadrant, and NaN where it is not finite."""
         r, s, t = v.unbind(-1)
         blot = r * 0 + s * 0 + t * 0  # NaN where v is not finite
         bad = blot != 0
@@ -112,14 +115,18 @@ class Exponential(Cone):
         quadrant = (r <= 0) & (s <= 0)
         inside = (s > 0) & (s * torch.exp(r / s) <= t)
         polar = (r > 0) & (r * torch.exp(s / r - 1) <= -t)
-        closed = quadrant | inside
+        return _Case((r, s, t), scale, inside, polar, quadrant), rows, quadrant | inside, blot
+
+    def _solve(self, v: Tensor) -> tuple[Tensor, _Root, _Case]:
+        case, rows, closed, blot = self._case(v)
+        (r, s, t), scale, polar, quadrant = case.v, case.scale, case.polar, case.quadrant
         root = _root(r.masked_fill(quadrant, 1.0), s.masked_fill(quadrant, 1.0), t, ~(closed | polar))
         size = scale.masked_fill(polar, 0.0)
         p_r = torch.where(closed, rows[0], root.a * root.rho * size)
         p_s = torch.where(closed, rows[1].clamp(min=0), root.a * size)
         p_t = torch.where(closed, rows[2].clamp(min=0), root.rise * size)
         p = torch.stack((p_r + blot, p_s + blot, p_t + blot), -1)
-        return p, root, _Case((r, s, t), scale, inside, polar, quadrant)
+        return p, root, case
 
 
 def _root(r: Tensor, s: Tensor, t: Tensor, wanted: Tensor) -> _Root:
@@ -218,11 +225,6 @@ def _bracketed(
 def _gap(root: _Root) -> Tensor:
     """|v - p| on the curved boundary."""
     return torch.hypot(root.b * torch.hypot(torch.ones_like(root.rho), 1 - root.rho), root.fall)
-
-
-def _length(root: _Root) -> Tensor:
-    """|p| on the curved boundary."""
-    return torch.hypot(root.a * torch.hypot(torch.ones_like(root.rho), root.rho), root.rise)
 
 
 def _depth(r: Tensor, s: Tensor, t: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class Nonnegative(Cone):
     def linearise(self, v: Tensor, tolerance: float = 0.0) -> tuple[Tensor, Spectrum]:
         return v.clamp(min=0), Spectrum((v >= -tolerance).to(v.dtype), None)
 
-    def margin(self, v: Tensor) -> Tensor:
+    def margin(self, v: Tensor, p: Tensor) -> Tensor:
         return v.abs().amin(-1) if v.shape[-1] else v.new_full(v.shape[:-1], torch.inf)
 
     @property

@@ -88,8 +88,8 @@ class Power(Cone):
         identity = _identity(v.dtype, v.device)
         return p, Spectrum(values, torch.where(case.flat[..., None, None], identity, basis))
 
-    def margin(self, v: Tensor) -> Tensor:
-        p, _, case = self._solve(v)
+    def margin(self, v: Tensor, p: Tensor) -> Tensor:
+        case, _ = self._case(v)
         x, y, _ = case.v.unbind(-1)
         unit = p / torch.where(case.scale > 0, case.scale, 1.0).unsqueeze(-1)
         curved = torch.minimum((case.v - unit).norm(dim=-1), unit.norm(dim=-1))
@@ -114,7 +114,8 @@ class Power(Cone):
     def _exponents(self, v: Tensor) -> tuple[Tensor, Tensor]:
         return _exponents(self.alphas, v.dtype, v.device)
 
-    def _solve(self, v: Tensor) -> tuple[Tensor, _Root, _Case]:
+    def _case(self, v: Tensor) -> tuple[_Case, Tensor]:
+        """Which of the cases each v is, and NaN where it is not finite."""
         safe, blot = finite_rows(v)
         alpha, beta = self._exponents(v)
         scale = safe.abs().amax(-1)
@@ -124,15 +125,22 @@ class Power(Cone):
         inside = (x >= 0) & (y >= 0) & (x**alpha * y**beta >= height)
         polar = (x <= 0) & (y <= 0) & ((-x / alpha) ** alpha * (-y / beta) ** beta >= height) & ~inside
         flat = (height <= FLAT) & ~inside
+        return _Case(unit, scale, inside, polar & ~flat, flat), blot
+
+    def _solve(self, v: Tensor) -> tuple[Tensor, _Root, _Case]:
+        case, blot = self._case(v)
+        alpha, beta = self._exponents(v)
+        x, y, z = case.v.unbind(-1)
+        height, scale, inside, polar, flat = z.abs(), case.scale, case.inside, case.polar, case.flat
         wanted = ~(inside | polar | flat)
         stand_ins = (torch.where(wanted, x, 0.0), torch.where(wanted, y, 0.0), torch.where(wanted, height, 1.0))
         root = _root(*stand_ins, alpha, beta, wanted)
         polar_root = _Root(alpha / -x, beta / -y, 1 / height, height)
-        root = _Root(*(torch.where(polar & (x < 0) & (y < 0) & ~flat, b, a) for a, b in zip(root, polar_root)))
+        root = _Root(*(torch.where(polar & (x < 0) & (y < 0), b, a) for a, b in zip(root, polar_root)))
         p = _point(root, z.sign()) * torch.where(polar, 0.0, scale).unsqueeze(-1)
         face = torch.cat((v[..., :2].clamp(min=0), torch.zeros_like(v[..., 2:])), -1)
         p = torch.where(inside.unsqueeze(-1), v, torch.where(flat.unsqueeze(-1), face, p))
-        return p + blot, root, _Case(unit, scale, inside, polar & ~flat, flat)
+        return p + blot, root, case
 
     def _flat_values(self, case: _Case, tolerance: float) -> Tensor:
         alpha, beta = self._exponents(case.v)

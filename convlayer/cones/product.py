@@ -158,10 +158,10 @@ class Product:
         s = self._assemble(v, slack)
         return v + s, s, ProductSpectrum(1 - self._assemble(v, values), bases)
 
-    def margin(self, v: Tensor) -> Tensor:
-        """The least margin of the blocks at -v, the distance to the nearest kink of Pi_K*, (*batch,)."""
+    def margin(self, v: Tensor, s: Tensor) -> Tensor:
+        """The least margin of the blocks at -v, the distance to the nearest kink of Pi_K*, (*batch,). s = Pi_K(-v)."""
         mirrored = -v
-        margins = [group.cone.margin(group.take(mirrored)).amin(-1) for group in self._groups]
+        margins = [group.cone.margin(group.take(mirrored), group.take(s)).amin(-1) for group in self._groups]
         return torch.stack(margins, -1).amin(-1) if margins else v.new_full(v.shape[:-1], torch.inf)
 
     def describe(self) -> str:

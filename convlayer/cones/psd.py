@@ -70,7 +70,7 @@ class Psd(Cone):
         basis.addcmul_(rows[..., layout.column], columns[..., layout.row]).mul_(layout.pair)
         return p, Spectrum(values, basis)
 
-    def margin(self, v: Tensor) -> Tensor:
+    def margin(self, v: Tensor, p: Tensor) -> Tensor:
         safe, blot = finite_rows(v)
         return _eigh(smat(safe))[0].abs().amin(-1) + blot.squeeze(-1)
 

@@ -48,7 +48,7 @@ class SecondOrder(Cone):
         values[..., 2:] = spectral_weight(eigenvalues[..., :1], eigenvalues[..., 1:])
         return p, Spectrum(values, self._basis(u))
 
-    def margin(self, v: Tensor) -> Tensor:
+    def margin(self, v: Tensor, p: Tensor) -> Tensor:
         if self.size == 1:
             return v[..., 0].abs()
         t, length = v[..., 0], torch.linalg.vector_norm(v[..., 1:], dim=-1)

@@ -29,7 +29,7 @@ class Zero(Cone):
     def linearise(self, v: Tensor, tolerance: float = 0.0) -> tuple[Tensor, Spectrum]:
         return v - v, Spectrum(torch.zeros_like(v), None)
 
-    def margin(self, v: Tensor) -> Tensor:
+    def margin(self, v: Tensor, p: Tensor) -> Tensor:
         return v.new_full(v.shape[:-1], torch.inf)
 
     @property
