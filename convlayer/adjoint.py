@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -62,19 +63,36 @@ class Zero:
 class _Point:
     """A point of the polish, row by row."""
 
+    TENSORS: ClassVar = ("x", "v", "y", "s", "F1", "F2", "size")
+
     x: Tensor  # (B, n)
     v: Tensor  # (B, m)
     y: Tensor
     s: Tensor
-    spectrum: ProductSpectrum
     F1: Tensor
     F2: Tensor
     size: Tensor  # (B,) relative residual
+    spectrum: ProductSpectrum
+
+    def rows(self, index: Tensor) -> _Point:
+        """The points of some rows."""
+        parts = {name: getattr(self, name)[index] for name in _Point.TENSORS}
+        return _Point(**parts, spectrum=self.spectrum.index_select(index))
+
+    def put(self, index: Tensor, other: _Point) -> _Point:
+        """These points, with those of some rows replaced."""
+        parts = {name: getattr(self, name).index_copy(0, index, getattr(other, name)) for name in _Point.TENSORS}
+        bases = [
+            (where, basis.index_copy(0, index, basis_new))
+            for (where, basis), (_, basis_new) in zip(self.spectrum.bases, other.spectrum.bases, strict=True)
+        ]
+        values = self.spectrum.values.index_copy(0, index, other.spectrum.values)
+        return _Point(**parts, spectrum=ProductSpectrum(values, bases))
 
     @classmethod
     def at(cls, operators: Operators, x: Tensor, v: Tensor) -> _Point:
         y, s, spectrum = operators.data.program.cones.linearise_dual(v, KINK)
-        return cls(x, v, y, s, spectrum, *residual(operators, x, s, y))
+        return cls(x, v, y, s, *residual(operators, x, s, y), spectrum)
 
     @classmethod
     def inside(cls, operators: Operators, x: Tensor, s: Tensor, y: Tensor) -> _Point:
@@ -85,7 +103,7 @@ class _Point:
         rows = program.inequalities
         y, s = torch.where(rows, y, y_edge), torch.where(rows, s, s_edge)
         values = torch.where(rows, y / (y + s), spectrum.values)
-        return cls(x, v, y, s, ProductSpectrum(values, spectrum.bases), *residual(operators, x, s, y))
+        return cls(x, v, y, s, *residual(operators, x, s, y), ProductSpectrum(values, spectrum.bases))
 
 
 def polish(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visible, units: Tensor | None) -> Zero:
@@ -100,14 +118,12 @@ def polish(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visib
     best, factor = _settle(operators, _Point.at(operators, x, y - s), visible, units)
     rows = torch.nonzero(best.size > STUCK).flatten()
     if len(rows) and bool(operators.data.program.inequalities.any()):
-        part, part_units = operators.rows(rows), units if units is None or len(units) == 1 else units[rows]
+        part, part_units = operators.rows(rows), _rows_of(units, rows)
         start = _follow(part, x[rows], s[rows], y[rows], visible, part_units)
         again, _ = _settle(part, start, visible, part_units)
         won = again.size < best.size[rows]
         if bool(won.any()):
-            rows = rows[won]
-            x, v = best.x.index_copy(0, rows, again.x[won]), best.v.index_copy(0, rows, again.v[won])
-            best, factor = _Point.at(operators, x, v), None
+            best, factor = best.put(rows[won], again.rows(torch.nonzero(won).flatten())), None
     if factor is None and bool((best.size > TARGET).any()):
         factor = factorise(operators, best.spectrum, visible, units), best
     singular, error = torch.zeros(len(x), dtype=torch.bool), torch.zeros(len(x), dtype=x.dtype)
@@ -155,42 +171,37 @@ def _settle(
     Steps are full and need not descend: while the active set settles the residual may rise. A row gives up after PATIENCE
     steps without a new best. A factor is kept while its steps still gain REUSE each.
     """
-    best = point
-    x, v = point.x, point.v
-    patience = torch.full((len(x),), PATIENCE)
+    best, batch = point, len(point.x)
+    patience = torch.full((batch,), PATIENCE)
     factor: tuple[DenseSystem | SparseSystem, _Point] | None = None  # of all rows, and where
     gains = False
     for _ in range(STEPS):
         rows = torch.nonzero((best.size > TARGET) & (patience > 0)).flatten()
         if not len(rows):
             break
-        if len(rows) == len(x):
+        if len(rows) == batch:
             if factor is None or not (gains or _same(factor[1], point)):
                 factor = factorise(operators, point.spectrum, visible, units), point
-            part, system = operators, factor[0]
+            part, now, system = operators, point, factor[0]
         else:
-            part = operators.rows(rows)
-            point = _Point.at(part, x[rows], v[rows])
-            system = factorise(
-                part, point.spectrum, visible, units if units is None or len(units) == 1 else units[rows]
-            )
-        dx, dv = _newton(part, point.spectrum, system, point.F1, point.F2)
-        point = _Point.at(part, point.x + dx, point.v + dv)
+            part, now = operators.rows(rows), point.rows(rows)
+            system = factorise(part, now.spectrum, visible, _rows_of(units, rows))
+        dx, dv = _newton(part, now.spectrum, system, now.F1, now.F2)
+        new = _Point.at(part, now.x + dx, now.v + dv)
         old = best.size[rows]
-        better, settled = point.size < old, (old < SETTLED) & (point.size > 0.1 * old)
-        gains = bool((point.size <= torch.clamp(REUSE * old, min=TARGET)).all())
+        better, settled = new.size < old, (old < SETTLED) & (new.size > 0.1 * old)
+        gains = bool((new.size <= torch.clamp(REUSE * old, min=TARGET)).all())
         patience[rows] = torch.where(settled, 0, torch.where(better, PATIENCE, patience[rows] - 1))
-        x, v = (
-            (point.x, point.v)
-            if len(rows) == len(x)
-            else (x.index_copy(0, rows, point.x), v.index_copy(0, rows, point.v))
-        )
-        if len(rows) == len(x) and bool(better.all()):
+        point = new if len(rows) == batch else point.put(rows, new)
+        if len(rows) == batch and bool(better.all()):
             best = point
         elif bool(better.any()):
-            rows = rows[better]
-            best = _Point.at(operators, best.x.index_copy(0, rows, x[rows]), best.v.index_copy(0, rows, v[rows]))
+            best = best.put(rows[better], new.rows(torch.nonzero(better).flatten()))
     return best, factor
+
+
+def _rows_of(units: Tensor | None, rows: Tensor) -> Tensor | None:
+    return units if units is None or len(units) == 1 else units[rows]
 
 
 def _same(old: _Point, new: _Point) -> bool:
