@@ -1,7 +1,7 @@
 """Polish a solver's answer to a zero of the residual map, and differentiate that zero: one factorisation for both.
 
 Newton:   J (dx, dv) = -F,    J = [ P  A'D ;  A  D - I ],  D = DPi_K*(v)
-Adjoint:  cotangents (gx, gy, gs):  r = D(gy + gs) - gs,  J'(w, u) = (gx, r),  and then
+Adjoint:  cotangents (gx, gy):  r = D gy,  J'(w, u) = (gx, r),  and then
           dq = -w    db = u    dA = -(y w' + u x')    dP = -(w x' + x w')/2
 
 Source: the implicit function theorem; Busseti, Moursi and Boyd (2019) for refinement at regular points.
@@ -26,12 +26,9 @@ REUSE = 1e-3
 STEPS = 20
 PATIENCE = 4
 STUCK = 1e-9  # rows above this after Newton follow the central path
-PATH, SHRINK, CENTRING, FLOOR = (
-    40,
-    0.1,
-    3,
-    1e-24,
-)  # its steps, the factor of each, Newton steps a step, and the end of kappa
+PATH = 40  # at most this many steps,
+SHRINK = 0.05  # each aimed at this share of every y s,
+FLOOR = 1e-24  # until they are all below this
 SETTLED = 1e-11  # below this residual, a step that gains less than a digit was the last
 KINK = 1e-11  # |v| below this counts as weakly active: treated as inactive
 MARGIN = 1e-7  # distance from a kink below which a row is flagged
@@ -124,16 +121,15 @@ def polish(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visib
         won = again.size < best.size[rows]
         if bool(won.any()):
             best, factor = best.put(rows[won], again.rows(torch.nonzero(won).flatten())), None
-    if factor is None and bool((best.size > TARGET).any()):
+    # Flags and the error estimate want a factor of the faces where the point lies; the derivative, one of the very point.
+    if factor is None or not bool(((factor[1].spectrum.values > 0) == (best.spectrum.values > 0)).all()):
         factor = factorise(operators, best.spectrum, visible, units), best
-    singular, error = torch.zeros(len(x), dtype=torch.bool), torch.zeros(len(x), dtype=x.dtype)
-    if factor is not None:
-        singular = factor[0].singular
-        if factor[0].stiff:
-            dx, _ = _newton(operators, best.spectrum, factor[0], best.F1, best.F2)
-            error = (dx * visible.x).abs().amax(1) / best.x.abs().amax(1).clamp(min=1e-3)
-    last = factor[0] if factor is not None and _same(factor[1], best) else None
-    degenerate = singular | (operators.data.program.cones.margin(best.v, best.s) < MARGIN)
+    system, error = factor[0], torch.zeros(len(x), dtype=x.dtype)
+    if system.stiff:
+        dx, _ = _newton(operators, best.spectrum, system, best.F1, best.F2)
+        error = (dx * visible.x).abs().amax(1) / best.x.abs().amax(1).clamp(min=1e-3)
+    last = system if _same(factor[1], best) else None
+    degenerate = system.singular | (operators.data.program.cones.margin(best.v, best.s) < MARGIN)
     return Zero(operators, best.x, best.s, best.y, best.size, best.spectrum, error, degenerate, visible, units, last)
 
 

@@ -11,8 +11,9 @@ probing its own reductions, and checked against CVXPY on random data whenever a 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
@@ -22,10 +23,13 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from cvxpy.constraints import PowConeND
+from cvxpy.problems.problem_form import make_problem_form
 from cvxpy.reductions.canonicalization import Canonicalization
 from cvxpy.reductions.cvx_attr2constr import CvxAttr2Constr, lower_value
 from cvxpy.reductions.dgp2dcp.dgp2dcp import Dgp2Dcp
 from cvxpy.reductions.solvers.conic_solvers.clarabel_conif import CLARABEL
+from cvxpy.reductions.solvers.solver_inverse_data import SolverInverseData
+from cvxpy.reductions.solvers.solving_chain import _build_solving_chain
 from torch import Tensor
 
 from convlayer.cones import Product
@@ -42,12 +46,6 @@ class _StandardForm(CLARABEL):
     """The cone program we ask CVXPY for: quadratic objective, all six cones, psd by its upper triangle, values not applied."""
 
     SUPPORTED_CONSTRAINTS = [cone for cone in CLARABEL.SUPPORTED_CONSTRAINTS if cone is not PowConeND]
-
-    def name(self) -> str:
-        return "CONVLAYER"
-
-    def import_solver(self) -> None:
-        pass
 
     def apply(self, problem):
         problem, data, inverse_data = self._prepare_data_and_inv_data(problem)
@@ -98,6 +96,8 @@ class Recovery:
     position: Tensor  # (size,) row-major order of the user's variable
     coefficient: Tensor | None  # (size,), None where all are one
     exp: bool
+    lowest: float | None  # of a variable with a declared sign: rounding must not take it across zero
+    highest: float | None
 
     def value(self, x: Tensor, y: Tensor) -> Tensor:
         """(B, n), (B, m) -> (B, *shape)."""
@@ -105,6 +105,8 @@ class Recovery:
         if self.coefficient is not None:
             flat = flat * self.coefficient
         value = flat.reshape(len(x), *self.shape)
+        if self.lowest is not None or self.highest is not None:
+            value = value.clamp(self.lowest, self.highest)
         return value.exp() if self.exp else value
 
 
@@ -119,7 +121,7 @@ class Canonical:
     variables: list[Recovery]
     sign: float  # -1 where the user maximises
     gp: bool
-    sizes: dict[str, Any] = field(default_factory=dict)  # the problem as the user wrote it, for explain()
+    sizes: dict[str, int]  # the problem as the user wrote it, for explain()
 
     @cached_property
     def visible(self) -> Visible:
@@ -152,10 +154,15 @@ def canonicalise(
     CanonicalisationError if this CVXPY's cone program is not the one our map gives.
     """
     owners = check_arguments(problem, parameters, variables)
-    check_convexity(problem, gp)
-    # A copy of the problem object, so that the user's own cached canonicalisation is left alone.
-    copy = cp.Problem(problem.objective, problem.constraints)
-    data, chain, inverse = copy.get_problem_data(solver=_StandardForm(), gp=gp, enforce_dpp=True, solver_opts={})
+    # A problem object of our own: the user's cached canonicalisation is left alone.
+    copy = problem if gp else _without_parametrised_arguments(problem)
+    check_convexity(copy, gp)
+    copy = cp.Problem(copy.objective, copy.constraints)
+    chain = _build_solving_chain(copy, _StandardForm(), make_problem_form(copy, gp, False), gp, enforce_dpp=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Reading from a sparse CVXPY expression")
+        data, inverse = chain.apply(copy)
+    inverse[-1] = SolverInverseData(inverse[-1], chain.solver, {})
     cone_program = data[cp.settings.PARAM_PROB]
     if (
         getattr(cone_program, "dir_cones", None)
@@ -185,6 +192,30 @@ def canonicalise(
     )
     _self_check(canonical, cone_program, parameters, reductions)
     return canonical
+
+
+def _without_parametrised_arguments(problem: cp.Problem) -> cp.Problem:
+    """The problem with y in place of x - p in each quad_form(x - p, K) of the objective, K constant, and y == x - p.
+
+    (x - p)'K(x - p) is DPP, but its constant is quadratic in p; with y the objective stays quadratic and affine in p.
+    """
+    equalities: list[cp.Constraint] = []
+
+    def rewrite(expression: Any) -> Any:
+        if (
+            isinstance(expression, cp.QuadForm)
+            and expression.args[0].parameters()
+            and not expression.args[1].parameters()
+        ):
+            y = cp.Variable(expression.args[0].shape)
+            equalities.append(y == expression.args[0])
+            return expression.copy([y, expression.args[1]])
+        if not any(isinstance(atom, type) and issubclass(atom, cp.QuadForm) for atom in expression.atoms()):
+            return expression
+        return expression.copy([rewrite(argument) for argument in expression.args])
+
+    objective = type(problem.objective)(rewrite(problem.objective.expr))
+    return cp.Problem(objective, [*problem.constraints, *equalities])
 
 
 def _tensors(cone_program) -> tuple[Program, dict[str, sp.csr_array]]:
@@ -356,13 +387,15 @@ def _recovery(variable, owner, reductions, cone_program, gp) -> Recovery:
         atol=1e-12,
     ):
         raise CanonicalisationError(f"The map to variable `{variable}` does not reproduce CVXPY's.")
-    exact = bool(np.all(coefficient == 1.0))
+    exact, signed = bool(np.all(coefficient == 1.0)), owner is None and not gp
     return Recovery(
         tuple(variable.shape),
         owner is not None,
         torch.from_numpy(position),
         None if exact else torch.from_numpy(coefficient),
         gp and owner is None,
+        0.0 if signed and variable.is_nonneg() else None,
+        0.0 if signed and variable.is_nonpos() else None,
     )
 
 

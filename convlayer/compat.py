@@ -17,7 +17,6 @@ Use convlayer.ConvexLayer in new code: any number of batch dimensions, statuses 
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +31,7 @@ from torch import Tensor
 from convlayer import solution
 from convlayer.diagnose import ProblemError
 from convlayer.layer import ConvexLayer
-from convlayer.solvers import SOLVERS, Solver
+from convlayer.solvers import Solver
 
 FINEST = 1e-10  # the tightest tolerance asked of a solver; polishing goes beyond it anyway
 ACCELERATED = ("MOREAU", "CUCLARABEL", "MPAX")
@@ -201,11 +200,7 @@ class CvxpyLayer(torch.nn.Module):
         if key == self._settings[:3]:
             return self.layer
         if key not in self._others:
-            sibling = copy.copy(self.layer)
-            sibling.on_failure, sibling.executor = on_failure, threads(jobs)
-            sibling._solver = SOLVERS[solver] if isinstance(solver, str) else solver
-            sibling._tolerance, sibling._options = sibling._check_options({})
-            self._others[key] = sibling
+            self._others[key] = self.layer.with_options(solver=solver, on_failure=on_failure, executor=threads(jobs))
         return self._others[key]
 
     def _choose_solver(self, solver: Any) -> str | Solver:

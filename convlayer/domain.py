@@ -14,14 +14,15 @@ from torch import Tensor
 def violations(parameter: cp.Parameter, value: Tensor) -> Iterator[tuple[Tensor, str]]:
     """(rows (B,) outside a declared domain, what is wrong and the remedy) for a value of shape (B, *parameter.shape).
 
-    Tolerances are relative to the row's largest entry: 1e-9 in float64, 1e-5 in float32.
+    Tolerances are relative to the row's largest entry: 1e-9 in float64, 1e-5 in float32, ten roundings in half.
     """
     name, attributes = parameter.name(), parameter.attributes
     value = value.detach()
     flat = value.unsqueeze(-1).flatten(1)
     if not flat.shape[1]:
         return
-    slack = (1e-9 if value.dtype == torch.float64 else 1e-5) * flat.abs().amax(1)
+    relative = {torch.float64: 1e-9, torch.float32: 1e-5}.get(value.dtype, 10 * torch.finfo(value.dtype).eps)
+    slack = relative * flat.abs().amax(1)
 
     def report(bad: Tensor, problem: str, remedy: str) -> Iterator[tuple[Tensor, str]]:
         if bool(bad.any()):

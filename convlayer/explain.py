@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 
 from convlayer.canon import Canonical
+from convlayer.kkt import prefers_dense
 from convlayer.pattern import kkt_pattern
 from convlayer.solvers.solver import Solver
 
 ITERATIONS = {"clarabel": 12}  # a typical count; an interior-point method's hardly depends on the problem
 
 
-def explain_cone_program(canonical: Canonical, solver: Solver, chosen: bool, tolerance: float, batch: int) -> str:
+def explain_cone_program(
+    canonical: Canonical, solver: Solver, chosen: bool, tolerance: float, executor: bool, batch: int
+) -> str:
     """The report of `ConvexLayer.explain` for the generic path."""
     program, sizes = canonical.program, canonical.sizes
     moving = sum(len(rows) for rows in canonical.moving.values())
@@ -33,15 +36,15 @@ def explain_cone_program(canonical: Canonical, solver: Solver, chosen: bool, tol
         ),
         (
             "Solver",
-            f"{solver.name}, {_why(solver, chosen)}; relative tolerance {tolerance:g}, then Newton on the KKT residual map to about 1e-14",
+            f"{solver.name}, {_why(solver, chosen)}; relative tolerance {tolerance:g}, then Newton on the KKT residual map to rounding error",
         ),
         (
             "Runs on",
-            f"the host, in float64, rows dealt to {os.cpu_count()} threads; tensors of other dtypes and devices are copied to and from",
+            f"the host, in float64; rows on {'your executor' if executor else f'{os.cpu_count()} threads'}; other dtypes and devices are copied to and from",
         ),
         (
             "Forward",
-            f"{_flops(batch * factor * (iterations + 2)) if iterations else 'first order: as many iterations as it takes'}"
+            f"{_flops(batch * factor * (iterations + 2)) if iterations else 'as many iterations as the solver takes,'}"
             f"{f' for {batch} rows' if batch > 1 else ' a row'}"
             + (
                 f": about {iterations} factorisations of {_flops(factor)} in the solver, 1 or 2 in the polish"
@@ -52,7 +55,7 @@ def explain_cone_program(canonical: Canonical, solver: Solver, chosen: bool, tol
         (
             "Backward",
             f"{_flops(4 * batch * solve)}{f' for {batch} rows' if batch > 1 else ' a row'}: solves with the polish's last factor, "
-            f"dense or sparse as the active rows decide",
+            f"{'dense batched LU of the active rows' if prefers_dense(program) else 'sparse LDL'}",
         ),
     ]
     text = "\n".join(f"{name + ':':14}{value}" for name, value in lines)
@@ -80,7 +83,7 @@ def _hints(canonical: Canonical, solver: Solver):
         yield "exponential and power cones take more iterations than quadratic ones; a quadratic regulariser may serve instead of entropy."
     if not any(len(rows) for rows in canonical.moving.values()) and solver.name != "scs" and program.m:
         yield 'no parameter moves P or A: solver="scs" keeps one factorisation for all rows and starts warm (solve(..., warm_start=...)).'
-    yield "larger batches share the work that is done once a call; torch.set_num_threads(1) helps where other processes use the cores."
+    yield "larger batches share the work that is done once a call."
 
 
 def _flops(count: float) -> str:

@@ -6,10 +6,11 @@ Everything here is float64 on the host. Rows that failed are left out of all bat
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -36,16 +37,32 @@ CERTIFICATE = 1e-4  # relative error of a certificate of infeasibility or unboun
 def _threads_for(program: Program, batch: int) -> Iterator[None]:
     """One torch thread for work that is too small to share: where other processes hold the cores, waiting for a second thread
     at every small operation costs a hundred times the operation."""
-    before = torch.get_num_threads()
     size = program.n + min(program.m, program.n)
-    alone = before > 1 and not (prefers_dense(program) and batch * size**3 > SHARED_WORK)
-    if alone:
-        torch.set_num_threads(1)
+    if prefers_dense(program) and batch * size**3 > SHARED_WORK:
+        yield
+        return
+    with _inside.lock:
+        # A thread that torch first sees while another is in here would take that one's 1 for its own.
+        if not _inside.count:
+            _inside.wanted = torch.get_num_threads()
+        _inside.count += 1
+    torch.set_num_threads(1)
     try:
         yield
     finally:
-        if alone:
-            torch.set_num_threads(before)
+        torch.set_num_threads(_inside.wanted)
+        with _inside.lock:
+            _inside.count -= 1
+
+
+class _Inside:
+    """How many threads are in `_threads_for`, and the number of torch threads to leave with."""
+
+    def __init__(self) -> None:
+        self.lock, self.count, self.wanted = threading.Lock(), 0, 1
+
+
+_inside = _Inside()
 
 
 @dataclass(eq=False)
@@ -60,13 +77,13 @@ class Call:
     bad: Tensor  # (B,) rows whose parameters are not to be used
     start: tuple[Tensor, Tensor, Tensor] | None  # canonical (x, s, y), (B, .) each
     differentiable: bool
+    on_degenerate: Callable[[Tensor], None]  # called at backward with the rows that are differentiated by rule
     status: Tensor = field(init=False)
     iterations: Tensor = field(init=False)
     residual: Tensor = field(init=False)
     degenerate: Tensor = field(init=False)
     iterate: tuple[Tensor, Tensor, Tensor] = field(init=False)
     blank: Tensor = field(init=False)  # (B,) rows without any iterate
-    on_degenerate: Any = None  # called at backward with the rows that are differentiated by rule
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +93,11 @@ class Piece:
     rows: Tensor
     zero: Zero
     scaling: Scaling
+    keep: Tensor  # which of `rows`, by position, this is the answer for
+
+    def only(self, wanted: Tensor) -> Piece:
+        """The piece as the answer for fewer rows, wanted (all rows,)."""
+        return replace(self, keep=self.keep[wanted[self.rows[self.keep]]])
 
 
 def evaluate(canonical: Canonical, thetas: list[np.ndarray]) -> dict[str, Tensor]:
@@ -128,9 +150,8 @@ class Solve(torch.autograd.Function):
         w, u = torch.zeros_like(x), torch.zeros_like(y)
         for piece in ctx.pieces:
             rows, scaling = piece.rows, piece.scaling
-            w[rows], u[rows] = scaling.leave_adjoint(
-                *adjoint(piece.zero, *scaling.enter_cotangents(x_bar[rows], y_bar[rows]))
-            )
+            found = scaling.leave_adjoint(*adjoint(piece.zero, *scaling.enter_cotangents(x_bar[rows], y_bar[rows])))
+            w[rows[piece.keep]], u[rows[piece.keep]] = (part[piece.keep] for part in found)
         _report(ctx.call, ctx.pieces, x_bar, y_bar)
         # A failed row that the loss does use has no derivative: NaN, not zero.
         failed = ctx.call.status >= Status.INFEASIBLE
@@ -194,74 +215,86 @@ def _solve(call: Call, data: Data, d: Tensor, batch: int) -> tuple[Tensor, Tenso
 
     chosen = data if len(good) == batch else data.rows(good)
     scaled, scaling = normalise(chosen.widen(len(good)))
-    found = _Found(x, s, y, [])
-    everyone = torch.arange(len(good))
-    _attempt(call, scaled, scaling, good, everyone, call.tolerance, _start(call, scaling, good), found)
-    if call.solver.finest is not None:
+    found = _attempt(call, scaled, scaling, call.tolerance, _start(call, scaling, good))
+    unsettled = (found.status == Status.INACCURATE) | (found.status == Status.NOT_CONVERGED)
+    if call.solver.finest is not None and bool(unsettled.any()):
         # What the polish could not settle may need a sharper start: a face is not told from its neighbours yet.
-        again = everyone[(call.status[good] == Status.INACCURATE) | (call.status[good] == Status.NOT_CONVERGED)]
-        if len(again):
-            _attempt(call, scaled, scaling, good, again, call.solver.finest, None, found)
-    return found.x, found.s, found.y, found.pieces
+        again = torch.nonzero(unsettled).flatten()
+        found = found.improved(again, _attempt(call, scaled.rows(again), scaling.rows(again), call.solver.finest, None))
+    call.status[good], call.iterations[good] = found.status, found.iterations
+    call.residual[good], call.degenerate[good] = found.residual, found.degenerate
+    x[good], s[good], y[good] = found.x, found.s, found.y
+    return x, s, y, [replace(piece, rows=good[piece.rows]) for piece in found.pieces]
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class _Found:
-    """What the attempts have found so far, in the original units, all rows; a later piece overrides an earlier one."""
+    """What an attempt found, row by row, in the original units."""
 
     x: Tensor
     s: Tensor
     y: Tensor
+    status: Tensor
+    iterations: Tensor
+    residual: Tensor
+    degenerate: Tensor
     pieces: list[Piece]
 
+    def improved(self, rows: Tensor, other: _Found) -> _Found:
+        """With another attempt at some rows, where it did better."""
+        better = (other.status < self.status[rows]) | (
+            (other.status == self.status[rows]) & (other.residual < self.residual[rows])
+        )
+        won, mine = rows[better], torch.ones(len(self.status), dtype=torch.bool)
+        mine[won] = False
+        kept = {
+            name: getattr(self, name).index_copy(0, won, getattr(other, name)[better])
+            for name in ("x", "s", "y", "status", "residual", "degenerate")
+        }
+        pieces = [piece.only(mine) for piece in self.pieces]
+        pieces += [replace(piece.only(better), rows=rows[piece.rows]) for piece in other.pieces]
+        iterations = self.iterations.index_add(0, rows, other.iterations)
+        return _Found(**kept, iterations=iterations, pieces=[piece for piece in pieces if len(piece.keep)])
 
-def _attempt(
-    call: Call,
-    data: Data,  # normalised, the rows `good` of the batch
-    scaling: Scaling,
-    good: Tensor,
-    chosen: Tensor,  # which of them to solve
-    tolerance: float,
-    start: list[Iterate] | None,
-    found: _Found,
-) -> None:
-    """Solve, check certificates, polish, judge."""
-    whole = len(chosen) == len(good)
-    data, scaling, rows = (data, scaling, good) if whole else (data.rows(chosen), scaling.rows(chosen), good[chosen])
+
+def _attempt(call: Call, data: Data, scaling: Scaling, tolerance: float, start: list[Iterate] | None) -> _Found:
+    """Solve normalised data, check certificates, polish, judge."""
+    rows = data.batch
     iterates = solve_batch(call.solver, data, tolerance, call.options, start, call.executor)
     point = [
-        torch.from_numpy(np.array([getattr(it, name) for it in iterates], dtype=np.float64).reshape(len(rows), -1))
+        torch.from_numpy(np.array([getattr(it, name) for it in iterates], dtype=np.float64).reshape(rows, -1))
         for name in ("x", "s", "y")
     ]
     usable = torch.isfinite(torch.cat(point, 1)).all(1)
     status = torch.tensor([int(it.status) for it in iterates])
     status[~usable & (status < Status.INFEASIBLE)] = int(Status.NOT_CONVERGED)
     status = _certified(data, status, *point)
-    call.iterations[rows] += torch.tensor([it.iterations for it in iterates])
-    found.x[rows], found.s[rows], found.y[rows] = scaling.leave(*point)
+    x, s, y = scaling.leave(*point)
+    residual, degenerate = torch.full((rows,), torch.nan, dtype=x.dtype), torch.zeros(rows, dtype=torch.bool)
 
+    pieces = []
     refine = torch.nonzero(usable & (status != Status.INFEASIBLE) & (status != Status.UNBOUNDED)).flatten()
     dense = prefers_dense(data.program)
     for part in refine.split(_rows_at_once(data.program, dense)) if len(refine) else ():
-        everything = len(part) == len(rows)
+        everything = len(part) == rows
         piece_data, piece_scaling = (data, scaling) if everything else (data.rows(part), scaling.rows(part))
         piece_point = point if everything else [values[part] for values in point]
         piece_data, inner = recentre(piece_data, piece_scaling, piece_point[0], piece_point[2])
         started = inner.enter(*piece_scaling.leave(*piece_point))
         zero = polish(Operators(piece_data, dense), *started, call.canonical.visible, inner.c)
         status[part] = _judge(zero, call.tolerance)
+        size = (zero.x * (piece_scaling.rho / inner.rho)).abs()
         for bound, verdict in ((RUNAWAY, Status.INACCURATE), (RUNAWAY**1.5, Status.NOT_CONVERGED)):
-            runaway = (piece_point[0].abs() > bound).any(1) & (status[part] < verdict)
+            runaway = (size > bound).any(1) & (status[part] < verdict)
             status[part[runaway]] = int(verdict)
         if inner.unbounded is not None:
             # A bound that was taken for infinite and is active after all: this is not the solution.
             status[part[(inner.unbounded & (zero.y > 0)).any(1)]] = int(Status.NOT_CONVERGED)
-        where = rows[part]
-        call.residual[where], call.degenerate[where] = zero.residual, zero.degenerate
-        found.x[where], found.s[where], found.y[where] = inner.leave(zero.x, zero.s, zero.y)
+        residual[part], degenerate[part] = zero.residual, zero.degenerate
+        x[part], s[part], y[part] = inner.leave(zero.x, zero.s, zero.y)
         if call.differentiable:
-            found.pieces.append(Piece(where, zero, inner))
-    call.status[rows] = status
+            pieces.append(Piece(part, zero, inner, torch.arange(len(part))))
+    return _Found(x, s, y, status, torch.tensor([it.iterations for it in iterates]), residual, degenerate, pieces)
 
 
 def _certified(data: Data, status: Tensor, x: Tensor, s: Tensor, y: Tensor) -> Tensor:
@@ -321,8 +354,10 @@ def _objective(operators: Operators, x: Tensor, d: Tensor) -> Tensor:
 def _report(call: Call, pieces: list[Piece], x_bar: Tensor, y_bar: Tensor) -> None:
     """Tell the layer which rows with a cotangent were differentiated by rule."""
     for piece in pieces:
-        call.degenerate[piece.rows] |= piece.zero.system.singular  # a solve may have flagged more
+        call.degenerate[piece.rows[piece.keep]] |= piece.zero.system.singular[
+            piece.keep
+        ]  # a solve may have flagged more
     used = (x_bar != 0).any(1) | (y_bar != 0).any(1)
     rows = torch.nonzero(call.degenerate & used).flatten()
-    if len(rows) and call.on_degenerate is not None:
+    if len(rows):
         call.on_degenerate(rows)

@@ -251,7 +251,8 @@ class SparseSystem:
         shifted[:, pattern.place_diagonal[n:]] -= SPARSE_SHIFT
         self.factors = [pattern.factor(row) for row in shifted.numpy()]
         self.broken = torch.tensor([not factor.valid for factor in self.factors])
-        weakref.finalize(self, pattern.release, self.factors)
+        _ = pattern.fill  # worked out here rather than while an object is being taken down
+        weakref.finalize(self, pattern.release, self.factors).atexit = False
         self.singular = (visible.x & ~self.held).any(1)
         self.suspects = torch.zeros(0, dtype=torch.int64)
         # Pivots tell nothing without pivoting; a null vector shows as a solution of size 1 / shift.
@@ -356,6 +357,7 @@ class SparseSystem:
             if width == size or width >= 256 or not bool(zero.all(1).any()):
                 break
             width *= 4
+        self.singular[suspects] |= zero.all(1) & (width < size)  # more of them than were looked for
         units = torch.ones(count, size, dtype=torch.float64)
         if self.units is not None:
             units[:, : self.n] = self.units.expand(self.scale.shape[1], -1)[suspects]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
+from functools import partial
 from typing import Any
 
 import cvxpy as cp
@@ -18,7 +20,15 @@ from convlayer import domain
 from convlayer.canon import canonicalise
 from convlayer.explain import explain_cone_program
 from convlayer.generic import Call, Solve
-from convlayer.solution import AccuracyWarning, GradientWarning, ParameterError, Solution, SolverError, Status
+from convlayer.solution import (
+    AccuracyWarning,
+    GradientWarning,
+    ParameterError,
+    Solution,
+    SolverError,
+    Status,
+    rows_in_words,
+)
 from convlayer.solvers import SOLVERS, Solver
 
 TOLERANCE = 1e-8
@@ -31,11 +41,12 @@ class ConvexLayer(torch.nn.Module):
 
         x*(theta) = argmin over x of f(x, theta) subject to the constraints of `problem`
 
-    Solution:    canonicalised once to a cone program, solved row by row, polished to about 1e-12 by Newton on the KKT residual map.
+    Solution:    canonicalised once to a cone program, solved row by row, polished to rounding error by Newton on the KKT residual map.
     Derivative:  the implicit function theorem at that zero, exact; one-sided or least-norm, and flagged, where there is none.
     Shapes:      each parameter (*batch, *its shape) or (*its shape), shared by the batch, its gradient then the sum over rows;
                  variables (*batch, *their shape). Any number of batch dimensions, which broadcast against each other.
     dtype:       float64 inside; outputs have the parameters' dtype and device.
+    Threads:     rows run in a pool of one thread a core; small tensor work runs on one torch thread, whatever the setting.
 
     Arguments:
         problem:     a DPP problem (DGP with gp=True).
@@ -48,7 +59,8 @@ class ConvexLayer(torch.nn.Module):
         gradient:    "exact".
         on_failure:  "raise" a SolverError that names the rows; "nan" fills just those rows; "keep" returns the last iterate, flagged.
         validate:    check the declared domains of the parameters (sign, symmetry, PSD, bounds) at every call.
-        executor:    a concurrent.futures.Executor for the rows; by default a thread pool of one thread a core.
+        executor:    a concurrent.futures.Executor for the rows, not the one that the call itself runs in; by default a pool of one
+                     thread a core. It is not copied or pickled with the layer.
 
     Errors: ProblemError (a ValueError) at construction; at a call TypeError and ValueError for what no row can use,
     ParameterError and SolverError for rows.
@@ -83,10 +95,12 @@ class ConvexLayer(torch.nn.Module):
         self._tolerance, self._options = self._check_options(solver_args or {})
         self._warned: set[str] = set()
 
+    @torch.compiler.disable
     def forward(self, *tensors: Tensor, solver_args: Mapping[str, Any] | None = None) -> tuple[Tensor, ...]:
         """The optimal variables for these parameter values, in the order of `variables`."""
         return self._run(tensors, solver_args, None).variables
 
+    @torch.compiler.disable
     def solve(
         self, *tensors: Tensor, solver_args: Mapping[str, Any] | None = None, warm_start: Solution | None = None
     ) -> Solution:
@@ -98,7 +112,9 @@ class ConvexLayer(torch.nn.Module):
 
     def explain(self, batch: int = 1) -> str:
         """Which path runs and why, the sizes before and after canonicalisation, and what a forward and a backward cost."""
-        return explain_cone_program(self._canonical, self._solver, self._chosen, self._tolerance, batch)
+        return explain_cone_program(
+            self._canonical, self._solver, self._chosen, self._tolerance, self.executor is not None, batch
+        )
 
     def with_options(
         self,
@@ -109,8 +125,15 @@ class ConvexLayer(torch.nn.Module):
         validate: bool | None = None,
         executor: Executor | None = None,
     ) -> ConvexLayer:
-        """A layer of the same problem, sharing its canonical form, with some of the constructor's options changed."""
+        """A layer of the same problem, sharing its canonical form, with some of the constructor's options changed.
+
+        `solver_args` are added to those the layer has; with another `solver` only `tolerance` is kept.
+        """
         sibling = copy.copy(self)
+        # The hooks and submodules of a module stand in dictionaries, which a shallow copy would share.
+        sibling.__dict__.update(
+            {name: copy.copy(part) for name, part in self.__dict__.items() if isinstance(part, dict)}
+        )
         sibling._warned = set()
         if on_failure is not None:
             _one_of("on_failure", on_failure, POLICIES)
@@ -123,9 +146,12 @@ class ConvexLayer(torch.nn.Module):
             sibling._solver, sibling._chosen, sibling._options = _solver(solver), True, {}
         if solver is not None or solver_args is not None:
             sibling._tolerance, sibling._options = sibling._check_options(
-                {"tolerance": self._tolerance, **(solver_args or {})}
+                {"tolerance": self._tolerance, **sibling._options, **(solver_args or {})}
             )
         return sibling
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "executor": None}
 
     def extra_repr(self) -> str:
         parameters = ", ".join(f"{p.name()}{tuple(p.shape)}" for p in self._parameters_of_problem)
@@ -162,8 +188,10 @@ class ConvexLayer(torch.nn.Module):
             ]
             start = self._start(warm_start, batch)
             differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in thetas)
-            call = Call(self._canonical, self._solver, tolerance, options, self.executor, bad, start, differentiable)
-            call.on_degenerate = self._warn_degenerate
+            warn = partial(self._warn_degenerate, batch)
+            call = Call(
+                self._canonical, self._solver, tolerance, options, self.executor, bad, start, differentiable, warn
+            )
             x, y, value = Solve.apply(call, *thetas)
             failed = self._judge(call.status, batch, details)
             outputs = [recovery.value(x, y) for recovery in self._canonical.variables] + [
@@ -189,6 +217,10 @@ class ConvexLayer(torch.nn.Module):
             if not isinstance(tensor, Tensor):
                 raise TypeError(
                     f"Parameter `{parameter.name()}` was given a {type(tensor).__name__}; expected a torch.Tensor: write torch.as_tensor(value)."
+                )
+            if tensor.is_complex():
+                raise TypeError(
+                    f"Parameter `{parameter.name()}` was given a complex tensor; pass real and imaginary parts apart."
                 )
             if not tensor.is_floating_point():
                 raise TypeError(
@@ -246,13 +278,14 @@ class ConvexLayer(torch.nn.Module):
         sizes = (self._canonical.program.n, self._canonical.program.m)
         if (warm_start.iterate[0].shape[1], warm_start.iterate[2].shape[1]) != sizes:
             raise ValueError("warm_start is the solution of another problem; pass one that this layer returned.")
-        return tuple(part.nan_to_num(0.0) for part in warm_start.iterate)
+        x, slack, y = (part.nan_to_num(0.0) for part in warm_start.iterate)
+        return x, slack, y
 
     def _judge(self, status: Tensor, batch: tuple[int, ...], details: dict[int, str]) -> Tensor | None:
         """Apply the failure policy: raise, or return the failed rows (None where there are none)."""
         if bool((status == Status.INACCURATE).any()):
-            rows = torch.nonzero(status == Status.INACCURATE).flatten().tolist()
-            self._warn(AccuracyWarning, f"Rows {rows[:10]} were {Status.INACCURATE.advice}")
+            rows = torch.nonzero(status == Status.INACCURATE).flatten()
+            self._warn(AccuracyWarning, f"{rows_in_words(rows, batch).capitalize()}: {Status.INACCURATE.advice}")
         failed = status >= Status.INFEASIBLE
         if not bool(failed.any()):
             return None
@@ -260,18 +293,22 @@ class ConvexLayer(torch.nn.Module):
             raise SolverError.of(status.view(batch), details)
         return failed
 
-    def _warn_degenerate(self, rows: Tensor) -> None:
+    def _warn_degenerate(self, batch: tuple[int, ...], rows: Tensor) -> None:
         self._warn(
             GradientWarning,
-            f"Rows {rows[:10].tolist()} are degenerate (a weakly active constraint, or a singular KKT system): their derivative is "
-            "one-sided, or the least-norm one. Solution.degenerate tells which rows; a small strongly convex term makes the solution unique.",
+            f"{rows_in_words(rows, batch).capitalize()}: degenerate (a weakly active constraint, or a singular KKT system), so the derivative "
+            "is one-sided, or the least-norm one. Solution.degenerate tells which rows; a small strongly convex term makes the solution unique.",
         )
 
     def _warn(self, category: type[Warning], message: str) -> None:
         """Once a layer and cause."""
         if category.__name__ not in self._warned:
             self._warned.add(category.__name__)
-            warnings.warn(message, category, stacklevel=4)
+            # At the line of the user's that called, or called backward on a loss.
+            depth, frame = 1, sys._getframe()
+            while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("convlayer", "torch"):
+                depth, frame = depth + 1, frame.f_back
+            warnings.warn(message, category, stacklevel=depth)
 
 
 class _Guard(torch.autograd.Function):

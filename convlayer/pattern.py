@@ -106,8 +106,8 @@ class KKTPattern:
         try:
             factor = self._pool.pop()
         except IndexError:
-            return Factor(self.matrix(values))
-        factor.update(values)
+            return Factor(self.matrix(values.copy()))
+        factor.update(values.copy())  # a view would keep the whole batch alive
         return factor
 
     def release(self, factors: list[Factor]) -> None:
@@ -140,18 +140,20 @@ class Factor:
     def __init__(self, upper: sp.csc_matrix):
         self._upper = upper
         self._solver: qdldl.Solver | None = None
-        self.valid = False
-        self._run(lambda: qdldl.Solver(upper, upper=True))
+        try:
+            self._solver = qdldl.Solver(upper, upper=True)
+        except RuntimeError:  # a pivot vanished in rounding
+            pass
+        self.valid = self._solver is not None
 
     def update(self, values: np.ndarray) -> None:
         """Factor other values on the same pattern."""
+        assert self._solver is not None  # only valid factors are kept
         self._upper.data = values
-        solver = self._solver
-        self._run(
-            lambda: (
-                solver.update(self._upper, upper=True) or solver if solver else qdldl.Solver(self._upper, upper=True)
-            )
-        )
+        try:
+            self._solver.update(self._upper, upper=True)
+        except RuntimeError:  # a pivot vanished in rounding
+            self.valid = False
 
     def solve(self, right: np.ndarray) -> np.ndarray:
         return self._solver.solve(right) if self.valid and self._solver else np.full_like(right, np.nan)
@@ -160,9 +162,3 @@ class Factor:
         """Nonzeros of each column of the factor, the diagonal included."""
         assert self._solver is not None
         return np.diff(sp.csc_matrix(self._solver.factors()[0]).indptr) + 1.0
-
-    def _run(self, factorise) -> None:
-        try:
-            self._solver, self.valid = factorise(), True
-        except RuntimeError:  # a pivot vanished in rounding
-            self._solver, self.valid = None, False

@@ -79,7 +79,7 @@ class Program:
 
     @cached_property
     def elementwise(self) -> Tensor:
-        """(m,) rows of zero and nonnegative cones."""
+        """(m,) rows that take a scale of their own."""
         return torch.bincount(self.scale_group, minlength=self.m)[self.scale_group] == 1
 
     @property

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,26 +53,32 @@ class SolverError(RuntimeError):
     @classmethod
     def of(cls, status: Tensor, details: dict[int, str] | None = None) -> SolverError:
         """The error for a (*batch) tensor of statuses; `details` maps a flat row to what is wrong with it."""
-        failed = [(i, Status(int(s))) for i, s in enumerate(status.flatten().tolist()) if Status(int(s)).failed]
-        shape = tuple(status.shape)
-        rows = [tuple(int(k) for k in torch.unravel_index(torch.tensor(i), shape)) if shape else () for i, _ in failed]
-        lines = []
-        for kind in sorted({s for _, s in failed}):
-            members = [(row, i) for row, (i, s) in zip(rows, failed, strict=True) if s == kind]
-            shown = ", ".join(str(row[0] if len(row) == 1 else row) for row, _ in members[:10]) if shape else ""
-            more = f" and {len(members) - 10} more" if len(members) > 10 else ""
-            where = f"row{'s' if len(members) > 1 else ''} {shown}{more}" if shape else "the problem"
-            lines.append(f"{where}: {kind.name}, {kind.advice}")
-            reasons = dict.fromkeys(details[i] for _, i in members if details and i in details)
+        batch, flat = tuple(status.shape), status.flatten()
+        failed = torch.nonzero(flat >= Status.INFEASIBLE).flatten()
+        lines = [f"{len(failed)} of {len(flat)} rows failed." if batch else "The instance failed."]
+        for kind in sorted(set(flat[failed].tolist())):
+            members = failed[flat[failed] == kind]
+            lines.append(f"{rows_in_words(members, batch)}: {Status(kind).name}, {Status(kind).advice}")
+            reasons = dict.fromkeys(details[i] for i in members.tolist() if details and i in details)
             lines += [f"  {reason}" for reason in list(reasons)[:3]]
-        message = "\n".join(
-            [
-                f"{len(failed)} of {status.numel()} rows failed." if shape else "The solve failed.",
-                *lines,
-                "on_failure='nan' fills just the failed rows, 'keep' returns the solver's last iterate, flagged.",
-            ]
-        )
-        return cls(message, rows, [s for _, s in failed])
+        lines.append("on_failure='nan' fills just the failed rows, 'keep' returns the solver's last iterate, flagged.")
+        rows = [batch_index(row, batch) for row in failed.tolist()]
+        return cls("\n".join(lines), rows, [Status(s) for s in flat[failed].tolist()])
+
+
+def batch_index(row: int, batch: tuple[int, ...]) -> tuple[int, ...]:
+    """The index into the batch of a flat row."""
+    return tuple(int(k) for k in np.unravel_index(row, batch)) if batch else ()
+
+
+def rows_in_words(rows: Tensor, batch: tuple[int, ...]) -> str:
+    """Flat rows by their indices into the batch: `rows 1, 3`, `row (2, 1)`, `the problem`."""
+    if not batch:
+        return "the problem"
+    shown = [batch_index(row, batch) for row in rows[:10].tolist()]
+    words = ", ".join(str(index[0] if len(index) == 1 else index) for index in shown)
+    more = f" and {len(rows) - 10} more" if len(rows) > 10 else ""
+    return f"row{'s' if len(rows) > 1 else ''} {words}{more}"
 
 
 class ParameterError(SolverError, ValueError):
@@ -97,6 +103,6 @@ class Solution:
     iterations: Tensor  # int64, of the solver
     residual: Tensor  # float64, relative KKT residual after polishing; NaN where there is no iterate
     degenerate: (
-        Tensor  # bool, the derivative is one-sided or least-norm there (weakly active constraint, singular system)
+        Tensor  # bool, the derivative there is one-sided (weakly active constraint) or least-norm (singular system)
     )
-    iterate: Any = field(default=None, repr=False)  # canonical (x, s, y) for a warm start
+    iterate: tuple[Tensor, Tensor, Tensor] = field(repr=False)  # canonical (x, s, y) for a warm start

@@ -240,3 +240,43 @@ def test_a_constraint_without_variables_or_that_stands_twice():
     leaf = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
     found, = layer(leaf)
     assert torch.allclose(found, leaf.detach(), atol=1e-9)
+
+
+# Spellings that CVXPY canonicalises its own way ---------------------------------------------------------------------------
+
+
+def test_a_quadratic_form_of_a_parametrised_argument_stays_quadratic():
+    """(x - p)'K(x - p) is DPP although its constant is quadratic in p."""
+    x, p, K = cp.Variable(3, name="x"), cp.Parameter(3, name="p"), np.eye(3) + 0.3
+    S = cp.Parameter((3, 3), PSD=True, name="S")
+    value = torch.tensor([1.0, -1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    for problem, parameters, values in (
+        (cp.Problem(cp.Minimize(cp.quad_form(x - p, K) + cp.sum(x)), [x >= 0]), [p], (value,)),
+        (cp.Problem(cp.Maximize(-2 * cp.quad_form(x - p, K) - cp.quad_form(x, S))), [p, S], (value, torch.eye(3, dtype=torch.float64))),
+    ):
+        layer = ConvexLayer(problem, parameters, [x])
+        for parameter, given in zip(parameters, values, strict=True):
+            parameter.value = given.detach().numpy()
+        problem.solve(solver=cp.CLARABEL, tol_gap_abs=1e-12, tol_gap_rel=1e-12)
+        solution = layer.solve(*values)
+        assert np.abs(solution.variables[0].detach().numpy() - x.value).max() < 1e-7
+        assert float(solution.objective.detach()) == pytest.approx(problem.value, rel=1e-8)
+        assert all(block.name in ("zero", "nonnegative") for block in layer._canonical.program.cones.blocks)
+        assert torch.autograd.gradcheck(lambda a, layer=layer, rest=values[1:]: layer(a, *rest)[0], (value,))
+
+
+def test_a_perspective_is_canonicalised():
+    t, z, r = cp.Variable(name="t"), cp.Variable(nonneg=True, name="z"), cp.Parameter(name="r")
+    problem = cp.Problem(cp.Minimize(cp.perspective(cp.square(t), z) + cp.square(z - r) + cp.square(t - 1)))
+    layer, r.value = ConvexLayer(problem, [r], [t, z]), 1.0
+    problem.solve(solver=cp.CLARABEL, tol_gap_abs=1e-13, tol_gap_rel=1e-13, tol_feas=1e-13)
+    for got, variable in zip(layer(torch.tensor(1.0, dtype=torch.float64)), (t, z), strict=True):
+        assert float(got) == pytest.approx(float(variable.value), abs=1e-5)
+
+
+def test_a_declared_sign_holds_to_the_last_bit():
+    a, x, y = cp.Parameter(50, name="a"), cp.Variable(50, nonneg=True, name="x"), cp.Variable(50, nonpos=True, name="y")
+    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - a) + cp.sum_squares(y - a))), [a], [x, y])
+    x_star, y_star = layer(torch.randn(20, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    assert float(x_star.min()) >= 0
+    assert float(y_star.max()) <= 0

@@ -1,5 +1,7 @@
 """Mutants: a fault is planted in the package, and a law of this suite must catch it."""
 
+import dataclasses
+
 import cvxpy as cp
 import numpy as np
 import pytest
@@ -261,7 +263,7 @@ def test_a_recovery_in_the_wrong_order_is_caught(monkeypatch):
 
     def mutant(variable, *arguments):
         recovery = original(variable, *arguments)
-        return type(recovery)(recovery.shape, recovery.dual, recovery.position.flip(0), recovery.coefficient, recovery.exp)
+        return dataclasses.replace(recovery, position=recovery.position.flip(0))
 
     caught(lambda: test_canon.test_variables_and_duals_are_recovered_as_cvxpy_does(fresh("least_norm")),
            lambda patch: patch.setattr(convlayer.canon, "_recovery", mutant), monkeypatch, "least_norm")

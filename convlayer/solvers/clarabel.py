@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import clarabel
 import numpy as np
+import scipy.sparse as sp
 
 from convlayer.program import Program
 from convlayer.solution import Status
@@ -40,7 +41,12 @@ class Clarabel(Solver):
     finest: ClassVar[float | None] = 1e-13
 
     def check(self, program: Program, options: Mapping[str, Any]) -> None:
-        self._settings(1e-8, options)
+        # A program of one variable and one row, so that what only the solver itself can refuse is refused here.
+        one, settings = sp.csc_matrix(np.ones((1, 1))), self._settings(1e-8, options)
+        try:
+            clarabel.DefaultSolver(one, np.ones(1), one, np.ones(1), [clarabel.ZeroConeT(1)], settings)
+        except Exception as error:  # a plain Exception is what Clarabel's binding raises
+            raise TypeError(f"Clarabel does not take these options, {dict(options)}: {error}") from error
 
     def solve(self, task: Task) -> list[Iterate]:
         settings = self._settings(task.tolerance, task.options)
@@ -64,7 +70,7 @@ class Clarabel(Solver):
                 raise TypeError(f"Clarabel has no option `{option}`. It has: tolerance, {', '.join(known)}.")
             try:
                 setattr(settings, option, value)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise TypeError(f"Clarabel's option `{option}` cannot be {value!r}: {error}") from error
         return settings
 

@@ -36,6 +36,8 @@ class SCS(Solver):
             raise ValueError("SCS needs at least one constraint, and this problem has none; use solver='clarabel'.")
         probe = {"A": sp.csc_matrix(np.ones((1, 1))), "b": np.ones(1), "c": np.ones(1)}
         for option, value in options.items():
+            if option in ("write_data_filename", "log_csv_filename"):
+                continue  # the probe would write to the user's file
             try:
                 scs.SCS(probe, {"l": 1}, **{"verbose": False, option: value})
             except (TypeError, ValueError) as error:

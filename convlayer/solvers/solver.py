@@ -95,6 +95,11 @@ def default_executor() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="convlayer")
 
 
+if hasattr(os, "register_at_fork"):
+    # A forked child inherits the pool without its threads, and would wait for them for ever.
+    os.register_at_fork(after_in_child=default_executor.cache_clear)
+
+
 def solve_batch(
     solver: Solver,
     data: Data,
@@ -125,7 +130,12 @@ def solve_batch(
     ]
     inline = len(tasks) == 1 and isinstance(executor, ThreadPoolExecutor)
     results = [solver.solve(tasks[0])] if inline else executor.map(solver.solve, tasks)
-    return list(_flatten(results))
+    iterates = list(_flatten(results))
+    if len(iterates) != batch:
+        raise RuntimeError(
+            f"Solver {solver.name} returned {len(iterates)} iterates for {batch} rows; it must return one for each."
+        )
+    return iterates
 
 
 def _part(values, lo: int, hi: int) -> np.ndarray:
