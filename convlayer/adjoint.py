@@ -207,7 +207,7 @@ def _same(old: _Point, new: _Point) -> bool:
 
 
 def _newton(operators: Operators, spectrum: ProductSpectrum, system, F1: Tensor, F2: Tensor) -> tuple[Tensor, Tensor]:
-    dx, e = system.solve(-F1, -spectrum.to_basis(F2), refine=False)
+    dx, e = system.solve(-F1, -spectrum.to_basis(F2), refine=system.stiff)
     return dx, operators.A(dx) + F2 + spectrum.from_basis(e)
 
 

@@ -17,9 +17,11 @@ canonical auxiliaries that are free, or constraints that are redundant whatever 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 from torch import Tensor
 
@@ -33,6 +35,7 @@ SUSPECT = 1e-9  # a pivot below this may be the sign of a null vector
 NULL = 1e-12  # |K z| below this share of |z| (times the size) makes z one
 REFINEMENTS = 6
 STIFF = 1e-5  # a pivot, or the inverse of a probe's growth, below this: solves are checked, and the solution's own error estimated
+GMRES_CYCLES, GMRES_STEPS = 3, 20
 CERTIFIED = 1e-10  # relative residual that a solve must reach, or the row is flagged;
 BACKWARD, GROWTH = (
     1e-13,
@@ -196,6 +199,45 @@ class DenseSystem:
         return vector.index_copy(0, self.suspects, self.projector(vector[self.suspects], power))
 
 
+def _gmres(K: sp.csr_array, inverse: Callable[[np.ndarray], np.ndarray], right: np.ndarray) -> tuple[np.ndarray, bool]:
+    """K x = right with an approximate inverse as right preconditioner: (x, whether it is certified).
+
+    Where a few eigenvalues of K are below the shift, refinement stalls on them; each costs a Krylov method one step.
+    Source: Saad and Schultz (1986).
+    """
+    x, size = np.zeros_like(right), np.abs(right).max(initial=0.0)
+    for _ in range(GMRES_CYCLES):
+        residual = right - K @ x
+        length = np.linalg.norm(residual)
+        if np.abs(residual).max(initial=0.0) <= 1e-15 * size or not np.isfinite(length):
+            break
+        basis, images, H = [residual / length], [], np.zeros((GMRES_STEPS + 1, GMRES_STEPS))
+        for k in range(GMRES_STEPS):
+            images.append(inverse(basis[k]))
+            new = K @ images[k]
+            for _ in range(2):  # orthogonal to rounding
+                for i, vector in enumerate(basis):
+                    part = vector @ new
+                    H[i, k] += part
+                    new = new - part * vector
+            H[k + 1, k] = np.linalg.norm(new)
+            if not H[k + 1, k] > 1e-14 * np.abs(H[: k + 1, k]).max():
+                break
+            basis.append(new / H[k + 1, k])
+        if not np.isfinite(H).all():
+            break
+        steps = len(images)
+        goal = np.zeros(steps + 1)
+        goal[0] = length
+        weights = np.linalg.lstsq(H[: steps + 1, :steps], goal, rcond=None)[0]
+        better = x + sum(weight * image for weight, image in zip(weights, images, strict=True))
+        if not np.linalg.norm(right - K @ better) < length:
+            break
+        x = better
+    error, solution = np.abs(right - K @ x).max(initial=0.0), np.abs(x).max(initial=0.0)
+    return x, bool(_certified(*(torch.tensor(value) for value in (error, solution, size))))
+
+
 def _certified(error: Tensor, solution: Tensor, right: Tensor) -> Tensor:
     """Whether a solve of the equilibrated system is good: by its residual, or by backward stability where K is ill-conditioned."""
     stable = (error <= BACKWARD * solution) & (solution <= GROWTH * right)
@@ -269,7 +311,11 @@ class SparseSystem:
         right = self._off_null(torch.cat([a * self.held, self.root * c], 1), -1)
         scaled = right.mT * self.scale
         if refine or self.stiff:
-            solution, poor = self._refined(scaled, 1e-15 if refine else 1e-6)
+            accuracy = 1e-15 if refine else 1e-6
+            solution, poor = self._refined(scaled, accuracy)
+            for row in torch.nonzero(poor & ~self.broken).flatten().tolist():
+                found, good = _gmres(self._matrix(row), self.factors[row].solve, scaled[:, row].numpy())
+                solution[:, row], poor[row] = torch.from_numpy(found), not good
         else:
             solution, poor = self._back_substitute(scaled), self.broken
         solution = self._off_null((solution * self.scale).mT, 1)
@@ -296,6 +342,11 @@ class SparseSystem:
             return solution, self.broken
         size = error.abs().amax(0)
         return solution, ~((size <= accuracy * goal) | _certified(size, solution.abs().amax(0), goal)) | self.broken
+
+    def _matrix(self, row: int) -> sp.csr_array:
+        """K of one row, both triangles."""
+        upper = self.pattern.matrix(self.K[:, row].numpy().copy())
+        return sp.csr_array(upper + sp.triu(upper, 1).T)
 
     def _pivoted(self, rows: Tensor, a: Tensor, c: Tensor, w: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
         """Rows for which LDL' without pivoting is not accurate enough: dense LU, if that fits; otherwise flagged."""

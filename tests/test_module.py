@@ -62,7 +62,7 @@ def test_a_call_keeps_nothing_alive(case):
         for kind in (DenseSystem, SparseSystem):
             original = kind.__init__
 
-            def recorded(self, *arguments, original=original):
+            def recorded(self, *arguments, original=original, alive=alive):
                 original(self, *arguments)
                 alive.append(weakref.ref(self))
 

@@ -5,6 +5,7 @@ import warnings
 import cvxpy as cp
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 from cases import CASES, close, leaves, weights
 
@@ -138,3 +139,15 @@ def test_larger_cones_agree(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     S = torch.randn(3, 7, 7, generator=generator, dtype=torch.float64)
     compare(ConvexLayer(problem, [C, v], [X, u]), [(S + S.mT) / 2, torch.randn(3, 12, generator=generator, dtype=torch.float64)], monkeypatch)
+
+
+def test_a_sparse_program_whose_small_eigenvalues_stall_refinement_is_solved():
+    """Entries down to 1e-5 beside ones: some eigenvalues of the KKT matrix lie below the shift of its factorisation."""
+    n = 2500
+    A = sp.random_array((n, n), density=3 / n, random_state=0, format="csr")
+    x, q, d = cp.Variable(n, name="x"), cp.Parameter(n, name="q"), cp.Parameter(n, name="d")
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x) / 2 + q @ x), [cp.multiply(d, A @ x) <= 1, x >= -1])
+    layer, random = ConvexLayer(problem, [q, d], [x]), np.random.default_rng(0)
+    solution = layer.solve(torch.from_numpy(random.standard_normal(n)), torch.from_numpy(random.uniform(0.5, 1.5, n)))
+    assert int(solution.status) == Status.SOLVED
+    assert float(solution.residual) < 1e-12
