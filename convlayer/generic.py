@@ -282,7 +282,7 @@ def _attempt(call: Call, data: Data, scaling: Scaling, tolerance: float, start: 
         piece_data, inner = recentre(piece_data, piece_scaling, piece_point[0], piece_point[2])
         started = inner.enter(*piece_scaling.leave(*piece_point))
         zero = polish(Operators(piece_data, dense), *started, call.canonical.visible, inner.c)
-        status[part] = _judge(zero, call.tolerance)
+        status[part] = _verdict(zero, call.tolerance)
         size = (zero.x * (piece_scaling.rho / inner.rho)).abs()
         for bound, verdict in ((RUNAWAY, Status.INACCURATE), (RUNAWAY**1.5, Status.NOT_CONVERGED)):
             runaway = (size > bound).any(1) & (status[part] < verdict)
@@ -322,7 +322,7 @@ def _certified(data: Data, status: Tensor, x: Tensor, s: Tensor, y: Tensor) -> T
     return status
 
 
-def _judge(zero: Zero, tolerance: float) -> Tensor:
+def _verdict(zero: Zero, tolerance: float) -> Tensor:
     """What the polished residual says, whatever the solver said: it is the KKT residual of the point in hand.
 
     A problem so ill-conditioned that the residual's rounding moves the solution is not called solved either.

@@ -149,7 +149,7 @@ class DenseSystem:
             solution, error = torch.where(better, trial, solution), torch.where(better, trial_error, error)
             if not bool((better & (after < 0.5 * before) & (after > 1e-15 * goal)).any()):
                 break
-        self.singular |= ~_certified(error.abs().amax(1), solution.abs().amax(1), goal.squeeze(1)).squeeze(1)
+        self.singular |= ~_solved_well(error.abs().amax(1), solution.abs().amax(1), goal.squeeze(1)).squeeze(1)
         return solution
 
     def _product(self, x: Tensor) -> Tensor:
@@ -235,10 +235,10 @@ def _gmres(K: sp.csr_array, inverse: Callable[[np.ndarray], np.ndarray], right: 
             break
         x = better
     error, solution = np.abs(right - K @ x).max(initial=0.0), np.abs(x).max(initial=0.0)
-    return x, bool(_certified(*(torch.tensor(value) for value in (error, solution, size))))
+    return x, bool(_solved_well(*(torch.tensor(value) for value in (error, solution, size))))
 
 
-def _certified(error: Tensor, solution: Tensor, right: Tensor) -> Tensor:
+def _solved_well(error: Tensor, solution: Tensor, right: Tensor) -> Tensor:
     """Whether a solve of the equilibrated system is good: by its residual, or by backward stability where K is ill-conditioned."""
     stable = (error <= BACKWARD * solution) & (solution <= GROWTH * right)
     return (error <= CERTIFIED * right) | stable
@@ -341,7 +341,7 @@ class SparseSystem:
         if not len(right):
             return solution, self.broken
         size = error.abs().amax(0)
-        return solution, ~((size <= accuracy * goal) | _certified(size, solution.abs().amax(0), goal)) | self.broken
+        return solution, ~((size <= accuracy * goal) | _solved_well(size, solution.abs().amax(0), goal)) | self.broken
 
     def _matrix(self, row: int) -> sp.csr_array:
         """K of one row, both triangles."""

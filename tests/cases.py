@@ -16,32 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convlayer import ConvexLayer
+from convlayer import ConvexLayer, problems
 
 FIVE_POINT = {-2: 1 / 12, -1: -2 / 3, 1: 2 / 3, 2: -1 / 12}
 
 
-@dataclass(frozen=True, eq=False)
-class Draw:
-    """Random float64 tensors with the batch in front."""
-
-    batch: tuple[int, ...]
-    generator: torch.Generator
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn((*self.batch, *shape), generator=self.generator, dtype=torch.float64)
-
-    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand((*self.batch, *shape), generator=self.generator, dtype=torch.float64)
+class Draw(problems.Draw):
+    """With the shapes that only the cases need."""
 
     def symmetric(self, n: int) -> Tensor:
         W = self.normal(n, n)
         return (W + W.mT) / 2
-
-    def definite(self, n: int) -> Tensor:
-        W = self.normal(n, n)
-        P = torch.eye(n, dtype=torch.float64) + W @ W.mT / n
-        return (P + P.mT) / 2
 
     def pattern(self, entries: Sequence[Sequence[int]], *shape: int) -> Tensor:
         """Normal at the entries listed by their coordinates, zero elsewhere."""
@@ -153,7 +138,7 @@ def least_norm():
     return cp.Problem(cp.Minimize(cp.sum_squares(x)), [equal]), [A, b], [x, equal.dual_variables[0]]
 
 
-@case(lambda d: (d.definite(4), d.normal(4), d.normal(2, 4), d.normal(2)), quadratic=True)
+@case(lambda d: (d.positive_definite(4), d.normal(4), d.normal(2, 4), d.normal(2)), quadratic=True)
 def equality_qp():
     P, q = cp.Parameter((4, 4), PSD=True, name="P"), cp.Parameter(4, name="q")
     A, b, x = cp.Parameter((2, 4), name="A"), cp.Parameter(2, name="b"), cp.Variable(4, name="x")
@@ -172,7 +157,7 @@ def ridge():
     return cp.Problem(cp.Minimize(cp.sum_squares(A @ x - b) + lam * cp.sum_squares(x))), [A, b, lam], [x]
 
 
-@case(lambda d: (d.definite(3), d.normal(3)), quadratic=True)
+@case(lambda d: (d.positive_definite(3), d.normal(3)), quadratic=True)
 def free_quadratic():
     """No constraint even after canonicalisation: m = 0."""
     P, q, x = cp.Parameter((3, 3), PSD=True, name="P"), cp.Parameter(3, name="q"), cp.Variable(3, name="x")
@@ -203,7 +188,7 @@ def transport():
     return cp.Problem(cp.Minimize(cost), [rows]), [C, a, b], [T, rows.dual_variables[0]]
 
 
-@case(lambda d: (d.definite(4), 8 * d.normal(4), d.normal(5, 4), d.uniform(0.1, 1.0, 5), d.normal(1, 4)),
+@case(lambda d: (d.positive_definite(4), 8 * d.normal(4), d.normal(5, 4), d.uniform(0.1, 1.0, 5), d.normal(1, 4)),
       quadratic=True)
 def quadratic_program():
     P, q = cp.Parameter((4, 4), PSD=True, name="P"), cp.Parameter(4, name="q")
@@ -214,7 +199,7 @@ def quadratic_program():
     return problem, [P, q, G, h, A], [x, below.dual_variables[0], equal.dual_variables[0]]
 
 
-@case(lambda d: (-d.definite(3), d.normal(3), d.uniform(0.1, 0.5)), quadratic=True)
+@case(lambda d: (-d.positive_definite(3), d.normal(3), d.uniform(0.1, 0.5)), quadratic=True)
 def concave_quadratic():
     """Maximize, with an NSD parameter."""
     P, q, t = cp.Parameter((3, 3), NSD=True, name="P"), cp.Parameter(3, name="q"), cp.Parameter(name="t")
@@ -336,7 +321,7 @@ def leading_eigenvector():
     return cp.Problem(cp.Maximize(cp.trace(C @ X)), [cp.trace(X) == 1]), [C], [X]
 
 
-@case(lambda d: (d.symmetric(3), d.symmetric(3), d.definite(3), d.normal(2)))
+@case(lambda d: (d.symmetric(3), d.symmetric(3), d.positive_definite(3), d.normal(2)))
 def matrix_inequality():
     F, G, H, c = (*(cp.Parameter((3, 3), symmetric=True, name=name) for name in "FGH"), cp.Parameter(2, name="c"))
     x = cp.Variable(2, name="x")
@@ -406,7 +391,7 @@ def logistic_regression():
     return cp.Problem(cp.Minimize(cp.sum(cp.logistic(X @ w)) + lam * cp.sum_squares(w))), [X, lam], [w]
 
 
-@case(lambda d: (d.definite(3), d.uniform(0.1, 0.4)))
+@case(lambda d: (d.positive_definite(3), d.uniform(0.1, 0.4)))
 def sparse_inverse_covariance():
     """log_det: exponential and psd cones at once, and |X|_1."""
     S, lam = cp.Parameter((3, 3), PSD=True, name="S"), cp.Parameter(nonneg=True, name="lam")
@@ -559,7 +544,7 @@ def every_cone():
     return problem, [a, B, C, r], [x, X, equal.dual_variables[0], below.dual_variables[0]]
 
 
-@case(lambda d: (d.normal(3, 2), d.normal(2), d.definite(2)), quadratic=False)
+@case(lambda d: (d.normal(3, 2), d.normal(2), d.positive_definite(2)), quadratic=False)
 def many_cones_linear():
     """Zero, nonnegative, second-order, psd and exponential cones under a linear objective."""
     A, c, S = (cp.Parameter((3, 2), name="A"), cp.Parameter(2, name="c"), cp.Parameter((2, 2), PSD=True, name="S"))

@@ -243,7 +243,7 @@ def test_a_failed_row_with_a_gradient_of_zero_is_caught(monkeypatch):
 
 def test_a_failed_row_that_is_called_solved_is_caught(monkeypatch):
     caught(lambda: test_failure.test_a_row_that_neither_solver_nor_polish_settles_is_named(monkeypatch),
-           lambda patch: patch.setattr(convlayer.generic, "_judge", lambda zero, *_: torch.zeros(len(zero.x), dtype=torch.int64)),
+           lambda patch: patch.setattr(convlayer.generic, "_verdict", lambda zero, *_: torch.zeros(len(zero.x), dtype=torch.int64)),
            monkeypatch)
 
 
