@@ -175,6 +175,8 @@ def _explain(expression: Any, dpp: bool) -> str:
             f"{text} multiplies a nonlinear function of a Parameter, or a Parameter of unknown sign ({names}), by a variable. Declare the sign, as in "
             "Parameter(nonneg=True), or declare one Parameter for the whole factor and compute it in torch before the layer."
         )
+    if type(expression).__name__ in ("kron", "conv", "convolve"):
+        return f"{text}: CVXPY takes only constants there, not {names}. Declare a Parameter for the whole matrix and build it in torch before the layer."
     if not expression.variables():
         return f"{text} is a nonlinear function of Parameters alone ({names}). Declare one Parameter for its value and compute it in torch before the layer."
     return (

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import cvxpy as cp
@@ -238,9 +238,9 @@ class ConvexLayer(torch.nn.Module):
         if len(devices) > 1:
             listed = ", ".join(f"`{p.name()}` on {t.device}" for p, t in zip(parameters, tensors, strict=True))
             raise ValueError(f"The parameters are on different devices: {listed}. Move them to one.")
-        dtype = torch.get_default_dtype()
-        for k, tensor in enumerate(tensors):
-            dtype = tensor.dtype if k == 0 else torch.promote_types(dtype, tensor.dtype)
+        # As torch promotes: a tensor without dimensions has no say where there is one with.
+        dtypes = [t.dtype for t in tensors if t.ndim] or [t.dtype for t in tensors] or [torch.get_default_dtype()]
+        dtype = reduce(torch.promote_types, dtypes)
         return dtype, tensors[0].device if tensors else torch.device("cpu"), batch
 
     def _bad_rows(self, values: list[Tensor], size: int) -> tuple[Tensor, dict[int, str]]:

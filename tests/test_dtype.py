@@ -290,3 +290,12 @@ def test_a_layer_is_a_module_without_parameters_inside_others():
     assert close(layer(*case.sample(2))[0], case.shared(*case.sample(2))[0], 1e-12)
     assert "lasso" not in repr(layer)
     assert "A(6, 4)" in repr(layer)
+
+
+def test_a_tensor_without_dimensions_does_not_decide_the_dtype():
+    x, p, lam = cp.Variable(3, name="x"), cp.Parameter(3, name="p"), cp.Parameter(nonneg=True, name="lam")
+    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - p) + lam * cp.norm1(x))), [p, lam], [x])
+    single, double = torch.ones(3), torch.tensor(0.5, dtype=torch.float64)
+    assert layer(single, double)[0].dtype == torch.result_type(single, double) == torch.float32
+    assert layer(single.double(), double.float())[0].dtype == torch.float64
+    assert layer(single, double.expand(4))[0].dtype == torch.float64
