@@ -4,10 +4,13 @@ import copy
 import io
 import pickle
 
+import cvxpy as cp
 import pytest
 import torch
 from cases import CASES, close, leaves, outputs_of, weights
 from torch.autograd import forward_ad
+
+from convlayer import ConvexLayer
 
 SMALL = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 some_cases = pytest.mark.parametrize("case", [CASES[name] for name in (
