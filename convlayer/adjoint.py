@@ -124,10 +124,9 @@ def polish(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visib
     # Flags and the error estimate want a factor of the faces where the point lies; the derivative, one of the very point.
     if factor is None or not bool(((factor[1].spectrum.values > 0) == (best.spectrum.values > 0)).all()):
         factor = factorise(operators, best.spectrum, visible, units), best
-    system, error = factor[0], torch.zeros(len(x), dtype=x.dtype)
-    if system.stiff:
-        dx, _ = _newton(operators, best.spectrum, system, best.F1, best.F2)
-        error = (dx * visible.x).abs().amax(1) / best.x.abs().amax(1).clamp(min=1e-3)
+    system = factor[0]
+    dx, _ = _newton(operators, best.spectrum, system, best.F1, best.F2)
+    error = (dx * visible.x).abs().amax(1) / best.x.abs().amax(1).clamp(min=1e-3)
     last = system if _same(factor[1], best) else None
     degenerate = system.singular | (operators.data.program.cones.margin(best.v, best.s) < MARGIN)
     return Zero(operators, best.x, best.s, best.y, best.size, best.spectrum, error, degenerate, visible, units, last)

@@ -397,6 +397,9 @@ def ill_posed():
     yield "weakly infeasible", cp.Problem(cp.Minimize(p * X[0, 0]), [X >> 0, X[0, 1] == 1, X[1, 1] == 0]), p, X
     yield ("weakly infeasible cone", cp.Problem(cp.Minimize(p * x[0]), [cp.SOC(x[0] + x[1], cp.hstack([x[0] - x[1], 2.0])), x[1] == 0]),
            p, x)
+    yield "an exponential's infimum", cp.Problem(cp.Minimize(p * cp.exp(x[0]) + cp.square(x[1] - p))), p, x
+    yield "a logistic's infimum", cp.Problem(cp.Minimize(cp.logistic(-p * x[0]) + cp.logistic(-2 * x[0]) + cp.square(x[1] - p))), p, x
+    yield "a reciprocal's infimum", cp.Problem(cp.Minimize(p * cp.inv_pos(x[0]) + cp.square(x[1] - p))), p, x
     yield "a duality gap", cp.Problem(cp.Minimize(p * X[0, 1]), [X >> 0, X[0, 0] == 0]), p, X
     yield "an infimum not attained", cp.Problem(cp.Minimize(p * X[0, 0]), [X >> 0, X[0, 1] == 1]), p, X
 
