@@ -22,9 +22,9 @@ from convlayer.program import Data, Operators
 from convlayer.residual import residual
 
 TARGET = 1e-13  # relative residual at which polish has nothing left to do
-REUSE = 1e-3
-STEPS = 20
-PATIENCE = 4
+REUSE = 1e-3  # a factor serves another step while every row's residual falls to this share
+STEPS = 20  # of Newton, at most
+PATIENCE = 4  # steps without a new best before a row gives up
 STUCK = 1e-9  # rows above this after Newton follow the central path
 PATH = 40  # at most this many steps,
 SHRINK = 0.05  # each aimed at this share of every y s,
