@@ -18,7 +18,7 @@ from torch import Tensor
 
 from convlayer.cones import ProductSpectrum
 from convlayer.kkt import DenseSystem, SparseSystem, Visible, factorise
-from convlayer.program import Data, Operators
+from convlayer.program import Data, Operators, take_rows
 from convlayer.residual import residual
 
 TARGET = 1e-13  # relative residual at which polish has nothing left to do
@@ -115,7 +115,7 @@ def polish(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visib
     best, factor = _settle(operators, _Point.at(operators, x, y - s), visible, units)
     rows = torch.nonzero(best.size > STUCK).flatten()
     if len(rows) and bool(operators.data.program.inequalities.any()):
-        part, part_units = operators.rows(rows), _rows_of(units, rows)
+        part, part_units = operators.rows(rows), _units_of(units, rows)
         start = _follow(part, x[rows], s[rows], y[rows], visible, part_units)
         again, _ = _settle(part, start, visible, part_units)
         won = again.size < best.size[rows]
@@ -180,7 +180,7 @@ def _settle(
             part, now, system = operators, point, factor[0]
         else:
             part, now = operators.rows(rows), point.rows(rows)
-            system = factorise(part, now.spectrum, visible, _rows_of(units, rows))
+            system = factorise(part, now.spectrum, visible, _units_of(units, rows))
         dx, dv = _newton(part, now.spectrum, system, now.F1, now.F2)
         new = _Point.at(part, now.x + dx, now.v + dv)
         old = best.size[rows]
@@ -195,8 +195,8 @@ def _settle(
     return best, factor
 
 
-def _rows_of(units: Tensor | None, rows: Tensor) -> Tensor | None:
-    return units if units is None or len(units) == 1 else units[rows]
+def _units_of(units: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if units is None else take_rows(units, rows)
 
 
 def _same(old: _Point, new: _Point) -> bool:

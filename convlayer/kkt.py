@@ -27,7 +27,7 @@ from torch import Tensor
 
 from convlayer.cones import ProductSpectrum
 from convlayer.pattern import kkt_pattern
-from convlayer.program import DENSE_ENTRIES, Data, Operators, Program
+from convlayer.program import DENSE_ENTRIES, Data, Operators, Program, take_rows
 
 SHIFT = 1e-11  # delta, relative to the equilibrated matrix
 SPARSE_SHIFT = 1e-7  # without pivoting it must exceed the square root of the rounding error; refinement removes it
@@ -116,22 +116,22 @@ class DenseSystem:
         self.lu, self.pivots, _ = torch.linalg.lu_factor_ex(K)
         self.singular = (visible.x & ~self.held).any(1)
         pivots = self.lu.diagonal(dim1=1, dim2=2).abs()
-        self.suspects = (
-            torch.nonzero(pivots.amin(1) <= SUSPECT).flatten() if size else torch.zeros(0, dtype=torch.int64)
-        )
-        self.stiff = bool((pivots.amin(1) <= STIFF).any()) if size else False
-        if len(self.suspects):
-            self._find_null_space(visible, units)
+        smallest = pivots.amin(1) if size else pivots.new_ones(batch)
+        self.stiff = bool((smallest <= STIFF).any())
+        self.projector: _Projector | None = None
+        suspects = torch.nonzero(smallest <= SUSPECT).flatten()
+        if len(suspects):
+            self._find_null_space(suspects, visible, units)
 
     def solve(self, a: Tensor, c: Tensor, *, refine: bool = True) -> tuple[Tensor, Tensor]:
         """a (B, n), c (B, m) -> w (B, n), e (B, m); without `refine` to the accuracy of the shifted factor, for Newton."""
         c_active = c if self.active is None else c.gather(1, self.active)
-        right = self._off_null(torch.cat([a * self.held, self.root * c_active], 1), -1)
+        right = _off_null(self.projector, torch.cat([a * self.held, self.root * c_active], 1), -1)
         scaled = (right * self.scale).unsqueeze(-1)
         solution = torch.linalg.lu_solve(self.lu, self.pivots, scaled)
         if refine and scaled.numel():
             solution = self._refined(scaled, solution)
-        solution = self._off_null(solution.squeeze(-1) * self.scale, 1)
+        solution = _off_null(self.projector, solution.squeeze(-1) * self.scale, 1)
         w, eta = solution[:, : self.n], solution[:, self.n :] * self.root
         if self.active is not None:
             eta = c.new_zeros(len(c), self.m).scatter_(1, self.active, eta)
@@ -153,12 +153,11 @@ class DenseSystem:
         return solution
 
     def _product(self, x: Tensor) -> Tensor:
-        """K x for x (B, size, k), or of some rows' matrix."""
+        """K x for x (B, size, k)."""
         return self.K @ x - self.shift.unsqueeze(-1) * x
 
-    def _find_null_space(self, visible: Visible, units: Tensor | None) -> None:
-        """Null vectors of the matrix in x's own units, for the rows with a small pivot."""
-        rows = self.suspects
+    def _find_null_space(self, rows: Tensor, visible: Visible, units: Tensor | None) -> None:
+        """Null vectors of the matrix in x's own units, for these rows."""
         size, width = self.K.shape[1], 4
         while True:
             width = min(width, size)
@@ -166,10 +165,7 @@ class DenseSystem:
             if width == size or not bool((vectors.abs().amax(1) > 0).all(1).any()):
                 break
             width *= 4
-        in_units = self.scale.new_ones(len(rows), size)
-        if units is not None:
-            in_units[:, : self.n] = units.expand(len(self.scale), -1)[rows]
-        self.projector = _Projector((in_units * self.scale[rows]).unsqueeze(-1) * vectors, in_units)
+        self.projector = _Projector(rows, self.scale[rows].unsqueeze(-1) * vectors, units)
         unit = self.projector.unit
         dual = unit[:, self.n :] * self.root[rows].unsqueeze(-1)
         if self.active is not None:
@@ -191,12 +187,6 @@ class DenseSystem:
         _, values, mixing = torch.linalg.svd(image, full_matrices=False)
         zero = values <= NULL * size**0.5
         return torch.where(zero.unsqueeze(1), basis @ mixing.mT, 0.0)
-
-    def _off_null(self, vector: Tensor, power: int) -> Tensor:
-        """The part of (B, size) orthogonal to the null spaces found."""
-        if not len(self.suspects):
-            return vector
-        return vector.index_copy(0, self.suspects, self.projector(vector[self.suspects], power))
 
 
 def _gmres(K: sp.csr_array, inverse: Callable[[np.ndarray], np.ndarray], right: np.ndarray) -> tuple[np.ndarray, bool]:
@@ -296,7 +286,7 @@ class SparseSystem:
         _ = pattern.fill  # worked out here rather than while an object is being taken down
         weakref.finalize(self, pattern.release, self.factors).atexit = False
         self.singular = (visible.x & ~self.held).any(1)
-        self.suspects = torch.zeros(0, dtype=torch.int64)
+        self.projector: _Projector | None = None
         # Pivots tell nothing without pivoting; a null vector shows as a solution of size 1 / shift.
         probe = torch.randn(n + m, 1, dtype=d.dtype, generator=torch.Generator().manual_seed(0)).expand(-1, batch)
         growth = self._back_substitute(probe).norm(dim=0)
@@ -308,7 +298,7 @@ class SparseSystem:
 
     def solve(self, a: Tensor, c: Tensor, *, refine: bool = True) -> tuple[Tensor, Tensor]:
         """a (B, n), c (B, m) -> w (B, n), e (B, m); without `refine` to six digits, for Newton."""
-        right = self._off_null(torch.cat([a * self.held, self.root * c], 1), -1)
+        right = _off_null(self.projector, torch.cat([a * self.held, self.root * c], 1), -1)
         scaled = right.mT * self.scale
         if refine or self.stiff:
             accuracy = 1e-15 if refine else 1e-6
@@ -318,7 +308,7 @@ class SparseSystem:
                 solution[:, row], poor[row] = torch.from_numpy(found), not good
         else:
             solution, poor = self._back_substitute(scaled), self.broken
-        solution = self._off_null((solution * self.scale).mT, 1)
+        solution = _off_null(self.projector, (solution * self.scale).mT, 1)
         w, e = solution[:, : self.n], solution[:, self.n :] * self.root
         return self._pivoted(torch.nonzero(poor).flatten(), a, c, w, e) if bool(poor.any()) else (w, e)
 
@@ -354,7 +344,7 @@ class SparseSystem:
             self.singular[rows] = True
             return w, e
         if self.dense is None or not torch.equal(self.dense[0], rows):
-            units = self.units if self.units is None or len(self.units) == 1 else self.units[rows]
+            units = None if self.units is None else take_rows(self.units, rows)
             operators = Operators(self.data.rows(rows), dense=True)
             self.dense = rows, DenseSystem(operators, self.spectrum.index_select(rows), self.visible, units)
         w_rows, e_rows = self.dense[1].solve(a[rows], c[rows])
@@ -409,35 +399,37 @@ class SparseSystem:
                 break
             width *= 4
         self.singular[suspects] |= zero.all(1) & (width < size)  # more of them than were looked for
-        units = torch.ones(count, size, dtype=torch.float64)
-        if self.units is not None:
-            units[:, : self.n] = self.units.expand(self.scale.shape[1], -1)[suspects]
         vectors = torch.where(zero.unsqueeze(1), basis @ mixing.mT, 0.0)
-        self.suspects = suspects
-        self.projector = _Projector((units * self.scale.mT[suspects]).unsqueeze(-1) * vectors, units)
+        self.projector = _Projector(suspects, self.scale.mT[suspects].unsqueeze(-1) * vectors, self.units)
         null = self.projector.unit
         dual = self.spectrum.index_select(suspects).from_basis(
             self.root[suspects].unsqueeze(-1) * null[:, self.n :], columns=True
         )
         self.singular[suspects] |= _harmful(null[:, : self.n], dual, visible)
 
-    def _off_null(self, vector: Tensor, power: int) -> Tensor:
-        """The part of (B, size) orthogonal to the null spaces found."""
-        if not len(self.suspects):
-            return vector
-        return vector.index_copy(0, self.suspects, self.projector(vector[self.suspects], power))
-
 
 class _Projector:
-    """Takes null spaces out of vectors in x's own units: a solution is in units^1, a right-hand side in units^-1."""
+    """Takes the null spaces of some rows of a batch out of vectors in x's own units: a solution is in units^1, a right-hand
+    side in units^-1."""
 
-    def __init__(self, null: Tensor, units: Tensor):
-        """null (rows, size, k), not normalised, zero where there are fewer than k; units (rows, size)."""
-        self.units = units
+    def __init__(self, rows: Tensor, null: Tensor, units: Tensor | None):
+        """null (rows, size, k), not normalised, zero where there are fewer than k; units (B or 1, n) of x, None for ones."""
+        self.rows = rows
+        self.units = null.new_ones(null.shape[:2])
+        if units is not None:
+            self.units[:, : units.shape[1]] = take_rows(units, rows)
+        null = self.units.unsqueeze(-1) * null
         self.unit = null / null.norm(dim=1, keepdim=True).clamp(min=1e-300)
         self.dual = self.unit @ torch.linalg.pinv(self.unit.mT @ self.unit, hermitian=True)
 
     def __call__(self, vector: Tensor, power: int) -> Tensor:
+        """vector (B, size)."""
         units = self.units**power
-        vector = vector * units
-        return (vector - (self.dual @ (self.unit.mT @ vector.unsqueeze(-1))).squeeze(-1)) / units
+        part = vector[self.rows] * units
+        part = (part - (self.dual @ (self.unit.mT @ part.unsqueeze(-1))).squeeze(-1)) / units
+        return vector.index_copy(0, self.rows, part)
+
+
+def _off_null(projector: _Projector | None, vector: Tensor, power: int) -> Tensor:
+    """The part of (B, size) orthogonal to the null spaces, where there are any."""
+    return vector if projector is None else projector(vector, power)

@@ -103,11 +103,7 @@ class Data:
 
     def rows(self, index: Tensor) -> Data:
         """The instances at `index`; shared values stay shared."""
-
-        def pick(values: Tensor) -> Tensor:
-            return values if len(values) == 1 else values[index]
-
-        return replace(self, P=pick(self.P), q=pick(self.q), A=pick(self.A), b=pick(self.b))
+        return Data(self.program, *(take_rows(values, index) for values in (self.P, self.q, self.A, self.b)))
 
     def widen(self, batch: int) -> Data:
         """The same data with q and b repeated to `batch` rows; P and A stay shared if they were."""
@@ -132,7 +128,8 @@ class Operators:
         """The operators of the instances at `index`, without assembling them again."""
         chosen = object.__new__(Operators)
         chosen.data, chosen.dense = self.data.rows(index), self.dense
-        chosen.P_values, chosen.A_values = (self._pick(values, index) for values in (self.P_values, self.A_values))
+        dim = 0 if self.dense else 1
+        chosen.P_values, chosen.A_values = (take_rows(values, index, dim) for values in (self.P_values, self.A_values))
         return chosen
 
     def P(self, x: Tensor) -> Tensor:
@@ -163,10 +160,10 @@ class Operators:
         index = self.data.program.indices
         return _gather_add(self.A_values, y, index["A_rows"], index["A_cols"], self.data.program.n)
 
-    def _pick(self, values: Tensor, index: Tensor) -> Tensor:
-        if self.dense:
-            return values if len(values) == 1 else values[index]
-        return values if values.shape[1] == 1 else values[:, index]
+
+def take_rows(values: Tensor, index: Tensor, dim: int = 0) -> Tensor:
+    """The instances at `index` along the batch dimension `dim`; what all share stays shared."""
+    return values if values.shape[dim] == 1 else values.index_select(dim, index)
 
 
 def _gather_add(values: Tensor, x: Tensor, source: Tensor, target: Tensor, size: int) -> Tensor:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from convlayer.program import Data, Operators
+from convlayer.program import Data, Operators, take_rows
 
 INFINITE = 1e15  # an inequality's right-hand side beyond this (A having size one) is no bound
 BALANCED = 1e3  # columns of the row-normalised matrix within this factor of each other need no scaling
@@ -31,12 +31,9 @@ class Scaling:
     unbounded: Tensor | None  # (B, m) inequalities whose right-hand side was as good as infinite, and was cut
 
     def rows(self, index: Tensor) -> Scaling:
-        def pick(part: Tensor) -> Tensor:
-            return part if len(part) == 1 else part[index]
-
         return Scaling(
-            None if self.c is None else pick(self.c),
-            pick(self.e),
+            None if self.c is None else take_rows(self.c, index),
+            take_rows(self.e, index),
             self.rho[index],
             self.tau[index],
             None if self.unbounded is None else self.unbounded[index],

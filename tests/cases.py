@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convlayer import ConvexLayer, problems
+from convlayer import ConvexLayer, Solution, Status, problems
 
 FIVE_POINT = {-2: 1 / 12, -1: -2 / 3, 1: 2 / 3, 2: -1 / 12}
 
@@ -111,6 +111,16 @@ def relative(got: Tensor, expected: Tensor) -> float:
 def close(got: Tensor, expected: Tensor, tolerance: float) -> bool:
     """Equal to a tolerance relative to the larger of the expected norm and one."""
     return bool(((got - expected).norm() <= tolerance * expected.norm().clamp_min(1.0)).item())
+
+
+def solved_right_or_flagged(solution: Solution, expected: Solution) -> None:
+    """A row marked SOLVED is the reference's solution, and every other says that it did not get there."""
+    for row, status in enumerate(solution.status.tolist()):
+        if status == Status.SOLVED:
+            for got, reference in zip(solution.variables, expected.variables, strict=True):
+                assert close(got[row], reference[row], 1e-7)
+        else:
+            assert status in (Status.NOT_CONVERGED, Status.INACCURATE)
 
 
 def set_values(declared: Declared, tensors: Sequence[Tensor]) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
@@ -130,7 +131,7 @@ def solve_batch(
     ]
     inline = len(tasks) == 1 and isinstance(executor, ThreadPoolExecutor)
     results = [solver.solve(tasks[0])] if inline else executor.map(solver.solve, tasks)
-    iterates = list(_flatten(results))
+    iterates = list(chain.from_iterable(results))
     if len(iterates) != batch:
         raise RuntimeError(
             f"Solver {solver.name} returned {len(iterates)} iterates for {batch} rows; it must return one for each."
@@ -139,11 +140,4 @@ def solve_batch(
 
 
 def _part(values, lo: int, hi: int) -> np.ndarray:
-    return np.ascontiguousarray(
-        (values if len(values) == 1 and hi - lo != 1 else values[lo:hi] if len(values) > 1 else values).numpy()
-    )
-
-
-def _flatten(results) -> Iterator[Iterate]:
-    for result in results:
-        yield from result
+    return np.ascontiguousarray((values if len(values) == 1 else values[lo:hi]).numpy())
