@@ -153,10 +153,7 @@ def canonicalise(
     Errors: ValueError or TypeError naming the argument or the sub-expression at fault, and the remedy;
     CanonicalisationError if this CVXPY's cone program is not the one our map gives.
     """
-    owners = check_arguments(problem, parameters, variables)
-    # A problem object of our own: the user's cached canonicalisation is left alone.
-    copy = problem if gp else _without_parametrised_arguments(problem)
-    check_convexity(copy, gp)
+    owners, copy = check(problem, parameters, variables, gp)
     copy = cp.Problem(copy.objective, copy.constraints)
     chain = _build_solving_chain(copy, _StandardForm(), make_problem_form(copy, gp, False), gp, enforce_dpp=True)
     with warnings.catch_warnings():
@@ -192,6 +189,16 @@ def canonicalise(
     )
     _self_check(canonical, cone_program, parameters, reductions)
     return canonical
+
+
+def check(
+    problem: cp.Problem, parameters: Sequence[cp.Parameter], variables: Sequence[cp.Variable], gp: bool
+) -> tuple[dict[int, Any], cp.Problem]:
+    """Refuse what cannot be a layer. Returns (dual variable id -> its constraint, the problem as it will be canonicalised)."""
+    owners = check_arguments(problem, parameters, variables)
+    copy = problem if gp else _without_parametrised_arguments(problem)
+    check_convexity(copy, gp)
+    return owners, copy
 
 
 def _without_parametrised_arguments(problem: cp.Problem) -> cp.Problem:

@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 
 
+def is_restricted(parameter: cp.Parameter) -> bool:
+    """Whether the parameter has a declared domain that its values could violate."""
+    return any(value is not None and value is not False for value in parameter.attributes.values())
+
+
 def violations(parameter: cp.Parameter, value: Tensor) -> Iterator[tuple[Tensor, str]]:
     """(rows (B,) outside a declared domain, what is wrong and the remedy) for a value of shape (B, *parameter.shape).
 
@@ -18,6 +23,8 @@ def violations(parameter: cp.Parameter, value: Tensor) -> Iterator[tuple[Tensor,
     """
     name, attributes = parameter.name(), parameter.attributes
     value = value.detach()
+    if value.numel() and _plainly_inside(attributes, value):
+        return
     flat = value.unsqueeze(-1).flatten(1)
     if not flat.shape[1]:
         return
@@ -88,6 +95,27 @@ def violations(parameter: cp.Parameter, value: Tensor) -> Iterator[tuple[Tensor,
             "with bounds, and lies outside them.",
             "Clamp it.",
         )
+
+
+def _plainly_inside(attributes: dict, value: Tensor) -> bool:
+    """One look at the whole tensor, which settles nearly every call; False where it does not."""
+    declared = {name for name, value in attributes.items() if value is not None and value is not False}
+    if not declared <= {"nonneg", "pos", "nonpos", "neg", "symmetric", "PSD", "NSD"}:
+        return False
+    if declared & {"nonneg", "pos"}:
+        low = value.amin().item()
+        if not (low > 0 or (low == 0 and "pos" not in declared)):
+            return False
+    if declared & {"nonpos", "neg"}:
+        high = value.amax().item()
+        if not (high < 0 or (high == 0 and "neg" not in declared)):
+            return False
+    if declared & {"symmetric", "PSD", "NSD"} and (value.ndim < 3 or not torch.equal(value, value.mT)):
+        return False
+    if not declared & {"PSD", "NSD"}:
+        return True
+    _, info = torch.linalg.cholesky_ex(value.double() if "PSD" in declared else -value.double())
+    return not bool(info.any())
 
 
 def _worst(values: Tensor, bad: Tensor, pick) -> str:

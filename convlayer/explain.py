@@ -5,11 +5,39 @@ from __future__ import annotations
 import os
 
 from convlayer.canon import Canonical
+from convlayer.dispatch import Recognition
 from convlayer.kkt import prefers_dense
 from convlayer.pattern import kkt_pattern
 from convlayer.solvers.solver import Solver
+from convlayer.structures import Cost
 
 ITERATIONS = {"clarabel": 12}  # a typical count; an interior-point method's hardly depends on the problem
+
+
+def explain_choice(recognition: Recognition, structure: str, batch: int) -> str:
+    """The first part of the report: the path, why, and what every structure said."""
+    lines = [("Path", f"{structure}: {recognition.why}")]
+    for finding in recognition.findings:
+        if finding.match is None:
+            lines.append((f"  {finding.name}", f"no: {finding.reason}"))
+            continue
+        cost = f"; {_cost(finding.match.cost, batch)}" if finding.match.cost is not None else ""
+        lines.append((f"  {finding.name}", f"yes: {finding.match.bound}{cost}"))
+    if recognition.generic is not None:
+        lines.append(("  cone_program", f"always; about {_cost(recognition.generic, batch)}, estimated from its sparsity"))
+    return "\n".join(f"{name + ':':31}{value}" for name, value in lines)
+
+
+def _cost(cost: Cost, batch: int) -> str:
+    rows = f" for {batch} rows" if batch > 1 else ""
+    return f"{_flops(batch * cost.flops)} and {_bytes(batch * cost.bytes)}{rows}, forward and backward"
+
+
+def _bytes(count: float) -> str:
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count:.0f} B"
 
 
 def explain_cone_program(
@@ -22,7 +50,6 @@ def explain_cone_program(
     factor, solve = pattern.flops, 4.0 * pattern.fill
     iterations = ITERATIONS.get(solver.name)
     lines = [
-        ("Path", "cone_program, the generic one: any DPP problem. No other structure is known to this version."),
         (
             "Problem",
             f"{sizes['variables']} variables and {sizes['constraints']} constraint rows; {sizes['parameters']} numbers in "
@@ -72,8 +99,6 @@ def _why(solver: Solver, chosen: bool) -> str:
 def _hints(canonical: Canonical, solver: Solver):
     program = canonical.program
     kinds = {block.name for block in program.cones.blocks}
-    if kinds <= {"zero"}:
-        yield "the problem is one linear system; a closed form in torch (lstsq, solve) would be faster still."
     if "second_order" in kinds:
         yield "a norm in the objective costs a second-order cone; its square (sum_squares) stays quadratic, if that serves you as well."
     if "psd" in kinds:

@@ -20,6 +20,7 @@ from torch import Tensor
 from convlayer.adjoint import Zero, adjoint, polish, pull_back
 from convlayer.canon import Canonical
 from convlayer.kkt import prefers_dense
+from convlayer.once import Once
 from convlayer.program import DENSE_ENTRIES, Data, Operators, Program
 from convlayer.residual import Scaling, normalise, recentre
 from convlayer.solution import Status
@@ -142,7 +143,7 @@ class Solve(torch.autograd.Function):
         if torch.is_grad_enabled():
             # create_graph=True: a second derivative through here would come out as silent zeros.
             sources = [t for t in (*thetas, x_bar, y_bar, value_bar) if t.requires_grad]
-            bars = [None if bar is None else _Once.apply(bar, *sources) for bar in bars]
+            bars = [None if bar is None else Once.apply(bar, *sources) for bar in bars]
         return None, *bars
 
     @staticmethod
@@ -159,20 +160,6 @@ class Solve(torch.autograd.Function):
         w[failed & used] = torch.nan
         u[failed & used] = torch.nan
         return _parameters_bar(ctx, w, u, value_bar.unsqueeze(1), x, y)
-
-
-class _Once(torch.autograd.Function):
-    """A first derivative that refuses to be differentiated again."""
-
-    @staticmethod
-    def forward(ctx, bar: Tensor, *sources: Tensor) -> Tensor:
-        return bar.clone()
-
-    @staticmethod
-    def backward(ctx, bar: Tensor):
-        raise RuntimeError(
-            "ConvexLayer can be differentiated once, not twice: second derivatives are not implemented, and would be zeros."
-        )
 
 
 def _parameters_bar(ctx, w: Tensor, u: Tensor, value_bar: Tensor, x: Tensor, y: Tensor) -> list[Tensor | None]:

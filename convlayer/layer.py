@@ -8,6 +8,8 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
 
@@ -17,9 +19,12 @@ import torch
 from torch import Tensor
 
 from convlayer import domain
-from convlayer.canon import canonicalise
-from convlayer.explain import explain_cone_program
+from convlayer.canon import Canonical
+from convlayer.declaration import Declaration
+from convlayer.dispatch import CHOICES, recognise
+from convlayer.explain import explain_choice, explain_cone_program
 from convlayer.generic import Call, Solve
+from convlayer.kernels.answer import Answer
 from convlayer.solution import (
     AccuracyWarning,
     GradientWarning,
@@ -30,9 +35,10 @@ from convlayer.solution import (
     rows_in_words,
 )
 from convlayer.solvers import SOLVERS, Solver
+from convlayer.specialised import Specialised
+from convlayer.verification import Verification, verify
 
 TOLERANCE = 1e-8
-STRUCTURES = ("auto", "generic", "cone_program")
 POLICIES = ("raise", "nan", "keep")
 
 
@@ -41,19 +47,22 @@ class ConvexLayer(torch.nn.Module):
 
         x*(theta) = argmin over x of f(x, theta) subject to the constraints of `problem`
 
-    Solution:    canonicalised once to a cone program, solved row by row, polished to rounding error by Newton on the KKT residual map.
-    Derivative:  the implicit function theorem at that zero, exact; one-sided or least-norm, and flagged, where there is none.
+    Solution:    by the kernel of the structure that the problem has, whatever its spelling, batched, on the parameters' own device;
+                 where it has none, canonicalised once to a cone program, solved row by row and polished to rounding error.
+    Derivative:  the implicit function theorem with the forward's own factor, exact; one-sided or least-norm, and flagged, where there is none.
     Shapes:      each parameter (*batch, *its shape) or (*its shape), shared by the batch, its gradient then the sum over rows;
                  variables (*batch, *their shape). Any number of batch dimensions, which broadcast against each other.
-    dtype:       float64 inside; outputs have the parameters' dtype and device.
+    dtype:       outputs have the parameters' dtype and device; kernels compute in float32 only where that loses nothing, the cone program in float64.
     Threads:     rows run in a pool of one thread a core; small tensor work runs on one torch thread, whatever the setting.
 
     Arguments:
         problem:     a DPP problem (DGP with gp=True).
         parameters:  all its parameters, in the order in which tensors will be given.
         variables:   variables of the problem, or dual variables of its constraints (constraint.dual_variables[0]), to return.
-        structure:   "auto", or "generic" for the cone program.
-        solver:      None (Clarabel), "clarabel", "scs", or a convlayer.Solver of your own.
+        structure:   "auto": the most special structure that matches, if it is cheaper than the cone program; "generic": the cone program;
+                     or a structure's name: that one, or a ProblemError that says why it does not apply.
+        solver:      for the cone program: None (Clarabel), "clarabel", "scs", "interior_point", or a convlayer.Solver of your own.
+                     With "auto", naming one chooses the cone program.
         solver_args: `tolerance` (relative KKT residual, default 1e-8) and the solver's own options; unknown ones are an error.
         gp:          the problem is log-log convex.
         gradient:    "exact".
@@ -83,22 +92,43 @@ class ConvexLayer(torch.nn.Module):
         executor: Executor | None = None,
     ) -> None:
         super().__init__()
-        _one_of("structure", structure, STRUCTURES)
+        _one_of("structure", structure, CHOICES)
         _one_of("gradient", gradient, ("exact",))
         _one_of("on_failure", on_failure, POLICIES)
-        self.structure = "cone_program"
         self.on_failure, self.validate, self.executor = on_failure, validate, executor
-        self._canonical = canonicalise(problem, parameters, variables, gp=gp)
-        self._parameters_of_problem = list(parameters)
+        self._declared = Declaration.checked(problem, parameters, variables, gp)
+        options = dict(solver_args or {})
+        named = solver is not None or bool(options.keys() - {"tolerance"})
+        self._recognition = recognise(
+            problem, parameters, variables, self._declared.owners, gp=gp, structure=structure, solver_given=named
+        )
+        chosen = self._recognition.chosen
+        self.structure = "cone_program" if chosen is None else chosen.name
+        self._specialised: Specialised | None = None
+        if chosen is not None and chosen.match is not None and chosen.match.build is not None:
+            assert self._recognition.form is not None
+            self._specialised = Specialised(
+                self._recognition.form, chosen.name, chosen.match, self._declared.variables, self._declared.owners
+            )
+        elif chosen is not None and solver is None:
+            solver = SOLVERS["interior_point"]
         self._names = [v.name() for v in variables]
-        self._solver, self._chosen = _solver(solver), solver is not None
-        self._tolerance, self._options = self._check_options(solver_args or {})
+        self._domains = [k for k, p in enumerate(parameters) if domain.is_restricted(p)]
+        self._solver, self._chosen = _solver(solver), named
+        self._tolerance, self._options = _tolerance(options), options
+        if self._specialised is None:
+            self._solver.check(self._canonical.program, self._options)
         self._warned: set[str] = set()
+
+    @property
+    def _canonical(self) -> Canonical:
+        """The cone program, made when it is first needed."""
+        return self._declared.canonical
 
     @torch.compiler.disable
     def forward(self, *tensors: Tensor, solver_args: Mapping[str, Any] | None = None) -> tuple[Tensor, ...]:
         """The optimal variables for these parameter values, in the order of `variables`."""
-        return self._run(tensors, solver_args, None).variables
+        return tuple(self._run(tensors, solver_args, None, False))
 
     @torch.compiler.disable
     def solve(
@@ -108,11 +138,35 @@ class ConvexLayer(torch.nn.Module):
 
         warm_start: a Solution of the same batch shape, for a solver that can start from it (SCS).
         """
-        return self._run(tensors, solver_args, warm_start)
+        return self._run(tensors, solver_args, warm_start, True)
+
+    def verify(self, *tensors: Tensor, seed: int = 0) -> Verification:
+        """Solve on the layer's path and on the generic one, and compare values, feasibility and gradients, row by row.
+
+        The gradients are those of one random linear functional of the variables, drawn from `seed`. Nothing is raised: look at
+        `.agrees`, or print it.
+        """
+        *_, batch = self._check_tensors(tensors)
+        leaves = [
+            t.detach().expand((*batch, *p.shape)) for t, p in zip(tensors, self._declared.parameters, strict=True)
+        ]
+        mine = self.with_options(on_failure="nan")
+        generic = mine._with_path(None)
+        if self._specialised is None:
+            infeasibility = torch.zeros(batch, dtype=torch.float64)
+        else:
+            with torch.no_grad():
+                values = [_flatten_batch(t, p, batch).double() for t, p in zip(leaves, self._declared.parameters, strict=True)]
+                bad, _ = mine._bad_rows(values, math.prod(batch))
+                infeasibility = self._specialised.infeasibility(values, bad).expand(math.prod(batch))
+        return verify(self.structure, mine.solve, generic.solve, leaves, len(batch), infeasibility, seed)
 
     def explain(self, batch: int = 1) -> str:
-        """Which path runs and why, the sizes before and after canonicalisation, and what a forward and a backward cost."""
-        return explain_cone_program(
+        """Which path runs and why, why the others do not, the sizes, and what a forward and a backward cost."""
+        text = explain_choice(self._recognition, self.structure, batch)
+        if self._specialised is not None:
+            return text
+        return text + "\n" + explain_cone_program(
             self._canonical, self._solver, self._chosen, self._tolerance, self.executor is not None, batch
         )
 
@@ -129,12 +183,7 @@ class ConvexLayer(torch.nn.Module):
 
         `solver_args` are added to those the layer has; with another `solver` only `tolerance` is kept.
         """
-        sibling = copy.copy(self)
-        # The hooks and submodules of a module stand in dictionaries, which a shallow copy would share.
-        sibling.__dict__.update(
-            {name: copy.copy(part) for name, part in self.__dict__.items() if isinstance(part, dict)}
-        )
-        sibling._warned = set()
+        sibling = self._copy()
         if on_failure is not None:
             _one_of("on_failure", on_failure, POLICIES)
             sibling.on_failure = on_failure
@@ -142,124 +191,177 @@ class ConvexLayer(torch.nn.Module):
             sibling.validate = validate
         if executor is not None:
             sibling.executor = executor
+        options = dict(solver_args or {})
         if solver is not None:
             sibling._solver, sibling._chosen, sibling._options = _solver(solver), True, {}
         if solver is not None or solver_args is not None:
-            sibling._tolerance, sibling._options = sibling._check_options(
-                {"tolerance": self._tolerance, **sibling._options, **(solver_args or {})}
-            )
+            merged = {"tolerance": self._tolerance, **sibling._options, **options}
+            sibling._tolerance, sibling._options = _tolerance(merged), merged
+            if solver is not None or options.keys() - {"tolerance"} or sibling._specialised is None:
+                sibling._specialised, sibling.structure = None, "cone_program"
+                sibling._solver.check(self._canonical.program, sibling._options)
+        return sibling
+
+    def _copy(self) -> ConvexLayer:
+        sibling = copy.copy(self)
+        # The hooks and submodules of a module stand in dictionaries, which a shallow copy would share.
+        sibling.__dict__.update(
+            {name: copy.copy(part) for name, part in self.__dict__.items() if isinstance(part, dict)}
+        )
+        sibling._warned = set()
+        return sibling
+
+    def _with_path(self, specialised: Specialised | None) -> ConvexLayer:
+        """A sibling on another path."""
+        sibling = self._copy()
+        sibling._specialised, sibling.structure = specialised, "cone_program"
+        if specialised is None and self._solver.name == "interior_point":
+            sibling._solver, sibling._options = _solver(None), {}
         return sibling
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "executor": None}
 
     def extra_repr(self) -> str:
-        parameters = ", ".join(f"{p.name()}{tuple(p.shape)}" for p in self._parameters_of_problem)
-        variables = ", ".join(
-            f"{name}{v.shape}" for name, v in zip(self._names, self._canonical.variables, strict=True)
-        )
-        return f"({parameters}) -> ({variables}), structure={self.structure}, solver={self._solver.name}, on_failure={self.on_failure}"
-
-    def _check_options(self, solver_args: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
-        options = dict(solver_args)
-        tolerance = options.pop("tolerance", TOLERANCE)
-        if not isinstance(tolerance, (int, float)) or not 0 < tolerance < 1:
-            raise ValueError(f"`tolerance` must be a number between 0 and 1; got {tolerance!r}.")
-        self._solver.check(self._canonical.program, options)
-        return float(tolerance), options
+        parameters = ", ".join(f"{p.name()}{tuple(p.shape)}" for p in self._declared.parameters)
+        variables = ", ".join(f"{v.name()}{tuple(v.shape)}" for v in self._declared.variables)
+        solver = "" if self._specialised is not None else f", solver={self._solver.name}"
+        return f"({parameters}) -> ({variables}), structure={self.structure}{solver}, on_failure={self.on_failure}"
 
     def _run(
-        self, tensors: tuple[Tensor, ...], solver_args: Mapping[str, Any] | None, warm_start: Solution | None
+        self,
+        tensors: tuple[Tensor, ...],
+        solver_args: Mapping[str, Any] | None,
+        warm_start: Solution | None,
+        everything: bool,
     ) -> Solution:
-        tolerance, options = (
-            self._check_options({"tolerance": self._tolerance, **self._options, **solver_args})
-            if solver_args
-            else (self._tolerance, self._options)
-        )
+        """Check, solve on the chosen path, apply the failure policy; `everything`: the objective and the residual too."""
         dtype, device, batch = self._check_tensors(tensors)
         size = math.prod(batch)
-        with torch.autocast("cpu", enabled=False), torch.autocast(device.type, enabled=False):
-            values = [_flatten_batch(t, p, batch) for t, p in zip(tensors, self._canonical.parameters, strict=True)]
+        with _no_autocast(device):
+            values = [_flatten_batch(t, p, batch) for t, p in zip(tensors, self._declared.parameters, strict=True)]
             bad, details = self._bad_rows(values, size)
-            if self.on_failure == "raise" and bool(bad.any()):
+            if bad is not None and self.on_failure == "raise":
                 raise ParameterError.of(torch.where(bad, int(Status.BAD_INPUT), 0).view(batch), details)
-            thetas = [
-                p.entries(v.to("cpu", torch.float64)) for v, p in zip(values, self._canonical.parameters, strict=True)
-            ]
-            start = self._start(warm_start, batch)
-            differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in thetas)
-            warn = partial(self._warn_degenerate, batch)
-            call = Call(
-                self._canonical, self._solver, tolerance, options, self.executor, bad, start, differentiable, warn
-            )
-            x, y, value = Solve.apply(call, *thetas)
-            failed = self._judge(call.status, batch, details)
-            outputs = [recovery.value(x, y) for recovery in self._canonical.variables] + [
-                self._canonical.objective(value)
-            ]
-            if failed is not None:
-                fill = failed if self.on_failure == "nan" else call.blank
-                outputs = [_Guard.apply(output, failed, fill) for output in outputs]
-            *variables, objective = (
-                output.to(device, dtype).reshape((*batch, *output.shape[1:])) for output in outputs
-            )
-        row = {name: getattr(call, name).reshape(batch) for name in ("status", "iterations", "residual", "degenerate")}
-        return Solution(tuple(variables), objective, **row, iterate=call.iterate)
+            asked = solver_args is not None and bool(solver_args.keys() - {"tolerance"})
+            if self._specialised is None or asked or warm_start is not None:
+                rows = self._solve_generic(values, size, bad, batch, solver_args, warm_start)
+            else:
+                rows = self._solve_specialised(values, size, bad, dtype, solver_args, everything)
+            if self.structure != "cone_program" and rows.status is not None:
+                self._rescue(rows, values, size)
+            outputs = self._judge(rows, batch, details)
+            *variables, objective = [None if o is None else _shaped(o, dtype, device, batch, size) for o in outputs]
+        if not everything:
+            return variables
+        row = [getattr(rows, name).reshape(batch) for name in ("status", "iterations", "residual", "degenerate")]
+        return Solution(tuple(variables), objective, *row, iterate=rows.iterate)
+
+    def _solve_generic(
+        self,
+        values: list[Tensor],
+        size: int,
+        bad: Tensor | None,
+        batch: tuple[int, ...],
+        solver_args: Mapping[str, Any] | None,
+        warm_start: Solution | None,
+    ) -> _Rows:
+        canonical = self._canonical
+        tolerance, options = self._tolerance, self._options
+        if solver_args:
+            merged = {"tolerance": tolerance, **options, **solver_args}
+            tolerance, options = _tolerance(merged), merged
+            self._solver.check(canonical.program, options)
+        thetas = [p.entries(v.to("cpu", torch.float64)) for v, p in zip(values, canonical.parameters, strict=True)]
+        start = self._start(warm_start, batch)
+        differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in thetas)
+        excluded = torch.zeros(size, dtype=torch.bool) if bad is None else bad
+        warn = partial(self._warn_degenerate, batch)
+        call = Call(canonical, self._solver, tolerance, options, self.executor, excluded, start, differentiable, warn)
+        x, y, value = Solve.apply(call, *thetas)
+        outputs = [recovery.value(x, y) for recovery in canonical.variables] + [canonical.objective(value)]
+        return _Rows(
+            outputs, call.status, call.iterations, call.residual, call.degenerate, call.blank, call.iterate, warned=True
+        )
+
+    def _solve_specialised(
+        self,
+        values: list[Tensor],
+        size: int,
+        bad: Tensor | None,
+        dtype: torch.dtype,
+        solver_args: Mapping[str, Any] | None,
+        everything: bool,
+    ) -> _Rows:
+        path = self._specialised
+        assert path is not None
+        if solver_args:
+            _tolerance(dict(solver_args))
+        work = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+        answer, outputs = path(values, bad, work)
+        objective = path.objective(values, answer) if everything else None
+        return _Rows.of_answer(answer, [*outputs, objective], size, bad, everything)
+
+    def _rescue(self, rows: _Rows, values: list[Tensor], size: int) -> None:
+        """The cone program and its solver for the rows that the kernel could not settle, and for those alone."""
+        assert rows.status is not None
+        unsettled = (rows.status == Status.NOT_CONVERGED) | (rows.status == Status.INACCURATE)
+        if not bool(unsettled.any()):
+            return
+        which = torch.nonzero(unsettled).flatten()
+        part = [v if len(v) == 1 else v.index_select(0, which.to(v.device)) for v in values]
+        other = self._with_path(None)._solve_generic(part, len(which), None, (len(which),), None, None)
+        rows.outputs = [
+            None if mine is None
+            else mine.expand(size, *mine.shape[1:]).index_copy(0, which.to(mine.device), theirs.to(mine.device, mine.dtype))
+            for mine, theirs in zip(rows.outputs, other.outputs, strict=True)
+        ]  # fmt: skip
+        for name in ("status", "iterations", "residual", "degenerate", "blank"):
+            setattr(rows, name, getattr(rows, name).index_copy(0, which, getattr(other, name)))
+        rows.iterate = None
 
     def _check_tensors(self, tensors: tuple[Tensor, ...]) -> tuple[torch.dtype, torch.device, tuple[int, ...]]:
         """The outputs' dtype and device, and the batch shape."""
-        parameters = self._parameters_of_problem
+        parameters = self._declared.parameters
         if len(tensors) != len(parameters):
             names = ", ".join(f"`{p.name()}`" for p in parameters)
             raise ValueError(f"The layer takes {len(parameters)} tensors ({names}); got {len(tensors)}.")
-        shapes = []
-        for tensor, parameter in zip(tensors, parameters, strict=True):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(
-                    f"Parameter `{parameter.name()}` was given a {type(tensor).__name__}; expected a torch.Tensor: write torch.as_tensor(value)."
-                )
-            if tensor.is_complex():
-                raise TypeError(
-                    f"Parameter `{parameter.name()}` was given a complex tensor; pass real and imaginary parts apart."
-                )
-            if not tensor.is_floating_point():
-                raise TypeError(
-                    f"Parameter `{parameter.name()}` was given a tensor of {tensor.dtype}; expected floating point: write {parameter.name()}.double()."
-                )
-            shapes.append(_batch_shape(tensor, parameter))
-        try:
-            batch = np.broadcast_shapes(*shapes)  # torch's own loads a symbolic algebra package at its first call
-        except ValueError:
-            listed = ", ".join(f"`{p.name()}` {shape}" for p, shape in zip(parameters, shapes, strict=True))
-            raise ValueError(
-                f"The batch dimensions do not agree: {listed}. Each parameter has the batch dimensions in front, or none if it is shared."
-            ) from None
-        devices = {str(t.device) for t in tensors}
-        if len(devices) > 1:
+        shapes = [_batch_shape(t, p) for t, p in zip(tensors, parameters, strict=True)]
+        batch = _broadcast(shapes, parameters)
+        if not tensors:
+            return torch.get_default_dtype(), torch.device("cpu"), batch
+        dtype, device = tensors[0].dtype, tensors[0].device
+        if any(t.device != device for t in tensors):
             listed = ", ".join(f"`{p.name()}` on {t.device}" for p, t in zip(parameters, tensors, strict=True))
             raise ValueError(f"The parameters are on different devices: {listed}. Move them to one.")
-        # As torch promotes: a tensor without dimensions has no say where there is one with.
-        dtypes = [t.dtype for t in tensors if t.ndim] or [t.dtype for t in tensors] or [torch.get_default_dtype()]
-        dtype = reduce(torch.promote_types, dtypes)
-        return dtype, tensors[0].device if tensors else torch.device("cpu"), batch
+        if any(t.dtype is not dtype for t in tensors):
+            # As torch promotes: a tensor without dimensions has no say where there is one with.
+            dtype = reduce(torch.promote_types, [t.dtype for t in tensors if t.ndim] or [t.dtype for t in tensors])
+        return dtype, device, batch
 
-    def _bad_rows(self, values: list[Tensor], size: int) -> tuple[Tensor, dict[int, str]]:
-        """Rows whose parameters are NaN, infinite or outside their domain, and the first reason for each."""
+    def _bad_rows(self, values: list[Tensor], size: int) -> tuple[Tensor | None, dict[int, str]]:
+        """Rows whose parameters are NaN, infinite or outside their domain, None if there are none; the first reason for each."""
+        parameters = self._declared.parameters
+        found: list[tuple[Tensor, str]] = []
+        with torch.no_grad():
+            outside = {k: list(domain.violations(parameters[k], values[k])) for k in (self._domains if self.validate else ())}
+            for k, (value, parameter) in enumerate(zip(values, parameters, strict=True)):
+                reasons = outside.get(k, ())
+                if not _is_finite(value):
+                    finite = torch.isfinite(value.unsqueeze(-1).flatten(1)).all(1)
+                    if not bool(finite.all()):
+                        found.append((~finite, f"Parameter `{parameter.name()}` holds NaN or infinity."))
+                    reasons = [(rows & finite, reason) for rows, reason in reasons]
+                found += reasons
+        if not found:
+            return None, {}
         bad = torch.zeros(size, dtype=torch.bool)
         details: dict[int, str] = {}
-        for value, parameter in zip(values, self._parameters_of_problem, strict=True):
-            found = list(domain.violations(parameter, value)) if self.validate else []
-            # A finite sum has finite terms: one pass over the values where all is well.
-            if not math.isfinite(value.detach().sum().item()):
-                finite = torch.isfinite(value.detach()).unsqueeze(-1).flatten(1).all(1)
-                found = [(rows & finite, reason) for rows, reason in found]
-                if not bool(finite.all()):
-                    found.insert(0, (~finite, f"Parameter `{parameter.name()}` holds NaN or infinity."))
-            for rows, reason in found:
-                rows = rows.cpu().expand(size)
-                bad = bad | rows
-                for k in torch.nonzero(rows).flatten().tolist():
-                    details.setdefault(k, reason)
+        for rows, reason in found:
+            rows = rows.cpu().expand(size)
+            bad = bad | rows
+            for k in torch.nonzero(rows).flatten().tolist():
+                details.setdefault(k, reason)
         return bad, details
 
     def _start(self, warm_start: Solution | None, batch: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -276,22 +378,35 @@ class ConvexLayer(torch.nn.Module):
                 f"warm_start has batch shape {tuple(warm_start.status.shape)}; the parameters have {batch}."
             )
         sizes = (self._canonical.program.n, self._canonical.program.m)
+        if warm_start.iterate is None:
+            raise ValueError("warm_start comes from a specialised path, which has no iterate of the cone program to start from.")
         if (warm_start.iterate[0].shape[1], warm_start.iterate[2].shape[1]) != sizes:
             raise ValueError("warm_start is the solution of another problem; pass one that this layer returned.")
         x, slack, y = (part.nan_to_num(0.0) for part in warm_start.iterate)
         return x, slack, y
 
-    def _judge(self, status: Tensor, batch: tuple[int, ...], details: dict[int, str]) -> Tensor | None:
-        """Apply the failure policy: raise, or return the failed rows (None where there are none)."""
-        if bool((status == Status.INACCURATE).any()):
-            rows = torch.nonzero(status == Status.INACCURATE).flatten()
-            self._warn(AccuracyWarning, f"{rows_in_words(rows, batch).capitalize()}: {Status.INACCURATE.advice}")
-        failed = status >= Status.INFEASIBLE
-        if not bool(failed.any()):
-            return None
-        if self.on_failure == "raise":
-            raise SolverError.of(status.view(batch), details)
-        return failed
+    def _judge(self, rows: _Rows, batch: tuple[int, ...], details: dict[int, str]) -> list[Tensor | None]:
+        """Apply the failure policy: raise, or guard the outputs of the rows that failed or are differentiated by rule."""
+        status = rows.status
+        if status is not None and bool((status == Status.INACCURATE).any()):
+            which = torch.nonzero(status == Status.INACCURATE).flatten()
+            self._warn(AccuracyWarning, f"{rows_in_words(which, batch).capitalize()}: {Status.INACCURATE.advice}")
+        failed = None if status is None else status >= Status.INFEASIBLE
+        if failed is not None and bool(failed.any()):
+            if self.on_failure == "raise":
+                raise SolverError.of(status.view(batch), details)
+            fill = failed if self.on_failure == "nan" else rows.blank
+        else:
+            failed = fill = None
+        degenerate = None if rows.warned or rows.degenerate is None or not bool(rows.degenerate.any()) else rows.degenerate
+        if failed is None and degenerate is None:
+            return rows.outputs
+        warn = partial(self._warn_degenerate, batch)
+        size = len(failed if failed is not None else degenerate)
+        return [
+            o if o is None else _Guard.apply(o.expand(size, *o.shape[1:]), failed, fill, degenerate, warn)
+            for o in rows.outputs
+        ]
 
     def _warn_degenerate(self, batch: tuple[int, ...], rows: Tensor) -> None:
         self._warn(
@@ -312,21 +427,105 @@ class ConvexLayer(torch.nn.Module):
 
 
 class _Guard(torch.autograd.Function):
-    """Failed rows of an output: NaN where `fill`; their cotangent is NaN where the loss uses them and zero where it does not."""
+    """Failed rows of an output: NaN where `fill`; their cotangent is NaN where the loss uses them and zero where it does not.
+
+    Rows that are differentiated by rule are told to `warn` where the loss uses them.
+    """
 
     @staticmethod
-    def forward(ctx, output: Tensor, failed: Tensor, fill: Tensor):
-        ctx.failed = failed
+    def forward(ctx, output: Tensor, failed: Tensor | None, fill: Tensor | None, degenerate: Tensor | None, warn):
+        ctx.failed, ctx.degenerate, ctx.warn = failed, degenerate, warn
+        if fill is None:
+            return output.view_as(output)
         output = output.clone()
-        output[fill] = torch.nan
+        output[fill.to(output.device)] = torch.nan
         return output
 
     @staticmethod
     def backward(ctx, output_bar: Tensor):
-        guarded = output_bar.clone()
-        rows = guarded[ctx.failed]
-        guarded[ctx.failed] = torch.zeros_like(rows).masked_fill_(rows != 0, torch.nan)
-        return guarded, None, None
+        if ctx.degenerate is not None:
+            used = (output_bar != 0).unsqueeze(-1).flatten(1).any(1).cpu() & ctx.degenerate
+            if bool(used.any()):
+                ctx.warn(torch.nonzero(used).flatten())
+        if ctx.failed is None:
+            return output_bar, None, None, None, None
+        guarded, failed = output_bar.clone(), ctx.failed.to(output_bar.device)
+        rows = guarded[failed]
+        guarded[failed] = torch.zeros_like(rows).masked_fill_(rows != 0, torch.nan)
+        return guarded, None, None, None, None
+
+
+@dataclass(eq=False)
+class _Rows:
+    """What a path found, row by row: (B,) each, on the host. None: what holds for every row of a closed form."""
+
+    outputs: list[Tensor | None]  # the variables, then the objective, (B or 1, ...)
+    status: Tensor | None
+    iterations: Tensor | None
+    residual: Tensor | None
+    degenerate: Tensor | None
+    blank: Tensor | None  # rows without any iterate
+    iterate: tuple[Tensor, Tensor, Tensor] | None = None
+    warned: bool = False  # the path itself tells at backward which rows were differentiated by rule
+
+    @classmethod
+    def of_answer(
+        cls, answer: Answer, outputs: list[Tensor | None], size: int, bad: Tensor | None, everything: bool
+    ) -> _Rows:
+        """The rows of a kernel's answer; only `everything`, or a row that is not plainly solved, fills them in."""
+
+        def row(values: Tensor | None, blank: Any, dtype: torch.dtype) -> Tensor:
+            if values is None:
+                return torch.full((size,), blank, dtype=dtype)
+            return values.to("cpu", dtype).expand(size)
+
+        status, degenerate = answer.status, answer.degenerate
+        if status is not None and not bool(status.any()):
+            status = None
+        if degenerate is not None and not bool(degenerate.any()):
+            degenerate = None
+        if status is None and bad is None and not everything:
+            return cls(outputs, None, None, None, None if degenerate is None else row(degenerate, False, torch.bool), None)
+        status = row(status, int(Status.SOLVED), torch.int64)
+        if bad is not None:
+            status = torch.where(bad, int(Status.BAD_INPUT), status)
+        failed = status >= Status.INFEASIBLE
+        residual = row(answer.residual, 0.0, torch.float64).masked_fill(failed, torch.nan)
+        degenerate = row(degenerate, False, torch.bool) & ~failed
+        return cls(outputs, status, row(answer.iterations, 0, torch.int64), residual, degenerate, failed)
+
+
+def _shaped(output: Tensor, dtype: torch.dtype, device: torch.device, batch: tuple[int, ...], size: int) -> Tensor:
+    """(B or 1, *shape) -> (*batch, *shape)."""
+    if output.dtype is not dtype or output.device != device:
+        output = output.to(device, dtype)
+    if not batch:
+        return output.squeeze(0)
+    if output.shape[0] != size:
+        output = output.expand(size, *output.shape[1:])
+    return output if len(batch) == 1 else output.reshape(*batch, *output.shape[1:])
+
+
+def _is_finite(value: Tensor) -> bool:
+    """A finite sum has finite terms: one pass over the values where all is well."""
+    return math.isfinite((value if value.numel() == 1 else value.sum()).item())
+
+
+def _no_autocast(device: torch.device):
+    if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled(device.type)):
+        return nullcontext()
+    stack = ExitStack()
+    for kind in {"cpu", device.type}:
+        stack.enter_context(torch.autocast(kind, enabled=False))
+    return stack
+
+
+def _tolerance(options: dict[str, Any]) -> float:
+    """Taken out of the options of a solver."""
+    tolerance = options.pop("tolerance", TOLERANCE)
+    if not isinstance(tolerance, (int, float)) or not 0 < tolerance < 1:
+        raise ValueError(f"`tolerance` must be a number between 0 and 1; got {tolerance!r}.")
+    return float(tolerance)
 
 
 def _solver(solver: str | Solver | None) -> Solver:
@@ -345,9 +544,22 @@ def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def _batch_shape(tensor: Tensor, parameter: cp.Parameter) -> tuple[int, ...]:
-    shape, expected = tuple(tensor.shape), tuple(parameter.shape)
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"Parameter `{parameter.name()}` was given a {type(tensor).__name__}; expected a torch.Tensor: write torch.as_tensor(value)."
+        )
+    if not tensor.is_floating_point():
+        if tensor.is_complex():
+            raise TypeError(
+                f"Parameter `{parameter.name()}` was given a complex tensor; pass real and imaginary parts apart."
+            )
+        raise TypeError(
+            f"Parameter `{parameter.name()}` was given a tensor of {tensor.dtype}; expected floating point: write {parameter.name()}.double()."
+        )
+    shape, expected = tensor.shape, parameter.shape
     lead = len(shape) - len(expected)
     if lead < 0 or shape[lead:] != expected:
+        shape = tuple(shape)
         wanted = ", ".join(map(str, expected))
         message = f"Parameter `{parameter.name()}` was given a tensor of shape {shape}; expected ({wanted}) or (*batch{', ' * bool(wanted)}{wanted})."
         if len(expected) == 2 and expected[0] == expected[1] == shape[-1] and lead < 1:
@@ -357,13 +569,32 @@ def _batch_shape(tensor: Tensor, parameter: cp.Parameter) -> tuple[int, ...]:
         elif expected and shape[:-1] == expected:
             message += f"\nThe batch comes first: did you mean {parameter.name()}.movedim(-1, 0)?"
         raise ValueError(message)
-    return shape[:lead]
+    return tuple(shape[:lead])
 
 
-def _flatten_batch(tensor: Tensor, parameter, batch: tuple[int, ...]) -> Tensor:
+def _broadcast(shapes: list[tuple[int, ...]], parameters: Sequence[cp.Parameter]) -> tuple[int, ...]:
+    """The batch of parameters with these batch shapes."""
+    batched = {shape for shape in shapes if shape}
+    if len(batched) <= 1:
+        return next(iter(batched), ())
+    try:
+        return np.broadcast_shapes(*batched)  # torch's own loads a symbolic algebra package at its first call
+    except ValueError:
+        listed = ", ".join(f"`{p.name()}` {shape}" for p, shape in zip(parameters, shapes, strict=True))
+        raise ValueError(
+            f"The batch dimensions do not agree: {listed}. Each parameter has the batch dimensions in front, or none if it is shared."
+        ) from None
+
+
+def _flatten_batch(tensor: Tensor, parameter: cp.Parameter, batch: tuple[int, ...]) -> Tensor:
     """(*own batch, *shape) -> (B, *shape), or (1, *shape) for a parameter that the whole batch shares."""
-    lead = tensor.ndim - len(parameter.shape)
-    own = tuple(tensor.shape[:lead])
+    shape = parameter.shape
+    lead = tensor.ndim - len(shape)
+    if not lead:
+        return tensor.unsqueeze(0) if not batch or math.prod(batch) else tensor.expand(0, *shape)
+    own = tensor.shape[:lead]
+    if lead == 1 and own == batch:
+        return tensor
     if math.prod(own) == 1 and math.prod(batch) != 0:
-        return tensor.reshape(1, *parameter.shape)
-    return tensor.expand(*batch, *parameter.shape).reshape(math.prod(batch), *parameter.shape)
+        return tensor.reshape(1, *shape)
+    return tensor.expand(*batch, *shape).reshape(math.prod(batch), *shape)

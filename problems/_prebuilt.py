@@ -78,14 +78,15 @@ class Prebuilt:
         draw = Draw((batch,) if isinstance(batch, int) else tuple(batch), torch.Generator().manual_seed(seed))
         return tuple(self._sampler(draw, *bound.args))
 
-    def oracle(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The variables by a method that is not ours, row by row in NumPy; no gradient."""
+    def oracle(self, *tensors: Tensor, **sizes: Any) -> tuple[Tensor, ...]:
+        """The variables by a method that is not ours, row by row in NumPy; no gradient. By name, a size that no tensor shows."""
         if self._oracle is None:
             raise NotImplementedError(f"`{self.name}` has no oracle; write one under @{self.name}.solved_by.")
         leads = [t.ndim - parameter.ndim for t, parameter in zip(tensors, self().parameters, strict=True)]
         batch = torch.broadcast_shapes(*(t.shape[:lead] for t, lead in zip(tensors, leads)))
         arrays = [t.detach().expand(*batch, *t.shape[lead:]).numpy() for t, lead in zip(tensors, leads)]
-        rows = [self._oracle(*(array[index] for array in arrays)) for index in np.ndindex(*batch)]
+        hidden = self._hidden_sizes(sizes)
+        rows = [self._oracle(*(array[index] for array in arrays), **hidden) for index in np.ndindex(*batch)]
         columns = zip(*(row if isinstance(row, tuple) else (row,) for row in rows), strict=True)
         return tuple(torch.from_numpy(np.reshape(column, batch + np.shape(column[0]))) for column in columns)
 
@@ -95,9 +96,19 @@ class Prebuilt:
         return sampler
 
     def solved_by(self, oracle: Callable[..., Any]) -> Callable[..., Any]:
-        """Register oracle(*arrays of one row) -> the variable, or the tuple of them, to rounding error."""
+        """Register oracle(*arrays of one row) -> the variable, or the tuple of them, to rounding error.
+
+        A size that the arrays do not show, such as a horizon, is a keyword-only argument under its name in the declaration.
+        """
         self._oracle = oracle
         return oracle
+
+    def _hidden_sizes(self, sizes: dict[str, Any]) -> dict[str, Any]:
+        """The keyword-only arguments of the oracle, with the declaration's defaults."""
+        bound = self._signature.bind_partial(**sizes)
+        bound.apply_defaults()
+        arguments = inspect.signature(self._oracle).parameters.values() if self._oracle is not None else ()
+        return {a.name: bound.arguments[a.name] for a in arguments if a.kind is a.KEYWORD_ONLY}
 
     def __repr__(self) -> str:
         return f"{self.name}{self._signature}"

@@ -54,12 +54,14 @@ class Case:
     scs: bool  # SCS can reach 1e-10 on it
 
     def layer(self, **options: Any) -> ConvexLayer:
+        """On the generic path, unless `structure` says otherwise."""
         declared = self.declare()
+        options = {"structure": "generic", **options}
         return ConvexLayer(declared.problem, declared.parameters, declared.outputs, gp=self.gp, **options)
 
     @functools.cached_property
     def shared(self) -> ConvexLayer:
-        """The layer with default options, built once."""
+        """The layer of the generic path with default options, built once."""
         return self.layer()
 
     def sample(self, batch: int | tuple[int, ...] = (), seed: int = 0) -> tuple[Tensor, ...]:

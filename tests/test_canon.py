@@ -152,7 +152,8 @@ def test_a_map_that_is_not_cvxpys_raises(monkeypatch, name, how):
 def test_an_offset_that_is_not_cvxpys_raises(monkeypatch):
     a, x = cp.Parameter(2, name="a"), cp.Variable(2, name="x")
     problem = cp.Problem(cp.Minimize(cp.sum_squares(x) + cp.sum(a) + 3))
-    assert float(ConvexLayer(problem, [a], [x]).solve(torch.ones(2, dtype=torch.float64)).objective) == pytest.approx(5.0)
+    layer = ConvexLayer(problem, [a], [x], structure="generic")
+    assert float(layer.solve(torch.ones(2, dtype=torch.float64)).objective) == pytest.approx(5.0)
 
     def change(tensor):
         tensor.data += 1.0
@@ -160,7 +161,7 @@ def test_an_offset_that_is_not_cvxpys_raises(monkeypatch):
 
     tampered(monkeypatch, "d", change)
     with pytest.raises(CanonicalisationError, match="offset"):
-        ConvexLayer(problem, [a], [x])
+        ConvexLayer(problem, [a], [x], structure="generic")
 
 
 @pytest.mark.parametrize("name", ["every_cone", "posynomial", "three_dimensional", "sparse", "nearest_correlation"])

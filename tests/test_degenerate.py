@@ -19,7 +19,7 @@ def tensor(*values):
 
 def run(problem, parameters, variables, *values, cotangents=None, **options):
     """(solution, gradients, whether a GradientWarning came) with a cotangent of ones, or those given."""
-    layer = ConvexLayer(problem, parameters, variables, **options)
+    layer = ConvexLayer(problem, parameters, variables, **{"structure": "generic", **options})
     inputs = leaves([tensor(v) if not isinstance(v, torch.Tensor) else v for v in values])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -16,8 +16,8 @@ from cases import CASES
 
 import convlayer.adjoint
 import convlayer.canon
+import convlayer.declaration
 import convlayer.generic
-import convlayer.layer
 import convlayer.residual
 import convlayer.solvers.scs
 from convlayer import AccuracyWarning, GradientWarning
@@ -277,7 +277,7 @@ def test_a_constraint_that_is_dropped_is_caught(monkeypatch):
         def mutant(problem, *arguments, **named):
             return original(cp.Problem(problem.objective, problem.constraints[:-1]), *arguments, **named)
 
-        patch.setattr(convlayer.layer, "canonicalise", mutant)
+        patch.setattr(convlayer.declaration, "canonicalise", mutant)
 
     caught(lambda: test_gradient.test_variables_duals_and_value_are_those_of_cvxpys_own_solve(fresh("three_dimensional")),
            plant, monkeypatch, "three_dimensional")

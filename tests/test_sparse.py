@@ -96,7 +96,7 @@ SINGULAR = list(singular_problems())
 @pytest.mark.parametrize("k", range(len(SINGULAR)), ids=[name for name, *_ in SINGULAR])
 def test_singular_systems_are_solved_and_flagged_alike(k, monkeypatch):
     _, problem, parameters, outputs, values = SINGULAR[k]
-    layer = ConvexLayer(problem, parameters, outputs)
+    layer = ConvexLayer(problem, parameters, outputs, structure="generic")
     compare(layer, [v[None] for v in values], monkeypatch, tolerance=1e-8)
 
 

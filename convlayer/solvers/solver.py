@@ -79,6 +79,7 @@ class Solver(ABC):
 
     name: ClassVar[str]
     warm_starts: ClassVar[bool] = False  # whether Task.start is made use of
+    batched: ClassVar[bool] = False  # one task holds the whole batch, and runs in the calling thread
     finest: ClassVar[float | None] = None  # a tolerance worth a second attempt where the polish did not settle
 
     @abstractmethod
@@ -114,7 +115,7 @@ def solve_batch(
     executor = executor or default_executor()
     workers = getattr(executor, "_max_workers", None) or os.cpu_count() or 1
     # Two tasks a worker: balance for rows of unequal length, while a task still reuses its solver from row to row.
-    pieces = 1 if batch < 4 else min(batch, 2 * workers)
+    pieces = 1 if batch < 4 or solver.batched else min(batch, 2 * workers)
     bounds = np.linspace(0, batch, pieces + 1).astype(int)
     tasks = [
         Task(
@@ -129,7 +130,7 @@ def solve_batch(
         )
         for lo, hi in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
     ]
-    inline = len(tasks) == 1 and isinstance(executor, ThreadPoolExecutor)
+    inline = len(tasks) == 1 and (solver.batched or isinstance(executor, ThreadPoolExecutor))
     results = [solver.solve(tasks[0])] if inline else executor.map(solver.solve, tasks)
     iterates = list(chain.from_iterable(results))
     if len(iterates) != batch:

@@ -1,0 +1,22 @@
+"""What a kernel returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """The solution of a batch by a kernel; None stands for what holds for every row of a closed form."""
+
+    outputs: tuple[Tensor, ...]  # (B, ...) each: the primal solution, then the duals, as the kernel's docstring says
+    status: Tensor | None = None  # (B,) int64, values of Status; None: every row is SOLVED
+    iterations: Tensor | None = None  # (B,) int64; None: a closed form, 0
+    residual: Tensor | None = None  # (B,) float64, relative residual of the optimality conditions; None: rounding, 0
+    degenerate: Tensor | None = None  # (B,) bool, rows differentiated one-sidedly or least-norm; None: nowhere
+
+    def with_outputs(self, *outputs: Tensor) -> Answer:
+        """The same rows with other outputs made from these."""
+        return replace(self, outputs=outputs)

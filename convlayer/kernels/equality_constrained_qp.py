@@ -1,0 +1,402 @@
+"""Quadratic programs with equality constraints only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from convlayer.solution import Status
+from convlayer.kernels.answer import Answer
+
+SAFE = 1e11  # product of the sizes of both factored matrices' inverses above which a row takes the null-space method
+CORRECTIONS = ((1e4, 0), (1e7, 1), (SAFE, 2))  # below each such product, that many leave at most 1e-12
+RANK = 1e-12  # singular values and curvatures below this share of the largest are zero (float32: 8 of its roundings)
+CONSISTENT = 1e-9  # share of its terms to which a dependent row of Ax = b, or a slope without curvature, must vanish
+ACCURATE = 1e-8  # residual above which a row is INACCURATE
+SWEEPS = 8  # of equilibration before the null-space method
+
+
+def equality_constrained_qp(
+    P: Tensor,  # (B or 1, n, n), its symmetric part counts
+    q: Tensor,  # (B or 1, n)
+    A: Tensor,  # (B or 1, p, n), p >= 0
+    b: Tensor,  # (B or 1, p)
+) -> Answer:
+    """Quadratic program with equality constraints only.
+
+        minimise    1/2 x'Px + q'x
+        subject to  Ax = b                                  (multiplier nu, L = objective + nu'(Ax - b))
+
+    Solution:    K (x, nu) = (-q, b) with K = [P A'; A 0]. Where x or nu is not unique, (x, nu) of minimum norm; where P is
+                 positive semidefinite that is the minimum norm of each. INFEASIBLE: Ax = b has no solution. UNBOUNDED: P has
+                 negative curvature on the null space of A, or none and a slope.
+    Derivative:  K (d, e) = (x_bar, nu_bar) gives P_bar = -(d x' + x d')/2, q_bar = -d, A_bar = -(e x' + nu d'), b_bar = e.
+                 Where K is singular that is K^+ at constant rank, and with (s, t) the null part of (x_bar, nu_bar) and
+                 (y, u) = K^+ (x, nu) there is more: P_bar + (s y' + y s')/2, A_bar + t y' + u s'.
+    Shapes:      outputs x (B, n), nu (B, p). Where P and A are shared by the batch, so is their one factorisation.
+    Cost:        in multiplications a row: the factors n^3/6 + n^2 p/2 + n p^2 + p^3/6; a solve n^2 + 2 n p + p^2, once forward
+                 and once backward, and twice as much more for each correction; the residual n^2 + 2 n p; P_bar and A_bar
+                 2 n^2 + 2 n p. Where P is singular n^2 p more and the factors again; the null-space method about 40 (n + p)^3.
+                 Kept for backward: n^2 + n p + p^2 numbers a row, and 2 (n + p)^2 for rows of the null-space method.
+    Accuracy:    float64 whatever the dtype. Tested row by row: Cholesky of P and of A P^-1 A'; else of P + A'RA for P; else
+                 the null-space method by orthogonal factors of the equilibrated K. All corrected with residuals of K.
+                 `residual` is that of K in the units of its equilibrated rows and columns, relative to their terms.
+    At a kink:   a singular K is flagged as degenerate: a change of rank is a discontinuity.
+    Source:      Nocedal and Wright (2006), chapter 16; Golub and Pereyra (1973) for the derivative at constant rank.
+    """
+    with torch.no_grad():
+        solved = _solve(_Problem.of(P, q, A, b))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (P, q, A, b)):
+        x, nu = _Differentiable.apply(solved, P, q, A, b)
+    else:
+        x, nu = solved.x.to(P.dtype), solved.nu.to(P.dtype)
+    return Answer((x, nu), solved.status, None, solved.residual, solved.degenerate)
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, solved: _Solved, P, q, A, b):
+        x, nu = solved.x.to(P.dtype), solved.nu.to(P.dtype)
+        ctx.save_for_backward(P, q, A, b, x, nu)
+        ctx.factor, ctx.failed = solved.factor, solved.failed
+        return x, nu
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, x_bar: Tensor, nu_bar: Tensor):
+        *data, x, nu = ctx.saved_tensors
+        z, z_bar = _Pair(x, nu), _Pair(x_bar, nu_bar)
+        bars = _pull_back(data, ctx.factor, ctx.failed, z, z_bar, ctx.needs_input_grad[1:])
+        return None, *(None if bar is None else bar.to(x.dtype) for bar in bars)
+
+
+class _Pair(NamedTuple):
+    """A vector of K's size, as rows (F, k, n) and (F, k, p): products with rows are the faster ones."""
+
+    x: Tensor
+    nu: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    """The data in float64. F is the batch of the matrices; where it is 1, the right-hand sides of the whole batch stand in it."""
+
+    given: Tensor  # (F or 1, n, n), P as it was given
+    A: Tensor  # (F or 1, p, n)
+    right: _Pair  # (-q, b)
+    factors: int  # F
+    batch: int  # B
+    rank: float  # RANK and CONSISTENT for this dtype
+    consistent: float
+
+    @classmethod
+    def of(cls, P: Tensor, q: Tensor, A: Tensor, b: Tensor) -> _Problem:
+        sizes = [len(t) for t in (P, q, A, b)]
+        batch, factors = max(sizes) if min(sizes) else 0, max(sizes[0], sizes[2]) if sizes[0] and sizes[2] else 0
+        eps = torch.finfo(P.dtype).eps
+        right = _Pair(-_rows(q, factors, batch), _rows(b, factors, batch))
+        return cls(P, A.double(), right, factors, batch, max(RANK, 8 * eps), max(CONSISTENT, 100 * eps))
+
+    @cached_property
+    def P(self) -> Tensor:
+        """(F or 1, n, n), symmetric."""
+        P = self.given.double()
+        return (P + P.mT) * 0.5
+
+    def residual(self, right: _Pair, z: _Pair) -> _Pair:
+        """right - K z."""
+        x = right.x - _mm(z.x, self.P)
+        if not self.A.shape[1]:
+            return _Pair(x, z.nu)
+        return _Pair(x - _mm(z.nu, self.A), right.nu - _mm(z.x, self.A.mT))
+
+    def take(self, index: Tensor) -> _Problem:
+        """The problem of some rows of the batch of matrices."""
+        P, A = (t if len(t) == 1 else t[index] for t in (self.given, self.A))
+        return replace(self, given=P, A=A, right=_Pair(self.right.x[index], self.right.nu[index]))
+
+
+def _rows(vectors: Tensor, factors: int, batch: int) -> Tensor:
+    """(B or 1, .) -> rows."""
+    vectors = vectors.double()
+    return (vectors if len(vectors) == batch else vectors.expand(batch, -1)).unsqueeze(0 if factors == 1 else 1)
+
+
+def _mm(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right without the price of broadcasting where there is none."""
+    return torch.bmm(left, right) if len(left) == len(right) else left @ right
+
+
+@dataclass(frozen=True, eq=False)
+class _Factor:
+    """Cholesky of H = P + A'RA and of A H^-1 A'; for some rows of the batch, K^+ itself."""
+
+    L: Tensor  # (F or 1, n, n)
+    Y: Tensor  # (F, n, p)  L^-1 A'
+    M: Tensor  # (F, p, p)  MM' = Y'Y
+    R: Tensor | None  # (F, 1, p)
+    units: Tensor  # (F, 1, n + p)  sizes of K's rows: D^-1 where DKD is equilibrated
+    corrections: int = 0
+    exact: _PseudoInverse | None = None  # of some rows
+
+    def substitute(self, A: Tensor, right: _Pair) -> _Pair:
+        """K^-1 right, uncorrected."""
+        f, g = right
+        if self.R is not None:
+            f = f + _mm(g * self.R, A)
+        half, nu = torch.linalg.solve_triangular(self.L, f.mT, upper=False), g
+        if g.shape[2]:
+            nu = torch.linalg.solve_triangular(self.M, _mm(self.Y.mT, half) - g.mT, upper=False)
+            nu = torch.linalg.solve_triangular(self.M.mT, nu, upper=True)
+            half, nu = half - _mm(self.Y, nu), nu.mT
+        return _Pair(torch.linalg.solve_triangular(self.L.mT, half, upper=True).mT, nu)
+
+    def solve(self, problem: _Problem, right: _Pair) -> _Pair:
+        """K^-1 right, or K^+ right."""
+        z = self.substitute(problem.A, right)
+        for _ in range(self.corrections):
+            step = self.substitute(problem.A, problem.residual(right, z))
+            z = _Pair(z.x + step.x, z.nu + step.nu)
+        return z if self.exact is None else self.exact.solve_into(z, problem, right)
+
+
+@dataclass(frozen=True, eq=False)
+class _PseudoInverse:
+    """K^+ of some rows of the batch."""
+
+    index: Tensor  # of the rows
+    inverse: Tensor  # (rows, n + p, n + p)
+    null: Tensor  # (rows, n + p, n + p)  an orthonormal basis of the null space of K, and columns of zeros
+
+    def solve_into(self, z: _Pair, problem: _Problem, right: _Pair) -> _Pair:
+        """z, with K^+ right in these rows."""
+        right, part = _Pair(right.x[self.index], right.nu[self.index]), problem.take(self.index)
+        exact = _times(right, self.inverse)
+        for _ in range(2):
+            step = _times(part.residual(right, exact), self.inverse)
+            exact = _Pair(exact.x + step.x, exact.nu + step.nu)
+        return _Pair(z.x.index_copy(0, self.index, exact.x), z.nu.index_copy(0, self.index, exact.nu))
+
+
+def _times(z: _Pair, matrix: Tensor) -> _Pair:
+    """Rows times a matrix of K's size."""
+    return _Pair(*(torch.cat(z, 2) @ matrix).split((z.x.shape[2], z.nu.shape[2]), 2))
+
+
+@dataclass(frozen=True, eq=False)
+class _Solved:
+    factor: _Factor
+    failed: Tensor | None  # (F, k)
+    x: Tensor  # (B, n)
+    nu: Tensor  # (B, p)
+    status: Tensor  # (B,)
+    residual: Tensor  # (B,)
+    degenerate: Tensor  # (B,)
+
+
+def _solve(problem: _Problem) -> _Solved:
+    P, A, right = problem.P, problem.A, problem.right
+    factor, hard = _factorise(problem, None)
+    worst = float(hard.max()) if len(hard) else 0.0
+    if not worst <= SAFE and A.shape[1]:
+        # A term that vanishes on Ax = b, as large as P, for the rows that want it.
+        curvature = _or_one(P.diagonal(dim1=1, dim2=2).abs().amax(1))[:, None, None]
+        R = (curvature / _or_one(A.square().sum(2)).unsqueeze(1)).masked_fill((hard <= SAFE)[:, None, None], 0.0)
+        factor, hard = _factorise(problem, R)
+        worst = float(hard.max())
+    corrections = next((count for limit, count in CORRECTIONS if worst <= limit), CORRECTIONS[-1][1])
+    factor = replace(factor, corrections=corrections)
+    failed = None
+    if not worst <= SAFE:
+        index = torch.nonzero(~(hard <= SAFE)).flatten()
+        inverse, null, units, found = _null_space(problem.take(index), len(index))
+        exact, units = _PseudoInverse(index, inverse, null), factor.units.index_copy(0, index, units)
+        factor = replace(factor, exact=exact, units=units)
+        status = torch.zeros(right.x.shape[:2], dtype=torch.int64, device=A.device).index_copy_(0, index, found)
+        failed = status > 0
+    z = factor.solve(problem, right)
+    residual = _relative(factor.units, problem.residual(right, z), z, right)
+    limit = max(ACCURATE, 10 * problem.rank)
+    accuracy = torch.where(residual <= limit, int(Status.SOLVED), int(Status.INACCURATE))
+    degenerate = torch.zeros_like(accuracy, dtype=torch.bool)
+    if failed is None:
+        status = accuracy
+    else:
+        singular = torch.any(null != 0, 2).any(1)
+        degenerate[index] = singular.unsqueeze(1) & ~failed[index]
+        z = _Pair(*(t.masked_fill(failed.unsqueeze(2), 0.0) for t in z))
+        status, residual = torch.where(failed, status, accuracy), residual.masked_fill(failed, torch.nan)
+    per_row = (t.reshape(problem.batch, *t.shape[2:]) for t in (*z, status, residual, degenerate))
+    return _Solved(factor, failed, *per_row)
+
+
+@lru_cache(maxsize=64)
+def _probe(n: int, device: torch.device) -> Tensor:
+    """Entries without a pattern, so that no vector of interest is orthogonal to it."""
+    return torch.arange(n, dtype=torch.float64, device=device).square().cos()
+
+
+def _factorise(problem: _Problem, R: Tensor | None) -> tuple[_Factor, Tensor]:
+    """The factor, and the sizes of the two inverses in equilibrated units, multiplied."""
+    count, (p, n) = problem.factors, problem.A.shape[1:]
+    A = problem.A if len(problem.A) == count else problem.A.expand(count, -1, -1)
+    H = problem.P if R is None else problem.P + A.mT @ (A * R.mT)
+    L, info = torch.linalg.cholesky_ex(H)
+    units = H.diagonal(dim1=1, dim2=2).sqrt().unsqueeze(1)
+    if len(H) != count:
+        units = units.expand(count, -1, -1)
+    half = torch.linalg.solve_triangular(L, torch.cat((A, units * _probe(n, L.device)), 1).mT, upper=False)
+    hard = _size(L, units, half[:, :, p:]).masked_fill(info != 0, torch.inf)
+    if not p:
+        return _Factor(L, half, L, R, units), hard.nan_to_num(torch.inf, torch.inf)
+    Y = half[:, :, :p]
+    S = _mm(Y.mT, Y)
+    M, info = torch.linalg.cholesky_ex(S)
+    units_nu = S.diagonal(dim1=1, dim2=2).sqrt().unsqueeze(1)
+    probe = torch.linalg.solve_triangular(M, (units_nu * _probe(p, M.device)).mT, upper=False)
+    hard = (hard * _size(M, units_nu, probe)).masked_fill(info != 0, torch.inf)
+    return _Factor(L, Y, M, R, torch.cat((units, units_nu), 2)), hard.nan_to_num(torch.inf, torch.inf)
+
+
+def _size(L: Tensor, unit: Tensor, probe: Tensor) -> Tensor:
+    """Of (LL')^-1 in equilibrated units: as seen by a probe's half solution, or by pivots where that should miss it."""
+    pivots = unit.squeeze(1) / L.diagonal(dim1=1, dim2=2)
+    return torch.maximum(probe.square().sum((1, 2)) / probe.shape[1], pivots.square().amax(1))
+
+
+def _or_one(size: Tensor) -> Tensor:
+    return torch.where(size > 0, size, 1.0)
+
+
+def _relative(units: Tensor, error: _Pair, z: _Pair, right: _Pair) -> Tensor:
+    """The size of an error of K z = right, in K's equilibrated units, relative to that of its terms."""
+    terms = torch.cat(error, 2) / units, torch.cat(right, 2) / units, torch.cat(z, 2) * units
+    error_size, right_size, z_size = (torch.linalg.vector_norm(t, dim=2) for t in terms)
+    return error_size / (right_size + z_size).clamp(min=torch.finfo(z_size.dtype).tiny)
+
+
+def _null_space(problem: _Problem, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(K^+, null basis of K, sizes of K's rows, statuses) by orthogonal factors of the equilibrated A and of P on its null space.
+
+    With A^+ the pseudo-inverse, Z its null basis, and G = Z (Z'PZ)^+ Z', a generalised inverse of K is
+
+        [ G           (I - G P) A^+          ]
+        [ .'   -A^+'(P - P G P) A^+          ]
+
+    and its null space is spanned by (x, -A^+' P x) with x = Z (null vector of Z'PZ), and by (0, null vector of A').
+    """
+    p, n = problem.A.shape[1:]
+    P, A = problem.P.expand(count, -1, -1), problem.A.expand(count, -1, -1)
+    D = _equilibrate(P, A)
+    e, f = D[:, :n], D[:, n:]
+    P, A = e.unsqueeze(2) * P * e.unsqueeze(1), f.unsqueeze(2) * A * e.unsqueeze(1)
+    U, values, Vt = torch.linalg.svd(A, full_matrices=True)
+    used = values > problem.rank * values.amax(1, keepdim=True) if p else values > 0
+    range_x, range_nu = (torch.nn.functional.pad(used, (0, size - used.shape[1])) for size in (n, p))
+    V, r = Vt.mT, min(n, p)
+    pinv = V[:, :, :r] * torch.where(used, 1.0 / values, 0.0).unsqueeze(1) @ U[:, :, :r].mT
+    Z = V * ~range_x.unsqueeze(1)
+    size = P.abs().amax((1, 2))
+    # A marker takes the columns of Z that are zero to the end.
+    curvature, Q = torch.linalg.eigh(Z.mT @ P @ Z + torch.diag_embed(range_x * (4.0 * n * _or_one(size)).unsqueeze(1)))
+    Z, inside = Z @ Q, ~range_x.flip(1)
+    threshold = problem.rank * n * size.unsqueeze(1)
+    flat = (curvature.abs() <= threshold) & inside
+    G = Z * torch.where(inside & ~flat, 1.0 / curvature, 0.0).unsqueeze(1) @ Z.mT
+    C = pinv - G @ (P @ pinv)
+    lower = -(P @ pinv).mT @ C
+    K = torch.cat((torch.cat((G, C), 2), torch.cat((C.mT, (lower + lower.mT) * 0.5), 2)), 1)
+    level = Z * flat.unsqueeze(1)
+    free = U * ~range_nu.unsqueeze(1)
+    null = torch.cat((torch.cat((level, -pinv.mT @ (P @ level)), 1), torch.nn.functional.pad(free, (0, 0, n, 0))), 2)
+    null = _orthonormal(D.unsqueeze(2) * null, torch.cat((flat, ~range_nu), 1))
+    K = D.unsqueeze(2) * K * D.unsqueeze(1)
+    K = K - null @ (null.mT @ K)
+    K = K - (K @ null) @ null.mT
+    g = problem.right.nu * f.unsqueeze(1)
+    start = g @ pinv.mT
+    infeasible = _sticks_out(free, g, g.abs(), problem.consistent)
+    # The slope along flat directions, at the minimum along the curved ones: rounding may turn one a little into the other.
+    q = -problem.right.x * e.unsqueeze(1)
+    start = start - (q + start @ P) @ G
+    slope, terms = q + start @ P, q.abs() + start.abs() @ P.abs()
+    unbounded = _sticks_out(level, slope, terms, problem.consistent)
+    unbounded = unbounded | ((curvature < -threshold) & inside).any(1, keepdim=True)
+    status = torch.where(infeasible, int(Status.INFEASIBLE), torch.where(unbounded, int(Status.UNBOUNDED), 0))
+    return K, null, 1.0 / D.unsqueeze(1), status
+
+
+def _equilibrate(P: Tensor, A: Tensor) -> Tensor:
+    """D with the largest entry of every row of D K D near 1, rows of zeros apart."""
+    K = torch.cat((torch.cat((P, A.mT), 2), torch.nn.functional.pad(A, (0, A.shape[1]))), 1).abs()
+    D = torch.ones_like(K[:, 0])
+    for _ in range(SWEEPS):
+        D = D / _or_one((D.unsqueeze(2) * K * D.unsqueeze(1)).amax(2)).sqrt()
+    return D
+
+
+def _orthonormal(columns: Tensor, chosen: Tensor) -> Tensor:
+    """An orthonormal basis of the chosen columns, first; zeros after it."""
+    order = chosen.int().argsort(dim=1, descending=True, stable=True)
+    basis = torch.linalg.qr(columns.gather(2, order.unsqueeze(1).expand_as(columns)))[0]
+    return basis * chosen.gather(1, order).unsqueeze(1)
+
+
+def _sticks_out(basis: Tensor, rows: Tensor, terms: Tensor, tolerance: float) -> Tensor:
+    """Which rows have a part along an orthonormal basis that is no rounding of their terms."""
+    if not rows.shape[2]:
+        return torch.zeros(rows.shape[:2], dtype=torch.bool, device=rows.device)
+    projector = basis @ basis.mT
+    rounding = 1e-5 * tolerance * terms.amax(2, keepdim=True)
+    return ((rows @ projector).abs() > tolerance * terms @ projector.abs() + rounding).any(2)
+
+
+def _pull_back(
+    data: list[Tensor], factor: _Factor, failed: Tensor | None, z: _Pair, z_bar: _Pair, needed: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Cotangents of P, q, A and b."""
+    P, q, A, b = data
+    problem = _Problem.of(P, q, A, b)
+    (x, nu), right = (_Pair(*(_rows(t, problem.factors, problem.batch) for t in pair)) for pair in (z, z_bar))
+    if failed is not None:
+        right = _Pair(*(torch.where(failed.unsqueeze(2), 0.0 * t, t) for t in right))
+    d, e = factor.solve(problem, right)
+    P_bar = q_bar = A_bar = b_bar = None
+    if needed[0]:
+        P_bar = -0.5 * _outer(P, (d, x), (x, d))
+    if needed[1]:
+        q_bar = -_of_batch(q, d, problem.batch)
+    if needed[2]:
+        A_bar = -_outer(A, (e, nu), (x, d))
+    if needed[3]:
+        b_bar = _of_batch(b, e, problem.batch)
+    if factor.exact is not None:
+        index, null = factor.exact.index, factor.exact.null
+        s, t = _times(_Pair(right.x[index], right.nu[index]), null @ null.mT)
+        y, u = _times(_Pair(x[index], nu[index]), factor.exact.inverse)
+        if P_bar is not None:
+            P_bar = _add(P_bar, index, 0.5 * _outer(P, (s, y), (y, s)))
+        if A_bar is not None:
+            A_bar = _add(A_bar, index, _outer(A, (t, u), (y, s)))
+    return P_bar, q_bar, A_bar, b_bar
+
+
+def _outer(given: Tensor, lefts: tuple[Tensor, ...], rights: tuple[Tensor, ...]) -> Tensor:
+    """The sum of the products of rows, over the batch where `given` is one for it."""
+    left, right = torch.cat(lefts, 1), torch.cat(rights, 1)
+    if len(given) == 1:
+        left, right = left.flatten(0, 1).unsqueeze(0), right.flatten(0, 1).unsqueeze(0)
+    return _mm(left.mT, right)
+
+
+def _add(bar: Tensor, index: Tensor, part: Tensor) -> Tensor:
+    return bar + part if len(bar) == 1 else bar.index_add(0, index, part)
+
+
+def _of_batch(given: Tensor, rows: Tensor, batch: int) -> Tensor:
+    rows = rows.reshape(batch, rows.shape[2])
+    return rows.sum(0, keepdim=True) if len(given) == 1 else rows

@@ -1,0 +1,246 @@
+"""The specialised path: parameters -> kernel inputs -> kernel -> the user's variables, on the parameters' own device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cvxpy as cp
+import numpy as np
+import torch
+from torch import Tensor
+
+from convlayer.affine import Table
+from convlayer.binding import Binding
+from convlayer.kernels.answer import Answer
+from convlayer.normal_form import NormalForm, Weighted
+from convlayer.once import Once
+from convlayer.structures import STRUCTURES, Match, MismatchError
+
+
+@dataclass(frozen=True, eq=False)
+class Output:
+    """One of the user's variables, gathered from an output of the kernel."""
+
+    shape: tuple[int, ...]
+    output: int | None  # None: zero everywhere
+    position: np.ndarray | None  # (size,) in the flattened output; None: it is the output, reshaped
+    coefficient: np.ndarray | None  # None where all are one
+
+    def value(self, outputs: Sequence[Tensor], kept: dict) -> Tensor:
+        """(B or 1, *shape)."""
+        if self.output is None:
+            # Zero whatever the parameters, and still a function of them to autograd.
+            first = outputs[0].reshape(len(outputs[0]), -1)[:, :1] * 0.0
+            return first.reshape(len(first), *[1] * len(self.shape)).expand(len(first), *self.shape)
+        flat = outputs[self.output]
+        if self.position is None and self.coefficient is None and flat.shape[1:] == self.shape:
+            return flat
+        rows = len(flat)
+        if self.position is not None:
+            flat = flat.reshape(rows, -1).index_select(1, _kept(kept, (id(self), 0), self.position, flat))
+        if self.coefficient is not None:
+            flat = flat.reshape(rows, -1) * _kept(kept, (id(self), 1), self.coefficient, flat)
+        return flat.reshape(rows, *self.shape)
+
+
+class Specialised:
+    """A match put to work for the variables that a layer returns."""
+
+    def __init__(
+        self, form: NormalForm, name: str, match: Match, variables: Sequence[cp.Variable], owners: dict
+    ) -> None:
+        self.form, self.name, self.match = form, name, match
+        self._variables, self._owners = variables, owners
+        self._outputs = outputs_of(form, match, variables, owners)
+        assert match.build is not None
+        self._run = match.build(any(v.id in owners for v in variables))
+        self._tied = [_is_symmetric(p) for p in form.parameters]
+        self._any_tied = any(self._tied)
+        self._kept: dict = {}
+
+    def __call__(self, values: list[Tensor], bad: Tensor | None, dtype: torch.dtype) -> tuple[Answer, list[Tensor]]:
+        """(B or 1, *shape) each -> the answer and the variables, (B or 1, *shape). Rows that are bad are not the kernel's."""
+        if bad is not None or (torch.is_grad_enabled() and any(v.requires_grad for v in values)):
+            values = _Entering.apply(bad, *values)
+        values = self._entering(values, dtype)
+        like = values[0] if values else torch.zeros((), dtype=dtype)
+        answer = self._run(values, like)
+        return answer, [output.value(answer.outputs, self._kept) for output in self._outputs]
+
+    def _entering(self, values: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """In the kernel's dtype; a symmetric parameter is read from both triangles alike."""
+        values = [v if v.dtype is dtype else v.to(dtype) for v in values]
+        if not self._any_tied:
+            return values
+        return [(v + v.mT) / 2 if tied else v for v, tied in zip(values, self._tied, strict=True)]
+
+    def objective(self, values: list[Tensor], answer: Answer) -> Tensor:
+        """The user's objective at the answer, (B or 1,)."""
+        x = self._x(answer)
+        values = self._entering(values, x.dtype)
+        total = self._objective(values, x)
+        return -total if self.form.maximise else total
+
+    def infeasibility(self, values: list[Tensor], bad: Tensor | None) -> Tensor:
+        """The largest violation of a constraint at the kernel's solution, relative to the solution's size or one, (B or 1,)."""
+        answer, _ = self(values, bad, torch.float64)
+        if bad is not None:
+            values = [_without(value, bad) for value in values]
+        values, x = self._entering(values, torch.float64), self._x(answer)
+        worst = x.new_zeros(len(x))
+        for k, constraint in enumerate(self.form.constraints):
+            rows = self._rows(("constraint", k), constraint.table, values, x)
+            if constraint.cone == "zero":
+                violation = rows.abs()
+            elif constraint.cone == "nonnegative":
+                violation = -rows
+            else:
+                n = round(rows.shape[1] ** 0.5)
+                square = rows.view(-1, n, n)
+                violation = -torch.linalg.eigvalsh((square + square.mT) / 2)
+            if violation.shape[1]:
+                worst = torch.maximum(worst, violation.amax(1))
+        return worst / x.norm(dim=1).clamp(min=1.0)
+
+    def _x(self, answer: Answer) -> Tensor:
+        """The stacked variables, (B or 1, n)."""
+        x = answer.outputs[0].reshape(len(answer.outputs[0]), -1)
+        if np.array_equal(self.match.x, np.arange(self.form.n)):
+            return x
+        return x.index_select(1, _kept(self._kept, "x", self.match.x, x))
+
+    def _objective(self, values: list[Tensor], x: Tensor) -> Tensor:
+        form = self.form
+        total = self._rows("linear", form.linear, values, x)[:, 0]
+        if form.squares.size:
+            total = total + self._weighted("squares", form.squares, values, x, torch.square)
+        if form.absolutes.size:
+            total = total + self._weighted("absolutes", form.absolutes, values, x, torch.abs)
+        if form.entropies.size:
+            # x log x, whose slope stays finite at zero, where every solution has a vanishing derivative.
+            tiny = torch.finfo(x.dtype).tiny
+            total = total + self._weighted("entropies", form.entropies, values, x, lambda z: z * z.clamp(min=tiny).log())
+        for k, quadratic in enumerate(form.quadratics):
+            y = self._rows(("argument", k), quadratic.argument, values, x)
+            P = self._rows(("matrix", k), quadratic.matrix, values, x).reshape(-1, y.shape[1], y.shape[1])
+            total = total + (y.unsqueeze(1) @ P @ y.unsqueeze(2)).reshape(-1) / 2
+        return total
+
+    def _weighted(self, name, part: Weighted, values: list[Tensor], x: Tensor, atom) -> Tensor:
+        weight = self._rows((name, "weight"), part.weight, values, x)
+        return (weight * atom(self._rows((name, "argument"), part.argument, values, x))).sum(1)
+
+    def _rows(self, key, table: Table, values: list[Tensor], x: Tensor) -> Tensor:
+        """The rows of a table at x, (B or 1, rows)."""
+        if key not in self._kept:
+            parts = []
+            for part in (table.linear(), table.offset()):
+                coefficients = Binding(
+                    (len(part.row),),
+                    np.arange(len(part.row)),
+                    part.parameter,
+                    part.coefficient,
+                    self.form.parameters,
+                    self.form.parameter_starts,
+                )
+                parts.append((coefficients, part) if len(part.row) else None)
+            self._kept[key] = parts
+        linear, offset = self._kept[key]
+        total = x.new_zeros(1, table.size)
+        if linear is not None:
+            coefficients, part = linear
+            moved = x.index_select(1, _kept(self._kept, (key, "variable"), part.variable, x))
+            terms = coefficients(values, x) * moved
+            row = _kept(self._kept, (key, "row"), part.row, x)
+            total = x.new_zeros(len(terms), table.size).index_add(1, row, terms)
+        if offset is not None:
+            coefficients, part = offset
+            terms = coefficients(values, x)
+            row = _kept(self._kept, (key, "offset"), part.row, x)
+            total = total + x.new_zeros(len(terms), table.size).index_add(1, row, terms)
+        return total
+
+    def __deepcopy__(self, memo: dict) -> Specialised:
+        return self
+
+    def __reduce__(self):
+        return _rebuilt, (self.form, self.name, self._variables, self._owners)
+
+
+def _rebuilt(form: NormalForm, name: str, variables: Sequence[cp.Variable], owners: dict) -> Specialised:
+    return Specialised(form, name, STRUCTURES[name].match(form), variables, owners)
+
+
+def outputs_of(
+    form: NormalForm, match: Match, variables: Sequence[cp.Variable], owners: dict
+) -> list[Output]:
+    """Where the wanted variables are. MismatchError: a multiplier that the kernel does not give."""
+    found = []
+    index = {variable.id: k for k, variable in enumerate(form.variables)}
+    by_origin = {constraint.origin: k for k, constraint in enumerate(form.constraints) if constraint.origin is not None}
+    for variable in variables:
+        owner = owners.get(variable.id)
+        if owner is None:
+            start = form.variable_starts[index[variable.id]]
+            place = match.x[start : start + variable.size].reshape(variable.shape, order="F").ravel()
+            found.append(_output(variable.shape, 0, place, None, form.n))
+            continue
+        dual = match.duals.get(by_origin.get(owner.id, -1))
+        if dual is None:
+            raise MismatchError(f"its kernel gives no multiplier of `{owner}`")
+        shape = variable.shape
+        place, scale = (part.reshape(shape, order="F").ravel() for part in (dual.position, dual.coefficient))
+        found.append(_output(shape, dual.output, place, scale, -1))
+    return found
+
+
+def _output(shape, output: int | None, place: np.ndarray, scale: np.ndarray | None, size: int) -> Output:
+    whole = len(place) == size and np.array_equal(place, np.arange(size))
+    plain = scale is None or bool((scale == 1.0).all())
+    return Output(tuple(shape), output, None if whole else place, None if plain else scale)
+
+
+def _is_symmetric(parameter: cp.Parameter) -> bool:
+    return len(parameter.shape) >= 2 and any(parameter.attributes[a] for a in ("symmetric", "PSD", "NSD"))
+
+
+class _Entering(torch.autograd.Function):
+    """The values of the parameters as the kernel gets them: those of a good row in the place of bad ones.
+
+    Backwards nothing changes: a bad row that no loss uses has the cotangent zero, one that a loss uses NaN. A second derivative is
+    refused here, since the kernels' own derivatives are not differentiated.
+    """
+
+    @staticmethod
+    def forward(ctx, bad: Tensor | None, *values: Tensor):
+        ctx.save_for_backward(*values)
+        return tuple(v.view_as(v) if bad is None else _without(v, bad) for v in values)
+
+    @staticmethod
+    def backward(ctx, *bars: Tensor):
+        if torch.is_grad_enabled():
+            sources = [value for value in ctx.saved_tensors if value.requires_grad]
+            return None, *(None if bar is None else Once.apply(bar, *sources) for bar in bars)
+        return None, *bars
+
+
+def _without(value: Tensor, bad: Tensor) -> Tensor:
+    """With the value of a good row in the place of bad ones; zeros if there is none."""
+    good = torch.nonzero(~bad).flatten()
+    if not len(good):
+        return torch.zeros_like(value)
+    if len(value) != len(bad):
+        return value.view_as(value)
+    mask = bad.to(value.device).view(-1, *[1] * (value.ndim - 1))
+    return torch.where(mask, value[good[0]], value)
+
+
+def _kept(kept: dict, key, array: np.ndarray, like: Tensor) -> Tensor:
+    dtype = like.dtype if array.dtype.kind == "f" else torch.int64
+    place = (key, dtype, like.device)
+    if place not in kept:
+        kept[place] = torch.from_numpy(np.ascontiguousarray(array)).to(like.device, dtype)
+    return kept[place]
+
+

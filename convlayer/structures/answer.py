@@ -1,0 +1,1 @@
+from convlayer.kernels.answer import Answer  # noqa: F401

@@ -1,0 +1,186 @@
+"""Quadratic programs with equality constraints only."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import cvxpy as cp
+import numpy as np
+import torch
+from scipy.linalg import qr
+from torch import Tensor
+
+from convlayer.affine import NONE, Table, rows_of, stack
+from convlayer.kernels.equality_constrained_qp import equality_constrained_qp
+from convlayer.normal_form import NormalForm, Quadratic
+from convlayer.structures.reading import (
+    Layout,
+    alone,
+    binding,
+    in_cone,
+    linear_cost,
+    no_cones,
+    only,
+    require,
+    rows_binding,
+    words,
+)
+from convlayer.structures.structure import Cost, Declaration, Dual, Match, MismatchError, Structure, normal
+
+LARGEST_CONSTANT = 2000  # constraint rows that are looked through for repetitions when the layer is built
+
+
+class EqualityConstrainedQP(Structure):
+    """minimise 1/2 x'Px + q'x subject to Ax = b; the quadratic may be given by squares too."""
+
+    name = "equality_constrained_qp"
+    refines = "quadratic_program"
+
+    def declare(self) -> Declaration:
+        P, q, A, b = cp.Parameter((5, 5), PSD=True), cp.Parameter(5), cp.Parameter((2, 5)), cp.Parameter(2)
+        x = cp.Variable(5)
+        objective = cp.Minimize(cp.quad_form(x, P) / 2 + q @ x)
+        return cp.Problem(objective, [A @ x == b]), [P, q, A, b], [x]
+
+    def sample(self, batch: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
+        L, eye = normal(generator, *batch, 5, 5), torch.eye(5, dtype=torch.float64)
+        return eye + L @ L.mT / 5, normal(generator, *batch, 5), normal(generator, *batch, 2, 5), normal(generator, *batch, 2)
+
+    def near_misses(self) -> dict[str, Declaration]:
+        P, q, A, b = cp.Parameter((5, 5), PSD=True), cp.Parameter(5), cp.Parameter((2, 5)), cp.Parameter(2)
+        x, y = cp.Variable(5), cp.Variable(5, nonneg=True)
+        cost = cp.quad_form(x, P) / 2 + q @ x
+        problems = {
+            "an inequality": (cost, [A @ x <= b], [P, q, A, b], x),
+            "one bound more": (cost, [A @ x == b, x[0] <= 1], [P, q, A, b], x),
+            "a signed variable": (cp.quad_form(y, P) + q @ y, [A @ y == b], [P, q, A, b], y),
+            "an absolute value": (cost + cp.norm1(x), [A @ x == b], [P, q, A, b], x),
+            "the norm itself": (cost + cp.norm(x), [A @ x == b], [P, q, A, b], x),
+            "a cone": (cost, [A @ x == b, cp.norm(x) <= 1], [P, q, A, b], x),
+            "entropy": (cost - cp.sum(cp.entr(x)), [A @ x == b], [P, q, A, b], x),
+        }
+        return {k: (cp.Problem(cp.Minimize(f), rules), leaves, [v]) for k, (f, rules, leaves, v) in problems.items()}
+
+    def match(self, form: NormalForm) -> Match:
+        only(form, "squares", "quadratics")
+        no_cones(form, "zero")
+        require(form.squares.size > 0 or len(form.quadratics) > 0, "its objective has no quadratic part")
+        layout = Layout.of(form)
+        n, rules = form.n, in_cone(form, "zero")
+        for _, rule in rules:
+            moving = np.bincount(rule.table.linear().row, minlength=rule.table.size)
+            require(bool(moving.all()), f"`{rule.text}` constrains no variable")
+        table = stack([rule.table for _, rule in rules]).normal
+
+        def build(duals: bool):
+            return bound(table if duals else _independent(table, n))
+
+        def bound(table: Table):
+            terms = [_quadratic_term(form, quadratic, layout) for quadratic in form.quadratics]
+            if form.squares.size:
+                terms.append(_squares_term(form, layout))
+            slope = layout.binding(form, linear_cost(form))
+            linear, offset = table.linear(), table.offset()
+            target = linear.row * n + layout.position[linear.variable]
+            A = binding(form, (table.size, n), target, linear.parameter, linear.coefficient)
+            b = rows_binding(form, replace(offset, coefficient=-offset.coefficient))
+
+            def run(values, like):
+                P, q = None, slope(values, like)
+                for term in terms:
+                    more, slant = term(values, like)
+                    P = more if P is None else P + more
+                    q = q if slant is None else q + slant
+                return equality_constrained_qp(P, q, A(values, like), b(values, like))
+
+            return run
+
+        p = table.size
+        found, start = {}, 0
+        for k, rule in rules:
+            rows = start + np.arange(rule.table.size)
+            found[k] = Dual(1, rows, np.ones(len(rows)))
+            start += rule.table.size
+        return Match(
+            words(
+                form,
+                P=[form.squares.weight, form.squares.argument.linear(), *(q.matrix for q in form.quadratics)],
+                q=form.linear.linear(),
+                A=table.linear(),
+                b=table.offset(),
+            ),
+            build,
+            layout.position,
+            Cost(
+                flops=n**3 / 3 + 2.0 * n * n * p + p**3 / 3 + 2.0 * form.squares.size * n * n + 40.0 * n * (n + p),
+                bytes=40.0 * n * (n + p),
+                rate=1.5e10,
+            ),
+            found,
+        )
+
+
+def _independent(table: Table, n: int) -> Table:
+    """Without the rows that follow from others, where no parameter moves any: they change nothing but their own multipliers."""
+    if not 1 < table.size <= LARGEST_CONSTANT or (table.parameter != NONE).any():
+        return table
+    rows = np.zeros((table.size, n + 1))
+    np.add.at(rows, (table.row, table.variable), table.coefficient)  # the offset stands last
+    rows /= np.linalg.norm(rows[:, :n], axis=1, keepdims=True)
+    _, upper, order = qr(rows.T, mode="economic", pivoting=True)
+    rank = int((np.abs(np.diagonal(upper)) > 1e-12 * table.size).sum())
+    if rank == table.size or np.linalg.matrix_rank(rows[:, :n], tol=1e-12 * table.size) < rank:
+        return table  # as they are: independent, or inconsistent
+    kept = np.zeros(table.size, dtype=bool)
+    kept[order[:rank]] = True
+    return rows_of(table, kept)
+
+
+def _quadratic_term(form: NormalForm, quadratic: Quadratic, layout: Layout):
+    """(values, like) -> its part of (P, q)."""
+    size, n, argument = quadratic.argument.size, form.n, quadratic.argument.normal
+    matrix = quadratic.matrix
+    try:
+        variable, factor = alone(argument, "")
+        plain = not len(argument.offset().row) and len(np.unique(variable)) == size
+    except MismatchError:
+        plain = False
+    if plain:
+        i, j = matrix.row % size, matrix.row // size
+        target = layout.position[variable[i]] * n + layout.position[variable[j]]
+        P = binding(form, (n, n), target, matrix.parameter, matrix.coefficient * factor[i] * factor[j])
+        return lambda values, like: (P(values, like), None)
+    inner = binding(form, (size, size), matrix.row, matrix.parameter, matrix.coefficient)
+    F, g = _affine(form, argument, layout)
+
+    def term(values, like):
+        half = inner(values, like)
+        half = (half + half.mT) / 2
+        map_ = F(values, like)
+        weighted = half @ map_
+        return map_.mT @ weighted, (weighted.mT @ g(values, like).unsqueeze(-1)).squeeze(-1)
+
+    return term
+
+
+def _squares_term(form: NormalForm, layout: Layout):
+    """sum_i w_i (F x + g)_i^2 as 1/2 x'(2 F'W F)x + (2 F'W g)'x."""
+    F, g = _affine(form, form.squares.argument, layout)
+    w = rows_binding(form, form.squares.weight)
+
+    def term(values, like):
+        map_ = F(values, like)
+        weighted = 2 * w(values, like).unsqueeze(-1) * map_
+        return map_.mT @ weighted, (weighted.mT @ g(values, like).unsqueeze(-1)).squeeze(-1)
+
+    return term
+
+
+def _affine(form: NormalForm, argument: Table, layout: Layout):
+    """Bindings of F (rows, n) and g (rows,)."""
+    linear = argument.linear()
+    target = linear.row * form.n + layout.position[linear.variable]
+    F = binding(form, (argument.size, form.n), target, linear.parameter, linear.coefficient)
+    return F, rows_binding(form, argument.offset())
+
+

@@ -1,0 +1,208 @@
+"""Least squares: weighted, with ridge or Tikhonov terms, one or many right-hand sides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import cvxpy as cp
+import numpy as np
+import torch
+from torch import Tensor
+
+from convlayer.affine import NONE, Table, chain, rows_of, stack
+from convlayer.kernels.least_squares import least_squares
+from convlayer.normal_form import NormalForm, Quadratic, Weighted
+from convlayer.structures.reading import binding, no_cones, only, require, rows_binding, words
+from convlayer.structures.structure import Cost, Declaration, Match, MismatchError, Structure, normal, uniform
+
+LARGEST_CONSTANT = 2000  # of a constant quadratic form that is factored when the layer is built
+
+
+class LeastSquares(Structure):
+    """minimise sum_i w_i (A x - b)_i^2 + sum_j ridge_j x_j^2; of minimum norm where it is not unique."""
+
+    name = "least_squares"
+    refines = "equality_constrained_qp"
+
+    def declare(self) -> Declaration:
+        A, b, lam, x = cp.Parameter((7, 4)), cp.Parameter(7), cp.Parameter(nonneg=True), cp.Variable(4)
+        objective = cp.Minimize(cp.sum_squares(A @ x - b) + lam * cp.sum_squares(x))
+        return cp.Problem(objective), [A, b, lam], [x]
+
+    def sample(self, batch: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
+        return normal(generator, *batch, 7, 4), normal(generator, *batch, 7), uniform(generator, 0.1, 1, *batch)
+
+    def near_misses(self) -> dict[str, Declaration]:
+        A, b, x, lam = cp.Parameter((7, 4)), cp.Parameter(7), cp.Variable(4), cp.Parameter(nonneg=True)
+        fit = cp.sum_squares(A @ x - b)
+        problems = {
+            "a sign": (fit, [x >= 0], [A, b]),
+            "an equality": (fit, [cp.sum(x) == 1], [A, b]),
+            "the l1 norm": (fit + lam * cp.norm1(x), [], [A, b, lam]),
+            "the norm itself": (cp.norm(A @ x - b), [], [A, b]),
+            "a linear term": (fit + lam * cp.sum(x), [], [A, b, lam]),
+            "a fourth power": (fit + cp.sum(cp.power(x, 4)), [], [A, b]),
+            "huber": (cp.sum(cp.huber(A @ x - b)), [], [A, b]),
+            "positive part": (cp.sum_squares(cp.pos(A @ x - b)), [], [A, b]),
+            "the norm of a matrix": (fit + cp.square(cp.norm(cp.reshape(x, (2, 2), order="C"), 2)), [], [A, b]),
+        }
+        found = {k: (cp.Problem(cp.Minimize(f), rules), leaves, [x]) for k, (f, rules, leaves) in problems.items()}
+        y = cp.Variable(4, nonneg=True)
+        return {**found, "a signed variable": (cp.Problem(cp.Minimize(cp.sum_squares(A @ y - b))), [A, b], [y])}
+
+    def match(self, form: NormalForm) -> Match:
+        only(form, "squares", "quadratics")
+        no_cones(form)
+        require(not (form.linear.variable != NONE).any(), "its objective has a linear term")
+        squares = _squares(form)
+        require(squares.size > 0, "its objective has no squares")
+        ridge, rows = _split(squares, form.n)
+        blocks = _blocks(form, rows, ridge) or _Blocks(rows, ridge, np.arange(form.n), form.n, 1)
+        m, n, k = blocks.rows.size // blocks.k, blocks.n, blocks.k
+        level = _level(blocks.rows.weight, blocks.rows.size)
+
+        def build(duals: bool):
+            argument = blocks.rows.argument
+            linear, offset = argument.linear(), argument.offset()
+            own = linear.row < m
+            linear = linear.take(own)
+            A = binding(form, (m, n), linear.row * n + linear.variable, linear.parameter, linear.coefficient)
+            place = (offset.row % m) * k + offset.row // m if m else offset.row
+            b = binding(form, (m, k), place, offset.parameter, -offset.coefficient)
+            weight = blocks.rows.weight
+            w = None if level is not None else rows_binding(form, replace(weight.take(weight.row < m), size=m))
+            penalty = rows_binding(form, blocks.ridge.scaled(1.0 / (level or 1.0))) if len(blocks.ridge.row) else None
+
+            def run(values, like):
+                return least_squares(
+                    A(values, like),
+                    b(values, like),
+                    None if w is None else w(values, like),
+                    None if penalty is None else penalty(values, like),
+                )
+
+            return run
+
+        small = min(m, n)
+        return Match(
+            words(form, A=blocks.rows.argument.linear(), b=blocks.rows.argument.offset(), weights=rows.weight, ridge=ridge)
+            + (f"; {k} right-hand sides" if k > 1 else ""),
+            build,
+            blocks.position,
+            Cost(flops=m * n * small + small**3 / 3 + 16.0 * m * n * k, bytes=40.0 * m * n, rate=1.5e10),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Blocks:
+    """k equal problems side by side: the rows and the ridge of all of them (of one, in local numbers), and where x stands."""
+
+    rows: Weighted  # grouped by right-hand side; variables of the first group only are used
+    ridge: Table  # (n,)
+    position: np.ndarray  # (form.n,) in the (n, k) array
+    n: int
+    k: int
+
+
+def _squares(form: NormalForm) -> Weighted:
+    """All squares, constant quadratic forms among them."""
+    parts = [form.squares] if form.squares.size else []
+    for quadratic in form.quadratics:
+        parts.append(_factored(quadratic))
+    weight, argument = stack([p.weight for p in parts]), stack([p.argument for p in parts])
+    return Weighted(weight.normal, argument.normal)
+
+
+def _factored(quadratic: Quadratic) -> Weighted:
+    """1/2 y'P y with a constant P = V diag(l) V' as squares of V'y."""
+    size, matrix = quadratic.argument.size, quadratic.matrix
+    require(bool((matrix.parameter == NONE).all()), "its objective has a quadratic form with a Parameter")
+    require(size <= LARGEST_CONSTANT, f"its objective has a quadratic form of more than {LARGEST_CONSTANT} variables")
+    P = np.zeros(size * size)
+    np.add.at(P, matrix.row, matrix.coefficient)
+    P = P.reshape(size, size)
+    values, vectors = np.linalg.eigh((P + P.T) / 2)
+    kept = np.flatnonzero(values > 1e-14 * size * np.abs(values).max(initial=0.0))
+    row, column = np.divmod(np.arange(len(kept) * size), size)
+    nothing = np.full(len(row), NONE, dtype=np.int64)
+    first = Table(len(kept), row, column, nothing, vectors[:, kept].T.ravel())
+    return Weighted(Table.of_constant(values[kept] / 2), chain(first, quadratic.argument))
+
+
+def _split(squares: Weighted, n: int) -> tuple[Table, Weighted]:
+    """(ridge, the other rows): rows that hold one variable times a number, and nothing else, are ridge."""
+    argument, weight = squares.argument, squares.weight
+    count = np.bincount(argument.row, minlength=argument.size)
+    fixed = (argument.parameter == NONE) & (argument.variable != NONE) & (count[argument.row] == 1)
+    single = np.zeros(argument.size, dtype=bool)
+    single[argument.row[fixed]] = True
+    variable, factor = np.zeros(argument.size, dtype=np.int64), np.zeros(argument.size)
+    variable[argument.row[fixed]], factor[argument.row[fixed]] = argument.variable[fixed], argument.coefficient[fixed]
+    mine = weight.take(single[weight.row])
+    ridge = replace(mine, size=n, row=variable[mine.row]).scaled(1.0)
+    ridge = replace(ridge, coefficient=mine.coefficient * factor[mine.row] ** 2).normal
+    # A row without any entry adds nothing, one without a variable a constant.
+    moving = np.zeros(argument.size, dtype=bool)
+    moving[argument.row[argument.variable != NONE]] = True
+    kept = moving & ~single
+    return ridge, Weighted(rows_of(weight, kept), rows_of(argument, kept))
+
+
+def _level(weight: Table, size: int) -> float | None:
+    """The number that all weights are, if they are one."""
+    if not size:
+        return 1.0
+    same = len(weight.row) == size and (weight.parameter == NONE).all() and (weight.coefficient == weight.coefficient[0]).all()
+    return float(weight.coefficient[0]) if same and weight.coefficient[0] > 0 else None
+
+
+def _blocks(form: NormalForm, rows: Weighted, ridge: Table) -> _Blocks | None:
+    """One matrix variable whose columns (or rows) are fitted alike, each to its own right-hand side."""
+    if len(form.variables) != 1 or len(form.variables[0].shape) != 2 or min(form.variables[0].shape) < 1:
+        return None
+    first, second = form.variables[0].shape
+    entry = np.arange(form.n)
+    for n, k, group, local in (
+        (first, second, entry // first, entry % first),
+        (second, first, entry % first, entry // first),
+    ):
+        if k > 1 and rows.size % k == 0:
+            try:
+                return _grouped(rows, ridge, n, k, group, local)
+            except MismatchError:
+                continue
+    return None
+
+
+def _grouped(rows: Weighted, ridge: Table, n: int, k: int, group: np.ndarray, local: np.ndarray) -> _Blocks:
+    reason = "its columns are not fitted alike"
+    argument, size = rows.argument, rows.size
+    linear = argument.linear()
+    of_row = np.zeros(size, dtype=np.int64)
+    of_row[linear.row] = group[linear.variable]
+    require(bool((of_row[linear.row] == group[linear.variable]).all()), reason)
+    m = size // k
+    require(bool((np.bincount(of_row, minlength=k) == m).all()), reason)
+    order = np.argsort(of_row, kind="stable")
+    number = np.empty(size, dtype=np.int64)
+    number[order] = np.arange(size)
+    inside = replace(linear, row=number[linear.row], variable=local[linear.variable]).normal
+    weight = replace(rows.weight, row=number[rows.weight.row]).normal
+    penalty = replace(ridge, row=group[ridge.row] * n + local[ridge.row]).normal
+    for table, height in ((inside, m), (weight, m), (penalty, n)):
+        require(_repeats(table, height, k), reason)
+    offset = argument.offset()
+    moved = stack([inside, replace(offset, row=number[offset.row])])
+    grouped = Weighted(weight, replace(moved, size=size, row=moved.row - size * (np.arange(len(moved.row)) >= len(inside.row))))
+    one = penalty.take(penalty.row < n)
+    return _Blocks(grouped, replace(one, size=n), local * k + group, n, k)
+
+
+def _repeats(table: Table, height: int, k: int) -> bool:
+    """Whether rows 0..height-1 come again k times, entry by entry."""
+    if len(table.row) % k:
+        return False
+    width = len(table.row) // k
+    row = table.row.reshape(k, width) - height * np.arange(k)[:, None]
+    columns = [part.reshape(k, width) for part in (table.variable, table.parameter, table.coefficient)]
+    return all(bool((part == part[0]).all()) for part in (row, *columns)) and (not width or bool((row[0] < height).all()))

@@ -1,0 +1,94 @@
+"""What a structure is: a problem declared in CVXPY, the test that a normal form is that problem, and the kernel that solves it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import cvxpy as cp
+import numpy as np
+import torch
+from torch import Tensor
+
+from convlayer.kernels.answer import Answer
+from convlayer.normal_form import NormalForm
+
+Declaration = tuple[cp.Problem, Sequence[cp.Parameter], Sequence[cp.Variable]]
+
+
+BANDWIDTH = 8e9  # bytes a second that one core moves
+
+Run = Callable[[Sequence[Tensor], Tensor], Answer]  # (values of the parameters, a tensor of their dtype and device)
+Builder = Callable[[bool], Run]  # whether multipliers are wanted -> the bound kernel
+
+
+class MismatchError(Exception):
+    """The first reason why a problem is not of this structure, in the user's terms."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a forward and a backward, a row of the batch."""
+
+    flops: float
+    bytes: float
+    fixed: float = 2e-4  # seconds a call, whatever the size
+    a_row: float = 0.0  # seconds a row, whatever the size
+    rate: float = 4e9  # flops a second and core that this kind of work reaches
+
+    def seconds(self, batch: int = 1) -> float:
+        """A coarse estimate on one core, for choosing between paths and for nothing else."""
+        return self.fixed + batch * (self.a_row + max(self.flops / self.rate, self.bytes / BANDWIDTH))
+
+
+@dataclass(frozen=True, eq=False)
+class Dual:
+    """A multiplier among a kernel's outputs: coefficient * outputs[output][position], or zero everywhere (output None)."""
+
+    output: int | None
+    position: np.ndarray  # (rows of the constraint's table,)
+    coefficient: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """A problem recognised: how its parameters are bound to the kernel, and where its variables are in the answer."""
+
+    bound: str  # what was bound to what, in words
+    build: Builder | None  # made only if the structure is chosen; None: the cone program, by the batched solver
+    x: np.ndarray  # (n,) where each entry of x stands in outputs[0], flattened by row
+    cost: Cost | None  # None: known with the cone program
+    duals: Mapping[int, Dual] = field(default_factory=dict)  # by position among the normal form's constraints
+
+
+class Structure(ABC):
+    """One file, one structure, one instance in the registry."""
+
+    name: ClassVar[str]
+    refines: ClassVar[str]  # the more general structure that also answers it
+
+    @abstractmethod
+    def declare(self) -> Declaration:
+        """The problem it answers."""
+
+    @abstractmethod
+    def sample(self, batch: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Float64 parameters of `declare`, inside their domain, with a solution that is differentiable almost surely."""
+
+    @abstractmethod
+    def near_misses(self) -> dict[str, Declaration]:
+        """Problems that look alike and are not of this structure."""
+
+    @abstractmethod
+    def match(self, form: NormalForm) -> Match:
+        """MismatchError: it is not this problem, and why."""
+
+
+def normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def uniform(generator: torch.Generator, low: float, high: float, *shape: int) -> Tensor:
+    return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)

@@ -1,0 +1,101 @@
+"""Two paths side by side on the same parameters: value, feasibility and gradient, row by row."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from convlayer.solution import Solution
+
+WEIGHTS = 1_000_003  # added to the seed: a functional drawn like the user's own parameters may be a special one
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+
+
+@dataclass(frozen=True, eq=False)
+class Verification:
+    """How far a layer's path is from the generic one. Every tensor has shape (*batch) and holds relative differences."""
+
+    structure: str
+    solution: Tensor  # of the variables, relative to their size or one
+    value: Tensor  # of the objective, relative to its size or one
+    gradient: Tensor  # of the gradients of a random functional of the variables, relative to the whole gradient
+    infeasibility: Tensor  # violation of the user's constraints at the layer's own solution
+    same_status: Tensor  # bool
+    degenerate: Tensor  # bool, a derivative by rule on either path: gradients, and solutions that are not unique, may rightly differ
+    tolerance: float
+
+    @property
+    def agrees(self) -> bool:
+        """Every row has the same status, value and feasibility, and where it is not degenerate the same solution and gradient."""
+        bound = self.tolerance
+        always = self.same_status & (self.value <= bound) & (self.infeasibility <= bound)
+        exact = (self.solution <= bound) & (self.gradient <= 10 * bound)
+        return bool((always & (self.degenerate | exact)).all())
+
+    def __str__(self) -> str:
+        def worst(values: Tensor) -> str:
+            return f"{float(values.max()):.1e}" if values.numel() else "0"
+
+        flagged = int(self.degenerate.sum())
+        return (
+            f"{self.structure} against cone_program, {self.value.numel()} rows: {'agree' if self.agrees else 'DISAGREE'}. "
+            f"Worst relative difference of the solution {worst(self.solution)}, the value {worst(self.value)}, the gradient "
+            f"{worst(self.gradient)}; infeasibility {worst(self.infeasibility)}; {flagged} degenerate rows."
+        )
+
+
+def verify(
+    structure: str,
+    mine: Callable[..., Solution],
+    generic: Callable[..., Solution],
+    leaves: Sequence[Tensor],  # every parameter with the whole batch
+    lead: int,  # batch dimensions
+    infeasibility: Tensor,
+    seed: int,
+) -> Verification:
+    """Solve and differentiate on both paths."""
+    (ours, our_gradient), (theirs, their_gradient) = (_solved(path, leaves, lead, seed) for path in (mine, generic))
+    solved = (ours.status <= 1) & (theirs.status <= 1)
+    batch = ours.status.shape
+    x, y = (_joined([v.detach() for v in solution.variables], lead) for solution in (ours, theirs))
+    g, h = (_joined(gradient, lead) for gradient in (our_gradient, their_gradient))
+    value = (ours.objective - theirs.objective).detach().abs() / theirs.objective.detach().abs().clamp(min=1.0)
+    # A gradient far below what sizes suggest vanishes: its digits are rounding on either path.
+    size = _joined([leaf.detach() for leaf in leaves], lead).norm(dim=-1).clamp(min=1e-300)
+    vanishing = 1e-3 * y.norm(dim=-1) * y.shape[-1] ** 0.5 / size
+    parts = (_relative(x, y, 1.0), value, _relative(g, h, vanishing), infeasibility)
+    return Verification(
+        structure,
+        *(part.cpu().double().reshape(batch).masked_fill(~solved, 0.0) for part in parts),
+        same_status=(ours.status == theirs.status) | solved,
+        degenerate=ours.degenerate | theirs.degenerate,
+        tolerance=TOLERANCE.get(ours.objective.dtype, 1e-2),
+    )
+
+
+def _solved(path: Callable[..., Solution], leaves: Sequence[Tensor], lead: int, seed: int) -> tuple[Solution, list[Tensor]]:
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        solution = path(*leaves)
+        generator = torch.Generator().manual_seed(seed + WEIGHTS)
+        # A failed row holds NaN, and would spread to shared parameters' gradients: none is shared here.
+        weights = [
+            torch.randn(v.shape[lead:], generator=generator, dtype=torch.float64).to(v.device, v.dtype).expand_as(v)
+            for v in solution.variables
+        ]
+        gradients = torch.autograd.grad(solution.variables, leaves, weights, allow_unused=True)
+    return solution, [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(gradients, leaves, strict=True)]
+
+
+def _joined(parts: Sequence[Tensor], lead: int) -> Tensor:
+    """(*batch, .) of all entries."""
+    return torch.cat([part.unsqueeze(-1).flatten(lead) for part in parts], -1)
+
+
+def _relative(a: Tensor, b: Tensor, floor: float | Tensor) -> Tensor:
+    return (a - b).norm(dim=-1) / b.norm(dim=-1).clamp(min=floor).clamp(min=1e-300)
