@@ -238,14 +238,18 @@ class Reader:
         standins = {id(a): cp.Variable(a.shape) for a in bearing}
         copy = expression.copy([standins.get(id(a), a) for a in expression.args])
         random = np.random.default_rng(0)
-        points = [[random.standard_normal(a.shape) if id(a) in standins else a.value for a in expression.args] for _ in "ab"]
+        points = [
+            [random.standard_normal(a.shape) if id(a) in standins else a.value for a in expression.args] for _ in "ab"
+        ]
         here, there = (np.asarray(copy.numeric(point), dtype=float).ravel(order="F") for point in points)
         gradients = [g for g, a in zip(copy._grad(points[0]), expression.args, strict=True) if id(a) in standins]
         if any(g is None or np.ndim(g) != 2 for g in gradients):
             raise UnsupportedError(f"`{type(expression).__name__}` is not read")
         matrix = sp.coo_array(sp.vstack([sp.csc_array(g) for g in gradients]).T)
         vector, other = (
-            np.concatenate([v.ravel(order="F") for v, a in zip(point, expression.args, strict=True) if id(a) in standins])
+            np.concatenate(
+                [v.ravel(order="F") for v, a in zip(point, expression.args, strict=True) if id(a) in standins]
+            )
             for point in points
         )
         offset = here - matrix @ vector
@@ -258,7 +262,7 @@ class Reader:
 
 
 def _is_one(p: Any) -> bool:
-    return not isinstance(p, cp.Expression) and p == 1 or isinstance(p, cp.Constant) and p.value == 1
+    return (not isinstance(p, cp.Expression) and p == 1) or (isinstance(p, cp.Constant) and p.value == 1)
 
 
 def starts(leaves: Sequence[Any]) -> list[int]:

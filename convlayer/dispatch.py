@@ -86,10 +86,13 @@ def recognise(
     if not matched:
         return Recognition(form, findings, None, generic, "no structure matched")
     best = matched[0]
-    assert best.match is not None and generic is not None
+    assert best.match is not None
+    assert generic is not None
     if best.match.cost is not None and best.match.cost.seconds() > generic.seconds():
         return Recognition(form, findings, None, generic, f"it is sparse: cheaper than the dense kernel of {best.name}")
-    return Recognition(form, findings, best, generic, "the most special structure that matched, and cheaper than the cone program")
+    return Recognition(
+        form, findings, best, generic, "the most special structure that matched, and cheaper than the cone program"
+    )
 
 
 def _ask(name: str, form: NormalForm | None, variables: Sequence[cp.Variable], owners: dict) -> Finding:
@@ -116,7 +119,13 @@ def generic_cost(form: NormalForm) -> Cost:
         flops = unknowns**3 / 6.0
     else:
         flops = _band_flops(form, tables, unknowns)
-    return Cost(flops=TYPICAL * flops, bytes=16.0 * TYPICAL * entries, fixed=3e-3, a_row=1e-3 + TYPICAL * AN_ENTRY * (entries + unknowns), rate=1e9)
+    return Cost(
+        flops=TYPICAL * flops,
+        bytes=16.0 * TYPICAL * entries,
+        fixed=3e-3,
+        a_row=1e-3 + TYPICAL * AN_ENTRY * (entries + unknowns),
+        rate=1e9,
+    )
 
 
 def _band_flops(form: NormalForm, tables: list[Table], unknowns: int) -> float:

@@ -24,7 +24,9 @@ def explain_choice(recognition: Recognition, structure: str, batch: int) -> str:
         cost = f"; {_cost(finding.match.cost, batch)}" if finding.match.cost is not None else ""
         lines.append((f"  {finding.name}", f"yes: {finding.match.bound}{cost}"))
     if recognition.generic is not None:
-        lines.append(("  cone_program", f"always; about {_cost(recognition.generic, batch)}, estimated from its sparsity"))
+        lines.append(
+            ("  cone_program", f"always; about {_cost(recognition.generic, batch)}, estimated from its sparsity")
+        )
     return "\n".join(f"{name + ':':31}{value}" for name, value in lines)
 
 

@@ -128,7 +128,7 @@ class ConvexLayer(torch.nn.Module):
     @torch.compiler.disable
     def forward(self, *tensors: Tensor, solver_args: Mapping[str, Any] | None = None) -> tuple[Tensor, ...]:
         """The optimal variables for these parameter values, in the order of `variables`."""
-        return tuple(self._run(tensors, solver_args, None, False))
+        return self._run(tensors, solver_args, None, everything=False)[0]
 
     @torch.compiler.disable
     def solve(
@@ -138,7 +138,9 @@ class ConvexLayer(torch.nn.Module):
 
         warm_start: a Solution of the same batch shape, for a solver that can start from it (SCS).
         """
-        return self._run(tensors, solver_args, warm_start, True)
+        variables, objective, rows, batch = self._run(tensors, solver_args, warm_start, everything=True)
+        row = {name: getattr(rows, name).reshape(batch) for name in ("status", "iterations", "residual", "degenerate")}
+        return Solution(variables, objective, **row, iterate=rows.iterate)
 
     def verify(self, *tensors: Tensor, seed: int = 0) -> Verification:
         """Solve on the layer's path and on the generic one, and compare values, feasibility and gradients, row by row.
@@ -156,7 +158,9 @@ class ConvexLayer(torch.nn.Module):
             infeasibility = torch.zeros(batch, dtype=torch.float64)
         else:
             with torch.no_grad():
-                values = [_flatten_batch(t, p, batch).double() for t, p in zip(leaves, self._declared.parameters, strict=True)]
+                values = [
+                    _flatten_batch(t, p, batch).double() for t, p in zip(leaves, self._declared.parameters, strict=True)
+                ]
                 bad, _ = mine._bad_rows(values, math.prod(batch))
                 infeasibility = self._specialised.infeasibility(values, bad).expand(math.prod(batch))
         return verify(self.structure, mine.solve, generic.solve, leaves, len(batch), infeasibility, seed)
@@ -166,8 +170,12 @@ class ConvexLayer(torch.nn.Module):
         text = explain_choice(self._recognition, self.structure, batch)
         if self._specialised is not None:
             return text
-        return text + "\n" + explain_cone_program(
-            self._canonical, self._solver, self._chosen, self._tolerance, self.executor is not None, batch
+        return (
+            text
+            + "\n"
+            + explain_cone_program(
+                self._canonical, self._solver, self._chosen, self._tolerance, self.executor is not None, batch
+            )
         )
 
     def with_options(
@@ -234,7 +242,7 @@ class ConvexLayer(torch.nn.Module):
         solver_args: Mapping[str, Any] | None,
         warm_start: Solution | None,
         everything: bool,
-    ) -> Solution:
+    ) -> tuple[tuple[Tensor, ...], Tensor, _Rows, tuple[int, ...]]:
         """Check, solve on the chosen path, apply the failure policy; `everything`: the objective and the residual too."""
         dtype, device, batch = self._check_tensors(tensors)
         size = math.prod(batch)
@@ -250,12 +258,9 @@ class ConvexLayer(torch.nn.Module):
                 rows = self._solve_specialised(values, size, bad, dtype, solver_args, everything)
             if self.structure != "cone_program" and rows.status is not None:
                 self._rescue(rows, values, size)
-            outputs = self._judge(rows, batch, details)
-            *variables, objective = [None if o is None else _shaped(o, dtype, device, batch, size) for o in outputs]
-        if not everything:
-            return variables
-        row = [getattr(rows, name).reshape(batch) for name in ("status", "iterations", "residual", "degenerate")]
-        return Solution(tuple(variables), objective, *row, iterate=rows.iterate)
+            outputs = [_shaped(o, dtype, device, batch, size) for o in self._judge(rows, batch, details)]
+        variables = tuple(outputs[: len(self._declared.variables)])
+        return variables, outputs[-1], rows, batch
 
     def _solve_generic(
         self,
@@ -299,8 +304,9 @@ class ConvexLayer(torch.nn.Module):
             _tolerance(dict(solver_args))
         work = dtype if dtype in (torch.float32, torch.float64) else torch.float32
         answer, outputs = path(values, bad, work)
-        objective = path.objective(values, answer) if everything else None
-        return _Rows.of_answer(answer, [*outputs, objective], size, bad, everything)
+        if everything:
+            outputs.append(path.objective(values, answer))
+        return _Rows.of_answer(answer, outputs, size, bad, everything)
 
     def _rescue(self, rows: _Rows, values: list[Tensor], size: int) -> None:
         """The cone program and its solver for the rows that the kernel could not settle, and for those alone."""
@@ -312,10 +318,9 @@ class ConvexLayer(torch.nn.Module):
         part = [v if len(v) == 1 else v.index_select(0, which.to(v.device)) for v in values]
         other = self._with_path(None)._solve_generic(part, len(which), None, (len(which),), None, None)
         rows.outputs = [
-            None if mine is None
-            else mine.expand(size, *mine.shape[1:]).index_copy(0, which.to(mine.device), theirs.to(mine.device, mine.dtype))
-            for mine, theirs in zip(rows.outputs, other.outputs, strict=True)
-        ]  # fmt: skip
+            mine.expand(size, *mine.shape[1:]).index_copy(0, which.to(mine.device), theirs.to(mine.device, mine.dtype))
+            for mine, theirs in zip(rows.outputs, other.outputs, strict=False)
+        ]
         for name in ("status", "iterations", "residual", "degenerate", "blank"):
             setattr(rows, name, getattr(rows, name).index_copy(0, which, getattr(other, name)))
         rows.iterate = None
@@ -344,7 +349,9 @@ class ConvexLayer(torch.nn.Module):
         parameters = self._declared.parameters
         found: list[tuple[Tensor, str]] = []
         with torch.no_grad():
-            outside = {k: list(domain.violations(parameters[k], values[k])) for k in (self._domains if self.validate else ())}
+            outside = {
+                k: list(domain.violations(parameters[k], values[k])) for k in (self._domains if self.validate else ())
+            }
             for k, (value, parameter) in enumerate(zip(values, parameters, strict=True)):
                 reasons = outside.get(k, ())
                 if not _is_finite(value):
@@ -379,34 +386,36 @@ class ConvexLayer(torch.nn.Module):
             )
         sizes = (self._canonical.program.n, self._canonical.program.m)
         if warm_start.iterate is None:
-            raise ValueError("warm_start comes from a specialised path, which has no iterate of the cone program to start from.")
+            raise ValueError(
+                "warm_start comes from a specialised path, which has no iterate of the cone program to start from."
+            )
         if (warm_start.iterate[0].shape[1], warm_start.iterate[2].shape[1]) != sizes:
             raise ValueError("warm_start is the solution of another problem; pass one that this layer returned.")
         x, slack, y = (part.nan_to_num(0.0) for part in warm_start.iterate)
         return x, slack, y
 
-    def _judge(self, rows: _Rows, batch: tuple[int, ...], details: dict[int, str]) -> list[Tensor | None]:
+    def _judge(self, rows: _Rows, batch: tuple[int, ...], details: dict[int, str]) -> list[Tensor]:
         """Apply the failure policy: raise, or guard the outputs of the rows that failed or are differentiated by rule."""
         status = rows.status
         if status is not None and bool((status == Status.INACCURATE).any()):
             which = torch.nonzero(status == Status.INACCURATE).flatten()
             self._warn(AccuracyWarning, f"{rows_in_words(which, batch).capitalize()}: {Status.INACCURATE.advice}")
         failed = None if status is None else status >= Status.INFEASIBLE
-        if failed is not None and bool(failed.any()):
+        fill = None
+        if status is not None and failed is not None and bool(failed.any()):
             if self.on_failure == "raise":
                 raise SolverError.of(status.view(batch), details)
             fill = failed if self.on_failure == "nan" else rows.blank
         else:
             failed = fill = None
-        degenerate = None if rows.warned or rows.degenerate is None or not bool(rows.degenerate.any()) else rows.degenerate
+        degenerate = (
+            None if rows.warned or rows.degenerate is None or not bool(rows.degenerate.any()) else rows.degenerate
+        )
         if failed is None and degenerate is None:
             return rows.outputs
         warn = partial(self._warn_degenerate, batch)
-        size = len(failed if failed is not None else degenerate)
-        return [
-            o if o is None else _Guard.apply(o.expand(size, *o.shape[1:]), failed, fill, degenerate, warn)
-            for o in rows.outputs
-        ]
+        size = math.prod(batch)
+        return [_Guard.apply(o.expand(size, *o.shape[1:]), failed, fill, degenerate, warn) for o in rows.outputs]
 
     def _warn_degenerate(self, batch: tuple[int, ...], rows: Tensor) -> None:
         self._warn(
@@ -459,7 +468,7 @@ class _Guard(torch.autograd.Function):
 class _Rows:
     """What a path found, row by row: (B,) each, on the host. None: what holds for every row of a closed form."""
 
-    outputs: list[Tensor | None]  # the variables, then the objective, (B or 1, ...)
+    outputs: list[Tensor]  # the variables, then the objective if it was asked for, (B or 1, ...)
     status: Tensor | None
     iterations: Tensor | None
     residual: Tensor | None
@@ -469,9 +478,7 @@ class _Rows:
     warned: bool = False  # the path itself tells at backward which rows were differentiated by rule
 
     @classmethod
-    def of_answer(
-        cls, answer: Answer, outputs: list[Tensor | None], size: int, bad: Tensor | None, everything: bool
-    ) -> _Rows:
+    def of_answer(cls, answer: Answer, outputs: list[Tensor], size: int, bad: Tensor | None, everything: bool) -> _Rows:
         """The rows of a kernel's answer; only `everything`, or a row that is not plainly solved, fills them in."""
 
         def row(values: Tensor | None, blank: Any, dtype: torch.dtype) -> Tensor:
@@ -485,7 +492,9 @@ class _Rows:
         if degenerate is not None and not bool(degenerate.any()):
             degenerate = None
         if status is None and bad is None and not everything:
-            return cls(outputs, None, None, None, None if degenerate is None else row(degenerate, False, torch.bool), None)
+            return cls(
+                outputs, None, None, None, None if degenerate is None else row(degenerate, False, torch.bool), None
+            )
         status = row(status, int(Status.SOLVED), torch.int64)
         if bad is not None:
             status = torch.where(bad, int(Status.BAD_INPUT), status)
@@ -556,10 +565,9 @@ def _batch_shape(tensor: Tensor, parameter: cp.Parameter) -> tuple[int, ...]:
         raise TypeError(
             f"Parameter `{parameter.name()}` was given a tensor of {tensor.dtype}; expected floating point: write {parameter.name()}.double()."
         )
-    shape, expected = tensor.shape, parameter.shape
+    shape, expected = tuple(tensor.shape), parameter.shape
     lead = len(shape) - len(expected)
     if lead < 0 or shape[lead:] != expected:
-        shape = tuple(shape)
         wanted = ", ".join(map(str, expected))
         message = f"Parameter `{parameter.name()}` was given a tensor of shape {shape}; expected ({wanted}) or (*batch{', ' * bool(wanted)}{wanted})."
         if len(expected) == 2 and expected[0] == expected[1] == shape[-1] and lead < 1:
@@ -569,7 +577,7 @@ def _batch_shape(tensor: Tensor, parameter: cp.Parameter) -> tuple[int, ...]:
         elif expected and shape[:-1] == expected:
             message += f"\nThe batch comes first: did you mean {parameter.name()}.movedim(-1, 0)?"
         raise ValueError(message)
-    return tuple(shape[:lead])
+    return shape[:lead]
 
 
 def _broadcast(shapes: list[tuple[int, ...]], parameters: Sequence[cp.Parameter]) -> tuple[int, ...]:
@@ -588,11 +596,11 @@ def _broadcast(shapes: list[tuple[int, ...]], parameters: Sequence[cp.Parameter]
 
 def _flatten_batch(tensor: Tensor, parameter: cp.Parameter, batch: tuple[int, ...]) -> Tensor:
     """(*own batch, *shape) -> (B, *shape), or (1, *shape) for a parameter that the whole batch shares."""
-    shape = parameter.shape
+    shape: tuple[int, ...] = tuple(parameter.shape)
     lead = tensor.ndim - len(shape)
     if not lead:
         return tensor.unsqueeze(0) if not batch or math.prod(batch) else tensor.expand(0, *shape)
-    own = tensor.shape[:lead]
+    own = tuple(tensor.shape[:lead])
     if lead == 1 and own == batch:
         return tensor
     if math.prod(own) == 1 and math.prod(batch) != 0:

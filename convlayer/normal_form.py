@@ -183,11 +183,12 @@ class _Terms:
 
     def _atom(self, expression: Any, weight: Table) -> None:
         first = expression.args[0]
-        if isinstance(expression, Power) and _constant(expression.p) is not None:
-            self._power(first, _constant(expression.p), weight, expression)
-        elif isinstance(expression, quad_over_lin) and _constant(expression.args[1]) is not None:
-            spread = _spread(weight, expression).scaled(1.0 / _constant(expression.args[1]))
-            self._square(first, spread)
+        power = _constant(expression.p) if isinstance(expression, Power) else None
+        divisor = _constant(expression.args[1]) if isinstance(expression, quad_over_lin) else None
+        if power is not None:
+            self._power(first, power, weight, expression)
+        elif divisor is not None:
+            self._square(first, _spread(weight, expression).scaled(1.0 / divisor))
         elif isinstance(expression, QuadForm):
             self._quad_form(expression, weight)
         elif isinstance(expression, Absolute):
@@ -276,7 +277,11 @@ class _Rules:
         self.tied: list[str] = []
 
     def add(self, constraint: Any) -> None:
-        kinds = {Equality: ("zero", 1.0), Zero: ("zero", 1.0), Inequality: ("nonnegative", -1.0)}
+        kinds: dict[Any, tuple[str, float]] = {
+            Equality: ("zero", 1.0),
+            Zero: ("zero", 1.0),
+            Inequality: ("nonnegative", -1.0),
+        }
         kinds |= {NonPos: ("nonnegative", -1.0), NonNeg: ("nonnegative", 1.0), PSD: ("psd", 1.0)}
         kind = kinds.get(type(constraint))
         if kind is None or any(len(a.shape) > 2 for a in constraint.args if kind[0] == "psd"):
@@ -294,7 +299,9 @@ class _Rules:
             self.others.append(f"`{_short(constraint)}`")
             return
         # CVXPY's multiplier goes with +(lhs - rhs) where that is <= 0 or == 0, and with minus the matrix where it is psd.
-        self.found.append(Constraint(cone, table.scaled(sign), {"zero": 1.0}.get(cone, -1.0), constraint.id, _short(constraint)))
+        self.found.append(
+            Constraint(cone, table.scaled(sign), {"zero": 1.0}.get(cone, -1.0), constraint.id, _short(constraint))
+        )
 
     def add_attributes(self, variable: cp.Variable) -> None:
         table = self._attribute_table(variable)

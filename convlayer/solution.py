@@ -105,4 +105,6 @@ class Solution:
     degenerate: (
         Tensor  # bool, the derivative there is one-sided (weakly active constraint) or least-norm (singular system)
     )
-    iterate: tuple[Tensor, Tensor, Tensor] | None = field(repr=False)  # canonical (x, s, y) for a warm start; None from a kernel
+    iterate: tuple[Tensor, Tensor, Tensor] | None = field(
+        repr=False
+    )  # canonical (x, s, y) for a warm start; None from a kernel

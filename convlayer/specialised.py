@@ -120,7 +120,9 @@ class Specialised:
         if form.entropies.size:
             # x log x, whose slope stays finite at zero, where every solution has a vanishing derivative.
             tiny = torch.finfo(x.dtype).tiny
-            total = total + self._weighted("entropies", form.entropies, values, x, lambda z: z * z.clamp(min=tiny).log())
+            total = total + self._weighted(
+                "entropies", form.entropies, values, x, lambda z: z * z.clamp(min=tiny).log()
+            )
         for k, quadratic in enumerate(form.quadratics):
             y = self._rows(("argument", k), quadratic.argument, values, x)
             P = self._rows(("matrix", k), quadratic.matrix, values, x).reshape(-1, y.shape[1], y.shape[1])
@@ -172,9 +174,7 @@ def _rebuilt(form: NormalForm, name: str, variables: Sequence[cp.Variable], owne
     return Specialised(form, name, STRUCTURES[name].match(form), variables, owners)
 
 
-def outputs_of(
-    form: NormalForm, match: Match, variables: Sequence[cp.Variable], owners: dict
-) -> list[Output]:
+def outputs_of(form: NormalForm, match: Match, variables: Sequence[cp.Variable], owners: dict) -> list[Output]:
     """Where the wanted variables are. MismatchError: a multiplier that the kernel does not give."""
     found = []
     index = {variable.id: k for k, variable in enumerate(form.variables)}
@@ -242,5 +242,3 @@ def _kept(kept: dict, key, array: np.ndarray, like: Tensor) -> Tensor:
     if place not in kept:
         kept[place] = torch.from_numpy(np.ascontiguousarray(array)).to(like.device, dtype)
     return kept[place]
-
-

@@ -68,16 +68,24 @@ def verify(
     size = _joined([leaf.detach() for leaf in leaves], lead).norm(dim=-1).clamp(min=1e-300)
     vanishing = 1e-3 * y.norm(dim=-1) * y.shape[-1] ** 0.5 / size
     parts = (_relative(x, y, 1.0), value, _relative(g, h, vanishing), infeasibility)
+    solution, value, gradient, infeasibility = (
+        part.cpu().double().reshape(batch).masked_fill(~solved, 0.0) for part in parts
+    )
     return Verification(
         structure,
-        *(part.cpu().double().reshape(batch).masked_fill(~solved, 0.0) for part in parts),
+        solution,
+        value,
+        gradient,
+        infeasibility,
         same_status=(ours.status == theirs.status) | solved,
         degenerate=ours.degenerate | theirs.degenerate,
         tolerance=TOLERANCE.get(ours.objective.dtype, 1e-2),
     )
 
 
-def _solved(path: Callable[..., Solution], leaves: Sequence[Tensor], lead: int, seed: int) -> tuple[Solution, list[Tensor]]:
+def _solved(
+    path: Callable[..., Solution], leaves: Sequence[Tensor], lead: int, seed: int
+) -> tuple[Solution, list[Tensor]]:
     leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

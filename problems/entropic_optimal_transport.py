@@ -34,7 +34,8 @@ def entropic_optimal_transport(m: int = 4, n: int = 3) -> Declaration:
 def _sample(draw, m, n):
     """Marginals of one mass, also on the way from one sample to another."""
     mass = draw.uniform(0.5, 2.0, 1)
-    return draw.uniform(0, 1, m, n), mass * draw.normal(m).softmax(-1), mass * draw.normal(n).softmax(-1), draw.uniform(0.2, 0.6)
+    r, c = (mass * draw.normal(size).softmax(-1) for size in (m, n))
+    return draw.uniform(0, 1, m, n), r, c, draw.uniform(0.2, 0.6)
 
 
 @entropic_optimal_transport.solved_by

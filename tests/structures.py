@@ -331,7 +331,7 @@ def the_leading_vector():
 @spelling("leading_eigenspace")
 def a_psd_variable():
     X, Z = X_Z(PSD=True)
-    return cp.Problem(cp.Maximize(cp.sum(cp.multiply(X, Z))), [1 == cp.trace(Z)]), [X], [Z]
+    return cp.Problem(cp.Maximize(cp.sum(cp.multiply(X, Z))), [cp.trace(Z) == 1]), [X], [Z]
 
 
 @spelling("leading_eigenspace")
@@ -455,7 +455,7 @@ def a_linear_objective_with_entropy():
 @spelling("softmax")
 def minimised_at_a_temperature():
     theta, tau, y = cp.Parameter(6), lam(), cp.Variable(6)
-    return cp.Problem(cp.Minimize(-theta @ y - tau * cp.sum(cp.entr(y))), [1 == cp.sum(y)]), [theta, tau], [y]
+    return cp.Problem(cp.Minimize(-theta @ y - tau * cp.sum(cp.entr(y))), [cp.sum(y) == 1]), [theta, tau], [y]
 
 
 @spelling("softmax")
@@ -521,7 +521,7 @@ def a_nonnegative_variable():
 @spelling("sparsemax")
 def a_linear_objective_with_squares():
     y, x = cp.Parameter(6), cp.Variable(6)
-    return cp.Problem(cp.Maximize(y @ x - cp.sum_squares(x) / 2), [0 <= x, np.ones(6) @ x == 1]), [y], [x]
+    return cp.Problem(cp.Maximize(y @ x - cp.sum_squares(x) / 2), [x >= 0, np.ones(6) @ x == 1]), [y], [x]
 
 
 @spelling("sparsemax")

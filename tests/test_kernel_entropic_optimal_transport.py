@@ -6,9 +6,9 @@ import torch
 from scipy.optimize import linprog
 from scipy.special import logsumexp
 
-from convlayer.solution import Status
-from convlayer.structures import entropic_optimal_transport as module
+from convlayer.kernels import entropic_optimal_transport as module
 from convlayer.kernels.entropic_optimal_transport import entropic_optimal_transport
+from convlayer.solution import Status
 
 INF = torch.inf
 

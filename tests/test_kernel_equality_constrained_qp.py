@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from convlayer.solution import Status
 from convlayer.kernels.equality_constrained_qp import equality_constrained_qp
+from convlayer.solution import Status
 
 NAMES = "P", "q", "A", "b"
 

@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from convlayer.structures.leading_eigenspace import eigenvector, leading_eigenspace
+from convlayer.kernels.leading_eigenspace import eigenvector, leading_eigenspace
 
 D = torch.float64
 EPS = torch.finfo(D).eps

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import convlayer.kernels.least_squares as module
-from convlayer.solution import Status
 from convlayer.kernels.least_squares import least_squares
+from convlayer.solution import Status
 
 NAMES = "A", "b", "w", "ridge"
 

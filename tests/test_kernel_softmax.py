@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from convlayer.kernels.softmax import softmax
 from convlayer.solution import Status
-from convlayer.structures.softmax import softmax
 
 D = torch.float64
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from convlayer.kernels.sparsemax import sparsemax
 from convlayer.solution import Status
-from convlayer.structures.sparsemax import sparsemax
 
 D = torch.float64
 

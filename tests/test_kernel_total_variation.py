@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from convlayer.solution import Status
-from convlayer.structures import total_variation as module
+from convlayer.kernels import total_variation as module
 from convlayer.kernels.total_variation import total_variation
+from convlayer.solution import Status
 
 F64 = torch.float64
 

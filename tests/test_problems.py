@@ -33,8 +33,10 @@ STRUCTURE = {
     "sparsemax": "sparsemax",
     "total_variation": "total_variation",
 }
+# The last marginal follows from the others: the cone program's multipliers are not unique, and it says so.
+REDUNDANT = {"entropic_optimal_transport-generic": pytest.mark.filterwarnings("ignore::convlayer.GradientWarning")}
 PATHS = [
-    pytest.param(problem, path, id=f"{name}-{path}")
+    pytest.param(problem, path, id=f"{name}-{path}", marks=REDUNDANT.get(f"{name}-{path}", ()))
     for name, problem in problems.PROBLEMS.items()
     for path in (("auto",) if STRUCTURE.get(name) == "cone_program" else ("auto", "generic"))
 ]
@@ -43,8 +45,8 @@ every_problem = pytest.mark.parametrize("problem", problems.PROBLEMS.values(), i
 every_path = pytest.mark.parametrize(("problem", "path"), PATHS)
 
 
-def relative(got, expected):
-    return float((got - expected).detach().norm() / expected.detach().norm().clamp_min(1e-12))
+def relative(got, expected, floor=1e-12):
+    return float((got - expected).detach().norm() / expected.detach().norm().clamp_min(floor))
 
 
 @every_problem
@@ -133,4 +135,5 @@ def test_a_batch_equals_a_loop_in_value_and_gradient(problem: problems.Prebuilt,
             alone = layer(*row)
             assert all(relative(x[i, j], y) < 1e-8 for x, y in zip(whole, alone, strict=True))
             of_row = torch.autograd.grad(alone, row, [w[i, j] for w in weights])
-            assert all(relative(g[i, j], h) < 1e-7 for g, h in zip(gradients, of_row, strict=True))
+            floor = max(1e-12, *(1e-6 * float(h.norm()) for h in of_row))  # zero, or the rounding of another gradient
+            assert all(relative(g[i, j], h, floor) < 1e-7 for g, h in zip(gradients, of_row, strict=True))

@@ -179,7 +179,8 @@ def test_float32_agrees_with_float64_to_its_precision(name):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_is_taken_and_given_back(name, dtype):
     (x,) = layer_of(name)(*rounded(name, dtype, (2,), 13))
-    assert x.dtype is dtype and bool(torch.isfinite(x).all())
+    assert x.dtype is dtype
+    assert bool(torch.isfinite(x).all())
 
 
 @every_structure
@@ -197,11 +198,13 @@ def test_a_row_of_nan_is_named_and_leaves_the_others_untouched(name, poison):
     clean_inputs = leaves(tensors)
     (clean,) = layer(*clean_inputs)
     assert solution.status.tolist() == [Status.SOLVED, Status.BAD_INPUT, Status.SOLVED]
-    assert bool(torch.isnan(x[1]).all()) and relative(x[[0, 2]].detach(), clean[[0, 2]].detach()) < 1e-12
+    assert bool(torch.isnan(x[1]).all())
+    assert relative(x[[0, 2]].detach(), clean[[0, 2]].detach()) < 1e-12
     got = torch.autograd.grad(x[[0, 2]].square().sum(), inputs)
     expected = torch.autograd.grad(clean[[0, 2]].square().sum(), clean_inputs)
     for g, h in zip(got, expected, strict=True):
-        assert float((g - h).norm()) <= 1e-9 * max(1.0, float(h.norm())) and bool((g[1] == 0).all())
+        assert float((g - h).norm()) <= 1e-9 * max(1.0, float(h.norm()))
+        assert bool((g[1] == 0).all())
 
 
 @every_structure
@@ -249,9 +252,11 @@ def test_explain_says_what_every_structure_said(name):
     layer = layer_of(name)
     text = layer.explain(batch=32)
     assert all(f"  {other}:" in text for other in STRUCTURES)
-    assert f"Path: {name}" in " ".join(text.split()) and f"{name}: yes" in " ".join(text.split())
+    assert f"Path: {name}" in " ".join(text.split())
+    assert f"{name}: yes" in " ".join(text.split())
     generic = layer_of(name, structure="generic")
-    assert generic.structure == "cone_program" and "as you asked" in generic.explain()
+    assert generic.structure == "cone_program"
+    assert "as you asked" in generic.explain()
 
 
 @every_structure
@@ -267,7 +272,8 @@ def test_the_solution_has_a_row_of_everything(name):
     solution = layer_of(name).solve(*sample(name, (2, 2), 16))
     for field in ("status", "iterations", "residual", "degenerate", "objective"):
         assert getattr(solution, field).shape == (2, 2), field
-    assert bool((solution.residual < 1e-9).all()) and bool((solution.status == Status.SOLVED).all())
+    assert bool((solution.residual < 1e-9).all())
+    assert bool((solution.status == Status.SOLVED).all())
     assert solution.iterate is None
 
 
@@ -283,7 +289,8 @@ def test_a_warm_start_from_a_kernel_is_refused_in_words(name):
 def test_a_dense_least_squares_layer_of_two_million_entries_is_not_canonicalised():
     A, b, x = cp.Parameter((2000, 1000)), cp.Parameter(2000), cp.Variable(1000)
     layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(A @ x - b))), [A, b], [x])
-    assert layer.structure == "least_squares" and not layer._declared.is_canonicalised
+    assert layer.structure == "least_squares"
+    assert not layer._declared.is_canonicalised
     A_t = torch.randn(2000, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     b_t = torch.ones(2000, dtype=torch.float64)
     (found,) = layer(A_t, b_t)
@@ -296,7 +303,8 @@ def test_a_large_banded_least_squares_problem_does_not_go_to_the_dense_kernel():
     b, x = cp.Parameter(n), cp.Variable(n)
     objective = cp.sum_squares(x - b) + cp.sum_squares(cp.diff(x))
     layer = ConvexLayer(cp.Problem(cp.Minimize(objective)), [b], [x])
-    assert layer.structure == "cone_program" and "sparse" in layer.explain()
+    assert layer.structure == "cone_program"
+    assert "sparse" in layer.explain()
 
 
 def test_a_structure_with_a_multiplier_it_does_not_give_is_refused_with_the_constraint_named():

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from convlayer.solution import Status
 from convlayer.kernels.answer import Answer
+from convlayer.solution import Status
 
 MASSES = {torch.float32: 1e-5, torch.float64: 1e-9}  # the marginals' totals may differ by this share
 ABSENT = 1e-100  # of the total: the mass that stands for a zero marginal, small enough not to be seen in any other sum

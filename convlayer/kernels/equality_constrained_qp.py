@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from convlayer.solution import Status
 from convlayer.kernels.answer import Answer
+from convlayer.solution import Status
 
 SAFE = 1e11  # product of the sizes of both factored matrices' inverses above which a row takes the null-space method
 CORRECTIONS = ((1e4, 0), (1e7, 1), (SAFE, 2))  # below each such product, that many leave at most 1e-12

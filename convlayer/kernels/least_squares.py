@@ -8,8 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from convlayer.solution import Status
 from convlayer.kernels.answer import Answer
+from convlayer.solution import Status
 
 SAFE = 1e10  # |(S'S)^-1| in equilibrated columns above which a row is solved with orthogonal factors of S
 CORRECTIONS = ((1e4, 0), (1e6, 1), (SAFE, 3))  # below each such size, that many leave at most 1e-12

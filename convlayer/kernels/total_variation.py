@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from convlayer.solution import Status
 from convlayer.kernels.answer import Answer
+from convlayer.solution import Status
 
 EPS = 2.0**-52
 WINDOW = 16  # ratio of the window lengths in which `_certain_knots` looks; 8 to 32 measure alike

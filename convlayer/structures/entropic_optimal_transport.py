@@ -76,7 +76,9 @@ class EntropicOptimalTransport(Structure):
         sign_rows = signs(form)
         layout = Layout(grid.position, (len(grid.rows), len(grid.columns)))
         cost = linear_cost(form)
-        first, second = (stack([row.offset.scaled(-1.0 / row.coefficient[0]) for row in side]) for side in (grid.rows, grid.columns))
+        first, second = (
+            stack([row.offset.scaled(-1.0 / row.coefficient[0]) for row in side]) for side in (grid.rows, grid.columns)
+        )
 
         def build(duals: bool):
             M = layout.binding(form, cost)
@@ -136,7 +138,11 @@ def _grid(form: NormalForm) -> _Grid:
     require(len(np.unique(i * len(families[1]) + j)) == form.n, reason)
     # Rows are what runs along the first axis of a matrix variable: no copy is then needed.
     shape = (len(families[0]), len(families[1]))
-    if len(form.variables) == 1 and form.variables[0].shape == shape[::-1] and not np.array_equal(i, np.arange(form.n) % shape[0]):
+    if (
+        len(form.variables) == 1
+        and form.variables[0].shape == shape[::-1]
+        and not np.array_equal(i, np.arange(form.n) % shape[0])
+    ):
         families, i, j = families[::-1], j, i
     rows, columns = ([sums[k] for k in family] for family in families)
     return _Grid(rows, columns, i * len(columns) + j)
@@ -150,12 +156,12 @@ def _duals(form: NormalForm, grid: _Grid) -> dict[int, Dual]:
             continue
         mine: list[tuple[int, int, int, float]] = []
         for output, side in ((1, grid.rows), (2, grid.columns)):
-            mine += [(row.row, output, place, row.coefficient[0]) for place, row in enumerate(side) if row.constraint == k]
+            mine += [
+                (row.row, output, place, row.coefficient[0]) for place, row in enumerate(side) if row.constraint == k
+            ]
         outputs = {output for _, output, _, _ in mine}
         if len(outputs) == 1:
             mine.sort()
             place, scale = np.array([p for _, _, p, _ in mine]), np.array([s for *_, s in mine])
             found[k] = Dual(outputs.pop(), place, -1.0 / scale)
     return found
-
-

@@ -44,7 +44,12 @@ class EqualityConstrainedQP(Structure):
 
     def sample(self, batch: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
         L, eye = normal(generator, *batch, 5, 5), torch.eye(5, dtype=torch.float64)
-        return eye + L @ L.mT / 5, normal(generator, *batch, 5), normal(generator, *batch, 2, 5), normal(generator, *batch, 2)
+        return (
+            eye + L @ L.mT / 5,
+            normal(generator, *batch, 5),
+            normal(generator, *batch, 2, 5),
+            normal(generator, *batch, 2),
+        )
 
     def near_misses(self) -> dict[str, Declaration]:
         P, q, A, b = cp.Parameter((5, 5), PSD=True), cp.Parameter(5), cp.Parameter((2, 5)), cp.Parameter(2)
@@ -182,5 +187,3 @@ def _affine(form: NormalForm, argument: Table, layout: Layout):
     target = linear.row * form.n + layout.position[linear.variable]
     F = binding(form, (argument.size, form.n), target, linear.parameter, linear.coefficient)
     return F, rows_binding(form, argument.offset())
-
-

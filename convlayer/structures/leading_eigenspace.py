@@ -1,126 +1,162 @@
-"""Leading eigenspace of a symmetric matrix: a linear objective on the Fantope."""
+"""Leading (or trailing) eigenspace, as the relaxation over 0 <= Z <= I with a given trace."""
 
 from __future__ import annotations
 
-from typing import Any
-
+import cvxpy as cp
+import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from convlayer.structures.answer import Answer
-
-TIE = 8.0  # in units of eps n |X|: the eigenvalues that rounding alone can part
-
-
-def leading_eigenspace(
-    X: Tensor,  # (B, n, n), symmetrised
-    k: int,
-    largest: bool = True,
-) -> Answer:
-    """Projector on the k leading eigenvectors; with largest=False the trailing ones, of the minimum.
-
-        maximise    <X, Z>
-        subject to  tr Z = k,  0 <= Z <= I
-
-    Solution:    Z = U_k U_k' for the eigenvectors of l_1 >= ... >= l_n, and l_k, the eigenvalue at the cut inside
-                 the block (for k = 1 the multiplier of the trace).
-    Derivative:  only pairs that straddle the cut count: X_bar = sum_{i <= k < j} (u_j'Gu_i) / (l_i - l_j)
-                 (u_i u_j' + u_j u_i') with G the symmetrised cotangent of Z; that of l_k adds u_k u_k',
-                 averaged over the eigenvalues equal to l_k.
-    Shapes:      X (B, n, n)  ->  Z (B, n, n), l_k (B,).
-    Cost:        one eigendecomposition, about 9 n^3 flops, and 2 n^2 k; backward 2 n^2 (5 k) flops.
-    At a kink:   l_k - l_{k+1} <= 8 eps n |X|: a face solves. Z is its point of least norm, the projector above the
-                 tie plus (k - above) / tied times that of the tied; the pairs that are not tied are differentiated;
-                 flagged. Eigenvalues repeated inside the block are harmless.
-    Errors:      ValueError unless 1 <= k <= n; k = n gives Z = I, of derivative zero.
-    Source:      Overton and Womersley (1992); Daleckii and Krein (1965).
-    """
-    n = X.shape[-1]
-    if not 1 <= k <= n:
-        raise ValueError(f"The number of eigenvectors is k = {k}; expected 1 <= k <= {n} for a {n} x {n} matrix.")
-    Z, eigenvalue, tied = _Eigenspace.apply(X, k, largest)
-    return Answer((Z, eigenvalue), degenerate=tied)
+from convlayer.affine import NONE, Table
+from convlayer.kernels.leading_eigenspace import leading_eigenspace
+from convlayer.normal_form import NormalForm
+from convlayer.structures.reading import (
+    Layout,
+    equalities,
+    in_cone,
+    linear_cost,
+    no_cones,
+    one_value,
+    only,
+    require,
+    rows_binding,
+    words,
+)
+from convlayer.structures.structure import Cost, Declaration, Dual, Match, Structure, normal
 
 
-def eigenvector(
-    Z: Tensor,  # (*batch, n, n)
-) -> Tensor:
-    """The unit vector v with Z = v v' and its entry of largest magnitude (the first of equals) positive.
+class LeadingEigenspace(Structure):
+    """maximise <X, Z> subject to tr Z = k u, 0 <= Z <= u I; for k = 1 the upper bound may be left out."""
 
-    Solution:    v = Z_j / sqrt(Z_jj), with j the largest diagonal entry; differentiable by torch, as often as Z is.
-    Shapes:      Z (*batch, n, n)  ->  v (*batch, n).
-    At a kink:   where the largest magnitude changes place, v may change sign.
-    """
-    diagonal = Z.diagonal(dim1=-2, dim2=-1)
-    j = diagonal.argmax(-1, keepdim=True)
-    column = Z.gather(-1, j.unsqueeze(-2).expand(*Z.shape[:-1], 1)).squeeze(-1)
-    return column / diagonal.gather(-1, j).sqrt()
+    name = "leading_eigenspace"
+    refines = "cone_program"
+
+    def declare(self) -> Declaration:
+        X, Z = cp.Parameter((5, 5), symmetric=True), cp.Variable((5, 5), symmetric=True)
+        rules = [cp.trace(Z) == 2, Z >> 0, np.eye(5) - Z >> 0]
+        return cp.Problem(cp.Maximize(cp.trace(X @ Z)), rules), [X], [Z]
+
+    def sample(self, batch: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
+        X = normal(generator, *batch, 5, 5)
+        return ((X + X.mT) / 2,)
+
+    def near_misses(self) -> dict[str, Declaration]:
+        X, Z, Y = cp.Parameter((5, 5), symmetric=True), cp.Variable((5, 5), symmetric=True), cp.Variable((5, 5))
+        gain, unit, psd = cp.trace(X @ Z), cp.trace(Z) == 1, Z >> 0
+        problems = {
+            "at most": (gain, [cp.trace(Z) <= 1, psd], Z),
+            "a diagonal": (gain, [cp.diag(Z) == 1, psd], Z),
+            "one more constraint": (gain, [unit, psd, Z[0, 0] >= 0.1], Z),
+            "a weighted trace": (gain, [cp.trace(np.diag([1.0, 2, 1, 1, 1]) @ Z) == 1, psd], Z),
+            "trace two, no upper bound needed": (gain, [cp.trace(Z) == 2.5, psd, np.eye(5) - Z >> 0], Z),
+            "an unequal bound": (gain, [cp.trace(Z) == 2, psd, np.diag([1.0, 2, 1, 1, 1]) - Z >> 0], Z),
+            "not symmetric": (cp.trace(X @ Y), [cp.trace(Y) == 1, Y >> 0], Y),
+            "shifted": (gain, [unit, Z - 0.01 * np.eye(5) >> 0], Z),
+            "a square beside": (gain - cp.sum_squares(Z), [unit, psd], Z),
+            "no cone": (gain - cp.sum_squares(Z), [unit], Z),
+            "a block": (cp.trace(X @ Z), [cp.trace(Z) == 1, Z[:4, :4] >> 0], Z),
+        }
+        return {k: (cp.Problem(cp.Maximize(f), rules), [X], [v]) for k, (f, rules, v) in problems.items()}
+
+    def match(self, form: NormalForm) -> Match:
+        only(form, "tied")
+        no_cones(form, "zero", "psd")
+        require(len(form.variables) == 1 and len(form.tied) == 1, "its variable is not one symmetric matrix")
+        n = form.variables[0].shape[0]
+        diagonal = np.arange(n) * (n + 1)
+        trace, scale, total = _trace(form, diagonal)
+        lower, bound = _cones(form, n, diagonal)
+        k = 1 if bound is None else _multiple(total, bound)
+        require(k <= n, "the trace exceeds what the bound allows")
+        cost = linear_cost(form)
+        layout = Layout(Layout.of(form).position, (n, n))
+        # Minimising <C, Z>: of C as it stands the trailing eigenspace, or of -C the leading one, whichever is the Parameter itself.
+        leading = bool(len(cost.coefficient)) and cost.coefficient[0] < 0
+        unit = total if bound is None else bound
+        plain = bool((unit.parameter == NONE).all()) and float(unit.coefficient.sum()) == 1.0
+
+        def build(duals: bool):
+            X = layout.binding(form, cost.scaled(-1.0) if leading else cost)
+            size = rows_binding(form, unit)
+
+            def run(values, like):
+                matrix = X(values, like)
+                answer = leading_eigenspace(matrix, k, leading)
+                if plain and not duals:
+                    return answer
+                Z, edge = answer.outputs
+                if not plain:
+                    Z = Z * size(values, like)[..., None]
+                if not duals:
+                    return answer.with_outputs(Z)
+                sign = 1.0 if leading else -1.0
+                identity = torch.eye(n, dtype=Z.dtype, device=Z.device)
+                slack = sign * (edge[:, None, None] * identity - (matrix + matrix.mT) / 2)
+                return answer.with_outputs(Z, sign * edge[:, None], slack)
+
+            return run
+
+        found = {}
+        if bound is None:
+            found = {trace: Dual(1, np.zeros(1, dtype=np.int64), np.full(1, 1.0 / scale))}
+            found |= {place: Dual(2, layout.position, np.full(n * n, 1.0 / factor)) for place, factor in lower.items()}
+            if len(lower) > 1:
+                found = {trace: found[trace]}
+        what = "leading" if leading else "trailing"
+        return Match(
+            words(form, matrix=cost, trace=total) + f"; the {what} {k} of {n}",
+            build,
+            layout.position,
+            Cost(flops=11.0 * n**3 + (8.0 * n**2 if k == 1 else 8.0 * n**3), bytes=80.0 * n**2),
+            found,
+        )
 
 
-class _Eigenspace(Function):
-    @staticmethod
-    def forward(ctx: Any, X: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        ctx.set_materialize_grads(False)
-        n = X.shape[-1]
-        half = 0.5 * X  # halved first: the sum of two huge entries would overflow
-        l, U = torch.linalg.eigh(half + half.mT)
-        # l ascends: the block begins at n - k, or ends at k
-        ctx.block, ctx.rest = (slice(n - k, n), slice(0, n - k)) if largest else (slice(0, k), slice(k, n))
-        ctx.cut = n - k if largest else k - 1
-        at_cut = l.select(1, ctx.cut).clone()
-        weight = tied = None
-        if k == n:
-            Z = torch.eye(n, dtype=X.dtype, device=X.device).repeat(len(X), 1, 1)
-        else:
-            below = n - k - 1 if largest else k - 1
-            tied = l.select(1, below + 1) - l.select(1, below) <= _tie(l)
-            if tied.any():
-                weight = _weights(l, at_cut, k, largest)
-                Z = torch.bmm(U * weight.unsqueeze(-2), U.mT)
-                ctx.mark_non_differentiable(tied)
-            else:
-                tied = None
-                Uk = U[..., ctx.block]
-                Z = Uk * Uk.mT if k == 1 else torch.bmm(Uk, Uk.mT)
-        ctx.save_for_backward(l, U, weight)
-        return Z, at_cut, tied
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, Z_bar: Tensor | None, l_bar: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
-        l, U, weight = ctx.saved_tensors
-        # X_bar = left U_a' + U_a left', with a the block, or everything where some row has a tie at the cut
-        block, rest = (ctx.block, ctx.rest) if weight is None else (slice(None), slice(None))
-        Ua, Ub = U[..., block], U[..., rest]
-        left = None
-        if Z_bar is not None and Ub.shape[-1]:
-            slope = torch.bmm(Ub.mT, torch.bmm(Z_bar, Ua).baddbmm_(Z_bar.mT, Ua, beta=0.5, alpha=0.5))
-            gap = l[:, None, block] - l[:, rest, None]
-            if weight is None:
-                left = torch.bmm(Ub, slope.div_(gap))
-            else:  # every pair stands there twice
-                step = weight.unsqueeze(-2) - weight.unsqueeze(-1)
-                left = torch.bmm(Ub, torch.where(step == 0, 0 * slope, slope * step / gap.mul_(2)))
-        if l_bar is not None:
-            equal = ((l - l[:, ctx.cut, None]).abs() <= _tie(l).unsqueeze(-1)).to(l.dtype)
-            share = equal * (0.5 * l_bar / equal.sum(-1)).unsqueeze(-1)
-            by_eigenvalue = Ua * share[:, None, block]
-            left = by_eigenvalue if left is None else left.add_(by_eigenvalue)
-        if left is None:
-            return torch.zeros_like(U), None, None
-        X_bar = torch.bmm(left, Ua.mT)
-        return X_bar + X_bar.mT, None, None
+def _trace(form: NormalForm, diagonal: np.ndarray) -> tuple[int, float, Table]:
+    """(the constraint, its coefficient, the trace)."""
+    rows = equalities(form)
+    require(len(rows) == 1, "it has more equalities than a trace" if rows else "it has no trace")
+    (row,) = rows
+    require(np.array_equal(np.sort(row.variable), diagonal), "its equality is not a trace")
+    require(bool((row.coefficient == row.coefficient[0]).all()), "its trace is weighted")
+    scale = float(row.coefficient[0])
+    return row.constraint, scale, row.offset.scaled(-1.0 / scale).normal
 
 
-def _tie(l: Tensor) -> Tensor:
-    """The gap below which eigenvalues count as equal."""
-    return l.abs().amax(-1).mul_(TIE * l.shape[-1] * torch.finfo(l.dtype).eps)
+def _cones(form: NormalForm, n: int, diagonal: np.ndarray) -> tuple[dict[int, float], Table | None]:
+    """(by constraint the factor c of each c Z >= 0, the bound u of Z <= u I or None)."""
+    entries = np.arange(n * n)
+    mirrored = entries.reshape(n, n).T.ravel()
+    lower: dict[int, float] = {}
+    bound: Table | None = None
+    for k, constraint in in_cone(form, "psd"):
+        reason = f"`{constraint.text}` is not a bound on the whole matrix"
+        table = constraint.table
+        require(table.size == n * n, reason)
+        moving, offset = table.linear().normal, table.offset().normal
+        require(np.array_equal(moving.row, entries), reason)
+        require(np.array_equal(moving.variable, entries) or np.array_equal(moving.variable, mirrored), reason)
+        require(bool((moving.parameter == NONE).all()), reason)
+        factor = float(moving.coefficient[0])
+        require(bool((moving.coefficient == factor).all()), reason)
+        if factor > 0:
+            require(not len(offset.row), reason)
+            lower[k] = factor
+            continue
+        require(bound is None, "it has two upper bounds")
+        on_diagonal = (offset.row % (n + 1) == 0) & (offset.row < n * n)
+        require(bool(on_diagonal.all()), reason)
+        rows = Table(n, offset.row // (n + 1), offset.variable, offset.parameter, offset.coefficient)
+        bound = one_value(rows, n, reason).scaled(-1.0 / factor)
+    require(bool(lower), "its matrix is not positive semidefinite")
+    return lower, bound
 
 
-def _weights(l: Tensor, at_cut: Tensor, k: int, largest: bool) -> Tensor:
-    """Eigenvalues of the point of least norm: 1 above the tie, 0 below it, what is left shared by the tied."""
-    distance, tie = l - at_cut.unsqueeze(-1) if largest else at_cut.unsqueeze(-1) - l, _tie(l).unsqueeze(-1)
-    above, equal = (distance > tie).to(l.dtype), (distance.abs() <= tie).to(l.dtype)
-    return above + equal * ((k - above.sum(-1, keepdim=True)) / equal.sum(-1, keepdim=True))
+def _multiple(total: Table, bound: Table) -> int:
+    """k with total = k bound, whatever the parameters."""
+    reason = "the trace is not a whole multiple of the upper bound"
+    total, bound = total.normal, bound.normal
+    require(len(total.row) == len(bound.row) and np.array_equal(total.parameter, bound.parameter), reason)
+    ratio = total.coefficient / bound.coefficient
+    require(len(ratio) > 0 and np.allclose(ratio, np.rint(ratio[0]), rtol=1e-12, atol=0.0) and ratio[0] > 0.5, reason)
+    return int(np.rint(ratio[0]))

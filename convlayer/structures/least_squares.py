@@ -85,7 +85,9 @@ class LeastSquares(Structure):
 
         small = min(m, n)
         return Match(
-            words(form, A=blocks.rows.argument.linear(), b=blocks.rows.argument.offset(), weights=rows.weight, ridge=ridge)
+            words(
+                form, A=blocks.rows.argument.linear(), b=blocks.rows.argument.offset(), weights=rows.weight, ridge=ridge
+            )
             + (f"; {k} right-hand sides" if k > 1 else ""),
             build,
             blocks.position,
@@ -118,9 +120,9 @@ def _factored(quadratic: Quadratic) -> Weighted:
     size, matrix = quadratic.argument.size, quadratic.matrix
     require(bool((matrix.parameter == NONE).all()), "its objective has a quadratic form with a Parameter")
     require(size <= LARGEST_CONSTANT, f"its objective has a quadratic form of more than {LARGEST_CONSTANT} variables")
-    P = np.zeros(size * size)
-    np.add.at(P, matrix.row, matrix.coefficient)
-    P = P.reshape(size, size)
+    entries = np.zeros(size * size)
+    np.add.at(entries, matrix.row, matrix.coefficient)
+    P = entries.reshape(size, size)
     values, vectors = np.linalg.eigh((P + P.T) / 2)
     kept = np.flatnonzero(values > 1e-14 * size * np.abs(values).max(initial=0.0))
     row, column = np.divmod(np.arange(len(kept) * size), size)
@@ -152,7 +154,11 @@ def _level(weight: Table, size: int) -> float | None:
     """The number that all weights are, if they are one."""
     if not size:
         return 1.0
-    same = len(weight.row) == size and (weight.parameter == NONE).all() and (weight.coefficient == weight.coefficient[0]).all()
+    same = (
+        len(weight.row) == size
+        and (weight.parameter == NONE).all()
+        and (weight.coefficient == weight.coefficient[0]).all()
+    )
     return float(weight.coefficient[0]) if same and weight.coefficient[0] > 0 else None
 
 
@@ -193,7 +199,9 @@ def _grouped(rows: Weighted, ridge: Table, n: int, k: int, group: np.ndarray, lo
         require(_repeats(table, height, k), reason)
     offset = argument.offset()
     moved = stack([inside, replace(offset, row=number[offset.row])])
-    grouped = Weighted(weight, replace(moved, size=size, row=moved.row - size * (np.arange(len(moved.row)) >= len(inside.row))))
+    grouped = Weighted(
+        weight, replace(moved, size=size, row=moved.row - size * (np.arange(len(moved.row)) >= len(inside.row)))
+    )
     one = penalty.take(penalty.row < n)
     return _Blocks(grouped, replace(one, size=n), local * k + group, n, k)
 
@@ -205,4 +213,6 @@ def _repeats(table: Table, height: int, k: int) -> bool:
     width = len(table.row) // k
     row = table.row.reshape(k, width) - height * np.arange(k)[:, None]
     columns = [part.reshape(k, width) for part in (table.variable, table.parameter, table.coefficient)]
-    return all(bool((part == part[0]).all()) for part in (row, *columns)) and (not width or bool((row[0] < height).all()))
+    return all(bool((part == part[0]).all()) for part in (row, *columns)) and (
+        not width or bool((row[0] < height).all())
+    )

@@ -77,8 +77,12 @@ def separable(form: NormalForm) -> Separable:
     variable, factor = np.zeros(argument.size, dtype=np.int64), np.zeros(argument.size)
     variable[part.row], factor[part.row] = part.variable, part.coefficient
     nothing = np.full(len(weight.row), NONE, dtype=np.int64)
-    curvature = Table(form.n, variable[weight.row], nothing, weight.parameter, 2 * weight.coefficient * factor[weight.row] ** 2)
-    cross = Table(form.n, variable[weight.row], weight.row, weight.parameter, 2 * weight.coefficient * factor[weight.row])
+    curvature = Table(
+        form.n, variable[weight.row], nothing, weight.parameter, 2 * weight.coefficient * factor[weight.row] ** 2
+    )
+    cross = Table(
+        form.n, variable[weight.row], weight.row, weight.parameter, 2 * weight.coefficient * factor[weight.row]
+    )
     try:
         slope = add([linear_cost(form), chain(cross, argument.offset())]).normal
     except UnsupportedError:
@@ -171,7 +175,9 @@ def words(form: NormalForm, **inputs: Sequence[Table] | Table | Binding) -> str:
             tables = [made] if isinstance(made, Table) else list(made)
             numbers = [
                 k
-                for k, (first, last) in enumerate(zip(form.parameter_starts[:-1], form.parameter_starts[1:], strict=True))
+                for k, (first, last) in enumerate(
+                    zip(form.parameter_starts[:-1], form.parameter_starts[1:], strict=True)
+                )
                 if any(bool(((t.parameter >= first) & (t.parameter < last)).any()) for t in tables)
             ]
         said.append(f"{name} from {', '.join(f'`{form.parameters[k].name()}`' for k in numbers) or 'constants'}")

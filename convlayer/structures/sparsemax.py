@@ -1,139 +1,97 @@
-"""Projection onto the simplex."""
+"""Sparsemax: Euclidean projection onto a simplex."""
 
 from __future__ import annotations
 
-from typing import Any
-
+import cvxpy as cp
+import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from convlayer.solution import Status
-from convlayer.structures.answer import Answer
-
-TIE = 8.0  # in units of eps r: entries this near the threshold count as on it
-SLACK = 4.0  # in units of eps r: a step that rounding alone can ask for
-BLOCK = 8
-SORTED = 2048  # entries up to which one sort costs less than the passes it saves
-
-
-def sparsemax(
-    y: Tensor,  # (b, n)
-    r: Tensor,  # (b,)
-) -> Answer:
-    """Projection onto the simplex; each b is B or 1.
-
-        minimise    1/2 |x - y|^2
-        subject to  x >= 0,  1'x = r
-
-    Solution:    x = max(y - tau, 0), with tau such that 1'x = r.
-    Derivative:  on the support S = {i : x_i > 0}, with v, w the cotangents of x and tau:
-                 r_bar = mean_S v - w / |S|,  y_bar = 1_S (v - r_bar).
-    Shapes:      y (b, n), r (b,)  ->  x (B, n), tau (B,).
-    Cost:        5 flops an entry and pass, at most about seven passes, and 7; backward 5.
-    At a kink:   where |y_i - tau| <= 8 eps r, i counts as outside S and the row is flagged. So is r = 0, where
-                 x = 0, tau = max y, S is empty and the derivative zero.
-    Errors:      r < 0: INFEASIBLE, x = 0 and tau = 0.
-    Source:      Michelot (1986); Held, Wolfe and Crowder (1974); Martins and Astudillo (2016).
-    """
-    x, tau, infeasible, kink = _Sparsemax.apply(y, r)
-    if infeasible is None:
-        return Answer((x, tau), degenerate=kink)
-    status = torch.where(infeasible, int(Status.INFEASIBLE), int(Status.SOLVED))
-    return Answer((x, tau), status=status, degenerate=kink)
+from convlayer.affine import NONE
+from convlayer.kernels.sparsemax import sparsemax
+from convlayer.normal_form import NormalForm
+from convlayer.structures.reading import (
+    Layout,
+    no_cones,
+    one_value,
+    only,
+    require,
+    rows_binding,
+    separable,
+    signs,
+    simplex,
+    words,
+)
+from convlayer.structures.structure import Cost, Declaration, Dual, Match, Structure, normal, uniform
 
 
-class _Sparsemax(Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        ctx.set_materialize_grads(False)
-        ctx.sizes = y.shape[0], r.shape[0]
-        top = y.amax(-1, keepdim=True)
-        d = y - top  # exact near the maximum, so an offset of y costs nothing
-        radius = r.unsqueeze(-1).relu()
-        slack = radius * (SLACK * torch.finfo(y.dtype).eps)
-        x, threshold, size = _newton(d, radius, slack, _start(d, radius, slack))
-        tie = slack * (TIE / SLACK)
-        gap = d.sub_(threshold) if d.shape[0] == threshold.shape[0] else d - threshold
-        tied = gap.abs_().amin(-1, keepdim=True) <= tie
-        tau = top + threshold
-        support, infeasible, kink = x, None, None  # the support is where `support` is positive
-        if tied.any():  # r <= 0 is among them
-            support = x.masked_fill(x <= tie, 0)
-            size = support.sign().sum(-1, keepdim=True)
-            size.masked_fill_(size == 0, torch.inf)
-            infeasible = (r < 0).expand(x.shape[0])
-            kink = tied.squeeze(-1) & ~infeasible
-            tau = tau.masked_fill(infeasible.unsqueeze(-1), 0)
-            ctx.mark_non_differentiable(infeasible, kink)
-        ctx.save_for_backward(support, size, infeasible)
-        return x, tau.squeeze(-1), infeasible, kink
+class Sparsemax(Structure):
+    """minimise |x - y|^2 subject to sum_i x_i = r, x >= 0; with a common weight, and a linear term, the same."""
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, v: Tensor | None, w: Tensor | None, *_: None) -> tuple[Tensor | None, Tensor | None]:
-        support, size, infeasible = ctx.saved_tensors
-        by_y, by_r = ctx.needs_input_grad
-        v = torch.zeros_like(support) if v is None else v
-        on_support = torch.ops.aten.threshold_backward(v, support, 0)
-        shift = on_support.sum(-1, keepdim=True)
-        shift = (shift if w is None else shift - w.unsqueeze(-1)).div_(size)
-        r_bar = _sum_to(ctx.sizes[1], shift.squeeze(-1)) if by_r else None
-        if not by_y:
-            return None, r_bar
-        y_bar = on_support.sub_(shift)
-        torch.ops.aten.threshold_backward.grad_input(y_bar, support, 0, grad_input=y_bar)
-        if infeasible is not None:
-            y_bar = torch.where(infeasible.unsqueeze(-1), 0 * v, y_bar)
-        return _sum_to(ctx.sizes[0], y_bar), r_bar
+    name = "sparsemax"
+    refines = "quadratic_program"
 
+    def declare(self) -> Declaration:
+        y, r, x = cp.Parameter(6), cp.Parameter(nonneg=True), cp.Variable(6)
+        return cp.Problem(cp.Minimize(cp.sum_squares(x - y)), [cp.sum(x) == r, x >= 0]), [y, r], [x]
 
-def _newton(d: Tensor, r: Tensor, slack: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x = max(d - t, 0) of sum r, its t and the size of its support, by Newton's method from a t not above it.
+    def sample(self, batch: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
+        return normal(generator, *batch, 6), uniform(generator, 0.5, 2, *batch)
 
-    The sum is convex and piecewise linear in t, so the iterates rise to the solution and end in finitely many.
-    """
-    short = 0.25 * slack  # by which each step stops short: above the solution, entries near it would lose their share
-    t = t - short
-    first = True
-    while True:
-        x = (d - t).relu_()
-        support = x.sign()
-        size = support.sum(-1, keepdim=True).clamp_(min=1)
-        step = (x.sum(-1, keepdim=True) - r).div_(size)
-        moving = (step.abs() if first else step) > slack  # rounding can put the first t above
-        if not moving.any():
-            break
-        if d.numel() > SORTED and 2 * moving.sum() < x.shape[0]:
-            # the passes that remain go over the rows that need them
-            rows = moving.squeeze(-1).nonzero().squeeze(-1)
-            late = _newton(*(part.expand(x.shape[0], -1)[rows] for part in (d, r, slack, t + step)))
-            x.addcmul_(support, step, value=-1).relu_()
-            whole = x, t + step, size
-            return tuple(a.index_copy_(0, rows, b) for a, b in zip(whole, late))  # type: ignore[return-value]
-        t, first = t + (step - short), False
-    # the last step is of the size of the rounding of t: taken on x, it is not lost to it
-    return x.addcmul_(support, step, value=-1).relu_(), t + step, size
+    def near_misses(self) -> dict[str, Declaration]:
+        y, x, weight = cp.Parameter(6), cp.Variable(6), np.arange(1.0, 7.0)
+        distance, one = cp.sum_squares(x - y), cp.sum(x) == 1
+        problems = {
+            "a cap": (distance, [one, x >= 0, x <= 0.5], [y]),
+            "unequal weights": (weight @ cp.square(x - y), [one, x >= 0], [y]),
+            "one sign missing": (distance, [one, x[1:] >= 0], [y]),
+            "no signs": (distance, [one], [y]),
+            "no sum": (distance, [x >= 0], [y]),
+            "at most": (distance, [cp.sum(x) <= 1, x >= 0], [y]),
+            "a weighted sum": (distance, [np.arange(1, 7) @ x == 1, x >= 0], [y]),
+            "a lower bound": (distance, [one, x >= 0.01], [y]),
+            "coupled squares": (distance + cp.square(x[0] + x[1]), [one, x >= 0], [y]),
+            "the l1 norm beside": (distance + cp.norm1(x - y), [one, x >= 0], [y]),
+            "the norm itself": (cp.norm(x - y), [one, x >= 0], [y]),
+        }
+        return {k: (cp.Problem(cp.Minimize(f), rules), leaves, [x]) for k, (f, rules, leaves) in problems.items()}
 
+    def match(self, form: NormalForm) -> Match:
+        only(form, "squares")
+        no_cones(form, "zero", "nonnegative")
+        parts = separable(form)
+        curvature = one_value(parts.curvature, form.n, "the squares have unequal weights")
+        total = simplex(form)
+        sign_rows = signs(form)
+        require(bool(sign_rows.nonnegative.all()), "not every variable is nonnegative")
+        layout = Layout.of(form)
+        fixed = bool((curvature.parameter == NONE).all())
+        level = float(curvature.coefficient.sum()) if fixed else 1.0
 
-def _start(d: Tensor, r: Tensor, slack: Tensor) -> Tensor:
-    """A threshold not above the solution's, and equal to it where sorting is cheap; d <= 0."""
-    n = d.shape[-1]
-    if d.numel() <= SORTED:
-        mean = (d.sort(-1, descending=True).values.cumsum(-1) - r).div_(torch.arange(1, n + 1, device=d.device))
-        return mean.amax(-1, keepdim=True)
-    bound = torch.maximum((d.sum(-1, keepdim=True) - r).div_(n), -r)
-    if n < 8 * BLOCK:
-        return bound
-    # the maxima of blocks are some of the entries: the threshold of a part is not above that of the whole
-    even = n // BLOCK * BLOCK
-    maxima = d[:, :even].unflatten(-1, (BLOCK, n // BLOCK)).amax(1)
-    if even < n:  # a part without the largest entry, 0, might have none in reach of it
-        maxima = torch.cat([maxima, d[:, even:]], -1)
-    return torch.maximum(bound, _newton(maxima, r, slack, _start(maxima, r, slack))[1])
+        def build(duals: bool):
+            point = layout.binding(form, parts.slope.scaled(-1.0 / level))
+            h, r = rows_binding(form, curvature), rows_binding(form, total.right)
 
+            def run(values, like):
+                y = point(values, like)
+                if not fixed:
+                    y = y / h(values, like)
+                answer = sparsemax(y, r(values, like)[:, 0])
+                if not duals:
+                    return answer
+                x, tau = answer.outputs
+                weight = h(values, like)
+                return answer.with_outputs(x, weight * tau[:, None], weight * (x - y + tau[:, None]))
 
-def _sum_to(size: int, gradient: Tensor) -> Tensor:
-    """The gradient of an input of batch size `size`: a shared one is summed over the rows."""
-    return gradient if size == len(gradient) else gradient.sum(0, keepdim=True)
+            return run
+
+        found = {total.constraint: Dual(1, np.zeros(1, dtype=np.int64), np.full(1, 1.0 / total.scale))}
+        if not sign_rows.repeated:
+            found |= {k: Dual(2, layout.position[v], 1.0 / c) for k, (v, c) in sign_rows.rows.items()}
+        return Match(
+            words(form, point=[parts.slope, curvature], total=total.right),
+            build,
+            layout.position,
+            Cost(flops=30.0 * form.n, bytes=96.0 * form.n),
+            found,
+        )

@@ -42,7 +42,9 @@ class TotalVariation(Structure):
             "a shifted step": (fit + lam * cp.norm1(steps - 1), [], [x, lam]),
             "squared steps": (fit + lam * cp.sum_squares(steps), [], [x, lam]),
             "a two-dimensional image": (
-                cp.sum_squares(cp.reshape(u, (3, 4), order="C") - 1) + lam * cp.tv(cp.reshape(u, (3, 4), order="C")) + x @ u,
+                cp.sum_squares(cp.reshape(u, (3, 4), order="C") - 1)
+                + lam * cp.tv(cp.reshape(u, (3, 4), order="C"))
+                + x @ u,
                 [],
                 [x, lam],
             ),

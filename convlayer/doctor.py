@@ -1,0 +1,90 @@
+"""Versions, devices, and self-checks: does every path compute what it should on this machine?"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from convlayer import problems
+from convlayer.layer import ConvexLayer
+from convlayer.structures import STRUCTURES
+
+REQUIRED = ("convlayer", "torch", "numpy", "scipy", "cvxpy", "clarabel", "scs", "qdldl", "diffcp")
+OPTIONAL = ("matplotlib", "tqdm", "scikit-learn", "cvxpylayers")
+BATCH = 8
+STEP, TOLERANCE = 1e-5, 1e-7  # of the differences, and of the gradient against them
+
+
+def main() -> int:
+    """Print it all; 0 if every check passes, 1 otherwise."""
+    print(f"{'python':<14}{platform.python_version()}, {platform.platform()}")
+    for name in REQUIRED:
+        print(f"{name:<14}{_version(name) or 'MISSING'}")
+    for name in OPTIONAL:
+        print(f"{name:<14}{_version(name) or 'not installed (optional)'}")
+    print(f"{'cores':<14}{os.cpu_count()}; torch uses {torch.get_num_threads()} threads")
+    for line in _devices():
+        print(f"{'device':<14}{line}")
+    print()
+    passed = [_check_structure(name) for name in STRUCTURES]
+    passed.append(_check_differences())
+    failures = passed.count(False)
+    print(f"\n{len(passed) - failures} of {len(passed)} checks passed.")
+    return 1 if failures else 0
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _devices() -> Iterator[str]:
+    if not torch.cuda.is_available():
+        yield "cpu; no CUDA device"
+    for k in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(k)
+        yield f"cuda:{k}, {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+
+
+def _check_structure(name: str) -> bool:
+    """The structure's own problem on its path and on the cone program."""
+    try:
+        layer = ConvexLayer(*STRUCTURES[name].declare())
+        tensors = STRUCTURES[name].sample((BATCH,), torch.Generator().manual_seed(0))
+        found = layer.verify(*tensors)
+    except Exception as error:
+        return _say(name, False, f"{type(error).__name__}: {error}".splitlines()[0])
+    if layer.structure != name:
+        return _say(name, False, f"its own problem takes the path {layer.structure}")
+    worst = {part: float(getattr(found, part).max()) for part in ("solution", "value", "gradient", "infeasibility")}
+    return _say(name, found.agrees, ", ".join(f"{part} {size:.0e}" for part, size in worst.items()) + " from the cone program")
+
+
+def _check_differences() -> bool:
+    """The cone program's gradient against central differences along a random direction."""
+    layer = problems.lasso.layer(structure="generic")
+    tensors = [t.requires_grad_() for t in problems.lasso.sample(BATCH, 0)]
+    generator = torch.Generator().manual_seed(1)
+    directions = [torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in tensors]
+
+    def loss(step: float) -> torch.Tensor:
+        (x,) = layer(*[t + step * d for t, d in zip(tensors, directions, strict=True)])
+        return x.square().sum()
+
+    gradients = torch.autograd.grad(loss(0.0), tensors)
+    slope = sum(float((g * d).sum()) for g, d in zip(gradients, directions, strict=True))
+    with torch.no_grad():
+        difference = float(loss(STEP) - loss(-STEP)) / (2 * STEP)
+    deviation = abs(slope - difference) / abs(difference)
+    return _say("cone_program", deviation < TOLERANCE, f"gradient {deviation:.0e} from central differences")
+
+
+def _say(name: str, passed: bool, words: str) -> bool:
+    print(f"{'ok' if passed else 'FAILED':<8}{name:<28}{words}")
+    return passed

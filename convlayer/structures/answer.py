@@ -1,1 +1,0 @@
-from convlayer.kernels.answer import Answer  # noqa: F401
