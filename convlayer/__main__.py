@@ -18,15 +18,25 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m convlayer", description="CVXPY problems as differentiable torch layers.")
+    parser = argparse.ArgumentParser(
+        prog="python -m convlayer", description="CVXPY problems as differentiable torch layers."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    compare = commands.add_parser("compare", help="the kernels against the cone program: time, agreement, memory, a picture")
-    compare.add_argument("--quick", action="store_true", help="smaller problems, fewer runs: seconds in place of a minute")
+    compare = commands.add_parser(
+        "compare", help="the kernels against the cone program: time, agreement, memory, a picture"
+    )
+    compare.add_argument(
+        "--quick", action="store_true", help="smaller problems, fewer runs: seconds in place of a minute"
+    )
     compare.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     compare.add_argument("--dtype", default="float64", choices=("float64", "float32"))
     compare.add_argument("--out", default="out", help="folder for compare.png and compare.json (default: out)")
     explain = commands.add_parser("explain", help="which path a problem takes and why, and what it costs")
-    explain.add_argument("target", metavar="FILE:PROBLEM", help="a Python file, and in it a cvxpy.Problem, a ConvexLayer, or a function of no arguments that returns one of them or (problem, parameters, variables)")
+    explain.add_argument(
+        "target",
+        metavar="FILE:PROBLEM",
+        help="a Python file, and in it a cvxpy.Problem, a ConvexLayer, or a function of no arguments that returns one of them or (problem, parameters, variables)",
+    )
     explain.add_argument("--batch", type=int, default=1, help="rows for which the cost is given (default: 1)")
     commands.add_parser("doctor", help="versions, devices, and whether everything computes what it should")
     return parser

@@ -158,6 +158,7 @@ def canonicalise(
     chain = _build_solving_chain(copy, _StandardForm(), make_problem_form(copy, gp, False), gp, enforce_dpp=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Reading from a sparse CVXPY expression")
+        warnings.filterwarnings("ignore", message=r"(?s).*CPP backend")  # which of CVXPY's backends it falls back to
         data, inverse = chain.apply(copy)
     inverse[-1] = SolverInverseData(inverse[-1], chain.solver, {})
     cone_program = data[cp.settings.PARAM_PROB]

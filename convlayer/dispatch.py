@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,13 +15,24 @@ from scipy.sparse.csgraph import reverse_cuthill_mckee
 from convlayer.affine import Table, UnsupportedError
 from convlayer.diagnose import ProblemError
 from convlayer.normal_form import NormalForm, normal_form
+from convlayer.pattern import kkt_pattern
+from convlayer.program import Program
 from convlayer.specialised import outputs_of
 from convlayer.structures import STRUCTURES, Cost, Match, MismatchError
 
 SMALL = 400  # unknowns up to which a kernel is taken without looking at the sparsity
 SPARSE = 0.05  # density above which a matrix counts as dense
 TYPICAL = 14  # factorisations of an interior-point solve with its polish
-AN_ENTRY = 3e-7  # seconds that each of them spends on an entry, beside its flops
+AN_ENTRY = 1e-7  # seconds that each of them spends on an entry, beside its flops
+# Seconds of the two ways to solve a quadratic program, fitted to measurements on two cores; see `quadratic_solver`.
+STEP, ROW_STEP, STEPS, BATCHED_RATE = (
+    4.5e-4,
+    8e-6,
+    10,
+    1e10,
+)  # batched: an iteration, a row in it, their number, flops a second
+ROW, ROW_RATE = 5e-5, 1e9  # row by row, on one core: a row, flops a second
+DENSE_BYTES = 2_000_000_000  # that the batched matrices may take
 CHOICES = ("auto", "generic", "cone_program", *STRUCTURES)
 
 
@@ -93,6 +106,20 @@ def recognise(
     return Recognition(
         form, findings, best, generic, "the most special structure that matched, and cheaper than the cone program"
     )
+
+
+def quadratic_solver(program: Program, batch: int) -> str:
+    """The cheaper of the batched interior point, dense, and Clarabel, sparse and row by row on all cores."""
+    n, equalities = program.n, int((~program.inequalities).sum())
+    inequalities, cores = program.m - equalities, os.cpu_count() or 1
+    dense = 2.0 * inequalities * n**2 + (n + equalities) ** 3 / 1.5
+    if 16.0 * batch * (n + equalities + inequalities) ** 2 > DENSE_BYTES:
+        return "clarabel"
+    batched = STEPS * (STEP + batch * (ROW_STEP + dense / BATCHED_RATE))
+    if batch * (ROW + TYPICAL * (n + program.m) ** 3 / ROW_RATE) < STEPS * STEP:
+        return "clarabel"  # whatever the fill: the pattern need not be looked at
+    by_rows = math.ceil(batch / cores) * (ROW + TYPICAL * kkt_pattern(program).flops / ROW_RATE)
+    return "interior_point" if batched < by_rows else "clarabel"
 
 
 def _ask(name: str, form: NormalForm | None, variables: Sequence[cp.Variable], owners: dict) -> Finding:

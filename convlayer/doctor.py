@@ -16,7 +16,7 @@ from convlayer.structures import STRUCTURES
 REQUIRED = ("convlayer", "torch", "numpy", "scipy", "cvxpy", "clarabel", "scs", "qdldl", "diffcp")
 OPTIONAL = ("matplotlib", "tqdm", "scikit-learn", "cvxpylayers")
 BATCH = 8
-STEP, TOLERANCE = 1e-5, 1e-7  # of the differences, and of the gradient against them
+STEP, TOLERANCE = 1e-6, 1e-6  # of the differences, and of the gradient against them
 
 
 def main() -> int:
@@ -63,7 +63,9 @@ def _check_structure(name: str) -> bool:
     if layer.structure != name:
         return _say(name, False, f"its own problem takes the path {layer.structure}")
     worst = {part: float(getattr(found, part).max()) for part in ("solution", "value", "gradient", "infeasibility")}
-    return _say(name, found.agrees, ", ".join(f"{part} {size:.0e}" for part, size in worst.items()) + " from the cone program")
+    return _say(
+        name, found.agrees, ", ".join(f"{part} {size:.0e}" for part, size in worst.items()) + " from the cone program"
+    )
 
 
 def _check_differences() -> bool:

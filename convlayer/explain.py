@@ -11,7 +11,10 @@ from convlayer.pattern import kkt_pattern
 from convlayer.solvers.solver import Solver
 from convlayer.structures import Cost
 
-ITERATIONS = {"clarabel": 12}  # a typical count; an interior-point method's hardly depends on the problem
+ITERATIONS = {
+    "clarabel": 12,
+    "interior_point": 10,
+}  # a typical count; an interior-point method's hardly depends on the problem
 
 
 def explain_choice(recognition: Recognition, structure: str, batch: int) -> str:
@@ -95,6 +98,8 @@ def explain_cone_program(
 def _why(solver: Solver, chosen: bool) -> str:
     if chosen:
         return "as you asked"
+    if solver.name == "interior_point":
+        return "dense and batched, the cheaper one at this size and batch"
     return "the default (every cone, a quadratic objective, accurate)"
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from convlayer import domain
 from convlayer.canon import Canonical
 from convlayer.declaration import Declaration
-from convlayer.dispatch import CHOICES, recognise
+from convlayer.dispatch import CHOICES, quadratic_solver, recognise
 from convlayer.explain import explain_choice, explain_cone_program
 from convlayer.generic import Call, Solve
 from convlayer.kernels.answer import Answer
@@ -110,8 +110,6 @@ class ConvexLayer(torch.nn.Module):
             self._specialised = Specialised(
                 self._recognition.form, chosen.name, chosen.match, self._declared.variables, self._declared.owners
             )
-        elif chosen is not None and solver is None:
-            solver = SOLVERS["interior_point"]
         self._names = [v.name() for v in variables]
         self._domains = [k for k, p in enumerate(parameters) if domain.is_restricted(p)]
         self._solver, self._chosen = _solver(solver), named
@@ -174,7 +172,12 @@ class ConvexLayer(torch.nn.Module):
             text
             + "\n"
             + explain_cone_program(
-                self._canonical, self._solver, self._chosen, self._tolerance, self.executor is not None, batch
+                self._canonical,
+                self._solver_for(batch),
+                self._chosen,
+                self._tolerance,
+                self.executor is not None,
+                batch,
             )
         )
 
@@ -223,8 +226,6 @@ class ConvexLayer(torch.nn.Module):
         """A sibling on another path."""
         sibling = self._copy()
         sibling._specialised, sibling.structure = specialised, "cone_program"
-        if specialised is None and self._solver.name == "interior_point":
-            sibling._solver, sibling._options = _solver(None), {}
         return sibling
 
     def __getstate__(self) -> dict[str, Any]:
@@ -233,7 +234,7 @@ class ConvexLayer(torch.nn.Module):
     def extra_repr(self) -> str:
         parameters = ", ".join(f"{p.name()}{tuple(p.shape)}" for p in self._declared.parameters)
         variables = ", ".join(f"{v.name()}{tuple(v.shape)}" for v in self._declared.variables)
-        solver = "" if self._specialised is not None else f", solver={self._solver.name}"
+        solver = f", solver={self._solver.name}" if self.structure == "cone_program" else ""
         return f"({parameters}) -> ({variables}), structure={self.structure}{solver}, on_failure={self.on_failure}"
 
     def _run(
@@ -256,7 +257,7 @@ class ConvexLayer(torch.nn.Module):
                 rows = self._solve_generic(values, size, bad, batch, solver_args, warm_start)
             else:
                 rows = self._solve_specialised(values, size, bad, dtype, solver_args, everything)
-            if self.structure != "cone_program" and rows.status is not None:
+            if self.structure != "cone_program" and rows.status is not None and not solver_args and warm_start is None:
                 self._rescue(rows, values, size)
             outputs = [_shaped(o, dtype, device, batch, size) for o in self._judge(rows, batch, details)]
         variables = tuple(outputs[: len(self._declared.variables)])
@@ -271,23 +272,31 @@ class ConvexLayer(torch.nn.Module):
         solver_args: Mapping[str, Any] | None,
         warm_start: Solution | None,
     ) -> _Rows:
-        canonical = self._canonical
+        canonical, solver = self._canonical, self._solver
         tolerance, options = self._tolerance, self._options
         if solver_args:
             merged = {"tolerance": tolerance, **options, **solver_args}
             tolerance, options = _tolerance(merged), merged
-            self._solver.check(canonical.program, options)
+            solver.check(canonical.program, options)
+        if not options and warm_start is None:
+            solver = self._solver_for(size)
         thetas = [p.entries(v.to("cpu", torch.float64)) for v, p in zip(values, canonical.parameters, strict=True)]
         start = self._start(warm_start, batch)
         differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in thetas)
         excluded = torch.zeros(size, dtype=torch.bool) if bad is None else bad
         warn = partial(self._warn_degenerate, batch)
-        call = Call(canonical, self._solver, tolerance, options, self.executor, excluded, start, differentiable, warn)
+        call = Call(canonical, solver, tolerance, options, self.executor, excluded, start, differentiable, warn)
         x, y, value = Solve.apply(call, *thetas)
         outputs = [recovery.value(x, y) for recovery in canonical.variables] + [canonical.objective(value)]
         return _Rows(
             outputs, call.status, call.iterations, call.residual, call.degenerate, call.blank, call.iterate, warned=True
         )
+
+    def _solver_for(self, batch: int) -> Solver:
+        """The one asked for, or for a quadratic program the cheaper one at this batch."""
+        if self._chosen or self.structure != "quadratic_program":
+            return self._solver
+        return SOLVERS[quadratic_solver(self._canonical.program, batch)]
 
     def _solve_specialised(
         self,
@@ -600,9 +609,9 @@ def _flatten_batch(tensor: Tensor, parameter: cp.Parameter, batch: tuple[int, ..
     lead = tensor.ndim - len(shape)
     if not lead:
         return tensor.unsqueeze(0) if not batch or math.prod(batch) else tensor.expand(0, *shape)
-    own = tuple(tensor.shape[:lead])
+    own = tensor.shape[:lead]
     if lead == 1 and own == batch:
         return tensor
-    if math.prod(own) == 1 and math.prod(batch) != 0:
+    if own.numel() == 1 and math.prod(batch) != 0:
         return tensor.reshape(1, *shape)
     return tensor.expand(*batch, *shape).reshape(math.prod(batch), *shape)

@@ -32,7 +32,9 @@ def load_layer(
     module = _module(Path(path))
     found = vars(module).get(name)
     if found is None:
-        public = [key for key, value in vars(module).items() if not key.startswith("_") and _is_candidate(value, module)]
+        public = [
+            key for key, value in vars(module).items() if not key.startswith("_") and _is_candidate(value, module)
+        ]
         raise LoadError(f"{path} defines no `{name}`. It defines: {', '.join(public) or 'nothing that could be one'}.")
     if callable(found) and not isinstance(found, ConvexLayer):
         try:

@@ -33,12 +33,20 @@ HEIGHT = 0.36  # of a bar, in units of the distance between problems
 def draw(rows: Sequence[Row], curves: Sequence[Curve], subtitle: str, path: Path) -> None:
     """Write the picture to `path`."""
     with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(18, 8.4))
+        figure = plt.figure(figsize=(18, 8.2))
         left, right = figure.subfigures(1, 2, width_ratios=(1.0, 1.12))
-        figure.text(0.022, 0.945, "The same CVXPY problem, the same answer: kernel against cone program", fontsize=20, weight="bold")
+        figure.text(
+            0.022,
+            0.945,
+            "The same CVXPY problem, the same answer: kernel against cone program",
+            fontsize=20,
+            weight="bold",
+        )
         figure.text(0.022, 0.905, subtitle, fontsize=13, color="#555555")
-        _bars(left.subplots(gridspec_kw={"left": 0.27, "right": 0.95, "bottom": 0.1, "top": 0.8}), rows)
-        grid = right.subplots(2, 3, gridspec_kw={"left": 0.085, "right": 0.98, "bottom": 0.1, "top": 0.8, "hspace": 0.52, "wspace": 0.36})
+        _bars(left.subplots(gridspec_kw={"left": 0.26, "right": 0.95, "bottom": 0.1, "top": 0.82}), rows)
+        grid = right.subplots(
+            2, 3, gridspec_kw={"left": 0.085, "right": 0.98, "bottom": 0.1, "top": 0.82, "hspace": 0.52, "wspace": 0.36}
+        )
         for k, (axes, curve) in enumerate(zip(grid.flat, curves)):
             _lines(axes, curve, first=k == 0, outer=k % 3 == 0)
         figure.savefig(path, dpi=110)
@@ -52,14 +60,28 @@ def _bars(axes: Any, rows: Sequence[Row]) -> None:
     axes.set(xscale="log", xlim=(low, 30 * high), ylim=(len(rows) - 0.4, -0.75), yticks=range(len(rows)))
     axes.set_yticklabels([f"{row.title}\n{_two_lines(row.size)}" for row in rows])
     for k, row in enumerate(rows):
-        for shift, seconds, colour, name in ((-0.5, row.generic, GENERIC, "cone program"), (0.5, row.specialised, SPECIALISED, "kernel")):
+        for shift, seconds, colour, name in (
+            (-0.5, row.generic, GENERIC, "cone program"),
+            (0.5, row.specialised, SPECIALISED, "kernel"),
+        ):
             place = k + shift * HEIGHT * 1.06
             axes.barh(place, seconds - low, left=low, height=HEIGHT, color=colour)
-            label = f" {_time(seconds)}" + (f"  {name}" if k == 0 else "")
-            axes.text(seconds, place, label, va="center", color=colour, weight="bold" if k == 0 else "normal")
-        axes.text(0.995, k, _times(row.speedup), transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=20, weight="bold", color=INK)
+            axes.text(1.05 * seconds, place, _time(seconds), va="center", color=colour)
+            if k == 0:
+                axes.text(1.1 * low, place, name, va="center", color="white", weight="bold")
+        axes.text(
+            0.995,
+            k,
+            _times(row.speedup),
+            transform=axes.get_yaxis_transform(),
+            ha="right",
+            va="center",
+            fontsize=20,
+            weight="bold",
+            color=INK,
+        )
     axes.text(0.995, -0.62, "speed-up", transform=axes.get_yaxis_transform(), ha="right", va="center", color="#555555")
-    axes.set_title(f"Time a call, batch of {rows[0].batch}", pad=14)
+    axes.set_title(f"Time a call, batch of {rows[0].batch}", pad=8)
     axes.set_xlabel("forward and backward (log scale)", loc="left")
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
@@ -73,8 +95,8 @@ def _lines(axes: Any, curve: Curve, *, first: bool, outer: bool) -> None:
     for seconds, colour in ((curve.generic, GENERIC), (curve.specialised, SPECIALISED)):
         axes.plot(curve.sizes[: len(seconds)], seconds, color=colour, lw=2.4, marker="o", ms=6, clip_on=False)
     if first:
-        axes.text(curve.sizes[0], 2.2 * curve.generic[0], "cone program", color=GENERIC, weight="bold", va="bottom", ha="left")
-        axes.text(curve.sizes[0], curve.specialised[0] / 2.2, "kernel", color=SPECIALISED, weight="bold", va="top", ha="left")
+        axes.text(0.04, 0.9, "cone program", color=GENERIC, weight="bold", transform=axes.transAxes)
+        axes.text(0.98, 0.07, "kernel", color=SPECIALISED, weight="bold", ha="right", transform=axes.transAxes)
     axes.set(xscale="log", yscale="log", xlabel=curve.axis, ylim=(2e-4, 4.0))
     axes.set_title(curve.title, pad=8)
     axes.xaxis.set_major_locator(FixedLocator(curve.sizes))
@@ -85,19 +107,23 @@ def _lines(axes: Any, curve: Curve, *, first: bool, outer: bool) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _time(value)))
     axes.grid(axis="y", alpha=0.25)
     if outer:
-        axes.set_ylabel("a call, batch of 16")
+        axes.set_ylabel(f"a call, batch of {curve.batch}")
 
 
 def _two_lines(words: str) -> str:
-    """Long descriptions of a size are broken at their first comma."""
-    head, comma, tail = words.partition(", ")
-    return head + comma.rstrip() + "\n" + tail if len(words) > 24 else words
+    return words.replace(" and ", "\n")
 
 
 def _time(seconds: float) -> str:
     if seconds < 0.9995e-3:
         return f"{1e6 * seconds:.2g} µs" if seconds < 9.95e-5 else f"{1e3 * seconds:.2f} ms"
-    return f"{1e3 * seconds:.2g} ms" if seconds < 0.0995 else f"{1e3 * seconds:.0f} ms" if seconds < 0.9995 else f"{seconds:.2g} s"
+    return (
+        f"{1e3 * seconds:.2g} ms"
+        if seconds < 0.0995
+        else f"{1e3 * seconds:.0f} ms"
+        if seconds < 0.9995
+        else f"{seconds:.2g} s"
+    )
 
 
 def _times(ratio: float) -> str:

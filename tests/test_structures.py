@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structures import SPELLINGS
 
-from convlayer import ConvexLayer, ParameterError, ProblemError, SolverError, Status
+from convlayer import ConvexLayer, ParameterError, ProblemError, SolverError, Status, problems
 from convlayer.structures import STRUCTURES
 
 KERNELS = {name: s for name, s in STRUCTURES.items() if name != "quadratic_program"}
@@ -62,6 +62,28 @@ def test_a_spelling_is_matched_and_agrees_with_the_cone_program(spelling):
     exact = ~found.degenerate
     assert bool((found.solution[exact] < 1e-9).all()), found
     assert bool((found.gradient[exact] < 1e-7).all()), found
+
+
+@pytest.mark.parametrize("spelling", [s for s in SPELLINGS if s.structure == "quadratic_program"], ids=str)
+def test_the_batched_interior_point_agrees_with_the_other_solver(spelling):
+    layer, tensors = spelling.layer(solver="interior_point"), spelling.sample((5,), 4)
+    inputs, others = leaves(tensors), leaves(tensors)
+    (mine, *_), (theirs, *_) = layer(*inputs), spelling.layer(solver="clarabel")(*others)
+    assert relative(mine, theirs) < 1e-10
+    (cotangent,) = weights([mine])
+    for g, h in zip(torch.autograd.grad(mine, inputs, cotangent), torch.autograd.grad(theirs, others, cotangent), strict=True):
+        assert float((g - h).norm()) <= 1e-8 * max(1.0, float(h.norm()))
+
+
+def test_a_large_batch_of_dense_quadratic_programs_is_solved_together_and_a_small_one_row_by_row():
+    layer = problems.quadratic_program.layer(60, 60, 10)
+    assert layer.structure == "quadratic_program"
+    assert "interior_point" in layer.explain(batch=64)
+    assert "clarabel" in layer.explain(batch=1)
+    tensors = problems.quadratic_program.sample(6, 0, 60, 60, 10)
+    alone = problems.quadratic_program.layer(60, 60, 10, structure="generic").solve(*tensors)
+    together = layer.solve(*(t.repeat(8, *[1] * (t.ndim - 1)) for t in tensors))
+    assert relative(together.variables[0][:6], alone.variables[0]) < 1e-10
 
 
 @every_structure

@@ -1,0 +1,1 @@
+"""Benchmarks of the structures' kernels: `python -m benchmarks --suite structures`. One file a family of rows."""
