@@ -37,6 +37,12 @@ class TotalVariation(Structure):
             "unequal weights": (weight @ cp.square(u - x) + lam * cp.tv(u), [], [x, lam]),
             "a missing step": (fit + lam * cp.norm1(steps[1:]), [], [x, lam]),
             "a step twice": (fit + lam * (cp.tv(u) + cp.abs(u[1] - u[0])), [], [x, lam]),
+            "a star": (fit + lam * cp.norm1(u[1:] - u[0]), [], [x, lam]),
+            "a loop and a line": (
+                fit + lam * (cp.norm1(steps[:2]) + cp.abs(u[0] - u[2]) + cp.norm1(steps[3:])),
+                [],
+                [x, lam],
+            ),
             "a sign": (fit + lam * cp.tv(u), [u >= 0], [x, lam]),
             "the l1 norm beside": (fit + lam * cp.tv(u) + cp.norm1(u), [], [x, lam]),
             "a shifted step": (fit + lam * cp.norm1(steps - 1), [], [x, lam]),
