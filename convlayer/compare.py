@@ -133,7 +133,8 @@ def main(*, quick: bool, device: str, dtype: str, out: str) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     where = f"{_device_name(place)}, {dtype}"
     (folder / "compare.json").write_text(json.dumps(_record(rows, curves, where), indent=1) + "\n")
-    draw(rows, curves, f"Forward and backward of a batch; {where}", folder / "compare.png")
+    worst = max(max(row.value, row.gradient) for row in rows)
+    draw(rows, curves, f"Forward and backward; values and gradients agree to {worst:.0e}; {where}", folder / "compare.png")
     print(f"\npicture: {folder / 'compare.png'}; figures: {folder / 'compare.json'}")
     return 0
 

@@ -101,7 +101,7 @@ def _lines(axes: Any, curve: Curve, *, first: bool, outer: bool) -> None:
     axes.set_title(curve.title, pad=8)
     axes.xaxis.set_major_locator(FixedLocator(curve.sizes))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
     axes.yaxis.set_major_locator(LogLocator())
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _time(value)))

@@ -30,7 +30,7 @@ def main():
     A, b = cp.Parameter((POINTS, BUMPS)), cp.Parameter(POINTS)
     penalty, x = cp.Parameter(nonneg=True), cp.Variable(BUMPS)
     problem = cp.Problem(cp.Minimize(cp.sum_squares(A @ x - b) + penalty * cp.sum_squares(x)))
-    log_penalty = torch.tensor(-9.0, requires_grad=True)
+    log_penalty = torch.tensor(-7.0, requires_grad=True)
     layer = side_by_side(problem, [A, b, penalty], [x], A_fit, b_fit, log_penalty.exp())
 
     def validation_error(log_penalty):
@@ -43,7 +43,7 @@ def main():
         path.append(log_penalty.item())
         return validation_error(log_penalty)
 
-    errors = descend(loss, log_penalty, steps=80, rate=0.15)
+    errors = descend(loss, log_penalty, steps=80, rate=0.25)
     grid = torch.linspace(-10, 4, 60)
     with torch.no_grad():
         searched = torch.stack([validation_error(level) for level in grid])
@@ -61,8 +61,8 @@ def main():
     for fit, colour, label in zip(fits, (BEFORE, AFTER), ("fit at the start", "fit with the learnt penalty"), strict=True):
         right.plot(t, bumps(t) @ fit[0], color=colour, lw=2.2, label=label)
     right.plot(t_fit[0], b_fit[0], "o", color="black", label="the points to fit")
-    right.set(title="One of 32 experiments", xlabel="position", ylabel="height", ylim=(-1.6, 2.2))
-    right.legend(loc="lower left")
+    right.set(title="One of 32 experiments", xlabel="position", ylabel="height", ylim=(-1.2, 2.2))
+    right.legend(loc="upper right")
     save(figure, "least_squares")
 
 

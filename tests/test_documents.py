@@ -18,7 +18,10 @@ def test_the_readmes_code_runs_and_does_what_its_comments_say(capsys):
     assert names["x_star"].shape == (32, 5)
     assert names["lam_t"].grad.shape == ()
     assert (names["solution"].status == 0).all()
-    assert "Cone program:" in capsys.readouterr().out
+    assert names["layer"].structure == "least_squares"
+    printed = capsys.readouterr().out
+    assert "least_squares: yes" in " ".join(printed.split())
+    assert "agree." in printed
 
 
 @pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md"])

@@ -130,6 +130,22 @@ def test_the_gradient_of_variables_and_value_is_that_of_five_point_differences(n
 
 
 @every_structure
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_cuda_device_agrees_with_the_host(name, dtype):
+    layer, tensors = layer_of(name), rounded(name, dtype, (5,), 17)
+    found = []
+    for device in ("cpu", "cuda"):
+        inputs = leaves([t.to(device) for t in tensors])
+        (x,) = layer(*inputs)
+        assert (x.device.type, x.dtype) == (device, dtype)
+        (cotangent,) = weights([x.cpu()])
+        found.append([x.detach(), *torch.autograd.grad(x, inputs, cotangent.to(device, dtype))])
+    tolerance = 1e-9 if dtype is torch.float64 else 1e-3
+    assert all(relative(there.cpu().double(), here.double()) < tolerance for here, there in zip(*found, strict=True))
+
+
+@every_structure
 def test_a_batch_equals_a_loop(name):
     layer, tensors = layer_of(name), sample(name, (2, 3), 8)
     inputs = leaves(tensors)

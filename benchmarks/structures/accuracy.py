@@ -1,0 +1,94 @@
+"""Errors of every kernel through its layer, with the reference of the generic suite's accuracy, and 40 digits for transports."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from benchmarks.accuracy import gradient_differences, gradient_error, solution_error
+from benchmarks.structures.exact_transport import transport
+from benchmarks.structures.tasks import Task, weights_of
+from benchmarks.structures.timing import Run
+from benchmarks.table import Family, Options, Row
+from convlayer.problems import PROBLEMS
+
+SOLUTION, GRADIENT = "solution", "gradient"
+WANTED = {SOLUTION: ("<=", 1e-10), GRADIENT: ("<=", 1e-8)}
+ROWS = 4
+TASKS = [
+    Task("least_squares", "least_squares", ROWS, (100, 50)),
+    Task("least_squares", "least_squares", ROWS, (20, 10)),
+    Task("ridge", "least_squares", ROWS, (30, 20)),
+    Task("equality_constrained_qp", "equality_constrained_qp", ROWS, (50, 20)),
+    Task("constrained_least_squares", "equality_constrained_qp", ROWS, (40, 20, 5)),
+    Task("entropic_optimal_transport", "entropic_optimal_transport", ROWS, (25, 25)),
+    Task("total_variation", "total_variation", ROWS, (50,)),
+    Task("leading_eigenvector", "leading_eigenspace", ROWS, (8,)),
+    Task("leading_eigenvector", "leading_eigenspace", ROWS, (32,)),
+    Task("ky_fan_subspace", "leading_eigenspace", ROWS, (12, 2)),
+    Task("softmax", "softmax", ROWS, (1000,)),
+    Task("sparsemax", "sparsemax", ROWS, (100,)),
+    Task("simplex_projection", "sparsemax", ROWS, (100,)),
+]
+TEMPERATURES, SHAPE = (1.0, 1e-1, 1e-2, 1e-3), (10, 12)
+
+
+def family(options: Options) -> Family:
+    tasks = [(task.name, lambda task=task: [measure(task, options)]) for task in (TASKS[::4] if options.quick else TASKS)]
+    for eps in TEMPERATURES[:2] if options.quick else TEMPERATURES:
+        tasks.append((f"transport at {eps:g}", lambda eps=eps: [temperature(eps, options)]))
+    return Family(
+        "accuracy",
+        f"Relative errors through the layer, the worst of {ROWS} rows. Solutions: against the library's oracle. Gradients: of a "
+        "random functional along random directions against 5-point differences of the oracle; `kinks` counts pairs of row and "
+        "direction where two steps disagree, left out. Transports by temperature: solution and whole gradient against 40 digits.",
+        tasks,
+    )
+
+
+def measure(task: Task, options: Options) -> Row:
+    case, layer, tensors = PROBLEMS[task.problem], task.layer(), task.data(Options(options.quick, torch.device("cpu")))
+
+    def ours(*leaves: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.cpu() for x in layer(*(leaf.to(options.device, options.dtype) for leaf in leaves)))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        weights, expected = gradient_differences(case, tensors, task.batch, task.sizes)
+        figures = {
+            SOLUTION: solution_error(ours, tensors, case.oracle(*tensors, **hidden(task))),
+            GRADIENT: gradient_error(ours, tensors, weights, expected),
+            "kinks": int((~expected[2]).sum()),
+        }
+    return Row(task.name, figures, WANTED)
+
+
+def temperature(eps: float, options: Options) -> Row:
+    """Solution, and the gradient in units of itself, a row and a parameter at a time."""
+    task = Task("entropic_optimal_transport", "entropic_optimal_transport", ROWS, SHAPE, eps)
+    tensors = task.data(Options(options.quick, torch.device("cpu")))
+    run = Run(task.layer(), tuple(t.to(options.device, options.dtype) for t in tensors))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run()
+    (V,) = weights_of((torch.empty(ROWS, *SHAPE, dtype=torch.float64),))
+    solution, gradient = [], []
+    for k in range(ROWS):
+        plan, exact = transport(*(t[k].numpy() for t in tensors), V[k].numpy())
+        solution.append(_relative(run.outputs[0][k], torch.from_numpy(plan)))
+        bars = [bar[k].cpu().double() for bar in run.gradients if bar is not None]
+        gradient.append([_relative(got, torch.from_numpy(e)) for got, e in zip(bars, exact, strict=True)])
+    by_parameter = dict(zip(("M", "r", "c", "eps"), (max(column) for column in zip(*gradient, strict=True)), strict=True))
+    figures = {SOLUTION: max(solution), GRADIENT: max(by_parameter.values())}
+    return Row(task.name, {**figures, **{f"gradient of {name}": error for name, error in by_parameter.items()}}, WANTED)
+
+
+def _relative(got: Tensor, exact: Tensor) -> float:
+    return float((got.cpu().double() - exact).norm() / exact.norm())
+
+
+def summary(rows: list[Row]) -> Iterable[Row]:
+    return []
