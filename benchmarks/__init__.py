@@ -1,1 +1,1 @@
-"""Benchmarks of the generic path: `python -m benchmarks`. One file a family of rows; nothing is asserted."""
+"""Benchmarks: `python -m benchmarks`. Here the generic path, in structures/ the kernels. One file a family of rows; nothing is asserted."""

@@ -1,55 +1,101 @@
 """Run the benchmarks, print their tables, and write them.
 
-    python -m benchmarks [--quick] [--only FAMILY] [--device cpu]
+    python -m benchmarks [--suite generic|structures|all] [--only FAMILY] [--quick] [--device cpu] [--dtype float64]
 
-The full run is written to benchmarks/results, a partial one to out/.
+Two suites: `generic`, the cone program, on any problem; `structures`, the kernels of the problems that the layer
+recognises, against every peer there is for them. Both, by default. The full run of a suite is written to
+benchmarks/results/SUITE-DEVICE.md and .json (SUITE-DEVICE-float32 in single precision), a partial one to out/.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from tqdm import tqdm
 
-from benchmarks import accuracy, conditioning, construction, large, speed
+from benchmarks import accuracy, conditioning, construction, large, speed, structures
+from benchmarks.structures import accuracy as structures_accuracy
+from benchmarks.structures import construction as structures_construction
+from benchmarks.structures import growth, incumbents, overhead, specialists, temperature
 from benchmarks.table import Options, Row, collect, environment, markdown, write
 
-SUITE = "generic"
-FAMILIES = {
-    module.__name__.rpartition(".")[2]: module for module in (accuracy, conditioning, speed, large, construction)
+
+@dataclass(frozen=True)
+class Suite:
+    title: str
+    families: dict[str, ModuleType]
+    packages: tuple[str, ...] = ()  # whose versions matter, beside those of every suite
+
+
+def by_name(*modules: ModuleType) -> dict[str, ModuleType]:
+    return {module.__name__.rpartition(".")[2]: module for module in modules}
+
+
+SUITES = {
+    "generic": Suite("Generic path", by_name(accuracy, conditioning, speed, large, construction)),
+    "structures": Suite(
+        "Structures",
+        by_name(incumbents, specialists, growth, temperature, structures_accuracy, overhead, structures_construction),
+        structures.PACKAGES,
+    ),
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Accuracy and speed of the generic path.")
+    families = dict.fromkeys(name for suite in SUITES.values() for name in suite.families)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--suite", choices=(*SUITES, "all"), default="all", help="generic, structures, or both: all")
+    parser.add_argument("--only", choices=families, help="one family of rows")
     parser.add_argument("--quick", action="store_true", help="fewer problems, smaller sizes, fewer repeats")
-    parser.add_argument("--only", choices=FAMILIES, help="one family of rows")
     parser.add_argument("--device", default="cpu", type=torch.device, help="where the parameters live")
+    parser.add_argument(
+        "--dtype",
+        default="float64",
+        choices=("float64", "float32"),
+        help="of the parameters, in the suite of structures",
+    )
     arguments = parser.parse_args()
+    options = Options(arguments.quick, arguments.device, getattr(torch, arguments.dtype))
+    chosen = [name for name in SUITES if arguments.suite in (name, "all")]
+    chosen = [name for name in chosen if arguments.only is None or arguments.only in SUITES[name].families]
+    if not chosen:
+        parser.error(f"the suite {arguments.suite} has no family {arguments.only}")
+    for name in chosen:
+        run(name, arguments.only, options)
 
-    options = Options(arguments.quick, arguments.device)
-    about, start = environment(options.device), time.perf_counter()
-    families = [FAMILIES[name].family(options) for name in ([arguments.only] if arguments.only else FAMILIES)]
+
+def run(name: str, only: str | None, options: Options) -> None:
+    suite = SUITES[name]
+    about, start = environment(options.device, suite.packages), time.perf_counter()
+    families = [suite.families[family].family(options) for family in ([only] if only else suite.families)]
     tables: dict[str, tuple[str, list[Row]]] = {}
     with tqdm(total=sum(len(family.tasks) for family in families), unit="problem") as progress:
         for family in families:
             rows = []
-            for name, task in family.tasks:
-                progress.set_description(f"{family.name}: {name}")
-                rows += collect(task, name)
+            for task_name, task in family.tasks:
+                progress.set_description(f"{family.name}: {task_name}")
+                rows += collect(task, task_name)
                 progress.update()
             tables[family.name] = (
                 family.title,
                 rows + collect(lambda family=family, rows=rows: family.summary(rows), "summary"),
             )
     about["seconds"] = time.perf_counter() - start
-    print(markdown(about, tables))
-    partial = arguments.quick or arguments.only
+    if options.dtype is not torch.float64:
+        suite_title, suffix = f"{suite.title} in float32", "-float32"
+    else:
+        suite_title, suffix = suite.title, ""
+    print(markdown(suite_title, about, tables))
+    partial = options.quick or only
     folder = Path("out") if partial else Path(__file__).parent / "results"
-    paths = write(folder, f"{SUITE}-{options.device.type}", about, tables)
+    paths = write(folder, f"{name}-{options.device.type}{suffix}", suite_title, about, tables)
     print("written:", *paths)
 
 

@@ -65,9 +65,9 @@ def measure(case: Prebuilt, options: Options) -> Iterable[Row]:
         def ours(*leaves: Tensor) -> Variables:
             return tuple(x.cpu() for x in layer(*(leaf.to(options.device) for leaf in leaves)))
 
-        error, gradient = _solution_error(ours, tensors, exact), _gradient_error(ours, tensors, *expected)
+        error, gradient = solution_error(ours, tensors, exact), gradient_error(ours, tensors, *expected)
         solution = layer.solve(*tensors)
-        value = _gradient_error(lambda *leaves: (layer.solve(*leaves).objective,), tensors, (torch.ones(ROWS),), slopes)
+        value = gradient_error(lambda *leaves: (layer.solve(*leaves).objective,), tensors, (torch.ones(ROWS),), slopes)
         kkt = [
             kkt_residual(declared, [t[k].numpy() for t in tensors], *(part[k].numpy() for part in solution.iterate))
             for k in range(ROWS)
@@ -164,10 +164,10 @@ def _differences(case: Prebuilt, layer: ConvexLayer, tensors: Variables):
         (w[:, None, None] * v).reshape(ROWS, DIRECTIONS, len(POINTS), -1).sum(-1)
         for w, v in zip(weights, variables, strict=True)
     )
-    return (weights, (directions, *_slopes(functional))), (directions, *_slopes(solution.objective))
+    return (weights, (directions, *slopes(functional))), (directions, *slopes(solution.objective))
 
 
-def _slopes(values: Tensor) -> tuple[Tensor, Tensor]:
+def slopes(values: Tensor) -> tuple[Tensor, Tensor]:
     """(rows, directions, points) -> 5-point derivatives, and where two step sizes agree, (rows, directions) each."""
     at = {k: values[..., i] for i, k in enumerate(POINTS)}
     coarse, fine = (sum(c * at[factor * k] for k, c in FIVE_POINT.items()) / (factor * STEP / 2) for factor in (2, 1))
@@ -175,7 +175,7 @@ def _slopes(values: Tensor) -> tuple[Tensor, Tensor]:
     return fine, (coarse - fine).abs() <= AGREE * size
 
 
-def _solution_error(layer: Callable[..., Variables], tensors: Variables, exact: Variables) -> float:
+def solution_error(layer: Callable[..., Variables], tensors: Variables, exact: Variables) -> float:
     """The worst row's relative error of all variables together."""
     with torch.no_grad():
         got = layer(*tensors)
@@ -183,7 +183,7 @@ def _solution_error(layer: Callable[..., Variables], tensors: Variables, exact: 
     return float((error / sum(_flat(e).square().sum(1) for e in exact)).sqrt().max())
 
 
-def _gradient_error(layer: Callable[..., Variables], tensors: Variables, weights: Variables, expected) -> float:
+def gradient_error(layer: Callable[..., Variables], tensors: Variables, weights: Variables, expected) -> float:
     """The worst row's error over its directions, in units of its derivative."""
     directions, slopes, kept = expected
     leaves = [t.clone().requires_grad_() for t in tensors]
@@ -204,11 +204,11 @@ def _peer(case: Prebuilt, tensors: Variables, exact: Variables, weights: Variabl
         layer = peer_layer(case())
         if layer is None:
             return {"peer solution": MISSING}
-        figures = {"peer solution": _solution_error(layer, tensors, exact)}
+        figures = {"peer solution": solution_error(layer, tensors, exact)}
     except Exception as error:  # the peer's failure is a finding
         return {"peer solution": f"refused: {type(error).__name__}"}
     try:
-        return {**figures, "peer gradient": _gradient_error(layer, tensors, weights, expected)}
+        return {**figures, "peer gradient": gradient_error(layer, tensors, weights, expected)}
     except Exception as error:
         return {**figures, "peer gradient": f"refused: {type(error).__name__}"}
 

@@ -22,6 +22,7 @@ PACKAGES = ("convlayer", "torch", "numpy", "scipy", "cvxpy", "clarabel", "scs", 
 class Options:
     quick: bool
     device: torch.device
+    dtype: torch.dtype = torch.float64
 
 
 @dataclass
@@ -64,9 +65,9 @@ def collect(task: Callable[[], Iterable[Row]], name: str) -> list[Row]:
         return [Row(name, error=f"{type(error).__name__}: {error}".replace("\n", " ").replace("|", "/")[:200])]
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """What the figures depend on."""
-    versions = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+def environment(device: torch.device, packages: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What the figures depend on; `packages` beside those of every suite."""
+    versions = {"python": platform.python_version(), **{name: _version(name) for name in (*PACKAGES, *packages)}}
     machine = {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
@@ -78,9 +79,9 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {"date": datetime.date.today().isoformat(), "device": str(device), "versions": versions, "machine": machine}
 
 
-def markdown(about: dict[str, Any], families: dict[str, tuple[str, list[Row]]]) -> str:
+def markdown(title: str, about: dict[str, Any], families: dict[str, tuple[str, list[Row]]]) -> str:
     lines = [
-        f"# Generic path on {about['device']}, {about['date']}",
+        f"# {title} on {about['device']}, {about['date']}",
         "",
         ", ".join(f"{name} {version}" for name, version in about["versions"].items()) + ".",
         "",
@@ -89,20 +90,30 @@ def markdown(about: dict[str, Any], families: dict[str, tuple[str, list[Row]]]) 
     ]
     for name, (title, rows) in families.items():
         columns = list(dict.fromkeys(column for row in rows for column in row.figures))
-        bounds = {column: bound for row in rows for column, bound in row.wanted.items()}
-        heads = [f"{c} [{bounds[c][0]} {bounds[c][1]:g}]" if c in bounds else c for c in columns]
+        wanted = {column: {row.wanted[column] for row in rows if column in row.wanted} for column in columns}
+        heads = [f"{c}{_bound(next(iter(wanted[c])))}" if len(wanted[c]) == 1 else c for c in columns]
         lines += ["", f"## {name}", "", title, "", _line(["", *heads, "wanted"]), _line(["---"] * (len(columns) + 2))]
-        lines += [_line([row.name, *(_format(row.figures.get(c)) for c in columns), row.verdict()]) for row in rows]
+        # A bound that is not the same in every row stands in its cell.
+        own = [{c: _bound(b) for c, b in row.wanted.items() if len(wanted.get(c, ())) > 1} for row in rows]
+        lines += [
+            _line([row.name, *(_format(row.figures.get(c)) + bound.get(c, "") for c in columns), row.verdict()])
+            for row, bound in zip(rows, own, strict=True)
+        ]
     return "\n".join(lines) + "\n"
 
 
-def write(folder: Path, name: str, about: dict[str, Any], families: dict[str, tuple[str, list[Row]]]) -> list[Path]:
+def write(
+    folder: Path, name: str, title: str, about: dict[str, Any], families: dict[str, tuple[str, list[Row]]]
+) -> list[Path]:
     """NAME.json and NAME.md in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = {
         family: {"title": title, "rows": [_record(row) for row in rows]} for family, (title, rows) in families.items()
     }
-    contents = {"json": json.dumps({**about, "families": rows}, indent=1) + "\n", "md": markdown(about, families)}
+    contents = {
+        "json": json.dumps({**about, "families": rows}, indent=1) + "\n",
+        "md": markdown(title, about, families),
+    }
     paths = [folder / f"{name}.{suffix}" for suffix in contents]
     for path, content in zip(paths, contents.values(), strict=True):
         path.write_text(content)
@@ -134,6 +145,10 @@ def _format(value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:.3g}" if value == 0 or 1e-2 <= abs(value) < 1e4 else f"{value:.1e}"
+
+
+def _bound(bound: tuple[str, float]) -> str:
+    return f" [{bound[0]} {bound[1]:.3g}]"
 
 
 def _line(cells: list[str]) -> str:

@@ -134,7 +134,12 @@ def main(*, quick: bool, device: str, dtype: str, out: str) -> int:
     where = f"{_device_name(place)}, {dtype}"
     (folder / "compare.json").write_text(json.dumps(_record(rows, curves, where), indent=1) + "\n")
     worst = max(max(row.value, row.gradient) for row in rows)
-    draw(rows, curves, f"Forward and backward; values and gradients agree to {worst:.0e}; {where}", folder / "compare.png")
+    draw(
+        rows,
+        curves,
+        f"Forward and backward; values and gradients agree to {worst:.0e}; {where}",
+        folder / "compare.png",
+    )
     print(f"\npicture: {folder / 'compare.png'}; figures: {folder / 'compare.json'}")
     return 0
 

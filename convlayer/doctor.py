@@ -11,7 +11,9 @@ import torch
 
 from convlayer import problems
 from convlayer.layer import ConvexLayer
+from convlayer.solvers import SOLVERS
 from convlayer.structures import STRUCTURES
+from convlayer.verification import verify
 
 REQUIRED = ("convlayer", "torch", "numpy", "scipy", "cvxpy", "clarabel", "scs", "qdldl", "diffcp")
 OPTIONAL = ("matplotlib", "tqdm", "scikit-learn", "cvxpylayers")
@@ -31,6 +33,7 @@ def main() -> int:
         print(f"{'device':<14}{line}")
     print()
     passed = [_check_structure(name) for name in STRUCTURES]
+    passed += [_check_solver(name) for name in SOLVERS if name != "clarabel"]
     passed.append(_check_differences())
     failures = passed.count(False)
     print(f"\n{len(passed) - failures} of {len(passed)} checks passed.")
@@ -68,6 +71,18 @@ def _check_structure(name: str) -> bool:
     )
 
 
+def _check_solver(name: str) -> bool:
+    """A quadratic program by this solver and by the default one."""
+    tensors = problems.quadratic_program.sample(BATCH, 0)
+    mine, default = (problems.quadratic_program.layer(solver=solver).solve for solver in (name, "clarabel"))
+    try:
+        found = verify(name, mine, default, tensors, 1, torch.zeros(BATCH, dtype=torch.float64), seed=0)
+    except Exception as error:
+        return _say(name, False, f"{type(error).__name__}: {error}".splitlines()[0])
+    worst = {part: float(getattr(found, part).max()) for part in ("solution", "value", "gradient")}
+    return _say(name, found.agrees, _listed(worst) + " from clarabel")
+
+
 def _check_differences() -> bool:
     """The cone program's gradient against central differences along a random direction."""
     layer = problems.lasso.layer(structure="generic")
@@ -85,6 +100,10 @@ def _check_differences() -> bool:
         difference = float(loss(STEP) - loss(-STEP)) / (2 * STEP)
     deviation = abs(slope - difference) / abs(difference)
     return _say("cone_program", deviation < TOLERANCE, f"gradient {deviation:.0e} from central differences")
+
+
+def _listed(worst: dict[str, float]) -> str:
+    return ", ".join(f"{part} {size:.0e}" for part, size in worst.items())
 
 
 def _say(name: str, passed: bool, words: str) -> bool:

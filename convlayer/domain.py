@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import cvxpy as cp
@@ -10,10 +11,27 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+SIGNS, MATRICES = frozenset(("nonneg", "pos", "nonpos", "neg")), frozenset(("symmetric", "PSD", "NSD"))
+
 
 def is_restricted(parameter: cp.Parameter) -> bool:
     """Whether the parameter has a declared domain that its values could violate."""
-    return any(value is not None and value is not False for value in parameter.attributes.values())
+    return bool(_declared(parameter))
+
+
+def _declared(parameter: cp.Parameter) -> frozenset[str]:
+    return frozenset(name for name, value in parameter.attributes.items() if value is not None and value is not False)
+
+
+def plainly_inside(parameter: cp.Parameter, value: Tensor) -> bool:
+    """One look at a whole tensor that settles nearly every call: finite, and within what is declared. False: look closer."""
+    declared = _declared(parameter)
+    if value.numel() == 1:
+        number = value.item()
+        return math.isfinite(number) and declared <= SIGNS and _sign_is_right(declared, number, number)
+    if not math.isfinite(value.sum().item()):  # a finite sum has finite terms
+        return False
+    return not declared or not value.numel() or _plainly_inside(declared, value)
 
 
 def violations(parameter: cp.Parameter, value: Tensor) -> Iterator[tuple[Tensor, str]]:
@@ -23,8 +41,6 @@ def violations(parameter: cp.Parameter, value: Tensor) -> Iterator[tuple[Tensor,
     """
     name, attributes = parameter.name(), parameter.attributes
     value = value.detach()
-    if value.numel() and _plainly_inside(attributes, value):
-        return
     flat = value.unsqueeze(-1).flatten(1)
     if not flat.shape[1]:
         return
@@ -97,25 +113,29 @@ def violations(parameter: cp.Parameter, value: Tensor) -> Iterator[tuple[Tensor,
         )
 
 
-def _plainly_inside(attributes: dict, value: Tensor) -> bool:
-    """One look at the whole tensor, which settles nearly every call; False where it does not."""
-    declared = {name for name, value in attributes.items() if value is not None and value is not False}
-    if not declared <= {"nonneg", "pos", "nonpos", "neg", "symmetric", "PSD", "NSD"}:
+def _plainly_inside(declared: frozenset[str], value: Tensor) -> bool:
+    if not declared <= SIGNS | MATRICES:
         return False
-    if declared & {"nonneg", "pos"}:
-        low = value.amin().item()
-        if not (low > 0 or (low == 0 and "pos" not in declared)):
-            return False
-    if declared & {"nonpos", "neg"}:
-        high = value.amax().item()
-        if not (high < 0 or (high == 0 and "neg" not in declared)):
-            return False
-    if declared & {"symmetric", "PSD", "NSD"} and (value.ndim < 3 or not torch.equal(value, value.mT)):
+    signs, matrix = declared & SIGNS, declared & MATRICES
+    if signs and not _sign_is_right(signs, value.amin().item(), value.amax().item()):
         return False
-    if not declared & {"PSD", "NSD"}:
+    if not matrix:
         return True
-    _, info = torch.linalg.cholesky_ex(value.double() if "PSD" in declared else -value.double())
+    if value.ndim < 3 or not torch.equal(value, value.mT):
+        return False
+    if matrix == {"symmetric"}:
+        return True
+    _, info = torch.linalg.cholesky_ex(value.double() if "PSD" in matrix else -value.double())
     return not bool(info.any())
+
+
+def _sign_is_right(declared: frozenset[str], low: float, high: float) -> bool:
+    return (
+        ("nonneg" not in declared or low >= 0)
+        and ("pos" not in declared or low > 0)
+        and ("nonpos" not in declared or high <= 0)
+        and ("neg" not in declared or high < 0)
+    )
 
 
 def _worst(values: Tensor, bad: Tensor, pick) -> str:

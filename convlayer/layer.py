@@ -111,7 +111,7 @@ class ConvexLayer(torch.nn.Module):
                 self._recognition.form, chosen.name, chosen.match, self._declared.variables, self._declared.owners
             )
         self._names = [v.name() for v in variables]
-        self._domains = [k for k, p in enumerate(parameters) if domain.is_restricted(p)]
+        self._domains = frozenset(k for k, p in enumerate(parameters) if domain.is_restricted(p))
         self._solver, self._chosen = _solver(solver), named
         self._tolerance, self._options = _tolerance(options), options
         if self._specialised is None:
@@ -355,20 +355,17 @@ class ConvexLayer(torch.nn.Module):
 
     def _bad_rows(self, values: list[Tensor], size: int) -> tuple[Tensor | None, dict[int, str]]:
         """Rows whose parameters are NaN, infinite or outside their domain, None if there are none; the first reason for each."""
-        parameters = self._declared.parameters
         found: list[tuple[Tensor, str]] = []
         with torch.no_grad():
-            outside = {
-                k: list(domain.violations(parameters[k], values[k])) for k in (self._domains if self.validate else ())
-            }
-            for k, (value, parameter) in enumerate(zip(values, parameters, strict=True)):
-                reasons = outside.get(k, ())
-                if not _is_finite(value):
-                    finite = torch.isfinite(value.unsqueeze(-1).flatten(1)).all(1)
-                    if not bool(finite.all()):
-                        found.append((~finite, f"Parameter `{parameter.name()}` holds NaN or infinity."))
-                    reasons = [(rows & finite, reason) for rows, reason in reasons]
-                found += reasons
+            for k, (value, parameter) in enumerate(zip(values, self._declared.parameters, strict=True)):
+                restricted = self.validate and k in self._domains
+                if domain.plainly_inside(parameter, value) if restricted else _is_finite(value):
+                    continue
+                finite = torch.isfinite(value.unsqueeze(-1).flatten(1)).all(1)
+                if not bool(finite.all()):
+                    found.append((~finite, f"Parameter `{parameter.name()}` holds NaN or infinity."))
+                if restricted:
+                    found += [(rows & finite, reason) for rows, reason in domain.violations(parameter, value)]
         if not found:
             return None, {}
         bad = torch.zeros(size, dtype=torch.bool)

@@ -1,65 +1,67 @@
-"""Inverse optimisation: the limits that somebody obeys are learnt from what they choose.
+"""Inverse optimisation: a factory's limits are learnt from the plans that it makes.
 
-Inner:  a chooser who would like to be at `wish` goes to the nearest point of a polygon that we do not know,
+Inner:  every day a factory of 40 products and 12 resources (hours of machines, tons of material) plans for the
+        largest profit; prices fall with what is sold,
 
-            minimise    |x - wish|^2   subject to  G x <= h
+            maximise    price' plan - 1/2 plan' Q plan
+            subject to  use @ plan <= limit,  plan >= 0
 
-Outer:  from 400 wishes and choices learn the polygon's six sides, normals G and offsets h, so that the layer chooses alike.
+Outer:  `use` is known and the limits are not; from the plans of 96 days they are learnt, so that the layer plans alike. A limit
+        that never binds cannot be learnt exactly, and one that does can.
 """
 
 import cvxpy as cp
 import torch
 from _side_by_side import AFTER, BEFORE, TRUTH, descend, plt, save, side_by_side
 
-SIDES, CHOICES, LEVEL = 6, 400, 0.02
-
-
-def sides(angle, h):
-    return torch.stack([angle.cos(), angle.sin()], -1), h
-
-
-def corners(angle, h):
-    """Of the polygon, in order; sides are sorted by angle."""
-    order = angle.argsort()
-    G, h = sides(angle[order], h[order])
-    crossings = torch.linalg.solve(torch.stack([G, G.roll(-1, 0)], 1), torch.stack([h, h.roll(-1)], 1))
-    return torch.cat([crossings, crossings[:1]])
+PRODUCTS, RESOURCES, DAYS, NOISE = 40, 12, 96, 0.02
 
 
 def main():
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
-    wish, G, h, x = cp.Parameter(2), cp.Parameter((SIDES, 2)), cp.Parameter(SIDES), cp.Variable(2)
-    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - wish)), [G @ x <= h])
+    price, limit = cp.Parameter(PRODUCTS), cp.Parameter(RESOURCES)
+    use, plan = torch.rand(RESOURCES, PRODUCTS), cp.Variable(PRODUCTS)
+    factor = torch.randn(PRODUCTS, PRODUCTS)
+    Q = torch.eye(PRODUCTS) + factor @ factor.T / PRODUCTS
+    objective = cp.Maximize(price @ plan - cp.quad_form(plan, Q.numpy()) / 2)
+    problem = cp.Problem(objective, [use.numpy() @ plan <= limit, plan >= 0])
 
-    hidden = torch.tensor([0.1, 1.0, 2.2, 3.0, 4.3, 5.4]), torch.tensor([1.2, 1.0, 0.7, 1.1, 0.8, 1.3])
-    angle = torch.linspace(0, 5 * torch.pi / 3, SIDES).requires_grad_()
-    height = torch.full((SIDES,), 0.55, requires_grad=True)
-    start = angle.detach().clone(), height.detach().clone()
-    wishes = 1.6 * torch.randn(CHOICES, 2)
-    layer = side_by_side(problem, [wish, G, h], [x], wishes, *sides(*start))
+    wishes = 2 * torch.rand(DAYS, PRODUCTS)  # what would be planned without limits
+    prices = wishes @ Q
+    hidden = (use @ wishes.T).mean(1) * (0.75 + 0.2 * torch.rand(RESOURCES))
+    start = torch.full((RESOURCES,), 12.0)
+    layer = side_by_side(problem, [price, limit], [plan], prices, start)
     with torch.no_grad():
-        chosen = layer(wishes, *sides(*hidden))[0] + LEVEL * torch.randn(CHOICES, 2)
+        seen = layer(prices, hidden)[0] + NOISE * torch.randn(DAYS, PRODUCTS)
+        binds = ((hidden - layer(prices, hidden)[0] @ use.T) < 1e-6).double().mean(0)
+
+    learnt = start.clone().requires_grad_()
 
     def error():
-        (x,) = layer(wishes, *sides(angle, height))
-        return (x - chosen).square().sum(-1).mean()
+        return (layer(prices, learnt)[0] - seen).square().mean()
 
-    errors = descend(error, angle, height, steps=60, rate=0.04)
-    learnt = angle.detach(), height.detach()
-    print(f"error of a choice {errors[0] ** 0.5:.3f} -> {errors[-1] ** 0.5:.3f} (noise {LEVEL * 2**0.5:.3f})")
+    errors = torch.tensor(descend(error, learnt, steps=70, rate=0.3)).sqrt()
+    learnt = learnt.detach()
+    often = binds > 0.1
+    deviation = ((learnt - hidden).abs() / hidden)[often].max().item()
+    print(f"error of a plan {errors[0]:.3f} -> {errors[-1]:.3f} (noise {NOISE}); limits that bind on a tenth of the days: to {100 * deviation:.1f} %")
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.6), layout="constrained", width_ratios=(1.1, 1))
-    left.plot(*wishes.T, ".", color="#cccccc", ms=5, label="wishes")
-    left.plot(*chosen.T, ".", color="black", ms=5, label="choices (seen)")
-    for polygon, colour, style, label in ((start, BEFORE, "-", "start"), (learnt, AFTER, "-", "learnt"), (hidden, TRUTH, "--", "hidden truth")):
-        left.plot(*corners(*polygon).T, color=colour, ls=style, lw=2.6, label=label)
-    left.set(title="The limits are learnt from choices", aspect="equal", xlim=(-2.6, 2.6), ylim=(-2.3, 2.3), xlabel="good 1 (kg)", ylabel="good 2 (kg)")
-    left.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    right.semilogy(torch.tensor(errors).sqrt(), color=AFTER, lw=2.6)
-    right.axhline(LEVEL * 2**0.5, color=TRUTH, ls="--")
-    right.text(59, 0.95 * LEVEL * 2**0.5, "noise of the choices", color=TRUTH, va="top", ha="right")
-    right.set(title="Down to the noise", xlabel="step of Adam", ylabel="error of a choice (kg)")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5.2), layout="constrained", width_ratios=(1.3, 1))
+    names = range(1, RESOURCES + 1)
+    left.vlines(names, start, learnt, color=AFTER, lw=1.5, alpha=0.5)
+    left.plot(names, start, "o", color=BEFORE, ms=8, label="start")
+    left.plot(names, hidden, "o", mfc="none", mec="black", mew=1.8, ms=15, label="hidden truth")
+    left.plot(names, learnt, "o", color=AFTER, ms=8, label="learnt from 96 plans")
+    for k in range(RESOURCES):
+        left.text(k + 1, 10.9, f"{100 * binds[k]:.0f} %", ha="center", color=TRUTH)
+    left.text(0.4, 10.0, "days on which the limit binds", color=TRUTH)
+    left.set(title="Limits are learnt where they bind", xlabel="resource", ylabel="limit (hours a day)", xticks=names, xlim=(0.3, 12.7), ylim=(9.5, None))
+    left.legend(loc="upper left", bbox_to_anchor=(0.4, 1.13), ncols=3, columnspacing=1)
+    right.semilogy(errors, color=AFTER, lw=2.6)
+    right.axhline(NOISE, color=TRUTH, ls="--")
+    right.text(0, 1.05 * NOISE, "noise of the plans", color=TRUTH, va="bottom")
+    right.set(title="Plans agree down to their noise", xlabel="step of Adam", ylabel="error of a plan (tons of a product)")
     save(figure, "quadratic_program")
 
 

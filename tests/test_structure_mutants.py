@@ -185,32 +185,34 @@ def test_an_output_in_the_wrong_order_is_caught(monkeypatch):
     )
 
 
-def test_a_failed_row_with_a_plausible_gradient_is_caught(monkeypatch):
-    def mutant(ctx, *bars):
-        return None, *(None if bar is None else bar.nan_to_num(0.0) for bar in bars)
+def entering_backwards(change):
+    return lambda patch: patch.setattr(
+        convlayer.specialised._Entering,
+        "backward",
+        staticmethod(lambda ctx, *bars: (None, *(None if bar is None else change(bar) for bar in bars))),
+    )
 
+
+def test_a_failed_row_with_a_plausible_gradient_is_caught(monkeypatch):
     caught(
         lambda: test_structures.test_a_loss_that_uses_a_failed_row_has_a_nan_gradient_there_and_only_there("softmax"),
-        lambda patch: patch.setattr(convlayer.specialised._Entering, "backward", staticmethod(mutant)),
+        entering_backwards(lambda bar: bar.nan_to_num(0.0)),
         monkeypatch,
     )
 
 
 def test_a_second_derivative_that_is_silently_zero_is_caught(monkeypatch):
-    def mutant(ctx, *bars):
-        return None, *(None if bar is None else bar.detach() + 0.0 for bar in bars)
-
     def law():
         layer = test_structures.layer_of("least_squares")
-        inputs = test_structures.leaves(test_structures.sample("least_squares"))
+        A, b, lam = test_structures.sample("least_squares")
         try:
-            hessian = torch.autograd.functional.hessian(lambda b: layer(inputs[0], b, inputs[2])[0].square().sum(), inputs[1])
+            hessian = torch.autograd.functional.hessian(lambda t: layer(A, t, lam)[0].square().sum(), b)
         except RuntimeError as error:
             assert "twice" in str(error)  # noqa: PT017
         else:
             assert bool(hessian.any()), "silently zero"
 
-    caught(law, lambda patch: patch.setattr(convlayer.specialised._Entering, "backward", staticmethod(mutant)), monkeypatch)
+    caught(law, entering_backwards(lambda bar: bar.detach() + 0.0), monkeypatch)
 
 
 def test_verify_catches_a_wrong_kernel():

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from inspect import signature
 
 import torch
 from torch import Tensor
 
-from benchmarks.accuracy import gradient_differences, gradient_error, solution_error
+from benchmarks.accuracy import DIRECTIONS, POINTS, STEP, gradient_error, slopes, solution_error
 from benchmarks.structures.exact_transport import transport
-from benchmarks.structures.tasks import Task, weights_of
+from benchmarks.structures.tasks import Task, Variables, weights_of
 from benchmarks.structures.timing import Run
 from benchmarks.table import Family, Options, Row
-from convlayer.problems import PROBLEMS
+from convlayer.problems import PROBLEMS, Prebuilt
 
 SOLUTION, GRADIENT = "solution", "gradient"
 WANTED = {SOLUTION: ("<=", 1e-10), GRADIENT: ("<=", 1e-8)}
@@ -37,7 +37,9 @@ TEMPERATURES, SHAPE = (1.0, 1e-1, 1e-2, 1e-3), (10, 12)
 
 
 def family(options: Options) -> Family:
-    tasks = [(task.name, lambda task=task: [measure(task, options)]) for task in (TASKS[::4] if options.quick else TASKS)]
+    tasks = [
+        (task.name, lambda task=task: [measure(task, options)]) for task in (TASKS[::4] if options.quick else TASKS)
+    ]
     for eps in TEMPERATURES[:2] if options.quick else TEMPERATURES:
         tasks.append((f"transport at {eps:g}", lambda eps=eps: [temperature(eps, options)]))
     return Family(
@@ -57,13 +59,27 @@ def measure(task: Task, options: Options) -> Row:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        weights, expected = gradient_differences(case, tensors, task.batch, task.sizes)
+        sizes = dict(zip(signature(case).parameters, task.sizes, strict=True))
+        exact = case.oracle(*tensors, **sizes)
+        weights, expected = weights_of(exact), differences(case, tensors, sizes)
         figures = {
-            SOLUTION: solution_error(ours, tensors, case.oracle(*tensors, **hidden(task))),
+            SOLUTION: solution_error(ours, tensors, exact),
             GRADIENT: gradient_error(ours, tensors, weights, expected),
             "kinks": int((~expected[2]).sum()),
         }
     return Row(task.name, figures, WANTED)
+
+
+def differences(case: Prebuilt, tensors: Variables, sizes: dict[str, int]) -> tuple[list[Variables], Tensor, Tensor]:
+    """Directions, the derivatives of the functional along them, (rows, directions), and which of those are to be kept."""
+    others = [case.sample(ROWS, seed, **sizes) for seed in range(1, DIRECTIONS + 1)]
+    directions = [tuple(b - a for a, b in zip(tensors, other, strict=True)) for other in others]
+    values = []
+    for direction in directions:
+        at = [case.oracle(*(t + k * STEP / 2 * d for t, d in zip(tensors, direction)), **sizes) for k in POINTS]
+        (w,) = weights_of(at[0])
+        values.append(torch.stack([(w * x).flatten(1).sum(1) for (x,) in at], -1))
+    return directions, *slopes(torch.stack(values, 1))
 
 
 def temperature(eps: float, options: Options) -> Row:
@@ -81,14 +97,12 @@ def temperature(eps: float, options: Options) -> Row:
         solution.append(_relative(run.outputs[0][k], torch.from_numpy(plan)))
         bars = [bar[k].cpu().double() for bar in run.gradients if bar is not None]
         gradient.append([_relative(got, torch.from_numpy(e)) for got, e in zip(bars, exact, strict=True)])
-    by_parameter = dict(zip(("M", "r", "c", "eps"), (max(column) for column in zip(*gradient, strict=True)), strict=True))
+    by_parameter = dict(
+        zip(("M", "r", "c", "eps"), (max(column) for column in zip(*gradient, strict=True)), strict=True)
+    )
     figures = {SOLUTION: max(solution), GRADIENT: max(by_parameter.values())}
     return Row(task.name, {**figures, **{f"gradient of {name}": error for name, error in by_parameter.items()}}, WANTED)
 
 
 def _relative(got: Tensor, exact: Tensor) -> float:
     return float((got.cpu().double() - exact).norm() / exact.norm())
-
-
-def summary(rows: list[Row]) -> Iterable[Row]:
-    return []

@@ -14,9 +14,7 @@ DIGITS, STEPS = 40, 200
 Gradient = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
-def transport(
-    M: np.ndarray, r: np.ndarray, c: np.ndarray, eps: float, V: np.ndarray
-) -> tuple[np.ndarray, Gradient]:
+def transport(M: np.ndarray, r: np.ndarray, c: np.ndarray, eps: float, V: np.ndarray) -> tuple[np.ndarray, Gradient]:
     """The plan, and the gradient in (M, r, c, eps)."""
     m, n = M.shape
     with mp.workdps(DIGITS):
@@ -31,7 +29,7 @@ def transport(
             step = mp.lu_solve(J, -mp.matrix(F))
             size = max(abs(entry) for entry in step)
             damping = 1 if size < 0.5 else mp.mpf(0.5) / size
-            z = [entry + damping * change for entry, change in zip(z, list(step) + [mp.mpf(0)], strict=True)]
+            z = [entry + damping * change for entry, change in zip(z, [*step, mp.mpf(0)], strict=True)]
             if size < mp.mpf(10) ** (10 - DIGITS):
                 break
         else:
@@ -39,13 +37,18 @@ def transport(
         P, J = _plan(K, z, m, n)
         PV = mp.matrix([[P[i, j] * mp.mpf(float(V[i, j])) for j in range(n)] for i in range(m)])
         q = [mp.fsum(PV[i, :]) for i in range(m)] + [mp.fsum(PV[:, j]) for j in range(n - 1)]
-        ab = list(mp.lu_solve(J, mp.matrix(q))) + [mp.mpf(0)]
+        ab = [*mp.lu_solve(J, mp.matrix(q)), mp.mpf(0)]
         shift = (mp.fsum(ab[m:]) - mp.fsum(ab[:m])) / (m + n)
         a, b = [entry + shift for entry in ab[:m]], [entry - shift for entry in ab[m:]]
         M_bar = [[(P[i, j] * (a[i] + b[j]) - PV[i, j]) / e for j in range(n)] for i in range(m)]
         eps_bar = mp.fsum(M_bar[i][j] * (z[i] + z[m + j] + K[i, j]) for i in range(m) for j in range(n))
         plan = np.array([[float(P[i, j]) for j in range(n)] for i in range(m)])
-        return plan, (np.array(M_bar, dtype=float), np.array(a, dtype=float), np.array(b, dtype=float), np.array(float(eps_bar)))
+        return plan, (
+            np.array(M_bar, dtype=float),
+            np.array(a, dtype=float),
+            np.array(b, dtype=float),
+            np.array(float(eps_bar)),
+        )
 
 
 def _start(C: np.ndarray, r: np.ndarray, c: np.ndarray) -> list[mp.mpf]:

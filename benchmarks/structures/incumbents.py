@@ -50,7 +50,7 @@ def measure(task: Task, wanted: float | None, options: Options) -> Row:
     scale = task.batch / task.fewer
     fewer, given = tuple(t[: task.fewer] for t in data), tuple(t[: task.fewer].cpu() for t in given)
     ours = Run(task.layer(), data)
-    runs = {OURS: ours, SINGLE: ours.alone(), GENERIC: Run(task.generic(), fewer, scale)}
+    runs = {OURS: ours, SINGLE: ours.on_one_thread(), GENERIC: Run(task.generic(), fewer, scale)}
     refused: dict[str, Timed | str] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

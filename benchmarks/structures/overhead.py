@@ -6,10 +6,10 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-
-import torch
+from functools import partial
 
 from benchmarks.structures.tasks import Task
+from benchmarks.structures.timing import one_thread
 from benchmarks.table import Family, Options, Row
 
 PLAIN, TRACED = "overhead", "overhead, with gradient"
@@ -29,7 +29,7 @@ def family(options: Options) -> Family:
     return Family(
         "overhead",
         "Microseconds of a forward at batch 1: the layer, its kernel with its inputs bound, and what the layer adds; "
-        "without and with parameters that require a gradient. Medians of calls that alternate.",
+        "without and with parameters that require a gradient. Medians of calls that alternate, on one torch thread.",
         [(task.name, lambda task=task: [measure(task, options)]) for task in TASKS],
     )
 
@@ -40,11 +40,11 @@ def measure(task: Task, options: Options) -> Row:
     assert specialised is not None
     calls = CALLS // 5 if options.quick else CALLS
     figures = {}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), one_thread():
         warnings.simplefilter("ignore")
         for column, traced in ((PLAIN, False), (TRACED, True)):
             leaves = [t.clone().requires_grad_(traced) for t in values]
-            whole, kernel = medians(lambda: layer(*leaves), lambda: specialised._run(leaves, leaves[0]), calls)
+            whole, kernel = medians(partial(layer, *leaves), partial(specialised._run, leaves, leaves[0]), calls=calls)
             if not traced:
                 figures |= {"layer": whole, "kernel": kernel}
             figures[column] = whole - kernel

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from functools import partial
 
 from benchmarks.structures.memory import peak
@@ -51,7 +50,9 @@ def family(options: Options) -> Family:
     for task, wanted in TRANSPORTS.items():
         if not (options.quick and wanted):
             tasks.append((f"{task.name}, Sinkhorn", lambda task=task, wanted=wanted: [unrolled(task, wanted, options)]))
-            tasks.append((f"{task.name}, POT", lambda task=task: [measure(task, "ot.batch.solve_batch", pot, None, options)]))
+            tasks.append(
+                (f"{task.name}, POT", lambda task=task: [measure(task, "ot.batch.solve_batch", pot, None, options)])
+            )
     return Family(
         "specialists",
         "Forward and the gradient of all parameters, milliseconds, as above. Softmax and sparsemax are wanted within 1.5 of the "
@@ -69,7 +70,7 @@ def measure(task: Task, name: str, layer: Layer, wanted: float | None, options: 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = alternating(
-            {"ours": ours, "rival": rival, "ours alone": ours.alone(), "rival alone": rival.alone()},
+            {"ours": ours, "rival": rival, "ours alone": ours.on_one_thread(), "rival alone": rival.on_one_thread()},
             SECONDS / 4 if options.quick else SECONDS,
         )
         solution, gradient = errors(ours, rival, task.declared, task.declared)
@@ -101,7 +102,3 @@ def unrolled(task: Task, wanted: float | None, options: Options) -> Row:
 
 def _ratio(theirs: Timed | str, mine: Timed | str) -> float | None:
     return theirs.total / mine.total if isinstance(theirs, Timed) and isinstance(mine, Timed) else None
-
-
-def summary(rows: list[Row]) -> Iterable[Row]:
-    return []

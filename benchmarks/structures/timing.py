@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,32 +28,43 @@ class Run:
     layer: Layer
     tensors: Variables
     scale: float = 1.0  # from the rows measured to the batch
-    threads: int | None = None
+    alone: bool = False  # on one torch thread
+    weights: Variables | None = None  # cotangents, by default those that everyone has
     outputs: Variables = ()  # of the last call
     gradients: tuple[Tensor | None, ...] = ()
 
     def __call__(self) -> tuple[float, float]:
-        threads = torch.get_num_threads()
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
         try:
-            return self._timed()
-        finally:
-            if self.threads is not None:
-                torch.set_num_threads(threads)
+            with one_thread() if self.alone else nullcontext():
+                return self._timed()
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":
+                raise
+            raise RuntimeError(f"panic: {error}") from None  # inside a compiled peer: not an Exception
 
     def _timed(self) -> tuple[float, float]:
         device, leaves = self.tensors[0].device, [t.detach().clone().requires_grad_() for t in self.tensors]
         start = clock(device)
         outputs = tuple(self.layer(*leaves))
         forward = clock(device) - start
-        self.outputs, weights = tuple(x.detach() for x in outputs), weights_of(outputs)
+        self.outputs, self.gradients = tuple(x.detach() for x in outputs), ()
+        weights = weights_of(outputs) if self.weights is None else self.weights
         start = clock(device)
         self.gradients = torch.autograd.grad(outputs, leaves, weights, allow_unused=True)
         return 1e3 * self.scale * forward, 1e3 * self.scale * (clock(device) - start)
 
-    def alone(self) -> Run:
-        return replace(self, threads=1)
+    def on_one_thread(self) -> Run:
+        return replace(self, alone=True)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass
@@ -84,19 +96,15 @@ def alternating(runs: Mapping[str, Run], seconds: float) -> dict[str, Timed | st
         try:
             first = run()
             found[name] = Timed([first] if sum(first) > 1e3 * LONG * run.scale else [])
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # a panic inside a compiled peer is no Exception
+        except Exception as error:  # a peer's failure is a finding
             found[name] = reason(error)
     waiting = {name: timed for name, timed in found.items() if isinstance(timed, Timed) and not timed.calls}
     start = time.perf_counter()
     for turn in range(TURNS):
         for name, timed in waiting.items():
             begin = time.perf_counter()
-            while True:
+            while time.perf_counter() - begin < SLICE:
                 timed.calls.append(runs[name]())
-                if time.perf_counter() - begin > SLICE:
-                    break
         if turn >= 2 and time.perf_counter() - start > seconds:
             break
     return found
@@ -136,5 +144,7 @@ def _named(run: Run, declared: Declared) -> dict[str, Tensor]:
 
 def _relative(got: Variables, exact: Variables) -> float:
     pairs = [(g.cpu().double(), e.cpu().double()) for g, e in zip(got, exact, strict=True)]
-    error = sum((g - e).flatten(1).square().sum(1) for g, e in pairs)
-    return float((error / sum(e.flatten(1).square().sum(1) for _, e in pairs)).sqrt().max())
+    error = sum((g - e).reshape(len(e), -1).square().sum(1) for g, e in pairs)
+    size = sum(e.reshape(len(e), -1).square().sum(1) for _, e in pairs)
+    # A row that is zero, as the gradient at a vertex of the simplex, is compared absolutely.
+    return float((error / torch.where(size > 0, size, 1.0)).sqrt().max())
