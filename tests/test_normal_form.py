@@ -1,0 +1,145 @@
+"""The normal form is the user's problem: affine maps and objectives have CVXPY's values at random variables and parameters."""
+
+import cvxpy as cp
+import numpy as np
+import pytest
+from structures import SPELLINGS
+
+from convlayer.affine import NONE, Reader, Table, UnsupportedError
+from convlayer.normal_form import normal_form
+
+RNG = np.random.default_rng(3)
+C2x4, D3, KERNEL = RNG.standard_normal((2, 4)), RNG.standard_normal((3, 3)), RNG.standard_normal(4)
+A, B, b, s = cp.Parameter((4, 3)), cp.Parameter((3, 3)), cp.Parameter(4), cp.Parameter()
+x, X, Z = cp.Variable(3), cp.Variable((3, 2)), cp.Variable((3, 3))
+VARIABLES, PARAMETERS = [x, X, Z], [A, B, b, s]
+
+AFFINE = {
+    "product": A @ x - b,
+    "product of a product": C2x4 @ (A @ x - b),
+    "slice": (A @ X)[1:3, :],
+    "transpose": X.T @ A.T,
+    "promotion": s * x + 1,
+    "stack": cp.vstack([x, 2 * x]) + X.T,
+    "columns": cp.sum(X, axis=0),
+    "rows kept": cp.sum(A @ X, axis=1, keepdims=True),
+    "side by side": cp.hstack([x, b]),
+    "trace of a product": cp.trace(B @ Z),
+    "trace": cp.trace(Z),
+    "running sum": cp.cumsum(x),
+    "running sum of columns": cp.cumsum(X, axis=1),
+    "diagonal matrix": cp.diag(x) @ D3,
+    "diagonal": cp.diag(Z),
+    "upper triangle": cp.upper_tri(Z),
+    "kronecker": cp.kron(D3, X),
+    "convolution": cp.convolve(KERNEL, x),
+    "row-major": cp.vec(X, order="C"),
+    "quotient": x / 3 - cp.sum(b),
+    "parameter of the outside": b @ (np.ones((4, 3)) @ x),
+    "difference": cp.diff(x),
+    "second difference": cp.diff(X, 2, axis=0),
+    "from the right": x @ B,
+    "blocks": cp.bmat([[Z, X], [X.T, np.eye(2)]]),
+    "scaled": cp.multiply(s, X) + X * s,
+    "weights": cp.sum(cp.multiply(B, Z)),
+    "inner product": cp.vdot(B, Z),
+    "reshaped": cp.reshape(A @ X, (2, 4), order="C"),
+    "picked": Z[[0, 2], [1, 1]],
+    "masked": Z[np.eye(3) > 0],
+    "partial trace": cp.partial_trace(cp.kron(np.eye(2), Z), [2, 3], 0),
+    "outer product": cp.outer(np.ones(2), x),
+    "broadcast": cp.broadcast_to(x, (2, 3)),
+    "broadcast sum": X.T + x,
+    "mean": cp.mean(X, axis=1),
+    "first power": cp.power(x, 1),
+    "constant": cp.Constant(np.arange(3.0)),
+}  # fmt: skip
+
+
+def evaluate(table: Table, x_value: np.ndarray, theta: np.ndarray) -> np.ndarray:
+    one_x, one_theta = np.append(x_value, 1.0), np.append(theta, 1.0)  # NONE is -1: the last
+    terms = table.coefficient * one_theta[table.parameter] * one_x[table.variable]
+    return np.bincount(table.row, terms, minlength=table.size)
+
+
+def stacked(leaves) -> np.ndarray:
+    return np.concatenate([np.asarray(leaf.value, dtype=float).ravel(order="F") for leaf in leaves] or [np.zeros(0)])
+
+
+def randomise(leaves) -> None:
+    for leaf in leaves:
+        value = RNG.uniform(0.2, 1.5, leaf.shape)
+        if leaf.attributes["PSD"] or leaf.attributes["symmetric"]:
+            value = value @ value.T + np.eye(len(value))
+        leaf.save_value(value)
+
+
+@pytest.mark.parametrize("name", AFFINE)
+def test_a_table_has_the_expressions_values(name):
+    expression = AFFINE[name]
+    table = Reader(VARIABLES, PARAMETERS).table(expression)
+    for part in (table, table.normal):
+        for _ in range(2):
+            randomise([*VARIABLES, *PARAMETERS])
+            expected = np.asarray(expression.value, dtype=float).ravel(order="F")
+            np.testing.assert_allclose(evaluate(part, stacked(VARIABLES), stacked(PARAMETERS)), expected, rtol=1e-12, atol=1e-12)
+    keys = np.stack([table.normal.row, table.normal.variable, table.normal.parameter])
+    assert len(np.unique(keys, axis=1).T) == keys.shape[1], "one entry for each row, variable and parameter"
+
+
+@pytest.mark.parametrize("expression", [cp.abs(x), cp.square(x), cp.multiply(B, cp.multiply(s, Z)), cp.multiply(B, B)], ids=str)
+def test_what_is_no_affine_map_is_not_read(expression):
+    with pytest.raises(UnsupportedError):
+        Reader(VARIABLES, PARAMETERS).table(expression)
+
+
+def test_what_cancels_is_not_there():
+    table = Reader(VARIABLES, PARAMETERS).table(x + 0.1 * x - 1.1 * x + b[:3]).normal
+    assert (table.variable == NONE).all()
+    assert len(table.row) == 3
+
+
+def objective_value(form, x_value: np.ndarray, theta: np.ndarray) -> float:
+    def rows(table):
+        return evaluate(table, x_value, theta)
+
+    total = rows(form.linear)[0]
+    total += rows(form.squares.weight) @ rows(form.squares.argument) ** 2
+    total += rows(form.absolutes.weight) @ np.abs(rows(form.absolutes.argument))
+    z = rows(form.entropies.argument)
+    total += rows(form.entropies.weight) @ (z * np.log(z))
+    for quadratic in form.quadratics:
+        y = rows(quadratic.argument)
+        total += y @ rows(quadratic.matrix).reshape(len(y), len(y), order="F") @ y / 2
+    return -total if form.maximise else total
+
+
+KNOWN = [s for s in SPELLINGS if s.structure != "quadratic_program"]
+
+
+@pytest.mark.parametrize("spelling", KNOWN, ids=str)
+def test_the_objective_has_cvxpys_value_and_the_constraints_their_violations(spelling):
+    problem, parameters, _ = spelling.declare()
+    form = normal_form(problem, parameters)
+    assert not form.others
+    randomise([*form.variables, *parameters])
+    point = stacked(form.variables), stacked(form.parameters)
+    assert objective_value(form, *point) == pytest.approx(float(problem.objective.args[0].value), rel=1e-11, abs=1e-11)
+    for constraint in form.constraints:
+        owner = next((c for c in problem.constraints if c.id == constraint.origin), None)
+        if owner is None:
+            continue
+        rows = evaluate(constraint.table, *point)
+        got = {"zero": np.abs(rows), "nonnegative": np.maximum(-rows, 0)}.get(constraint.cone)
+        if got is None:
+            n = round(len(rows) ** 0.5)
+            got = max(0.0, -np.linalg.eigvalsh(rows.reshape(n, n) / 2 + rows.reshape(n, n).T / 2)[0])
+        np.testing.assert_allclose(np.linalg.norm(got), np.linalg.norm(owner.violation()), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("objective", [
+    cp.huber(x[0]) + cp.sum_squares(x), cp.max(x), cp.norm2(x), cp.log_sum_exp(x), cp.sum(cp.exp(x)), cp.sum(cp.huber(x)),
+    cp.norm1(cp.abs(x) + 1), cp.sum_squares(cp.pos(x)), cp.power(cp.norm(x), 3), cp.sum(cp.kl_div(x, X[:, 0])), cp.sigma_max(Z) ** 2,
+], ids=str)  # fmt: skip
+def test_what_has_another_form_is_named(objective):
+    assert normal_form(cp.Problem(cp.Minimize(objective)), []).others
