@@ -9,13 +9,14 @@ INSTALL := $(PY) -m pip install --constraint constraints.txt
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 8
 
-demo: .venv/examples  ## learn penalties on real data: a table, and out/demo.png
+demo: .venv/examples  ## learn on real data, then kernels against the cone program: tables, and pictures in out/
 	$(PY) examples/demo.py
+	$(PY) -m convlayer compare
 
 test: lint  ## lint, types and all tests
 	$(PY) -m pytest -q
 
-bench: .venv/benchmarks  ## us against the peers, side by side
+bench: .venv/benchmarks  ## us against the peers, side by side: the cone program, then the structures
 	$(PY) -m benchmarks
 
 lint: .venv/dev  ## style and types

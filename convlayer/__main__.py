@@ -7,7 +7,7 @@ import sys
 from importlib import import_module
 
 from convlayer import doctor
-from convlayer.load import LoadError, load_layer
+from convlayer.load import WANTED, LoadError, load_layer
 
 OPTIONAL = ("matplotlib", "tqdm")
 
@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument(
         "target",
         metavar="FILE:PROBLEM",
-        help="a Python file, and in it a cvxpy.Problem, a ConvexLayer, or a function of no arguments that returns one of them or (problem, parameters, variables)",
+        help=f"a Python file, and in it {WANTED}",
     )
     explain.add_argument("--batch", type=int, default=1, help="rows for which the cost is given (default: 1)")
     commands.add_parser("doctor", help="versions, devices, and whether everything computes what it should")

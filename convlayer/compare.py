@@ -153,9 +153,17 @@ def measure(case: Case, effort: Effort, device: torch.device, dtype: torch.dtype
     seconds = _in_turn(layers, tensors, device, effort.seconds)
     found = layers[0].verify(*tensors)
     return Row(
-        case.title, layers[0].structure, case.describe.format(*sizes), batch, *seconds,
-        float(found.value.max()), float(found.gradient.max()), *memory,
-    )  # fmt: skip
+        title=case.title,
+        structure=layers[0].structure,
+        size=case.describe.format(*sizes),
+        batch=batch,
+        specialised=seconds[0],
+        generic=seconds[1],
+        value=float(found.value.max()),
+        gradient=float(found.gradient.max()),
+        memory_specialised=memory[0],
+        memory_generic=memory[1],
+    )
 
 
 def scale(case: Case, effort: Effort, device: torch.device, dtype: torch.dtype) -> Curve:
@@ -223,7 +231,7 @@ def _in_turn(layers: list[ConvexLayer], tensors: list[Tensor], device: torch.dev
     """The median of each layer's times, at least three of them. The layers have run before."""
     times: list[list[float]] = [[] for _ in layers]
     start = time.perf_counter()
-    while len(times[0]) < 3 or time.perf_counter() - start < seconds and len(times[0]) < 50:
+    while len(times[0]) < 3 or (time.perf_counter() - start < seconds and len(times[0]) < 50):
         for mine, layer in zip(times, layers, strict=True):
             mine.append(_seconds(layer, tensors, device))
     return [statistics.median(mine) for mine in times]

@@ -17,9 +17,9 @@ ITERATIONS = {
 }  # a typical count; an interior-point method's hardly depends on the problem
 
 
-def explain_choice(recognition: Recognition, structure: str, batch: int) -> str:
+def explain_choice(recognition: Recognition, structure: str, why: str, batch: int) -> str:
     """The first part of the report: the path, why, and what every structure said."""
-    lines = [("Path", f"{structure}: {recognition.why}")]
+    lines = [("Path", f"{structure}: {why}")]
     for finding in recognition.findings:
         if finding.match is None:
             lines.append((f"  {finding.name}", f"no: {finding.reason}"))

@@ -102,15 +102,18 @@ class ConvexLayer(torch.nn.Module):
         self._recognition = recognise(
             problem, parameters, variables, self._declared.owners, gp=gp, structure=structure, solver_given=named
         )
-        chosen = self._recognition.chosen
+        chosen, self._why = self._recognition.chosen, self._recognition.why
         self.structure = "cone_program" if chosen is None else chosen.name
         self._specialised: Specialised | None = None
         if chosen is not None and chosen.match is not None and chosen.match.build is not None:
+            if named:
+                raise ValueError(
+                    f"structure={structure!r} runs a kernel, which takes no solver and none of its options; leave them out."
+                )
             assert self._recognition.form is not None
             self._specialised = Specialised(
                 self._recognition.form, chosen.name, chosen.match, self._declared.variables, self._declared.owners
             )
-        self._names = [v.name() for v in variables]
         self._domains = frozenset(k for k, p in enumerate(parameters) if domain.is_restricted(p))
         self._solver, self._chosen = _solver(solver), named
         self._tolerance, self._options = _tolerance(options), options
@@ -151,21 +154,19 @@ class ConvexLayer(torch.nn.Module):
             t.detach().expand((*batch, *p.shape)) for t, p in zip(tensors, self._declared.parameters, strict=True)
         ]
         mine = self.with_options(on_failure="nan")
-        generic = mine._with_path(None)
-        if self._specialised is None:
-            infeasibility = torch.zeros(batch, dtype=torch.float64)
-        else:
+        infeasibility = None
+        if self._specialised is not None:
             with torch.no_grad():
                 values = [
                     _flatten_batch(t, p, batch).double() for t, p in zip(leaves, self._declared.parameters, strict=True)
                 ]
                 bad, _ = mine._bad_rows(values, math.prod(batch))
                 infeasibility = self._specialised.infeasibility(values, bad).expand(math.prod(batch))
-        return verify(self.structure, mine.solve, generic.solve, leaves, len(batch), infeasibility, seed)
+        return verify(self.structure, mine.solve, mine._generic().solve, leaves, len(batch), infeasibility, seed)
 
     def explain(self, batch: int = 1) -> str:
         """Which path runs and why, why the others do not, the sizes, and what a forward and a backward cost."""
-        text = explain_choice(self._recognition, self.structure, batch)
+        text = explain_choice(self._recognition, self.structure, self._why, batch)
         if self._specialised is not None:
             return text
         return (
@@ -208,8 +209,10 @@ class ConvexLayer(torch.nn.Module):
         if solver is not None or solver_args is not None:
             merged = {"tolerance": self._tolerance, **sibling._options, **options}
             sibling._tolerance, sibling._options = _tolerance(merged), merged
-            if solver is not None or options.keys() - {"tolerance"} or sibling._specialised is None:
-                sibling._specialised, sibling.structure = None, "cone_program"
+            if solver is not None or options.keys() - {"tolerance"}:
+                sibling = sibling._generic()
+                sibling._chosen, sibling._why = True, "you named a solver, or its options"
+            if sibling._specialised is None:
                 sibling._solver.check(self._canonical.program, sibling._options)
         return sibling
 
@@ -222,10 +225,10 @@ class ConvexLayer(torch.nn.Module):
         sibling._warned = set()
         return sibling
 
-    def _with_path(self, specialised: Specialised | None) -> ConvexLayer:
-        """A sibling on another path."""
+    def _generic(self) -> ConvexLayer:
+        """A sibling on the generic path."""
         sibling = self._copy()
-        sibling._specialised, sibling.structure = specialised, "cone_program"
+        sibling._specialised, sibling.structure = None, "cone_program"
         return sibling
 
     def __getstate__(self) -> dict[str, Any]:
@@ -325,7 +328,7 @@ class ConvexLayer(torch.nn.Module):
             return
         which = torch.nonzero(unsettled).flatten()
         part = [v if len(v) == 1 else v.index_select(0, which.to(v.device)) for v in values]
-        other = self._with_path(None)._solve_generic(part, len(which), None, (len(which),), None, None)
+        other = self._generic()._solve_generic(part, len(which), None, (len(which),), None, None)
         rows.outputs = [
             mine.expand(size, *mine.shape[1:]).index_copy(0, which.to(mine.device), theirs.to(mine.device, mine.dtype))
             for mine, theirs in zip(rows.outputs, other.outputs, strict=False)

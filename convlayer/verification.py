@@ -54,7 +54,7 @@ def verify(
     generic: Callable[..., Solution],
     leaves: Sequence[Tensor],  # every parameter with the whole batch
     lead: int,  # batch dimensions
-    infeasibility: Tensor,
+    infeasibility: Tensor | None,  # None: the residual of the solution says it
     seed: int,
 ) -> Verification:
     """Solve and differentiate on both paths."""
@@ -67,7 +67,8 @@ def verify(
     # A gradient far below what sizes suggest vanishes: its digits are rounding on either path.
     size = _joined([leaf.detach() for leaf in leaves], lead).norm(dim=-1).clamp(min=1e-300)
     vanishing = 1e-3 * y.norm(dim=-1) * y.shape[-1] ** 0.5 / size
-    parts = (_relative(x, y, 1.0), value, _relative(g, h, vanishing), infeasibility)
+    violation = ours.residual.nan_to_num(0.0) if infeasibility is None else infeasibility
+    parts = (_relative(x, y, 1.0), value, _relative(g, h, vanishing), violation)
     solution, value, gradient, infeasibility = (
         part.cpu().double().reshape(batch).masked_fill(~solved, 0.0) for part in parts
     )

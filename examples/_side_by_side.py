@@ -55,7 +55,9 @@ def side_by_side(
                 if k:  # the first is a warm-up
                     mine.append(1e3 * (time.perf_counter() - start))
     ours, theirs = map(statistics.median, times)
-    print(f"{layer.structure}: {ours:.2f} ms; cone program: {theirs:.1f} ms, {theirs / ours:.1f} times as long (forward and backward, medians)")
+    print(
+        f"{layer.structure}: {ours:.2f} ms; cone program: {theirs:.1f} ms, {theirs / ours:.1f} times as long (forward and backward, medians)"
+    )
     print(layer.verify(*leaves))
     return layer
 

@@ -47,17 +47,20 @@ def main():
         (P,) = layer(learnt, *days, temperature)
         return (observed * (observed / P).log()).sum((1, 2)).mean()
 
-    losses = descend(divergence, learnt, steps=250, rate=0.05)
+    losses = descend(divergence, learnt, steps=120, rate=0.08)
     found, true = centred(learnt.detach()), centred(cost)
     deviation = ((found - true).norm() / true.norm()).item()
     print(f"divergence {losses[0]:.2e} -> {losses[-1]:.2e}; the cost is found to {100 * deviation:.1f} %")
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
     bound = true.abs().max()
-    for axes, matrix, title in ((left, true, "Hidden cost"), (middle, found, f"Learnt from plans alone, to {100 * deviation:.1f} %")):
-        image = axes.imshow(matrix, cmap="PuOr", vmin=-bound, vmax=bound)
+    for axes, matrix, title in (
+        (left, true, "Hidden cost"),
+        (middle, found, f"Learnt from plans alone, to {100 * deviation:.1f} %"),
+    ):
+        image = axes.imshow(matrix.numpy(), cmap="PuOr", vmin=-bound, vmax=bound)
         axes.set(title=title, xlabel="shop", ylabel="warehouse", xticks=range(0, PLACES, 5), yticks=range(0, PLACES, 5))
-    figure.colorbar(image, ax=[left, middle], shrink=0.85, label="cost (euro a kg), row and column means removed")
+    figure.colorbar(image, ax=[left, middle], shrink=0.85, label="cost (euro a kg),\nrow and column means removed")
     right.semilogy(losses, color=AFTER, lw=2.6)
     right.set(title="Plans become those observed", xlabel="step of Adam", ylabel="divergence of the plans (nat)")
     save(figure, "entropic_optimal_transport")

@@ -46,10 +46,15 @@ def main():
         after, depth, length = parts()
         clearance = ((after.unsqueeze(-2) - centres).norm(dim=-1) - radii).amin((1, 2))
     best = int((100 * depth + length).argmin())
-    print(f"cost {history[0] / STARTS:.2f} -> {history[-1] / STARTS:.2f}; {int((clearance > 0).sum())} of {STARTS} paths clear of the discs")
+    print(
+        f"cost {history[0] / STARTS:.2f} -> {history[-1] / STARTS:.2f}; {int((clearance > 0).sum())} of {STARTS} paths clear of the discs"
+    )
 
     figure, panels = plt.subplots(1, 2, figsize=(14, 5.2), layout="constrained", sharey=True)
-    for axes, curves, title in ((panels[0], before, "Before: 32 random sets of waypoints"), (panels[1], after, "After: waypoints moved by the gradient")):
+    for axes, curves, title in (
+        (panels[0], before, "Before: 32 random sets of waypoints"),
+        (panels[1], after, "After: waypoints moved by the gradient"),
+    ):
         for centre, radius in zip(CENTRES, RADII, strict=True):
             axes.add_patch(plt.Circle(centre, radius, color="#dddddd"))
         for k in range(STARTS):

@@ -36,7 +36,10 @@ def scatters(X, group):
 def main():
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
-    S, Z = cp.Parameter((MEASUREMENTS, MEASUREMENTS), symmetric=True), cp.Variable((MEASUREMENTS, MEASUREMENTS), symmetric=True)
+    S, Z = (
+        cp.Parameter((MEASUREMENTS, MEASUREMENTS), symmetric=True),
+        cp.Variable((MEASUREMENTS, MEASUREMENTS), symmetric=True),
+    )
     rules = [cp.trace(Z) == 2, Z >> 0, torch.eye(MEASUREMENTS).numpy() - Z >> 0]
     problem = cp.Problem(cp.Maximize(cp.trace(S @ Z)), rules)
 
@@ -58,17 +61,25 @@ def main():
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
     weight = log_weight.detach().exp()
-    for axes, w, title in ((left, torch.ones(MEASUREMENTS), "Before: the plane shows noise"), (middle, weight, "After: it shows the groups")):
+    for axes, w, title in (
+        (left, torch.ones(MEASUREMENTS), "Before: the plane shows noise"),
+        (middle, weight, "After: it shows the groups"),
+    ):
         plane = torch.linalg.eigh(torch.cov((w * X).T))[1][:, -2:]
         for k, colour in enumerate(COLOURS):
             axes.plot(*((w * X)[group == k] @ plane).T, "o", ms=5, alpha=0.75, color=colour, label=f"group {k + 1}")
         axes.set(title=title, xlabel="second component", ylabel="first component")
     left.legend(loc="upper left")
     informative = [AFTER if k in (3, 8) else BEFORE for k in range(MEASUREMENTS)]
-    right.bar(range(1, MEASUREMENTS + 1), weight, color=informative)
+    right.bar(range(1, MEASUREMENTS + 1), weight.numpy(), color=informative)
     right.axhline(1, color="black", lw=1)
-    right.text(MEASUREMENTS + 0.5, 1.05, "start", ha="right")
-    right.set(title="Weights learnt (blue: the two that tell)", xlabel="measurement", ylabel="weight (no unit)", xticks=range(1, MEASUREMENTS + 1))
+    right.text(0.4, 1.05, "start")
+    right.set(
+        title="Weights learnt (blue: the two that tell)",
+        xlabel="measurement",
+        ylabel="weight (no unit)",
+        xticks=range(1, MEASUREMENTS + 1),
+    )
     save(figure, "leading_eigenspace")
 
 

@@ -48,17 +48,26 @@ def main():
     with torch.no_grad():
         searched = torch.stack([validation_error(level) for level in grid])
         fits = [layer(A_fit[:1], b_fit[:1], torch.tensor(level).exp())[0] for level in (path[0], path[-1])]
-    print(f"penalty {path[-1]:.2f} (log) learnt in {len(path)} steps, {grid[searched.argmin()]:.2f} by a search over {len(grid)}")
+    print(
+        f"penalty {path[-1]:.2f} (log) learnt in {len(path)} steps, {grid[searched.argmin()]:.2f} by a search over {len(grid)}"
+    )
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
     left.plot(grid.exp(), searched, color=TRUTH, lw=2, label="by search")
     left.plot(torch.tensor(path).exp(), errors, "o", color=AFTER, ms=5, label="steps of the gradient")
     left.plot(torch.tensor(path[0]).exp(), errors[0], "o", color=BEFORE, ms=9, label="start")
-    left.set(title="The gradient finds the best penalty", xscale="log", xlabel="penalty (log scale)", ylabel="validation error (same unit as the curve)")
+    left.set(
+        title="The gradient finds the best penalty",
+        xscale="log",
+        xlabel="penalty (log scale)",
+        ylabel="validation error (same unit as the curve)",
+    )
     left.legend()
     t = torch.linspace(0, 1, 300)
     right.plot(t, curve(t), color=TRUTH, lw=2, ls="--", label="truth")
-    for fit, colour, label in zip(fits, (BEFORE, AFTER), ("fit at the start", "fit with the learnt penalty"), strict=True):
+    for fit, colour, label in zip(
+        fits, (BEFORE, AFTER), ("fit at the start", "fit with the learnt penalty"), strict=True
+    ):
         right.plot(t, bumps(t) @ fit[0], color=colour, lw=2.2, label=label)
     right.plot(t_fit[0], b_fit[0], "o", color="black", label="the points to fit")
     right.set(title="One of 32 experiments", xlabel="position", ylabel="height", ylim=(-1.2, 2.2))

@@ -58,13 +58,24 @@ def main():
     left.plot(grid.exp(), searched, color=TRUTH, lw=2, label="by search")
     left.plot(torch.tensor(path).exp(), losses, "o", color=AFTER, ms=5, label="steps of the gradient")
     left.plot(1.0, losses[0], "o", color=BEFORE, ms=9, label="start")
-    left.set(title="The gradient finds the temperature", xlabel="temperature (no unit)", ylabel="negative log-likelihood (nat a point)")
+    left.set(
+        title="The gradient finds the temperature",
+        xlabel="temperature (no unit)",
+        ylabel="negative log-likelihood (nat a point)",
+    )
     left.legend()
     right.plot([0, 1], [0, 1], color=TRUTH, ls="--")
     for y, colour, name in ((before, BEFORE, "before"), (after, AFTER, "after")):
         right.plot(*reliability(y, label), "o-", color=colour, lw=2.4, ms=7, label=name)
     right.text(0.23, 0.93, "dashed: as sure as right", color=TRUTH)
-    right.set(title="Confidence becomes honest", xlabel="confidence of the guess", ylabel="share of guesses that are right", xlim=(0.2, 1), ylim=(0.2, 1), aspect="equal")
+    right.set(
+        title="Confidence becomes honest",
+        xlabel="confidence of the guess",
+        ylabel="share of guesses that are right",
+        xlim=(0.2, 1),
+        ylim=(0.2, 1),
+        aspect="equal",
+    )
     right.legend(loc="lower right")
     save(figure, "softmax")
 

@@ -51,18 +51,31 @@ def main():
         weights = attention(keys @ query.detach())
         outside = int((weights[~match] > 0).sum()) / int((~match).sum())
         found[name] = errors, weights, outside
-        print(f"{name:<10} error {errors[0] ** 0.5:.2f} -> {errors[-1] ** 0.5:.2f}; weight on {100 * outside:.0f} % of the tokens that do not matter")
+        print(
+            f"{name:<10} error {errors[0] ** 0.5:.2f} -> {errors[-1] ** 0.5:.2f}; weight on {100 * outside:.0f} % of the tokens that do not matter"
+        )
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
     for axes, (name, (_, weights, outside)) in zip((left, middle), found.items(), strict=True):
-        image = axes.imshow(weights[:SHOWN].masked_fill(weights[:SHOWN] == 0, torch.nan), cmap="viridis_r", vmin=0, vmax=1)
+        shown = weights[:SHOWN].masked_fill(weights[:SHOWN] == 0, torch.nan)
+        image = axes.imshow(shown.numpy(), cmap="viridis_r", vmin=0, vmax=1)
         rows, columns = match[:SHOWN].nonzero().T
         axes.plot(columns, rows, "s", mfc="none", mec="black", mew=1.8, ms=17)
-        axes.set(title=f"{name}: {100 * outside:.0f} % of the others have weight", xlabel="token", ylabel="sequence", xticks=[], yticks=[])
-    figure.colorbar(image, ax=[left, middle], shrink=0.9, label="attention (white: exactly zero;\nframes: tokens that matter)")
+        axes.set(
+            title=f"{name}: {100 * outside:.0f} % of the others have weight",
+            xlabel="token",
+            ylabel="sequence",
+            xticks=[],
+            yticks=[],
+        )
+    figure.colorbar(
+        image, ax=[left, middle], shrink=0.9, label="attention (white: exactly zero;\nframes: tokens that matter)"
+    )
     for (name, (errors, *_)), colour in zip(found.items(), (BEFORE, AFTER), strict=True):
         right.semilogy(torch.tensor(errors).sqrt(), color=colour, lw=2.6, label=name)
-    right.set(title="Both learn; sparsemax ends lower", xlabel="step of Adam", ylabel="error of the mean (unit of the values)")
+    right.set(
+        title="Both learn; sparsemax ends lower", xlabel="step of Adam", ylabel="error of the mean (unit of the values)"
+    )
     right.legend()
     save(figure, "sparsemax")
 

@@ -51,7 +51,12 @@ def main():
     left.plot(grid.exp(), searched, color=TRUTH, lw=2, label="by search")
     left.plot(torch.tensor(path).exp(), errors, "o", color=AFTER, ms=5, label="steps of the gradient")
     left.plot(torch.tensor(path[0]).exp(), errors[0], "o", color=BEFORE, ms=9, label="start")
-    left.set(title="The gradient finds the best weight", xscale="log", xlabel="weight of the total variation (log scale)", ylabel="error (unit of the signal)")
+    left.set(
+        title="The gradient finds the best weight",
+        xscale="log",
+        xlabel="weight of the total variation (log scale)",
+        ylabel="error (unit of the signal)",
+    )
     left.legend(loc="upper center")
     right.plot(noisy[0], ".", color=BEFORE, ms=5, alpha=0.7, label=f"noisy, error {fall[0]:.2f}")
     right.plot(clean[0], color="black", lw=1.2, ls="--", label="clean")

@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from convlayer import doctor
 from convlayer.__main__ import main
@@ -40,8 +42,8 @@ def parts():
 def with_arguments(n):
     return problem
 
-u, v = cp.Variable(pos=True), cp.Parameter(pos=True)
-log_convex = cp.Problem(cp.Minimize(u), [u * v >= 1])
+u, v, w = cp.Variable(pos=True), cp.Variable(pos=True), cp.Parameter(pos=True)
+log_convex = cp.Problem(cp.Minimize(u + v), [u * v >= w])
 """
 
 
@@ -52,9 +54,23 @@ def model(tmp_path):
     return path
 
 
+@pytest.fixture
+def torch_as_it_was():
+    """Scripts set the default dtype and the number of threads of their process."""
+    before = torch.get_default_dtype(), torch.get_num_threads()
+    yield
+    torch.set_default_dtype(before[0])
+    torch.set_num_threads(before[1])
+
+
 def command(*arguments, cwd):
     return subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=False, env={**os.environ, "MPLBACKEND": "Agg"}
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "MPLBACKEND": "Agg"},
     )
 
 
@@ -69,7 +85,7 @@ def test_the_comparison_writes_a_picture_and_its_figures_and_both_paths_agree(tm
         "least_squares", "equality_constrained_qp", "entropic_optimal_transport", "leading_eigenspace", "total_variation", "quadratic_program",
     ]  # fmt: skip
     for row in figures["problems"]:
-        assert row["value"] < 1e-6 and row["gradient"] < 1e-6, row
+        assert max(row["value"], row["gradient"]) < 1e-6, row
         assert row["title"] in run.stdout
     assert all(len(curve["specialised"]) == len(curve["sizes"]) for curve in figures["scaling"])
 
@@ -109,7 +125,10 @@ def test_a_log_log_convex_problem_is_explained_as_one(model, capsys):
         ("absent.py:problem", r"There is no file absent.py"),
         ("model.py:nothing", r"model.py defines no `nothing`. It defines: .*problem, layer"),
         ("model.py:number", r"`number` is a int; expected a cvxpy.Problem, a ConvexLayer, or a function"),
-        ("model.py:with_arguments", r"`with_arguments\(\)` failed: TypeError: .* missing 1 required positional argument: 'n'"),
+        (
+            "model.py:with_arguments",
+            r"`with_arguments\(\)` failed: TypeError: .* missing 1 required positional argument: 'n'",
+        ),
         ("model.py:whole", r"integer"),
         ("broken.py:problem", r"broken.py could not be run: NameError: name 'cvxpy' is not defined"),
         ("words.txt:problem", r"words.txt is not a Python file"),
@@ -121,7 +140,8 @@ def test_what_cannot_be_explained_is_refused_in_words(model, target, message, mo
     Path("words.txt").write_text("problem")
     assert main(["explain", target]) == 2
     captured = capsys.readouterr()
-    assert re.search(message, captured.err) and not captured.out
+    assert re.search(message, captured.err)
+    assert not captured.out
 
 
 def test_a_batch_of_none_is_refused(model, capsys):
@@ -131,13 +151,15 @@ def test_a_batch_of_none_is_refused(model, capsys):
 
 def test_the_command_line_runs_as_a_module(model):
     run = command("-m", "convlayer", "explain", "model.py:problem", cwd=model.parent)
-    assert run.returncode == 0 and "sparsemax" in run.stdout, run.stderr[-2000:]
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "sparsemax" in run.stdout
 
 
 def test_the_doctor_finds_everything_well(capsys):
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
-    assert "torch" in said and "ok      cone_program" in said and "FAILED" not in said
+    assert all(words in said for words in ("torch", "device", "ok      cone_program"))
+    assert "FAILED" not in said
 
 
 def test_the_doctor_finds_what_is_wrong(monkeypatch, capsys):
@@ -147,9 +169,12 @@ def test_the_doctor_finds_what_is_wrong(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_runs_agrees_with_the_cone_program_and_draws(name, tmp_path):
+def test_an_example_runs_agrees_with_the_cone_program_and_draws(name, tmp_path, torch_as_it_was, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="examples draw")
-    run = command(ROOT / "examples" / f"{name}.py", cwd=tmp_path)
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert f"{name}: " in run.stdout and "agree." in run.stdout
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "examples")  # as for a script, which imports its neighbours
+    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    assert f"{name}: " in said
+    assert "rows: agree." in said
     assert (tmp_path / "out" / f"{name}.png").stat().st_size > 10_000

@@ -302,7 +302,16 @@ def test_naming_a_solver_chooses_the_cone_program(name):
     assert layer_of(name, solver="clarabel").structure == "cone_program"
     assert layer_of(name, solver_args={"max_iter": 60}).structure == "cone_program"
     assert layer_of(name, solver_args={"tolerance": 1e-9}).structure == name
-    assert layer_of(name).with_options(solver="clarabel").structure == "cone_program"
+    sibling = layer_of(name).with_options(solver="clarabel")
+    assert sibling.structure == "cone_program"
+    assert "you named a solver" in sibling.explain()
+    assert layer_of(name).with_options(solver_args={"tolerance": 1e-9}).structure == name
+
+
+@every_kernel
+def test_a_kernel_asked_for_by_name_takes_no_solver(name):
+    with pytest.raises(ValueError, match="takes no solver"):
+        layer_of(name, structure=name, solver="clarabel")
 
 
 @every_kernel

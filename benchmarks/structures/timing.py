@@ -48,9 +48,9 @@ class Run:
         outputs = tuple(self.layer(*leaves))
         forward = clock(device) - start
         self.outputs, self.gradients = tuple(x.detach() for x in outputs), ()
-        weights = weights_of(outputs) if self.weights is None else self.weights
+        self.weights = weights_of(outputs) if self.weights is None else self.weights
         start = clock(device)
-        self.gradients = torch.autograd.grad(outputs, leaves, weights, allow_unused=True)
+        self.gradients = torch.autograd.grad(outputs, leaves, self.weights, allow_unused=True)
         return 1e3 * self.scale * forward, 1e3 * self.scale * (clock(device) - start)
 
     def on_one_thread(self) -> Run:
