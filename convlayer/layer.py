@@ -608,10 +608,10 @@ def _flatten_batch(tensor: Tensor, parameter: cp.Parameter, batch: tuple[int, ..
     shape: tuple[int, ...] = tuple(parameter.shape)
     lead = tensor.ndim - len(shape)
     if not lead:
-        return tensor.unsqueeze(0) if not batch or math.prod(batch) else tensor.expand(0, *shape)
+        return tensor.expand(0, *shape) if 0 in batch else tensor.unsqueeze(0)
     own = tensor.shape[:lead]
     if lead == 1 and own == batch:
         return tensor
-    if own.numel() == 1 and math.prod(batch) != 0:
+    if own.numel() == 1 and 0 not in batch:
         return tensor.reshape(1, *shape)
     return tensor.expand(*batch, *shape).reshape(math.prod(batch), *shape)

@@ -74,10 +74,13 @@ def command(*arguments, cwd):
     )
 
 
-def test_the_comparison_writes_a_picture_and_its_figures_and_both_paths_agree(tmp_path):
+@pytest.mark.parametrize(("dtype", "bound"), [("float64", 1e-6), ("float32", 1e-3)])
+def test_the_comparison_writes_a_picture_and_its_figures_and_both_paths_agree(dtype, bound, tmp_path):
     pytest.importorskip("matplotlib", reason="the comparison draws")
     pytest.importorskip("tqdm", reason="the comparison shows its progress")
-    run = command("-m", "convlayer", "compare", "--quick", "--out", tmp_path / "new" / "folder", cwd=tmp_path)
+    run = command(
+        "-m", "convlayer", "compare", "--quick", "--dtype", dtype, "--out", tmp_path / "new" / "folder", cwd=tmp_path
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     figures = json.loads((tmp_path / "new" / "folder" / "compare.json").read_text())
     assert (tmp_path / "new" / "folder" / "compare.png").stat().st_size > 10_000
@@ -85,7 +88,7 @@ def test_the_comparison_writes_a_picture_and_its_figures_and_both_paths_agree(tm
         "least_squares", "equality_constrained_qp", "entropic_optimal_transport", "leading_eigenspace", "total_variation", "quadratic_program",
     ]  # fmt: skip
     for row in figures["problems"]:
-        assert max(row["value"], row["gradient"]) < 1e-6, row
+        assert max(row["value"], row["gradient"]) < bound, row
         assert row["title"] in run.stdout
     assert all(len(curve["specialised"]) == len(curve["sizes"]) for curve in figures["scaling"])
 

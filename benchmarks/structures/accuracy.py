@@ -46,8 +46,9 @@ def family(options: Options) -> Family:
         "accuracy",
         f"Relative errors through the layer, the worst of {ROWS} rows. Solutions: against the library's oracle. Gradients: of a "
         "random functional along random directions against 5-point differences of the oracle; `kinks` counts pairs of row and "
-        "direction where two steps disagree, left out. Transports by temperature: solution and the gradient of all parameters together against 40 digits, and beside them each "
-        "parameter's in units of its own: at 1e-3 the plan hardly depends on M, and the gradient of M is what cancellation leaves.",
+        "direction where two steps disagree, left out. Transports by temperature: solution and the gradient of all parameters "
+        "together against 40 digits, and beside them each parameter's in units of its own: at 1e-3 the plan hardly depends "
+        "on M, and the gradient of M is what cancellation leaves.",
         tasks,
     )
 

@@ -34,8 +34,8 @@ def family(options: Options) -> Family:
     return Family(
         "incumbents",
         "Forward and the gradient of all parameters, milliseconds: medians and quartiles over calls that alternate. "
-        f"`{RATIO}` is the faster of {CVXPYLAYERS} (its default solver) and {MOREAU} over ours, as it is and with ours on one torch thread; a peer whose solution is off by "
-        f"more than {SOLVED:.0%} has solved another problem and does not count. Where `peer rows` is less than the batch, the "
+        f"`{RATIO}` is the faster of {CVXPYLAYERS} (its default solver) and {MOREAU} over ours, as it is and with ours on one torch thread; "
+        f"a peer whose solution is off by more than {SOLVED:.0%} has solved another problem and does not count. Where `peer rows` is less than the batch, the "
         "peers and our generic path are timed on so many rows, at least one a core, and scaled to the batch. The peers' "
         "errors are relative differences from ours, the worst row; they run on the host. They take no quad_form of a "
         "Parameter: for the quadratic program they get its Cholesky factor.",
