@@ -19,6 +19,7 @@ from cvxpy.atoms.affine.add_expr import AddExpression
 from cvxpy.atoms.affine.binary_operators import DivExpression, MulExpression, multiply
 from cvxpy.atoms.affine.broadcast_to import broadcast_to
 from cvxpy.atoms.affine.concatenate import Concatenate
+from cvxpy.atoms.affine.cumsum import cumsum
 from cvxpy.atoms.affine.diag import diag_mat, diag_vec
 from cvxpy.atoms.affine.hstack import Hstack
 from cvxpy.atoms.affine.index import index, special_index
@@ -29,9 +30,11 @@ from cvxpy.atoms.affine.transpose import transpose
 from cvxpy.atoms.affine.unary_operators import NegExpression
 from cvxpy.atoms.affine.upper_tri import upper_tri
 from cvxpy.atoms.affine.vstack import Vstack
+from cvxpy.atoms.atom import Atom
 from cvxpy.atoms.elementwise.power import Power
 
 NONE = -1
+LARGEST_SUM = 2000  # terms of a running sum
 
 
 class UnsupportedError(Exception):
@@ -50,6 +53,11 @@ class Table:
 
     @classmethod
     def of_constant(cls, value: Any) -> Table:
+        if sp.issparse(value):
+            part = sp.coo_array(value)
+            row = part.row.astype(np.int64) + part.shape[0] * part.col.astype(np.int64)
+            nothing = np.full(len(row), NONE, dtype=np.int64)
+            return cls(int(np.prod(part.shape)), row, nothing, nothing, part.data.astype(float))
         flat = np.asarray(value, dtype=float).ravel(order="F")
         row = np.flatnonzero(flat)
         nothing = np.full(len(row), NONE, dtype=np.int64)
@@ -197,6 +205,8 @@ class Reader:
 
     def table(self, expression: Any) -> Table:
         """The rows of `expression` in column-major order. UnsupportedError: its map cannot be read."""
+        if any(part.is_complex() or part.is_imag() for part in (expression, *expression.args)):
+            raise UnsupportedError("a complex expression")
         held = self._memory.get(id(expression))
         if held is None:
             # The expression is kept with its table: its address is its key.
@@ -211,8 +221,7 @@ class Reader:
         if isinstance(expression, cp.Parameter):
             return _leaf(self._parameters[expression.id], expression.size, variable=False)
         if not expression.variables() and not expression.parameters():
-            value = expression.value
-            return Table.of_constant(value.toarray() if sp.issparse(value) else value)
+            return Table.of_constant(expression.value)
         if isinstance(expression, Power) and _is_one(expression.p):
             return self.table(expression.args[0])
         for kinds, read in _READERS:
@@ -222,7 +231,7 @@ class Reader:
 
     def operator(self, expression: Any) -> tuple[Table, list[Any]]:
         """An affine atom as a map of its arguments: (table whose variables are their entries, the arguments that have variables)."""
-        moving = [argument for argument in expression.args if argument.variables()]
+        moving = list({id(argument): argument for argument in expression.args if argument.variables()}.values())
         standins = {id(argument): cp.Variable(argument.shape) for argument in moving}
         inner = Reader(list(standins.values()), [])
         inner._parameters = self._parameters
@@ -231,10 +240,12 @@ class Reader:
     def _by_cvxpy(self, expression: Any) -> Table:
         """Through CVXPY's own matrix of the atom."""
         bearing = [a for a in expression.args if a.variables() or a.parameters()]
-        if not expression.is_atom_convex() or not expression.is_atom_concave():
+        if not isinstance(expression, Atom) or not expression.is_atom_convex() or not expression.is_atom_concave():
             raise UnsupportedError(f"`{type(expression).__name__}` is not affine")
         if any(a.parameters() and not a.variables() for a in bearing) and len(bearing) > 1:
             raise UnsupportedError(f"`{type(expression).__name__}` of a Parameter and a variable")
+        if isinstance(expression, cumsum) and expression.size > LARGEST_SUM:
+            raise UnsupportedError("a running sum of many terms, whose matrix is dense")
         standins = {id(a): cp.Variable(a.shape) for a in bearing}
         copy = expression.copy([standins.get(id(a), a) for a in expression.args])
         random = np.random.default_rng(0)

@@ -80,7 +80,7 @@ class Binding:
     def _part(self, k: int, piece: _Piece, value: Tensor) -> Tensor:
         rows = value.shape[0]
         if not isinstance(piece.source, str):
-            part = value.reshape(rows, -1).index_select(1, self._tensor(("source", k), piece.source, value))
+            part = value.unsqueeze(-1).flatten(1).index_select(1, self._tensor(("source", k), piece.source, value))
         elif piece.source == "whole":
             part = value
         elif piece.source == "transposed":

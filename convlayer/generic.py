@@ -6,10 +6,9 @@ Everything here is float64 on the host. Rows that failed are left out of all bat
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +24,7 @@ from convlayer.program import DENSE_ENTRIES, Data, Operators, Program
 from convlayer.residual import Scaling, normalise, recentre
 from convlayer.solution import Status
 from convlayer.solvers.solver import Iterate, Solver, solve_batch
+from convlayer.threads import one_thread
 
 INACCURATE = 1e-4  # a relative residual above this is no solution
 SENSITIVE = 3e-8  # a relative error of x, estimated by one more Newton step, above this is not called solved
@@ -34,36 +34,12 @@ SHARED_WORK = 5e8  # cubed unknowns of dense systems, over the batch, from which
 CERTIFICATE = 1e-4  # relative error of a certificate of infeasibility or unboundedness, in units where x is of size one
 
 
-@contextmanager
-def _threads_for(program: Program, batch: int) -> Iterator[None]:
+def _threads_for(program: Program, batch: int) -> AbstractContextManager:
     """One torch thread for work that is too small to share: where other processes hold the cores, waiting for a second thread
     at every small operation costs a hundred times the operation."""
     size = program.n + min(program.m, program.n)
-    if prefers_dense(program) and batch * size**3 > SHARED_WORK:
-        yield
-        return
-    with _inside.lock:
-        # A thread that torch first sees while another is in here would take that one's 1 for its own.
-        if not _inside.count:
-            _inside.wanted = torch.get_num_threads()
-        _inside.count += 1
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(_inside.wanted)
-        with _inside.lock:
-            _inside.count -= 1
-
-
-class _Inside:
-    """How many threads are in `_threads_for`, and the number of torch threads to leave with."""
-
-    def __init__(self) -> None:
-        self.lock, self.count, self.wanted = threading.Lock(), 0, 1
-
-
-_inside = _Inside()
+    large = prefers_dense(program) and batch * size**3 > SHARED_WORK
+    return nullcontext() if large else one_thread()
 
 
 @dataclass(eq=False)

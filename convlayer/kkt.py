@@ -28,6 +28,7 @@ from torch import Tensor
 from convlayer.cones import ProductSpectrum
 from convlayer.pattern import kkt_pattern
 from convlayer.program import DENSE_ENTRIES, Data, Operators, Program, take_rows
+from convlayer.threads import lu_factor
 
 SHIFT = 1e-11  # delta, relative to the equilibrated matrix
 SPARSE_SHIFT = 1e-7  # without pivoting it must exceed the square root of the rounding error; refinement removes it
@@ -113,7 +114,7 @@ class DenseSystem:
         K.diagonal(dim1=1, dim2=2)[:, :n] += ~self.held
         K.diagonal(dim1=1, dim2=2).add_(self.shift)
         self.K = K
-        self.lu, self.pivots, _ = torch.linalg.lu_factor_ex(K)
+        self.lu, self.pivots = lu_factor(K)
         self.singular = (visible.x & ~self.held).any(1)
         pivots = self.lu.diagonal(dim1=1, dim2=2).abs()
         smallest = pivots.amin(1) if size else pivots.new_ones(batch)

@@ -315,9 +315,9 @@ class ConvexLayer(torch.nn.Module):
         if solver_args:
             _tolerance(dict(solver_args))
         work = dtype if dtype in (torch.float32, torch.float64) else torch.float32
-        answer, outputs = path(values, bad, work)
+        answer, outputs, entered = path(values, bad, work)
         if everything:
-            outputs.append(path.objective(values, answer))
+            outputs.append(path.objective(entered, answer))
         return _Rows.of_answer(answer, outputs, size, bad, everything)
 
     def _rescue(self, rows: _Rows, values: list[Tensor], size: int) -> None:
@@ -505,6 +505,8 @@ class _Rows:
                 outputs, None, None, None, None if degenerate is None else row(degenerate, False, torch.bool), None
             )
         status = row(status, int(Status.SOLVED), torch.int64)
+        # Parameters were found inside their domains: what a kernel cannot take there is the cone program's to judge.
+        status = torch.where(status == Status.BAD_INPUT, int(Status.NOT_CONVERGED), status)
         if bad is not None:
             status = torch.where(bad, int(Status.BAD_INPUT), status)
         failed = status >= Status.INFEASIBLE

@@ -17,6 +17,7 @@ import cvxpy as cp
 import numpy as np
 from cvxpy.atoms.affine.add_expr import AddExpression
 from cvxpy.atoms.affine.unary_operators import NegExpression
+from cvxpy.atoms.atom import Atom
 from cvxpy.atoms.elementwise.abs import abs as Absolute
 from cvxpy.atoms.elementwise.entr import entr
 from cvxpy.atoms.elementwise.kl_div import kl_div
@@ -148,6 +149,8 @@ class _Terms:
         """All terms of one atom below each other, without those of weight zero."""
         parts = self.found[atom]
         weight, argument = stack([p.weight for p in parts]).normal, stack([p.argument for p in parts]).normal
+        if atom == "entropy":
+            return Weighted(weight, argument)  # with a weight of zero it still keeps its argument nonnegative
         used = np.zeros(argument.size, dtype=bool)
         used[weight.row] = True
         return Weighted(weight, argument) if used.all() else Weighted(rows_of(weight, used), rows_of(argument, used))
@@ -169,6 +172,8 @@ class _Terms:
                 self.add(argument, weight)
         elif isinstance(expression, NegExpression):
             self.add(expression.args[0], weight.scaled(-1.0))
+        elif not isinstance(expression, Atom):
+            self.others.append(f"`{_short(expression)}`")
         elif expression.is_atom_affine():
             table, arguments = self.reader.operator(expression)
             self.linear.append(weigh(weight, table.offset()))
@@ -187,7 +192,7 @@ class _Terms:
         divisor = _constant(expression.args[1]) if isinstance(expression, quad_over_lin) else None
         if power is not None:
             self._power(first, power, weight, expression)
-        elif divisor is not None:
+        elif divisor:
             self._square(first, _spread(weight, expression).scaled(1.0 / divisor))
         elif isinstance(expression, QuadForm):
             self._quad_form(expression, weight)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import wraps
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from convlayer.threads import one_thread
+
+SMALL = 1_000_000  # numbers that a backward reads, up to which it runs on one thread
+
 
 class Once(torch.autograd.Function):
-    """A first derivative that refuses to be differentiated again."""
+    """A first derivative that refuses to be differentiated again, with respect to any of its sources."""
 
     @staticmethod
     def forward(ctx, bar: Tensor, *sources: Tensor) -> Tensor:
@@ -18,3 +27,23 @@ class Once(torch.autograd.Function):
         raise RuntimeError(
             "ConvexLayer can be differentiated once, not twice: second derivatives are not implemented, and would be zeros."
         )
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For an autograd function's `backward`: its results refuse to be differentiated with respect to its cotangents.
+
+    With respect to the inputs they must be made to refuse where these enter. torch's decorator of the same name gives zeros here.
+    Small work runs on one thread.
+    """
+
+    @wraps(backward)
+    def guarded(ctx: Any, *bars: Tensor | None) -> Any:
+        small = sum(saved.numel() for saved in ctx.saved_tensors if saved is not None) < SMALL
+        with torch.no_grad(), one_thread() if small else nullcontext():
+            results = backward(ctx, *bars)
+        sources = [bar for bar in bars if bar is not None and bar.requires_grad]
+        if not torch.is_grad_enabled() or not sources:
+            return results
+        return tuple(None if result is None else Once.apply(result, *sources) for result in results)
+
+    return guarded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import cvxpy as cp
@@ -16,6 +17,9 @@ from convlayer.kernels.answer import Answer
 from convlayer.normal_form import NormalForm, Weighted
 from convlayer.once import Once
 from convlayer.structures import STRUCTURES, Match, MismatchError
+from convlayer.threads import one_thread
+
+SMALL = 5e7  # flops, or bytes, of a call up to which the kernel runs on one thread
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,16 +35,16 @@ class Output:
         """(B or 1, *shape)."""
         if self.output is None:
             # Zero whatever the parameters, and still a function of them to autograd.
-            first = outputs[0].reshape(len(outputs[0]), -1)[:, :1] * 0.0
-            return first.reshape(len(first), *[1] * len(self.shape)).expand(len(first), *self.shape)
+            zero = _flat(outputs[0])[:, :1] * 0.0
+            return zero.reshape(len(zero), *[1] * len(self.shape)).expand(len(zero), *self.shape)
         flat = outputs[self.output]
         if self.position is None and self.coefficient is None and flat.shape[1:] == self.shape:
             return flat
         rows = len(flat)
         if self.position is not None:
-            flat = flat.reshape(rows, -1).index_select(1, _kept(kept, (id(self), 0), self.position, flat))
+            flat = _flat(flat).index_select(1, _kept(kept, (id(self), 0), self.position, flat))
         if self.coefficient is not None:
-            flat = flat.reshape(rows, -1) * _kept(kept, (id(self), 1), self.coefficient, flat)
+            flat = _flat(flat) * _kept(kept, (id(self), 1), self.coefficient, flat)
         return flat.reshape(rows, *self.shape)
 
 
@@ -55,39 +59,46 @@ class Specialised:
         self._outputs = outputs_of(form, match, variables, owners)
         assert match.build is not None
         self._run = match.build(any(v.id in owners for v in variables))
-        self._tied = [_is_symmetric(p) for p in form.parameters]
-        self._any_tied = any(self._tied)
+        self._tied = [k for k, p in enumerate(form.parameters) if _is_symmetric(p) and not match.symmetrises]
+        self._masks = [(k, mask) for k, p in enumerate(form.parameters) if (mask := _mask(p)) is not None]
         self._kept: dict = {}
 
-    def __call__(self, values: list[Tensor], bad: Tensor | None, dtype: torch.dtype) -> tuple[Answer, list[Tensor]]:
-        """(B or 1, *shape) each -> the answer and the variables, (B or 1, *shape). Rows that are bad are not the kernel's."""
+    def __call__(
+        self, values: list[Tensor], bad: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Answer, list[Tensor], list[Tensor]]:
+        """(B or 1, *shape) each -> the answer, the variables (B or 1, *shape), and the values as the kernel got them.
+
+        Rows that are bad are not the kernel's.
+        """
         if bad is not None or (torch.is_grad_enabled() and any(v.requires_grad for v in values)):
             values = _Entering.apply(bad, *values)
         values = self._entering(values, dtype)
         like = values[0] if values else torch.zeros((), dtype=dtype)
-        answer = self._run(values, like)
-        return answer, [output.value(answer.outputs, self._kept) for output in self._outputs]
+        cost, rows = self.match.cost, max((v.shape[0] for v in values), default=1)
+        small = cost is None or rows * max(cost.flops, cost.bytes) < SMALL
+        with one_thread() if small else nullcontext():
+            answer = self._run(values, like)
+        return answer, [output.value(answer.outputs, self._kept) for output in self._outputs], values
 
     def _entering(self, values: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-        """In the kernel's dtype; a symmetric parameter is read from both triangles alike."""
+        """In the kernel's dtype; a symmetric parameter is read from both triangles alike, a sparse one on its pattern alone."""
         values = [v if v.dtype is dtype else v.to(dtype) for v in values]
-        if not self._any_tied:
-            return values
-        return [(v + v.mT) / 2 if tied else v for v, tied in zip(values, self._tied, strict=True)]
+        for k in self._tied:
+            values[k] = (values[k] + values[k].mT) / 2
+        for k, mask in self._masks:
+            values[k] = values[k] * _kept(self._kept, ("mask", k), mask, values[k])
+        return values
 
     def objective(self, values: list[Tensor], answer: Answer) -> Tensor:
-        """The user's objective at the answer, (B or 1,)."""
+        """The user's objective at the answer, (B or 1,); the values as the kernel got them."""
         x = self._x(answer)
-        values = self._entering(values, x.dtype)
         total = self._objective(values, x)
         return -total if self.form.maximise else total
 
     def infeasibility(self, values: list[Tensor], bad: Tensor | None) -> Tensor:
         """The largest violation of a constraint at the kernel's solution, relative to the solution's size or one, (B or 1,)."""
-        answer, _ = self(values, bad, torch.float64)
-        if bad is not None:
-            values = [_without(value, bad) for value in values]
-        values, x = self._entering(values, torch.float64), self._x(answer)
+        answer, _, values = self(values, bad, torch.float64)
+        x = self._x(answer)
         worst = x.new_zeros(len(x))
         for k, constraint in enumerate(self.form.constraints):
             rows = self._rows(("constraint", k), constraint.table, values, x)
@@ -97,7 +108,7 @@ class Specialised:
                 violation = -rows
             else:
                 n = round(rows.shape[1] ** 0.5)
-                square = rows.view(-1, n, n)
+                square = rows.unflatten(1, (n, n))
                 violation = -torch.linalg.eigvalsh((square + square.mT) / 2)
             if violation.shape[1]:
                 worst = torch.maximum(worst, violation.amax(1))
@@ -105,7 +116,7 @@ class Specialised:
 
     def _x(self, answer: Answer) -> Tensor:
         """The stacked variables, (B or 1, n)."""
-        x = answer.outputs[0].reshape(len(answer.outputs[0]), -1)
+        x = _flat(answer.outputs[0])
         if np.array_equal(self.match.x, np.arange(self.form.n)):
             return x
         return x.index_select(1, _kept(self._kept, "x", self.match.x, x))
@@ -125,8 +136,8 @@ class Specialised:
             )
         for k, quadratic in enumerate(form.quadratics):
             y = self._rows(("argument", k), quadratic.argument, values, x)
-            P = self._rows(("matrix", k), quadratic.matrix, values, x).reshape(-1, y.shape[1], y.shape[1])
-            total = total + (y.unsqueeze(1) @ P @ y.unsqueeze(2)).reshape(-1) / 2
+            P = self._rows(("matrix", k), quadratic.matrix, values, x).unflatten(1, (y.shape[1], y.shape[1]))
+            total = total + (y.unsqueeze(1) @ P @ y.unsqueeze(2)).flatten() / 2
         return total
 
     def _weighted(self, name, part: Weighted, values: list[Tensor], x: Tensor, atom) -> Tensor:
@@ -174,6 +185,11 @@ def _rebuilt(form: NormalForm, name: str, variables: Sequence[cp.Variable], owne
     return Specialised(form, name, STRUCTURES[name].match(form), variables, owners)
 
 
+def _flat(values: Tensor) -> Tensor:
+    """(B, *shape) -> (B, size), of an empty batch too."""
+    return values.unsqueeze(-1).flatten(1)
+
+
 def outputs_of(form: NormalForm, match: Match, variables: Sequence[cp.Variable], owners: dict) -> list[Output]:
     """Where the wanted variables are. MismatchError: a multiplier that the kernel does not give."""
     found = []
@@ -203,6 +219,17 @@ def _output(shape, output: int | None, place: np.ndarray, scale: np.ndarray | No
 
 def _is_symmetric(parameter: cp.Parameter) -> bool:
     return len(parameter.shape) >= 2 and any(parameter.attributes[a] for a in ("symmetric", "PSD", "NSD"))
+
+
+def _mask(parameter: cp.Parameter) -> np.ndarray | None:
+    """One where a sparse or diagonal parameter has entries; None for any other."""
+    if parameter.attributes["diag"]:
+        return np.eye(parameter.shape[0])
+    if parameter.sparse_idx is None:
+        return None
+    mask = np.zeros(parameter.shape)
+    mask[tuple(parameter.sparse_idx)] = 1.0
+    return mask
 
 
 class _Entering(torch.autograd.Function):

@@ -13,7 +13,6 @@ import pytest
 import torch
 from cases import CASES
 
-import convlayer.generic
 from convlayer import ConvexLayer, GradientWarning
 from convlayer.kkt import DenseSystem, SparseSystem
 from convlayer.solvers.solver import default_executor
@@ -94,7 +93,6 @@ def test_the_number_of_torch_threads_is_left_as_it_was(case):
         [thread.join() for thread in threads]
         assert seen == [2] * 4
         assert torch.get_num_threads() == 2
-        assert convlayer.generic._inside.count == 0
     finally:
         torch.set_num_threads(before)
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
+
+from convlayer.solution import Status
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,6 +19,13 @@ class Answer:
     iterations: Tensor | None = None  # (B,) int64; None: a closed form, 0
     residual: Tensor | None = None  # (B,) float64, relative residual of the optimality conditions; None: rounding, 0
     degenerate: Tensor | None = None  # (B,) bool, rows differentiated one-sidedly or least-norm; None: nowhere
+
+    def unsettled(self, rows: Tensor) -> Answer:
+        """With these rows (B or 1,) bool left to the cone program."""
+        if not bool(rows.any()):
+            return self
+        before = torch.zeros_like(rows, dtype=torch.int64) if self.status is None else self.status
+        return replace(self, status=torch.where(rows, int(Status.NOT_CONVERGED), before))
 
     def with_outputs(self, *outputs: Tensor) -> Answer:
         """The same rows with other outputs made from these."""

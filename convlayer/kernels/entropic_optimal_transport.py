@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from convlayer.kernels.answer import Answer
+from convlayer.once import once_differentiable
 from convlayer.solution import Status
 
 MASSES = {torch.float32: 1e-5, torch.float64: 1e-9}  # the marginals' totals may differ by this share

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from convlayer.kernels.answer import Answer
+from convlayer.once import once_differentiable
 from convlayer.solution import Status
 
 SAFE = 1e11  # product of the sizes of both factored matrices' inverses above which a row takes the null-space method
@@ -66,7 +67,7 @@ class _Differentiable(torch.autograd.Function):
         return x, nu
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, x_bar: Tensor, nu_bar: Tensor):
         *data, x, nu = ctx.saved_tensors
         z, z_bar = _Pair(x, nu), _Pair(x_bar, nu_bar)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from convlayer.kernels.answer import Answer
+from convlayer.once import once_differentiable
 from convlayer.solution import Status
 
 SAFE = 1e10  # |(S'S)^-1| in equilibrated columns above which a row is solved with orthogonal factors of S
@@ -63,7 +64,7 @@ class _Differentiable(torch.autograd.Function):
         return x
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, x_bar: Tensor):
         *data, x = ctx.saved_tensors
         factor, r, y = ctx.solved

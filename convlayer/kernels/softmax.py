@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from convlayer.kernels.answer import Answer
+from convlayer.once import once_differentiable
 from convlayer.solution import Status
 
 

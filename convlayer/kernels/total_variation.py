@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from convlayer.kernels.answer import Answer
+from convlayer.once import once_differentiable
 from convlayer.solution import Status
 
 EPS = 2.0**-52

@@ -33,6 +33,7 @@ from torch import Tensor
 from convlayer.program import Data, Program, dense_A, dense_P, take_rows
 from convlayer.solution import Status
 from convlayer.solvers.solver import Iterate, Solver, Task
+from convlayer.threads import one_thread
 
 SHIFT = 1e-10  # on K's diagonal, against singularity; proximal: it slows the last digits down, and moves no solution
 START_SHIFT = 1e-4  # the same for the starting point, which is to be of moderate size
@@ -453,6 +454,19 @@ def _signed(values: Tensor, n: int) -> Tensor:
 
 def _factorise(form: _Form, w: Tensor, K: Tensor, shift: float) -> tuple[Tensor, Tensor]:
     """LU of K (B, N, N), made quasidefinite by `shift`, in K's own memory: fresh pages cost more than the arithmetic."""
+    _assemble(form, w, K, shift)
+    # K is symmetric, and its transpose in the column order that LAPACK wants.
+    lu = K.mT
+    pivots, info = torch.empty(lu.shape[:2], dtype=torch.int32), torch.empty(len(lu), dtype=torch.int32)
+    torch.linalg.lu_factor_ex(lu, out=(lu, pivots, info))
+    if pivots.numel() and int(pivots.min()) < 1:  # see `lu_factor`
+        _assemble(form, w, K, shift)
+        with one_thread():
+            torch.linalg.lu_factor_ex(lu, out=(lu, pivots, info))
+    return lu, pivots
+
+
+def _assemble(form: _Form, w: Tensor, K: Tensor, shift: float) -> None:
     K.copy_(form.base)
     form.add_weighted(K, w)
     diagonal = K.diagonal(dim1=1, dim2=2)
@@ -461,11 +475,6 @@ def _factorise(form: _Form, w: Tensor, K: Tensor, shift: float) -> tuple[Tensor,
     else:
         diagonal[:, : form.n] += shift
         diagonal[:, form.n :] -= shift
-    # K is symmetric, and its transpose in the column order that LAPACK wants.
-    K = K.mT
-    pivots, info = torch.empty(K.shape[:2], dtype=torch.int32), torch.empty(len(K), dtype=torch.int32)
-    torch.linalg.lu_factor_ex(K, out=(K, pivots, info))
-    return K, pivots
 
 
 def _start(form: _Form, K: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convlayer.affine import stack
+from convlayer.affine import NONE, stack
 from convlayer.kernels.entropic_optimal_transport import entropic_optimal_transport
 from convlayer.normal_form import NormalForm
 from convlayer.structures.reading import (
     Equality,
     Layout,
     equalities,
+    in_cone,
     linear_cost,
     no_cones,
     one_value,
@@ -98,7 +99,7 @@ class EntropicOptimalTransport(Structure):
             build,
             layout.position,
             Cost(flops=60.0 * 20 * m * n + 8 * (small**3 / 3 + m * n * small), bytes=60.0 * 16 * m * n),
-            {**zero_duals(sign_rows), **_duals(form, grid)},
+            duals={**zero_duals(sign_rows), **_duals(form, grid)},
         )
 
 
@@ -112,6 +113,8 @@ class _Grid:
 
 
 def _grid(form: NormalForm) -> _Grid:
+    entries = sum(int((c.table.variable != NONE).sum()) for _, c in in_cone(form, "zero"))
+    require(entries == 2 * form.n, "not every entry is in two marginals")
     sums = equalities(form)
     require(len(sums) >= 2, "it has no two marginals")
     for row in sums:

@@ -121,8 +121,22 @@ class EqualityConstrainedQP(Structure):
                 bytes=40.0 * n * (n + p),
                 rate=1.5e10,
             ),
-            found,
+            duals=found,
+            symmetrises=_only_in_matrices(form),
         )
+
+
+def _only_in_matrices(form: NormalForm) -> bool:
+    """Symmetric parameters stand in quadratic forms alone, whose matrices the kernel symmetrises."""
+    tables = [form.squares.weight, form.squares.argument, form.linear]
+    tables += [c.table for c in form.constraints] + [q.argument for q in form.quadratics]
+    starts = form.parameter_starts
+    symmetric = [
+        (a, b)
+        for p, a, b in zip(form.parameters, starts[:-1], starts[1:], strict=True)
+        if p.is_symmetric() and p.size > 1
+    ]
+    return not any(((t.parameter >= a) & (t.parameter < b)).any() for t in tables for a, b in symmetric)
 
 
 def _independent(table: Table, n: int) -> Table:

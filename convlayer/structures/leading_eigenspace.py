@@ -73,7 +73,9 @@ class LeadingEigenspace(Structure):
         # Minimising <C, Z>: of C as it stands the trailing eigenspace, or of -C the leading one, whichever is the Parameter itself.
         leading = bool(len(cost.coefficient)) and cost.coefficient[0] < 0
         unit = total if bound is None else bound
-        plain = bool((unit.parameter == NONE).all()) and float(unit.coefficient.sum()) == 1.0
+        fixed = bool((unit.parameter == NONE).all())
+        require(not fixed or unit.coefficient.sum() > 0, "the trace is not positive")
+        plain = fixed and float(unit.coefficient.sum()) == 1.0
 
         def build(duals: bool):
             X = layout.binding(form, cost.scaled(-1.0) if leading else cost)
@@ -86,7 +88,9 @@ class LeadingEigenspace(Structure):
                     return answer
                 Z, edge = answer.outputs
                 if not plain:
-                    Z = Z * size(values, like)[..., None]
+                    scale = size(values, like)
+                    answer = answer.unsettled(scale[:, 0] < 0)
+                    Z = Z * scale[..., None]
                 if not duals:
                     return answer.with_outputs(Z)
                 sign = 1.0 if leading else -1.0
@@ -108,15 +112,16 @@ class LeadingEigenspace(Structure):
             build,
             layout.position,
             Cost(flops=11.0 * n**3 + (8.0 * n**2 if k == 1 else 8.0 * n**3), bytes=80.0 * n**2),
-            found,
+            duals=found,
+            symmetrises=True,
         )
 
 
 def _trace(form: NormalForm, diagonal: np.ndarray) -> tuple[int, float, Table]:
     """(the constraint, its coefficient, the trace)."""
-    rows = equalities(form)
-    require(len(rows) == 1, "it has more equalities than a trace" if rows else "it has no trace")
-    (row,) = rows
+    count = sum(constraint.table.size for _, constraint in in_cone(form, "zero"))
+    require(count == 1, "it has more equalities than a trace" if count else "it has no trace")
+    (row,) = equalities(form)
     require(np.array_equal(np.sort(row.variable), diagonal), "its equality is not a trace")
     require(bool((row.coefficient == row.coefficient[0]).all()), "its trace is weighted")
     scale = float(row.coefficient[0])

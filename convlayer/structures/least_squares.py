@@ -56,6 +56,7 @@ class LeastSquares(Structure):
         require(not (form.linear.variable != NONE).any(), "its objective has a linear term")
         squares = _squares(form)
         require(squares.size > 0, "its objective has no squares")
+        require(_is_nonnegative(form, squares.weight), "a square has a weight that is not nonnegative for itself")
         ridge, rows = _split(squares, form.n)
         blocks = _blocks(form, rows, ridge) or _Blocks(rows, ridge, np.arange(form.n), form.n, 1)
         m, n, k = blocks.rows.size // blocks.k, blocks.n, blocks.k
@@ -77,8 +78,9 @@ class LeastSquares(Structure):
                 return least_squares(
                     A(values, like),
                     b(values, like),
-                    None if w is None else w(values, like),
-                    None if penalty is None else penalty(values, like),
+                    # Declared nonnegative, but let pass with a rounding below zero.
+                    None if w is None else _up_to_zero(w(values, like)),
+                    None if penalty is None else _up_to_zero(penalty(values, like)),
                 )
 
             return run
@@ -106,6 +108,19 @@ class _Blocks:
     k: int
 
 
+def _up_to_zero(weight: Tensor) -> Tensor:
+    """Without what is below zero by rounding, and with the gradient that it has."""
+    return weight + (-weight.detach()).clamp(min=0.0)
+
+
+def _is_nonnegative(form: NormalForm, weight: Table) -> bool:
+    """Every entry is a positive number, or one times a nonnegative Parameter."""
+    signs = [bool(p.is_nonneg()) for p in form.parameters]
+    used = weight.parameter != NONE
+    owner = np.searchsorted(form.parameter_starts, weight.parameter[used], side="right") - 1
+    return bool((weight.coefficient >= 0).all()) and all(signs[k] for k in np.unique(owner))
+
+
 def _squares(form: NormalForm) -> Weighted:
     """All squares, constant quadratic forms among them."""
     parts = [form.squares] if form.squares.size else []
@@ -124,7 +139,9 @@ def _factored(quadratic: Quadratic) -> Weighted:
     np.add.at(entries, matrix.row, matrix.coefficient)
     P = entries.reshape(size, size)
     values, vectors = np.linalg.eigh((P + P.T) / 2)
-    kept = np.flatnonzero(values > 1e-14 * size * np.abs(values).max(initial=0.0))
+    noise = 1e-14 * size * np.abs(values).max(initial=0.0)
+    require(not size or values[0] >= -noise, "its objective has a quadratic form that is not positive semidefinite")
+    kept = np.flatnonzero(values > noise)
     row, column = np.divmod(np.arange(len(kept) * size), size)
     nothing = np.full(len(row), NONE, dtype=np.int64)
     first = Table(len(kept), row, column, nothing, vectors[:, kept].T.ravel())

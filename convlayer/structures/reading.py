@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from convlayer.affine import NONE, Table, UnsupportedError, add, chain
 from convlayer.binding import Binding
@@ -88,6 +90,17 @@ def separable(form: NormalForm) -> Separable:
     except UnsupportedError:
         raise MismatchError("a weight that is a Parameter multiplies another Parameter") from None
     return Separable(curvature.normal, slope)
+
+
+def divided(value: Tensor, curvature: Tensor) -> tuple[Tensor, Tensor]:
+    """value / curvature, and the rows (b,) where the curvature is none to divide by: the objective is linear there, or nearly."""
+    quotient = value / curvature
+    flat = ~((curvature[:, 0] > 0) & torch.isfinite(quotient.sum(1)))
+    if bool(flat.any()):
+        # Not by the quotient times zero: its gradient would be NaN.
+        quotient = value / torch.where(flat[:, None], 1.0, curvature)
+        quotient = torch.where(flat[:, None], 0.0, quotient)
+    return quotient, flat
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,9 +244,9 @@ class Total:
 
 def simplex(form: NormalForm) -> Total:
     """The one equality, if it says what all entries of x sum to."""
-    rows = equalities(form)
-    require(len(rows) == 1, "it has more than one equality" if rows else "it has no equality")
-    (row,) = rows
+    count = sum(constraint.table.size for _, constraint in in_cone(form, "zero"))
+    require(count == 1, "it has more than one equality" if count else "it has no equality")
+    (row,) = equalities(form)
     require(len(row.variable) == form.n, "its equality does not sum all variables")
     require(bool((row.coefficient == row.coefficient[0]).all()), "its equality is a weighted sum")
     scale = float(row.coefficient[0])

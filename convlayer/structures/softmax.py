@@ -81,5 +81,5 @@ class Softmax(Structure):
             build,
             layout.position,
             Cost(flops=40.0 * form.n, bytes=64.0 * form.n),
-            {total.constraint: multiplier, **zero_duals(sign_rows)},
+            duals={total.constraint: multiplier, **zero_duals(sign_rows)},
         )

@@ -12,6 +12,7 @@ from convlayer.kernels.sparsemax import sparsemax
 from convlayer.normal_form import NormalForm
 from convlayer.structures.reading import (
     Layout,
+    divided,
     no_cones,
     one_value,
     only,
@@ -75,8 +76,10 @@ class Sparsemax(Structure):
             def run(values, like):
                 y = point(values, like)
                 if not fixed:
-                    y = y / h(values, like)
+                    y, flat = divided(y, h(values, like))
                 answer = sparsemax(y, r(values, like)[:, 0])
+                if not fixed:
+                    answer = answer.unsettled(flat)
                 if not duals:
                     return answer
                 x, tau = answer.outputs
@@ -93,5 +96,5 @@ class Sparsemax(Structure):
             build,
             layout.position,
             Cost(flops=30.0 * form.n, bytes=96.0 * form.n),
-            found,
+            duals=found,
         )

@@ -10,7 +10,17 @@ from torch import Tensor
 from convlayer.affine import NONE, Table
 from convlayer.kernels.total_variation import total_variation
 from convlayer.normal_form import NormalForm
-from convlayer.structures.reading import Layout, no_cones, one_value, only, require, rows_binding, separable, words
+from convlayer.structures.reading import (
+    Layout,
+    divided,
+    no_cones,
+    one_value,
+    only,
+    require,
+    rows_binding,
+    separable,
+    words,
+)
 from convlayer.structures.structure import Cost, Declaration, Match, Structure, normal, uniform
 
 
@@ -74,10 +84,11 @@ class TotalVariation(Structure):
 
             def run(values, like):
                 x, weight = point(values, like), lam(values, like)[:, 0]
-                if not fixed:
-                    scale = h(values, like)
-                    x, weight = x / scale, weight / scale[:, 0]
-                return total_variation(x, weight)
+                if fixed:
+                    return total_variation(x, weight)
+                scale = h(values, like)
+                (x, flat), (weight, _) = divided(x, scale), divided(weight[:, None], scale)
+                return total_variation(x, weight[:, 0]).unsettled(flat)
 
             return run
 

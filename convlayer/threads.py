@@ -1,0 +1,44 @@
+"""How many threads small work gets, and a factorisation that survives torch's own thread setting.
+
+Not by torch.set_num_threads: its setting is the process's and, once made, batched LU on several threads gives wrong pivots, or never
+ends (torch 2.13 with MKL). OpenMP's own setting is the calling thread's, and costs a microsecond.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from threadpoolctl import ThreadpoolController
+from torch import Tensor
+
+
+@cache
+def _libraries() -> list:
+    return [library for library in ThreadpoolController().lib_controllers if library.user_api == "openmp"]
+
+
+class one_thread:  # noqa: N801
+    """`with one_thread(): ...`: the calling thread's torch operations run on it alone.
+
+    Where other processes hold the cores, waiting for a second thread at every small operation costs a hundred times the operation.
+    """
+
+    def __enter__(self) -> None:
+        torch.get_num_threads()  # a thread's first use of torch sets its number; not after ours
+        self._before = [library.get_num_threads() for library in _libraries()]
+        for library in _libraries():
+            library.set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        for library, count in zip(_libraries(), self._before, strict=True):
+            library.set_num_threads(count)
+
+
+def lu_factor(K: Tensor) -> tuple[Tensor, Tensor]:
+    """LU of a batch and its pivots; on one thread again where torch's came out wrong."""
+    lu, pivots, _ = torch.linalg.lu_factor_ex(K)
+    if pivots.numel() and int(pivots.min()) < 1:
+        with one_thread():
+            lu, pivots, _ = torch.linalg.lu_factor_ex(K)
+    return lu, pivots
