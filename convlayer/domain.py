@@ -14,24 +14,19 @@ from torch import Tensor
 SIGNS, MATRICES = frozenset(("nonneg", "pos", "nonpos", "neg")), frozenset(("symmetric", "PSD", "NSD"))
 
 
-def is_restricted(parameter: cp.Parameter) -> bool:
-    """Whether the parameter has a declared domain that its values could violate."""
-    return bool(_declared(parameter))
-
-
-def _declared(parameter: cp.Parameter) -> frozenset[str]:
+def declared(parameter: cp.Parameter) -> frozenset[str]:
+    """The attributes of a parameter that its values could violate."""
     return frozenset(name for name, value in parameter.attributes.items() if value is not None and value is not False)
 
 
-def plainly_inside(parameter: cp.Parameter, value: Tensor) -> bool:
+def plainly_inside(domain: frozenset[str], value: Tensor) -> bool:
     """One look at a whole tensor that settles nearly every call: finite, and within what is declared. False: look closer."""
-    declared = _declared(parameter)
     if value.numel() == 1:
         number = value.item()
-        return math.isfinite(number) and declared <= SIGNS and _sign_is_right(declared, number, number)
+        return math.isfinite(number) and domain <= SIGNS and _sign_is_right(domain, number, number)
     if not math.isfinite(value.sum().item()):  # a finite sum has finite terms
         return False
-    return not declared or not value.numel() or _plainly_inside(declared, value)
+    return not domain or not value.numel() or _plainly_inside(domain, value)
 
 
 def violations(parameter: cp.Parameter, value: Tensor) -> Iterator[tuple[Tensor, str]]:
@@ -113,10 +108,10 @@ def violations(parameter: cp.Parameter, value: Tensor) -> Iterator[tuple[Tensor,
         )
 
 
-def _plainly_inside(declared: frozenset[str], value: Tensor) -> bool:
-    if not declared <= SIGNS | MATRICES:
+def _plainly_inside(domain: frozenset[str], value: Tensor) -> bool:
+    if not domain <= SIGNS | MATRICES:
         return False
-    signs, matrix = declared & SIGNS, declared & MATRICES
+    signs, matrix = domain & SIGNS, domain & MATRICES
     if signs and not _sign_is_right(signs, value.amin().item(), value.amax().item()):
         return False
     if not matrix:
@@ -129,12 +124,12 @@ def _plainly_inside(declared: frozenset[str], value: Tensor) -> bool:
     return not bool(info.any())
 
 
-def _sign_is_right(declared: frozenset[str], low: float, high: float) -> bool:
+def _sign_is_right(domain: frozenset[str], low: float, high: float) -> bool:
     return (
-        ("nonneg" not in declared or low >= 0)
-        and ("pos" not in declared or low > 0)
-        and ("nonpos" not in declared or high <= 0)
-        and ("neg" not in declared or high < 0)
+        ("nonneg" not in domain or low >= 0)
+        and ("pos" not in domain or low > 0)
+        and ("nonpos" not in domain or high <= 0)
+        and ("neg" not in domain or high < 0)
     )
 
 

@@ -114,7 +114,7 @@ class ConvexLayer(torch.nn.Module):
             self._specialised = Specialised(
                 self._recognition.form, chosen.name, chosen.match, self._declared.variables, self._declared.owners
             )
-        self._domains = frozenset(k for k, p in enumerate(parameters) if domain.is_restricted(p))
+        self._domains = [domain.declared(p) for p in parameters]
         self._solver, self._chosen = _solver(solver), named
         self._tolerance, self._options = _tolerance(options), options
         if self._specialised is None:
@@ -360,14 +360,13 @@ class ConvexLayer(torch.nn.Module):
         """Rows whose parameters are NaN, infinite or outside their domain, None if there are none; the first reason for each."""
         found: list[tuple[Tensor, str]] = []
         with torch.no_grad():
-            for k, (value, parameter) in enumerate(zip(values, self._declared.parameters, strict=True)):
-                restricted = self.validate and k in self._domains
-                if domain.plainly_inside(parameter, value) if restricted else _is_finite(value):
+            for value, parameter, declared in zip(values, self._declared.parameters, self._domains, strict=True):
+                if domain.plainly_inside(declared if self.validate else frozenset(), value):
                     continue
                 finite = torch.isfinite(value.unsqueeze(-1).flatten(1)).all(1)
                 if not bool(finite.all()):
                     found.append((~finite, f"Parameter `{parameter.name()}` holds NaN or infinity."))
-                if restricted:
+                if declared and self.validate:
                     found += [(rows & finite, reason) for rows, reason in domain.violations(parameter, value)]
         if not found:
             return None, {}
@@ -524,11 +523,6 @@ def _shaped(output: Tensor, dtype: torch.dtype, device: torch.device, batch: tup
     if output.shape[0] != size:
         output = output.expand(size, *output.shape[1:])
     return output if len(batch) == 1 else output.reshape(*batch, *output.shape[1:])
-
-
-def _is_finite(value: Tensor) -> bool:
-    """A finite sum has finite terms: one pass over the values where all is well."""
-    return math.isfinite((value if value.numel() == 1 else value.sum()).item())
 
 
 def _no_autocast(device: torch.device):

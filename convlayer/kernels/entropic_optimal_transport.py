@@ -34,6 +34,7 @@ SINGULAR = 1e-10  # a pivot of the Schur complement, scaled to diagonal at most 
 SHIFT = 1e-12  # and this is added to the diagonal: steps along links that rounding hides stay bounded
 DENSE = 512  # the shorter side up to which the Schur complement is factorised
 INEXACT, ADJOINT = 1e-4, 1e-14  # relative residual of conjugate gradients, in a Newton step and in the backward pass
+CANCELLED = 1e-3  # of P o V: a derivative smaller than this is worked out to its own digits
 TRIALS = 200  # sweeps that look for rows whose mass has nowhere to go
 GRADIENTS = 3000  # steps of conjugate gradients, at most
 
@@ -131,8 +132,11 @@ class _Transport(torch.autograd.Function):
         a, b = _balanced(a, (q2 - torch.bmm(a, P)) / c, ctx.blocks, None)
         dM = deps = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
-            dM = (a.mT + b).mul_(P)
-            dM = (dM if PV is None else dM.sub_(PV)).div_(eps)
+            if P_bar is None or PV is None or f_bar is not None or g_bar is not None:
+                dM = (a.mT + b).mul_(P)
+                dM = (dM if PV is None else dM.sub_(PV)).div_(eps)
+            else:
+                dM = _centred(P, P_bar, PV, a, b, factor, rho, c, ctx).div_(-eps)
             if ctx.absent is not None:
                 dM = dM.masked_fill_(ctx.absent[0].mT | ctx.absent[1], 0.0)
             if ctx.needs_input_grad[3]:
@@ -142,6 +146,20 @@ class _Transport(torch.autograd.Function):
         gradients = (dM, a.squeeze(1), b.squeeze(1), deps)
         needed = zip(gradients, ctx.inputs, ctx.needs_input_grad, strict=True)
         return tuple(_gathered(t, shape).to(ctx.dtype) if t is not None and need else None for t, shape, need in needed)
+
+
+def _centred(
+    P: Tensor, V: Tensor, PV: Tensor, a: Tensor, b: Tensor, factor: Tensor, rho: Tensor, c: Tensor, ctx: Any
+) -> Tensor:
+    """P o (V - a 1' - 1 b'). Where it nearly cancels, as it does for a plan near a vertex, it is centred once more: the operator
+    that takes V there is as small as its result, and so is what it makes of the rounding in V - a 1' - 1 b'."""
+    W = V - a.mT - b
+    PW = P * W
+    if bool((PW.abs().amax((1, 2)) < CANCELLED * PV.abs().amax((1, 2))).any()):
+        q1, q2 = PW.sum(2).unsqueeze(1), PW.sum(1, keepdim=True)
+        more = _adjoint(P, factor, rho, c, q1 - torch.bmm(q2 / c, P.mT), ctx.refinements, ctx.blocks)
+        PW.sub_((more.mT + (q2 - torch.bmm(more, P)) / c).mul_(P))
+    return PW
 
 
 def _gathered(gradient: Tensor, shape: torch.Size) -> Tensor:
@@ -169,7 +187,7 @@ class _Task:
 
 def _posed(M: Tensor, r: Tensor, c: Tensor, eps: Tensor) -> _Task:
     dtype = M.dtype
-    (B,) = torch.broadcast_shapes(M.shape[:1], r.shape[:1], c.shape[:1], eps.shape[:1])
+    B = max(len(M), len(r), len(c), len(eps))
     M, eps = M.double(), eps.double().view(-1, 1, 1)
     masses = r, c = r.double().unsqueeze(1), c.double().unsqueeze(1)
     total, other = r.sum(2, keepdim=True), c.sum(2, keepdim=True)

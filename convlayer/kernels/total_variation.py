@@ -54,7 +54,7 @@ def total_variation(
 class _TotalVariation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, lam: Tensor) -> tuple[Tensor, ...]:
-        rows, n = torch.broadcast_shapes(x.shape[:1], lam.shape)[0], x.shape[1]
+        rows, n = 0 if 0 in (len(x), len(lam)) else max(len(x), len(lam)), x.shape[1]
         ctx.shapes, ctx.dtypes = (x.shape[0], lam.shape[0]), (x.dtype, lam.dtype)
         X, lam = x.double().expand(rows, n), lam.double().expand(rows)[:, None]
         ctx.special = bool((lam <= 0).any())  # the one look at the data outside the passes

@@ -51,6 +51,12 @@ def one_value(table: Table, size: int, reason: str) -> Table:
     return Table(1, np.zeros(width, dtype=np.int64), nothing, parameter[0], coefficient[0])
 
 
+def is_one(row: Table) -> bool:
+    """Whether a single row without variables is the number 1."""
+    row = row.normal
+    return len(row.row) == 1 and row.parameter[0] == NONE and row.coefficient[0] == 1.0
+
+
 def alone(argument: Table, reason: str) -> tuple[np.ndarray, np.ndarray]:
     """(variable, coefficient) of each row, where each holds a single variable times a number."""
     part = argument.linear().normal

@@ -11,6 +11,7 @@ from convlayer.kernels.softmax import softmax
 from convlayer.normal_form import NormalForm
 from convlayer.structures.reading import (
     Layout,
+    is_one,
     linear_cost,
     no_cones,
     one_value,
@@ -68,10 +69,15 @@ class Softmax(Structure):
 
         def build(duals: bool):
             theta = layout.binding(form, scores)
-            tau, r = rows_binding(form, temperature), rows_binding(form, total.right)
+            tau, r = (None if is_one(table) else rows_binding(form, table) for table in (temperature, total.right))
 
             def run(values, like):
-                return softmax(theta(values, like), tau(values, like)[:, 0], r(values, like)[:, 0])
+                return softmax(
+                    theta(values, like),
+                    None if tau is None else tau(values, like)[:, 0],
+                    None if r is None else r(values, like)[:, 0],
+                    duals,
+                )
 
             return run
 
