@@ -12,6 +12,8 @@ from convlayer.kernels.answer import Answer
 from convlayer.once import once_differentiable
 from convlayer.solution import Status
 
+BLOCK = 262_144  # numbers of a block: fresh memory for a whole array costs more than the arithmetic
+
 
 def softmax(
     theta: Tensor,  # (b, n)
@@ -95,7 +97,7 @@ class _Softmax(Function):
         p, tau, r, empty, theta, top, log_largest = ctx.saved_tensors
         by_theta, by_tau, by_r = ctx.needs_input_grad[:3]
         v = torch.zeros_like(p) if v is None else v
-        mean = torch.linalg.vecdot(v, p).unsqueeze(-1)
+        mean, theta_bar = _pulled_back(p.expand_as(v), v)
         if w is not None:
             w = w.unsqueeze(-1) if empty is None else w.masked_fill(empty, 0).unsqueeze(-1)
         r_bar = None
@@ -104,9 +106,6 @@ class _Softmax(Function):
             r_bar = _sum_to(ctx.sizes[2], r_bar.squeeze(-1))
         if not (by_theta or by_tau):
             return None, None, r_bar, None, None, None
-        # p o (s - p's), by torch's own pass over both, of s = v - p'v: near a vertex v - p'v cancels in the largest entry, and
-        # centring what is left once more makes that exact
-        theta_bar = torch._softmax_backward_data(v - mean, p.expand_as(v), -1, p.dtype)
         if r is not None:
             theta_bar = theta_bar * r if r.shape[0] > theta_bar.shape[0] else theta_bar.mul_(r)
         if tau is not None:
@@ -124,6 +123,22 @@ class _Softmax(Function):
                 tau_bar = tau_bar - w * (1 + log_largest)
             tau_bar = _sum_to(ctx.sizes[1], tau_bar.squeeze(-1))
         return _sum_to(ctx.sizes[0], theta_bar) if by_theta else None, tau_bar, r_bar, None, None, None
+
+
+def _pulled_back(p: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """(p'v, p o (s - p's)) with s = v - p'v; on the CPU by blocks of rows that the cache holds.
+
+    Near a vertex v - p'v cancels in the largest entry, and centring what is left once more makes that exact.
+    """
+    rows = max(1, BLOCK // max(1, v.shape[1]))
+    if v.is_cuda or v.shape[0] <= rows:
+        mean = torch.linalg.vecdot(v, p).unsqueeze(-1)
+        return mean, torch._softmax_backward_data(v - mean, p, -1, p.dtype)
+    means, parts = [], torch.empty_like(v, memory_format=torch.contiguous_format)
+    for one, other, out in zip(v.split(rows), p.split(rows), parts.split(rows), strict=True):
+        means.append(torch.linalg.vecdot(one, other).unsqueeze(-1))
+        torch._softmax_backward_data(one - means[-1], other, -1, p.dtype, grad_input=out)
+    return torch.cat(means), parts
 
 
 def _sum_to(size: int, gradient: Tensor) -> Tensor:
