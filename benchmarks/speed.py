@@ -21,6 +21,7 @@ from benchmarks.measure import clock, interleaved, medians
 from benchmarks.peer import MISSING, peer_layer
 from benchmarks.table import Family, Options, Row
 from convlayer import ConvexLayer, generic
+from convlayer.threads import one_thread
 
 BATCH, REPEATS, SECONDS = 32, 21, 8.0
 SIZES = {
@@ -60,7 +61,7 @@ def measure(name: str, options: Options) -> Row:
     row = Row(f"{name} {', '.join(map(str, sizes))}".strip(), wanted={BACKWARD: ("<=", 0.5), BARE: ("<=", 1.5)})
     with warnings.catch_warnings(), bare_clock() as bare:
         warnings.simplefilter("ignore")
-        runs = [lambda: timed(layer, tensors, bare), lambda: one_thread(lambda: timed(layer, tensors, bare))]
+        runs = [lambda: timed(layer, tensors, bare), lambda: on_one_thread(lambda: timed(layer, tensors, bare))]
         try:
             peer = peer_layer(case(*sizes))
             if peer is not None:
@@ -121,13 +122,9 @@ def timed(
     return 1e3 * (middle - start), 1e3 * (end - middle), 1e3 * ((sum(bare) if bare else 0.0) - spent)
 
 
-def one_thread(run: Callable[[], tuple[float, ...]]) -> tuple[float, ...]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+def on_one_thread(run: Callable[[], tuple[float, ...]]) -> tuple[float, ...]:
+    with one_thread():
         return run()
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextmanager

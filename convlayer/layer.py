@@ -222,7 +222,7 @@ class ConvexLayer(torch.nn.Module):
         sibling.__dict__.update(
             {name: copy.copy(part) for name, part in self.__dict__.items() if isinstance(part, dict)}
         )
-        sibling._warned = set()
+        sibling.executor, sibling._warned = self.executor, set()
         return sibling
 
     def _generic(self) -> ConvexLayer:

@@ -235,21 +235,20 @@ def _mask(parameter: cp.Parameter) -> np.ndarray | None:
 class _Entering(torch.autograd.Function):
     """The values of the parameters as the kernel gets them: those of a good row in the place of bad ones.
 
-    Backwards nothing changes: a bad row that no loss uses has the cotangent zero, one that a loss uses NaN. A second derivative is
+    Every output depends on every parameter, if with a gradient of zero. Else nothing changes backwards: a bad row that no loss uses has the cotangent zero, one that a loss uses NaN. A second derivative is
     refused here, since the kernels' own derivatives are not differentiated and it would come out as zeros.
     """
 
     @staticmethod
     def forward(ctx, bad: Tensor | None, *values: Tensor):
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*values)
         return tuple(v.view_as(v) if bad is None else _without(v, bad) for v in values)
 
     @staticmethod
-    def backward(ctx, *bars: Tensor | None):
+    def backward(ctx, *bars: Tensor):
         if torch.is_grad_enabled():
             sources = [value for value in ctx.saved_tensors if value.requires_grad]
-            return None, *(None if bar is None else Once.apply(bar, *sources) for bar in bars)
+            return None, *(Once.apply(bar, *sources) for bar in bars)
         return None, *bars
 
 

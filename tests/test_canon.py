@@ -194,9 +194,10 @@ def test_a_recovery_that_is_no_gather_raises(monkeypatch):
 # Parameters that stand in unusual places ----------------------------------------------------------------------------------
 
 
-def test_a_parameter_that_stands_nowhere_that_matters_has_a_gradient_of_zero():
+@pytest.mark.parametrize("structure", ["auto", "generic"])
+def test_a_parameter_that_stands_nowhere_that_matters_has_a_gradient_of_zero(structure):
     a, idle, x = cp.Parameter(2, name="a"), cp.Parameter(2, name="idle"), cp.Variable(2, name="x")
-    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - a) + cp.sum(idle))), [a, idle], [x])
+    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - a) + cp.sum(idle))), [a, idle], [x], structure=structure)
     inputs = [torch.ones(2, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     solution = layer.solve(*inputs)
     bars = torch.autograd.grad(solution.variables[0].sum(), inputs, retain_graph=True)

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from functools import partial
 
 from benchmarks.structures.tasks import Task
-from benchmarks.structures.timing import one_thread
 from benchmarks.table import Family, Options, Row
+from convlayer.threads import one_thread
 
 PLAIN, TRACED = "overhead", "overhead, with gradient"
 CALLS = 1000

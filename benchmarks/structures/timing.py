@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks.measure import clock
 from benchmarks.structures.tasks import Layer, Variables, weights_of
 from convlayer.problems import Declared
+from convlayer.threads import one_thread
 
 SLICE = 0.02  # seconds that a fast run repeats itself in one turn
 LONG = 3.0  # seconds of a first call that is the measurement
@@ -55,16 +56,6 @@ class Run:
 
     def on_one_thread(self) -> Run:
         return replace(self, alone=True)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @dataclass
