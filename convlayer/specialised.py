@@ -235,8 +235,9 @@ def _mask(parameter: cp.Parameter) -> np.ndarray | None:
 class _Entering(torch.autograd.Function):
     """The values of the parameters as the kernel gets them: those of a good row in the place of bad ones.
 
-    Every output depends on every parameter, if with a gradient of zero. Else nothing changes backwards: a bad row that no loss uses has the cotangent zero, one that a loss uses NaN. A second derivative is
-    refused here, since the kernels' own derivatives are not differentiated and it would come out as zeros.
+    Every output depends on every parameter, if with a gradient of zero. Else nothing changes backwards: a bad row that no loss uses
+    has the cotangent zero, one that a loss uses NaN. A second derivative is refused here, since the kernels' own derivatives are not
+    differentiated and it would come out as zeros.
     """
 
     @staticmethod
