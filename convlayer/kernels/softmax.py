@@ -134,11 +134,16 @@ def _pulled_back(p: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     if v.is_cuda or v.shape[0] <= rows:
         mean = torch.linalg.vecdot(v, p).unsqueeze(-1)
         return mean, torch._softmax_backward_data(v - mean, p, -1, p.dtype)
-    means, parts = [], torch.empty_like(v, memory_format=torch.contiguous_format)
-    for one, other, out in zip(v.split(rows), p.split(rows), parts.split(rows), strict=True):
-        means.append(torch.linalg.vecdot(one, other).unsqueeze(-1))
-        torch._softmax_backward_data(one - means[-1], other, -1, p.dtype, grad_input=out)
-    return torch.cat(means), parts
+    bars, means, spare = (
+        torch.empty_like(v, memory_format=torch.contiguous_format),
+        v.new_empty(len(v), 1),
+        v.new_empty(rows, v.shape[1]),
+    )
+    for one, other, mean, bar in zip(*(t.split(rows) for t in (v, p, means, bars)), strict=True):
+        product = torch.mul(one, other, out=spare[: len(one)])
+        torch.sum(product, -1, keepdim=True, out=mean)
+        torch._softmax_backward_data(torch.sub(one, mean, out=product), other, -1, p.dtype, grad_input=bar)
+    return means, bars
 
 
 def _sum_to(size: int, gradient: Tensor) -> Tensor:
