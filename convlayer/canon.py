@@ -33,7 +33,7 @@ from cvxpy.reductions.solvers.solving_chain import _build_solving_chain
 from torch import Tensor
 
 from convlayer.cones import Product
-from convlayer.diagnose import check_arguments, check_convexity
+from convlayer.diagnose import ProblemError, check_arguments, check_convexity
 from convlayer.kkt import Visible
 from convlayer.program import Program
 
@@ -159,7 +159,12 @@ def canonicalise(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Reading from a sparse CVXPY expression")
         warnings.filterwarnings("ignore", message=r"(?s).*CPP backend")  # which of CVXPY's backends it falls back to
-        data, inverse = chain.apply(copy)
+        try:
+            data, inverse = chain.apply(copy)
+        except NotImplementedError as error:
+            raise ProblemError(
+                "CVXPY cannot canonicalise this problem: it has an atom inside another that takes no such argument."
+            ) from error
     inverse[-1] = SolverInverseData(inverse[-1], chain.solver, {})
     cone_program = data[cp.settings.PARAM_PROB]
     if (

@@ -147,9 +147,10 @@ class ConvexLayer(torch.nn.Module):
         """Solve on the layer's path and on the generic one, and compare values, feasibility and gradients, row by row.
 
         The gradients are those of one random linear functional of the variables, drawn from `seed`. Nothing is raised: look at
-        `.agrees`, or print it.
+        `.agrees`, or print it. The generic path is exact in float64: marginals in float32 whose sums differ by rounding, which the
+        transport kernel takes, are infeasible to it.
         """
-        *_, batch = self._check_tensors(tensors)
+        dtype, _, batch = self._check_tensors(tensors)
         leaves = [
             t.detach().expand((*batch, *p.shape)) for t, p in zip(tensors, self._declared.parameters, strict=True)
         ]
@@ -157,11 +158,10 @@ class ConvexLayer(torch.nn.Module):
         infeasibility = None
         if self._specialised is not None:
             with torch.no_grad():
-                values = [
-                    _flatten_batch(t, p, batch).double() for t, p in zip(leaves, self._declared.parameters, strict=True)
-                ]
+                values = [_flatten_batch(t, p, batch) for t, p in zip(leaves, self._declared.parameters, strict=True)]
                 bad, _ = mine._bad_rows(values, math.prod(batch))
-                infeasibility = self._specialised.infeasibility(values, bad).expand(math.prod(batch))
+                work = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+                infeasibility = self._specialised.infeasibility(values, bad, work).expand(math.prod(batch))
         return verify(self.structure, mine.solve, mine._generic().solve, leaves, len(batch), infeasibility, seed)
 
     def explain(self, batch: int = 1) -> str:
@@ -382,6 +382,10 @@ class ConvexLayer(torch.nn.Module):
     def _start(self, warm_start: Solution | None, batch: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor] | None:
         if warm_start is None:
             return None
+        if self._specialised is not None:
+            raise ValueError(
+                f"structure {self.structure!r} runs a kernel, which takes no warm start; leave warm_start out."
+            )
         if not self._solver.warm_starts:
             raise ValueError(
                 f"Solver {self._solver.name} cannot start from a previous solution; use solver='scs', or leave warm_start out."
@@ -577,6 +581,8 @@ def _batch_shape(tensor: Tensor, parameter: cp.Parameter) -> tuple[int, ...]:
         message = f"Parameter `{parameter.name()}` was given a tensor of shape {shape}; expected ({wanted}) or (*batch{', ' * bool(wanted)}{wanted})."
         if len(expected) == 2 and expected[0] == expected[1] == shape[-1] and lead < 1:
             message += f"\nEach row needs its own {expected[0]} x {expected[1]} matrix: did you mean torch.diag_embed({parameter.name()})?"
+        elif len(expected) == 2 and shape[-2:] == expected[::-1]:
+            message += f"\nIt is the transpose: did you mean {parameter.name()}.mT?"
         elif math.prod(shape) == math.prod(expected):
             message += f"\nIt has the right number of entries: did you mean {parameter.name()}.reshape({wanted})?"
         elif expected and shape[:-1] == expected:

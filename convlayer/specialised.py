@@ -78,7 +78,8 @@ class Specialised:
         small = cost is None or rows * max(cost.flops, cost.bytes) < SMALL
         with one_thread() if small else nullcontext():
             answer = self._run(values, like)
-        return answer, [output.value(answer.outputs, self._kept) for output in self._outputs], values
+        outputs = [output.value(answer.outputs, self._kept) for output in self._outputs]
+        return answer, [_attached(output, values) for output in outputs], values
 
     def _entering(self, values: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
         """In the kernel's dtype; a symmetric parameter is read from both triangles alike, a sparse one on its pattern alone."""
@@ -95,10 +96,10 @@ class Specialised:
         total = self._objective(values, x)
         return -total if self.form.maximise else total
 
-    def infeasibility(self, values: list[Tensor], bad: Tensor | None) -> Tensor:
+    def infeasibility(self, values: list[Tensor], bad: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The largest violation of a constraint at the kernel's solution, relative to the solution's size or one, (B or 1,)."""
-        answer, _, values = self(values, bad, torch.float64)
-        x = self._x(answer)
+        answer, _, values = self(values, bad, dtype)
+        values, x = [v.double() for v in values], self._x(answer).double()
         worst = x.new_zeros(len(x))
         for k, constraint in enumerate(self.form.constraints):
             rows = self._rows(("constraint", k), constraint.table, values, x)
@@ -219,6 +220,14 @@ def _output(shape, output: int | None, place: np.ndarray, scale: np.ndarray | No
 
 def _is_symmetric(parameter: cp.Parameter) -> bool:
     return len(parameter.shape) >= 2 and any(parameter.attributes[a] for a in ("symmetric", "PSD", "NSD"))
+
+
+def _attached(output: Tensor, values: list[Tensor]) -> Tensor:
+    """An output that no parameter moves depends on them none the less, with a gradient of zero."""
+    if output.requires_grad or not torch.is_grad_enabled():
+        return output
+    source = next((v for v in values if v.requires_grad), None)
+    return output if source is None else output + source.flatten()[:1].sum().to(output.dtype) * 0.0
 
 
 def _mask(parameter: cp.Parameter) -> np.ndarray | None:

@@ -394,3 +394,55 @@ def test_constraints_that_contradict_each_other_are_infeasible():
     assert layer.structure == "equality_constrained_qp"
     with pytest.raises(SolverError, match="INFEASIBLE"):
         layer(torch.zeros(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("spelling", ["one triangle", "a trace that is an entry", "a bordered matrix"])
+def test_the_gradient_of_a_symmetric_parameter_is_symmetric_however_it_is_read(spelling):
+    X, Z = cp.Parameter((2, 2), symmetric=True), cp.Variable((2, 2), symmetric=True)
+    Q, q, y = cp.Parameter((2, 2), PSD=True), cp.Parameter(2), cp.Variable(2)
+    W = cp.psd_wrap(cp.bmat([[Q[0, 0], Q[0, 1]], [Q[0, 1], Q[1, 1]]]))
+    declaration = {
+        "one triangle": (cp.Problem(cp.Maximize(X[0, 1] * Z[0, 1] + Z[0, 0]), [cp.trace(Z) == 1, Z >> 0]), [X], [Z]),
+        "a trace that is an entry": (
+            cp.Problem(cp.Maximize(cp.trace(X @ Z)), [cp.trace(Z) == X[0, 1], Z >> 0]), [X], [Z]),
+        "a bordered matrix": (cp.Problem(cp.Minimize(cp.quad_form(y, W) + q @ y), [cp.sum(y) == 1]), [Q, q], [y]),
+    }[spelling]  # fmt: skip
+    value = torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=torch.float64)
+    tensors = [value, torch.tensor([1.0, 2.0], dtype=torch.float64)][: len(declaration[1])]
+    layer = ConvexLayer(*declaration)
+    assert layer.structure in ("leading_eigenspace", "equality_constrained_qp")
+    inputs = leaves(tensors)
+    (bar, *_) = torch.autograd.grad(layer.solve(*inputs).objective, inputs)
+    assert torch.allclose(bar, bar.mT)
+    assert layer.verify(*tensors).agrees
+
+
+@pytest.mark.parametrize("structure", ["auto", "generic"])
+def test_a_solution_that_no_parameter_moves_has_a_gradient_of_zero(structure):
+    x, p = cp.Variable(3), cp.Parameter(3)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - 1) + cp.sum(p)), [cp.sum(x) == 1, x >= 0])
+    (leaf,) = leaves([torch.ones(2, 3, dtype=torch.float64)])
+    ConvexLayer(problem, [p], [x], structure=structure)(leaf)[0].sum().backward()
+    assert torch.equal(leaf.grad, torch.zeros(2, 3, dtype=torch.float64))
+
+
+@pytest.mark.filterwarnings("ignore::convlayer.GradientWarning")
+def test_multipliers_of_a_transport_are_flagged_and_its_plan_is_not():
+    spelling = next(s for s in SPELLINGS if s.name == "multiply_and_sum")
+    problem, parameters, variables = spelling.declare()
+    tensors = spelling.sample((3,), 5)
+    assert not ConvexLayer(problem, parameters, variables).solve(*tensors).degenerate.any()
+    outputs = [*variables, problem.constraints[0].dual_variables[0]]
+    layer = ConvexLayer(problem, parameters, outputs)
+    assert layer.structure == "entropic_optimal_transport"
+    solution = layer.solve(*tensors)
+    assert solution.degenerate.all()
+    # Multipliers of the rows, differenced: what of them is unique.
+    other = ConvexLayer(problem, parameters, outputs, structure="generic").solve(*tensors)
+    mine, theirs = (s.variables[1] - s.variables[1].mean(-1, keepdim=True) for s in (solution, other))
+    assert relative(mine, theirs) < 1e-8
+
+
+def test_a_transposed_parameter_is_told_so():
+    with pytest.raises(ValueError, match=r"did you mean A\.mT"):
+        problems.ridge.layer(8, 5)(torch.zeros(5, 8), torch.zeros(8), torch.ones(()))  # fmt: skip

@@ -27,6 +27,12 @@ class Answer:
         before = torch.zeros_like(rows, dtype=torch.int64) if self.status is None else self.status
         return replace(self, status=torch.where(rows, int(Status.NOT_CONVERGED), before))
 
+    def flagged(self) -> Answer:
+        """With every row differentiated by rule."""
+        return replace(
+            self, degenerate=torch.ones(len(self.outputs[0]), dtype=torch.bool, device=self.outputs[0].device)
+        )
+
     def with_outputs(self, *outputs: Tensor) -> Answer:
         """The same rows with other outputs made from these."""
         return replace(self, outputs=outputs)

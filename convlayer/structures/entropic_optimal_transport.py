@@ -86,9 +86,11 @@ class EntropicOptimalTransport(Structure):
             r, c, eps = rows_binding(form, first), rows_binding(form, second), rows_binding(form, temperature)
 
             def run(values, like):
-                return entropic_optimal_transport(
+                answer = entropic_optimal_transport(
                     M(values, like), r(values, like), c(values, like), eps(values, like)[:, 0]
                 )
+                # Its multipliers are known up to a constant moved from one marginal to the other: those of least norm.
+                return answer.flagged() if duals else answer
 
             return run
 

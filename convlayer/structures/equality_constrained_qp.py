@@ -18,6 +18,7 @@ from convlayer.structures.reading import (
     alone,
     binding,
     in_cone,
+    is_whole_parameter,
     linear_cost,
     no_cones,
     only,
@@ -122,21 +123,14 @@ class EqualityConstrainedQP(Structure):
                 rate=1.5e10,
             ),
             duals=found,
-            symmetrises=_only_in_matrices(form),
+            symmetrises=_symmetrises(form),
         )
 
 
-def _only_in_matrices(form: NormalForm) -> bool:
-    """Symmetric parameters stand in quadratic forms alone, whose matrices the kernel symmetrises."""
-    tables = [form.squares.weight, form.squares.argument, form.linear]
-    tables += [c.table for c in form.constraints] + [q.argument for q in form.quadratics]
-    starts = form.parameter_starts
-    symmetric = [
-        (a, b)
-        for p, a, b in zip(form.parameters, starts[:-1], starts[1:], strict=True)
-        if p.is_symmetric() and p.size > 1
-    ]
-    return not any(((t.parameter >= a) & (t.parameter < b)).any() for t in tables for a, b in symmetric)
+def _symmetrises(form: NormalForm) -> bool:
+    """Symmetric parameters are whole matrices of quadratic forms, which the kernel symmetrises."""
+    whole = sum(is_whole_parameter(form, q.matrix, q.argument.size) for q in form.quadratics)
+    return whole == sum(1 for p in form.parameters if p.is_symmetric() and p.size > 1)
 
 
 def _independent(table: Table, n: int) -> Table:

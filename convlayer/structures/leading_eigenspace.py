@@ -14,6 +14,7 @@ from convlayer.structures.reading import (
     Layout,
     equalities,
     in_cone,
+    is_whole_parameter,
     linear_cost,
     no_cones,
     one_value,
@@ -113,7 +114,7 @@ class LeadingEigenspace(Structure):
             layout.position,
             Cost(flops=11.0 * n**3 + (8.0 * n**2 if k == 1 else 8.0 * n**3), bytes=80.0 * n**2),
             duals=found,
-            symmetrises=True,
+            symmetrises=is_whole_parameter(form, cost, n),
         )
 
 

@@ -51,6 +51,32 @@ def one_value(table: Table, size: int, reason: str) -> Table:
     return Table(1, np.zeros(width, dtype=np.int64), nothing, parameter[0], coefficient[0])
 
 
+def is_whole_parameter(form: NormalForm, table: Table, size: int) -> bool:
+    """Whether the rows of a table without variables, a square matrix, are one Parameter, or its transpose, times a number, and
+    no other part of the problem reads that Parameter."""
+    table = table.normal
+    mirrored = np.arange(size * size).reshape(size, size).T.ravel()
+    if (
+        len(table.row) != size * size
+        or (table.parameter == NONE).any()
+        or (table.coefficient != table.coefficient[0]).any()
+    ):
+        return False
+    first = int(table.parameter.min())
+    entry = table.parameter - first
+    if first not in form.parameter_starts or not (
+        np.array_equal(entry, table.row) or np.array_equal(entry, mirrored[table.row])
+    ):
+        return False
+    parts = [form.linear, *(constraint.table for constraint in form.constraints)]
+    parts += [
+        t for weighted in (form.squares, form.absolutes, form.entropies) for t in (weighted.weight, weighted.argument)
+    ]
+    parts += [t for quadratic in form.quadratics for t in (quadratic.matrix, quadratic.argument)]
+    reads = sum(int(((t.parameter >= first) & (t.parameter < first + size * size)).sum()) for t in parts)
+    return reads == size * size
+
+
 def is_one(row: Table) -> bool:
     """Whether a single row without variables is the number 1."""
     row = row.normal
