@@ -252,14 +252,13 @@ class ConvexLayer(torch.nn.Module):
         size = math.prod(batch)
         with _no_autocast(device):
             values = [_flatten_batch(t, p, batch) for t, p in zip(tensors, self._declared.parameters, strict=True)]
-            bad, details = self._bad_rows(values, size)
-            if bad is not None and self.on_failure == "raise":
-                raise ParameterError.of(torch.where(bad, int(Status.BAD_INPUT), 0).view(batch), details)
+            vouched = frozenset() if self._specialised is None else self._specialised.match.vouches
+            bad, details = self._checked(values, size, batch, vouched)
             asked = solver_args is not None and bool(solver_args.keys() - {"tolerance"})
             if self._specialised is None or asked or warm_start is not None:
                 rows = self._solve_generic(values, size, bad, batch, solver_args, warm_start)
             else:
-                rows = self._solve_specialised(values, size, bad, dtype, solver_args, everything)
+                rows = self._solve_specialised(values, size, bad, batch, dtype, solver_args, everything, details)
             if self.structure != "cone_program" and rows.status is not None and not solver_args and warm_start is None:
                 self._rescue(rows, values, size)
             outputs = [_shaped(o, dtype, device, batch, size) for o in self._judge(rows, batch, details)]
@@ -306,9 +305,11 @@ class ConvexLayer(torch.nn.Module):
         values: list[Tensor],
         size: int,
         bad: Tensor | None,
+        batch: tuple[int, ...],
         dtype: torch.dtype,
         solver_args: Mapping[str, Any] | None,
         everything: bool,
+        details: dict[int, str],
     ) -> _Rows:
         path = self._specialised
         assert path is not None
@@ -316,6 +317,12 @@ class ConvexLayer(torch.nn.Module):
             _tolerance(dict(solver_args))
         work = dtype if dtype in (torch.float32, torch.float64) else torch.float32
         answer, outputs, entered = path(values, bad, work)
+        if path.match.vouches and not answer.definite:
+            # What the kernel was to see for itself it did not: the look that was saved is taken.
+            bad, found = self._checked(values, size, batch, frozenset())
+            details.update(found)
+            if bad is not None:
+                answer, outputs, entered = path(values, bad, work)
         if everything:
             outputs.append(path.objective(entered, answer))
         return _Rows.of_answer(answer, outputs, size, bad, everything)
@@ -356,12 +363,28 @@ class ConvexLayer(torch.nn.Module):
             dtype = reduce(torch.promote_types, [t.dtype for t in tensors if t.ndim] or [t.dtype for t in tensors])
         return dtype, device, batch
 
-    def _bad_rows(self, values: list[Tensor], size: int) -> tuple[Tensor | None, dict[int, str]]:
-        """Rows whose parameters are NaN, infinite or outside their domain, None if there are none; the first reason for each."""
+    def _checked(
+        self, values: list[Tensor], size: int, batch: tuple[int, ...], vouched: frozenset[int]
+    ) -> tuple[Tensor | None, dict[int, str]]:
+        """The bad rows, and why; ParameterError if that is the policy."""
+        bad, details = self._bad_rows(values, size, vouched)
+        if bad is not None and self.on_failure == "raise":
+            raise ParameterError.of(torch.where(bad, int(Status.BAD_INPUT), 0).view(batch), details)
+        return bad, details
+
+    def _bad_rows(
+        self, values: list[Tensor], size: int, vouched: frozenset[int] = frozenset()
+    ) -> tuple[Tensor | None, dict[int, str]]:
+        """Rows whose parameters are NaN, infinite or outside their domain, None if there are none; the first reason for each.
+
+        Of those `vouched` for, the kernel sees whether they are semidefinite.
+        """
         found: list[tuple[Tensor, str]] = []
         with torch.no_grad():
-            for value, parameter, declared in zip(values, self._declared.parameters, self._domains, strict=True):
-                if domain.plainly_inside(declared if self.validate else frozenset(), value):
+            for k, (value, parameter) in enumerate(zip(values, self._declared.parameters, strict=True)):
+                declared = self._domains[k]
+                look = declared - {"PSD"} | {"symmetric"} if k in vouched else declared
+                if domain.plainly_inside(look if self.validate else frozenset(), value):
                     continue
                 finite = torch.isfinite(value.unsqueeze(-1).flatten(1)).all(1)
                 if not bool(finite.all()):

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import cvxpy as cp
 import numpy as np
@@ -446,3 +447,26 @@ def test_multipliers_of_a_transport_are_flagged_and_its_plan_is_not():
 def test_a_transposed_parameter_is_told_so():
     with pytest.raises(ValueError, match=r"did you mean A\.mT"):
         problems.ridge.layer(8, 5)(torch.zeros(5, 8), torch.zeros(8), torch.ones(()))  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", ["indefinite", "asymmetric", "nan"])
+def test_a_matrix_whose_definiteness_the_kernel_sees_for_itself_is_refused_in_the_same_words(fault):
+    P, q, A, b = (t.clone() for t in sample("equality_constrained_qp", (3,), 18))
+    if fault == "indefinite":
+        P[1, 0, 0] = -5.0
+    elif fault == "asymmetric":
+        P[1, 0, 1] += 0.1
+    else:
+        P[1, 2, 2] = torch.nan
+    said = []
+    for structure in ("auto", "generic"):
+        with pytest.raises(ParameterError) as error:
+            layer_of("equality_constrained_qp", structure=structure)(P, q, A, b)
+        said.append(re.sub(r"param\d+", "P", str(error.value)))
+    assert said[0] == said[1]
+    assert "Parameter `P`" in said[0]
+    inputs = leaves((P, q, A, b))
+    solution = layer_of("equality_constrained_qp", on_failure="nan").solve(*inputs)
+    assert solution.status.tolist() == [Status.SOLVED, Status.BAD_INPUT, Status.SOLVED]
+    (clean,) = layer_of("equality_constrained_qp")(P[[0, 2]], q[[0, 2]], A[[0, 2]], b[[0, 2]])
+    assert relative(solution.variables[0][[0, 2]].detach(), clean) < 1e-12

@@ -19,6 +19,7 @@ class Answer:
     iterations: Tensor | None = None  # (B,) int64; None: a closed form, 0
     residual: Tensor | None = None  # (B,) float64, relative residual of the optimality conditions; None: rounding, 0
     degenerate: Tensor | None = None  # (B,) bool, rows differentiated one-sidedly or least-norm; None: nowhere
+    definite: bool = False  # the kernel has found its matrices positive definite, all of them
 
     def unsettled(self, rows: Tensor) -> Answer:
         """With these rows (B or 1,) bool left to the cone program."""

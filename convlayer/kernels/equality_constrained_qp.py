@@ -55,7 +55,7 @@ def equality_constrained_qp(
         x, nu = _Differentiable.apply(solved, P, q, A, b)
     else:
         x, nu = solved.x.to(P.dtype), solved.nu.to(P.dtype)
-    return Answer((x, nu), solved.status, None, solved.residual, solved.degenerate)
+    return Answer((x, nu), solved.status, None, solved.residual, solved.degenerate, solved.definite)
 
 
 class _Differentiable(torch.autograd.Function):
@@ -106,7 +106,7 @@ class _Problem:
     def P(self) -> Tensor:
         """(F or 1, n, n), symmetric."""
         P = self.given.double()
-        return (P + P.mT) * 0.5
+        return (P + P.mT).mul_(0.5)
 
     def residual(self, right: _Pair, z: _Pair) -> _Pair:
         """right - K z."""
@@ -197,12 +197,14 @@ class _Solved:
     status: Tensor  # (B,)
     residual: Tensor  # (B,)
     degenerate: Tensor  # (B,)
+    definite: bool  # every P is positive definite
 
 
 def _solve(problem: _Problem) -> _Solved:
     P, A, right = problem.P, problem.A, problem.right
     factor, hard = _factorise(problem, None)
     worst = float(hard.max()) if len(hard) else 0.0
+    definite = worst <= SAFE
     if not worst <= SAFE and A.shape[1]:
         # A term that vanishes on Ax = b, as large as P, for the rows that want it.
         curvature = _or_one(P.diagonal(dim1=1, dim2=2).abs().amax(1))[:, None, None]
@@ -231,8 +233,10 @@ def _solve(problem: _Problem) -> _Solved:
         degenerate[index] = singular.unsqueeze(1) & ~failed[index]
         z = _Pair(*(t.masked_fill(failed.unsqueeze(2), 0.0) for t in z))
         status, residual = torch.where(failed, status, accuracy), residual.masked_fill(failed, torch.nan)
-    per_row = (t.reshape(problem.batch, *t.shape[2:]) for t in (*z, status, residual, degenerate))
-    return _Solved(factor, failed, *per_row)
+    x, nu, status, residual, degenerate = (
+        t.reshape(problem.batch, *t.shape[2:]) for t in (*z, status, residual, degenerate)
+    )
+    return _Solved(factor, failed, x, nu, status, residual, degenerate, definite)
 
 
 @lru_cache(maxsize=64)

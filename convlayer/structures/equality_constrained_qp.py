@@ -123,8 +123,20 @@ class EqualityConstrainedQP(Structure):
                 rate=1.5e10,
             ),
             duals=found,
+            vouches=_vouches(form),
             symmetrises=_symmetrises(form),
         )
+
+
+def _vouches(form: NormalForm) -> frozenset[int]:
+    """The Parameter that is P, if P is one and nothing else."""
+    if len(form.quadratics) != 1 or form.squares.size:
+        return frozenset()
+    (quadratic,) = form.quadratics
+    matrix = quadratic.matrix.normal
+    if not is_whole_parameter(form, matrix, quadratic.argument.size) or matrix.coefficient[0] <= 0:
+        return frozenset()
+    return frozenset((form.parameter_starts.index(int(matrix.parameter.min())),))
 
 
 def _symmetrises(form: NormalForm) -> bool:

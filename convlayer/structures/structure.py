@@ -60,6 +60,9 @@ class Match:
     build: Builder | None  # made only if the structure is chosen; None: the cone program, by the batched solver
     x: np.ndarray  # (n,) where each entry of x stands in outputs[0], flattened by row
     cost: Cost | None  # None: known with the cone program
+    vouches: frozenset[int] = (
+        frozenset()
+    )  # parameters, by number, that are semidefinite where the answer says `definite`
     symmetrises: bool = False  # the kernel reads symmetric parameters from both triangles alike by itself
     duals: Mapping[int, Dual] = field(default_factory=dict)  # by position among the normal form's constraints
 
