@@ -103,9 +103,8 @@ def recognise(
     assert generic is not None
     if best.match.cost is not None and best.match.cost.seconds() > generic.seconds():
         return Recognition(form, findings, None, generic, f"it is sparse: cheaper than the dense kernel of {best.name}")
-    return Recognition(
-        form, findings, best, generic, "the most special structure that matched, and cheaper than the cone program"
-    )
+    why = "the cheaper of two solvers at each batch" if best.match.cost is None else "cheaper than the cone program"
+    return Recognition(form, findings, best, generic, f"the most special structure that matched, and {why}")
 
 
 def quadratic_solver(program: Program, batch: int) -> str:
