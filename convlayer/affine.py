@@ -56,12 +56,10 @@ class Table:
         if sp.issparse(value):
             part = sp.coo_array(value)
             row = part.row.astype(np.int64) + part.shape[0] * part.col.astype(np.int64)
-            nothing = np.full(len(row), NONE, dtype=np.int64)
-            return cls(int(np.prod(part.shape)), row, nothing, nothing, part.data.astype(float))
+            return cls(int(np.prod(part.shape)), row, nothing(len(row)), nothing(len(row)), part.data.astype(float))
         flat = np.asarray(value, dtype=float).ravel(order="F")
         row = np.flatnonzero(flat)
-        nothing = np.full(len(row), NONE, dtype=np.int64)
-        return cls(len(flat), row, nothing, nothing, flat[row])
+        return cls(len(flat), row, nothing(len(row)), nothing(len(row)), flat[row])
 
     @classmethod
     def zero(cls, size: int) -> Table:
@@ -137,6 +135,17 @@ def _groups(key: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     return order, np.concatenate([[0], np.cumsum(np.bincount(key, minlength=size))]).astype(np.int64)
 
 
+def nothing(count: int) -> np.ndarray:
+    """The variables, or the parameters, of so many entries that have none."""
+    return np.full(count, NONE, dtype=np.int64)
+
+
+def picked(table: Table, which: np.ndarray) -> Table:
+    """The rows `which` of a table, in that order; NONE picks a row of zeros."""
+    row = np.flatnonzero(which != NONE)
+    return chain(Table(len(which), row, which[row], nothing(len(row)), np.ones(len(row))), table)
+
+
 def stack(tables: Sequence[Table]) -> Table:
     """Rows below each other."""
     starts = np.concatenate([[0], np.cumsum([t.size for t in tables])]).astype(np.int64)
@@ -169,10 +178,7 @@ def _joined(tables: Sequence[Table], rows: Sequence[np.ndarray]) -> tuple[np.nda
 def chain(first: Table, second: Table) -> Table:
     """first(y) with y = second(x): the variables of `first` are the rows of `second`."""
     inner = first.take(first.variable != NONE)
-    order, pointer = second.by_row
-    start, count = pointer[inner.variable], np.diff(pointer)[inner.variable]
-    ours = np.repeat(np.arange(len(inner.row)), count)
-    theirs = order[np.arange(len(ours)) - np.repeat(np.cumsum(count) - count, count) + np.repeat(start, count)]
+    ours, theirs = _pairs(inner.variable, second.by_row)
     outer = first.offset()
     return Table(
         first.size,
@@ -181,6 +187,15 @@ def chain(first: Table, second: Table) -> Table:
         np.concatenate([outer.parameter, _one_of_two(inner.parameter[ours], second.parameter[theirs])]),
         np.concatenate([outer.coefficient, inner.coefficient[ours] * second.coefficient[theirs]]),
     )
+
+
+def _pairs(key: np.ndarray, groups: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Each position in `key` with every member of the group that it names: (positions, members)."""
+    order, pointer = groups
+    count = np.diff(pointer)[key]
+    positions = np.repeat(np.arange(len(key)), count)
+    within = np.arange(len(positions)) - np.repeat(np.cumsum(count) - count, count)
+    return positions, order[within + np.repeat(pointer[key], count)]
 
 
 def weigh(weight: Table, argument: Table) -> Table:
@@ -267,7 +282,7 @@ class Reader:
         if not np.allclose(matrix @ other + offset, there, rtol=1e-10, atol=1e-10):
             raise UnsupportedError(f"`{type(expression).__name__}` is not read")
         row, column = matrix.row.astype(np.int64), matrix.col.astype(np.int64)
-        linear = Table(expression.size, row, column, np.full(len(row), NONE, dtype=np.int64), matrix.data.astype(float))
+        linear = Table(expression.size, row, column, nothing(len(row)), matrix.data.astype(float))
         first = add([linear, Table.of_constant(np.where(np.abs(offset) <= 1e-13 * (1 + np.abs(here)), 0.0, offset))])
         return chain(first, stack([self.table(a) for a in bearing]))
 
@@ -283,8 +298,8 @@ def starts(leaves: Sequence[Any]) -> list[int]:
 
 def _leaf(start: int, size: int, variable: bool) -> Table:
     row = np.arange(size)
-    nothing = np.full(size, NONE, dtype=np.int64)
-    return Table(size, row, *((row + start, nothing) if variable else (nothing, row + start)), np.ones(size))
+    here, nowhere = row + start, nothing(size)
+    return Table(size, row, here if variable else nowhere, nowhere if variable else here, np.ones(size))
 
 
 def _gather(expression: Any, tables: list[Table]) -> Table:
@@ -295,9 +310,7 @@ def _gather(expression: Any, tables: list[Table]) -> Table:
         for start, stop, argument in zip(sizes[:-1], sizes[1:], expression.args, strict=True)
     ]
     moved = np.asarray(expression.numeric(numbers)).ravel(order="F").astype(np.int64) - 1
-    row = np.flatnonzero(moved >= 0)
-    nothing = np.full(len(row), NONE, dtype=np.int64)
-    return chain(Table(len(moved), row, moved[row], nothing, np.ones(len(row))), stack(tables))
+    return picked(stack(tables), moved)
 
 
 def _sum(expression: Any, tables: list[Table]) -> Table:
@@ -316,9 +329,7 @@ def _widen(table: Table, shape: tuple[int, ...], wanted: tuple[int, ...]) -> Tab
     if tuple(shape) == tuple(wanted):
         return table
     moved = np.broadcast_to(np.arange(table.size).reshape(shape, order="F"), wanted).ravel(order="F")
-    row = np.arange(len(moved))
-    nothing = np.full(len(moved), NONE, dtype=np.int64)
-    return chain(Table(len(moved), row, moved, nothing, np.ones(len(row))), table)
+    return picked(table, moved)
 
 
 def _product(left: Table, right: Table, expression: Any) -> Table:
@@ -354,11 +365,8 @@ def _matmul(expression: Any, tables: list[Table]) -> Table:
     if (left.variable != NONE).any() and (right.variable != NONE).any():
         raise UnsupportedError("a product of two variables")
     # Pairs of entries with the same j: those of the right factor, each with the column j of the left one.
-    order, pointer = _groups(left.row // rows, inner)
     j, k = right.row % inner, right.row // inner
-    count = np.diff(pointer)[j]
-    theirs = np.repeat(np.arange(len(right.row)), count)
-    ours = order[np.arange(len(theirs)) - np.repeat(np.cumsum(count) - count, count) + np.repeat(pointer[j], count)]
+    theirs, ours = _pairs(j, _groups(left.row // rows, inner))
     return Table(
         rows * columns,
         left.row[ours] % rows + rows * k[theirs],

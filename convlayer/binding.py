@@ -7,7 +7,7 @@ operations, so that its derivative is torch's. A whole Parameter is passed as it
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import cvxpy as cp
@@ -16,6 +16,22 @@ import torch
 from torch import Tensor
 
 from convlayer.affine import NONE, Table
+
+
+class Kept(dict):
+    """Constant arrays as tensors, made once for each dtype and device; neither copied nor pickled."""
+
+    def tensor(self, key: Hashable, array: np.ndarray, like: Tensor) -> Tensor:
+        """On the device of `like`, and of its dtype unless the array holds integers."""
+        dtype = like.dtype if array.dtype.kind == "f" else torch.int64
+        place = (key, dtype, like.device)
+        tensor = self.get(place)
+        if tensor is None:
+            tensor = self[place] = torch.from_numpy(np.ascontiguousarray(array)).to(like.device, dtype)
+        return tensor
+
+    def __reduce__(self):
+        return Kept, ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,16 +68,12 @@ class Binding:
                 self._pieces.append(
                     _piece(k, leaf.shape, self.size, target[mine], parameter[mine] - start, coefficient[mine])
                 )
-        self._kept: dict[tuple, Tensor] = {}
+        self._kept = Kept()
 
     @classmethod
     def of_rows(cls, table: Table, parameters: Sequence[cp.Parameter], starts: Sequence[int]) -> Binding:
         """The rows of a table without variables, (rows,)."""
         return cls((table.size,), table.row, table.parameter, table.coefficient, parameters, starts)
-
-    @property
-    def is_constant(self) -> bool:
-        return not self._pieces
 
     @property
     def names(self) -> list[int]:
@@ -70,7 +82,9 @@ class Binding:
 
     def __call__(self, values: Sequence[Tensor], like: Tensor) -> Tensor:
         """`like` tells dtype and device where no parameter does."""
-        total = None if self._constant is None else self._tensor("constant", self._constant, like).view(1, *self.shape)
+        total = (
+            None if self._constant is None else self._kept.tensor("constant", self._constant, like).view(1, *self.shape)
+        )
         for k, piece in enumerate(self._pieces):
             part = self._part(k, piece, values[piece.parameter])
             total = part if total is None else total + part
@@ -80,7 +94,7 @@ class Binding:
     def _part(self, k: int, piece: _Piece, value: Tensor) -> Tensor:
         rows = value.shape[0]
         if not isinstance(piece.source, str):
-            part = value.unsqueeze(-1).flatten(1).index_select(1, self._tensor(("source", k), piece.source, value))
+            part = value.unsqueeze(-1).flatten(1).index_select(1, self._kept.tensor(("source", k), piece.source, value))
         elif piece.source == "whole":
             part = value
         elif piece.source == "transposed":
@@ -88,26 +102,15 @@ class Binding:
         else:
             part = value.reshape(rows, *[1] * len(self.shape)).expand(rows, *self.shape)
         if isinstance(piece.scale, np.ndarray):
-            part = part * self._tensor(("scale", k), piece.scale, value)
+            part = part * self._kept.tensor(("scale", k), piece.scale, value)
         elif piece.scale == -1.0:
             part = -part
         elif piece.scale != 1.0:
             part = part * piece.scale
         if piece.target is not None:
             blank = part.new_zeros(rows, self.size)
-            part = blank.index_add(1, self._tensor(("target", k), piece.target, value), part)
+            part = blank.index_add(1, self._kept.tensor(("target", k), piece.target, value), part)
         return part if part.shape[1:] == self.shape else part.reshape(rows, *self.shape)
-
-    def _tensor(self, key, array: np.ndarray, like: Tensor) -> Tensor:
-        dtype = like.dtype if array.dtype.kind == "f" else torch.int64
-        place = (key, dtype, like.device)
-        tensor = self._kept.get(place)
-        if tensor is None:
-            tensor = self._kept[place] = torch.from_numpy(np.ascontiguousarray(array)).to(like.device, dtype)
-        return tensor
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_kept": {}}
 
 
 def _piece(

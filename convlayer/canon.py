@@ -34,6 +34,7 @@ from torch import Tensor
 
 from convlayer.cones import Product
 from convlayer.diagnose import ProblemError, check_arguments, check_convexity
+from convlayer.domain import is_symmetric
 from convlayer.kkt import Visible
 from convlayer.program import Program
 
@@ -290,7 +291,7 @@ def _parameter_maps(parameters, reductions, cone_program, tensors, moving) -> li
                 f"Parameter `{parameter.name()}` stands both as a factor and as an exponent of the log-log convex program; "
                 "use two parameters and pass the same tensor twice."
             )
-        symmetric = len(parameter.shape) >= 2 and any(parameter.attributes[a] for a in ("symmetric", "PSD", "NSD"))
+        symmetric = is_symmetric(parameter)
         positions = np.arange(parameter.size).reshape(parameter.shape)
 
         def read(array: np.ndarray, canonical=canonical, reduced=reduced) -> Tensor:

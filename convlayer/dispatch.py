@@ -25,12 +25,8 @@ SPARSE = 0.05  # density above which a matrix counts as dense
 TYPICAL = 14  # factorisations of an interior-point solve with its polish
 AN_ENTRY = 1e-7  # seconds that each of them spends on an entry, beside its flops
 # Seconds of the two ways to solve a quadratic program, fitted to measurements on two cores; see `quadratic_solver`.
-STEP, ROW_STEP, STEPS, BATCHED_RATE = (
-    4.5e-4,
-    8e-6,
-    10,
-    1e10,
-)  # batched: an iteration, a row in it, their number, flops a second
+STEPS, STEP, ROW_STEP = 10, 4.5e-4, 8e-6  # batched: iterations, an iteration, a row in it
+BATCHED_RATE = 1e10  # flops a second of the batched one
 ROW, ROW_RATE = 5e-5, 1e9  # row by row, on one core: a row, flops a second
 DENSE_BYTES = 2_000_000_000  # that the batched matrices may take
 CHOICES = ("auto", "generic", "cone_program", *STRUCTURES)

@@ -14,6 +14,11 @@ from torch import Tensor
 SIGNS, MATRICES = frozenset(("nonneg", "pos", "nonpos", "neg")), frozenset(("symmetric", "PSD", "NSD"))
 
 
+def is_symmetric(parameter: cp.Parameter) -> bool:
+    """Whether it is declared to equal its transpose: its entries across the diagonal are then one."""
+    return len(parameter.shape) >= 2 and any(parameter.attributes[name] for name in MATRICES)
+
+
 def declared(parameter: cp.Parameter) -> frozenset[str]:
     """The attributes of a parameter that its values could violate."""
     return frozenset(name for name, value in parameter.attributes.items() if value is not None and value is not False)

@@ -169,18 +169,9 @@ class ConvexLayer(torch.nn.Module):
         text = explain_choice(self._recognition, self.structure, self._why, batch)
         if self._specialised is not None:
             return text
-        return (
-            text
-            + "\n"
-            + explain_cone_program(
-                self._canonical,
-                self._solver_for(batch),
-                self._chosen,
-                self._tolerance,
-                self.executor is not None,
-                batch,
-            )
-        )
+        solver, own_executor = self._solver_for(batch), self.executor is not None
+        rest = explain_cone_program(self._canonical, solver, self._chosen, self._tolerance, own_executor, batch)
+        return f"{text}\n{rest}"
 
     def with_options(
         self,

@@ -32,7 +32,20 @@ from cvxpy.constraints.psd import PSD
 from cvxpy.constraints.zero import Equality, Zero
 from cvxpy.utilities import scopes
 
-from convlayer.affine import NONE, Reader, Table, UnsupportedError, add, chain, rows_of, stack, starts, weigh
+from convlayer.affine import (
+    NONE,
+    Reader,
+    Table,
+    UnsupportedError,
+    add,
+    chain,
+    nothing,
+    picked,
+    rows_of,
+    stack,
+    starts,
+    weigh,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,12 +72,12 @@ class Quadratic:
 class Constraint:
     """The rows of `table` in a cone, column-major.
 
-    With CVXPY's multiplier y of the constraint, the Lagrangian has  sign * y' table  added to the objective (minimised).
+    With CVXPY's multiplier y of the constraint, the Lagrangian has y'table added to the objective (minimised) where the rows are
+    zero, and taken off it in the other cones.
     """
 
     cone: str  # "zero", "nonnegative", "psd"
     table: Table
-    sign: float
     origin: int | None  # the constraint's id; None: an attribute of a variable
     text: str
 
@@ -181,8 +194,8 @@ class _Terms:
             for argument, start, stop in zip(arguments, place[:-1], place[1:], strict=True):
                 pulled = weigh(weight, table.linear())
                 mine = pulled.take((pulled.variable >= start) & (pulled.variable < stop))
-                nothing = np.full(len(mine.row), NONE, dtype=np.int64)
-                self.add(argument, replace(mine, size=argument.size, row=mine.variable - start, variable=nothing))
+                rows = mine.variable - start
+                self.add(argument, Table(argument.size, rows, nothing(len(rows)), mine.parameter, mine.coefficient))
         else:
             self._atom(expression, weight)
 
@@ -303,10 +316,7 @@ class _Rules:
         except UnsupportedError:
             self.others.append(f"`{_short(constraint)}`")
             return
-        # CVXPY's multiplier goes with +(lhs - rhs) where that is <= 0 or == 0, and with minus the matrix where it is psd.
-        self.found.append(
-            Constraint(cone, table.scaled(sign), {"zero": 1.0}.get(cone, -1.0), constraint.id, _short(constraint))
-        )
+        self.found.append(Constraint(cone, table.scaled(sign), constraint.id, _short(constraint)))
 
     def add_attributes(self, variable: cp.Variable) -> None:
         table = self._attribute_table(variable)
@@ -318,12 +328,12 @@ class _Rules:
                 continue
             text = f"Variable `{variable.name()}` {name}"
             if name in known:
-                self.found.append(Constraint("nonnegative", table.scaled(known[name]), -1.0, None, text))
+                self.found.append(Constraint("nonnegative", table.scaled(known[name]), None, text))
             elif name in ("symmetric", "PSD", "NSD"):
                 if variable.size > 1:
                     self.tied.append(variable.name())
                 if name != "symmetric":
-                    self.found.append(Constraint("psd", table.scaled(1.0 if name == "PSD" else -1.0), -1.0, None, text))
+                    self.found.append(Constraint("psd", table.scaled(1.0 if name == "PSD" else -1.0), None, text))
             elif name == "bounds":
                 self._bounds(value, variable, table, text)
             else:
@@ -346,7 +356,7 @@ class _Rules:
             finite = np.isfinite(flat)
             if finite.any():
                 shifted = add([table.scaled(sign), Table.of_constant(np.where(finite, -sign * flat, 0.0))])
-                self.found.append(Constraint("nonnegative", rows_of(shifted, finite), -1.0, None, text))
+                self.found.append(Constraint("nonnegative", rows_of(shifted, finite), None, text))
 
 
 def _short(item: Any) -> str:
@@ -368,6 +378,4 @@ def _spread(weight: Table, expression: Any) -> Table:
     shape, axis = expression.args[0].shape, expression.axis
     kept = np.sum(np.zeros(shape), axis=axis, keepdims=True).shape
     places = np.broadcast_to(np.arange(expression.size).reshape(kept, order="F"), shape).ravel(order="F")
-    row = np.arange(len(places))
-    nothing = np.full(len(row), NONE, dtype=np.int64)
-    return chain(Table(len(row), row, places, nothing, np.ones(len(row))), weight)
+    return picked(weight, places)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from convlayer.affine import Table
-from convlayer.binding import Binding
+from convlayer.binding import Binding, Kept
+from convlayer.domain import is_symmetric
 from convlayer.kernels.answer import Answer
 from convlayer.normal_form import NormalForm, Weighted
 from convlayer.once import Once
@@ -31,7 +32,7 @@ class Output:
     position: np.ndarray | None  # (size,) in the flattened output; None: it is the output, reshaped
     coefficient: np.ndarray | None  # None where all are one
 
-    def value(self, outputs: Sequence[Tensor], kept: dict) -> Tensor:
+    def value(self, outputs: Sequence[Tensor], kept: Kept) -> Tensor:
         """(B or 1, *shape)."""
         if self.output is None:
             # Zero whatever the parameters, and still a function of them to autograd.
@@ -42,9 +43,9 @@ class Output:
             return flat
         rows = len(flat)
         if self.position is not None:
-            flat = _flat(flat).index_select(1, _kept(kept, (id(self), 0), self.position, flat))
+            flat = _flat(flat).index_select(1, kept.tensor((id(self), 0), self.position, flat))
         if self.coefficient is not None:
-            flat = _flat(flat) * _kept(kept, (id(self), 1), self.coefficient, flat)
+            flat = _flat(flat) * kept.tensor((id(self), 1), self.coefficient, flat)
         return flat.reshape(rows, *self.shape)
 
 
@@ -59,9 +60,9 @@ class Specialised:
         self._outputs = outputs_of(form, match, variables, owners)
         assert match.build is not None
         self._run = match.build(any(v.id in owners for v in variables))
-        self._tied = [k for k, p in enumerate(form.parameters) if _is_symmetric(p) and not match.symmetrises]
+        self._tied = [k for k, p in enumerate(form.parameters) if is_symmetric(p) and not match.symmetrises]
         self._masks = [(k, mask) for k, p in enumerate(form.parameters) if (mask := _mask(p)) is not None]
-        self._kept: dict = {}
+        self._kept = Kept()
 
     def __call__(
         self, values: list[Tensor], bad: Tensor | None, dtype: torch.dtype
@@ -87,7 +88,7 @@ class Specialised:
         for k in self._tied:
             values[k] = (values[k] + values[k].mT) / 2
         for k, mask in self._masks:
-            values[k] = values[k] * _kept(self._kept, ("mask", k), mask, values[k])
+            values[k] = values[k] * self._kept.tensor(("mask", k), mask, values[k])
         return values
 
     def objective(self, values: list[Tensor], answer: Answer) -> Tensor:
@@ -120,7 +121,7 @@ class Specialised:
         x = _flat(answer.outputs[0])
         if np.array_equal(self.match.x, np.arange(self.form.n)):
             return x
-        return x.index_select(1, _kept(self._kept, "x", self.match.x, x))
+        return x.index_select(1, self._kept.tensor("x", self.match.x, x))
 
     def _objective(self, values: list[Tensor], x: Tensor) -> Tensor:
         form = self.form
@@ -164,14 +165,14 @@ class Specialised:
         total = x.new_zeros(1, table.size)
         if linear is not None:
             coefficients, part = linear
-            moved = x.index_select(1, _kept(self._kept, (key, "variable"), part.variable, x))
+            moved = x.index_select(1, self._kept.tensor((key, "variable"), part.variable, x))
             terms = coefficients(values, x) * moved
-            row = _kept(self._kept, (key, "row"), part.row, x)
+            row = self._kept.tensor((key, "row"), part.row, x)
             total = x.new_zeros(len(terms), table.size).index_add(1, row, terms)
         if offset is not None:
             coefficients, part = offset
             terms = coefficients(values, x)
-            row = _kept(self._kept, (key, "offset"), part.row, x)
+            row = self._kept.tensor((key, "offset"), part.row, x)
             total = total + x.new_zeros(len(terms), table.size).index_add(1, row, terms)
         return total
 
@@ -216,10 +217,6 @@ def _output(shape, output: int | None, place: np.ndarray, scale: np.ndarray | No
     whole = len(place) == size and np.array_equal(place, np.arange(size))
     plain = scale is None or bool((scale == 1.0).all())
     return Output(tuple(shape), output, None if whole else place, None if plain else scale)
-
-
-def _is_symmetric(parameter: cp.Parameter) -> bool:
-    return len(parameter.shape) >= 2 and any(parameter.attributes[a] for a in ("symmetric", "PSD", "NSD"))
 
 
 def _attached(output: Tensor, values: list[Tensor]) -> Tensor:
@@ -271,11 +268,3 @@ def _without(value: Tensor, bad: Tensor) -> Tensor:
         return value.view_as(value)
     mask = bad.to(value.device).view(-1, *[1] * (value.ndim - 1))
     return torch.where(mask, value[good[0]], value)
-
-
-def _kept(kept: dict, key, array: np.ndarray, like: Tensor) -> Tensor:
-    dtype = like.dtype if array.dtype.kind == "f" else torch.int64
-    place = (key, dtype, like.device)
-    if place not in kept:
-        kept[place] = torch.from_numpy(np.ascontiguousarray(array)).to(like.device, dtype)
-    return kept[place]

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from kernels import close, differences
 
 from convlayer.kernels.softmax import softmax
 from convlayer.solution import Status
@@ -28,25 +29,9 @@ def loss(theta, tau, r, C, c):
     return (C * y).sum() + (c * nu).sum()
 
 
-def differences(f, args, k, h=2e-3):
-    """Central differences of order four of a scalar function of the k-th tensor."""
-    def at(i, step):
-        moved = args[k].clone()
-        moved.view(-1)[i] += step
-        return f(*args[:k], moved, *args[k + 1:])
-
-    slopes = [(8 * (at(i, h) - at(i, -h)) - at(i, 2 * h) + at(i, -2 * h)) / (12 * h) for i in range(args[k].numel())]
-    return torch.stack(slopes).view_as(args[k])
-
-
 def gradients(args, C, c):
     leaves = [a.clone().requires_grad_() for a in args]
     return torch.autograd.grad(loss(*leaves, C, c), leaves)
-
-
-def close(a, b, tol):
-    assert a.shape == b.shape
-    assert (a - b).abs().max() <= tol * b.abs().max()
 
 
 @pytest.mark.parametrize(("b", "n"), [(4, 7), (1, 1), (3, 1), (1, 300)])
@@ -83,7 +68,7 @@ def test_gradients_are_differences_and_a_shared_input_sums_over_rows(sizes):
     args = (draw(sizes[0], 5), draw(sizes[1], seed=1, positive=True), draw(sizes[2], seed=2, positive=True))
     C, c = draw(max(sizes), 5, seed=3), draw(max(sizes), seed=4)
     for k, ours in enumerate(gradients(args, C, c)):
-        close(ours, differences(lambda *a: loss(*a, C, c), args, k), 1e-8)
+        close(ours, differences(lambda *a: loss(*a, C, c), args, k, 2e-3), 1e-8)
 
 
 def test_gradients_near_a_vertex_have_relative_accuracy():

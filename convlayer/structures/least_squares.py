@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convlayer.affine import NONE, Table, chain, rows_of, stack
+from convlayer.affine import NONE, Table, chain, nothing, rows_of, stack
 from convlayer.kernels.least_squares import least_squares
 from convlayer.normal_form import NormalForm, Quadratic, Weighted
 from convlayer.structures.reading import binding, no_cones, only, require, rows_binding, words
@@ -143,8 +143,7 @@ def _factored(quadratic: Quadratic) -> Weighted:
     require(not size or values[0] >= -noise, "its objective has a quadratic form that is not positive semidefinite")
     kept = np.flatnonzero(values > noise)
     row, column = np.divmod(np.arange(len(kept) * size), size)
-    nothing = np.full(len(row), NONE, dtype=np.int64)
-    first = Table(len(kept), row, column, nothing, vectors[:, kept].T.ravel())
+    first = Table(len(kept), row, column, nothing(len(row)), vectors[:, kept].T.ravel())
     return Weighted(Table.of_constant(values[kept] / 2), chain(first, quadratic.argument))
 
 

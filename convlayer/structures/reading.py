@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convlayer.affine import NONE, Table, UnsupportedError, add, chain
+from convlayer.affine import NONE, Table, UnsupportedError, add, chain, nothing
 from convlayer.binding import Binding
 from convlayer.normal_form import Constraint, NormalForm
 from convlayer.structures.structure import Dual, MismatchError
@@ -33,8 +33,7 @@ def only(form: NormalForm, *atoms: str) -> None:
 def linear_cost(form: NormalForm) -> Table:
     """c, one row an entry of x."""
     part = form.linear.linear()
-    nothing = np.full(len(part.row), NONE, dtype=np.int64)
-    return Table(form.n, part.variable, nothing, part.parameter, part.coefficient)
+    return Table(form.n, part.variable, nothing(len(part.row)), part.parameter, part.coefficient)
 
 
 def one_value(table: Table, size: int, reason: str) -> Table:
@@ -47,8 +46,7 @@ def one_value(table: Table, size: int, reason: str) -> Table:
     require(bool((parameter == parameter[0]).all()), reason)
     # Weights such as 0.1 and 1 / 10 differ in their last bit only.
     require(np.allclose(coefficient, coefficient[0], rtol=1e-12, atol=0.0), reason)
-    nothing = np.full(width, NONE, dtype=np.int64)
-    return Table(1, np.zeros(width, dtype=np.int64), nothing, parameter[0], coefficient[0])
+    return Table(1, np.zeros(width, dtype=np.int64), nothing(width), parameter[0], coefficient[0])
 
 
 def is_whole_parameter(form: NormalForm, table: Table, size: int) -> bool:
@@ -110,9 +108,12 @@ def separable(form: NormalForm) -> Separable:
     require(bool((part.parameter == NONE).all()), "a Parameter multiplies a variable in a square")
     variable, factor = np.zeros(argument.size, dtype=np.int64), np.zeros(argument.size)
     variable[part.row], factor[part.row] = part.variable, part.coefficient
-    nothing = np.full(len(weight.row), NONE, dtype=np.int64)
     curvature = Table(
-        form.n, variable[weight.row], nothing, weight.parameter, 2 * weight.coefficient * factor[weight.row] ** 2
+        form.n,
+        variable[weight.row],
+        nothing(len(weight.row)),
+        weight.parameter,
+        2 * weight.coefficient * factor[weight.row] ** 2,
     )
     cross = Table(
         form.n, variable[weight.row], weight.row, weight.parameter, 2 * weight.coefficient * factor[weight.row]
