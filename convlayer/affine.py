@@ -314,10 +314,14 @@ def _gather(expression: Any, tables: list[Table]) -> Table:
 
 
 def _sum(expression: Any, tables: list[Table]) -> Table:
-    (argument,), axis = expression.args, expression.axis
-    kept = np.sum(np.zeros(argument.shape), axis=axis, keepdims=True).shape
-    places = np.broadcast_to(np.arange(expression.size).reshape(kept, order="F"), argument.shape).ravel(order="F")
-    return replace(tables[0], size=expression.size, row=places[tables[0].row])
+    return replace(tables[0], size=expression.size, row=summed_into(expression)[tables[0].row])
+
+
+def summed_into(expression: Any) -> np.ndarray:
+    """For each entry of an axis atom's argument, the entry of the atom that it goes into."""
+    shape = expression.args[0].shape
+    kept = np.sum(np.zeros(shape), axis=expression.axis, keepdims=True).shape
+    return np.broadcast_to(np.arange(expression.size).reshape(kept, order="F"), shape).ravel(order="F")
 
 
 def _add(expression: Any, tables: list[Table]) -> Table:

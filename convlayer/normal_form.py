@@ -44,6 +44,7 @@ from convlayer.affine import (
     rows_of,
     stack,
     starts,
+    summed_into,
     weigh,
 )
 
@@ -375,7 +376,4 @@ def _constant(p: Any) -> float | None:
 
 def _spread(weight: Table, expression: Any) -> Table:
     """The weights of an atom's entries, as weights of what it sums over along its axis."""
-    shape, axis = expression.args[0].shape, expression.axis
-    kept = np.sum(np.zeros(shape), axis=axis, keepdims=True).shape
-    places = np.broadcast_to(np.arange(expression.size).reshape(kept, order="F"), shape).ravel(order="F")
-    return picked(weight, places)
+    return picked(weight, summed_into(expression))

@@ -21,9 +21,9 @@ class Answer:
     degenerate: Tensor | None = None  # (B,) bool, rows differentiated one-sidedly or least-norm; None: nowhere
     definite: bool = False  # the kernel has found its matrices positive definite, all of them
 
-    def unsettled(self, rows: Tensor) -> Answer:
-        """With these rows (B or 1,) bool left to the cone program."""
-        if not bool(rows.any()):
+    def unsettled(self, rows: Tensor | None) -> Answer:
+        """With these rows (B or 1,) bool, if any, left to the cone program."""
+        if rows is None or not bool(rows.any()):
             return self
         before = torch.zeros_like(rows, dtype=torch.int64) if self.status is None else self.status
         return replace(self, status=torch.where(rows, int(Status.NOT_CONVERGED), before))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -125,8 +125,19 @@ def separable(form: NormalForm) -> Separable:
     return Separable(curvature.normal, slope)
 
 
-def divided(value: Tensor, curvature: Tensor) -> tuple[Tensor, Tensor]:
-    """value / curvature, and the rows (b,) where the curvature is none to divide by: the objective is linear there, or nearly."""
+def over(
+    form: NormalForm, curvature: Table, bind: Callable[[Table], Binding], table: Table
+) -> Callable[[Sequence[Tensor], Tensor], tuple[Tensor, Tensor | None]]:
+    """A table over the one row `curvature`: (values, like) -> the quotient, and the rows (b,) where there is nothing to divide by,
+    the objective being linear there, or nearly; None where the curvature is a number."""
+    if (curvature.parameter == NONE).all():
+        scaled = bind(table.scaled(1.0 / float(curvature.coefficient.sum())))
+        return lambda values, like: (scaled(values, like), None)
+    numerator, denominator = bind(table), rows_binding(form, curvature)
+    return lambda values, like: _divided(numerator(values, like), denominator(values, like))
+
+
+def _divided(value: Tensor, curvature: Tensor) -> tuple[Tensor, Tensor]:
     quotient = value / curvature
     flat = ~((curvature[:, 0] > 0) & torch.isfinite(quotient.sum(1)))
     if bool(flat.any()):

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import cvxpy as cp
 import numpy as np
 import torch
 from torch import Tensor
 
-from convlayer.affine import NONE
 from convlayer.kernels.sparsemax import sparsemax
 from convlayer.normal_form import NormalForm
 from convlayer.structures.reading import (
     Layout,
-    divided,
     no_cones,
     one_value,
     only,
+    over,
     require,
     rows_binding,
     separable,
@@ -66,20 +67,14 @@ class Sparsemax(Structure):
         sign_rows = signs(form)
         require(bool(sign_rows.nonnegative.all()), "not every variable is nonnegative")
         layout = Layout.of(form)
-        fixed = bool((curvature.parameter == NONE).all())
-        level = float(curvature.coefficient.sum()) if fixed else 1.0
 
         def build(duals: bool):
-            point = layout.binding(form, parts.slope.scaled(-1.0 / level))
+            point = over(form, curvature, partial(layout.binding, form), parts.slope.scaled(-1.0))
             h, r = rows_binding(form, curvature), rows_binding(form, total.right)
 
             def run(values, like):
-                y = point(values, like)
-                if not fixed:
-                    y, flat = divided(y, h(values, like))
-                answer = sparsemax(y, r(values, like)[:, 0])
-                if not fixed:
-                    answer = answer.unsettled(flat)
+                y, flat = point(values, like)
+                answer = sparsemax(y, r(values, like)[:, 0]).unsettled(flat)
                 if not duals:
                     return answer
                 x, tau = answer.outputs

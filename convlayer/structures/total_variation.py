@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import cvxpy as cp
 import numpy as np
 import torch
@@ -12,10 +14,10 @@ from convlayer.kernels.total_variation import total_variation
 from convlayer.normal_form import NormalForm
 from convlayer.structures.reading import (
     Layout,
-    divided,
     no_cones,
     one_value,
     only,
+    over,
     require,
     rows_binding,
     separable,
@@ -75,19 +77,13 @@ class TotalVariation(Structure):
         order = _line(form)
         step = one_value(_steps(form), form.n - 1, "the steps have unequal weights")
         layout = Layout.along(order)
-        fixed = bool((curvature.parameter == NONE).all())
-        level = float(curvature.coefficient.sum()) if fixed else 1.0
 
         def build(duals: bool):
-            point = layout.binding(form, parts.slope.scaled(-1.0 / level))
-            lam, h = rows_binding(form, step.scaled(1.0 / level)), rows_binding(form, curvature)
+            point = over(form, curvature, partial(layout.binding, form), parts.slope.scaled(-1.0))
+            lam = over(form, curvature, partial(rows_binding, form), step)
 
             def run(values, like):
-                x, weight = point(values, like), lam(values, like)[:, 0]
-                if fixed:
-                    return total_variation(x, weight)
-                scale = h(values, like)
-                (x, flat), (weight, _) = divided(x, scale), divided(weight[:, None], scale)
+                (x, flat), (weight, _) = point(values, like), lam(values, like)
                 return total_variation(x, weight[:, 0]).unsettled(flat)
 
             return run
