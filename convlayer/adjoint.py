@@ -18,7 +18,7 @@ from torch import Tensor
 
 from convlayer.cones import ProductSpectrum
 from convlayer.kkt import DenseSystem, SparseSystem, Visible, factorise
-from convlayer.program import Data, Operators, take_rows
+from convlayer.program import Operators, Program, take_rows
 from convlayer.residual import residual
 
 TARGET = 1e-13  # relative residual at which polish has nothing left to do
@@ -97,7 +97,7 @@ class _Point:
         program = operators.data.program
         v = y - s
         y_edge, s_edge, spectrum = program.cones.linearise_dual(v, KINK)
-        rows = program.inequalities
+        rows = program.on(x.device)["inequalities"]
         y, s = torch.where(rows, y, y_edge), torch.where(rows, s, s_edge)
         values = torch.where(rows, y / (y + s), spectrum.values)
         return cls(x, v, y, s, *residual(operators, x, s, y), ProductSpectrum(values, spectrum.bases))
@@ -138,7 +138,7 @@ def _follow(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visi
     Newton on F and on y s = target, the target a share of what it is now for each inequality:
         s dy + y ds = r,   so   dy = D dv + r/(y + s),   ds = (D - I) dv + r/(y + s),   D = y/(y + s).
     """
-    rows = operators.data.program.inequalities
+    rows = operators.data.program.on(x.device)["inequalities"]
     y, s = (torch.where(rows, part.clamp(min=FLOOR), part) for part in (y, s))
     point = _Point.inside(operators, x, s, y)
     for _ in range(PATH):
@@ -219,11 +219,20 @@ def adjoint(zero: Zero, x_bar: Tensor, y_bar: Tensor) -> tuple[Tensor, Tensor]:
     return w, spectrum.from_basis(e) - r
 
 
-def pull_back(data: Data, moving: dict[str, Tensor], x: Tensor, y: Tensor, w: Tensor, u: Tensor) -> dict[str, Tensor]:
-    """Cotangents of the data's values from the adjoint (w, u): P and A only at the stored entries named by `moving`. All (B, .)."""
-    index = data.program.indices
-    i, j = index["P_rows"][moving["P"]], index["P_cols"][moving["P"]]
-    row, col = index["A_rows"][moving["A"]], index["A_cols"][moving["A"]]
-    # An off-diagonal entry of the stored triangle stands for two entries of P.
-    P_bar = -(w[:, i] * x[:, j] + w[:, j] * x[:, i]) * torch.where(i == j, 0.5, 1.0).to(x.dtype)
-    return {"P": P_bar, "q": -w, "A": -(y[:, row] * w[:, col] + u[:, row] * x[:, col]), "b": u}
+def pull_back(name: str, program: Program, moving: Tensor, x: Tensor, y: Tensor, w: Tensor, u: Tensor) -> Tensor:
+    """Cotangents of the stored entries `moving` of P or A from the adjoint (w, u): (B, entries)."""
+    index = program.on(x.device)
+    moving = moving.to(x.device)
+    if name == "P":
+        i, j = index["P_rows"][moving], index["P_cols"][moving]
+        # An off-diagonal entry of the stored triangle stands for two entries of P.
+        return -(w[:, i] * x[:, j] + w[:, j] * x[:, i]) * torch.where(i == j, 0.5, 1.0).to(x.dtype)
+    row, col = index["A_rows"][moving], index["A_cols"][moving]
+    return -(y[:, row] * w[:, col] + u[:, row] * x[:, col])
+
+
+def pull_back_whole(name: str, x: Tensor, y: Tensor, w: Tensor, u: Tensor) -> Tensor:
+    """The same of all entries: (B, n * n) or (B, m * n)."""
+    left, right = ((w, x), (x, w)) if name == "P" else ((y, u), (w, x))
+    bar = torch.bmm(torch.stack(left, 2), torch.stack(right, 1)).neg_()
+    return (bar.mul_(0.5) if name == "P" else bar).flatten(1)

@@ -11,6 +11,7 @@ probing its own reductions, and checked against CVXPY on random data whenever a 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +36,9 @@ from torch import Tensor
 from convlayer.cones import Product
 from convlayer.diagnose import ProblemError, check_arguments, check_convexity
 from convlayer.domain import is_symmetric
+from convlayer.elimination import Elimination
 from convlayer.kkt import Visible
+from convlayer.linear_map import LinearMap
 from convlayer.program import Program
 
 
@@ -54,38 +57,56 @@ class _StandardForm(CLARABEL):
         return data, inverse_data
 
 
-class _Log(torch.autograd.Function):
-    """The logarithm; where nothing flows back, nothing comes of it, be the argument NaN, zero or infinite."""
-
-    @staticmethod
-    def forward(ctx, theta: Tensor) -> Tensor:
-        ctx.save_for_backward(theta)
-        return theta.log()
-
-    @staticmethod
-    def backward(ctx, bar: Tensor) -> Tensor:
-        (theta,) = ctx.saved_tensors
-        return torch.where(bar == 0, 0.0, bar / theta)
-
-
 @dataclass(frozen=True, eq=False)
-class ParameterMap:
-    """From one user's parameter to the canonical values it moves."""
+class ParameterEntries:
+    """How a user's parameter is read: row-major, a symmetric one from both triangles alike, in a log-log program by its logarithm."""
 
     shape: tuple[int, ...]
-    gather: Tensor  # (k,) row-major position of each canonical entry in the parameter
-    mirror: Tensor | None  # (k,) position of the entry across the diagonal, for a symmetric parameter
-    log: bool  # the canonical entry is the logarithm
-    maps: dict[str, sp.csr_array]  # for each of P, q, A, b, d that the parameter moves: (values, k)
-    transposes: dict[str, sp.csr_array]  # (k, values), for P and A only the columns in Canonical.moving
+    symmetric: bool
+    log: bool
 
-    def entries(self, value: Tensor) -> Tensor:
-        """(B, *shape) -> (B, k): differentiable; a symmetric parameter is read from both triangles alike."""
+    def read(self, value: Tensor) -> Tensor:
+        """(B, *shape) -> (B, size)."""
+        if self.symmetric:
+            value = (value + value.mT) / 2
         flat = value.unsqueeze(-1).flatten(1)
-        theta = flat[:, self.gather]
-        if self.mirror is not None:
-            theta = (theta + flat[:, self.mirror]) / 2
-        return _Log.apply(theta) if self.log else theta
+        return flat.log() if self.log else flat
+
+    def pull_back(self, bar: Tensor, value: Tensor) -> Tensor:
+        """The cotangent of `read`, (B, size) -> (B, *shape). Through a logarithm nothing comes of nothing, be the value what it may."""
+        bar = bar.reshape(value.shape)
+        if self.log:
+            bar = torch.where(bar == 0, 0.0, bar / value)
+        return (bar + bar.mT) / 2 if self.symmetric else bar
+
+
+ZERO, ONE = 0, 1  # the inputs of an AffineMap before the parameters' own
+
+
+class AffineMap:
+    """From the parameters' entries to one of P, q, A, b, d, and back."""
+
+    def __init__(self, matrix: sp.csr_array, sizes: Sequence[int], moving: np.ndarray | None) -> None:
+        """matrix (values, 2 + all parameter entries); sizes of the parameters; moving: the outputs of which cotangents come back."""
+        starts = 2 + np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        used = np.zeros(matrix.shape[1], dtype=bool)
+        used[matrix.indices] = True
+        self.parameters = [k for k in range(len(sizes)) if used[starts[k] : starts[k + 1]].any()]
+        kept = [np.arange(2), *(np.arange(starts[k], starts[k + 1]) for k in self.parameters)]
+        columns = sp.csc_array(matrix)
+        self.forward = LinearMap(sp.csr_array(columns[:, np.concatenate(kept)]), blank=ZERO)
+        back = sp.csc_array(sp.csr_array(matrix)[moving]) if moving is not None else columns
+        self.back = {k: LinearMap(sp.csr_array(back[:, starts[k] : starts[k + 1]].T)) for k in self.parameters}
+
+    def __call__(self, entries: Sequence[Tensor], like: Tensor) -> Tensor:
+        """Entries (B or 1, size) of every parameter -> (B or 1, values): shared where all that it reads is."""
+        mine = [entries[k] for k in self.parameters]
+        batch = max((len(part) for part in mine), default=1)
+        if any(len(part) == 0 for part in mine):
+            batch = 0
+        head = like.new_zeros(1, 2)
+        head[:, ONE] = 1.0
+        return self.forward(torch.cat([part.expand(batch, -1) for part in (head, *mine)], 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,13 +137,25 @@ class Canonical:
     """A problem, canonicalised once."""
 
     program: Program
-    constant: dict[str, np.ndarray]  # P, q, A, b, d without any parameter
+    maps: dict[str, AffineMap]  # for each of P, q, A, b, d
     moving: dict[str, np.ndarray]  # for P and A: positions of the entries that depend on a parameter
-    parameters: list[ParameterMap]
+    parameters: list[ParameterEntries]
     variables: list[Recovery]
     sign: float  # -1 where the user maximises
     gp: bool
     sizes: dict[str, int]  # the problem as the user wrote it, for explain()
+    _matrices: dict[str, sp.csr_array]  # of the maps, with all their columns
+
+    @cached_property
+    def dense_maps(self) -> dict[str, AffineMap]:
+        """The maps to whole matrices P and A in place of their stored entries, back from all entries of their cotangents."""
+        program, sizes = self.program, [math.prod(p.shape) for p in self.parameters]
+        n, m = program.n, program.m
+        i, j = program.P_rows, program.P_cols
+        off = i != j
+        P = _scattered(self._matrices["P"], np.concatenate([i * n + j, (j * n + i)[off]]), n * n, off)
+        A = _scattered(self._matrices["A"], program.A_rows * n + program.A_cols, m * n)
+        return {"P": AffineMap(P, sizes, None), "A": AffineMap(A, sizes, None)}
 
     @cached_property
     def visible(self) -> Visible:
@@ -130,16 +163,23 @@ class Canonical:
         x, y = torch.zeros(self.program.n, dtype=torch.bool), torch.zeros(self.program.m, dtype=torch.bool)
         for recovery in self.variables:
             (y if recovery.dual else x)[recovery.position] = True
-        for parameter in self.parameters:
-            for name, seen in (("q", x), ("b", y)):
-                if name in parameter.maps:
-                    seen[torch.from_numpy(np.diff(parameter.maps[name].indptr) > 0)] = True
+        for name, seen in (("q", x), ("b", y)):
+            for back in self.maps[name].back.values():
+                seen[torch.from_numpy(back.matrix.indices.astype(np.int64))] = True
         index = self.program.indices
         x[index["A_cols"][self.moving["A"]]] = True
         y[index["A_rows"][self.moving["A"]]] = True
         x[index["P_rows"][self.moving["P"]]] = True
         x[index["P_cols"][self.moving["P"]]] = True
         return Visible(x, y)
+
+    @cached_property
+    def elimination(self) -> Elimination | None:
+        """Of auxiliary variables, if that makes the program cheaper to solve and to differentiate."""
+        fixed = np.ones(len(self.program.A_rows), dtype=bool)
+        fixed[self.moving["A"]] = False
+        constants = self._matrices["A"][:, [ONE]].toarray().ravel()
+        return Elimination.of(self.program, fixed, constants, self.visible)
 
     def objective(self, value: Tensor) -> Tensor:
         """The user's objective from the cone program's."""
@@ -180,11 +220,13 @@ def canonicalise(
     program, tensors = _tensors(cone_program)
     moving = {name: np.unique(tensors[name][:, :-1].tocoo().row).astype(np.int64) for name in ("P", "A")}
     reductions = list(zip(chain.reductions, inverse, strict=True))
+    entries, matrices = _parameter_maps(parameters, reductions, cone_program, tensors)
+    sizes = [p.size for p in parameters]
     canonical = Canonical(
         program=program,
         moving=moving,
-        constant={name: tensor[:, [-1]].toarray().ravel() for name, tensor in tensors.items()},
-        parameters=_parameter_maps(parameters, reductions, cone_program, tensors, moving),
+        maps={name: AffineMap(matrix, sizes, moving.get(name)) for name, matrix in matrices.items()},
+        parameters=entries,
         variables=[_recovery(v, owners.get(v.id), reductions, cone_program, gp) for v in variables],
         sign=-1.0 if isinstance(problem.objective, cp.Maximize) else 1.0,
         gp=gp,
@@ -193,6 +235,7 @@ def canonicalise(
             "parameters": sum(p.size for p in parameters),
             "constraints": sum(int(np.prod(c.shape)) for c in problem.constraints),
         },
+        _matrices=matrices,
     )
     _self_check(canonical, cone_program, parameters, reductions)
     return canonical
@@ -280,40 +323,52 @@ def _tensors(cone_program) -> tuple[Program, dict[str, sp.csr_array]]:
     return Program(n, m, cones, P_rows, P_cols, A_rows, A_cols), tensors
 
 
-def _parameter_maps(parameters, reductions, cone_program, tensors, moving) -> list[ParameterMap]:
+def _parameter_maps(
+    parameters, reductions, cone_program, tensors
+) -> tuple[list[ParameterEntries], dict[str, sp.csr_array]]:
+    """How each parameter is read, and for each of P, q, A, b, d the matrix (values, 2 + all entries) of its map."""
     by_column = {name: sp.csc_array(tensor) for name, tensor in tensors.items()}
     final = _final_parameters(parameters, reductions)
-
-    maps = []
+    entries = []
+    pieces = {
+        name: [sp.csc_array((tensor.shape[0], 1)), tensor[:, [tensor.shape[1] - 1]]]
+        for name, tensor in by_column.items()
+    }
     for parameter, (canonical, reduced) in zip(parameters, final, strict=True):
         if canonical is not parameter and parameter.id in cone_program.param_id_to_col:
             raise ValueError(
                 f"Parameter `{parameter.name()}` stands both as a factor and as an exponent of the log-log convex program; "
                 "use two parameters and pass the same tensor twice."
             )
-        symmetric = is_symmetric(parameter)
-        positions = np.arange(parameter.size).reshape(parameter.shape)
-
-        def read(array: np.ndarray, canonical=canonical, reduced=reduced) -> Tensor:
-            entries = array if reduced is canonical else np.asarray(lower_value(canonical, array))
-            return torch.from_numpy(entries.flatten(order="F").astype(np.int64))
-
-        pieces = {}
+        entries.append(
+            ParameterEntries(tuple(parameter.shape), is_symmetric(parameter), log=canonical is not parameter)
+        )
+        place = sp.csc_array((0, parameter.size))
+        columns = slice(0, 0)
         if reduced.id in cone_program.param_id_to_col:
+            read = _positions(canonical, reduced)
             start = cone_program.param_id_to_col[reduced.id]
             columns = slice(start, start + cone_program.param_id_to_size[reduced.id])
-            pieces = {name: sp.csr_array(tensor[:, columns]) for name, tensor in by_column.items()}
-            pieces = {name: piece for name, piece in pieces.items() if piece.nnz}
-        transposes = {
-            name: sp.csr_array((piece[moving[name]] if name in moving else piece).T) for name, piece in pieces.items()
-        }
-        mirror = read(np.swapaxes(positions, -1, -2)) if symmetric else None
-        maps.append(
-            ParameterMap(
-                tuple(parameter.shape), read(positions), mirror, canonical is not parameter, pieces, transposes
-            )
-        )
-    return maps
+            place = sp.csc_array((np.ones(len(read)), (np.arange(len(read)), read)), shape=(len(read), parameter.size))
+        for name, tensor in by_column.items():
+            pieces[name].append(tensor[:, columns] @ place)
+    return entries, {name: sp.csr_array(sp.hstack(parts, format="csr")) for name, parts in pieces.items()}
+
+
+def _positions(canonical: cp.Parameter, reduced: cp.Parameter) -> np.ndarray:
+    """The row-major positions in a parameter of the entries that stand in the cone program, in CVXPY's order."""
+    positions = np.arange(canonical.size).reshape(canonical.shape)
+    read = positions if reduced is canonical else np.asarray(lower_value(canonical, positions))
+    return read.flatten(order="F").astype(np.int64)
+
+
+def _scattered(
+    matrix: sp.csr_array, place: np.ndarray, outputs: int, again: np.ndarray | slice = slice(0)
+) -> sp.csr_array:
+    """The rows of a matrix, and after them those of `again` once more, at these places among the outputs."""
+    rows = np.concatenate([np.arange(matrix.shape[0]), np.arange(matrix.shape[0])[again]])
+    scatter = sp.csr_array((np.ones(len(place)), (place, rows)), shape=(outputs, matrix.shape[0]))
+    return sp.csr_array(scatter @ matrix)
 
 
 def _final_parameters(parameters, reductions) -> list[tuple[cp.Parameter, cp.Parameter]]:
@@ -426,11 +481,14 @@ def _self_check(canonical: Canonical, cone_program, parameters, reductions) -> N
     applied = cone_program.apply_parameters(values, quad_obj=quadratic)
     P, q, d, A, b = applied if quadratic else (None, *applied)
 
-    ours = {name: value.copy() for name, value in canonical.constant.items()}
     final = _final_parameters(parameters, reductions)
-    for (_, reduced), piece in zip(final, canonical.parameters, strict=True):
-        for name, block in piece.maps.items():
-            ours[name] += block @ values[reduced.id].flatten(order="F")
+    stacked = [np.array([0.0, 1.0])]
+    for parameter, reduced in final:
+        whole = np.zeros(parameter.size)
+        if reduced.id in values:
+            whole[_positions(parameter, reduced)] = np.asarray(values[reduced.id]).flatten(order="F")
+        stacked.append(whole)
+    ours = {name: matrix @ np.concatenate(stacked) for name, matrix in canonical._matrices.items()}
     program = canonical.program
     shape = (program.m, program.n)
     ours_A = sp.csc_array((ours["A"], program.A_rows, program.A_indptr), shape=shape)

@@ -17,6 +17,8 @@ from convlayer.diagnose import ProblemError
 from convlayer.normal_form import NormalForm, normal_form
 from convlayer.pattern import kkt_pattern
 from convlayer.program import Program
+from convlayer.solvers import SOLVERS, Attempt
+from convlayer.solvers.clarabel import QUICK, QUICK_TOLERANCE
 from convlayer.specialised import outputs_of
 from convlayer.structures import STRUCTURES, Cost, Match, MismatchError
 
@@ -103,18 +105,38 @@ def recognise(
     return Recognition(form, findings, best, generic, f"the most special structure that matched, and {why}")
 
 
-def quadratic_solver(program: Program, batch: int) -> str:
-    """The cheaper of the batched interior point, dense, and Clarabel, sparse and row by row on all cores."""
+def attempts(program: Program, batch: int, tolerance: float) -> list[Attempt]:
+    """The cheapest solver for this program and batch first; Clarabel for the rows that it does not settle."""
+    name, sure = cheapest_solver(program, batch), SOLVERS["clarabel"].attempts(tolerance, {})
+    if name == "clarabel":
+        return [Attempt(SOLVERS[name], max(tolerance, QUICK_TOLERANCE), QUICK), *sure]
+    return [Attempt(SOLVERS[name], tolerance, {}), *sure]
+
+
+def cheapest_solver(program: Program, batch: int) -> str:
+    """Of DAQP, dense and row by row, the batched interior point, dense, and Clarabel, sparse and row by row; rows on all cores."""
+    if not {block.name for block in program.cones.blocks} <= {"zero", "nonnegative"}:
+        return "clarabel"
     n, equalities = program.n, int((~program.inequalities).sum())
     inequalities, cores = program.m - equalities, os.cpu_count() or 1
+    by_sets = daqp_seconds(program, batch)
     dense = 2.0 * inequalities * n**2 + (n + equalities) ** 3 / 1.5
     if 16.0 * batch * (n + equalities + inequalities) ** 2 > DENSE_BYTES:
         return "clarabel"
     batched = STEPS * (STEP + batch * (ROW_STEP + dense / BATCHED_RATE))
     if batch * (ROW + TYPICAL * (n + program.m) ** 3 / ROW_RATE) < STEPS * STEP:
-        return "clarabel"  # whatever the fill: the pattern need not be looked at
+        return "daqp" if by_sets < math.inf else "clarabel"
     by_rows = math.ceil(batch / cores) * (ROW + TYPICAL * kkt_pattern(program).flops / ROW_RATE)
-    return "interior_point" if batched < by_rows else "clarabel"
+    seconds = {"daqp": by_sets, "interior_point": batched, "clarabel": by_rows}
+    return min(seconds, key=seconds.__getitem__)
+
+
+def daqp_seconds(program: Program, batch: int) -> float:
+    n, m, cores = program.n, program.m, os.cpu_count() or 1
+    if len(np.unique(program.P_rows[program.P_rows == program.P_cols])) < n:
+        return math.inf
+    flops = n**3 / 3 + m * n**2 + min(n, m) / 2 * (n + m) * n
+    return math.ceil(batch / cores) * (2e-5 + flops / 3e9)
 
 
 def _ask(name: str, form: NormalForm | None, variables: Sequence[cp.Variable], owners: dict) -> Finding:

@@ -1,45 +1,39 @@
 """The generic path: parameters -> Data -> solver -> polish -> (x, y, optimal value), and the adjoint back.
 
-Everything here is float64 on the host. Rows that failed are left out of all batched work and never reach the others.
+Everything here is float64, on the host, or on the parameters' device where the solver is a batched one. Rows that failed are left
+out of all batched work and never reach the others.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from convlayer.adjoint import Zero, adjoint, polish, pull_back
+from convlayer.adjoint import Zero, adjoint, polish, pull_back, pull_back_whole
 from convlayer.canon import Canonical
-from convlayer.kkt import prefers_dense
+from convlayer.elimination import Eliminated, Elimination
+from convlayer.kkt import Visible, prefers_dense
 from convlayer.once import Once
 from convlayer.program import DENSE_ENTRIES, Data, Operators, Program
 from convlayer.residual import Scaling, normalise, recentre
 from convlayer.solution import Status
-from convlayer.solvers.solver import Iterate, Solver, solve_batch
+from convlayer.solvers.solver import Attempt, Iterate, solve_batch
 from convlayer.threads import one_thread
 
 INACCURATE = 1e-4  # a relative residual above this is no solution
 SENSITIVE = 3e-8  # a relative error of x, estimated by one more Newton step, above this is not called solved
 MEANINGLESS = 1e-2  # above this it is no solution at all
 RUNAWAY = 1e6  # nor is an x that many times the size which the data suggest solved: it may be on its way to infinity
-SHARED_WORK = 5e8  # cubed unknowns of dense systems, over the batch, from which more than one torch thread pays
+WHOLE_ENTRIES = (
+    64_000_000  # dense matrices of a whole batch may hold so many numbers; beyond it a piece at a time is dense
+)
 CERTIFICATE = 1e-4  # relative error of a certificate of infeasibility or unboundedness, in units where x is of size one
-
-
-def _threads_for(program: Program, batch: int) -> AbstractContextManager:
-    """One torch thread for work that is too small to share: where other processes hold the cores, waiting for a second thread
-    at every small operation costs a hundred times the operation."""
-    size = program.n + min(program.m, program.n)
-    large = prefers_dense(program) and batch * size**3 > SHARED_WORK
-    return nullcontext() if large else one_thread()
 
 
 @dataclass(eq=False)
@@ -47,11 +41,12 @@ class Call:
     """One call of the path: its options, and what comes back beside the differentiable outputs."""
 
     canonical: Canonical
-    solver: Solver
+    attempts: Sequence[Attempt]
     tolerance: float
-    options: Mapping[str, Any]
     executor: Executor | None
-    bad: Tensor  # (B,) rows whose parameters are not to be used
+    elimination: Elimination | None  # for the first attempt
+    device: torch.device  # where the work is done
+    bad: Tensor  # (B,) on the host: rows whose parameters are not to be used
     start: tuple[Tensor, Tensor, Tensor] | None  # canonical (x, s, y), (B, .) each
     differentiable: bool
     on_degenerate: Callable[[Tensor], None]  # called at backward with the rows that are differentiated by rule
@@ -59,6 +54,7 @@ class Call:
     iterations: Tensor = field(init=False)
     residual: Tensor = field(init=False)
     degenerate: Tensor = field(init=False)
+    attempt: Tensor = field(init=False)  # (B,) which of the attempts gave the answer
     iterate: tuple[Tensor, Tensor, Tensor] = field(init=False)
     blank: Tensor = field(init=False)  # (B,) rows without any iterate
 
@@ -71,41 +67,62 @@ class Piece:
     zero: Zero
     scaling: Scaling
     keep: Tensor  # which of `rows`, by position, this is the answer for
+    eliminated: Eliminated | None = None  # the zero is of the program without these variables
+
+    def adjoint(self, x_bar: Tensor, y_bar: Tensor) -> tuple[Tensor, Tensor]:
+        """Cotangents of these rows -> (w, u), in the original units."""
+        inner = (x_bar, y_bar) if self.eliminated is None else self.eliminated.enter_cotangents(x_bar, y_bar)
+        w, u = self.scaling.leave_adjoint(*adjoint(self.zero, *self.scaling.enter_cotangents(*inner)))
+        return (w, u) if self.eliminated is None else self.eliminated.leave_adjoint(w, u, x_bar, y_bar)
+
+    def whole(self, batch: int) -> bool:
+        """It is the answer for all rows of the batch, in order."""
+        return len(self.keep) == len(self.rows) == batch
 
     def only(self, wanted: Tensor) -> Piece:
         """The piece as the answer for fewer rows, wanted (all rows,)."""
         return replace(self, keep=self.keep[wanted[self.rows[self.keep]]])
 
 
-def evaluate(canonical: Canonical, thetas: list[np.ndarray]) -> dict[str, Tensor]:
-    """Canonical parameter entries, (B or 1, k) each -> values of P, q, A, b, d, (B or 1, .) each: shared stays shared."""
-    values = {name: constant[None, :] for name, constant in canonical.constant.items()}
-    for theta, parameter in zip(thetas, canonical.parameters, strict=True):
-        for name, block in parameter.maps.items():
-            values[name] = values[name] + np.asarray(block @ theta.T).T
-    return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in values.items()}
+def evaluate(canonical: Canonical, entries: Sequence[Tensor], dense: bool, like: Tensor) -> tuple[Data, Tensor]:
+    """Entries of the parameters, (B or 1, size) each -> the cone program's values and the offset d: shared stays shared."""
+    maps = {**canonical.maps, **canonical.dense_maps} if dense else canonical.maps
+    values = {name: mapping(entries, like) for name, mapping in maps.items()}
+    if dense:
+        n, m = canonical.program.n, canonical.program.m
+        values["P"], values["A"] = (values[name].view(len(values[name]), k, n) for name, k in (("P", n), ("A", m)))
+    d = values.pop("d")
+    return Data(canonical.program, **values), d
 
 
 class Solve(torch.autograd.Function):
-    """(call, *canonical parameter entries) -> x (B, n), y (B, m), value (B,). Failed rows hold the solver's last iterate, or zeros."""
+    """(call, *parameters (B or 1, *shape)) -> x (B, n), y (B, m), value (B,). Failed rows hold the solver's last iterate, or zeros."""
 
     @staticmethod
     def forward(ctx, call: Call, *thetas: Tensor):
         batch = len(call.bad)
-        with _threads_for(call.canonical.program, batch):
+        with one_thread():
             return Solve._forward(ctx, call, batch, thetas)
 
     @staticmethod
     def _forward(ctx, call: Call, batch: int, thetas: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        values = evaluate(call.canonical, [theta.detach().numpy() for theta in thetas])
-        data = Data(call.canonical.program, values["P"], values["q"], values["A"], values["b"])
-        x, s, y, pieces = _solve(call, data, values["d"], batch)
-        value = _objective(Operators(data, dense=False), x, values["d"])
+        readers, program = call.canonical.parameters, call.canonical.program
+        entries = [reader.read(theta.detach()) for reader, theta in zip(readers, thetas, strict=True)]
+        dense = (
+            call.elimination is None
+            and prefers_dense(program)
+            and batch * (program.n + program.m) * program.n <= WHOLE_ENTRIES
+        )
+        data, d = evaluate(call.canonical, entries, dense, torch.zeros((), dtype=torch.float64, device=call.device))
+        x, s, y, pieces = _solve(call, data, d, batch)
+        value = _objective(Operators(data), x, d)
         ctx.call, ctx.data, ctx.pieces = call, data, pieces
-        ctx.sizes = [len(theta) for theta in thetas]
         # A failed row's iterate may hold anything; behind the outputs its zero cotangents must stay zeros.
-        call.blank |= ~(torch.isfinite(x).all(1) & torch.isfinite(y).all(1) & torch.isfinite(value))
-        x[call.blank], y[call.blank], value[call.blank] = 0.0, 0.0, 0.0
+        good = math.isfinite((x.sum() + y.sum() + value.sum()).item())
+        if not good:
+            call.blank |= ~(torch.isfinite(x).all(1) & torch.isfinite(y).all(1) & torch.isfinite(value))
+        if bool(call.blank.any()):
+            x[call.blank], y[call.blank], value[call.blank] = 0.0, 0.0, 0.0
         ctx.save_for_backward(x, y, *thetas)
         # Detached: an output held here would hold its own graph, and neither would ever be freed.
         call.iterate = (x.detach(), s, y.detach())
@@ -114,8 +131,8 @@ class Solve(torch.autograd.Function):
     @staticmethod
     def backward(ctx, x_bar: Tensor, y_bar: Tensor, value_bar: Tensor):
         x, y, *thetas = ctx.saved_tensors
-        with torch.no_grad(), _threads_for(ctx.call.canonical.program, len(x)):
-            bars = Solve._adjoint(ctx, x_bar, y_bar, value_bar, x, y)
+        with torch.no_grad(), one_thread():
+            bars = Solve._adjoint(ctx, x_bar, y_bar, value_bar, x, y, thetas)
         if torch.is_grad_enabled():
             # create_graph=True: a second derivative through here would come out as silent zeros.
             sources = [t for t in (*thetas, x_bar, y_bar, value_bar) if t.requires_grad]
@@ -123,71 +140,122 @@ class Solve(torch.autograd.Function):
         return None, *bars
 
     @staticmethod
-    def _adjoint(ctx, x_bar: Tensor, y_bar: Tensor, value_bar: Tensor, x: Tensor, y: Tensor) -> list[Tensor | None]:
-        w, u = torch.zeros_like(x), torch.zeros_like(y)
-        for piece in ctx.pieces:
-            rows, scaling = piece.rows, piece.scaling
-            found = scaling.leave_adjoint(*adjoint(piece.zero, *scaling.enter_cotangents(x_bar[rows], y_bar[rows])))
-            w[rows[piece.keep]], u[rows[piece.keep]] = (part[piece.keep] for part in found)
-        _report(ctx.call, ctx.pieces, x_bar, y_bar)
+    def _adjoint(
+        ctx, x_bar: Tensor, y_bar: Tensor, value_bar: Tensor, x: Tensor, y: Tensor, thetas: list[Tensor]
+    ) -> list[Tensor | None]:
+        w, u = _adjoint_of(ctx.pieces, x_bar, y_bar)
+        used = (x_bar != 0).any(1) | (y_bar != 0).any(1)
+        _report(ctx.call, ctx.pieces, used)
         # A failed row that the loss does use has no derivative: NaN, not zero.
-        failed = ctx.call.status >= Status.INFEASIBLE
-        used = (x_bar != 0).any(1) | (y_bar != 0).any(1) | (value_bar != 0)
-        w[failed & used] = torch.nan
-        u[failed & used] = torch.nan
-        return _parameters_bar(ctx, w, u, value_bar.unsqueeze(1), x, y)
+        failed = (ctx.call.status >= Status.INFEASIBLE) & (used | (value_bar != 0)).cpu()
+        if bool(failed.any()):
+            w[failed], u[failed] = torch.nan, torch.nan
+        return _parameters_bar(ctx, w, u, value_bar.unsqueeze(1), x, y, thetas)
 
 
-def _parameters_bar(ctx, w: Tensor, u: Tensor, value_bar: Tensor, x: Tensor, y: Tensor) -> list[Tensor | None]:
-    canonical = ctx.call.canonical
+def _adjoint_of(pieces: list[Piece], x_bar: Tensor, y_bar: Tensor) -> tuple[Tensor, Tensor]:
+    """(w (B, n), u (B, m)), zero in rows without a piece."""
+    if len(pieces) == 1 and pieces[0].whole(len(x_bar)):
+        return pieces[0].adjoint(x_bar, y_bar)
+    w, u = torch.zeros_like(x_bar), torch.zeros_like(y_bar)
+    for piece in pieces:
+        rows, kept = piece.rows, piece.rows[piece.keep]
+        w[kept], u[kept] = (part[piece.keep] for part in piece.adjoint(x_bar[rows], y_bar[rows]))
+    return w, u
+
+
+def _parameters_bar(
+    ctx, w: Tensor, u: Tensor, value_bar: Tensor, x: Tensor, y: Tensor, thetas: list[Tensor]
+) -> list[Tensor | None]:
+    canonical, data = ctx.call.canonical, ctx.data
     wanted = [k for k, need in enumerate(ctx.needs_input_grad[1:]) if need]
-    touched = {name for k in wanted for name in canonical.parameters[k].maps}
-    moving = {
-        name: torch.from_numpy(canonical.moving[name] if name in touched else canonical.moving[name][:0])
-        for name in ("P", "A")
-    }
     # The optimal value's derivative is that of the Lagrangian: half of it has the form of an adjoint of its own.
-    bars = pull_back(ctx.data, moving, x, y, w - value_bar * x / 2, u - value_bar * y / 2)
-    bars = {**bars, "q": bars["q"] + value_bar * x / 2, "b": bars["b"] - value_bar * y / 2, "d": value_bar}
-    result: list[Tensor | None] = [None] * len(ctx.sizes)
+    valued = bool(value_bar.any())
+    w_value, u_value = (w - value_bar * x / 2, u - value_bar * y / 2) if valued else (w, u)
+    maps, bars = dict(canonical.maps), {}
+    for name in ("P", "A"):
+        if not any(k in canonical.maps[name].back for k in wanted):
+            continue
+        entries = data.program.n * (data.program.n if name == "P" else data.program.m)
+        if 4 * len(canonical.moving[name]) >= entries and len(x) * entries <= WHOLE_ENTRIES:
+            maps[name] = canonical.dense_maps[name]
+            bars[name] = pull_back_whole(name, x, y, w_value, u_value)
+        else:
+            moving = torch.from_numpy(canonical.moving[name])
+            bars[name] = pull_back(name, data.program, moving, x, y, w_value, u_value)
+    bars |= {"q": value_bar * x / 2 - w_value, "b": u_value - value_bar * y / 2} if valued else {"q": -w, "b": u}
+    bars["d"] = value_bar
+    result: list[Tensor | None] = [None] * len(thetas)
     for k in wanted:
-        total = np.zeros((ctx.sizes[k], len(canonical.parameters[k].gather)))
-        for name, block in canonical.parameters[k].transposes.items():
-            bar = bars[name] if ctx.sizes[k] == len(x) else bars[name].sum(0, keepdim=True)
-            total += np.asarray(block @ bar.numpy().T).T
-        result[k] = torch.from_numpy(total)
+        total = None
+        for name, mapping in maps.items():
+            if k in mapping.back:
+                bar = bars[name] if len(thetas[k]) == len(x) else bars[name].sum(0, keepdim=True)
+                part = mapping.back[k](bar)
+                total = part if total is None else total + part
+        result[k] = (
+            torch.zeros_like(thetas[k]) if total is None else canonical.parameters[k].pull_back(total, thetas[k])
+        )
     return result
 
 
 def _solve(call: Call, data: Data, d: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor, list[Piece]]:
-    program = data.program
-    x, s, y = (torch.zeros(batch, k, dtype=torch.float64) for k in (program.n, program.m, program.m))
-    finite = torch.ones(1, dtype=torch.bool)
-    for part in (data.P, data.q, data.A, data.b, d):
-        if not math.isfinite(part.sum().item()):
-            finite = finite & torch.isfinite(part).all(1)
-    good = torch.nonzero(~call.bad & finite).flatten()
-    call.status = torch.full((batch,), int(Status.BAD_INPUT))
-    call.iterations = torch.zeros(batch, dtype=torch.int64)
-    call.residual = torch.full((batch,), torch.nan, dtype=torch.float64)
-    call.degenerate = torch.zeros(batch, dtype=torch.bool)
-    call.blank = torch.ones(batch, dtype=torch.bool)
+    program, device = data.program, call.device
+    good = torch.arange(batch, device=device)
+    if not math.isfinite(sum(part.sum() for part in (data.P, data.q, data.A, data.b, d)).item()) or bool(
+        call.bad.any()
+    ):
+        finite = ~call.bad.to(device)
+        for part in (data.P, data.q, data.A, data.b, d):
+            finite = finite & torch.isfinite(part.flatten(1)).all(1)
+        good = torch.nonzero(finite).flatten()
+    everything = len(good) == batch
+    call.blank = torch.ones(batch, dtype=torch.bool, device=device)
     call.blank[good] = False
     if not len(good):
+        call.status = torch.full((batch,), int(Status.BAD_INPUT))
+        call.iterations, call.attempt = (torch.zeros(batch, dtype=torch.int64) for _ in range(2))
+        call.residual = torch.full((batch,), torch.nan, dtype=torch.float64)
+        call.degenerate = torch.zeros(batch, dtype=torch.bool)
+        x, s, y = (data.q.new_zeros(batch, k) for k in (program.n, program.m, program.m))
         return x, s, y, []
 
-    chosen = data if len(good) == batch else data.rows(good)
-    scaled, scaling = normalise(chosen.widen(len(good)))
-    found = _attempt(call, scaled, scaling, call.tolerance, _start(call, scaling, good))
-    unsettled = (found.status == Status.INACCURATE) | (found.status == Status.NOT_CONVERGED)
-    if call.solver.finest is not None and bool(unsettled.any()):
+    chosen = data if everything else data.rows(good)
+    chosen = chosen.widen(len(good))
+    found = _first_attempt(call, chosen, good)
+    for place in range(1, len(call.attempts)):
         # What the polish could not settle may need a sharper start: a face is not told from its neighbours yet.
+        unsettled = (found.status == Status.INACCURATE) | (found.status == Status.NOT_CONVERGED)
+        if call.attempts[place - 1].solver.at_vertex:
+            # A redundant constraint looks weakly active there, and is not where the multipliers are shared out.
+            unsettled = unsettled | found.degenerate
         again = torch.nonzero(unsettled).flatten()
-        found = found.improved(again, _attempt(call, scaled.rows(again), scaling.rows(again), call.solver.finest, None))
-    call.status[good], call.iterations[good] = found.status, found.iterations
-    call.residual[good], call.degenerate[good] = found.residual, found.degenerate
-    x[good], s[good], y[good] = found.x, found.s, found.y
-    return x, s, y, [replace(piece, rows=good[piece.rows]) for piece in found.pieces]
+        if not len(again):
+            break
+        found = found.improved(
+            again, _attempt(call, *normalise(chosen.rows(again)), place, None, call.canonical.visible)
+        )
+    pieces = found.pieces if everything else [replace(piece, rows=good[piece.rows]) for piece in found.pieces]
+
+    def spread(values: Tensor, blank: float) -> Tensor:
+        if everything:
+            return values
+        return values.new_full((batch, *values.shape[1:]), blank).index_copy_(0, good, values)
+
+    call.status = spread(found.status, int(Status.BAD_INPUT)).cpu()
+    call.iterations, call.attempt = spread(found.iterations, 0).cpu(), spread(found.attempt, 0).cpu()
+    call.residual, call.degenerate = spread(found.residual, torch.nan).cpu(), spread(found.degenerate, False).cpu()
+    return spread(found.x, 0.0), spread(found.s, 0.0), spread(found.y, 0.0), pieces
+
+
+def _first_attempt(call: Call, data: Data, good: Tensor) -> _Found:
+    """On the program without its auxiliary variables, where they can be taken out."""
+    if call.elimination is None:
+        scaled, scaling = normalise(data)
+        return _attempt(call, scaled, scaling, 0, _start(call, scaling, good), call.canonical.visible)
+    eliminated = call.elimination.enter(data)
+    scaled, scaling = normalise(eliminated.data.widen(len(good)))
+    return _attempt(call, scaled, scaling, 0, None, call.elimination.visible).lifted(eliminated)
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,18 +269,24 @@ class _Found:
     iterations: Tensor
     residual: Tensor
     degenerate: Tensor
+    attempt: Tensor
     pieces: list[Piece]
+
+    def lifted(self, eliminated: Eliminated) -> _Found:
+        """The same for the program before the elimination."""
+        x, s, y = eliminated.leave(self.x, self.s, self.y)
+        pieces = [replace(piece, eliminated=eliminated.only(piece.rows)) for piece in self.pieces]
+        return replace(self, x=x, s=s, y=y, pieces=pieces)
 
     def improved(self, rows: Tensor, other: _Found) -> _Found:
         """With another attempt at some rows, where it did better."""
-        better = (other.status < self.status[rows]) | (
-            (other.status == self.status[rows]) & (other.residual < self.residual[rows])
-        )
+        rank, other_rank = 2 * self.status[rows] + self.degenerate[rows], 2 * other.status + other.degenerate
+        better = (other_rank < rank) | ((other_rank == rank) & (other.residual < self.residual[rows]))
         won, mine = rows[better], torch.ones(len(self.status), dtype=torch.bool)
         mine[won] = False
         kept = {
             name: getattr(self, name).index_copy(0, won, getattr(other, name)[better])
-            for name in ("x", "s", "y", "status", "residual", "degenerate")
+            for name in ("x", "s", "y", "status", "residual", "degenerate", "attempt")
         }
         pieces = [piece.only(mine) for piece in self.pieces]
         pieces += [replace(piece.only(better), rows=rows[piece.rows]) for piece in other.pieces]
@@ -220,44 +294,92 @@ class _Found:
         return _Found(**kept, iterations=iterations, pieces=[piece for piece in pieces if len(piece.keep)])
 
 
-def _attempt(call: Call, data: Data, scaling: Scaling, tolerance: float, start: list[Iterate] | None) -> _Found:
-    """Solve normalised data, check certificates, polish, judge."""
-    rows = data.batch
-    iterates = solve_batch(call.solver, data, tolerance, call.options, start, call.executor)
-    point = [
-        torch.from_numpy(np.array([getattr(it, name) for it in iterates], dtype=np.float64).reshape(rows, -1))
-        for name in ("x", "s", "y")
-    ]
-    usable = torch.isfinite(torch.cat(point, 1)).all(1)
-    status = torch.tensor([int(it.status) for it in iterates])
-    status[~usable & (status < Status.INFEASIBLE)] = int(Status.NOT_CONVERGED)
-    status = _certified(data, status, *point)
-    x, s, y = scaling.leave(*point)
-    residual, degenerate = torch.full((rows,), torch.nan, dtype=x.dtype), torch.zeros(rows, dtype=torch.bool)
-
+def _attempt(
+    call: Call, data: Data, scaling: Scaling, place: int, start: list[Iterate] | None, visible: Visible
+) -> _Found:
+    """Solve normalised data by one of the attempts, check certificates, polish, judge."""
+    rows, device, tolerance = data.batch, call.device, call.attempts[place].tolerance
+    point = solve_batch(*call.attempts[place], data, start, call.executor)
+    status = point.status
+    usable = None
+    if not math.isfinite((point.x.sum() + point.s.sum() + point.y.sum()).item()):
+        usable = torch.isfinite(torch.cat([point.x, point.s, point.y], 1)).all(1)
+        status = torch.where(~usable & (status < Status.INFEASIBLE), int(Status.NOT_CONVERGED), status)
+    hopeless = (status == Status.INFEASIBLE) | (status == Status.UNBOUNDED)
+    refine = torch.arange(rows, device=device)
+    if bool(hopeless.any()) or usable is not None:
+        status = _certified(data, status, point.x, point.s, point.y)
+        hopeless = (status == Status.INFEASIBLE) | (status == Status.UNBOUNDED)
+        refine = torch.nonzero(~hopeless if usable is None else ~hopeless & usable).flatten()
+    attempt = torch.full((rows,), place, device=device)
+    dense = data.dense or prefers_dense(data.program)
+    at_once = rows if data.dense else _rows_at_once(data.program, dense)
+    if len(refine) == rows <= at_once:
+        found = _refined(call, data, scaling, point.x, point.s, point.y, dense, visible, tolerance)
+        pieces = [Piece(refine, found.zero, found.scaling, refine)] if call.differentiable else []
+        return _Found(
+            found.x,
+            found.s,
+            found.y,
+            found.status,
+            point.iterations,
+            found.zero.residual,
+            found.zero.degenerate,
+            attempt,
+            pieces,
+        )
+    x, s, y = scaling.leave(point.x, point.s, point.y)
+    residual = torch.full((rows,), torch.nan, dtype=x.dtype, device=device)
+    degenerate, status = torch.zeros(rows, dtype=torch.bool, device=device), status.clone()
     pieces = []
-    refine = torch.nonzero(usable & (status != Status.INFEASIBLE) & (status != Status.UNBOUNDED)).flatten()
-    dense = prefers_dense(data.program)
-    for part in refine.split(_rows_at_once(data.program, dense)) if len(refine) else ():
-        everything = len(part) == rows
-        piece_data, piece_scaling = (data, scaling) if everything else (data.rows(part), scaling.rows(part))
-        piece_point = point if everything else [values[part] for values in point]
-        piece_data, inner = recentre(piece_data, piece_scaling, piece_point[0], piece_point[2])
-        started = inner.enter(*piece_scaling.leave(*piece_point))
-        zero = polish(Operators(piece_data, dense), *started, call.canonical.visible, inner.c)
-        status[part] = _verdict(zero, call.tolerance)
-        size = (zero.x * (piece_scaling.rho / inner.rho)).abs()
-        for bound, verdict in ((RUNAWAY, Status.INACCURATE), (RUNAWAY**1.5, Status.NOT_CONVERGED)):
-            runaway = (size > bound).any(1) & (status[part] < verdict)
-            status[part[runaway]] = int(verdict)
-        if inner.unbounded is not None:
-            # A bound that was taken for infinite and is active after all: this is not the solution.
-            status[part[(inner.unbounded & (zero.y > 0)).any(1)]] = int(Status.NOT_CONVERGED)
-        residual[part], degenerate[part] = zero.residual, zero.degenerate
-        x[part], s[part], y[part] = inner.leave(zero.x, zero.s, zero.y)
+    for part in refine.split(at_once) if len(refine) else ():
+        start_x, start_s, start_y = (values[part] for values in (point.x, point.s, point.y))
+        found = _refined(
+            call, data.rows(part), scaling.rows(part), start_x, start_s, start_y, dense, visible, tolerance
+        )
+        status[part], residual[part], degenerate[part] = found.status, found.zero.residual, found.zero.degenerate
+        x[part], s[part], y[part] = found.x, found.s, found.y
         if call.differentiable:
-            pieces.append(Piece(part, zero, inner, torch.arange(len(part))))
-    return _Found(x, s, y, status, torch.tensor([it.iterations for it in iterates]), residual, degenerate, pieces)
+            pieces.append(Piece(part, found.zero, found.scaling, torch.arange(len(part), device=device)))
+    return _Found(x, s, y, status, point.iterations, residual, degenerate, attempt, pieces)
+
+
+class _Refined(NamedTuple):
+    """A polished piece, in the original units."""
+
+    x: Tensor
+    s: Tensor
+    y: Tensor
+    status: Tensor
+    zero: Zero
+    scaling: Scaling  # of the zero
+
+
+def _refined(
+    call: Call,
+    data: Data,
+    scaling: Scaling,
+    x: Tensor,
+    s: Tensor,
+    y: Tensor,
+    dense: bool,
+    visible: Visible,
+    tolerance: float,
+) -> _Refined:
+    outer = scaling
+    data, inner = recentre(data, scaling, x, y)
+    started = inner.enter(*outer.leave(x, s, y))
+    zero = polish(Operators(data, dense), *started, visible, inner.c)
+    status = _verdict(zero, call.tolerance)
+    size = (zero.x * (outer.rho / inner.rho)).abs().amax(1) if zero.x.shape[1] else zero.residual.new_zeros(len(zero.x))
+    # A first, quick attempt has not come far on its way to infinity.
+    runaway = RUNAWAY * min(1.0, call.tolerance / tolerance)
+    for bound, verdict in ((runaway, Status.INACCURATE), (RUNAWAY**1.5, Status.NOT_CONVERGED)):
+        status = torch.where((size > bound) & (status < verdict), int(verdict), status)
+    if inner.unbounded is not None:
+        # A bound that was taken for infinite and is active after all: this is not the solution.
+        status = torch.where((inner.unbounded & (zero.y > 0)).any(1), int(Status.NOT_CONVERGED), status)
+    return _Refined(*inner.leave(zero.x, zero.s, zero.y), status, zero, inner)
 
 
 def _certified(data: Data, status: Tensor, x: Tensor, s: Tensor, y: Tensor) -> Tensor:
@@ -270,7 +392,7 @@ def _certified(data: Data, status: Tensor, x: Tensor, s: Tensor, y: Tensor) -> T
     if not len(claimed):
         return status
     part = data.rows(claimed).widen(len(claimed))
-    operators, cones = Operators(part, dense=False), data.program.cones
+    operators, cones = Operators(part), data.program.cones
     x, y = x[claimed].nan_to_num(0.0), cones.project_dual(y[claimed].nan_to_num(0.0))
     s = cones.project(-operators.A(x))
     gain, ray_gain = -(part.b * y).sum(1), -(part.q * x).sum(1)
@@ -305,8 +427,8 @@ def _rows_at_once(program: Program, dense: bool) -> int:
 def _start(call: Call, scaling: Scaling, good: Tensor) -> list[Iterate] | None:
     if call.start is None:
         return None
-    x, s, y = scaling.enter(*(part[good] for part in call.start))
-    rows = zip(x.numpy(), s.numpy(), y.numpy(), strict=True)
+    x, s, y = scaling.enter(*(part.to(call.device)[good] for part in call.start))
+    rows = zip(x.cpu().numpy(), s.cpu().numpy(), y.cpu().numpy(), strict=True)
     return [Iterate(x_k, s_k, y_k, Status.SOLVED, 0) for x_k, s_k, y_k in rows]
 
 
@@ -314,13 +436,12 @@ def _objective(operators: Operators, x: Tensor, d: Tensor) -> Tensor:
     return (x * (operators.P(x) / 2 + operators.data.q)).sum(1) + d.squeeze(1)
 
 
-def _report(call: Call, pieces: list[Piece], x_bar: Tensor, y_bar: Tensor) -> None:
+def _report(call: Call, pieces: list[Piece], used: Tensor) -> None:
     """Tell the layer which rows with a cotangent were differentiated by rule."""
     for piece in pieces:
-        call.degenerate[piece.rows[piece.keep]] |= piece.zero.system.singular[
-            piece.keep
-        ]  # a solve may have flagged more
-    used = (x_bar != 0).any(1) | (y_bar != 0).any(1)
-    rows = torch.nonzero(call.degenerate & used).flatten()
-    if len(rows):
-        call.on_degenerate(rows)
+        # A solve may have flagged more.
+        call.degenerate[piece.rows[piece.keep].cpu()] |= piece.zero.system.singular[piece.keep].cpu()
+    if bool(call.degenerate.any()):
+        rows = torch.nonzero(call.degenerate & used.cpu()).flatten()
+        if len(rows):
+            call.on_degenerate(rows)

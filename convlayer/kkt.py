@@ -16,6 +16,7 @@ canonical auxiliaries that are free, or constraints that are redundant whatever 
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from typing import NamedTuple
@@ -53,13 +54,26 @@ class Visible(NamedTuple):
     y: Tensor  # (m,) bool
 
 
-def prefers_dense(program: Program) -> bool:
-    """Whether dense batched LU is expected to cost less than sparse LDL', with about as many active rows as variables."""
+def dense_seconds(program: Program) -> float:
+    """Of a factorisation by dense batched LU, a row, with about as many active rows as variables; infinite if it is too large."""
     if (program.n + program.m) * program.n > DENSE_ENTRIES:
-        return False
+        return math.inf
     size = program.n + min(program.m, program.n)
-    dense = DENSE_CALL + (2 / 3 * size**3 + 40 * size**2) / DENSE_RATE
-    return dense <= SPARSE_CALL or dense <= SPARSE_CALL + kkt_pattern(program).flops / SPARSE_RATE
+    return DENSE_CALL + (2 / 3 * size**3 + 40 * size**2) / DENSE_RATE
+
+
+def prefers_dense(program: Program) -> bool:
+    """Whether dense batched LU is expected to cost less than sparse LDL'."""
+    dense = dense_seconds(program)
+    return dense <= SPARSE_CALL or (
+        dense < math.inf and dense <= SPARSE_CALL + kkt_pattern(program).flops / SPARSE_RATE
+    )
+
+
+def system_seconds(program: Program) -> float:
+    """Of a factorisation by the cheaper of the two, a row."""
+    dense = dense_seconds(program)
+    return dense if dense <= SPARSE_CALL else min(dense, SPARSE_CALL + kkt_pattern(program).flops / SPARSE_RATE)
 
 
 def factorise(

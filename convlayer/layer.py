@@ -21,7 +21,7 @@ from torch import Tensor
 from convlayer import domain
 from convlayer.canon import Canonical
 from convlayer.declaration import Declaration
-from convlayer.dispatch import CHOICES, quadratic_solver, recognise
+from convlayer.dispatch import CHOICES, attempts, recognise
 from convlayer.explain import explain_choice, explain_cone_program
 from convlayer.generic import Call, Solve
 from convlayer.kernels.answer import Answer
@@ -34,11 +34,13 @@ from convlayer.solution import (
     Status,
     rows_in_words,
 )
-from convlayer.solvers import SOLVERS, Solver
+from convlayer.solvers import SOLVERS, Attempt, Solver
 from convlayer.specialised import Specialised
+from convlayer.threads import one_thread
 from convlayer.verification import Verification, verify
 
 TOLERANCE = 1e-8
+SMALL = 50_000_000  # numbers that one thread checks in less time than a second one may take to come
 POLICIES = ("raise", "nan", "keep")
 
 
@@ -169,7 +171,10 @@ class ConvexLayer(torch.nn.Module):
         text = explain_choice(self._recognition, self.structure, self._why, batch)
         if self._specialised is not None:
             return text
-        solver, own_executor = self._solver_for(batch), self.executor is not None
+        solver, own_executor = (
+            self._attempts(batch, self._tolerance, self._options)[0].solver,
+            self.executor is not None,
+        )
         rest = explain_cone_program(self._canonical, solver, self._chosen, self._tolerance, own_executor, batch)
         return f"{text}\n{rest}"
 
@@ -265,31 +270,48 @@ class ConvexLayer(torch.nn.Module):
         solver_args: Mapping[str, Any] | None,
         warm_start: Solution | None,
     ) -> _Rows:
-        canonical, solver = self._canonical, self._solver
+        with one_thread():
+            return self._solve_cone_program(values, size, bad, batch, solver_args, warm_start)
+
+    def _solve_cone_program(
+        self,
+        values: list[Tensor],
+        size: int,
+        bad: Tensor | None,
+        batch: tuple[int, ...],
+        solver_args: Mapping[str, Any] | None,
+        warm_start: Solution | None,
+    ) -> _Rows:
+        canonical = self._canonical
         tolerance, options = self._tolerance, self._options
         if solver_args:
             merged = {"tolerance": tolerance, **options, **solver_args}
             tolerance, options = _tolerance(merged), merged
-            solver.check(canonical.program, options)
-        if not options and warm_start is None:
-            solver = self._solver_for(size)
-        thetas = [p.entries(v.to("cpu", torch.float64)) for v, p in zip(values, canonical.parameters, strict=True)]
+            self._solver.check(canonical.program, options)
+        attempts = self._attempts(size, tolerance, options)
+        elimination = None if self._chosen or options else canonical.elimination
+        device = values[0].device if values and attempts[0].solver.batched else torch.device("cpu")
+        thetas = [v.to(device, torch.float64) for v in values]
         start = self._start(warm_start, batch)
         differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in thetas)
         excluded = torch.zeros(size, dtype=torch.bool) if bad is None else bad
         warn = partial(self._warn_degenerate, batch)
-        call = Call(canonical, solver, tolerance, options, self.executor, excluded, start, differentiable, warn)
+        call = Call(
+            canonical, attempts, tolerance, self.executor, elimination, device, excluded, start, differentiable, warn
+        )
         x, y, value = Solve.apply(call, *thetas)
         outputs = [recovery.value(x, y) for recovery in canonical.variables] + [canonical.objective(value)]
         return _Rows(
             outputs, call.status, call.iterations, call.residual, call.degenerate, call.blank, call.iterate, warned=True
         )
 
-    def _solver_for(self, batch: int) -> Solver:
-        """The one asked for, or for a quadratic program the cheaper one at this batch."""
-        if self._chosen or self.structure != "quadratic_program":
-            return self._solver
-        return SOLVERS[quadratic_solver(self._canonical.program, batch)]
+    def _attempts(self, batch: int, tolerance: float, options: Mapping[str, Any]) -> list[Attempt]:
+        """By the solver asked for, or by the cheapest one at this batch, with others behind it."""
+        if self._chosen or options:
+            return self._solver.attempts(tolerance, options)
+        elimination = self._canonical.elimination
+        program = self._canonical.program if elimination is None else elimination.program
+        return attempts(program, batch, tolerance)
 
     def _solve_specialised(
         self,
@@ -371,7 +393,8 @@ class ConvexLayer(torch.nn.Module):
         Of those `vouched` for, the kernel sees whether they are semidefinite.
         """
         found: list[tuple[Tensor, str]] = []
-        with torch.no_grad():
+        small = sum(value.numel() for value in values) <= SMALL
+        with torch.no_grad(), one_thread() if small else nullcontext():
             for k, (value, parameter) in enumerate(zip(values, self._declared.parameters, strict=True)):
                 declared = self._domains[k]
                 look = declared - {"PSD"} | {"symmetric"} if k in vouched else declared

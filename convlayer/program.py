@@ -59,6 +59,25 @@ class Program:
             for name in ("P_rows", "P_cols", "A_rows", "A_cols")
         }
 
+    def on(self, device: torch.device) -> dict[str, Tensor]:
+        """The patterns as index tensors, and the rows' kinds as masks, on a device."""
+        if device not in self._on:
+            masks = {
+                "inequalities": self.inequalities,
+                "elementwise": self.elementwise,
+                "scale_group": self.scale_group,
+            }
+            self._on[device] = {name: part.to(device) for name, part in {**self.indices, **masks}.items()}
+        return self._on[device]
+
+    @cached_property
+    def _on(self) -> dict[torch.device, dict[str, Tensor]]:
+        return {}
+
+    @property
+    def A_is_full(self) -> bool:
+        return len(self.A_rows) == self.m * self.n
+
     @cached_property
     def scale_group(self) -> Tensor:
         """(m,) rows that must share one scale: each row of an elementwise cone its own, one for each block of the others."""
@@ -78,6 +97,10 @@ class Program:
         return rows
 
     @cached_property
+    def is_elementwise(self) -> bool:
+        return bool(self.elementwise.all())
+
+    @cached_property
     def elementwise(self) -> Tensor:
         """(m,) rows that take a scale of their own."""
         return torch.bincount(self.scale_group, minlength=self.m)[self.scale_group] == 1
@@ -89,17 +112,24 @@ class Program:
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Values of a batch of cone programs on a Program's pattern; a leading dimension of 1 is shared by the batch."""
+    """Values of a batch of cone programs on a Program's pattern; a leading dimension of 1 is shared by the batch.
+
+    Dense data hold whole matrices in place of the stored entries.
+    """
 
     program: Program
-    P: Tensor  # (B or 1, nnz(P)) upper triangle
+    P: Tensor  # (B or 1, nnz(P)) upper triangle; dense: (B or 1, n, n)
     q: Tensor  # (B or 1, n)
-    A: Tensor  # (B or 1, nnz(A))
+    A: Tensor  # (B or 1, nnz(A)); dense: (B or 1, m, n)
     b: Tensor  # (B or 1, m)
 
     @property
     def batch(self) -> int:
         return max(len(self.P), len(self.q), len(self.A), len(self.b))
+
+    @property
+    def dense(self) -> bool:
+        return self.A.ndim == 3
 
     def rows(self, index: Tensor) -> Data:
         """The instances at `index`; shared values stay shared."""
@@ -109,6 +139,29 @@ class Data:
         """The same data with q and b repeated to `batch` rows; P and A stay shared if they were."""
         return replace(self, q=self.q.expand(batch, -1), b=self.b.expand(batch, -1))
 
+    def to_dense(self) -> Data:
+        return self if self.dense else replace(self, P=dense_P(self), A=dense_A(self))
+
+    def host(self) -> Data:
+        parts = {name: getattr(self, name).cpu() for name in ("P", "q", "A", "b")}
+        return self if self.q.device.type == "cpu" else replace(self, **parts)
+
+    @property
+    def P_entries(self) -> Tensor:
+        """(B or 1, nnz(P)) the stored entries."""
+        index = self.program.on(self.P.device)
+        return self.P[:, index["P_rows"], index["P_cols"]] if self.dense else self.P
+
+    @property
+    def A_entries(self) -> Tensor:
+        """(B or 1, nnz(A)) the stored entries."""
+        if not self.dense:
+            return self.A
+        if self.program.A_is_full:
+            return self.A.mT.flatten(1)
+        index = self.program.on(self.A.device)
+        return self.A[:, index["A_rows"], index["A_cols"]]
+
 
 class Operators:
     """Products with P and A for a batch, by dense matrices or by index.
@@ -116,10 +169,11 @@ class Operators:
     Shapes: x (B, n), y (B, m); results have the same leading dimension.
     """
 
-    def __init__(self, data: Data, dense: bool):
-        self.data, self.dense = data, dense
-        if dense:
-            self.P_values, self.A_values = dense_P(data), dense_A(data)
+    def __init__(self, data: Data, dense: bool = False):
+        data = data.to_dense() if dense else data
+        self.data, self.dense = data, data.dense
+        if self.dense:
+            self.P_values, self.A_values = data.P, data.A
         else:
             # (nnz, B): gathers and sums then move whole rows of memory.
             self.P_values, self.A_values = data.P.mT.contiguous(), data.A.mT.contiguous()
@@ -128,17 +182,21 @@ class Operators:
         """The operators of the instances at `index`, without assembling them again."""
         chosen = object.__new__(Operators)
         chosen.data, chosen.dense = self.data.rows(index), self.dense
-        dim = 0 if self.dense else 1
-        chosen.P_values, chosen.A_values = (take_rows(values, index, dim) for values in (self.P_values, self.A_values))
+        if self.dense:
+            chosen.P_values, chosen.A_values = chosen.data.P, chosen.data.A
+        else:
+            chosen.P_values, chosen.A_values = (
+                take_rows(values, index, 1) for values in (self.P_values, self.A_values)
+            )
         return chosen
 
     def P(self, x: Tensor) -> Tensor:
-        index = self.data.program.indices
-        i, j = index["P_rows"], index["P_cols"]
-        if not len(i):
+        if not len(self.data.program.P_rows):
             return torch.zeros_like(x)
         if self.dense:
             return _product(self.P_values, x)
+        index = self.data.program.indices
+        i, j = index["P_rows"], index["P_cols"]
         columns = x.mT.contiguous()
         strict = torch.where((i == j).unsqueeze(1), 0.0, self.P_values)
         return (
@@ -173,7 +231,10 @@ def _gather_add(values: Tensor, x: Tensor, source: Tensor, target: Tensor, size:
 
 def dense_P(data: Data) -> Tensor:
     """(B or 1, n, n), symmetric."""
-    n, i, j = data.program.n, data.program.indices["P_rows"], data.program.indices["P_cols"]
+    if data.dense:
+        return data.P
+    n, index = data.program.n, data.program.on(data.P.device)
+    i, j = index["P_rows"], index["P_cols"]
     P = data.P.new_zeros(len(data.P), n * n)
     P[:, i * n + j] = data.P
     P[:, j * n + i] = data.P
@@ -182,9 +243,14 @@ def dense_P(data: Data) -> Tensor:
 
 def dense_A(data: Data) -> Tensor:
     """(B or 1, m, n)."""
+    if data.dense:
+        return data.A
     n, m = data.program.n, data.program.m
+    if data.program.A_is_full:
+        return data.A.view(len(data.A), n, m).mT.contiguous()
+    index = data.program.on(data.A.device)
     A = data.A.new_zeros(len(data.A), m * n)
-    A[:, data.program.indices["A_rows"] * n + data.program.indices["A_cols"]] = data.A
+    A[:, index["A_rows"] * n + index["A_cols"]] = data.A
     return A.view(len(A), m, n)
 
 

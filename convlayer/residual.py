@@ -55,22 +55,21 @@ class Scaling:
 
 def normalise(data: Data) -> tuple[Data, Scaling]:
     """Units in which rows of A, the objective and the right-hand side have size one, so that every tolerance is relative."""
-    index, group, batch = data.program.indices, data.program.scale_group, data.batch
-    P_size = _reciprocal(_largest(data.P))
-    c, e = _equilibrate(data, data.P.abs() * P_size, group)
-    scaled = replace(data, A=data.A * e[:, index["A_rows"]], b=data.b * e)
+    batch = data.batch
+    c, e = _equilibrate(data)
+    scaled = replace(data, A=_times_rows(data, data.A, e), b=data.b * e)
     if c is not None:
-        scaled = replace(
-            scaled,
-            A=scaled.A * c[:, index["A_cols"]],
-            q=data.q * c,
-            P=data.P * c[:, index["P_rows"]] * c[:, index["P_cols"]],
-        )
-    beyond = (scaled.b >= INFINITE) & data.program.inequalities
-    unbounded = beyond if bool(beyond.any()) else None
-    b = scaled.b.abs() if unbounded is None else torch.where(unbounded, 0.0, scaled.b.abs())
+        P = _times_columns(data, _times_rows_of_P(data, data.P, c), c, "P")
+        scaled = replace(scaled, A=_times_columns(data, scaled.A, c, "A"), q=data.q * c, P=P)
+    unbounded = None
+    b = scaled.b.abs()
+    if b.numel() and b.max().item() >= INFINITE:
+        beyond = (scaled.b >= INFINITE) & data.program.on(b.device)["inequalities"]
+        unbounded = beyond if bool(beyond.any()) else None
+    if unbounded is not None:
+        b = torch.where(unbounded, 0.0, b)
     rho = _reciprocal(_typical(b))
-    q, P = _largest(scaled.q), _largest(scaled.P)
+    q, P = _largest(scaled.q), _largest(scaled.P.flatten(1))
     # Without a right-hand side the size of x is set by the objective: x ~ q / P.
     rho = torch.where(
         _largest(b) > 0, rho, torch.where((P > 0) & (q > 0), P / q.clamp(min=torch.finfo(q.dtype).tiny), 1.0)
@@ -82,53 +81,84 @@ def normalise(data: Data) -> tuple[Data, Scaling]:
     return rescale(scaled, scaling.rho, scaling.tau), scaling
 
 
-def _equilibrate(data: Data, P: Tensor, group: Tensor) -> tuple[Tensor | None, Tensor]:
+def _equilibrate(data: Data) -> tuple[Tensor | None, Tensor]:
     """Column and row scales (c, e): rows of size one and, where columns differ much, Ruiz's iteration on both.
 
     A column is measured by its constraints, and by P only if it has none: an auxiliary variable t == Ax - b with a small
     coefficient is then brought to the size of Ax, whatever its weight in the objective.
     """
-    program, index = data.program, data.program.indices
-    A, size = data.A.abs(), max(len(data.A), len(P))
-    rows, i, j = group[index["A_rows"]], index["P_rows"], index["P_cols"]
-
-    def row_sizes(values: Tensor) -> Tensor:
-        return values.new_zeros(len(values), program.m).scatter_reduce_(
-            1, rows.expand(len(values), -1), values, "amax"
-        )[:, group]
-
-    def column_sizes(A: Tensor, P: Tensor) -> Tensor:
-        largest = A.new_zeros(len(A), program.n).scatter_reduce_(1, index["A_cols"].expand(len(A), -1), A, "amax")
-        if not P.shape[1]:
-            return largest
-        for k in (i, j):
-            largest = torch.maximum(
-                largest, P.new_zeros(len(P), program.n).scatter_reduce_(1, k.expand(len(P), -1), P, "amax")
-            )
-        return largest
-
-    e = _reciprocal(row_sizes(A))
+    A, elementwise = data.A.abs(), data.program.on(data.A.device)["elementwise"]
+    e = _reciprocal(_row_sizes(data, A))
     # A row with one entry, a bound, takes any scale: it says nothing about its column's.
-    entries = A.new_zeros(len(A), program.m).index_add_(1, index["A_rows"], (A > 0).to(A.dtype))
-    joint = torch.where(((entries == 1) & program.elementwise)[:, index["A_rows"]], 0.0, A)
-    columns = column_sizes(joint * e[:, index["A_rows"]], P[:, :0])
+    bounds = (_row_counts(data, A) == 1) & elementwise
+    columns = _column_sizes(data, _times_rows(data, A, torch.where(bounds, 0.0, e)), "A")
     if not columns.shape[1] or bool(
         (_largest(columns) <= BALANCED * torch.where(columns > 0, columns, torch.inf).amin(1, keepdim=True)).all()
     ):
         return None, e
-    c, e = A.new_ones(size, program.n), A.new_ones(len(A), program.m)
+    joint = _times_rows(data, A, (~bounds).to(A.dtype))
+    P = data.P.abs()
+    P = P * _reciprocal(_largest(P.flatten(1))).view(-1, *[1] * (P.ndim - 1))
+    c, e = A.new_ones(max(len(A), len(P)), data.program.n), A.new_ones(len(A), data.program.m)
     for _ in range(20):
-        now = joint * e[:, index["A_rows"]] * c[:, index["A_cols"]]
-        columns = column_sizes(now, P[:, :0])
-        columns = torch.where(columns > 0, columns, column_sizes(now, P * c[:, i] * c[:, j]))
-        e = e * _reciprocal(row_sizes(now)).sqrt()
-        c = c * _reciprocal(columns).sqrt()
-    return c, e * _reciprocal(row_sizes(A * e[:, index["A_rows"]] * c[:, index["A_cols"]]))
+        now = _times_columns(data, _times_rows(data, joint, e), c, "A")
+        columns = _column_sizes(data, now, "A")
+        alone = _column_sizes(data, _times_columns(data, _times_rows_of_P(data, P, c), c, "P"), "P")
+        e = e * _reciprocal(_row_sizes(data, now)).sqrt()
+        c = c * _reciprocal(torch.where(columns > 0, columns, alone)).sqrt()
+    return c, e * _reciprocal(_row_sizes(data, _times_columns(data, _times_rows(data, A, e), c, "A")))
+
+
+def _times_rows(data: Data, A: Tensor, e: Tensor) -> Tensor:
+    return A * e.unsqueeze(2) if data.dense else A * e[:, data.program.indices["A_rows"]]
+
+
+def _times_rows_of_P(data: Data, P: Tensor, c: Tensor) -> Tensor:
+    return P * c.unsqueeze(2) if data.dense else P * c[:, data.program.indices["P_rows"]]
+
+
+def _times_columns(data: Data, matrix: Tensor, c: Tensor, name: str) -> Tensor:
+    return matrix * c.unsqueeze(1) if data.dense else matrix * c[:, data.program.indices[f"{name}_cols"]]
+
+
+def _row_sizes(data: Data, A: Tensor) -> Tensor:
+    """(B or 1, m) the largest entry of each row of |A|, the same within a cone that is not elementwise."""
+    program = data.program
+    if not data.dense:
+        rows = program.scale_group[program.indices["A_rows"]].expand(len(A), -1)
+        sizes = A.new_zeros(len(A), program.m).scatter_reduce_(1, rows, A, "amax")
+        return sizes if program.is_elementwise else sizes[:, program.scale_group]
+    sizes = A.amax(2) if A.numel() else A.new_zeros(A.shape[:2])
+    if program.is_elementwise:
+        return sizes
+    group = program.on(A.device)["scale_group"].expand(len(A), -1)
+    return torch.zeros_like(sizes).scatter_reduce_(1, group, sizes, "amax").gather(1, group)
+
+
+def _row_counts(data: Data, A: Tensor) -> Tensor:
+    """(B or 1, m) how many entries of each row of |A| are not zero."""
+    if data.dense:
+        return (A > 0).sum(2)
+    return A.new_zeros(len(A), data.program.m).index_add_(1, data.program.indices["A_rows"], (A > 0).to(A.dtype))
+
+
+def _column_sizes(data: Data, matrix: Tensor, name: str) -> Tensor:
+    """(B or 1, n) the largest entry of each column of |A|, or of |P|."""
+    program = data.program
+    if data.dense:
+        return matrix.amax(1) if matrix.numel() else matrix.new_zeros(len(matrix), program.n)
+    largest = matrix.new_zeros(len(matrix), program.n)
+    for index in ("A_cols",) if name == "A" else ("P_rows", "P_cols"):
+        largest.scatter_reduce_(1, program.indices[index].expand(len(matrix), -1), matrix, "amax")
+    return largest
 
 
 def rescale(data: Data, rho: Tensor, tau: Tensor) -> Data:
     """x' = rho x, y' = tau y: the same program in other units."""
-    return replace(data, P=data.P * (tau / rho) if data.P.shape[1] else data.P, q=data.q * tau, b=data.b * rho)
+    P = data.P
+    if len(data.program.P_rows):
+        P = P * (tau / rho).view(-1, *[1] * (P.ndim - 1))
+    return replace(data, P=P, q=data.q * tau, b=data.b * rho)
 
 
 def recentre(data: Data, scaling: Scaling, x: Tensor, y: Tensor) -> tuple[Data, Scaling]:
@@ -137,7 +167,7 @@ def recentre(data: Data, scaling: Scaling, x: Tensor, y: Tensor) -> tuple[Data, 
     Where x or y is all but zero, the right-hand side or the objective sets the unit, so that noise does not become of size one;
     where it is absurdly large, it stays so.
     """
-    q, P = _largest(data.q), _largest(data.P)
+    q, P = _largest(data.q), _largest(data.P.flatten(1))
     # What x would be by the objective alone, if that is less than the right-hand side's 1.
     least = torch.where((q > 0) & (P > 0), (q / P.clamp(min=torch.finfo(P.dtype).tiny)).clamp(1e-6, 1.0), 1e-2)
     size = torch.maximum(_largest(x).clamp(max=1e8), least)

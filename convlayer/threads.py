@@ -6,11 +6,16 @@ ends (torch 2.13 with MKL). OpenMP's own setting is the calling thread's, and co
 
 from __future__ import annotations
 
+import threading
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
+
+WORTH_SHARING = 1e9  # flops of one operation from which more than one torch thread pays
+_own = threading.local()  # .counts: what one_thread found
 
 
 @cache
@@ -27,18 +32,40 @@ class one_thread:  # noqa: N801
     def __enter__(self) -> None:
         torch.get_num_threads()  # a thread's first use of torch sets its number; not after ours
         self._before = [library.get_num_threads() for library in _libraries()]
+        self._outer = getattr(_own, "counts", None)
+        _own.counts = self._outer or self._before
         for library in _libraries():
             library.set_num_threads(1)
 
     def __exit__(self, *_: object) -> None:
+        _own.counts = self._outer
         for library, count in zip(_libraries(), self._before, strict=True):
             library.set_num_threads(count)
 
 
+class _Shared:
+    """Inside `one_thread`: the threads that there were before."""
+
+    def __enter__(self) -> None:
+        for library, count in zip(_libraries(), getattr(_own, "counts", None) or (), strict=False):
+            library.set_num_threads(count)
+
+    def __exit__(self, *_: object) -> None:
+        if getattr(_own, "counts", None):
+            for library in _libraries():
+                library.set_num_threads(1)
+
+
+def threads_for(flops: float) -> AbstractContextManager:
+    """Inside `one_thread`: more of them for one operation that is worth it."""
+    return _Shared() if flops > WORTH_SHARING else nullcontext()
+
+
 def lu_factor(K: Tensor) -> tuple[Tensor, Tensor]:
     """LU of a batch and its pivots; on one thread again where torch's came out wrong."""
-    lu, pivots, _ = torch.linalg.lu_factor_ex(K)
-    if pivots.numel() and int(pivots.min()) < 1:
+    with threads_for(len(K) * K.shape[-1] ** 3 / 1.5):
+        lu, pivots, _ = torch.linalg.lu_factor_ex(K)
+    if K.device.type == "cpu" and pivots.numel() and int(pivots.min()) < 1:
         with one_thread():
             lu, pivots, _ = torch.linalg.lu_factor_ex(K)
     return lu, pivots

@@ -16,14 +16,17 @@ every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 def dense(canonical, tensors):
     """Our (P, q, A, b, d) at these parameters."""
-    thetas = [p.entries(t[None]).numpy() for p, t in zip(canonical.parameters, tensors, strict=True)]
-    values = {name: value[0].numpy() for name, value in evaluate(canonical, thetas).items()}
-    program = canonical.program
+    entries = [p.read(t[None].double()) for p, t in zip(canonical.parameters, tensors, strict=True)]
+    like, program = torch.zeros((), dtype=torch.float64), canonical.program
+    data, d = evaluate(canonical, entries, False, like)
     P, A = np.zeros((program.n, program.n)), np.zeros((program.m, program.n))
-    P[program.P_rows, program.P_cols] = values["P"]
+    P[program.P_rows, program.P_cols] = data.P[0].numpy()
     P = P + np.triu(P, 1).T
-    A[program.A_rows, program.A_cols] = values["A"]
-    return P, values["q"], A, values["b"], values["d"][0]
+    A[program.A_rows, program.A_cols] = data.A[0].numpy()
+    whole, _ = evaluate(canonical, entries, True, like)
+    np.testing.assert_array_equal(whole.P[0].numpy(), P)
+    np.testing.assert_array_equal(whole.A[0].numpy(), A)
+    return P, data.q[0].numpy(), A, data.b[0].numpy(), d[0, 0].item()
 
 
 @every_case

@@ -54,32 +54,33 @@ def adjoint_sign_of_the_dual_part(patch):
 
 
 def pulled_back(change):
+    """Both ways in which the cotangents of P and A are made: at the entries that move, and of whole matrices."""
+
     def plant(patch):
-        original = convlayer.generic.pull_back
+        entries, whole = convlayer.generic.pull_back, convlayer.generic.pull_back_whole
 
-        def mutant(data, moving, x, y, w, u):
-            return change(original, data, moving, x, y, w, u)
+        def by_entries(name, program, moving, x, y, w, u):
+            return change(lambda *vectors: entries(name, program, moving, *vectors), name, x, y, w, u)
 
-        patch.setattr(convlayer.generic, "pull_back", mutant)
+        def of_whole(name, x, y, w, u):
+            return change(lambda *vectors: whole(name, *vectors), name, x, y, w, u)
+
+        patch.setattr(convlayer.generic, "pull_back", by_entries)
+        patch.setattr(convlayer.generic, "pull_back_whole", of_whole)
 
     return plant
 
 
-def transpose_dropped(original, data, moving, x, y, w, u):
-    bars, index = original(data, moving, x, y, w, u), data.program.indices
-    row, col = index["A_rows"][moving["A"]], index["A_cols"][moving["A"]]
-    return {**bars, "A": -(y[:, row] * w[:, col])}
+def transpose_dropped(original, name, x, y, w, u):
+    return original(x, y, w, torch.zeros_like(u) if name == "A" else u)
 
 
-def half_of_the_quadratic(original, *arguments):
-    bars = original(*arguments)
-    return {**bars, "P": bars["P"] / 2}
+def half_of_the_quadratic(original, name, *vectors):
+    return original(*vectors) / (2 if name == "P" else 1)
 
 
-def quadratic_not_symmetrised(original, data, moving, x, y, w, u):
-    bars, index = original(data, moving, x, y, w, u), data.program.indices
-    i, j = index["P_rows"][moving["P"]], index["P_cols"][moving["P"]]
-    return {**bars, "P": -2 * w[:, i] * x[:, j] * torch.where(i == j, 0.5, 1.0)}
+def quadratic_not_symmetrised(original, name, x, y, w, u):
+    return original(x * (torch.arange(x.shape[1]) % 2), y, w, u) * 2 if name == "P" else original(x, y, w, u)
 
 
 def derivative_of_the_projection_is_the_identity(patch):
@@ -107,16 +108,12 @@ def objective_sign(patch):
 
 def value_without_its_gradient(patch):
     original = convlayer.generic._parameters_bar
-    patch.setattr(convlayer.generic, "_parameters_bar", lambda ctx, w, u, value_bar, x, y: original(ctx, w, u, torch.zeros_like(value_bar), x, y))
+    patch.setattr(convlayer.generic, "_parameters_bar", lambda ctx, w, u, value_bar, *rest: original(ctx, w, u, torch.zeros_like(value_bar), *rest))
 
 
 def symmetry_lost(patch):
-    original = convlayer.canon.ParameterMap
-
-    def mutant(shape, gather, mirror, *rest):
-        return original(shape, gather, None, *rest)
-
-    patch.setattr(convlayer.canon, "ParameterMap", mutant)
+    original = convlayer.canon.ParameterEntries
+    patch.setattr(convlayer.canon, "ParameterEntries", lambda shape, symmetric, log: original(shape, False, log))
 
 
 def polish_skipped(patch):
@@ -168,8 +165,8 @@ def test_a_shared_gradient_that_is_a_mean_is_caught(monkeypatch):
     """The defect of a well-known QP layer."""
     original = convlayer.generic._parameters_bar
 
-    def mutant(ctx, w, u, value_bar, x, y):
-        bars = original(ctx, w, u, value_bar, x, y)
+    def mutant(ctx, w, u, value_bar, x, *rest):
+        bars = original(ctx, w, u, value_bar, x, *rest)
         return [b / len(x) if b is not None and len(b) == 1 else b for b in bars]
 
     caught(lambda: test_batches.test_a_shared_parameters_gradient_is_the_sum_over_rows(CASES["quadratic_program"]),
@@ -234,8 +231,8 @@ def test_an_absolute_zero_test_of_a_small_loss_is_caught(monkeypatch):
 def test_a_failed_row_with_a_gradient_of_zero_is_caught(monkeypatch):
     original = convlayer.generic._parameters_bar
 
-    def mutant(ctx, w, u, value_bar, x, y):
-        return original(ctx, w.nan_to_num(0.0), u.nan_to_num(0.0), value_bar.nan_to_num(0.0), x, y)
+    def mutant(ctx, w, u, value_bar, *rest):
+        return original(ctx, w.nan_to_num(0.0), u.nan_to_num(0.0), value_bar.nan_to_num(0.0), *rest)
 
     caught(lambda: test_failure.test_a_failed_row_that_the_loss_uses_has_a_gradient_of_nan("nan", "variable", "infeasible"),
            lambda patch: patch.setattr(convlayer.generic, "_parameters_bar", mutant), monkeypatch)

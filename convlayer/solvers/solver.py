@@ -13,10 +13,12 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
+import torch
+from torch import Tensor
 
 from convlayer.program import Data, Program
 from convlayer.solution import Status
@@ -42,9 +44,9 @@ class Task:
     """Some rows of a batch, for one call of a solver."""
 
     program: Program
-    P: np.ndarray  # (rows or 1, nnz(P)) upper triangle, compressed columns
+    P: np.ndarray  # (rows or 1, nnz(P)) upper triangle, compressed columns; for a dense solver (rows or 1, n, n)
     q: np.ndarray  # (rows, n)
-    A: np.ndarray  # (rows or 1, nnz(A)) compressed columns
+    A: np.ndarray  # (rows or 1, nnz(A)) compressed columns; for a dense solver (rows or 1, m, n)
     b: np.ndarray  # (rows, m)
     tolerance: float
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -79,17 +81,40 @@ class Solver(ABC):
 
     name: ClassVar[str]
     warm_starts: ClassVar[bool] = False  # whether Task.start is made use of
-    batched: ClassVar[bool] = False  # one task holds the whole batch, and runs in the calling thread
+    batched: ClassVar[bool] = False  # `solve_data` takes the whole batch, on its device, in the calling thread
+    dense: ClassVar[bool] = False  # a Task may hold whole matrices for it
+    at_vertex: ClassVar[bool] = False  # of multipliers that are not unique it gives an extreme one, not a central one
     finest: ClassVar[float | None] = None  # a tolerance worth a second attempt where the polish did not settle
 
     @abstractmethod
     def solve(self, task: Task) -> list[Iterate]:
         """One Iterate for each row of the task, in order. Must be safe to call from several threads at once."""
 
+    def attempts(self, tolerance: float, options: Mapping[str, Any]) -> list[Attempt]:
+        """With these settings, then, for rows that the polish did not settle, sharper."""
+        first = Attempt(self, tolerance, options)
+        return [first] if self.finest is None else [first, first._replace(tolerance=self.finest)]
+
+    def solve_data(self, data: Data, tolerance: float, options: Mapping[str, Any]) -> Points:
+        """What a batched solver does in place of `solve`."""
+        host = data.host()
+        rows = (part.expand(data.batch, -1).numpy() for part in (host.q, host.b))
+        q, b = rows
+        task = Task(data.program, host.P_entries.numpy(), q, host.A_entries.numpy(), b, tolerance, options)
+        return Points.stacked(self.solve(task), data.program)
+
     def check(self, program: Program, options: Mapping[str, Any]) -> None:
         """Raise ValueError for a program the solver cannot take, TypeError for an option it does not have."""
         if options:
             raise TypeError(f"Solver {self.name} takes no options; got {', '.join(options)}.")
+
+
+class Attempt(NamedTuple):
+    """One way to solve a row; a row that it does not settle goes to the next."""
+
+    solver: Solver
+    tolerance: float
+    options: Mapping[str, Any]
 
 
 @cache
@@ -102,42 +127,67 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=default_executor.cache_clear)
 
 
+class Points(NamedTuple):
+    """The answers for a batch, row by row, on the data's device."""
+
+    x: Tensor  # (B, n)
+    s: Tensor  # (B, m)
+    y: Tensor  # (B, m)
+    status: Tensor  # (B,)
+    iterations: Tensor  # (B,)
+
+    @classmethod
+    def stacked(cls, iterates: list[Iterate], program: Program) -> Points:
+        x, s, y = (
+            torch.from_numpy(
+                np.array([getattr(it, name) for it in iterates], dtype=np.float64).reshape(len(iterates), size)
+            )
+            for name, size in (("x", program.n), ("s", program.m), ("y", program.m))
+        )
+        status, iterations = (torch.tensor([int(getattr(it, k)) for it in iterates]) for k in ("status", "iterations"))
+        return cls(x, s, y, status, iterations)
+
+
 def solve_batch(
     solver: Solver,
-    data: Data,
     tolerance: float,
     options: Mapping[str, Any],
+    data: Data,
     start: list[Iterate] | None,
     executor: Executor | None,
-) -> list[Iterate]:
+) -> Points:
     """Solve every row of `data`; rows are dealt to the executor's workers in contiguous tasks."""
-    batch = data.batch
+    if solver.batched:
+        return solver.solve_data(data, tolerance, options)
+    batch, host = data.batch, data.host()
     executor = executor or default_executor()
     workers = getattr(executor, "_max_workers", None) or os.cpu_count() or 1
     # Two tasks a worker: balance for rows of unequal length, while a task still reuses its solver from row to row.
-    pieces = 1 if batch < 4 or solver.batched else min(batch, 2 * workers)
+    pieces = 1 if batch < 4 else min(batch, 2 * workers)
     bounds = np.linspace(0, batch, pieces + 1).astype(int)
+    P, A = (host.P, host.A) if solver.dense and host.dense else (host.P_entries, host.A_entries)
     tasks = [
         Task(
             data.program,
-            _part(data.P, lo, hi),
-            _part(data.q.expand(batch, -1), lo, hi),
-            _part(data.A, lo, hi),
-            _part(data.b.expand(batch, -1), lo, hi),
+            _part(P, lo, hi),
+            _part(host.q.expand(batch, -1), lo, hi),
+            _part(A, lo, hi),
+            _part(host.b.expand(batch, -1), lo, hi),
             tolerance,
             options,
             start[lo:hi] if start else None,
         )
         for lo, hi in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
     ]
-    inline = len(tasks) == 1 and (solver.batched or isinstance(executor, ThreadPoolExecutor))
+    inline = len(tasks) == 1 and isinstance(executor, ThreadPoolExecutor)
     results = [solver.solve(tasks[0])] if inline else executor.map(solver.solve, tasks)
     iterates = list(chain.from_iterable(results))
     if len(iterates) != batch:
         raise RuntimeError(
             f"Solver {solver.name} returned {len(iterates)} iterates for {batch} rows; it must return one for each."
         )
-    return iterates
+    points = Points.stacked(iterates, data.program)
+    return points if data.q.device.type == "cpu" else Points(*(part.to(data.q.device) for part in points))
 
 
 def _part(values, lo: int, hi: int) -> np.ndarray:

@@ -1,0 +1,211 @@
+"""Variables that an equality defines and only the objective uses, taken out: t of  E t + L x = r,  E constant and diagonal.
+
+CVXPY writes sum_squares(F x - g) as t't with t == F x - g. Put back, with P_tt diagonal and D = P_tt / E^2,
+
+    P' = P_xx + L'DL,   q' = q_x - L'(q_t / E + D r),   t = (r - L x) / E,   y_r = -(P_tt t + q_t) / E,
+
+and the adjoint of the smaller program's KKT system gives the larger one's: with cotangents g, and c of y_r,
+
+    g' = g_x - L'(g_t / E - D c),   w_t = (c - L w_x) / E,   u_r = (g_t - P_tt w_t) / E.
+
+P' squares the condition of L. Where that is felt, the estimate of the solution's error says so, and the row is solved as it was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+from convlayer.cones import Product, Zero
+from convlayer.kkt import Visible, dense_seconds, system_seconds
+from convlayer.program import Data, Program, take_rows
+
+
+@dataclass(frozen=True, eq=False)
+class Elimination:
+    """Which variables and rows of a program go, and the program that is left."""
+
+    program: Program  # what is left
+    before: Program
+    t: np.ndarray  # (k,) variables that go
+    r: np.ndarray  # (k,) the rows that define them
+    E: np.ndarray  # (k,)
+    visible: Visible  # of the program that is left
+
+    @classmethod
+    def of(cls, program: Program, fixed: np.ndarray, values: np.ndarray, visible: Visible) -> Elimination | None:
+        """fixed (nnz(A),): entries that no parameter moves, with their values. None: nothing to eliminate, or nothing gained."""
+        zero_rows = sum(block.size for block in program.cones.blocks if block.name == "zero")
+        if not zero_rows or program.cones.blocks[0].size != zero_rows:
+            return None
+        alone = np.bincount(program.A_cols, minlength=program.n) == 1
+        bound = np.zeros(program.n, dtype=bool)  # by a product with another variable
+        off = program.P_rows != program.P_cols
+        bound[program.P_rows[off]] = bound[program.P_cols[off]] = True
+        entry = np.flatnonzero(fixed & (values != 0) & (program.A_rows < zero_rows) & (alone & ~bound)[program.A_cols])
+        _, first = np.unique(program.A_rows[entry], return_index=True)
+        entry = entry[first]
+        if not len(entry):
+            return None
+        t, r = program.A_cols[entry], program.A_rows[entry]
+        left = _left(program, t, r)
+        if dense_seconds(left) >= system_seconds(program):
+            return None
+        return cls(left, program, t, r, values[entry], _still_visible(program, t, r, visible))
+
+    @cached_property
+    def x(self) -> np.ndarray:
+        return np.setdiff1d(np.arange(self.before.n), self.t)
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        return np.setdiff1d(np.arange(self.before.m), self.r)
+
+    @cached_property
+    def _index(self) -> dict[torch.device, dict[str, Tensor]]:
+        return {}
+
+    def index(self, device: torch.device) -> dict[str, Tensor]:
+        if device not in self._index:
+            before, k = self.before, len(self.t)
+            place_r = np.full(before.m, -1)
+            place_r[self.r] = np.arange(k)
+            place_x, place_row = np.full(before.n, -1), np.full(before.m, -1)
+            place_x[self.x], place_row[self.rows] = np.arange(len(self.x)), np.arange(len(self.rows))
+            i, j = before.A_rows, before.A_cols
+            in_L = np.flatnonzero((place_r[i] >= 0) & (place_x[j] >= 0))
+            in_A = np.flatnonzero((place_row[i] >= 0) & (place_x[j] >= 0))
+            kept = np.flatnonzero((place_x[before.P_rows] >= 0) & (place_x[before.P_cols] >= 0))
+            own = np.full(before.n, -1)
+            own[before.P_rows[before.P_rows == before.P_cols]] = np.flatnonzero(before.P_rows == before.P_cols)
+            curved = np.flatnonzero(own[self.t] >= 0)
+            n = len(self.x)
+            arrays = {
+                "t": self.t, "r": self.r, "x": self.x, "rows": self.rows,
+                "L_from": in_L, "L_to": place_r[i[in_L]] * n + place_x[j[in_L]],
+                "A_from": in_A, "A_to": place_row[i[in_A]] * n + place_x[j[in_A]],
+                "P_from": kept, "P_to": place_x[before.P_rows[kept]] * n + place_x[before.P_cols[kept]],
+                "P_across": place_x[before.P_cols[kept]] * n + place_x[before.P_rows[kept]],
+                "tt_from": own[self.t[curved]], "tt_to": curved,
+            }  # fmt: skip
+            parts = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+            self._index[device] = {name: part.to(device) for name, part in parts.items()} | {
+                "E": torch.from_numpy(self.E).to(device)
+            }
+        return self._index[device]
+
+    def enter(self, data: Data) -> Eliminated:
+        """The values that are left, dense; `data` by entries."""
+        index, n, k = self.index(data.q.device), len(self.x), len(self.t)
+        E = index["E"]
+        L = _placed(data.A, index["L_from"], index["L_to"], k * n).view(len(data.A), k, n)
+        A = _placed(data.A, index["A_from"], index["A_to"], len(self.rows) * n).view(len(data.A), len(self.rows), n)
+        P_tt = _placed(data.P, index["tt_from"], index["tt_to"], k)
+        D = P_tt / E.square()
+        P = L.mT @ (L * D.unsqueeze(2))
+        if len(index["P_from"]):
+            own = _placed(data.P, index["P_from"], index["P_to"], n * n)
+            own[:, index["P_across"]] = data.P[:, index["P_from"]]
+            P = P + own.view(len(own), n, n)
+        right = data.q[:, index["t"]] / E + D * data.b[:, index["r"]]
+        q = data.q[:, index["x"]] - _row_times(right, L)
+        left = Data(self.program, P, q, A, data.b[:, index["rows"]])
+        return Eliminated(self, left, L, D, P_tt, data.q[:, index["t"]], data.b[:, index["r"]])
+
+
+@dataclass(frozen=True, eq=False)
+class Eliminated:
+    """The smaller program's data, and what leads back."""
+
+    elimination: Elimination
+    data: Data
+    L: Tensor  # (B or 1, k, n')
+    D: Tensor  # (B or 1, k)
+    P_tt: Tensor  # (B or 1, k)
+    q_t: Tensor  # (B or 1, k)
+    right: Tensor  # (B or 1, k) r
+
+    def only(self, index: Tensor) -> Eliminated:
+        parts = (take_rows(part, index) for part in (self.L, self.D, self.P_tt, self.q_t, self.right))
+        return Eliminated(self.elimination, self.data.rows(index), *parts)
+
+    def leave(self, x: Tensor, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        index = self.elimination.index(x.device)
+        t = (self.right - _times(self.L, x)) / index["E"]
+        y_r = -(self.P_tt * t + self.q_t) / index["E"]
+        return self._joined(x, t, "n"), self._joined(s, torch.zeros_like(y_r), "m"), self._joined(y, y_r, "m")
+
+    def enter_cotangents(self, x_bar: Tensor, y_bar: Tensor) -> tuple[Tensor, Tensor]:
+        index = self.elimination.index(x_bar.device)
+        through = x_bar[:, index["t"]] / index["E"] - self.D * y_bar[:, index["r"]]
+        return x_bar[:, index["x"]] - _row_times(through, self.L), y_bar[:, index["rows"]]
+
+    def leave_adjoint(self, w: Tensor, u: Tensor, x_bar: Tensor, y_bar: Tensor) -> tuple[Tensor, Tensor]:
+        index = self.elimination.index(w.device)
+        w_t = (y_bar[:, index["r"]] - _times(self.L, w)) / index["E"]
+        u_r = (x_bar[:, index["t"]] - self.P_tt * w_t) / index["E"]
+        return self._joined(w, w_t, "n"), self._joined(u, u_r, "m")
+
+    def _joined(self, left: Tensor, gone: Tensor, side: str) -> Tensor:
+        elimination, index = self.elimination, self.elimination.index(left.device)
+        size, kept, taken = (elimination.before.n, "x", "t") if side == "n" else (elimination.before.m, "rows", "r")
+        whole = left.new_empty(len(left), size)
+        whole[:, index[kept]], whole[:, index[taken]] = left, gone
+        return whole
+
+
+def _placed(values: Tensor, source: Tensor, target: Tensor, size: int) -> Tensor:
+    """(B, nnz) -> (B, size), zero elsewhere."""
+    picked = values.index_select(1, source)
+    if len(target) == size and bool((target == torch.arange(size, device=target.device)).all()):
+        return picked
+    return picked.new_zeros(len(values), size).index_copy_(1, target, picked)
+
+
+def _times(matrix: Tensor, x: Tensor) -> Tensor:
+    """(B or 1, k, n), (B, n) -> (B, k)"""
+    return x @ matrix[0].mT if len(matrix) == 1 else torch.bmm(matrix, x.unsqueeze(2)).squeeze(2)
+
+
+def _row_times(x: Tensor, matrix: Tensor) -> Tensor:
+    """(B, k), (B or 1, k, n) -> (B, n)"""
+    if len(matrix) == 1:
+        return x @ matrix[0]
+    return torch.bmm(x.unsqueeze(1).expand(len(matrix), -1, -1), matrix).squeeze(1)
+
+
+def _left(program: Program, t: np.ndarray, r: np.ndarray) -> Program:
+    """The program without these variables and rows; P with the products that L'DL brings."""
+    x, rows = np.setdiff1d(np.arange(program.n), t), np.setdiff1d(np.arange(program.m), r)
+    ones = np.ones(len(program.A_rows))
+    A = sp.csc_array((ones, (program.A_rows, program.A_cols)), shape=(program.m, program.n))
+    curved = np.isin(t, program.P_rows[program.P_rows == program.P_cols])
+    L = A[r[curved]][:, x]
+    P = sp.csc_array((np.ones(len(program.P_rows)), (program.P_rows, program.P_cols)), shape=(program.n, program.n))
+    P = sp.coo_array(sp.triu(sp.csc_array(L.T @ L) + P[x][:, x]))
+    order = np.lexsort((P.row, P.col))
+    left = sp.coo_array(A[rows][:, x])
+    by_column = np.lexsort((left.row, left.col))
+    first, *others = program.cones.cones
+    cones = Product([Zero(first.size - len(r)), *others])
+    P_rows, P_cols, A_rows, A_cols = (
+        part.astype(np.int64) for part in (P.row[order], P.col[order], left.row[by_column], left.col[by_column])
+    )
+    return Program(len(x), len(rows), cones, P_rows, P_cols, A_rows, A_cols)
+
+
+def _still_visible(program: Program, t: np.ndarray, r: np.ndarray, visible: Visible) -> Visible:
+    """A variable whose change would be seen in a t counts as seen itself."""
+    seen, defining = visible.x.clone(), np.zeros(program.m, dtype=bool)
+    shown = torch.zeros(program.m, dtype=torch.bool)
+    shown[torch.from_numpy(r)] = visible.x[torch.from_numpy(t)] | visible.y[torch.from_numpy(r)]
+    defining[r] = True
+    mine = defining[program.A_rows] & shown.numpy()[program.A_rows]
+    seen[torch.from_numpy(program.A_cols[mine])] = True
+    x, rows = np.setdiff1d(np.arange(program.n), t), np.setdiff1d(np.arange(program.m), r)
+    return Visible(seen[torch.from_numpy(x)], visible.y[torch.from_numpy(rows)])

@@ -1,0 +1,100 @@
+"""DAQP: dual active set for dense, strictly convex quadratic programs, in compiled code; microseconds for small ones.
+
+It ends on an active set, so that its answer is exact to rounding. Programs whose P is singular it regularises; where that
+fails, or the program has no solution (of which it gives no proof), the row is left to another solver.
+Source: Arnstrom, Bemporad and Axehill (2022), A dual active-set solver for embedded quadratic programming.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import daqp
+import numpy as np
+
+from convlayer.program import Program
+from convlayer.solution import Status
+from convlayer.solvers.solver import Iterate, Solver, Task
+
+EQUALITY = 5  # its code for a constraint that is always active
+FREE = -1e30  # its lower bound where there is none
+OPTIMAL = 1
+# Cycling is noticed, so the limit is for what is merely long.
+SETTINGS = {"primal_tol": 1e-9, "iter_limit": 100_000}
+
+
+class Daqp(Solver):
+    name: ClassVar[str] = "daqp"
+    dense: ClassVar[bool] = True
+    at_vertex: ClassVar[bool] = True
+
+    def check(self, program: Program, options: Mapping[str, Any]) -> None:
+        others = sorted({block.name for block in program.cones.blocks} - {"zero", "nonnegative"})
+        if others:
+            raise ValueError(
+                f"Solver daqp takes linear and quadratic programs, and this problem has a cone of the kind "
+                f"{', '.join(others)}; use solver='clarabel'."
+            )
+        known = daqp.Model().settings
+        for option, value in options.items():
+            if option not in known:
+                raise TypeError(f"DAQP has no option `{option}`. It has: tolerance, {', '.join(sorted(known))}.")
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"DAQP's option `{option}` cannot be {value!r}: it is a number.")
+
+    def solve(self, task: Task) -> list[Iterate]:
+        program = task.program
+        settings = {**SETTINGS, **task.options}
+        equal = ~program.inequalities.numpy()
+        sense = np.where(equal, EQUALITY, 0).astype(np.int32)
+        P, A = _dense(task)
+        lower = np.where(equal, task.b, FREE)
+        model = None
+        if task.vectors_only and program.m:
+            model = daqp.Model()
+            model.settings = settings
+            if model.setup(P[0], task.q[0], A[0], task.b[0], lower[0], sense)[0] < 0:
+                model = None
+        found = []
+        for row in range(len(task)):
+            q, b = task.q[row], task.b[row]
+            if not program.m:
+                found.append(_unconstrained(P[row % len(P)], q))
+                continue
+            if model is None:
+                x, _, code, info = daqp.solve(P[row % len(P)], q, A[row % len(A)], b, lower[row], sense, **settings)
+            else:
+                if row:
+                    model.update(f=q, bupper=b, blower=lower[row], sense=sense)
+                x, _, code, info = model.solve()
+            found.append((x, info["lam"], code == OPTIMAL, info["iterations"]))
+        return [_iterate(*one, A[row % len(A)], task.b[row], equal) for row, one in enumerate(found)]
+
+
+def _dense(task: Task) -> tuple[np.ndarray, np.ndarray]:
+    """P (rows or 1, n, n) and A (rows or 1, m, n)."""
+    program = task.program
+    if task.A.ndim == 3:
+        return task.P, task.A
+    P = np.zeros((len(task.P), program.n, program.n))
+    P[:, program.P_rows, program.P_cols] = task.P
+    P[:, program.P_cols, program.P_rows] = task.P
+    A = np.zeros((len(task.A), program.m, program.n))
+    A[:, program.A_rows, program.A_cols] = task.A
+    return P, A
+
+
+def _unconstrained(P: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool, int]:
+    try:
+        return np.linalg.solve(P, -q), np.zeros(0), True, 0
+    except np.linalg.LinAlgError:
+        return np.full(len(q), np.nan), np.zeros(0), False, 0
+
+
+def _iterate(
+    x: np.ndarray, y: np.ndarray, solved: bool, count: int, A: np.ndarray, b: np.ndarray, equal: np.ndarray
+) -> Iterate:
+    y = np.where(equal, y, np.maximum(y, 0.0))
+    s = np.where(equal | (y > 0), 0.0, np.maximum(b - A @ x, 0.0))
+    return Iterate(x, s, y, Status.SOLVED if solved else Status.NOT_CONVERGED, int(count))
