@@ -46,6 +46,7 @@ class Zero:
     spectrum: ProductSpectrum  # of DPi_K* at v = y - s
     error: Tensor  # (B,) estimated relative error of what the user sees of x: the size of one more Newton step
     degenerate: Tensor  # (B,) weakly active or singular
+    steps: Tensor  # (B,) of Newton that found it
     visible: Visible
     units: Tensor | None
     last: DenseSystem | SparseSystem | None  # the polish's last factor, if it belongs to this very point
@@ -103,7 +104,16 @@ class _Point:
         return cls(x, v, y, s, *residual(operators, x, s, y), ProductSpectrum(values, spectrum.bases))
 
 
-def polish(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visible, units: Tensor | None) -> Zero:
+def polish(
+    operators: Operators,
+    x: Tensor,
+    s: Tensor,
+    y: Tensor,
+    visible: Visible,
+    units: Tensor | None,
+    *,
+    nearby: bool = True,
+) -> Zero:
     """The zero of the residual map near a solver's (x, s, y).
 
     Newton's method settles it at once where the active set is right. Rows where it is not follow the central path from the
@@ -111,13 +121,14 @@ def polish(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visib
 
     visible: where a solution or multiplier that is not unique is flagged.
     units:   (B or 1, n) of x, in which norms of null vectors are taken; None for ones.
+    nearby:  (x, s, y) is a solver's answer, and worth a second effort.
     """
-    best, factor = _settle(operators, _Point.at(operators, x, y - s), visible, units)
+    best, factor, steps = _settle(operators, _Point.at(operators, x, y - s), visible, units)
     rows = torch.nonzero(best.size > STUCK).flatten()
-    if len(rows) and bool(operators.data.program.inequalities.any()):
+    if nearby and len(rows) and bool(operators.data.program.inequalities.any()):
         part, part_units = operators.rows(rows), _units_of(units, rows)
         start = _follow(part, x[rows], s[rows], y[rows], visible, part_units)
-        again, _ = _settle(part, start, visible, part_units)
+        again, _, _ = _settle(part, start, visible, part_units)
         won = again.size < best.size[rows]
         if bool(won.any()):
             best, factor = best.put(rows[won], again.rows(torch.nonzero(won).flatten())), None
@@ -129,7 +140,9 @@ def polish(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visib
     error = (dx * visible.x).abs().amax(1) / best.x.abs().amax(1).clamp(min=1e-3)
     last = system if _same(factor[1], best) else None
     degenerate = system.singular | (operators.data.program.cones.margin(best.v, best.s) < MARGIN)
-    return Zero(operators, best.x, best.s, best.y, best.size, best.spectrum, error, degenerate, visible, units, last)
+    return Zero(
+        operators, best.x, best.s, best.y, best.size, best.spectrum, error, degenerate, steps, visible, units, last
+    )
 
 
 def _follow(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visible, units: Tensor | None) -> _Point:
@@ -160,14 +173,15 @@ def _follow(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visi
 
 def _settle(
     operators: Operators, point: _Point, visible: Visible, units: Tensor | None
-) -> tuple[_Point, tuple[DenseSystem | SparseSystem, _Point] | None]:
-    """Semismooth Newton, row by row: (the best point of each row, the last factor of all rows and where it was made).
+) -> tuple[_Point, tuple[DenseSystem | SparseSystem, _Point] | None, Tensor]:
+    """Semismooth Newton, row by row: (the best point of each row, the last factor of all rows and where it was made, steps).
 
     Steps are full and need not descend: while the active set settles the residual may rise. A row gives up after PATIENCE
     steps without a new best. A factor is kept while its steps still gain REUSE each.
     """
     best, batch = point, len(point.x)
-    patience = torch.full((batch,), PATIENCE)
+    patience = torch.full((batch,), PATIENCE, device=point.x.device)
+    steps = torch.zeros_like(patience)
     factor: tuple[DenseSystem | SparseSystem, _Point] | None = None  # of all rows, and where
     gains = False
     for _ in range(STEPS):
@@ -181,6 +195,7 @@ def _settle(
         else:
             part, now = operators.rows(rows), point.rows(rows)
             system = factorise(part, now.spectrum, visible, _units_of(units, rows))
+        steps[rows] += 1
         dx, dv = _newton(part, now.spectrum, system, now.F1, now.F2)
         new = _Point.at(part, now.x + dx, now.v + dv)
         old = best.size[rows]
@@ -192,7 +207,7 @@ def _settle(
             best = point
         elif bool(better.any()):
             best = best.put(rows[better], new.rows(torch.nonzero(better).flatten()))
-    return best, factor
+    return best, factor, steps
 
 
 def _units_of(units: Tensor | None, rows: Tensor) -> Tensor | None:

@@ -134,6 +134,10 @@ class Eliminated:
         parts = (take_rows(part, index) for part in (self.L, self.D, self.P_tt, self.q_t, self.right))
         return Eliminated(self.elimination, self.data.rows(index), *parts)
 
+    def enter_point(self, x: Tensor, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        index = self.elimination.index(x.device)
+        return x[:, index["x"]], s[:, index["rows"]], y[:, index["rows"]]
+
     def leave(self, x: Tensor, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         index = self.elimination.index(x.device)
         t = (self.right - _times(self.L, x)) / index["E"]

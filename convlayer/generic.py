@@ -23,13 +23,14 @@ from convlayer.once import Once
 from convlayer.program import DENSE_ENTRIES, Data, Operators, Program
 from convlayer.residual import Scaling, normalise, recentre
 from convlayer.solution import Status
-from convlayer.solvers.solver import Attempt, Iterate, solve_batch
+from convlayer.solvers.solver import Attempt, Points, solve_batch
 from convlayer.threads import one_thread
 
 INACCURATE = 1e-4  # a relative residual above this is no solution
 SENSITIVE = 3e-8  # a relative error of x, estimated by one more Newton step, above this is not called solved
 MEANINGLESS = 1e-2  # above this it is no solution at all
 RUNAWAY = 1e6  # nor is an x that many times the size which the data suggest solved: it may be on its way to infinity
+FROM_START = -1  # the attempt before the first: Newton's method from a warm start, without a solver
 WHOLE_ENTRIES = (
     64_000_000  # dense matrices of a whole batch may hold so many numbers; beyond it a piece at a time is dense
 )
@@ -47,7 +48,7 @@ class Call:
     elimination: Elimination | None  # for the first attempt
     device: torch.device  # where the work is done
     bad: Tensor  # (B,) on the host: rows whose parameters are not to be used
-    start: tuple[Tensor, Tensor, Tensor] | None  # canonical (x, s, y), (B, .) each
+    start: tuple[Tensor, ...] | None  # canonical (x, s, y), (B, .) each, NaN in rows that have none
     differentiable: bool
     on_degenerate: Callable[[Tensor], None]  # called at backward with the rows that are differentiated by rule
     status: Tensor = field(init=False)
@@ -202,11 +203,10 @@ def _parameters_bar(
 def _solve(call: Call, data: Data, d: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor, list[Piece]]:
     program, device = data.program, call.device
     good = torch.arange(batch, device=device)
-    if not math.isfinite(sum(part.sum() for part in (data.P, data.q, data.A, data.b, d)).item()) or bool(
-        call.bad.any()
-    ):
+    parts = (data.P, data.q, data.A, data.b, d)
+    if not math.isfinite(torch.stack([part.sum() for part in parts]).sum().item()) or bool(call.bad.any()):
         finite = ~call.bad.to(device)
-        for part in (data.P, data.q, data.A, data.b, d):
+        for part in parts:
             finite = finite & torch.isfinite(part.flatten(1)).all(1)
         good = torch.nonzero(finite).flatten()
     everything = len(good) == batch
@@ -221,20 +221,7 @@ def _solve(call: Call, data: Data, d: Tensor, batch: int) -> tuple[Tensor, Tenso
         return x, s, y, []
 
     chosen = data if everything else data.rows(good)
-    chosen = chosen.widen(len(good))
-    found = _first_attempt(call, chosen, good)
-    for place in range(1, len(call.attempts)):
-        # What the polish could not settle may need a sharper start: a face is not told from its neighbours yet.
-        unsettled = (found.status == Status.INACCURATE) | (found.status == Status.NOT_CONVERGED)
-        if call.attempts[place - 1].solver.at_vertex:
-            # A redundant constraint looks weakly active there, and is not where the multipliers are shared out.
-            unsettled = unsettled | found.degenerate
-        again = torch.nonzero(unsettled).flatten()
-        if not len(again):
-            break
-        found = found.improved(
-            again, _attempt(call, *normalise(chosen.rows(again)), place, None, call.canonical.visible)
-        )
+    found = _settled(call, chosen.widen(len(good)), good)
     pieces = found.pieces if everything else [replace(piece, rows=good[piece.rows]) for piece in found.pieces]
 
     def spread(values: Tensor, blank: float) -> Tensor:
@@ -248,14 +235,35 @@ def _solve(call: Call, data: Data, d: Tensor, batch: int) -> tuple[Tensor, Tenso
     return spread(found.x, 0.0), spread(found.s, 0.0), spread(found.y, 0.0), pieces
 
 
-def _first_attempt(call: Call, data: Data, good: Tensor) -> _Found:
-    """On the program without its auxiliary variables, where they can be taken out."""
-    if call.elimination is None:
-        scaled, scaling = normalise(data)
-        return _attempt(call, scaled, scaling, 0, _start(call, scaling, good), call.canonical.visible)
+def _settled(call: Call, data: Data, good: Tensor) -> _Found:
+    """The rows by one attempt after the other, each for those that are not settled yet."""
+    start = None if call.start is None else tuple(part.to(call.device)[good] for part in call.start)
+    newton, found = start is not None and not call.attempts[0].solver.warm_starts, None
+    for place in range(FROM_START if newton else 0, len(call.attempts)):
+        if found is None:
+            found = _attempt(call, data, place, start)
+            continue
+        # What the polish could not settle may need a sharper start: a face is not told from its neighbours yet.
+        unsettled = (found.status == Status.INACCURATE) | (found.status == Status.NOT_CONVERGED)
+        if place - 1 == FROM_START or call.attempts[place - 1].solver.at_vertex:
+            # A redundant constraint looks weakly active there, and is not where the multipliers are shared out.
+            unsettled = unsettled | found.degenerate
+        again = torch.nonzero(unsettled).flatten()
+        if not len(again):
+            break
+        found = found.improved(again, _attempt(call, data.rows(again), place, None))
+    assert found is not None
+    return found
+
+
+def _attempt(call: Call, data: Data, place: int, start: tuple[Tensor, ...] | None) -> _Found:
+    """One attempt; the first ones on the program without its auxiliary variables, where they can be taken out."""
+    if call.elimination is None or place > 0:
+        return _attempt_in_units(call, *normalise(data), place, start, call.canonical.visible)
     eliminated = call.elimination.enter(data)
-    scaled, scaling = normalise(eliminated.data.widen(len(good)))
-    return _attempt(call, scaled, scaling, 0, None, call.elimination.visible).lifted(eliminated)
+    start = None if start is None else eliminated.enter_point(*start)
+    scaled = normalise(eliminated.data.widen(data.batch))
+    return _attempt_in_units(call, *scaled, place, start, call.elimination.visible).lifted(eliminated)
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,12 +302,18 @@ class _Found:
         return _Found(**kept, iterations=iterations, pieces=[piece for piece in pieces if len(piece.keep)])
 
 
-def _attempt(
-    call: Call, data: Data, scaling: Scaling, place: int, start: list[Iterate] | None, visible: Visible
+def _attempt_in_units(
+    call: Call, data: Data, scaling: Scaling, place: int, start: tuple[Tensor, ...] | None, visible: Visible
 ) -> _Found:
-    """Solve normalised data by one of the attempts, check certificates, polish, judge."""
-    rows, device, tolerance = data.batch, call.device, call.attempts[place].tolerance
-    point = solve_batch(*call.attempts[place], data, start, call.executor)
+    """Solve normalised data, check certificates, polish, judge."""
+    rows, device = data.batch, call.device
+    start = None if start is None else scaling.enter(*start)
+    if place == FROM_START:
+        assert start is not None
+        solved, none = (torch.full((rows,), k, device=device) for k in (int(Status.SOLVED), 0))
+        point = Points(*start, solved, none)
+    else:
+        point = solve_batch(*call.attempts[place], data, start, call.executor)
     status = point.status
     usable = None
     if not math.isfinite((point.x.sum() + point.s.sum() + point.y.sum()).item()):
@@ -315,14 +329,14 @@ def _attempt(
     dense = data.dense or prefers_dense(data.program)
     at_once = rows if data.dense else _rows_at_once(data.program, dense)
     if len(refine) == rows <= at_once:
-        found = _refined(call, data, scaling, point.x, point.s, point.y, dense, visible, tolerance)
+        found = _refined(call, data, scaling, point.x, point.s, point.y, dense, visible, place)
         pieces = [Piece(refine, found.zero, found.scaling, refine)] if call.differentiable else []
         return _Found(
             found.x,
             found.s,
             found.y,
             found.status,
-            point.iterations,
+            point.iterations + found.zero.steps if place == FROM_START else point.iterations,
             found.zero.residual,
             found.zero.degenerate,
             attempt,
@@ -331,17 +345,16 @@ def _attempt(
     x, s, y = scaling.leave(point.x, point.s, point.y)
     residual = torch.full((rows,), torch.nan, dtype=x.dtype, device=device)
     degenerate, status = torch.zeros(rows, dtype=torch.bool, device=device), status.clone()
-    pieces = []
+    iterations, pieces = point.iterations.clone(), []
     for part in refine.split(at_once) if len(refine) else ():
         start_x, start_s, start_y = (values[part] for values in (point.x, point.s, point.y))
-        found = _refined(
-            call, data.rows(part), scaling.rows(part), start_x, start_s, start_y, dense, visible, tolerance
-        )
+        found = _refined(call, data.rows(part), scaling.rows(part), start_x, start_s, start_y, dense, visible, place)
         status[part], residual[part], degenerate[part] = found.status, found.zero.residual, found.zero.degenerate
         x[part], s[part], y[part] = found.x, found.s, found.y
+        iterations[part] += found.zero.steps if place == FROM_START else 0
         if call.differentiable:
             pieces.append(Piece(part, found.zero, found.scaling, torch.arange(len(part), device=device)))
-    return _Found(x, s, y, status, point.iterations, residual, degenerate, attempt, pieces)
+    return _Found(x, s, y, status, iterations, residual, degenerate, attempt, pieces)
 
 
 class _Refined(NamedTuple):
@@ -364,16 +377,17 @@ def _refined(
     y: Tensor,
     dense: bool,
     visible: Visible,
-    tolerance: float,
+    place: int,
 ) -> _Refined:
     outer = scaling
     data, inner = recentre(data, scaling, x, y)
     started = inner.enter(*outer.leave(x, s, y))
-    zero = polish(Operators(data, dense), *started, visible, inner.c)
+    zero = polish(Operators(data, dense), *started, visible, inner.c, nearby=place != FROM_START)
     status = _verdict(zero, call.tolerance)
     size = (zero.x * (outer.rho / inner.rho)).abs().amax(1) if zero.x.shape[1] else zero.residual.new_zeros(len(zero.x))
     # A first, quick attempt has not come far on its way to infinity.
-    runaway = RUNAWAY * min(1.0, call.tolerance / tolerance)
+    quick = call.attempts[place].tolerance if place != FROM_START else call.tolerance
+    runaway = RUNAWAY * min(1.0, call.tolerance / quick)
     for bound, verdict in ((runaway, Status.INACCURATE), (RUNAWAY**1.5, Status.NOT_CONVERGED)):
         status = torch.where((size > bound) & (status < verdict), int(verdict), status)
     if inner.unbounded is not None:
@@ -422,14 +436,6 @@ def _rows_at_once(program: Program, dense: bool) -> int:
     """So many rows that their matrices stay affordable."""
     a_row = (program.n + program.m) * program.n if dense else 4 * program.nnz
     return max(1, DENSE_ENTRIES // max(1, a_row))
-
-
-def _start(call: Call, scaling: Scaling, good: Tensor) -> list[Iterate] | None:
-    if call.start is None:
-        return None
-    x, s, y = scaling.enter(*(part.to(call.device)[good] for part in call.start))
-    rows = zip(x.cpu().numpy(), s.cpu().numpy(), y.cpu().numpy(), strict=True)
-    return [Iterate(x_k, s_k, y_k, Status.SOLVED, 0) for x_k, s_k, y_k in rows]
 
 
 def _objective(operators: Operators, x: Tensor, d: Tensor) -> Tensor:

@@ -6,10 +6,10 @@ import copy
 import math
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial, reduce
 from typing import Any
 
@@ -36,6 +36,7 @@ from convlayer.solution import (
 )
 from convlayer.solvers import SOLVERS, Attempt, Solver
 from convlayer.specialised import Specialised
+from convlayer.starts import Starts
 from convlayer.threads import one_thread
 from convlayer.verification import Verification, verify
 
@@ -122,6 +123,7 @@ class ConvexLayer(torch.nn.Module):
         if self._specialised is None:
             self._solver.check(self._canonical.program, self._options)
         self._warned: set[str] = set()
+        self._starts = Starts()
 
     @property
     def _canonical(self) -> Canonical:
@@ -129,21 +131,41 @@ class ConvexLayer(torch.nn.Module):
         return self._declared.canonical
 
     @torch.compiler.disable
-    def forward(self, *tensors: Tensor, solver_args: Mapping[str, Any] | None = None) -> tuple[Tensor, ...]:
-        """The optimal variables for these parameter values, in the order of `variables`."""
-        return self._run(tensors, solver_args, None, everything=False)[0]
+    def forward(
+        self,
+        *tensors: Tensor,
+        solver_args: Mapping[str, Any] | None = None,
+        ids: Tensor | Sequence[Hashable] | None = None,
+    ) -> tuple[Tensor, ...]:
+        """The optimal variables for these parameter values, in the order of `variables`.
+
+        ids: one for each row of the batch, telling a sample from others; a sample that was seen before starts where it ended then.
+             Kernels and samples that are new start cold. The last solutions are kept by the layer (`forget` drops them).
+        """
+        return self._run(tensors, solver_args, None, ids, everything=False)[0]
 
     @torch.compiler.disable
     def solve(
-        self, *tensors: Tensor, solver_args: Mapping[str, Any] | None = None, warm_start: Solution | None = None
+        self,
+        *tensors: Tensor,
+        solver_args: Mapping[str, Any] | None = None,
+        warm_start: Solution | None = None,
+        ids: Tensor | Sequence[Hashable] | None = None,
     ) -> Solution:
         """As a call of the layer, with value, status, iterations and residual of every row.
 
-        warm_start: a Solution of the same batch shape, for a solver that can start from it (SCS).
+        warm_start: a Solution of the same batch shape, to start from; it takes the cone program. SCS starts there itself;
+                    for the others Newton's method starts there, and rows that it does not settle start cold.
+        ids:        as in a call of the layer.
         """
-        variables, objective, rows, batch = self._run(tensors, solver_args, warm_start, everything=True)
+        variables, objective, rows, batch = self._run(tensors, solver_args, warm_start, ids, everything=True)
         row = {name: getattr(rows, name).reshape(batch) for name in ("status", "iterations", "residual", "degenerate")}
-        return Solution(variables, objective, **row, iterate=rows.iterate)
+        notes = tuple(f"{rows_in_words(which, batch)}: {what}" for which, what in rows.notes)
+        return Solution(variables, objective, **row, notes=notes, iterate=rows.iterate)
+
+    def forget(self) -> None:
+        """Drop the solutions kept by `ids`."""
+        self._starts.clear()
 
     def verify(self, *tensors: Tensor, seed: int = 0) -> Verification:
         """Solve on the layer's path and on the generic one, and compare values, feasibility and gradients, row by row.
@@ -218,7 +240,7 @@ class ConvexLayer(torch.nn.Module):
         sibling.__dict__.update(
             {name: copy.copy(part) for name, part in self.__dict__.items() if isinstance(part, dict)}
         )
-        sibling.executor, sibling._warned = self.executor, set()
+        sibling.executor, sibling._warned, sibling._starts = self.executor, set(), Starts()
         return sibling
 
     def _generic(self) -> ConvexLayer:
@@ -241,6 +263,7 @@ class ConvexLayer(torch.nn.Module):
         tensors: tuple[Tensor, ...],
         solver_args: Mapping[str, Any] | None,
         warm_start: Solution | None,
+        ids: Tensor | Sequence[Hashable] | None,
         everything: bool,
     ) -> tuple[tuple[Tensor, ...], Tensor, _Rows, tuple[int, ...]]:
         """Check, solve on the chosen path, apply the failure policy; `everything`: the objective and the residual too."""
@@ -250,9 +273,13 @@ class ConvexLayer(torch.nn.Module):
             values = [_flatten_batch(t, p, batch) for t, p in zip(tensors, self._declared.parameters, strict=True)]
             vouched = frozenset() if self._specialised is None else self._specialised.match.vouches
             bad, details = self._checked(values, size, batch, vouched)
+            keys = None if ids is None else _keys(ids, batch)
             asked = solver_args is not None and bool(solver_args.keys() - {"tolerance"})
             if self._specialised is None or asked or warm_start is not None:
-                rows = self._solve_generic(values, size, bad, batch, solver_args, warm_start)
+                start = self._start(warm_start, batch) if keys is None else self._kept(keys)
+                rows = self._solve_generic(values, size, bad, batch, solver_args, start)
+                if keys is not None and rows.iterate is not None and rows.status is not None:
+                    self._starts.put(keys, rows.iterate, rows.status == Status.SOLVED)
             else:
                 rows = self._solve_specialised(values, size, bad, batch, dtype, solver_args, everything, details)
             if self.structure != "cone_program" and rows.status is not None and not solver_args and warm_start is None:
@@ -268,10 +295,10 @@ class ConvexLayer(torch.nn.Module):
         bad: Tensor | None,
         batch: tuple[int, ...],
         solver_args: Mapping[str, Any] | None,
-        warm_start: Solution | None,
+        start: tuple[Tensor, ...] | None,
     ) -> _Rows:
         with one_thread():
-            return self._solve_cone_program(values, size, bad, batch, solver_args, warm_start)
+            return self._solve_cone_program(values, size, bad, batch, solver_args, start)
 
     def _solve_cone_program(
         self,
@@ -280,7 +307,7 @@ class ConvexLayer(torch.nn.Module):
         bad: Tensor | None,
         batch: tuple[int, ...],
         solver_args: Mapping[str, Any] | None,
-        warm_start: Solution | None,
+        start: tuple[Tensor, ...] | None,
     ) -> _Rows:
         canonical = self._canonical
         tolerance, options = self._tolerance, self._options
@@ -292,7 +319,6 @@ class ConvexLayer(torch.nn.Module):
         elimination = None if self._chosen or options else canonical.elimination
         device = values[0].device if values and attempts[0].solver.batched else torch.device("cpu")
         thetas = [v.to(device, torch.float64) for v in values]
-        start = self._start(warm_start, batch)
         differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in thetas)
         excluded = torch.zeros(size, dtype=torch.bool) if bad is None else bad
         warn = partial(self._warn_degenerate, batch)
@@ -302,8 +328,20 @@ class ConvexLayer(torch.nn.Module):
         x, y, value = Solve.apply(call, *thetas)
         outputs = [recovery.value(x, y) for recovery in canonical.variables] + [canonical.objective(value)]
         return _Rows(
-            outputs, call.status, call.iterations, call.residual, call.degenerate, call.blank, call.iterate, warned=True
+            outputs,
+            call.status,
+            call.iterations,
+            call.residual,
+            call.degenerate,
+            call.blank,
+            call.iterate,
+            _notes(attempts, call.attempt),
+            warned=True,
         )
+
+    def _kept(self, keys: Sequence[Hashable]) -> tuple[Tensor, ...] | None:
+        program = self._canonical.program
+        return self._starts.get(keys, (program.n, program.m, program.m))
 
     def _attempts(self, batch: int, tolerance: float, options: Mapping[str, Any]) -> list[Attempt]:
         """By the solver asked for, or by the cheapest one at this batch, with others behind it."""
@@ -356,6 +394,8 @@ class ConvexLayer(torch.nn.Module):
         for name in ("status", "iterations", "residual", "degenerate", "blank"):
             setattr(rows, name, getattr(rows, name).index_copy(0, which, getattr(other, name)))
         rows.iterate = None
+        note = "the kernel did not settle them; solved as a cone program"
+        rows.notes = [(which, note), *((which[part], what) for part, what in other.notes)]
 
     def _check_tensors(self, tensors: tuple[Tensor, ...]) -> tuple[torch.dtype, torch.device, tuple[int, ...]]:
         """The outputs' dtype and device, and the batch shape."""
@@ -419,14 +459,6 @@ class ConvexLayer(torch.nn.Module):
     def _start(self, warm_start: Solution | None, batch: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor] | None:
         if warm_start is None:
             return None
-        if self._specialised is not None:
-            raise ValueError(
-                f"structure {self.structure!r} runs a kernel, which takes no warm start; leave warm_start out."
-            )
-        if not self._solver.warm_starts:
-            raise ValueError(
-                f"Solver {self._solver.name} cannot start from a previous solution; use solver='scs', or leave warm_start out."
-            )
         if not isinstance(warm_start, Solution):
             raise TypeError(f"warm_start must be a Solution that this layer returned; got {type(warm_start).__name__}.")
         if tuple(warm_start.status.shape) != batch:
@@ -524,6 +556,7 @@ class _Rows:
     degenerate: Tensor | None
     blank: Tensor | None  # rows without any iterate
     iterate: tuple[Tensor, Tensor, Tensor] | None = None
+    notes: list[tuple[Tensor, str]] = field(default_factory=list)  # rows, and which way they took
     warned: bool = False  # the path itself tells at backward which rows were differentiated by rule
 
     @classmethod
@@ -553,6 +586,28 @@ class _Rows:
         residual = row(answer.residual, 0.0, torch.float64).masked_fill(failed, torch.nan)
         degenerate = row(degenerate, False, torch.bool) & ~failed
         return cls(outputs, status, row(answer.iterations, 0, torch.int64), residual, degenerate, failed)
+
+
+def _keys(ids: Tensor | Sequence[Hashable], batch: tuple[int, ...]) -> list[Hashable]:
+    keys = ids.flatten().tolist() if isinstance(ids, Tensor) else list(ids)
+    if len(keys) != math.prod(batch):
+        raise ValueError(
+            f"`ids` names {len(keys)} samples; the batch {batch} has {math.prod(batch)}: one for each row."
+        )
+    return keys
+
+
+def _notes(attempts: Sequence[Attempt], taken: Tensor) -> list[tuple[Tensor, str]]:
+    """Rows that were not settled by the first solver but by another."""
+    first, notes = attempts[0].solver.name, []
+    if bool((taken > 0).any()):
+        for name in dict.fromkeys(attempt.solver.name for attempt in attempts[1:]):
+            mine = [place for place, attempt in enumerate(attempts) if place and attempt.solver.name == name]
+            rows = torch.nonzero(torch.isin(taken, torch.tensor(mine))).flatten()
+            if len(rows):
+                how = "sharper" if name == first else f"{first} did not settle them"
+                notes.append((rows, f"{how}; solved by {name}"))
+    return notes
 
 
 def _shaped(output: Tensor, dtype: torch.dtype, device: torch.device, batch: tuple[int, ...], size: int) -> Tensor:

@@ -105,6 +105,7 @@ class Solution:
     degenerate: (
         Tensor  # bool, the derivative there is one-sided (weakly active constraint) or least-norm (singular system)
     )
+    notes: tuple[str, ...]  # which rows took another way than the layer's first choice
     iterate: tuple[Tensor, Tensor, Tensor] | None = field(
         repr=False
     )  # canonical (x, s, y) for a warm start; None from a kernel

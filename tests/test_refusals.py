@@ -237,8 +237,8 @@ def test_a_warm_start_that_does_not_fit_is_refused():
     plain, scs = CASES["quadratic_program"].shared, CASES["quadratic_program"].layer(solver="scs")
     tensors = CASES["quadratic_program"].sample(2)
     start = plain.solve(*tensors)
-    with pytest.raises(ValueError, match="cannot start from a previous solution"):
-        plain.solve(*tensors, warm_start=start)
+    with pytest.raises(ValueError, match="`ids` names 3 samples"):
+        plain(*tensors, ids=[1, 2, 3])
     with pytest.raises(ValueError, match="batch shape"):
         scs.solve(*CASES["quadratic_program"].sample(3), warm_start=start)
 

@@ -89,9 +89,9 @@ def _cone(program: Program) -> dict[str, Any]:
 
 
 def _run(solver, task: Task, row: int, order: np.ndarray) -> dict[str, Any]:
-    if task.start is None:
+    start = None if task.start is None else task.start[row]
+    if start is None:
         return solver.solve(warm_start=False)
-    start = task.start[row]
     return solver.solve(warm_start=True, x=start.x, y=start.y[order], s=start.s[order])
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
@@ -50,7 +50,7 @@ class Task:
     b: np.ndarray  # (rows, m)
     tolerance: float
     options: Mapping[str, Any] = field(default_factory=dict)
-    start: list[Iterate] | None = None  # a warm start for each row
+    start: list[Iterate | None] | None = None  # a warm start for each row that has one
 
     def __len__(self) -> int:
         return len(self.q)
@@ -153,10 +153,11 @@ def solve_batch(
     tolerance: float,
     options: Mapping[str, Any],
     data: Data,
-    start: list[Iterate] | None,
+    start: Sequence[Tensor] | None,
     executor: Executor | None,
 ) -> Points:
-    """Solve every row of `data`; rows are dealt to the executor's workers in contiguous tasks."""
+    """Solve every row of `data`, from `start` (x, s, y) where the solver can; rows are dealt to the executor's workers in contiguous
+    tasks."""
     if solver.batched:
         return solver.solve_data(data, tolerance, options)
     batch, host = data.batch, data.host()
@@ -175,7 +176,7 @@ def solve_batch(
             _part(host.b.expand(batch, -1), lo, hi),
             tolerance,
             options,
-            start[lo:hi] if start else None,
+            None if start is None else _iterates(start, lo, hi),
         )
         for lo, hi in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
     ]
@@ -188,6 +189,11 @@ def solve_batch(
         )
     points = Points.stacked(iterates, data.program)
     return points if data.q.device.type == "cpu" else Points(*(part.to(data.q.device) for part in points))
+
+
+def _iterates(start: Sequence[Tensor], lo: int, hi: int) -> list[Iterate | None]:
+    rows = zip(*(part[lo:hi].cpu().numpy() for part in start), strict=True)
+    return [Iterate(x, s, y, Status.SOLVED, 0) if np.isfinite(x).all() else None for x, s, y in rows]
 
 
 def _part(values, lo: int, hi: int) -> np.ndarray:
