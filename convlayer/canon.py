@@ -121,11 +121,26 @@ class Recovery:
     lowest: float | None  # of a variable with a declared sign: rounding must not take it across zero
     highest: float | None
 
+    def _on(self, device: torch.device) -> tuple[Tensor | slice, Tensor | None]:
+        """Where the entries stand, as a slice if they stand in order, and their coefficients, on a device."""
+        if device not in self._places:
+            first, size = int(self.position[0]) if len(self.position) else 0, len(self.position)
+            in_order = bool((self.position == torch.arange(first, first + size)).all())
+            position = slice(first, first + size) if in_order else self.position.to(device)
+            self._places[device] = position, None if self.coefficient is None else self.coefficient.to(device)
+        return self._places[device]
+
+    @cached_property
+    def _places(self) -> dict[torch.device, tuple[Tensor | slice, Tensor | None]]:
+        return {}
+
     def value(self, x: Tensor, y: Tensor) -> Tensor:
         """(B, n), (B, m) -> (B, *shape)."""
-        flat = (y if self.dual else x)[:, self.position]
-        if self.coefficient is not None:
-            flat = flat * self.coefficient
+        source = y if self.dual else x
+        position, coefficient = self._on(source.device)
+        flat = source[:, position]
+        if coefficient is not None:
+            flat = flat * coefficient
         value = flat.reshape(len(x), *self.shape)
         if self.lowest is not None or self.highest is not None:
             value = value.clamp(self.lowest, self.highest)

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import cvxpy as cp
 import numpy as np
 import scipy.sparse as sp
+import torch
 from scipy.sparse.csgraph import reverse_cuthill_mckee
 
 from convlayer.affine import Table, UnsupportedError
 from convlayer.diagnose import ProblemError
 from convlayer.normal_form import NormalForm, normal_form
+from convlayer.kkt import prefers_dense
 from convlayer.pattern import kkt_pattern
 from convlayer.program import Program
 from convlayer.solvers import SOLVERS, Attempt
@@ -105,9 +107,15 @@ def recognise(
     return Recognition(form, findings, best, generic, f"the most special structure that matched, and {why}")
 
 
-def attempts(program: Program, batch: int, tolerance: float) -> list[Attempt]:
+def attempts(program: Program, batch: int, tolerance: float, device: torch.device) -> list[Attempt]:
     """The cheapest solver for this program and batch first; Clarabel for the rows that it does not settle."""
-    name, sure = cheapest_solver(program, batch), SOLVERS["clarabel"].attempts(tolerance, {})
+    if device.type == "cpu":
+        name = cheapest_solver(program, batch)
+    else:
+        # What fits stays on the device: the way to the host and back, and few cores there, cost more.
+        fits = prefers_dense(program) and _dense_bytes(program, batch) <= DENSE_BYTES
+        name = "interior_point" if fits else "clarabel"
+    sure = SOLVERS["clarabel"].attempts(tolerance, {})
     if name == "clarabel":
         return [Attempt(SOLVERS[name], max(tolerance, QUICK_TOLERANCE), QUICK), *sure]
     return [Attempt(SOLVERS[name], tolerance, {}), *sure]
@@ -121,7 +129,7 @@ def cheapest_solver(program: Program, batch: int) -> str:
     inequalities, cores = program.m - equalities, os.cpu_count() or 1
     by_sets = daqp_seconds(program, batch)
     dense = 2.0 * inequalities * n**2 + (n + equalities) ** 3 / 1.5
-    if 16.0 * batch * (n + equalities + inequalities) ** 2 > DENSE_BYTES:
+    if _dense_bytes(program, batch) > DENSE_BYTES:
         return "clarabel"
     batched = STEPS * (STEP + batch * (ROW_STEP + dense / BATCHED_RATE))
     if batch * (ROW + TYPICAL * (n + program.m) ** 3 / ROW_RATE) < STEPS * STEP:
@@ -129,6 +137,10 @@ def cheapest_solver(program: Program, batch: int) -> str:
     by_rows = math.ceil(batch / cores) * (ROW + TYPICAL * kkt_pattern(program).flops / ROW_RATE)
     seconds = {"daqp": by_sets, "interior_point": batched, "clarabel": by_rows}
     return min(seconds, key=seconds.__getitem__)
+
+
+def _dense_bytes(program: Program, batch: int) -> float:
+    return 16.0 * batch * (program.n + program.m) ** 2
 
 
 def daqp_seconds(program: Program, batch: int) -> float:

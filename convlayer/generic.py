@@ -307,6 +307,7 @@ def _attempt_in_units(
 ) -> _Found:
     """Solve normalised data, check certificates, polish, judge."""
     rows, device = data.batch, call.device
+    visible = Visible(*(part.to(device) for part in visible))
     start = None if start is None else scaling.enter(*start)
     if place == FROM_START:
         assert start is not None

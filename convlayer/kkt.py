@@ -193,9 +193,8 @@ class DenseSystem:
         """Orthonormal null vectors of K among `width` Ritz vectors of inverse iteration, (rows, size, width); other columns are zero."""
         K, lu, pivots = self.K[rows], self.lu[rows], self.pivots[rows]
         size = K.shape[1]
-        basis = torch.randn(size, width, dtype=K.dtype, generator=torch.Generator().manual_seed(0)).expand(
-            len(K), -1, -1
-        )
+        basis = torch.randn(size, width, dtype=K.dtype, generator=torch.Generator().manual_seed(0))
+        basis = basis.to(K.device).expand(len(K), -1, -1)
         for _ in range(2):
             basis, _ = torch.linalg.qr(torch.linalg.lu_solve(lu, pivots, basis))
         image = K @ basis - self.shift.unsqueeze(-1) * basis

@@ -194,7 +194,7 @@ class ConvexLayer(torch.nn.Module):
         if self._specialised is not None:
             return text
         solver, own_executor = (
-            self._attempts(batch, self._tolerance, self._options)[0].solver,
+            self._attempts(batch, self._tolerance, self._options, torch.device("cpu"))[0].solver,
             self.executor is not None,
         )
         rest = explain_cone_program(self._canonical, solver, self._chosen, self._tolerance, own_executor, batch)
@@ -315,9 +315,11 @@ class ConvexLayer(torch.nn.Module):
             merged = {"tolerance": tolerance, **options, **solver_args}
             tolerance, options = _tolerance(merged), merged
             self._solver.check(canonical.program, options)
-        attempts = self._attempts(size, tolerance, options)
+        device = values[0].device if values else torch.device("cpu")
+        attempts = self._attempts(size, tolerance, options, device)
         elimination = None if self._chosen or options else canonical.elimination
-        device = values[0].device if values and attempts[0].solver.batched else torch.device("cpu")
+        if not attempts[0].solver.batched:
+            device = torch.device("cpu")
         thetas = [v.to(device, torch.float64) for v in values]
         differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in thetas)
         excluded = torch.zeros(size, dtype=torch.bool) if bad is None else bad
@@ -343,13 +345,15 @@ class ConvexLayer(torch.nn.Module):
         program = self._canonical.program
         return self._starts.get(keys, (program.n, program.m, program.m))
 
-    def _attempts(self, batch: int, tolerance: float, options: Mapping[str, Any]) -> list[Attempt]:
+    def _attempts(
+        self, batch: int, tolerance: float, options: Mapping[str, Any], device: torch.device
+    ) -> list[Attempt]:
         """By the solver asked for, or by the cheapest one at this batch, with others behind it."""
         if self._chosen or options:
             return self._solver.attempts(tolerance, options)
         elimination = self._canonical.elimination
         program = self._canonical.program if elimination is None else elimination.program
-        return attempts(program, batch, tolerance)
+        return attempts(program, batch, tolerance, device)
 
     def _solve_specialised(
         self,
@@ -622,10 +626,11 @@ def _shaped(output: Tensor, dtype: torch.dtype, device: torch.device, batch: tup
 
 
 def _no_autocast(device: torch.device):
-    if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled(device.type)):
+    kinds = [kind for kind in {"cpu", device.type} if torch.amp.is_autocast_available(kind)]
+    if not any(torch.is_autocast_enabled(kind) for kind in kinds):
         return nullcontext()
     stack = ExitStack()
-    for kind in {"cpu", device.type}:
+    for kind in kinds:
         stack.enter_context(torch.autocast(kind, enabled=False))
     return stack
 

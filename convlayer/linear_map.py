@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -12,11 +11,11 @@ from torch import Tensor
 
 
 class _Placed(NamedTuple):
-    """What a device needs of the matrix: the gather, or the whole of it."""
+    """What a device needs of the matrix: the gather of each output, or every entry's row."""
 
-    position: Tensor | None  # (outputs,)
-    coefficient: Tensor | None  # (outputs,), None for ones
-    matrix: Tensor | None  # compressed rows; on the host SciPy's own is faster
+    position: Tensor  # (outputs,), or (entries,)
+    coefficient: Tensor | None  # the same, None for ones
+    row: Tensor | None  # (entries,)
 
 
 class LinearMap:
@@ -48,14 +47,15 @@ class LinearMap:
     def __call__(self, x: Tensor) -> Tensor:
         if not self.matrix.shape[0] or not self.matrix.nnz:
             return x.new_zeros(len(x), self.matrix.shape[0])
-        if self._position is None and x.device.type == "cpu":
+        if self._position is None and x.device.type == "cpu":  # there SciPy's product is faster
             return torch.from_numpy(np.ascontiguousarray((self.matrix @ x.numpy().T).T))
         placed = self._on(x.device)
-        if placed.matrix is not None:
-            return (placed.matrix @ x.mT).mT
-        assert placed.position is not None
         picked = x[:, self._run] if self._run is not None else x.index_select(1, placed.position)
-        return picked if placed.coefficient is None else picked * placed.coefficient
+        if placed.coefficient is not None:
+            picked = picked * placed.coefficient
+        if placed.row is None:
+            return picked
+        return x.new_zeros(len(x), self.matrix.shape[0]).index_add_(1, placed.row, picked)
 
     def _on(self, device: torch.device) -> _Placed:
         if device not in self._placed:
@@ -63,14 +63,9 @@ class LinearMap:
         return self._placed[device]
 
     def _place(self, device: torch.device) -> _Placed:
-        if self._position is not None:
-            coefficient = None if self._coefficient is None else torch.from_numpy(self._coefficient).to(device)
-            return _Placed(torch.from_numpy(self._position).to(device), coefficient, None)
-        pointer, column = (
-            torch.from_numpy(part.astype(np.int64)) for part in (self.matrix.indptr, self.matrix.indices)
-        )
-        values, shape = torch.from_numpy(self.matrix.data), list(self.matrix.shape)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that compressed rows are a beta feature
-            matrix = torch.sparse_csr_tensor(pointer, column, values, size=shape, device=device)
-        return _Placed(None, None, matrix)
+        position, coefficient, row = self._position, self._coefficient, None
+        if position is None:
+            position, coefficient = self.matrix.indices.astype(np.int64), self.matrix.data
+            row = torch.from_numpy(np.repeat(np.arange(self.matrix.shape[0]), np.diff(self.matrix.indptr))).to(device)
+        weight = None if coefficient is None else torch.from_numpy(coefficient).to(device)
+        return _Placed(torch.from_numpy(position).to(device), weight, row)

@@ -195,7 +195,7 @@ class Operators:
             return torch.zeros_like(x)
         if self.dense:
             return _product(self.P_values, x)
-        index = self.data.program.indices
+        index = self.data.program.on(x.device)
         i, j = index["P_rows"], index["P_cols"]
         columns = x.mT.contiguous()
         strict = torch.where((i == j).unsqueeze(1), 0.0, self.P_values)
@@ -209,13 +209,13 @@ class Operators:
     def A(self, x: Tensor) -> Tensor:
         if self.dense:
             return _product(self.A_values, x)
-        index = self.data.program.indices
+        index = self.data.program.on(x.device)
         return _gather_add(self.A_values, x, index["A_cols"], index["A_rows"], self.data.program.m)
 
     def At(self, y: Tensor) -> Tensor:
         if self.dense:
             return _product(self.A_values.mT, y)
-        index = self.data.program.indices
+        index = self.data.program.on(y.device)
         return _gather_add(self.A_values, y, index["A_rows"], index["A_cols"], self.data.program.n)
 
 

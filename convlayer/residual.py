@@ -110,24 +110,24 @@ def _equilibrate(data: Data) -> tuple[Tensor | None, Tensor]:
 
 
 def _times_rows(data: Data, A: Tensor, e: Tensor) -> Tensor:
-    return A * e.unsqueeze(2) if data.dense else A * e[:, data.program.indices["A_rows"]]
+    return A * e.unsqueeze(2) if data.dense else A * e[:, data.program.on(A.device)["A_rows"]]
 
 
 def _times_rows_of_P(data: Data, P: Tensor, c: Tensor) -> Tensor:
-    return P * c.unsqueeze(2) if data.dense else P * c[:, data.program.indices["P_rows"]]
+    return P * c.unsqueeze(2) if data.dense else P * c[:, data.program.on(P.device)["P_rows"]]
 
 
 def _times_columns(data: Data, matrix: Tensor, c: Tensor, name: str) -> Tensor:
-    return matrix * c.unsqueeze(1) if data.dense else matrix * c[:, data.program.indices[f"{name}_cols"]]
+    return matrix * c.unsqueeze(1) if data.dense else matrix * c[:, data.program.on(matrix.device)[f"{name}_cols"]]
 
 
 def _row_sizes(data: Data, A: Tensor) -> Tensor:
     """(B or 1, m) the largest entry of each row of |A|, the same within a cone that is not elementwise."""
     program = data.program
     if not data.dense:
-        rows = program.scale_group[program.indices["A_rows"]].expand(len(A), -1)
+        rows = program.on(A.device)["scale_group"][program.on(A.device)["A_rows"]].expand(len(A), -1)
         sizes = A.new_zeros(len(A), program.m).scatter_reduce_(1, rows, A, "amax")
-        return sizes if program.is_elementwise else sizes[:, program.scale_group]
+        return sizes if program.is_elementwise else sizes[:, program.on(A.device)["scale_group"]]
     sizes = A.amax(2) if A.numel() else A.new_zeros(A.shape[:2])
     if program.is_elementwise:
         return sizes
@@ -139,7 +139,7 @@ def _row_counts(data: Data, A: Tensor) -> Tensor:
     """(B or 1, m) how many entries of each row of |A| are not zero."""
     if data.dense:
         return (A > 0).sum(2)
-    return A.new_zeros(len(A), data.program.m).index_add_(1, data.program.indices["A_rows"], (A > 0).to(A.dtype))
+    return A.new_zeros(len(A), data.program.m).index_add_(1, data.program.on(A.device)["A_rows"], (A > 0).to(A.dtype))
 
 
 def _column_sizes(data: Data, matrix: Tensor, name: str) -> Tensor:
@@ -149,7 +149,7 @@ def _column_sizes(data: Data, matrix: Tensor, name: str) -> Tensor:
         return matrix.amax(1) if matrix.numel() else matrix.new_zeros(len(matrix), program.n)
     largest = matrix.new_zeros(len(matrix), program.n)
     for index in ("A_cols",) if name == "A" else ("P_rows", "P_cols"):
-        largest.scatter_reduce_(1, program.indices[index].expand(len(matrix), -1), matrix, "amax")
+        largest.scatter_reduce_(1, program.on(matrix.device)[index].expand(len(matrix), -1), matrix, "amax")
     return largest
 
 

@@ -238,7 +238,7 @@ def _point(root: _Root, sign: Tensor) -> Tensor:
 @lru_cache(maxsize=64)
 def _exponents(alphas: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """alpha and 1 - alpha, () for one block and (k,) for k."""
-    alpha = torch.tensor(alphas if len(alphas) > 1 else alphas[0], dtype=dtype, device=device)
+    alpha = torch.tensor(alphas if len(alphas) > 1 else alphas[0], dtype=dtype).to(device)
     return alpha, 1 - alpha
 
 

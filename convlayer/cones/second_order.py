@@ -87,4 +87,4 @@ def _constants(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Ten
     basis[1:, 1] = -sqrt(0.5)
     basis[0, 1] = sqrt(0.5)
     basis[2:, 2:] = torch.eye(size - 2, dtype=dtype, device=device)
-    return axis, torch.tensor([1.0, -1.0], dtype=dtype, device=device), basis
+    return axis, torch.tensor([1.0, -1.0], dtype=dtype).to(device), basis
