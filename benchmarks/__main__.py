@@ -1,9 +1,10 @@
 """Run the benchmarks, print their tables, and write them.
 
-    python -m benchmarks [--suite generic|structures|all] [--only FAMILY] [--quick] [--device cpu] [--dtype float64]
+    python -m benchmarks [--suite generic|structures|programs|crossover|all] [--only FAMILY] [--quick] [--device cpu] [--dtype float64]
 
-Two suites: `generic`, the cone program, on any problem; `structures`, the kernels of the problems that the layer
-recognises, against every peer there is for them. Both, by default. The full run of a suite is written to
+The suites: `generic`, the cone program, on any problem; `structures`, the kernels of the problems that the layer
+recognises, and `programs`, quadratic and cone programs that no kernel knows, against every peer there is for them;
+`crossover`, the bare solvers, and the model by which the layer chooses between them. All, by default. The full run of a suite is written to
 benchmarks/results/SUITE-DEVICE.md and .json (SUITE-DEVICE-float32 in single precision), a partial one to out/.
 """
 
@@ -18,7 +19,11 @@ from types import ModuleType
 import torch
 from tqdm import tqdm
 
-from benchmarks import accuracy, conditioning, construction, large, speed, structures
+from benchmarks import accuracy, conditioning, construction, crossover, large, programs, speed, structures
+from benchmarks.programs import accelerator, published
+from benchmarks.programs import accuracy as programs_accuracy
+from benchmarks.programs import families as programs_families
+from benchmarks.programs import speed as programs_speed
 from benchmarks.structures import accuracy as structures_accuracy
 from benchmarks.structures import construction as structures_construction
 from benchmarks.structures import growth, incumbents, overhead, specialists, temperature
@@ -43,6 +48,12 @@ SUITES = {
         by_name(incumbents, specialists, growth, temperature, structures_accuracy, overhead, structures_construction),
         structures.PACKAGES,
     ),
+    "programs": Suite(
+        "Programs",
+        by_name(programs_speed, published, programs_accuracy, programs_families, accelerator),
+        programs.PACKAGES,
+    ),
+    "crossover": Suite("Crossover of the solvers", by_name(crossover), crossover.PACKAGES),
 }
 
 
@@ -51,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--suite", choices=(*SUITES, "all"), default="all", help="generic, structures, or both: all")
+    parser.add_argument("--suite", choices=(*SUITES, "all"), default="all", help="one of them, or all")
     parser.add_argument("--only", choices=families, help="one family of rows")
     parser.add_argument("--quick", action="store_true", help="fewer problems, smaller sizes, fewer repeats")
     parser.add_argument("--device", default="cpu", type=torch.device, help="where the parameters live")
@@ -59,7 +70,7 @@ def main() -> None:
         "--dtype",
         default="float64",
         choices=("float64", "float32"),
-        help="of the parameters, in the suite of structures",
+        help="of the parameters, in the suites structures and programs",
     )
     arguments = parser.parse_args()
     options = Options(arguments.quick, arguments.device, getattr(torch, arguments.dtype))

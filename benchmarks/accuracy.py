@@ -51,7 +51,7 @@ def family(options: Options) -> Family:
 def measure(case: Prebuilt, options: Options) -> Iterable[Row]:
     declared, tensors = case(), case.sample(ROWS, 0)
     gp = not declared.problem.is_dcp()
-    layer = ConvexLayer(declared.problem, declared.parameters, declared.variables, gp=gp)
+    layer = ConvexLayer(declared.problem, declared.parameters, declared.variables, gp=gp, structure="generic")
     exact, source = _reference(case, declared, tensors)
     expected, slopes = _differences(case, layer, tensors)
     row = Row(

@@ -301,24 +301,6 @@ posynomial.solved_by(lambda a, b, c: (np.cbrt(a * c / b**2), np.cbrt(a * b / c**
 
 
 @prebuilt()
-def huber_regression(m=8, n=3):
-    A, b, x = cp.Parameter((m, n)), cp.Parameter(m), cp.Variable(n)
-    return cp.Problem(cp.Minimize(cp.sum(cp.huber(A @ x - b)))), [A, b], [x]
-
-
-huber_regression.sampled_by(lambda draw, m, n: (draw.normal(m, n), 3 * draw.normal(m)))
-
-
-@prebuilt()
-def support_vectors(m=8, n=3):
-    A, lam, w = cp.Parameter((m, n)), cp.Parameter(nonneg=True), cp.Variable(n)
-    return cp.Problem(cp.Minimize(lam * cp.sum_squares(w) + cp.sum(cp.pos(1 - A @ w)))), [A, lam], [w]
-
-
-support_vectors.sampled_by(lambda draw, m, n: (draw.normal(m, n), draw.uniform(0.5, 2)))
-
-
-@prebuilt()
 def control(states=4, inputs=2, horizon=10):
     A, B = cp.Parameter((states, states)), cp.Parameter((states, inputs))
     start, X, U = cp.Parameter(states), cp.Variable((states, horizon + 1)), cp.Variable((inputs, horizon))

@@ -57,7 +57,9 @@ def measure(name: str, options: Options) -> Row:
     case, sizes = CASES[name], SIZES[name]
     tensors = tuple(t.to(options.device) for t in case.sample(BATCH, 0, *sizes))
     declared = case(*sizes)
-    layer = ConvexLayer(declared.problem, declared.parameters, declared.variables, gp=not declared.problem.is_dcp())
+    layer = ConvexLayer(
+        declared.problem, declared.parameters, declared.variables, gp=not declared.problem.is_dcp(), structure="generic"
+    )
     row = Row(f"{name} {', '.join(map(str, sizes))}".strip(), wanted={BACKWARD: ("<=", 0.5), BARE: ("<=", 1.5)})
     with warnings.catch_warnings(), bare_clock() as bare:
         warnings.simplefilter("ignore")

@@ -75,7 +75,8 @@ def environment(device: torch.device, packages: tuple[str, ...] = ()) -> dict[st
         "load at the start": [round(load, 2) for load in os.getloadavg()],
     }
     if device.type == "cuda":
-        machine["accelerator"] = torch.cuda.get_device_name(device)
+        there = torch.cuda.is_available()
+        machine["accelerator"] = torch.cuda.get_device_name(device) if there else "none"
     return {"date": datetime.date.today().isoformat(), "device": str(device), "versions": versions, "machine": machine}
 
 

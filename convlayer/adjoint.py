@@ -47,6 +47,7 @@ class Zero:
     error: Tensor  # (B,) estimated relative error of what the user sees of x: the size of one more Newton step
     degenerate: Tensor  # (B,) weakly active or singular
     steps: Tensor  # (B,) of Newton that found it
+    pivot: Tensor | None  # (B,) the smallest of the dense factor
     visible: Visible
     units: Tensor | None
     last: DenseSystem | SparseSystem | None  # the polish's last factor, if it belongs to this very point
@@ -138,10 +139,23 @@ def polish(
     system = factor[0]
     dx, _ = _newton(operators, best.spectrum, system, best.F1, best.F2)
     error = (dx * visible.x).abs().amax(1) / best.x.abs().amax(1).clamp(min=1e-3)
+    pivot = system.smallest if isinstance(system, DenseSystem) else None
     last = system if _same(factor[1], best) else None
     degenerate = system.singular | (operators.data.program.cones.margin(best.v, best.s) < MARGIN)
     return Zero(
-        operators, best.x, best.s, best.y, best.size, best.spectrum, error, degenerate, steps, visible, units, last
+        operators,
+        best.x,
+        best.s,
+        best.y,
+        best.size,
+        best.spectrum,
+        error,
+        degenerate,
+        steps,
+        pivot,
+        visible,
+        units,
+        last,
     )
 
 

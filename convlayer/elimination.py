@@ -8,7 +8,7 @@ and the adjoint of the smaller program's KKT system gives the larger one's: with
 
     g' = g_x - L'(g_t / E - D c),   w_t = (c - L w_x) / E,   u_r = (g_t - P_tt w_t) / E.
 
-P' squares the condition of L. Where that is felt, the estimate of the solution's error says so, and the row is solved as it was.
+P' squares the condition of L. Where that could be felt, by the pivots of the KKT matrix, the row is solved as it was.
 """
 
 from __future__ import annotations

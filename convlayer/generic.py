@@ -30,6 +30,7 @@ INACCURATE = 1e-4  # a relative residual above this is no solution
 SENSITIVE = 3e-8  # a relative error of x, estimated by one more Newton step, above this is not called solved
 MEANINGLESS = 1e-2  # above this it is no solution at all
 RUNAWAY = 1e6  # nor is an x that many times the size which the data suggest solved: it may be on its way to infinity
+SQUARED = 1e-7  # a pivot below this, and a row is not trusted to the program without its auxiliary variables
 FROM_START = -1  # the attempt before the first: Newton's method from a warm start, without a solver
 WHOLE_ENTRIES = (
     64_000_000  # dense matrices of a whole batch may hold so many numbers; beyond it a piece at a time is dense
@@ -391,6 +392,9 @@ def _refined(
     runaway = RUNAWAY * min(1.0, call.tolerance / quick)
     for bound, verdict in ((runaway, Status.INACCURATE), (RUNAWAY**1.5, Status.NOT_CONVERGED)):
         status = torch.where((size > bound) & (status < verdict), int(verdict), status)
+    if call.elimination is not None and place <= 0 and zero.pivot is not None:
+        # The elimination squared a condition: neither the residual nor the adjoint's check can see what that cost.
+        status = torch.where((zero.pivot < SQUARED) & (status < Status.INACCURATE), int(Status.INACCURATE), status)
     if inner.unbounded is not None:
         # A bound that was taken for infinite and is active after all: this is not the solution.
         status = torch.where((inner.unbounded & (zero.y > 0)).any(1), int(Status.NOT_CONVERGED), status)

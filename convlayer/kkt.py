@@ -131,7 +131,7 @@ class DenseSystem:
         self.lu, self.pivots = lu_factor(K)
         self.singular = (visible.x & ~self.held).any(1)
         pivots = self.lu.diagonal(dim1=1, dim2=2).abs()
-        smallest = pivots.amin(1) if size else pivots.new_ones(batch)
+        smallest = self.smallest = pivots.amin(1) if size else pivots.new_ones(batch)
         self.stiff = bool((smallest <= STIFF).any())
         self.projector: _Projector | None = None
         suspects = torch.nonzero(smallest <= SUSPECT).flatten()

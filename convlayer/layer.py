@@ -282,8 +282,8 @@ class ConvexLayer(torch.nn.Module):
                     self._starts.put(keys, rows.iterate, rows.status == Status.SOLVED)
             else:
                 rows = self._solve_specialised(values, size, bad, batch, dtype, solver_args, everything, details)
-            if self.structure != "cone_program" and rows.status is not None and not solver_args and warm_start is None:
-                self._rescue(rows, values, size)
+                if rows.status is not None and not solver_args:
+                    self._rescue(rows, values, size)
             outputs = [_shaped(o, dtype, device, batch, size) for o in self._judge(rows, batch, details)]
         variables = tuple(outputs[: len(self._declared.variables)])
         return variables, outputs[-1], rows, batch

@@ -39,3 +39,13 @@ def test_the_example_learns_and_checks_its_gradient(tmp_path):
     assert run.returncode == 0, run.stderr[-2000:]
     assert "gradient check passed" in run.stdout
     assert (tmp_path / "out" / "demo.png").stat().st_size > 10_000
+
+
+def test_the_sudoku_example_runs(tmp_path):
+    for needed in ("matplotlib", "tqdm"):
+        pytest.importorskip(needed, reason="the example draws a picture and shows its progress")
+    run = subprocess.run([sys.executable, ROOT / "examples" / "sudoku.py", "--quick"], cwd=tmp_path, capture_output=True, text=True,
+                         check=False, env={**os.environ, "MPLBACKEND": "Agg"})
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "quadratic program, 40 learnt constraints" in run.stdout
+    assert (tmp_path / "out" / "sudoku.png").stat().st_size > 10_000

@@ -17,6 +17,7 @@ from cases import CASES
 import convlayer.adjoint
 import convlayer.canon
 import convlayer.declaration
+import convlayer.elimination
 import convlayer.generic
 import convlayer.residual
 import convlayer.solvers.scs
@@ -102,6 +103,16 @@ def scaling_of_the_adjoint_lost(patch):
     patch.setattr(convlayer.residual.Scaling, "leave_adjoint", lambda self, w, u: (self.tau * w, self.rho * u))
 
 
+def cotangent_of_an_eliminated_variable_lost(patch):
+    original = convlayer.elimination.Eliminated.enter_cotangents
+    patch.setattr(convlayer.elimination.Eliminated, "enter_cotangents", lambda self, x_bar, y_bar: original(self, 0 * x_bar + x_bar.mean(), y_bar))
+
+
+def adjoint_of_an_eliminated_row_lost(patch):
+    original = convlayer.elimination.Eliminated.leave_adjoint
+    patch.setattr(convlayer.elimination.Eliminated, "leave_adjoint", lambda self, w, u, *bars: (lambda w, u: (w, 0 * u))(*original(self, w, u, *bars)))
+
+
 def objective_sign(patch):
     patch.setattr(convlayer.canon.Canonical, "objective", lambda self, value: value if not self.gp else value.exp())
 
@@ -134,6 +145,8 @@ GRADIENT = {
     "the basis transposed": (basis_transposed, "nearest_correlation"),
     "cotangents of y ignored": (cotangents_of_y_ignored, "quadratic_program"),
     "the scaling of the adjoint lost": (scaling_of_the_adjoint_lost, "linear_program"),
+    "the cotangent of an eliminated variable lost": (cotangent_of_an_eliminated_variable_lost, "nonnegative_least_squares"),
+    "the adjoint of an eliminated row lost": (adjoint_of_an_eliminated_row_lost, "nonnegative_least_squares"),
     "the value's own gradient lost": (value_without_its_gradient, "concave_quadratic"),
 }
 

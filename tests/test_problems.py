@@ -10,6 +10,9 @@ BATCH = 3
 STEP = 1e-3  # of the way to another sample: symmetry, and room inside the domain, are kept
 FIVE_POINT = {-2: 1 / 12, -1: -2 / 3, 1: 2 / 3, 2: -1 / 12}
 STRUCTURE = {
+    "factor_portfolio": "quadratic_program",
+    "huber_regression": "quadratic_program",
+    "support_vector_machine": "quadratic_program",
     "ball_projection": "cone_program",
     "cobb_douglas": "cone_program",
     "constrained_least_squares": "equality_constrained_qp",

@@ -52,6 +52,53 @@ def test_clarabel_and_scs_agree(name):
     same(answers(case.layer(solver="scs", solver_args=OPTIONS), tensors), answers(case.layer(solver="clarabel"), tensors), iterate=False)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_clarabel_and_the_batched_interior_point_agree(name):
+    case = CASES[name]
+    tensors = case.sample(2, seed=0)
+    same(answers(case.layer(solver="interior_point"), tensors), answers(case.layer(solver="clarabel"), tensors), iterate=False)
+
+
+LINEAR = names(lambda case: {block.name for block in case.shared._canonical.program.cones.blocks} <= {"zero", "nonnegative"})
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_clarabel_and_daqp_agree(name):
+    case = CASES[name]
+    tensors = case.sample(2, seed=0)
+    same(answers(case.layer(solver="daqp"), tensors), answers(case.layer(solver="clarabel"), tensors), iterate=False)
+
+
+def test_daqp_refuses_other_cones_and_options_it_does_not_have():
+    with pytest.raises(ValueError, match="daqp takes linear and quadratic programs"):
+        CASES["norm_ball"].layer(solver="daqp")
+    with pytest.raises(TypeError, match="no option `speed`. It has: tolerance"):
+        CASES["quadratic_program"].layer(solver="daqp", solver_args={"speed": 11})
+    with pytest.raises(TypeError, match="`iter_limit` cannot be 'many'"):
+        CASES["quadratic_program"].layer(solver="daqp", solver_args={"iter_limit": "many"})
+
+
+def test_rows_that_the_first_choice_does_not_settle_are_solved_by_another_and_noted():
+    """One row infeasible: DAQP has no proof of that, Clarabel has."""
+    a, h, x = cp.Parameter(3, name="a"), cp.Parameter(name="h"), cp.Variable(3, name="x")
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [cp.sum(x) <= h, x >= 0])
+    layer = ConvexLayer(problem, [a, h], [x], on_failure="nan")
+    assert layer._attempts(4, 1e-8, {}, torch.device("cpu"))[0].solver.name == "daqp"
+    heights = torch.tensor([1.0, -1.0, 0.5, 2.0], dtype=torch.float64)
+    solution = layer.solve(torch.ones(4, 3, dtype=torch.float64), heights)
+    assert solution.status.tolist() == [Status.SOLVED, Status.INFEASIBLE, Status.SOLVED, Status.SOLVED]
+    assert solution.notes == ("row 1: daqp did not settle them; solved by clarabel",)
+    assert layer.solve(torch.ones(2, 3, dtype=torch.float64), heights[[0, 2]]).notes == ()
+
+
+def test_a_redundant_constraint_is_not_taken_for_a_weakly_active_one():
+    """An active-set method gives one of two equal constraints the whole multiplier, and the other none."""
+    a, x = cp.Parameter(3, name="a"), cp.Variable(3, name="x")
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [x >= 0, 2 * x >= 0])
+    solution = ConvexLayer(problem, [a], [x]).solve(torch.tensor([[-1.0, 2.0, 3.0]], dtype=torch.float64))
+    assert not solution.degenerate.any()
+
+
 def semidefinite(n, **options):
     """min <C, X> + |X|^2/2 subject to X >> D, <B, X> = 1: x, y and s all of rank neither zero nor full."""
     C, D = cp.Parameter((n, n), symmetric=True, name="C"), cp.Parameter((n, n), symmetric=True, name="D")

@@ -78,8 +78,8 @@ def differences(case: Prebuilt, tensors: Variables, sizes: dict[str, int]) -> tu
     values = []
     for direction in directions:
         at = [case.oracle(*(t + k * STEP / 2 * d for t, d in zip(tensors, direction)), **sizes) for k in POINTS]
-        (w,) = weights_of(at[0])
-        values.append(torch.stack([(w * x).flatten(1).sum(1) for (x,) in at], -1))
+        weights = weights_of(at[0])
+        values.append(torch.stack([sum((w * x).flatten(1).sum(1) for w, x in zip(weights, xs)) for xs in at], -1))
     return directions, *slopes(torch.stack(values, 1))
 
 

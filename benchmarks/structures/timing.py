@@ -80,13 +80,16 @@ class Timed:
         return f"{low:.3g} to {high:.3g}"
 
 
-def alternating(runs: Mapping[str, Run], seconds: float) -> dict[str, Timed | str]:
-    """All runs in turn for about `seconds` after a warm-up, so that drift hits all alike; one that fails says how."""
+def alternating(runs: Mapping[str, Run], seconds: float, long: float = LONG) -> dict[str, Timed | str]:
+    """All runs in turn for about `seconds` after a warm-up, so that drift hits all alike; one that fails says how.
+
+    A run whose first call takes more than `long` seconds is not asked again.
+    """
     found: dict[str, Timed | str] = {}
     for name, run in runs.items():
         try:
             first = run()
-            found[name] = Timed([first] if sum(first) > 1e3 * LONG * run.scale else [])
+            found[name] = Timed([first] if sum(first) > 1e3 * long * run.scale else [])
         except Exception as error:  # a peer's failure is a finding
             found[name] = reason(error)
     waiting = {name: timed for name, timed in found.items() if isinstance(timed, Timed) and not timed.calls}
