@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from convlayer.canon import Canonical
 from convlayer.dispatch import Recognition
 from convlayer.kkt import prefers_dense
 from convlayer.pattern import kkt_pattern
-from convlayer.solvers.solver import Solver
+from convlayer.solvers import Attempt, Solver
 from convlayer.structures import Cost
 
 ITERATIONS = {
     "clarabel": 12,
     "interior_point": 10,
 }  # a typical count; an interior-point method's hardly depends on the problem
+
+
+CHEAPER = {"interior_point": "dense and batched", "daqp": "dense active sets, compiled, row by row"}
 
 
 def explain_choice(recognition: Recognition, structure: str, why: str, batch: int) -> str:
@@ -46,14 +50,17 @@ def _bytes(count: float) -> str:
 
 
 def explain_cone_program(
-    canonical: Canonical, solver: Solver, chosen: bool, tolerance: float, executor: bool, batch: int
+    canonical: Canonical, attempts: Sequence[Attempt], chosen: bool, tolerance: float, executor: bool, batch: int
 ) -> str:
     """The report of `ConvexLayer.explain` for the generic path."""
-    program, sizes = canonical.program, canonical.sizes
+    program, sizes, solver = canonical.program, canonical.sizes, attempts[0].solver
     moving = sum(len(rows) for rows in canonical.moving.values())
-    pattern = kkt_pattern(program)
+    left = program if chosen or canonical.elimination is None else canonical.elimination.program
+    pattern = kkt_pattern(left)
     factor, solve = pattern.flops, 4.0 * pattern.fill
     iterations = ITERATIONS.get(solver.name)
+    others = [name for name in dict.fromkeys(attempt.solver.name for attempt in attempts) if name != solver.name]
+    gone = program.n - left.n
     lines = [
         (
             "Problem",
@@ -61,6 +68,16 @@ def explain_cone_program(
             f"{len(canonical.parameters)} parameters" + (", log-log convex" if canonical.gp else ""),
         ),
         ("Cone program", f"{program.n} variables and {program.m} rows: {program.cones.describe()}"),
+        *(
+            [
+                (
+                    "Eliminated",
+                    f"{gone} auxiliary variables and the rows that define them: {left.n} variables and {left.m} rows are left",
+                )
+            ]
+            if gone
+            else []
+        ),
         (
             "Data",
             f"{'quadratic' if len(program.P_rows) else 'linear'} objective; {len(program.P_rows)} nonzeros in the upper triangle of P and "
@@ -68,15 +85,18 @@ def explain_cone_program(
         ),
         (
             "Solver",
-            f"{solver.name}, {_why(solver, chosen)}; relative tolerance {tolerance:g}, then Newton on the KKT residual map to rounding error",
+            f"{solver.name}, {_why(solver, chosen)}; relative tolerance {tolerance:g}, then Newton on the KKT residual map to rounding error"
+            + (f"; {', '.join(others)} for rows that it does not settle" if others else ""),
         ),
         (
             "Runs on",
-            f"the host, in float64; rows on {'your executor' if executor else f'{os.cpu_count()} threads'}; other dtypes and devices are copied to and from",
+            "the parameters' device, in float64, all rows at once"
+            if solver.batched
+            else f"the host, in float64; rows on {'your executor' if executor else f'{os.cpu_count()} threads'}; other dtypes and devices are copied to and from",
         ),
         (
             "Forward",
-            f"{_flops(batch * factor * (iterations + 2)) if iterations else 'as many iterations as the solver takes,'}"
+            f"{_flops(batch * factor * (iterations + 2)) if iterations else 'as many iterations as the solver takes, and its polish,'}"
             f"{f' for {batch} rows' if batch > 1 else ' a row'}"
             + (
                 f": about {iterations} factorisations of {_flops(factor)} in the solver, 1 or 2 in the polish"
@@ -87,7 +107,7 @@ def explain_cone_program(
         (
             "Backward",
             f"{_flops(4 * batch * solve)}{f' for {batch} rows' if batch > 1 else ' a row'}: solves with the polish's last factor, "
-            f"{'dense batched LU of the active rows' if prefers_dense(program) else 'sparse LDL'}",
+            f"{'dense batched LU of the active rows' if prefers_dense(left) else 'sparse LDL'}",
         ),
     ]
     text = "\n".join(f"{name + ':':14}{value}" for name, value in lines)
@@ -98,8 +118,8 @@ def explain_cone_program(
 def _why(solver: Solver, chosen: bool) -> str:
     if chosen:
         return "as you asked"
-    if solver.name == "interior_point":
-        return "dense and batched, the cheaper one at this size and batch"
+    if solver.name in CHEAPER:
+        return f"{CHEAPER[solver.name]}: the cheapest at this size and batch"
     return "the default (every cone, a quadratic objective, accurate)"
 
 

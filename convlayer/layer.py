@@ -193,11 +193,10 @@ class ConvexLayer(torch.nn.Module):
         text = explain_choice(self._recognition, self.structure, self._why, batch)
         if self._specialised is not None:
             return text
-        solver, own_executor = (
-            self._attempts(batch, self._tolerance, self._options, torch.device("cpu"))[0].solver,
-            self.executor is not None,
-        )
-        rest = explain_cone_program(self._canonical, solver, self._chosen, self._tolerance, own_executor, batch)
+        attempts = self._attempts(batch, self._tolerance, self._options, torch.device("cpu"))
+        own = self.executor is not None
+        named = self._chosen or bool(self._options)
+        rest = explain_cone_program(self._canonical, attempts, named, self._tolerance, own, batch)
         return f"{text}\n{rest}"
 
     def with_options(

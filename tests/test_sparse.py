@@ -102,7 +102,7 @@ SINGULAR = list(singular_problems())
 @pytest.mark.parametrize("k", range(len(SINGULAR)), ids=[name for name, *_ in SINGULAR])
 def test_singular_systems_are_solved_and_flagged_alike(k, monkeypatch):
     _, problem, parameters, outputs, values = SINGULAR[k]
-    layer = ConvexLayer(problem, parameters, outputs, structure="generic")
+    layer = ConvexLayer(problem, parameters, outputs, solver="clarabel")
     # Where the solution is not unique, another program has another one.
     compare(layer, [v[None] for v in values], monkeypatch, kinds=("dense", "sparse", "by rows"), tolerance=1e-8)
 

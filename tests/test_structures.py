@@ -76,11 +76,13 @@ def test_the_batched_interior_point_agrees_with_the_other_solver(spelling):
         assert float((g - h).norm()) <= 1e-8 * max(1.0, float(h.norm()))
 
 
-def test_a_large_batch_of_dense_quadratic_programs_is_solved_together_and_a_small_one_row_by_row():
+def test_the_solver_of_a_quadratic_program_is_chosen_by_cost_and_named():
     layer = problems.quadratic_program.layer(60, 60, 10)
     assert layer.structure == "quadratic_program"
-    assert "interior_point" in layer.explain(batch=64)
-    assert "clarabel" in layer.explain(batch=1)
+    for batch in (1, 64):
+        (line,) = (line for line in layer.explain(batch=batch).splitlines() if line.startswith("Solver:"))
+        assert "the cheapest at this size and batch" in line
+        assert "clarabel for rows that it does not settle" in line
     tensors = problems.quadratic_program.sample(6, 0, 60, 60, 10)
     alone = problems.quadratic_program.layer(60, 60, 10, structure="generic").solve(*tensors)
     together = layer.solve(*(t.repeat(8, *[1] * (t.ndim - 1)) for t in tensors))
