@@ -123,7 +123,7 @@ def attempts(program: Program, batch: int, tolerance: float, device: torch.devic
 
 def cheapest_solver(program: Program, batch: int) -> str:
     """Of DAQP, dense and row by row, the batched interior point, dense, and Clarabel, sparse and row by row; rows on all cores."""
-    if not {block.name for block in program.cones.blocks} <= {"zero", "nonnegative"}:
+    if not program.is_polyhedral:
         return "clarabel"
     n, equalities = program.n, int((~program.inequalities).sum())
     inequalities, cores = program.m - equalities, os.cpu_count() or 1

@@ -391,7 +391,8 @@ def _refined(
     quick = call.attempts[place].tolerance if place != FROM_START else call.tolerance
     runaway = RUNAWAY * min(1.0, call.tolerance / quick)
     for bound, verdict in ((runaway, Status.INACCURATE), (RUNAWAY**1.5, Status.NOT_CONVERGED)):
-        status = torch.where((size > bound) & (status < verdict), int(verdict), status)
+        if not data.program.is_polyhedral:  # there an infimum is attained
+            status = torch.where((size > bound) & (status < verdict), int(verdict), status)
     if call.elimination is not None and place <= 0 and zero.pivot is not None:
         # The elimination squared a condition: neither the residual nor the adjoint's check can see what that cost.
         status = torch.where((zero.pivot < SQUARED) & (status < Status.INACCURATE), int(Status.INACCURATE), status)

@@ -97,6 +97,11 @@ class Program:
         return rows
 
     @cached_property
+    def is_polyhedral(self) -> bool:
+        """A linear or quadratic program."""
+        return {block.name for block in self.cones.blocks} <= {"zero", "nonnegative"}
+
+    @cached_property
     def is_elementwise(self) -> bool:
         return bool(self.elementwise.all())
 
