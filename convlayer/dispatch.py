@@ -20,7 +20,7 @@ from convlayer.normal_form import NormalForm, normal_form
 from convlayer.pattern import kkt_pattern
 from convlayer.program import Program
 from convlayer.solvers import SOLVERS, Attempt
-from convlayer.solvers.clarabel import QUICK, QUICK_TOLERANCE
+from convlayer.solvers.clarabel import QUICK
 from convlayer.specialised import outputs_of
 from convlayer.structures import STRUCTURES, Cost, Match, MismatchError
 
@@ -117,7 +117,7 @@ def attempts(program: Program, batch: int, tolerance: float, device: torch.devic
         name = "interior_point" if fits else "clarabel"
     sure = SOLVERS["clarabel"].attempts(tolerance, {})
     if name == "clarabel":
-        return [Attempt(SOLVERS[name], max(tolerance, QUICK_TOLERANCE), QUICK), *sure]
+        return [Attempt(SOLVERS[name], tolerance, QUICK), *sure]
     return [Attempt(SOLVERS[name], tolerance, {}), *sure]
 
 

@@ -387,11 +387,8 @@ def _refined(
     zero = polish(Operators(data, dense), *started, visible, inner.c, nearby=place != FROM_START)
     status = _verdict(zero, call.tolerance)
     size = (zero.x * (outer.rho / inner.rho)).abs().amax(1) if zero.x.shape[1] else zero.residual.new_zeros(len(zero.x))
-    # A first, quick attempt has not come far on its way to infinity.
-    quick = call.attempts[place].tolerance if place != FROM_START else call.tolerance
-    runaway = RUNAWAY * min(1.0, call.tolerance / quick)
-    for bound, verdict in ((runaway, Status.INACCURATE), (RUNAWAY**1.5, Status.NOT_CONVERGED)):
-        if not data.program.is_polyhedral:  # there an infimum is attained
+    if not data.program.is_polyhedral:  # there an infimum is attained
+        for bound, verdict in ((RUNAWAY, Status.INACCURATE), (RUNAWAY**1.5, Status.NOT_CONVERGED)):
             status = torch.where((size > bound) & (status < verdict), int(verdict), status)
     if call.elimination is not None and place <= 0 and zero.pivot is not None:
         # The elimination squared a condition: neither the residual nor the adjoint's check can see what that cost.

@@ -23,6 +23,8 @@ from torch import Tensor
 from convlayer.program import Data, Program
 from convlayer.solution import Status
 
+FEW = 32  # rows a worker, below which setting up a second task costs more than it balances
+
 
 @dataclass(frozen=True, eq=False)
 class Iterate:
@@ -163,8 +165,8 @@ def solve_batch(
     batch, host = data.batch, data.host()
     executor = executor or default_executor()
     workers = getattr(executor, "_max_workers", None) or os.cpu_count() or 1
-    # Two tasks a worker: balance for rows of unequal length, while a task still reuses its solver from row to row.
-    pieces = 1 if batch < 4 else min(batch, 2 * workers)
+    # A task reuses its solver from row to row; of many rows two tasks a worker, for balance.
+    pieces = 1 if batch < 4 else min(batch, workers if batch < FEW * workers else 2 * workers)
     bounds = np.linspace(0, batch, pieces + 1).astype(int)
     P, A = (host.P, host.A) if solver.dense and host.dense else (host.P_entries, host.A_entries)
     tasks = [
@@ -180,7 +182,7 @@ def solve_batch(
         )
         for lo, hi in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
     ]
-    inline = len(tasks) == 1 and isinstance(executor, ThreadPoolExecutor)
+    inline = batch < 4 and isinstance(executor, ThreadPoolExecutor)
     results = [solver.solve(tasks[0])] if inline else executor.map(solver.solve, tasks)
     iterates = list(chain.from_iterable(results))
     if len(iterates) != batch:
