@@ -180,7 +180,7 @@ class Canonical:
             (y if recovery.dual else x)[recovery.position] = True
         for name, seen in (("q", x), ("b", y)):
             for back in self.maps[name].back.values():
-                seen[torch.from_numpy(back.matrix.indices.astype(np.int64))] = True
+                seen[torch.from_numpy(back.read)] = True
         index = self.program.indices
         x[index["A_cols"][self.moving["A"]]] = True
         y[index["A_rows"][self.moving["A"]]] = True

@@ -291,7 +291,7 @@ class _Found:
         """With another attempt at some rows, where it did better."""
         rank, other_rank = 2 * self.status[rows] + self.degenerate[rows], 2 * other.status + other.degenerate
         better = (other_rank < rank) | ((other_rank == rank) & (other.residual < self.residual[rows]))
-        won, mine = rows[better], torch.ones(len(self.status), dtype=torch.bool)
+        won, mine = rows[better], torch.ones_like(self.degenerate)
         mine[won] = False
         kept = {
             name: getattr(self, name).index_copy(0, won, getattr(other, name)[better])
