@@ -7,9 +7,11 @@ out of all batched work and never reach the others.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -23,7 +25,7 @@ from convlayer.once import Once
 from convlayer.program import DENSE_ENTRIES, Data, Operators, Program
 from convlayer.residual import Scaling, normalise, recentre
 from convlayer.solution import Status
-from convlayer.solvers.solver import Attempt, Points, solve_batch
+from convlayer.solvers.solver import Attempt, Inline, Points, in_threads, solve_batch
 from convlayer.threads import one_thread
 
 INACCURATE = 1e-4  # a relative residual above this is no solution
@@ -31,6 +33,8 @@ SENSITIVE = 3e-8  # a relative error of x, estimated by one more Newton step, ab
 MEANINGLESS = 1e-2  # above this it is no solution at all
 RUNAWAY = 1e6  # nor is an x that many times the size which the data suggest solved: it may be on its way to infinity
 SQUARED = 1e-7  # a pivot below this, and a row is not trusted to the program without its auxiliary variables
+LARGE = 1_000_000  # numbers in dense matrices of a batch from which it is worked off in pieces,
+PIECE = 500_000  # of about so many (4 MB)
 FROM_START = -1  # the attempt before the first: Newton's method from a warm start, without a solver
 WHOLE_ENTRIES = (
     64_000_000  # dense matrices of a whole batch may hold so many numbers; beyond it a piece at a time is dense
@@ -160,9 +164,16 @@ def _adjoint_of(pieces: list[Piece], x_bar: Tensor, y_bar: Tensor) -> tuple[Tens
     if len(pieces) == 1 and pieces[0].whole(len(x_bar)):
         return pieces[0].adjoint(x_bar, y_bar)
     w, u = torch.zeros_like(x_bar), torch.zeros_like(y_bar)
-    for piece in pieces:
+
+    def put(piece: Piece) -> None:
         rows, kept = piece.rows, piece.rows[piece.keep]
         w[kept], u[kept] = (part[piece.keep] for part in piece.adjoint(x_bar[rows], y_bar[rows]))
+
+    if x_bar.device.type == "cpu":
+        in_threads(put, pieces)
+    else:
+        for piece in pieces:
+            put(piece)
     return w, u
 
 
@@ -221,8 +232,9 @@ def _solve(call: Call, data: Data, d: Tensor, batch: int) -> tuple[Tensor, Tenso
         x, s, y = (data.q.new_zeros(batch, k) for k in (program.n, program.m, program.m))
         return x, s, y, []
 
-    chosen = data if everything else data.rows(good)
-    found = _settled(call, chosen.widen(len(good)), good)
+    chosen = (data if everything else data.rows(good)).widen(len(good))
+    start = None if call.start is None else tuple(part.to(device)[good] for part in call.start)
+    found = _found_in_pieces(call, chosen, start)
     pieces = found.pieces if everything else [replace(piece, rows=good[piece.rows]) for piece in found.pieces]
 
     def spread(values: Tensor, blank: float) -> Tensor:
@@ -236,9 +248,26 @@ def _solve(call: Call, data: Data, d: Tensor, batch: int) -> tuple[Tensor, Tenso
     return spread(found.x, 0.0), spread(found.s, 0.0), spread(found.y, 0.0), pieces
 
 
-def _settled(call: Call, data: Data, good: Tensor) -> _Found:
+def _found_in_pieces(call: Call, data: Data, start: tuple[Tensor, ...] | None) -> _Found:
+    """A large batch in pieces that fit a cache, each from scaling to polish in one thread; else all rows together."""
+    program = data.program if call.elimination is None else call.elimination.program
+    a_row = program.n * (program.n + program.m)
+    if call.device.type != "cpu" or call.executor is not None or data.batch * a_row < LARGE or a_row > DENSE_ENTRIES:
+        return _settled(call, data, start)
+    alone = replace(call, executor=Inline())
+    cores = os.cpu_count() or 1
+    pieces = min(data.batch, cores * math.ceil(data.batch * a_row / PIECE / cores))
+    bounds = [k * data.batch // pieces for k in range(pieces + 1)]
+    ranges = list(pairwise(bounds))
+    jobs = [
+        (alone, data.between(lo, hi), None if start is None else tuple(part[lo:hi] for part in start))
+        for lo, hi in ranges
+    ]
+    return _Found.joined(in_threads(lambda job: _settled(*job), jobs), [lo for lo, _ in ranges])
+
+
+def _settled(call: Call, data: Data, start: tuple[Tensor, ...] | None) -> _Found:
     """The rows by one attempt after the other, each for those that are not settled yet."""
-    start = None if call.start is None else tuple(part.to(call.device)[good] for part in call.start)
     newton, found = start is not None and not call.attempts[0].solver.warm_starts, None
     for place in range(FROM_START if newton else 0, len(call.attempts)):
         if found is None:
@@ -280,6 +309,16 @@ class _Found:
     degenerate: Tensor
     attempt: Tensor
     pieces: list[Piece]
+
+    @classmethod
+    def joined(cls, parts: list[_Found], firsts: list[int]) -> _Found:
+        """What was found for consecutive rows, beginning at `firsts`."""
+        names = [field.name for field in fields(cls) if field.name != "pieces"]
+        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        pieces = [
+            replace(p, rows=p.rows + first) for part, first in zip(parts, firsts, strict=True) for p in part.pieces
+        ]
+        return cls(**joined, pieces=pieces)
 
     def lifted(self, eliminated: Eliminated) -> _Found:
         """The same for the program before the elimination."""

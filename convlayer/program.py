@@ -140,6 +140,11 @@ class Data:
         """The instances at `index`; shared values stay shared."""
         return Data(self.program, *(take_rows(values, index) for values in (self.P, self.q, self.A, self.b)))
 
+    def between(self, lo: int, hi: int) -> Data:
+        """The instances of a range, without copies."""
+        parts = (self.P, self.q, self.A, self.b)
+        return Data(self.program, *(part if len(part) == 1 else part[lo:hi] for part in parts))
+
     def widen(self, batch: int) -> Data:
         """The same data with q and b repeated to `batch` rows; P and A stay shared if they were."""
         return replace(self, q=self.q.expand(batch, -1), b=self.b.expand(batch, -1))

@@ -20,6 +20,7 @@ from convlayer.solvers.solver import Iterate, Solver, Task
 EQUALITY = 5  # its code for a constraint that is always active
 FREE = -1e30  # its lower bound where there is none
 OPTIMAL = 1
+BRIEF = 5e6  # cubed unknowns of a batch that is solved before a thread has taken it up
 SETTINGS = {"primal_tol": 1e-9}
 STEPS = 20  # of the active set for each variable and row: beyond that another solver is the faster one
 
@@ -69,7 +70,10 @@ class Daqp(Solver):
                     model.update(f=q, bupper=b, blower=lower[row], sense=sense)
                 x, _, code, info = model.solve()
             found.append((x, info["lam"], code == OPTIMAL, info["iterations"]))
-        return [_iterate(*one, A[row % len(A)], task.b[row], equal) for row, one in enumerate(found)]
+        return _iterates(found, A, task.b, equal)
+
+    def is_brief(self, program: Program, rows: int) -> bool:
+        return rows * (program.n + program.m) ** 3 <= BRIEF
 
 
 def _dense(task: Task) -> tuple[np.ndarray, np.ndarray]:
@@ -92,9 +96,13 @@ def _unconstrained(P: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray
         return np.full(len(q), np.nan), np.zeros(0), False, 0
 
 
-def _iterate(
-    x: np.ndarray, y: np.ndarray, solved: bool, count: int, A: np.ndarray, b: np.ndarray, equal: np.ndarray
-) -> Iterate:
+def _iterates(found: list[tuple], A: np.ndarray, b: np.ndarray, equal: np.ndarray) -> list[Iterate]:
+    """From (x, y, whether it is optimal, iterations) of each row."""
+    if not found:
+        return []
+    x, y = (np.array([row[k] for row in found]) for k in (0, 1))
     y = np.where(equal, y, np.maximum(y, 0.0))
-    s = np.where(equal | (y > 0), 0.0, np.maximum(b - A @ x, 0.0))
-    return Iterate(x, s, y, Status.SOLVED if solved else Status.NOT_CONVERGED, int(count))
+    slack = b - (A @ x[:, :, None])[:, :, 0]
+    s = np.where(equal | (y > 0), 0.0, np.maximum(slack, 0.0))
+    statuses = (Status.SOLVED if row[2] else Status.NOT_CONVERGED for row in found)
+    return [Iterate(*row, int(one[3])) for *row, one in zip(x, s, y, statuses, found, strict=True)]

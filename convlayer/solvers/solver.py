@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from convlayer.program import Data, Program
 from convlayer.solution import Status
+from convlayer.threads import one_thread
 
 FEW = 32  # rows a worker, below which setting up a second task costs more than it balances
 
@@ -92,6 +93,10 @@ class Solver(ABC):
     def solve(self, task: Task) -> list[Iterate]:
         """One Iterate for each row of the task, in order. Must be safe to call from several threads at once."""
 
+    def is_brief(self, program: Program, rows: int) -> bool:
+        """Whether so many rows are solved in less time than it takes to hand them to other threads."""
+        return rows < 4
+
     def attempts(self, tolerance: float, options: Mapping[str, Any]) -> list[Attempt]:
         """With these settings, then, for rows that the polish did not settle, sharper."""
         first = Attempt(self, tolerance, options)
@@ -122,6 +127,25 @@ class Attempt(NamedTuple):
 @cache
 def default_executor() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="convlayer")
+
+
+class Inline(Executor):
+    """Runs a task where it is submitted."""
+
+    _max_workers = 1
+
+    def map(self, function, *iterables, **_):  # type: ignore[override]
+        return map(function, *iterables)
+
+
+def in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """Small torch work on each item, one torch thread each, on all cores."""
+
+    def alone(item: Any) -> Any:
+        with torch.no_grad(), one_thread():
+            return function(item)
+
+    return list(map(alone, items)) if len(items) < 2 else list(default_executor().map(alone, items))
 
 
 if hasattr(os, "register_at_fork"):
@@ -166,7 +190,8 @@ def solve_batch(
     executor = executor or default_executor()
     workers = getattr(executor, "_max_workers", None) or os.cpu_count() or 1
     # A task reuses its solver from row to row; of many rows two tasks a worker, for balance.
-    pieces = 1 if batch < 4 else min(batch, workers if batch < FEW * workers else 2 * workers)
+    inline = isinstance(executor, ThreadPoolExecutor) and solver.is_brief(data.program, batch)
+    pieces = 1 if inline or batch < 4 else min(batch, workers if batch < FEW * workers else 2 * workers)
     bounds = np.linspace(0, batch, pieces + 1).astype(int)
     P, A = (host.P, host.A) if solver.dense and host.dense else (host.P_entries, host.A_entries)
     tasks = [
@@ -182,7 +207,6 @@ def solve_batch(
         )
         for lo, hi in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
     ]
-    inline = batch < 4 and isinstance(executor, ThreadPoolExecutor)
     results = [solver.solve(tasks[0])] if inline else executor.map(solver.solve, tasks)
     iterates = list(chain.from_iterable(results))
     if len(iterates) != batch:
