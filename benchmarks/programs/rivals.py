@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.structures.rivals import INCUMBENTS, incumbent
+from benchmarks.structures.rivals import INCUMBENTS, MOREAU, incumbent
 from benchmarks.structures.tasks import Layer
 from convlayer.problems import Declared
 
@@ -21,6 +21,7 @@ except ImportError:
 QPTH, PROXQP = "qpth", "ProxQP"
 MATRICES = (QPTH, PROXQP)
 INSTALL = {QPTH: "--no-deps qpth (which asks for numpy<2)", PROXQP: "proxsuite"}
+BY_MATRIX = f"{MOREAU}, quad_form"  # which takes a quad_form of a Parameter as we do; cvxpylayers' default does not
 UNBOUNDED = -1e20  # ProxQP's sides of a constraint
 
 
@@ -31,12 +32,15 @@ def matrix_layer(name: str) -> Layer:
     return {QPTH: _qpth, PROXQP: _proxqp}[name]
 
 
-def peer(name: str, peers: Declared) -> Layer:
-    return matrix_layer(name) if name in MATRICES else incumbent(name, peers)
+def peer(name: str, declared: Declared, factored: Declared) -> Layer:
+    """`declared` with quad_form(x, P), `factored` with sum_squares(L @ x)."""
+    if name == BY_MATRIX:
+        return incumbent(MOREAU, declared)
+    return matrix_layer(name) if name in MATRICES else incumbent(name, factored)
 
 
 def names(quadratic: bool) -> tuple[str, ...]:
-    return (*INCUMBENTS, *MATRICES) if quadratic else tuple(INCUMBENTS)
+    return (*INCUMBENTS, BY_MATRIX, *MATRICES) if quadratic else tuple(INCUMBENTS)
 
 
 def _qpth(

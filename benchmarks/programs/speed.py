@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.programs.cases import CASES, Variables, for_peers
-from benchmarks.programs.rivals import MATRICES, PROXQP, QPTH, names, peer
+from benchmarks.programs.rivals import BY_MATRIX, MATRICES, PROXQP, QPTH, names, peer
 from benchmarks.structures.rivals import CVXPYLAYERS, MOREAU
 from benchmarks.structures.timing import Run, Timed, alternating, cell, errors, reason
 from benchmarks.table import Family, Options, Row
@@ -81,7 +81,8 @@ def family(options: Options) -> Family:
         f"`over PEER` is that peer over ours, `{RATIO}` the fastest of them; a peer whose solution is off by more than {SOLVED:.0%} "
         "has solved another problem and does not count, and what is wanted over it is then wanted over the fastest. "
         "We take quad_form of a Parameter P, as do the layers of matrices, "
-        f"{' and '.join(MATRICES)}; {CVXPYLAYERS} (its default solver) and {MOREAU} refuse it and get L with P = L'L in sum_squares(L @ x). "
+        f"{' and '.join(MATRICES)}; {CVXPYLAYERS} (its default solver) refuses it and gets L with P = L'L in sum_squares(L @ x), and "
+        f"{MOREAU} is run with both: `{over(MOREAU)}` is its spelling with L, `{over(BY_MATRIX)}` that with P. "
         f"{QPTH} runs on all torch threads or on one, whichever is faster in {TRIALS} calls before. "
         f"`{FACTORED}` is ours in that spelling. `{GENERIC}` is ours with that solver, row by row. "
         "Errors are relative differences from ours, the worst row. Peers run on the host.",
@@ -105,8 +106,10 @@ def measure(task: Task, options: Options, seconds: float = SECONDS) -> Row:
         warnings.simplefilter("ignore")
         for name in names(task.quadratic):
             try:
-                matrices = name in MATRICES
-                runs[name] = Run(peer(name, peers), tuple(t[:fewer] for t in host) if matrices else given, scale)
+                matrices = name in (BY_MATRIX, *MATRICES)
+                runs[name] = Run(
+                    peer(name, declared, peers), tuple(t[:fewer] for t in host) if matrices else given, scale
+                )
             except Exception as error:  # the peer's failure is a finding
                 refused[name] = reason(error)
         if QPTH in runs:
@@ -128,7 +131,7 @@ def measure(task: Task, options: Options, seconds: float = SECONDS) -> Row:
         columns[name] = cell(found[name])
         if name not in runs:
             continue
-        given_to = declared if name in MATRICES else peers
+        given_to = declared if name in (BY_MATRIX, *MATRICES) else peers
         solution, gradient = errors(ours, runs[name], declared, given_to)
         if isinstance(timed := found[name], Timed):
             columns[f"{name} quartiles"] = timed.quartiles
@@ -171,6 +174,6 @@ def over(name: str) -> str:
 
 def summary(rows: list[Row]) -> Iterable[Row]:
     """Geometric means over the rows."""
-    columns = (RATIO, *map(over, (CVXPYLAYERS, MOREAU, QPTH, PROXQP)), SPELLING)
+    columns = (RATIO, *map(over, (CVXPYLAYERS, MOREAU, BY_MATRIX, QPTH, PROXQP)), SPELLING)
     figures = {c: [row.figures[c] for row in rows if isinstance(row.figures.get(c), float)] for c in columns}
     yield Row("geometric mean", {c: statistics.geometric_mean(values) for c, values in figures.items() if values})
