@@ -71,19 +71,14 @@ class ProductSpectrum:
             return x
         x = x if columns else x.unsqueeze(-1)
         batch = self.values.shape[:-1]
-        if x.shape[:-2] == batch and self._covered(x.shape[-2]):
-            out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        else:
-            out = x.expand(*torch.broadcast_shapes(batch, x.shape[:-2]), -1, -1).clone()
+        if x.shape[:-2] != batch:
+            x = x.expand(*torch.broadcast_shapes(batch, x.shape[:-2]), -1, -1)
+        out = x.clone(memory_format=torch.contiguous_format)
         for rows, basis in self.bases:
             matrix = orient(basis)
             part = _rows_of(x, rows, -2).unflatten(-2, matrix.shape[-3:-1])
             out[..., _flat(rows, x.device), :] = (matrix @ part).flatten(-3, -2)
         return out if columns else out.squeeze(-1)
-
-    def _covered(self, m: int) -> bool:
-        """Every row is in some basis."""
-        return sum(basis.shape[-1] * basis.shape[-3] for _, basis in self.bases) == m
 
 
 class Product:
