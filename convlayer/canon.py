@@ -101,6 +101,9 @@ class AffineMap:
     def __call__(self, entries: Sequence[Tensor], like: Tensor) -> Tensor:
         """Entries (B or 1, size) of every parameter -> (B or 1, values): shared where all that it reads is."""
         mine = [entries[k] for k in self.parameters]
+        run = self.forward.run
+        if run is not None and len(mine) == 1 and run.start > ONE:
+            return mine[0][:, run.start - ONE - 1 : run.stop - ONE - 1]
         batch = max((len(part) for part in mine), default=1)
         if any(len(part) == 0 for part in mine):
             batch = 0
@@ -168,9 +171,23 @@ class Canonical:
         n, m = program.n, program.m
         i, j = program.P_rows, program.P_cols
         off = i != j
-        P = _scattered(self._matrices["P"], np.concatenate([i * n + j, (j * n + i)[off]]), n * n, off)
+        upper = self._matrices["P"]
+        # Below the diagonal a symmetric parameter is read below its own, so that P is the parameter as it lies in memory.
+        lower = sp.csr_array(sp.csc_array(upper[off])[:, self._mirrored])
+        P = _scattered(upper, i * n + j, n * n) + _scattered(lower, (j * n + i)[off], n * n)
         A = _scattered(self._matrices["A"], program.A_rows * n + program.A_cols, m * n)
         return {"P": AffineMap(P, sizes, None), "A": AffineMap(A, sizes, None)}
+
+    @property
+    def _mirrored(self) -> np.ndarray:
+        """The inputs of the maps, with each entry of a symmetric parameter in the place of its mirror image."""
+        order, start = np.arange(self._matrices["P"].shape[1]), ONE + 1
+        for parameter in self.parameters:
+            size = math.prod(parameter.shape)
+            if parameter.symmetric:
+                order[start : start + size] = order[start : start + size].reshape(parameter.shape).T.ravel()
+            start += size
+        return order
 
     @cached_property
     def visible(self) -> Visible:
@@ -377,12 +394,9 @@ def _positions(canonical: cp.Parameter, reduced: cp.Parameter) -> np.ndarray:
     return read.flatten(order="F").astype(np.int64)
 
 
-def _scattered(
-    matrix: sp.csr_array, place: np.ndarray, outputs: int, again: np.ndarray | slice = slice(0)
-) -> sp.csr_array:
-    """The rows of a matrix, and after them those of `again` once more, at these places among the outputs."""
-    rows = np.concatenate([np.arange(matrix.shape[0]), np.arange(matrix.shape[0])[again]])
-    scatter = sp.csr_array((np.ones(len(place)), (place, rows)), shape=(outputs, matrix.shape[0]))
+def _scattered(matrix: sp.csr_array, place: np.ndarray, outputs: int) -> sp.csr_array:
+    """The rows of a matrix, at these places among the outputs."""
+    scatter = sp.csr_array((np.ones(len(place)), (place, np.arange(len(place)))), shape=(outputs, matrix.shape[0]))
     return sp.csr_array(scatter @ matrix)
 
 

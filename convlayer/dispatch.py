@@ -13,11 +13,11 @@ import scipy.sparse as sp
 import torch
 from scipy.sparse.csgraph import reverse_cuthill_mckee
 
+from convlayer import costs
 from convlayer.affine import Table, UnsupportedError
 from convlayer.diagnose import ProblemError
 from convlayer.kkt import prefers_dense
 from convlayer.normal_form import NormalForm, normal_form
-from convlayer.pattern import kkt_pattern
 from convlayer.program import Program
 from convlayer.solvers import SOLVERS, Attempt
 from convlayer.solvers.clarabel import QUICK
@@ -26,12 +26,7 @@ from convlayer.structures import STRUCTURES, Cost, Match, MismatchError
 
 SMALL = 400  # unknowns up to which a kernel is taken without looking at the sparsity
 SPARSE = 0.05  # density above which a matrix counts as dense
-TYPICAL = 14  # factorisations of an interior-point solve with its polish
 AN_ENTRY = 1e-7  # seconds that each of them spends on an entry, beside its flops
-# Seconds of the two ways to solve a quadratic program, fitted to measurements on two cores; see `quadratic_solver`.
-STEPS, STEP, ROW_STEP = 10, 4.5e-4, 8e-6  # batched: iterations, an iteration, a row in it
-BATCHED_RATE = 1e10  # flops a second of the batched one
-ROW, ROW_RATE = 5e-5, 1e9  # row by row, on one core: a row, flops a second
 DENSE_BYTES = 2_000_000_000  # that the batched matrices may take
 CHOICES = ("auto", "generic", "cone_program", *STRUCTURES)
 
@@ -125,28 +120,19 @@ def cheapest_solver(program: Program, batch: int) -> str:
     """Of DAQP, dense and row by row, the batched interior point, dense, and Clarabel, sparse and row by row; rows on all cores."""
     if not program.is_polyhedral:
         return "clarabel"
-    n, equalities = program.n, int((~program.inequalities).sum())
-    inequalities, cores = program.m - equalities, os.cpu_count() or 1
-    by_sets = daqp_seconds(program, batch)
-    dense = 2.0 * inequalities * n**2 + (n + equalities) ** 3 / 1.5
     if _dense_bytes(program, batch) > DENSE_BYTES:
         return "clarabel"
-    batched = STEPS * (STEP + batch * (ROW_STEP + dense / BATCHED_RATE))
-    if batch * (ROW + TYPICAL * (n + program.m) ** 3 / ROW_RATE) < STEPS * STEP:
-        return "daqp" if by_sets < math.inf else "clarabel"
-    by_rows = math.ceil(batch / cores) * (ROW + TYPICAL * kkt_pattern(program).flops / ROW_RATE)
-    seconds = {"daqp": by_sets, "interior_point": batched, "clarabel": by_rows}
+    turns = math.ceil(batch / (os.cpu_count() or 1))
+    seconds = {"daqp": turns * costs.daqp_row(program)}
+    if batch * (costs.ROW + costs.TYPICAL * (program.n + program.m) ** 3 / costs.ROW_RATE) < costs.STEPS * costs.STEP:
+        return "daqp"  # whatever the fill: the pattern need not be looked at
+    seconds["interior_point"] = costs.batched_interior_point(program, batch)
+    seconds["clarabel"] = turns * costs.clarabel_row(program)
     return min(seconds, key=seconds.__getitem__)
 
 
 def _dense_bytes(program: Program, batch: int) -> float:
     return 16.0 * batch * (program.n + program.m) ** 2
-
-
-def daqp_seconds(program: Program, batch: int) -> float:
-    n, m, cores = program.n, program.m, os.cpu_count() or 1
-    flops = n**3 / 3 + m * n**2 + min(n, m) / 2 * (n + m) * n
-    return math.ceil(batch / cores) * (2e-5 + flops / 3e9)
 
 
 def _ask(name: str, form: NormalForm | None, variables: Sequence[cp.Variable], owners: dict) -> Finding:
@@ -174,10 +160,10 @@ def generic_cost(form: NormalForm) -> Cost:
     else:
         flops = _band_flops(form, tables, unknowns)
     return Cost(
-        flops=TYPICAL * flops,
-        bytes=16.0 * TYPICAL * entries,
+        flops=costs.TYPICAL * flops,
+        bytes=16.0 * costs.TYPICAL * entries,
         fixed=3e-3,
-        a_row=1e-3 + TYPICAL * AN_ENTRY * (entries + unknowns),
+        a_row=1e-3 + costs.TYPICAL * AN_ENTRY * (entries + unknowns),
         rate=1e9,
     )
 

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from convlayer.cones import Product, Zero
-from convlayer.kkt import Visible, dense_seconds, system_seconds
+from convlayer.costs import row_seconds
+from convlayer.kkt import Visible
 from convlayer.program import DENSE_ENTRIES, Data, Program, take_rows
 
 
@@ -57,7 +58,7 @@ class Elimination:
         if n * (n + m) > DENSE_ENTRIES:
             return None  # L'L could have more entries than there is room for
         left = _left(program, t, r)
-        if dense_seconds(left) >= system_seconds(program):
+        if row_seconds(left, dense=True) >= row_seconds(program):
             return None
         return cls(left, program, t, r, values[entry], _still_visible(program, t, r, visible))
 

@@ -108,7 +108,7 @@ def explain_cone_program(
         (
             "Backward",
             f"{_flops(4 * batch * solve)}{f' for {batch} rows' if batch > 1 else ' a row'}: solves with the polish's last factor, "
-            f"{'dense batched LU of the active rows' if prefers_dense(left) else 'sparse LDL'}",
+            f"{'dense batched LU of the active rows' if gone or prefers_dense(left) else 'sparse LDL'}",
         ),
     ]
     text = "\n".join(f"{name + ':':14}{value}" for name, value in lines)

@@ -41,6 +41,7 @@ from convlayer.threads import one_thread
 from convlayer.verification import Verification, verify
 
 TOLERANCE = 1e-8
+TINY = 2_000  # numbers for which torch takes one thread of itself
 SMALL = 50_000_000  # numbers that one thread checks in less time than a second one may take to come
 POLICIES = ("raise", "nan", "keep")
 
@@ -436,8 +437,8 @@ class ConvexLayer(torch.nn.Module):
         Of those `vouched` for, the kernel sees whether they are semidefinite.
         """
         found: list[tuple[Tensor, str]] = []
-        small = sum(value.numel() for value in values) <= SMALL
-        with torch.no_grad(), one_thread() if small else nullcontext():
+        numbers = sum(value.numel() for value in values)
+        with torch.no_grad(), one_thread() if TINY < numbers <= SMALL else nullcontext():
             for k, (value, parameter) in enumerate(zip(values, self._declared.parameters, strict=True)):
                 declared = self._domains[k]
                 look = declared - {"PSD"} | {"symmetric"} if k in vouched else declared
@@ -625,12 +626,12 @@ def _shaped(output: Tensor, dtype: torch.dtype, device: torch.device, batch: tup
 
 
 def _no_autocast(device: torch.device):
-    kinds = [kind for kind in {"cpu", device.type} if torch.amp.is_autocast_available(kind)]
-    if not any(torch.is_autocast_enabled(kind) for kind in kinds):
+    kind = device.type if device.type == "cpu" or torch.amp.is_autocast_available(device.type) else "cpu"
+    if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled(kind)):
         return nullcontext()
     stack = ExitStack()
-    for kind in kinds:
-        stack.enter_context(torch.autocast(kind, enabled=False))
+    for off in {"cpu", kind}:
+        stack.enter_context(torch.autocast(off, enabled=False))
     return stack
 
 

@@ -30,7 +30,7 @@ class LinearMap:
         self.shape = matrix.shape
         self.read = np.unique(matrix.indices).astype(np.int64)  # the inputs that it reads
         self._matrix: sp.csr_array | None = matrix
-        self._run: slice | None = None
+        self.run: slice | None = None  # the inputs that the outputs are, where they are just these, in order
         self._position: np.ndarray | None = None
         self._coefficient: np.ndarray | None = None
         counts = np.diff(matrix.indptr)
@@ -40,8 +40,8 @@ class LinearMap:
             position[counts == 1], coefficient[counts == 1] = matrix.indices, matrix.data
             self._matrix, self._position = None, position
             self._coefficient = None if (coefficient == 1).all() else coefficient
-            if len(position) and (np.diff(position) == 1).all():
-                self._run = slice(int(position[0]), int(position[-1]) + 1)
+            if self._coefficient is None and len(position) and (np.diff(position) == 1).all():
+                self.run = slice(int(position[0]), int(position[-1]) + 1)
         self._placed: dict[torch.device, _Placed] = {}
 
     def __getstate__(self) -> dict:
@@ -53,7 +53,7 @@ class LinearMap:
         if self._matrix is not None and x.device.type == "cpu":  # there SciPy's product is faster
             return torch.from_numpy(np.ascontiguousarray((self._matrix @ x.numpy().T).T))
         placed = self._on(x.device)
-        picked = x[:, self._run] if self._run is not None else x.index_select(1, placed.position)
+        picked = x[:, self.run] if self.run is not None else x.index_select(1, placed.position)
         if placed.coefficient is not None:
             picked = picked * placed.coefficient
         return picked if placed.row is None else x.new_zeros(len(x), self.shape[0]).index_add_(1, placed.row, picked)

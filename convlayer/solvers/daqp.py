@@ -105,4 +105,5 @@ def _iterates(found: list[tuple], A: np.ndarray, b: np.ndarray, equal: np.ndarra
     slack = b - (A @ x[:, :, None])[:, :, 0]
     s = np.where(equal | (y > 0), 0.0, np.maximum(slack, 0.0))
     statuses = (Status.SOLVED if row[2] else Status.NOT_CONVERGED for row in found)
-    return [Iterate(*row, int(one[3])) for *row, one in zip(x, s, y, statuses, found, strict=True)]
+    counts = (int(row[3]) for row in found)
+    return [Iterate(*row) for row in zip(x, s, y, statuses, counts, strict=True)]
