@@ -249,10 +249,11 @@ def _solve(call: Call, data: Data, d: Tensor, batch: int) -> tuple[Tensor, Tenso
 
 
 def _found_in_pieces(call: Call, data: Data, start: tuple[Tensor, ...] | None) -> _Found:
-    """A large batch in pieces that fit a cache, each from scaling to polish in one thread; else all rows together."""
+    """A large dense batch in pieces that fit a cache, each from scaling to polish in one thread; else all rows together."""
     program = data.program if call.elimination is None else call.elimination.program
     a_row = program.n * (program.n + program.m)
-    if call.device.type != "cpu" or call.executor is not None or data.batch * a_row < LARGE or a_row > DENSE_ENTRIES:
+    dense = call.elimination is not None or prefers_dense(program)
+    if not dense or call.device.type != "cpu" or call.executor is not None or data.batch * a_row < LARGE:
         return _settled(call, data, start)
     alone = replace(call, executor=Inline())
     cores = os.cpu_count() or 1
