@@ -28,7 +28,7 @@ from convlayer.layer import ConvexLayer
 from convlayer.picture import draw
 from convlayer.threads import one_thread
 
-PATHS = ("auto", "generic")
+PATHS: tuple[dict[str, str], ...] = ({}, {"solver": "clarabel"})  # the layer's choice, and the cone program by its solver for every cone
 MEGABYTE = 2**20
 BATCH, SCALING_BATCH = 64, 16
 GRID = 2.0**16  # multiples of its inverse add up without rounding
@@ -214,8 +214,11 @@ def table(rows: list[Row]) -> str:
         for line in (head, *lines)
     ]
     text.insert(1, "-" * len(text[0]))
-    note = "Medians of forward and backward. value, gradient: worst relative difference between the two. memory: peak of a call, cone program -> kernel."
-    return "\n".join([*text, note])
+    text += [
+        "cone program: by Clarabel; kernel: what the layer chose. Medians of forward and backward; memory: the peak of a call of each.",
+        "value, gradient: the worst relative difference between the two.",
+    ]
+    return "\n".join(text)
 
 
 def _sample(case: Case, size: int, batch: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
@@ -223,8 +226,8 @@ def _sample(case: Case, size: int, batch: int, device: torch.device, dtype: torc
     return [t.to(device, dtype).requires_grad_() for t in case.prepare(list(drawn))]
 
 
-def _layer(case: Case, size: int, path: str) -> ConvexLayer:
-    return getattr(problems, case.problem).layer(*case.sizes(size), structure=path)
+def _layer(case: Case, size: int, path: dict[str, str]) -> ConvexLayer:
+    return getattr(problems, case.problem).layer(*case.sizes(size), **path)
 
 
 def _seconds(layer: ConvexLayer, tensors: list[Tensor], device: torch.device) -> float:

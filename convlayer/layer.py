@@ -169,7 +169,7 @@ class ConvexLayer(torch.nn.Module):
         self._starts.clear()
 
     def verify(self, *tensors: Tensor, seed: int = 0) -> Verification:
-        """Solve on the layer's path and on the generic one, and compare values, feasibility and gradients, row by row.
+        """Solve on the layer's path and as a cone program by Clarabel, and compare values, feasibility and gradients, row by row.
 
         The gradients are those of one random linear functional of the variables, drawn from `seed`. Nothing is raised: look at
         `.agrees`, or print it. The generic path is exact in float64: marginals in float32 whose sums differ by rounding, which the
@@ -187,7 +187,7 @@ class ConvexLayer(torch.nn.Module):
                 bad, _ = mine._bad_rows(values, math.prod(batch))
                 work = dtype if dtype in (torch.float32, torch.float64) else torch.float32
                 infeasibility = self._specialised.infeasibility(values, bad, work).expand(math.prod(batch))
-        return verify(self.structure, mine.solve, mine._generic().solve, leaves, len(batch), infeasibility, seed)
+        return verify(self.structure, mine.solve, mine.with_options(solver="clarabel").solve, leaves, len(batch), infeasibility, seed)
 
     def explain(self, batch: int = 1) -> str:
         """Which path runs and why, why the others do not, the sizes, and what a forward and a backward cost."""
