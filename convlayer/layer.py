@@ -277,7 +277,8 @@ class ConvexLayer(torch.nn.Module):
             asked = solver_args is not None and bool(solver_args.keys() - {"tolerance"})
             if self._specialised is None or asked or warm_start is not None:
                 start = self._start(warm_start, batch) if keys is None else self._kept(keys)
-                rows = self._solve_generic(values, size, bad, batch, solver_args, start)
+                with one_thread():
+                    rows = self._solve_generic(values, size, bad, batch, solver_args, start)
                 if keys is not None and rows.iterate is not None and rows.status is not None:
                     self._starts.put(keys, rows.iterate, rows.status == Status.SOLVED)
             else:
@@ -289,18 +290,6 @@ class ConvexLayer(torch.nn.Module):
         return variables, outputs[-1], rows, batch
 
     def _solve_generic(
-        self,
-        values: list[Tensor],
-        size: int,
-        bad: Tensor | None,
-        batch: tuple[int, ...],
-        solver_args: Mapping[str, Any] | None,
-        start: tuple[Tensor, ...] | None,
-    ) -> _Rows:
-        with one_thread():
-            return self._solve_cone_program(values, size, bad, batch, solver_args, start)
-
-    def _solve_cone_program(
         self,
         values: list[Tensor],
         size: int,
@@ -390,7 +379,8 @@ class ConvexLayer(torch.nn.Module):
             return
         which = torch.nonzero(unsettled).flatten()
         part = [v if len(v) == 1 else v.index_select(0, which.to(v.device)) for v in values]
-        other = self._generic()._solve_generic(part, len(which), None, (len(which),), None, None)
+        with one_thread():
+            other = self._generic()._solve_generic(part, len(which), None, (len(which),), None, None)
         rows.outputs = [
             mine.expand(size, *mine.shape[1:]).index_copy(0, which.to(mine.device), theirs.to(mine.device, mine.dtype))
             for mine, theirs in zip(rows.outputs, other.outputs, strict=False)
