@@ -28,7 +28,10 @@ from convlayer.layer import ConvexLayer
 from convlayer.picture import draw
 from convlayer.threads import one_thread
 
-PATHS: tuple[dict[str, str], ...] = ({}, {"solver": "clarabel"})  # the layer's choice, and the cone program by its solver for every cone
+PATHS: tuple[dict[str, str], ...] = (
+    {},
+    {"solver": "clarabel"},
+)  # the layer's choice, and the cone program by its solver for every cone
 MEGABYTE = 2**20
 BATCH, SCALING_BATCH = 64, 16
 GRID = 2.0**16  # multiples of its inverse add up without rounding

@@ -24,7 +24,8 @@ from torch import Tensor
 from convlayer.cones import Product, Zero
 from convlayer.costs import row_seconds
 from convlayer.kkt import Visible
-from convlayer.program import DENSE_ENTRIES, Data, Program, take_rows
+from convlayer.linear_map import LinearMap
+from convlayer.program import DENSE_ENTRIES, Data, Program, product, take_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,53 +72,51 @@ class Elimination:
         return np.setdiff1d(np.arange(self.before.m), self.r)
 
     @cached_property
+    def maps(self) -> dict[str, LinearMap]:
+        """From the stored entries before to L, and to A, P and the diagonal of P_tt, flat."""
+        before, n, k = self.before, len(self.x), len(self.t)
+        place_r, place_row = np.full(before.m, -1), np.full(before.m, -1)
+        place_t, place_x = np.full(before.n, -1), np.full(before.n, -1)
+        for place, index in ((place_r, self.r), (place_row, self.rows), (place_t, self.t), (place_x, self.x)):
+            place[index] = np.arange(len(index))
+        i, j = before.A_rows, before.A_cols
+        in_L = np.flatnonzero((place_r[i] >= 0) & (place_x[j] >= 0))
+        in_A = np.flatnonzero((place_row[i] >= 0) & (place_x[j] >= 0))
+        row, column = before.P_rows, before.P_cols
+        own = np.flatnonzero((place_x[row] >= 0) & (place_x[column] >= 0))
+        off = own[row[own] != column[own]]
+        across = [place_x[row[own]] * n + place_x[column[own]], place_x[column[off]] * n + place_x[row[off]]]
+        gone = np.flatnonzero(place_t[row] >= 0)  # of which only the diagonal is there
+        return {
+            "L": _placed(in_L, place_r[i[in_L]] * n + place_x[j[in_L]], len(i), k * n),
+            "A": _placed(in_A, place_row[i[in_A]] * n + place_x[j[in_A]], len(i), len(self.rows) * n),
+            "P": _placed(np.concatenate([own, off]), np.concatenate(across), len(row), n * n),
+            "P_tt": _placed(gone, place_t[row[gone]], len(row), k),
+        }
+
+    @cached_property
     def _index(self) -> dict[torch.device, dict[str, Tensor]]:
         return {}
 
     def index(self, device: torch.device) -> dict[str, Tensor]:
         if device not in self._index:
-            before, k = self.before, len(self.t)
-            place_r = np.full(before.m, -1)
-            place_r[self.r] = np.arange(k)
-            place_x, place_row = np.full(before.n, -1), np.full(before.m, -1)
-            place_x[self.x], place_row[self.rows] = np.arange(len(self.x)), np.arange(len(self.rows))
-            i, j = before.A_rows, before.A_cols
-            in_L = np.flatnonzero((place_r[i] >= 0) & (place_x[j] >= 0))
-            in_A = np.flatnonzero((place_row[i] >= 0) & (place_x[j] >= 0))
-            kept = np.flatnonzero((place_x[before.P_rows] >= 0) & (place_x[before.P_cols] >= 0))
-            own = np.full(before.n, -1)
-            own[before.P_rows[before.P_rows == before.P_cols]] = np.flatnonzero(before.P_rows == before.P_cols)
-            curved = np.flatnonzero(own[self.t] >= 0)
-            n = len(self.x)
-            arrays = {
-                "t": self.t, "r": self.r, "x": self.x, "rows": self.rows,
-                "L_from": in_L, "L_to": place_r[i[in_L]] * n + place_x[j[in_L]],
-                "A_from": in_A, "A_to": place_row[i[in_A]] * n + place_x[j[in_A]],
-                "P_from": kept, "P_to": place_x[before.P_rows[kept]] * n + place_x[before.P_cols[kept]],
-                "P_across": place_x[before.P_cols[kept]] * n + place_x[before.P_rows[kept]],
-                "tt_from": own[self.t[curved]], "tt_to": curved,
-            }  # fmt: skip
-            parts = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-            self._index[device] = {name: part.to(device) for name, part in parts.items()} | {
-                "E": torch.from_numpy(self.E).to(device)
-            }
+            arrays = {"t": self.t, "r": self.r, "x": self.x, "rows": self.rows, "E": self.E}
+            self._index[device] = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
         return self._index[device]
 
     def enter(self, data: Data) -> Eliminated:
         """The values that are left, dense; `data` by entries."""
         index, n, k = self.index(data.q.device), len(self.x), len(self.t)
         E = index["E"]
-        L = _placed(data.A, index["L_from"], index["L_to"], k * n).view(len(data.A), k, n)
-        A = _placed(data.A, index["A_from"], index["A_to"], len(self.rows) * n).view(len(data.A), len(self.rows), n)
-        P_tt = _placed(data.P, index["tt_from"], index["tt_to"], k)
+        L = self.maps["L"](data.A).view(len(data.A), k, n)
+        A = self.maps["A"](data.A).view(len(data.A), len(self.rows), n)
+        P_tt = self.maps["P_tt"](data.P)
         D = P_tt / E.square()
         P = L.mT @ (L * D.unsqueeze(2))
-        if len(index["P_from"]):
-            own = _placed(data.P, index["P_from"], index["P_to"], n * n)
-            own[:, index["P_across"]] = data.P[:, index["P_from"]]
-            P = P + own.view(len(own), n, n)
+        if len(self.maps["P"].read):
+            P = P + self.maps["P"](data.P).view(len(data.P), n, n)
         right = data.q[:, index["t"]] / E + D * data.b[:, index["r"]]
-        q = data.q[:, index["x"]] - _row_times(right, L)
+        q = data.q[:, index["x"]] - product(L.mT, right)
         left = Data(self.program, P, q, A, data.b[:, index["rows"]])
         return Eliminated(self, left, L, D, P_tt, data.q[:, index["t"]], data.b[:, index["r"]])
 
@@ -144,18 +143,18 @@ class Eliminated:
 
     def leave(self, x: Tensor, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         index = self.elimination.index(x.device)
-        t = (self.right - _times(self.L, x)) / index["E"]
+        t = (self.right - product(self.L, x)) / index["E"]
         y_r = -(self.P_tt * t + self.q_t) / index["E"]
         return self._joined(x, t, "n"), self._joined(s, torch.zeros_like(y_r), "m"), self._joined(y, y_r, "m")
 
     def enter_cotangents(self, x_bar: Tensor, y_bar: Tensor) -> tuple[Tensor, Tensor]:
         index = self.elimination.index(x_bar.device)
         through = x_bar[:, index["t"]] / index["E"] - self.D * y_bar[:, index["r"]]
-        return x_bar[:, index["x"]] - _row_times(through, self.L), y_bar[:, index["rows"]]
+        return x_bar[:, index["x"]] - product(self.L.mT, through), y_bar[:, index["rows"]]
 
     def leave_adjoint(self, w: Tensor, u: Tensor, x_bar: Tensor, y_bar: Tensor) -> tuple[Tensor, Tensor]:
         index = self.elimination.index(w.device)
-        w_t = (y_bar[:, index["r"]] - _times(self.L, w)) / index["E"]
+        w_t = (y_bar[:, index["r"]] - product(self.L, w)) / index["E"]
         u_r = (x_bar[:, index["t"]] - self.P_tt * w_t) / index["E"]
         return self._joined(w, w_t, "n"), self._joined(u, u_r, "m")
 
@@ -167,24 +166,9 @@ class Eliminated:
         return whole
 
 
-def _placed(values: Tensor, source: Tensor, target: Tensor, size: int) -> Tensor:
-    """(B, nnz) -> (B, size), zero elsewhere."""
-    picked = values.index_select(1, source)
-    if len(target) == size and bool((target == torch.arange(size, device=target.device)).all()):
-        return picked
-    return picked.new_zeros(len(values), size).index_copy_(1, target, picked)
-
-
-def _times(matrix: Tensor, x: Tensor) -> Tensor:
-    """(B or 1, k, n), (B, n) -> (B, k)"""
-    return x @ matrix[0].mT if len(matrix) == 1 else torch.bmm(matrix, x.unsqueeze(2)).squeeze(2)
-
-
-def _row_times(x: Tensor, matrix: Tensor) -> Tensor:
-    """(B, k), (B or 1, k, n) -> (B, n)"""
-    if len(matrix) == 1:
-        return x @ matrix[0]
-    return torch.bmm(x.unsqueeze(1).expand(len(matrix), -1, -1), matrix).squeeze(1)
+def _placed(source: np.ndarray, target: np.ndarray, stored: int, size: int) -> LinearMap:
+    """Stored entries at places of a flat matrix, zero elsewhere."""
+    return LinearMap(sp.csr_array((np.ones(len(source)), (target, source)), shape=(size, stored)))
 
 
 def _left(program: Program, t: np.ndarray, r: np.ndarray) -> Program:

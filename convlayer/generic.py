@@ -36,7 +36,9 @@ SQUARED = 1e-7  # a pivot below this, and a row is not trusted to the program wi
 LARGE = 1_000_000  # numbers in dense matrices of a batch from which it is worked off in pieces,
 PIECE = 500_000  # of about so many (4 MB)
 FROM_START = -1  # the attempt before the first: Newton's method from a warm start, without a solver
-WHOLE_ENTRIES = 64_000_000  # numbers that dense matrices of a whole batch may hold; beyond it a piece at a time is dense
+WHOLE_ENTRIES = (
+    64_000_000  # numbers that dense matrices of a whole batch may hold; beyond it a piece at a time is dense
+)
 CERTIFICATE = 1e-4  # relative error of a certificate of infeasibility or unboundedness, in units where x is of size one
 
 
@@ -105,11 +107,6 @@ class Solve(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: Call, *thetas: Tensor):
         batch = len(call.bad)
-        with one_thread():
-            return Solve._forward(ctx, call, batch, thetas)
-
-    @staticmethod
-    def _forward(ctx, call: Call, batch: int, thetas: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         readers, program = call.canonical.parameters, call.canonical.program
         entries = [reader.read(theta.detach()) for reader, theta in zip(readers, thetas, strict=True)]
         dense = (

@@ -187,7 +187,15 @@ class ConvexLayer(torch.nn.Module):
                 bad, _ = mine._bad_rows(values, math.prod(batch))
                 work = dtype if dtype in (torch.float32, torch.float64) else torch.float32
                 infeasibility = self._specialised.infeasibility(values, bad, work).expand(math.prod(batch))
-        return verify(self.structure, mine.solve, mine.with_options(solver="clarabel").solve, leaves, len(batch), infeasibility, seed)
+        return verify(
+            self.structure,
+            mine.solve,
+            mine.with_options(solver="clarabel").solve,
+            leaves,
+            len(batch),
+            infeasibility,
+            seed,
+        )
 
     def explain(self, batch: int = 1) -> str:
         """Which path runs and why, why the others do not, the sizes, and what a forward and a backward cost."""

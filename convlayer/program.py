@@ -204,7 +204,7 @@ class Operators:
         if not len(self.data.program.P_rows):
             return torch.zeros_like(x)
         if self.dense:
-            return _product(self.P_values, x)
+            return product(self.P_values, x)
         index = self.data.program.on(x.device)
         i, j = index["P_rows"], index["P_cols"]
         columns = x.mT.contiguous()
@@ -218,13 +218,13 @@ class Operators:
 
     def A(self, x: Tensor) -> Tensor:
         if self.dense:
-            return _product(self.A_values, x)
+            return product(self.A_values, x)
         index = self.data.program.on(x.device)
         return _gather_add(self.A_values, x, index["A_cols"], index["A_rows"], self.data.program.m)
 
     def At(self, y: Tensor) -> Tensor:
         if self.dense:
-            return _product(self.A_values.mT, y)
+            return product(self.A_values.mT, y)
         index = self.data.program.on(y.device)
         return _gather_add(self.A_values, y, index["A_rows"], index["A_cols"], self.data.program.n)
 
@@ -264,7 +264,8 @@ def dense_A(data: Data) -> Tensor:
     return A.view(len(A), m, n)
 
 
-def _product(matrix: Tensor, x: Tensor) -> Tensor:
+def product(matrix: Tensor, x: Tensor) -> Tensor:
+    """(B or 1, m, n), (B, n) -> (B, m)"""
     if len(matrix) == 1:
         return x @ matrix[0].mT
     return torch.bmm(matrix, x.unsqueeze(-1)).squeeze(-1)

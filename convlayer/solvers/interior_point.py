@@ -76,44 +76,33 @@ class InteriorPoint(Solver):
 
     def solve(self, task: Task) -> list[Iterate]:
         data = Data(task.program, *(torch.from_numpy(part) for part in (task.P, task.q, task.A, task.b)))
-        answer = solve_data(data, task.tolerance, _max_iter(task.options))
-        points = (part.numpy() for part in (answer.x, answer.s, answer.y))
-        rows = zip(*points, answer.status.tolist(), answer.iterations.tolist(), strict=True)
+        found = self.solve_data(data, task.tolerance, task.options)
+        points = (part.numpy() for part in (found.x, found.s, found.y))
+        rows = zip(*points, found.status.tolist(), found.iterations.tolist(), strict=True)
         return [Iterate(x, s, y, Status(status), iterations) for x, s, y, status, iterations in rows]
 
     def solve_data(self, data: Data, tolerance: float, options: Mapping[str, Any]) -> Points:
-        answer = solve_data(data, tolerance, _max_iter(options))
-        return Points(answer.x, answer.s, answer.y, answer.status, answer.iterations)
+        return solve_data(data, tolerance, _max_iter(options))
 
 
-@dataclass(eq=False)
-class Answer:
-    """A primal-dual point for each row, in the Program's row order, on the data's device."""
-
-    x: Tensor  # (B, n)
-    s: Tensor  # (B, m) in K
-    y: Tensor  # (B, m) in K*
-    status: Tensor  # (B,) int64
-    iterations: Tensor  # (B,) int64
-
-    @classmethod
-    def blank(cls, batch: int, n: int, m: int, device: torch.device) -> Answer:
-        x, s, y = (torch.zeros(batch, k, dtype=torch.float64, device=device) for k in (n, m, m))
-        status = torch.full((batch,), int(Status.NOT_CONVERGED), device=device)
-        return cls(x, s, y, status, torch.zeros_like(status))
-
-    def put(self, index: Tensor, other: Answer) -> None:
-        for field in fields(self):
-            getattr(self, field.name)[index] = getattr(other, field.name)
+def _blank(batch: int, n: int, m: int, device: torch.device) -> Points:
+    x, s, y = (torch.zeros(batch, k, dtype=torch.float64, device=device) for k in (n, m, m))
+    status = torch.full((batch,), int(Status.NOT_CONVERGED), device=device)
+    return Points(x, s, y, status, torch.zeros_like(status))
 
 
-def solve_data(data: Data, tolerance: float, limit: int = ITERATIONS) -> Answer:
+def _put(answer: Points, index: Tensor, other: Points) -> None:
+    for kept, part in zip(answer, other, strict=True):
+        kept[index] = part
+
+
+def solve_data(data: Data, tolerance: float, limit: int = ITERATIONS) -> Points:
     """Every row of `data`, on its device; rows fail on their own. P and A may be shared by the batch, and then are not copied."""
     program, rows, device = data.program, data.batch, data.q.device
     if not all(len(part) for part in (data.P, data.q, data.A, data.b)):
-        return Answer.blank(0, program.n, program.m, device)
+        return _blank(0, program.n, program.m, device)
     layout = Layout.of(program)
-    answer = Answer.blank(rows, program.n, program.m, device)
+    answer = _blank(rows, program.n, program.m, device)
     C, b, q = dense_A(data), data.b.expand(rows, -1), data.q.expand(rows, -1)
     order = None if layout.order is None else layout.order.to(device)
     if order is not None:
@@ -126,17 +115,19 @@ def solve_data(data: Data, tolerance: float, limit: int = ITERATIONS) -> Answer:
     index = torch.nonzero(by_dual).flatten()
     if len(index):
         mine = [_rows(part, index, rows) for part in (*parts, factor)]
-        answer.put(index, _by_dual(*mine, p=layout.free, cones=cones, tolerance=tolerance, limit=limit))
+        _put(answer, index, _by_dual(*mine, p=layout.free, cones=cones, tolerance=tolerance, limit=limit))
     # Where the dual falters, as with a certificate that its squared matrix G blurs, the primal is tried.
     index = torch.nonzero((answer.status == Status.NOT_CONVERGED) | (answer.status == Status.INACCURATE)).flatten()
     if len(index):
         mine = [_rows(part, index, rows) for part in parts]
         pairs = None if layout.pairs is None else layout.pairs.to(device)
-        answer.put(index, _by_primal(*mine, p=layout.free, cones=cones, pairs=pairs, tolerance=tolerance, limit=limit))
+        _put(
+            answer, index, _by_primal(*mine, p=layout.free, cones=cones, pairs=pairs, tolerance=tolerance, limit=limit)
+        )
     if order is not None:
         s, y = torch.empty_like(answer.s), torch.empty_like(answer.y)
         s[:, order], y[:, order] = answer.s, answer.y
-        answer = replace(answer, s=s, y=y)
+        answer = answer._replace(s=s, y=y)
     return answer
 
 
@@ -327,15 +318,15 @@ def _by_primal(
     pairs: Pairs | None,
     tolerance: float,
     limit: int,
-) -> Answer:
+) -> Points:
     n = P.shape[1]
     v, s, y, status, iterations = _embedding(_Primal.of(P, q, C, b, p, cones, pairs), tolerance, limit)
-    return Answer(v[:, :n], torch.constant_pad_nd(s, (p, 0)), torch.cat([v[:, n:], y], 1), status, iterations)
+    return Points(v[:, :n], torch.constant_pad_nd(s, (p, 0)), torch.cat([v[:, n:], y], 1), status, iterations)
 
 
 def _by_dual(
     P: Tensor, q: Tensor, C: Tensor, b: Tensor, factor: Tensor, *, p: int, cones: Cones, tolerance: float, limit: int
-) -> Answer:
+) -> Points:
     """The same by the dual, with the Cholesky factor of P."""
     V = torch.linalg.solve_triangular(factor, C.mT, upper=False)
     G = V.mT @ V
@@ -348,7 +339,7 @@ def _by_dual(
     x = -unconstrained - _solve_P(factor, _times(z.unsqueeze(1), C).squeeze(1))
     # A ray of the dual is the primal's certificate; the dual itself is never infeasible.
     status = torch.where(status == Status.UNBOUNDED, int(Status.INFEASIBLE), status)
-    return Answer(x, torch.constant_pad_nd(y, (p, 0)), z, status, iterations)
+    return Points(x, torch.constant_pad_nd(y, (p, 0)), z, status, iterations)
 
 
 def _size(b: Tensor) -> Tensor:
