@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +21,7 @@ class Answer:
     residual: Tensor | None = None  # (B,) float64, relative residual of the optimality conditions; None: rounding, 0
     degenerate: Tensor | None = None  # (B,) bool, rows differentiated one-sidedly or least-norm; None: nowhere
     definite: bool = False  # the kernel has found its matrices positive definite, all of them
+    local: Callable[..., tuple[Tensor, ...]] | None = None  # `outputs` again, see `again`; None: nothing is to be differentiated
 
     def unsettled(self, rows: Tensor | None) -> Answer:
         """With these rows (B or 1,) bool, if any, left to the cone program."""
@@ -34,6 +36,17 @@ class Answer:
             self, degenerate=torch.ones(len(self.outputs[0]), dtype=torch.bool, device=self.outputs[0].device)
         )
 
+    def again(self, *inputs: Tensor | None) -> Answer:
+        """The same answer for the same inputs, in plain torch operations with the kernel's own factor: its first and second
+        derivatives are those of the solution, in forward and in reverse mode. A third is not."""
+        assert self.local is not None
+        return replace(self, outputs=self.local(*inputs))
+
     def with_outputs(self, *outputs: Tensor) -> Answer:
         """The same rows with other outputs made from these."""
         return replace(self, outputs=outputs)
+
+
+def answered(at: Answer | None, kernel: Callable[..., Answer], *inputs: Tensor | None) -> Answer:
+    """The kernel's answer; with `at`, that answer as a function of the inputs, for second derivatives and forward mode."""
+    return kernel(*inputs) if at is None else at.again(*inputs)

@@ -20,7 +20,7 @@ Declaration = tuple[cp.Problem, Sequence[cp.Parameter], Sequence[cp.Variable]]
 
 BANDWIDTH = 8e9  # bytes a second that one core moves
 
-Run = Callable[[Sequence[Tensor], Tensor], Answer]  # (values of the parameters, a tensor of their dtype and device)
+Run = Callable[..., Answer]  # (values of the parameters, a tensor of their dtype and device, at=None: see `answered`) -> Answer
 Builder = Callable[[bool], Run]  # whether multipliers are wanted -> the bound kernel
 
 
