@@ -1,7 +1,7 @@
 """Polish a solver's answer to a zero of the residual map, and differentiate that zero: one factorisation for both.
 
 Newton:   J (dx, dv) = -F,    J = [ P  A'D ;  A  D - I ],  D = DPi_K*(v)
-Adjoint:  cotangents (gx, gy):  r = D gy,  J'(w, u) = (gx, r),  and then
+Adjoint:  cotangents (gx, gy):  J'(w, u) = (gx, D gy),  which is  K (w, eta) = (gx, D^1/2 gy),  u = D^1/2 eta,  and then
           dq = -w    db = u    dA = -(y w' + u x')    dP = -(w x' + x w')/2
 
 Source: the implicit function theorem; Busseti, Moursi and Boyd (2019) for refinement at regular points.
@@ -240,12 +240,13 @@ def _newton(operators: Operators, spectrum: ProductSpectrum, system, F1: Tensor,
 
 
 def adjoint(zero: Zero, x_bar: Tensor, y_bar: Tensor) -> tuple[Tensor, Tensor]:
-    """Cotangents of x (B, n) and y (B, m) -> (w (B, n), u (B, m)), from which those of the data follow (see `pull_back`)."""
-    spectrum = zero.spectrum
-    r_basis = spectrum.values * spectrum.to_basis(y_bar)
-    r = spectrum.from_basis(r_basis)
-    w, e = zero.system.solve(x_bar + zero.operators.At(r), r_basis)
-    return w, spectrum.from_basis(e) - r
+    """Cotangents of x (B, n) and y (B, m) -> (w (B, n), u (B, m)), from which those of the data follow (see `pull_back`).
+
+    Of (-q, b) that is: a symmetric map, as (x, -y) is the gradient of the optimal value in (q, b). So it also takes a change of
+    (-q, b) to that of (x, y).
+    """
+    w, e = zero.system.solve(x_bar, zero.spectrum.to_basis(y_bar))
+    return w, zero.spectrum.from_basis(e)
 
 
 def pull_back(name: str, program: Program, moving: Tensor, x: Tensor, y: Tensor, w: Tensor, u: Tensor) -> Tensor:

@@ -104,11 +104,18 @@ class AffineMap:
         run = self.forward.run
         if run is not None and len(mine) == 1 and run.start > ONE:
             return mine[0][:, run.start - ONE - 1 : run.stop - ONE - 1]
+        head = like.new_zeros(1, 2)
+        head[:, ONE] = 1.0
+        return self._applied(head, mine)
+
+    def linear(self, directions: Sequence[Tensor], like: Tensor) -> Tensor:
+        """The same of directions: without the constant part."""
+        return self._applied(like.new_zeros(1, 2), [directions[k] for k in self.parameters])
+
+    def _applied(self, head: Tensor, mine: Sequence[Tensor]) -> Tensor:
         batch = max((len(part) for part in mine), default=1)
         if any(len(part) == 0 for part in mine):
             batch = 0
-        head = like.new_zeros(1, 2)
-        head[:, ONE] = 1.0
         return self.forward(torch.cat([part.expand(batch, -1) for part in (head, *mine)], 1))
 
 

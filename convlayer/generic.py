@@ -11,17 +11,18 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from convlayer.adjoint import Zero, adjoint, polish, pull_back, pull_back_whole
+from convlayer.adjoint import Zero, adjoint, polish
 from convlayer.canon import Canonical
+from convlayer.cone_derivative import WHOLE_ENTRIES, ConeDerivative
 from convlayer.elimination import Eliminated, Elimination
 from convlayer.kkt import Visible, prefers_dense
-from convlayer.once import Once
 from convlayer.program import DENSE_ENTRIES, Data, Operators, Program
 from convlayer.residual import Scaling, normalise, recentre
 from convlayer.solution import Status
@@ -36,9 +37,6 @@ SQUARED = 1e-7  # a pivot below this, and a row is not trusted to the program wi
 LARGE = 1_000_000  # numbers in dense matrices of a batch from which it is worked off in pieces,
 PIECE = 500_000  # of about so many (4 MB)
 FROM_START = -1  # the attempt before the first: Newton's method from a warm start, without a solver
-WHOLE_ENTRIES = (
-    64_000_000  # numbers that dense matrices of a whole batch may hold; beyond it a piece at a time is dense
-)
 CERTIFICATE = 1e-4  # relative error of a certificate of infeasibility or unboundedness, in units where x is of size one
 
 
@@ -62,6 +60,7 @@ class Call:
     degenerate: Tensor = field(init=False)
     attempt: Tensor = field(init=False)  # (B,) which of the attempts gave the answer
     iterate: tuple[Tensor, Tensor, Tensor] = field(init=False)
+    derivative: ConeDerivative = field(init=False)
     blank: Tensor = field(init=False)  # (B,) rows without any iterate
 
 
@@ -102,7 +101,10 @@ def evaluate(canonical: Canonical, entries: Sequence[Tensor], dense: bool, like:
 
 
 class Solve(torch.autograd.Function):
-    """(call, *parameters (B or 1, *shape)) -> x (B, n), y (B, m), value (B,). Failed rows hold the solver's last iterate, or zeros."""
+    """(call, *parameters (B or 1, *shape)) -> x (B, n), y (B, m), value (B,). Failed rows hold the solver's last iterate, or zeros.
+
+    The derivative is a first one. Where a second is wanted the layer takes another way, and nothing arrives here.
+    """
 
     @staticmethod
     def forward(ctx, call: Call, *thetas: Tensor):
@@ -117,41 +119,41 @@ class Solve(torch.autograd.Function):
         data, d = evaluate(call.canonical, entries, dense, torch.zeros((), dtype=torch.float64, device=call.device))
         x, s, y, pieces = _solve(call, data, d, batch)
         value = _objective(Operators(data), x, d)
-        ctx.call, ctx.data, ctx.pieces = call, data, pieces
         # A failed row's iterate may hold anything; behind the outputs its zero cotangents must stay zeros.
         good = math.isfinite((x.sum() + y.sum() + value.sum()).item())
         if not good:
             call.blank |= ~(torch.isfinite(x).all(1) & torch.isfinite(y).all(1) & torch.isfinite(value))
         if bool(call.blank.any()):
             x[call.blank], y[call.blank], value[call.blank] = 0.0, 0.0, 0.0
-        ctx.save_for_backward(x, y, *thetas)
         # Detached: an output held here would hold its own graph, and neither would ever be freed.
-        call.iterate = (x.detach(), s, y.detach())
+        call.iterate = x.detach(), s, y.detach()
+        if call.differentiable:
+            call.derivative = ConeDerivative(
+                call.canonical, data, *call.iterate, value.detach(), partial(_adjoint_of, pieces)
+            )
+        ctx.call, ctx.pieces = call, pieces
+        ctx.save_for_backward(*thetas)
+        ctx.set_materialize_grads(False)
         return x, y, value
 
     @staticmethod
-    def backward(ctx, x_bar: Tensor, y_bar: Tensor, value_bar: Tensor):
-        x, y, *thetas = ctx.saved_tensors
+    def backward(ctx, *given: Tensor | None):
+        thetas, call = ctx.saved_tensors, ctx.call
+        if all(bar is None for bar in given):
+            return None, *(None for _ in thetas)
         with torch.no_grad(), one_thread():
-            bars = Solve._adjoint(ctx, x_bar, y_bar, value_bar, x, y, thetas)
-        if torch.is_grad_enabled():
-            # create_graph=True: a second derivative through here would come out as silent zeros.
-            sources = [t for t in (*thetas, x_bar, y_bar, value_bar) if t.requires_grad]
-            bars = [None if bar is None else Once.apply(bar, *sources) for bar in bars]
-        return None, *bars
-
-    @staticmethod
-    def _adjoint(
-        ctx, x_bar: Tensor, y_bar: Tensor, value_bar: Tensor, x: Tensor, y: Tensor, thetas: list[Tensor]
-    ) -> list[Tensor | None]:
-        w, u = _adjoint_of(ctx.pieces, x_bar, y_bar)
-        used = (x_bar != 0).any(1) | (y_bar != 0).any(1)
-        _report(ctx.call, ctx.pieces, used)
-        # A failed row that the loss does use has no derivative: NaN, not zero.
-        failed = (ctx.call.status >= Status.INFEASIBLE) & (used | (value_bar != 0)).cpu()
-        if bool(failed.any()):
-            w[failed], u[failed] = torch.nan, torch.nan
-        return _parameters_bar(ctx, w, u, value_bar.unsqueeze(1), x, y, thetas)
+            bars = [
+                torch.zeros_like(value) if bar is None else bar
+                for bar, value in zip(given, call.derivative.solution, strict=True)
+            ]
+            used = (bars[0] != 0).any(1) | (bars[1] != 0).any(1)
+            # A failed row that the loss does use has no derivative: NaN, not zero.
+            failed = (call.status >= Status.INFEASIBLE) & (used | (bars[2] != 0)).cpu()
+            needed = ctx.needs_input_grad[1:]
+            found = iter(call.derivative.cotangent(thetas, bars, needed, failed if bool(failed.any()) else None))
+            _report(call, ctx.pieces, used)
+            readers = zip(call.canonical.parameters, thetas, needed, strict=True)
+            return None, *(reader.pull_back(next(found), theta) if need else None for reader, theta, need in readers)
 
 
 def _adjoint_of(pieces: list[Piece], x_bar: Tensor, y_bar: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,41 +172,6 @@ def _adjoint_of(pieces: list[Piece], x_bar: Tensor, y_bar: Tensor) -> tuple[Tens
         for piece in pieces:
             put(piece)
     return w, u
-
-
-def _parameters_bar(
-    ctx, w: Tensor, u: Tensor, value_bar: Tensor, x: Tensor, y: Tensor, thetas: list[Tensor]
-) -> list[Tensor | None]:
-    canonical, data = ctx.call.canonical, ctx.data
-    wanted = [k for k, need in enumerate(ctx.needs_input_grad[1:]) if need]
-    # The optimal value's derivative is that of the Lagrangian: half of it has the form of an adjoint of its own.
-    valued = bool(value_bar.any())
-    w_value, u_value = (w - value_bar * x / 2, u - value_bar * y / 2) if valued else (w, u)
-    maps, bars = dict(canonical.maps), {}
-    for name in ("P", "A"):
-        if not any(k in canonical.maps[name].back for k in wanted):
-            continue
-        entries = data.program.n * (data.program.n if name == "P" else data.program.m)
-        if 4 * len(canonical.moving[name]) >= entries and len(x) * entries <= WHOLE_ENTRIES:
-            maps[name] = canonical.dense_maps[name]
-            bars[name] = pull_back_whole(name, x, y, w_value, u_value)
-        else:
-            moving = torch.from_numpy(canonical.moving[name])
-            bars[name] = pull_back(name, data.program, moving, x, y, w_value, u_value)
-    bars |= {"q": value_bar * x / 2 - w_value, "b": u_value - value_bar * y / 2} if valued else {"q": -w, "b": u}
-    bars["d"] = value_bar
-    result: list[Tensor | None] = [None] * len(thetas)
-    for k in wanted:
-        total = None
-        for name, mapping in maps.items():
-            if k in mapping.back:
-                bar = bars[name] if len(thetas[k]) == len(x) else bars[name].sum(0, keepdim=True)
-                part = mapping.back[k](bar)
-                total = part if total is None else total + part
-        result[k] = (
-            torch.zeros_like(thetas[k]) if total is None else canonical.parameters[k].pull_back(total, thetas[k])
-        )
-    return result
 
 
 def _solve(call: Call, data: Data, d: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor, list[Piece]]:

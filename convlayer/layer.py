@@ -6,7 +6,7 @@ import copy
 import math
 import sys
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convlayer import domain
+from convlayer import compiled, domain
 from convlayer.canon import Canonical
 from convlayer.declaration import Declaration
+from convlayer.derivative import Local, Point, Recorded, is_transformed, known, pulled_back, solved
 from convlayer.dispatch import CHOICES, attempts, recognise
 from convlayer.explain import explain_choice, explain_cone_program
 from convlayer.generic import Call, Solve
@@ -35,7 +36,7 @@ from convlayer.solution import (
     rows_in_words,
 )
 from convlayer.solvers import SOLVERS, Attempt, Solver
-from convlayer.specialised import Specialised
+from convlayer.specialised import Specialised, without
 from convlayer.starts import Starts
 from convlayer.threads import one_thread
 from convlayer.verification import Verification, verify
@@ -125,13 +126,13 @@ class ConvexLayer(torch.nn.Module):
             self._solver.check(self._canonical.program, self._options)
         self._warned: set[str] = set()
         self._starts = Starts()
+        self._name = compiled.registered(self)
 
     @property
     def _canonical(self) -> Canonical:
         """The cone program, made when it is first needed."""
         return self._declared.canonical
 
-    @torch.compiler.disable
     def forward(
         self,
         *tensors: Tensor,
@@ -143,7 +144,9 @@ class ConvexLayer(torch.nn.Module):
         ids: one for each row of the batch, telling a sample from others; a sample that was seen before starts where it ended then.
              Kernels and samples that are new start cold. The last solutions are kept by the layer (`forget` drops them).
         """
-        return self._run(tensors, solver_args, None, ids, everything=False)[0]
+        if torch.compiler.is_compiling():
+            return self._in_graph(tensors, solver_args, ids)
+        return self._run(tensors, _How(solver_args, ids=ids))[0]
 
     @torch.compiler.disable
     def solve(
@@ -159,10 +162,12 @@ class ConvexLayer(torch.nn.Module):
                     for the others Newton's method starts there, and rows that it does not settle start cold.
         ids:        as in a call of the layer.
         """
-        variables, objective, rows, batch = self._run(tensors, solver_args, warm_start, ids, everything=True)
-        row = {name: getattr(rows, name).reshape(batch) for name in ("status", "iterations", "residual", "degenerate")}
-        notes = tuple(f"{rows_in_words(which, batch)}: {what}" for which, what in rows.notes)
-        return Solution(variables, objective, **row, notes=notes, iterate=rows.iterate)
+        outputs, rest, rows = self._run(tensors, _How(solver_args, warm_start, ids, everything=True))
+        status, iterations, residual, degenerate = rest
+        notes = tuple(f"{rows_in_words(which, rows.batch)}: {what}" for which, what in rows.notes)
+        return Solution(
+            outputs[:-1], outputs[-1], status, iterations, residual, degenerate, notes=notes, iterate=rows.iterate
+        )
 
     def forget(self) -> None:
         """Drop the solutions kept by `ids`."""
@@ -249,6 +254,7 @@ class ConvexLayer(torch.nn.Module):
             {name: copy.copy(part) for name, part in self.__dict__.items() if isinstance(part, dict)}
         )
         sibling.executor, sibling._warned, sibling._starts = self.executor, set(), Starts()
+        sibling._name = compiled.registered(sibling)
         return sibling
 
     def _generic(self) -> ConvexLayer:
@@ -266,36 +272,86 @@ class ConvexLayer(torch.nn.Module):
         solver = f", solver={self._solver.name}" if self.structure == "cone_program" else ""
         return f"({parameters}) -> ({variables}), structure={self.structure}{solver}, on_failure={self.on_failure}"
 
-    def _run(
-        self,
-        tensors: tuple[Tensor, ...],
-        solver_args: Mapping[str, Any] | None,
-        warm_start: Solution | None,
-        ids: Tensor | Sequence[Hashable] | None,
-        everything: bool,
-    ) -> tuple[tuple[Tensor, ...], Tensor, _Rows, tuple[int, ...]]:
-        """Check, solve on the chosen path, apply the failure policy; `everything`: the objective and the residual too."""
+    def _in_graph(
+        self, tensors: tuple[Tensor, ...], solver_args: Mapping[str, Any] | None, ids: Any
+    ) -> tuple[Tensor, ...]:
+        """A call inside torch.compile."""
+        if solver_args is not None or not (ids is None or isinstance(ids, Tensor)) or not tensors:
+            raise TypeError(
+                "Inside torch.compile a layer takes tensors alone, one at least: give `solver_args` to with_options, and `ids` as a tensor."
+            )
+        return compiled.outputs(tensors, ids, self._name)
+
+    def evaluate(
+        self, thetas: Sequence[Tensor], ids: Tensor | None, differentiable: bool
+    ) -> tuple[list[Tensor], Local]:
+        """See `compiled.Layer`."""
+        rows = self._evaluated(thetas, _How(ids=ids), differentiable)
+        return rows.filled, rows.local
+
+    def blank(self, thetas: Sequence[Tensor]) -> list[Tensor]:
+        """See `compiled.Layer`."""
+        dtype, device, batch = self._check_tensors(tuple(thetas))
+        return [torch.empty(*batch, *v.shape, dtype=dtype, device=device) for v in self._declared.variables]
+
+    def _run(self, tensors: tuple[Tensor, ...], how: _How) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], _Rows]:
+        """The outputs; with `everything` the objective too, and status, iterations, residual and degenerate of the rows."""
+        if not is_transformed(tensors):
+            rows = self._solved(tensors, how)
+            if any(output.requires_grad for output in rows.outputs):
+                outputs = _Gate.apply(rows, len(rows.outputs), *rows.outputs, *tensors)
+            else:
+                outputs = tuple(rows.filled)
+            return outputs, rows.table() if how.everything else (), rows
+        if how.ids is not None or how.warm_start is not None:
+            raise RuntimeError(
+                "A warm start, or `ids`, cannot be used inside a torch.func transform or with a tangent; leave it out."
+            )
+        found: list[_Rows] = []
+
+        def solve(thetas: Sequence[Tensor], differentiable: bool):
+            rows = self._evaluated(thetas, how, differentiable)
+            rows.iterate = None
+            found.append(rows)
+            return rows.filled, rows.table() if how.everything else (), rows.local
+
+        parameters = self._declared.parameters
+        point = Point([len(p.shape) for p in parameters], solve)
+        self._check_tensors(tensors)
+        outputs = solved(point, tensors)
+        return outputs[: point.outputs], outputs[point.outputs :], found[0]
+
+    def _evaluated(self, thetas: Sequence[Tensor], how: _How, differentiable: bool) -> _Rows:
+        """Solved on plain tensors apart from every graph, with what its derivatives need."""
+        with torch.set_grad_enabled(differentiable):
+            return self._solved(tuple(theta.detach().requires_grad_(differentiable) for theta in thetas), how)
+
+    def _solved(self, tensors: tuple[Tensor, ...], how: _How) -> _Rows:
+        """Check, and solve on the chosen path."""
         dtype, device, batch = self._check_tensors(tensors)
         size = math.prod(batch)
         with _no_autocast(device):
             values = [_flatten_batch(t, p, batch) for t, p in zip(tensors, self._declared.parameters, strict=True)]
             vouched = frozenset() if self._specialised is None else self._specialised.match.vouches
             bad, details = self._checked(values, size, batch, vouched)
-            keys = None if ids is None else _keys(ids, batch)
-            asked = solver_args is not None and bool(solver_args.keys() - {"tolerance"})
-            if self._specialised is None or asked or warm_start is not None:
-                start = self._start(warm_start, batch) if keys is None else self._kept(keys)
+            keys = None if how.ids is None else _keys(how.ids, batch)
+            asked = how.solver_args is not None and bool(how.solver_args.keys() - {"tolerance"})
+            if self._specialised is None or asked or how.warm_start is not None:
+                start = self._start(how.warm_start, batch) if keys is None else self._kept(keys)
                 with one_thread():
-                    rows = self._solve_generic(values, size, bad, batch, solver_args, start)
+                    rows = self._solve_generic(values, size, bad, batch, how.solver_args, start, how.everything)
                 if keys is not None and rows.iterate is not None and rows.status is not None:
                     self._starts.put(keys, rows.iterate, rows.status == Status.SOLVED)
             else:
-                rows = self._solve_specialised(values, size, bad, batch, dtype, solver_args, everything, details)
-                if rows.status is not None and not solver_args:
-                    self._rescue(rows, values, size)
-            outputs = [_shaped(o, dtype, device, batch, size) for o in self._judge(rows, batch, details)]
-        variables = tuple(outputs[: len(self._declared.variables)])
-        return variables, outputs[-1], rows, batch
+                rows = self._solve_specialised(values, size, bad, batch, dtype, how, details)
+                if rows.status is not None and not how.solver_args:
+                    self._rescue(rows, values, size, how.everything)
+            rows.outputs = [_shaped(o, dtype, device, batch, size) for o in rows.outputs]
+        rows.batch, rows.dtype, rows.device = batch, dtype, device
+        rows.leaves, rows.parameters = tensors, self._declared.parameters
+        rows.versions = tuple(output._version for output in rows.outputs if output.requires_grad)
+        self._judge(rows, details)
+        return rows
 
     def _solve_generic(
         self,
@@ -305,6 +361,7 @@ class ConvexLayer(torch.nn.Module):
         batch: tuple[int, ...],
         solver_args: Mapping[str, Any] | None,
         start: tuple[Tensor, ...] | None,
+        everything: bool,
     ) -> _Rows:
         canonical = self._canonical
         tolerance, options = self._tolerance, self._options
@@ -325,9 +382,19 @@ class ConvexLayer(torch.nn.Module):
             canonical, attempts, tolerance, self.executor, elimination, device, excluded, start, differentiable, warn
         )
         x, y, value = Solve.apply(call, *thetas)
-        outputs = [recovery.value(x, y) for recovery in canonical.variables] + [canonical.objective(value)]
+
+        def recovered(x: Tensor, y: Tensor, value: Tensor) -> list[Tensor]:
+            outputs = [recovery.value(x, y) for recovery in canonical.variables]
+            return [*outputs, canonical.objective(value)] if everything else outputs
+
+        def again(values: list[Tensor]) -> list[Tensor]:
+            readers = zip(canonical.parameters, values, strict=True)
+            entries = [reader.read(value.to(device, torch.float64)) for reader, value in readers]
+            return recovered(*known(call.derivative.solution, call.derivative, entries))
+
         return _Rows(
-            outputs,
+            recovered(x, y, value),
+            again,
             call.status,
             call.iterations,
             call.residual,
@@ -359,14 +426,13 @@ class ConvexLayer(torch.nn.Module):
         bad: Tensor | None,
         batch: tuple[int, ...],
         dtype: torch.dtype,
-        solver_args: Mapping[str, Any] | None,
-        everything: bool,
+        how: _How,
         details: dict[int, str],
     ) -> _Rows:
         path = self._specialised
         assert path is not None
-        if solver_args:
-            _tolerance(dict(solver_args))
+        if how.solver_args:
+            _tolerance(dict(how.solver_args))
         work = dtype if dtype in (torch.float32, torch.float64) else torch.float32
         answer, outputs, entered = path(values, bad, work)
         if path.match.vouches and not answer.definite:
@@ -375,11 +441,15 @@ class ConvexLayer(torch.nn.Module):
             details.update(found)
             if bad is not None:
                 answer, outputs, entered = path(values, bad, work)
-        if everything:
+        if how.everything:
             outputs.append(path.objective(entered, answer))
-        return _Rows.of_answer(answer, outputs, size, bad, everything)
 
-    def _rescue(self, rows: _Rows, values: list[Tensor], size: int) -> None:
+        def again(values: list[Tensor]) -> list[Tensor]:
+            return path.again(values, answer, work, how.everything)
+
+        return _Rows.of_answer(answer, outputs, again, size, bad, how.everything)
+
+    def _rescue(self, rows: _Rows, values: list[Tensor], size: int, everything: bool) -> None:
         """The cone program and its solver for the rows that the kernel could not settle, and for those alone."""
         assert rows.status is not None
         unsettled = (rows.status == Status.NOT_CONVERGED) | (rows.status == Status.INACCURATE)
@@ -387,8 +457,9 @@ class ConvexLayer(torch.nn.Module):
             return
         which = torch.nonzero(unsettled).flatten()
         part = [v if len(v) == 1 else v.index_select(0, which.to(v.device)) for v in values]
+        generic = self._generic()
         with one_thread():
-            other = self._generic()._solve_generic(part, len(which), None, (len(which),), None, None)
+            other = generic._solve_generic(part, len(which), None, (len(which),), None, None, everything)
         rows.outputs = [
             mine.expand(size, *mine.shape[1:]).index_copy(0, which.to(mine.device), theirs.to(mine.device, mine.dtype))
             for mine, theirs in zip(rows.outputs, other.outputs, strict=False)
@@ -396,6 +467,16 @@ class ConvexLayer(torch.nn.Module):
         for name in ("status", "iterations", "residual", "degenerate", "blank"):
             setattr(rows, name, getattr(rows, name).index_copy(0, which, getattr(other, name)))
         rows.iterate = None
+
+        def again(values: list[Tensor]) -> list[Tensor]:
+            # The kernel's own function knows nothing of these rows: all are solved as a cone program.
+            with torch.no_grad(), one_thread():
+                leaves = [value.detach().requires_grad_() for value in values]
+                with torch.enable_grad():
+                    whole = generic._solve_generic(leaves, size, None, (size,), None, None, everything)
+            return whole.again(values)
+
+        rows.again = again
         note = "the kernel did not settle them; solved as a cone program"
         rows.notes = [(which, note), *((which[part], what) for part, what in other.notes)]
 
@@ -477,28 +558,21 @@ class ConvexLayer(torch.nn.Module):
         x, slack, y = (part.nan_to_num(0.0) for part in warm_start.iterate)
         return x, slack, y
 
-    def _judge(self, rows: _Rows, batch: tuple[int, ...], details: dict[int, str]) -> list[Tensor]:
-        """Apply the failure policy: raise, or guard the outputs of the rows that failed or are differentiated by rule."""
-        status = rows.status
+    def _judge(self, rows: _Rows, details: dict[int, str]) -> None:
+        """Apply the failure policy: raise, or mark the rows that failed."""
+        status, batch = rows.status, rows.batch
         if status is not None and bool((status == Status.INACCURATE).any()):
             which = torch.nonzero(status == Status.INACCURATE).flatten()
             self._warn(AccuracyWarning, f"{rows_in_words(which, batch).capitalize()}: {Status.INACCURATE.advice}")
         failed = None if status is None else status >= Status.INFEASIBLE
-        fill = None
         if status is not None and failed is not None and bool(failed.any()):
             if self.on_failure == "raise":
                 raise SolverError.of(status.view(batch), details)
-            fill = failed if self.on_failure == "nan" else rows.blank
-        else:
-            failed = fill = None
-        degenerate = (
-            None if rows.warned or rows.degenerate is None or not bool(rows.degenerate.any()) else rows.degenerate
-        )
-        if failed is None and degenerate is None:
-            return rows.outputs
-        warn = partial(self._warn_degenerate, batch)
-        size = math.prod(batch)
-        return [_Guard.apply(o.expand(size, *o.shape[1:]), failed, fill, degenerate, warn) for o in rows.outputs]
+            rows.failed = failed.view(batch)
+            assert rows.blank is not None
+            rows.empty = rows.failed if self.on_failure == "nan" else rows.blank.view(batch)
+        if not rows.warned and rows.degenerate is not None and bool(rows.degenerate.any()):
+            rows.ruled, rows.warn = rows.degenerate, partial(self._warn_degenerate, batch)
 
     def _warn_degenerate(self, batch: tuple[int, ...], rows: Tensor) -> None:
         self._warn(
@@ -518,40 +592,53 @@ class ConvexLayer(torch.nn.Module):
             warnings.warn(message, category, stacklevel=depth)
 
 
-class _Guard(torch.autograd.Function):
-    """Failed rows of an output: NaN where `fill`; their cotangent is NaN where the loss uses them and zero where it does not.
+class _Gate(torch.autograd.Function):
+    """(rows, how many outputs, *outputs, *parameters) -> the outputs, NaN in rows that are to be empty.
 
-    Rows that are differentiated by rule are told to `warn` where the loss uses them.
+    Cotangents pass to the outputs as `_Rows.guard` lets them. Where their own derivative is wanted (create_graph=True) they are pulled
+    back to the parameters here, by a function that has one; then nothing passes.
     """
 
     @staticmethod
-    def forward(ctx, output: Tensor, failed: Tensor | None, fill: Tensor | None, degenerate: Tensor | None, warn):
-        ctx.failed, ctx.degenerate, ctx.warn = failed, degenerate, warn
-        if fill is None:
-            return output.view_as(output)
-        output = output.clone()
-        output[fill.to(output.device)] = torch.nan
-        return output
+    def forward(ctx, rows: _Rows, count: int, *tensors: Tensor):
+        ctx.rows, ctx.count = rows, count
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors[count:])
+        return tuple(rows.filled)
 
     @staticmethod
-    def backward(ctx, output_bar: Tensor):
-        if ctx.degenerate is not None:
-            used = (output_bar != 0).unsqueeze(-1).flatten(1).any(1).cpu() & ctx.degenerate
-            if bool(used.any()):
-                ctx.warn(torch.nonzero(used).flatten())
-        if ctx.failed is None:
-            return output_bar, None, None, None, None
-        guarded, failed = output_bar.clone(), ctx.failed.to(output_bar.device)
-        rows = guarded[failed]
-        guarded[failed] = torch.zeros_like(rows).masked_fill_(rows != 0, torch.nan)
-        return guarded, None, None, None, None
+    def backward(ctx, *bars: Tensor | None):
+        rows, thetas = ctx.rows, ctx.saved_tensors
+        if not (torch.is_grad_enabled() or is_transformed(bars)) or not thetas:
+            return None, None, *rows.guard(bars), *(None for _ in thetas)
+        given = [
+            torch.zeros_like(output) if bar is None else bar for bar, output in zip(bars, rows.outputs, strict=True)
+        ]
+        point = Point([len(p.shape) for p in rows.parameters], local=rows.local)
+        needed = ctx.needs_input_grad[2 + ctx.count :]
+        return None, None, *(None for _ in bars), *pulled_back(point, thetas, rows.filled[0], given, needed)
+
+
+@dataclass(frozen=True, eq=False)
+class _How:
+    """The options of a call."""
+
+    solver_args: Mapping[str, Any] | None = None
+    warm_start: Solution | None = None
+    ids: Tensor | Sequence[Hashable] | None = None
+    everything: bool = False  # the objective and a table of the rows too
 
 
 @dataclass(eq=False)
 class _Rows:
     """What a path found, row by row: (B,) each, on the host. None: what holds for every row of a closed form."""
 
-    outputs: list[Tensor]  # the variables, then the objective if it was asked for, (B or 1, ...)
+    outputs: list[
+        Tensor
+    ]  # the variables, then the objective if it was asked for: (B or 1, ...), in the end (*batch, ...)
+    again: Callable[
+        [list[Tensor]], list[Tensor]
+    ]  # parameters (B or 1, *shape) -> outputs (B or 1, ...), twice differentiable
     status: Tensor | None
     iterations: Tensor | None
     residual: Tensor | None
@@ -560,9 +647,87 @@ class _Rows:
     iterate: tuple[Tensor, Tensor, Tensor] | None = None
     notes: list[tuple[Tensor, str]] = field(default_factory=list)  # rows, and which way they took
     warned: bool = False  # the path itself tells at backward which rows were differentiated by rule
+    batch: tuple[int, ...] = ()
+    details: dict[int, str] = field(default_factory=dict)  # of rows that failed
+    leaves: tuple[Tensor, ...] = ()  # the parameters as they were given
+    parameters: Sequence[cp.Parameter] = ()
+    versions: tuple[int, ...] = ()  # of the outputs, by torch's count of changes in place
+    dtype: torch.dtype = torch.float64
+    device: torch.device = field(default_factory=partial(torch.device, "cpu"))
+    failed: Tensor | None = None  # (*batch,) rows that failed, if any did
+    empty: Tensor | None = None  # (*batch,) of those the rows to be filled with NaN
+    ruled: Tensor | None = None  # (B,) rows differentiated by rule that `warn` is to be told of
+    warn: Callable[[Tensor], None] | None = None
+
+    @property
+    def filled(self) -> list[Tensor]:
+        """The outputs apart from their graph, NaN in rows that are to be empty."""
+        outputs = [output.detach() for output in self.outputs]
+        return outputs if self.empty is None else [_filled(output, self.empty) for output in outputs]
+
+    def table(self) -> tuple[Tensor, ...]:
+        """Status, iterations, residual and degenerate, (*batch,) each."""
+        return tuple(
+            getattr(self, name).reshape(self.batch) for name in ("status", "iterations", "residual", "degenerate")
+        )
+
+    def guard(self, bars: Sequence[Any]) -> list[Any]:
+        """Cotangents of the outputs: in rows that failed NaN where the loss uses them and zero where it does not."""
+        if self.ruled is not None and self.warn is not None:
+            used = torch.zeros_like(self.ruled)
+            for bar in bars:
+                if bar is not None:
+                    used |= (bar.reshape(len(used), -1) != 0).any(1).cpu()
+            if bool((used & self.ruled).any()):
+                self.warn(torch.nonzero(used & self.ruled).flatten())
+        if self.failed is None:
+            return list(bars)
+        guarded = []
+        for bar in bars:
+            if bar is not None:
+                bar, failed = bar.clone(), self.failed.to(bar.device)
+                rows = bar[failed]
+                bar[failed] = torch.zeros_like(rows).masked_fill_(rows != 0, torch.nan)
+            guarded.append(bar)
+        return guarded
+
+    def spoil(self, tangents: Sequence[Tensor]) -> list[Tensor]:
+        """Tangents of the outputs, NaN in rows that failed."""
+        return list(tangents) if self.failed is None else [_filled(tangent, self.failed) for tangent in tangents]
+
+    @property
+    def local(self) -> Local:
+        return Recorded(self.leaves, self.outputs, self._again, self.guard, self.spoil)
+
+    def _again(self, *thetas: Tensor) -> list[Tensor]:
+        """The outputs as a function of the parameters, twice differentiable.
+
+        A row that failed becomes a sum of squares: a cotangent of it that is NaN arrives as NaN, and one that is zero as zero.
+        """
+        if tuple(output._version for output in self.outputs if output.requires_grad) != self.versions:
+            raise RuntimeError("An output of the layer was changed in place; its derivative needs it as it was.")
+        size = math.prod(self.batch)
+        with _no_autocast(self.device):
+            values = [_flatten_batch(t, p, self.batch) for t, p in zip(thetas, self.parameters, strict=True)]
+            if self.failed is None:
+                outputs = self.again(values)
+            else:
+                failed = self.failed.flatten()
+                squares = torch.stack([v.nan_to_num().flatten(1).square().sum(1).expand(size) for v in values]).sum(0)
+                outputs = self.again([without(value, failed) for value in values])
+                outputs = [_where(failed, squares, output) for output in outputs]
+            return [_shaped(output, self.dtype, self.device, self.batch, size) for output in outputs]
 
     @classmethod
-    def of_answer(cls, answer: Answer, outputs: list[Tensor], size: int, bad: Tensor | None, everything: bool) -> _Rows:
+    def of_answer(
+        cls,
+        answer: Answer,
+        outputs: list[Tensor],
+        again: Callable[[list[Tensor]], list[Tensor]],
+        size: int,
+        bad: Tensor | None,
+        everything: bool,
+    ) -> _Rows:
         """The rows of a kernel's answer; only `everything`, or a row that is not plainly solved, fills them in."""
 
         def row(values: Tensor | None, blank: Any, dtype: torch.dtype) -> Tensor:
@@ -576,9 +741,8 @@ class _Rows:
         if degenerate is not None and not bool(degenerate.any()):
             degenerate = None
         if status is None and bad is None and not everything:
-            return cls(
-                outputs, None, None, None, None if degenerate is None else row(degenerate, False, torch.bool), None
-            )
+            flags = None if degenerate is None else row(degenerate, False, torch.bool)
+            return cls(outputs, again, None, None, None, flags, None)
         status = row(status, int(Status.SOLVED), torch.int64)
         # Parameters were found inside their domains: what a kernel cannot take there is the cone program's to judge.
         status = torch.where(status == Status.BAD_INPUT, int(Status.NOT_CONVERGED), status)
@@ -587,7 +751,18 @@ class _Rows:
         failed = status >= Status.INFEASIBLE
         residual = row(answer.residual, 0.0, torch.float64).masked_fill(failed, torch.nan)
         degenerate = row(degenerate, False, torch.bool) & ~failed
-        return cls(outputs, status, row(answer.iterations, 0, torch.int64), residual, degenerate, failed)
+        return cls(outputs, again, status, row(answer.iterations, 0, torch.int64), residual, degenerate, failed)
+
+
+def _filled(output: Tensor, rows: Tensor) -> Tensor:
+    """NaN in these rows, (*batch,) of (*batch, ...)."""
+    return output.masked_fill(rows.to(output.device).view(rows.shape + (1,) * (output.ndim - rows.ndim)), torch.nan)
+
+
+def _where(rows: Tensor, then: Tensor, output: Tensor) -> Tensor:
+    """(B,), (B or 1,), (B or 1, ...) -> (B, ...): the one number in these rows."""
+    ones = [1] * (output.ndim - 1)
+    return torch.where(rows.to(output.device).view(-1, *ones), then.to(output).view(-1, *ones), output)
 
 
 def _keys(ids: Tensor | Sequence[Hashable], batch: tuple[int, ...]) -> list[Hashable]:
@@ -688,11 +863,16 @@ def _batch_shape(tensor: Tensor, parameter: cp.Parameter) -> tuple[int, ...]:
 
 def _broadcast(shapes: list[tuple[int, ...]], parameters: Sequence[cp.Parameter]) -> tuple[int, ...]:
     """The batch of parameters with these batch shapes."""
-    batched = {shape for shape in shapes if shape}
+    batched: list[tuple[int, ...]] = []
+    for shape in shapes:
+        if shape and shape not in batched:
+            batched.append(shape)
     if len(batched) <= 1:
-        return next(iter(batched), ())
+        return batched[0] if batched else ()
     try:
-        return np.broadcast_shapes(*batched)  # torch's own loads a symbolic algebra package at its first call
+        if all(type(k) is int for shape in batched for k in shape):
+            return np.broadcast_shapes(*batched)  # torch's own loads a symbolic algebra package at its first call
+        return tuple(torch.broadcast_shapes(*batched))
     except ValueError:
         listed = ", ".join(f"`{p.name()}` {shape}" for p, shape in zip(parameters, shapes, strict=True))
         raise ValueError(

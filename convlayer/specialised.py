@@ -16,7 +16,6 @@ from convlayer.binding import Binding, Kept
 from convlayer.domain import is_symmetric
 from convlayer.kernels.answer import Answer
 from convlayer.normal_form import NormalForm, Weighted
-from convlayer.once import Once
 from convlayer.structures import STRUCTURES, Match, MismatchError
 from convlayer.threads import one_thread
 
@@ -71,16 +70,22 @@ class Specialised:
 
         Rows that are bad are not the kernel's.
         """
-        if bad is not None or (torch.is_grad_enabled() and any(v.requires_grad for v in values)):
-            values = _Entering.apply(bad, *values)
+        if bad is not None:
+            values = list(_Replaced.apply(bad, *values))
         values = self._entering(values, dtype)
-        like = values[0] if values else torch.zeros((), dtype=dtype)
         cost, rows = self.match.cost, max((v.shape[0] for v in values), default=1)
         small = cost is None or rows * max(cost.flops, cost.bytes) < SMALL
         with one_thread() if small else nullcontext():
-            answer = self._run(values, like)
+            answer = self._run(values, _like(values, dtype))
         outputs = [output.value(answer.outputs, self._kept) for output in self._outputs]
         return answer, [_attached(output, values) for output in outputs], values
+
+    def again(self, values: list[Tensor], answer: Answer, dtype: torch.dtype, everything: bool) -> list[Tensor]:
+        """The variables, and the objective with `everything`, as functions of the values that are twice differentiable."""
+        values = self._entering(values, dtype)
+        answer = self._run(values, _like(values, dtype), answer)
+        outputs = [output.value(answer.outputs, self._kept) for output in self._outputs]
+        return [*outputs, self.objective(values, answer)] if everything else outputs
 
     def _entering(self, values: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
         """In the kernel's dtype; a symmetric parameter is read from both triangles alike, a sparse one on its pattern alone."""
@@ -238,28 +243,24 @@ def _mask(parameter: cp.Parameter) -> np.ndarray | None:
     return mask
 
 
-class _Entering(torch.autograd.Function):
-    """The values of the parameters as the kernel gets them: those of a good row in the place of bad ones.
-
-    Every output depends on every parameter, if with a gradient of zero. Else nothing changes backwards: a bad row that no loss uses
-    has the cotangent zero, one that a loss uses NaN. A second derivative is refused here, since the kernels' own derivatives are not
-    differentiated and it would come out as zeros.
-    """
+class _Replaced(torch.autograd.Function):
+    """The values of a good row in the place of bad ones. Backwards nothing changes: a bad row that no loss uses has the cotangent
+    zero, one that a loss uses NaN."""
 
     @staticmethod
-    def forward(ctx, bad: Tensor | None, *values: Tensor):
-        ctx.save_for_backward(*values)
-        return tuple(v.view_as(v) if bad is None else _without(v, bad) for v in values)
+    def forward(ctx, bad: Tensor, *values: Tensor):
+        return tuple(without(v, bad) for v in values)
 
     @staticmethod
     def backward(ctx, *bars: Tensor):
-        if torch.is_grad_enabled():
-            sources = [value for value in ctx.saved_tensors if value.requires_grad]
-            return None, *(Once.apply(bar, *sources) for bar in bars)
         return None, *bars
 
 
-def _without(value: Tensor, bad: Tensor) -> Tensor:
+def _like(values: list[Tensor], dtype: torch.dtype) -> Tensor:
+    return values[0] if values else torch.zeros((), dtype=dtype)
+
+
+def without(value: Tensor, bad: Tensor) -> Tensor:
     """With the value of a good row in the place of bad ones; zeros if there is none."""
     good = torch.nonzero(~bad).flatten()
     if not len(good):
@@ -267,4 +268,4 @@ def _without(value: Tensor, bad: Tensor) -> Tensor:
     if len(value) != len(bad):
         return value.view_as(value)
     mask = bad.to(value.device).view(-1, *[1] * (value.ndim - 1))
-    return torch.where(mask, value[good[0]], value)
+    return torch.where(mask, value[good[0]].detach(), value)

@@ -114,7 +114,7 @@ def test_a_forked_child_solves(case):
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_a_compiled_model_breaks_its_graph_at_the_layer_and_agrees(case):
+def test_a_compiled_model_agrees(case):
     layer, tensors = case.layer(), case.sample(4)
 
     class Model(torch.nn.Module):

@@ -16,12 +16,14 @@ from cases import CASES
 
 import convlayer.adjoint
 import convlayer.canon
+import convlayer.cone_derivative
 import convlayer.declaration
 import convlayer.elimination
 import convlayer.generic
 import convlayer.residual
 import convlayer.solvers.scs
 from convlayer import AccuracyWarning, GradientWarning
+from convlayer.cone_derivative import ConeDerivative
 from convlayer.cones import ProductSpectrum
 
 # A mutant that merely crashes proves nothing: the law itself must object, or the package notice.
@@ -58,7 +60,7 @@ def pulled_back(change):
     """Both ways in which the cotangents of P and A are made: at the entries that move, and of whole matrices."""
 
     def plant(patch):
-        entries, whole = convlayer.generic.pull_back, convlayer.generic.pull_back_whole
+        entries, whole = convlayer.cone_derivative.pull_back, convlayer.cone_derivative.pull_back_whole
 
         def by_entries(name, program, moving, x, y, w, u):
             return change(lambda *vectors: entries(name, program, moving, *vectors), name, x, y, w, u)
@@ -66,8 +68,8 @@ def pulled_back(change):
         def of_whole(name, x, y, w, u):
             return change(lambda *vectors: whole(name, *vectors), name, x, y, w, u)
 
-        patch.setattr(convlayer.generic, "pull_back", by_entries)
-        patch.setattr(convlayer.generic, "pull_back_whole", of_whole)
+        patch.setattr(convlayer.cone_derivative, "pull_back", by_entries)
+        patch.setattr(convlayer.cone_derivative, "pull_back_whole", of_whole)
 
     return plant
 
@@ -118,8 +120,12 @@ def objective_sign(patch):
 
 
 def value_without_its_gradient(patch):
-    original = convlayer.generic._parameters_bar
-    patch.setattr(convlayer.generic, "_parameters_bar", lambda ctx, w, u, value_bar, *rest: original(ctx, w, u, torch.zeros_like(value_bar), *rest))
+    original = ConeDerivative.cotangent
+
+    def mutant(self, entries, bars, *rest):
+        return original(self, entries, [*bars[:2], torch.zeros_like(bars[2])], *rest)
+
+    patch.setattr(ConeDerivative, "cotangent", mutant)
 
 
 def symmetry_lost(patch):
@@ -176,14 +182,13 @@ def caught(law, plant, monkeypatch, *names):
 
 def test_a_shared_gradient_that_is_a_mean_is_caught(monkeypatch):
     """The defect of a well-known QP layer."""
-    original = convlayer.generic._parameters_bar
+    original = ConeDerivative.cotangent
 
-    def mutant(ctx, w, u, value_bar, x, *rest):
-        bars = original(ctx, w, u, value_bar, x, *rest)
-        return [b / len(x) if b is not None and len(b) == 1 else b for b in bars]
+    def mutant(self, *arguments):
+        return [bar / len(self.x) if len(bar) == 1 else bar for bar in original(self, *arguments)]
 
     caught(lambda: test_batches.test_a_shared_parameters_gradient_is_the_sum_over_rows(CASES["quadratic_program"]),
-           lambda patch: patch.setattr(convlayer.generic, "_parameters_bar", mutant), monkeypatch)
+           lambda patch: patch.setattr(ConeDerivative, "cotangent", mutant), monkeypatch)
 
 
 def test_rows_that_are_swapped_are_caught(monkeypatch):
@@ -242,13 +247,13 @@ def test_an_absolute_zero_test_of_a_small_loss_is_caught(monkeypatch):
 
 
 def test_a_failed_row_with_a_gradient_of_zero_is_caught(monkeypatch):
-    original = convlayer.generic._parameters_bar
+    original = ConeDerivative.cotangent
 
-    def mutant(ctx, w, u, value_bar, *rest):
-        return original(ctx, w.nan_to_num(0.0), u.nan_to_num(0.0), value_bar.nan_to_num(0.0), *rest)
+    def mutant(self, entries, bars, needed, failed):
+        return original(self, entries, [bar.nan_to_num(0.0) for bar in bars], needed)
 
     caught(lambda: test_failure.test_a_failed_row_that_the_loss_uses_has_a_gradient_of_nan("nan", "variable", "infeasible"),
-           lambda patch: patch.setattr(convlayer.generic, "_parameters_bar", mutant), monkeypatch)
+           lambda patch: patch.setattr(ConeDerivative, "cotangent", mutant), monkeypatch)
 
 
 def test_a_failed_row_that_is_called_solved_is_caught(monkeypatch):

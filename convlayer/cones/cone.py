@@ -1,4 +1,4 @@
-"""What a cone knows: its projection, the derivative of that projection as a spectrum, and how far the next kink is."""
+"""What a cone knows: its projection, the first two derivatives of that projection, and how far the next kink is."""
 
 from __future__ import annotations
 
@@ -45,6 +45,22 @@ class Cone(ABC):
         """The projection of v and its derivative there."""
 
     @abstractmethod
+    def curvature(self, v: Tensor, h: Tensor, g: Tensor) -> Tensor:
+        """The second derivative of the projection, Pi''(v)[h, g] (*batch, size): symmetric in h and g, of degree -1 in v.
+
+        h and g (*batch, size). On a kink, where there is none, it is finite all the same.
+        """
+
+    @abstractmethod
+    def smooth(self, v: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor, Spectrum]:
+        """The smoothed projection p of v, with p - r = v and p inside K, r inside K*:  r = -kappa grad f(p).
+
+        f is the cone's logarithmic barrier, so p minimises kappa f(p) + |p - v|^2/2, and tends to Pi(v) with kappa; in a
+        symmetric cone p o r = kappa e. kappa (*batch,), positive. Returns p, r and dr/d(-v) = I - dp/dv, whose values are
+        between 0 and 1 and accurate where they are small.
+        """
+
+    @abstractmethod
     def margin(self, v: Tensor, p: Tensor) -> Tensor:
         """The distance from v to the nearest kink of the projection, (*batch,); infinite where there is none. p = project(v)."""
 
@@ -77,6 +93,37 @@ def spectral_weight(left: Tensor, right: Tensor) -> Tensor:
     """
     total = left.abs() + right.abs()
     return torch.where((total > 0) & (total < torch.inf), 0.5 * (left + right) / total + 0.5, 1.0)
+
+
+def bend(h: Tensor, g: Tensor, radial: Tensor, normal: Tensor, geodesic: Tensor | float = 0.0) -> Tensor:
+    """Pi''[h, g] on a curved boundary, all in the eigenbasis of DPi: along p, along v - p, and the rest, of eigenvalue c.
+
+    Pi'' is the third derivative of |Pi|^2/2, and so symmetric in three arguments. Moving v in the plane of p and v - p
+    keeps the eigenbasis and changes c alone, which gives all of it but the rest in its three arguments:
+
+        Pi''[e1, ei] = (dc/d|p|) ei,   Pi''[e2, ei] = (dc/d|v - p|) ei,        (radial, normal)
+        Pi''[e3, e3]'e3 = dc along e3 = -(c^3 |v - p|/|p|^2) dk/dsigma         (geodesic)
+
+    The last is of the cones of three rows, whose rays p/|p| draw a curve on the sphere: with sigma its arc length in the
+    direction of e3 and k its geodesic curvature, c = |p|/(|p| + |v - p| k).
+    """
+    h_ray, h_normal, h_rest = h[..., :1], h[..., 1:2], h[..., 2:]
+    g_ray, g_normal, g_rest = g[..., :1], g[..., 1:2], g[..., 2:]
+    both = (h_rest * g_rest).sum(-1, keepdim=True)
+    rest = (radial * h_ray + normal * h_normal) * g_rest + (radial * g_ray + normal * g_normal) * h_rest
+    return torch.cat((radial * both, normal * both, rest + geodesic * h_rest * g_rest), -1)
+
+
+def rotate(basis: Tensor, x: Tensor) -> Tensor:
+    """basis @ x for x (*batch, k)."""
+    return (basis @ x.unsqueeze(-1)).squeeze(-1)
+
+
+def split(values: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor]:
+    """The two positive numbers of difference `values` and product kappa."""
+    larger = (torch.hypot(values, 2 * kappa.sqrt()) + values.abs()) * 0.5
+    smaller = kappa / larger
+    return torch.where(values >= 0, larger, smaller), torch.where(values >= 0, smaller, larger)
 
 
 def lift(eigenvalues: Tensor, tolerance: float) -> Tensor:

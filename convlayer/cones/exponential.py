@@ -9,7 +9,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from convlayer.cones.cone import Cone, Spectrum
+from convlayer.cones.cone import Cone, Spectrum, bend, finite_rows, rotate, split
+from convlayer.cones.interior import Interior, minimise, rest_of, unit_scale
 
 TINY = 1e-100  # relative to |v|: a positive r or s below it is rounded up, so that ratios and their squares stay finite
 NEAR = 1e-290  # the least distance of the root from its anchor
@@ -26,6 +27,16 @@ class _Root(NamedTuple):
     rho: Tensor
     rise: Tensor  # a e^rho
     fall: Tensor  # b e^-rho
+
+
+class _Frame(NamedTuple):
+    """The eigenvectors of DPi where p is along P(rho), and what they are made of; (*batch,) but for the basis."""
+
+    basis: Tensor  # (9, *batch), by rows: columns along p, along v - p, and their cross product
+    c: Tensor  # 1 and
+    k: Tensor  # e^rho, divided by the greater
+    ray_square: Tensor  # |P|^2 and
+    normal_square: Tensor  # |N|^2, divided by its square
 
 
 class _Case(NamedTuple):
@@ -48,6 +59,9 @@ class Exponential(Cone):
     Derivative:  eigenvectors p, v - p and their cross product, with eigenvalues 1, 0 and 1/(1 + |v - p| kappa), kappa
                  the curvature of the surface: with P = (rho, 1, e^rho) and N = (1, 1 - rho, -e^-rho) e^rho,
                  |v - p| kappa = (b |P|^2)/(a |N|^2).
+    Curvature:   `bend`, with k = e^rho |P|^3/|N|^3 the geodesic curvature of the rays P/|P| on the sphere, whose arc
+                 length grows by |N|/|P|^2 with rho, as P x P' = N, against the third eigenvector.
+    Smoothed:    the barrier is f = -log(s log(t/s) - r) - log s - log t, see `_Inside`.
     At a kink:   the surfaces of K and -K*, and the faces of r <= 0, s <= 0. Within `tolerance` of the first the
                  derivative is I, of the second the projection onto the nearest ray, of the quadrant
                  diag(1, 1[s >= -tolerance], 1[t >= -tolerance]).
@@ -62,26 +76,14 @@ class Exponential(Cone):
 
     def linearise(self, v: Tensor, tolerance: float = 0.0) -> tuple[Tensor, Spectrum]:
         p, root, case = self._solve(v)
-        rho = root.rho
-        e, one, large = torch.exp(-rho.abs()), torch.ones_like(rho), rho > 0
-        c, k = torch.where(large, e, one), torch.where(large, one, e)  # 1 and e^rho, divided by the greater
-        cc, kk, fall = c * c, k * k, 1 - rho
-        ray_square = torch.addcmul(kk, torch.addcmul(one, rho, rho), cc)
-        normal_square = torch.addcmul(cc, torch.addcmul(one, fall, fall), kk)
-        ray, normal = torch.rsqrt(ray_square), torch.rsqrt(normal_square)
-        both, ray_c, normal_k = ray * normal, ray * c, normal * k
-        columns = (
-            (rho * ray_c, normal_k, -both * torch.addcmul(cc, kk, fall)),
-            (ray_c, normal_k * fall, both * torch.addcmul(kk, rho, cc)),
-            (k * ray, -c * normal, -both * e * torch.addcmul(one, rho, fall, value=-1)),  # last: their cross product
-        )
-        basis = torch.stack([entry for row in columns for entry in row])
+        frame = _frame(root.rho)
+        basis = frame.basis
         inside, leading, quadrant, (r, s, t) = case.inside, ~case.polar, case.quadrant, v.unbind(-1)
         if tolerance > 0:
             inside = inside | (_gap(root) * case.scale <= tolerance)
             leading = leading | inside | (_depth(s - r, r, -t) <= tolerance)
             quadrant = (v[..., :2] <= tolerance).all(-1) & ~inside
-        free, bent = root.a * normal_square, root.b * ray_square
+        free, bent = root.a * frame.normal_square, root.b * frame.ray_square
         middle = (free / (free + bent)).masked_fill(case.polar, 0.0).masked_fill(inside, 1.0)
         middle = torch.where(quadrant, (t >= -tolerance).to(v.dtype), middle)
         flat = inside | (quadrant & (s >= -tolerance))
@@ -90,6 +92,30 @@ class Exponential(Cone):
         basis = basis * (1 - axes)
         basis[::4] += axes  # the identity on the quadrant
         return p, Spectrum(values, basis.movedim(0, -1).contiguous().unflatten(-1, (3, 3)))
+
+    def curvature(self, v: Tensor, h: Tensor, g: Tensor) -> Tensor:
+        p, root, case = self._solve(v)
+        rho, frame = root.rho, _frame(root.rho)
+        c, k, ray_square, normal_square = frame.c, frame.k, frame.ray_square, frame.normal_square
+        cc, kk = c * c, k * k
+        free, bent = root.a * normal_square, root.b * ray_square
+        total = (free + bent) * torch.where(case.scale > 0, case.scale, 1.0)
+        free, bent = free / (free + bent), bent / (free + bent)
+        radial = bent * normal_square * c * ray_square.rsqrt() / total
+        normal = -free * ray_square * k * normal_square.rsqrt() / total
+        growth = 3 * (rho * cc + kk) / ray_square + 1  # of log k, in rho
+        growth = growth - 3 * kk * (1 - rho + rho * rho) / normal_square
+        geodesic = free * bent * growth * (ray_square * normal_square).sqrt() / total
+        flat = case.inside | case.polar | case.quadrant
+        parts = (part.masked_fill(flat, 0.0).unsqueeze(-1) for part in (radial, normal, geodesic))
+        basis = frame.basis.movedim(0, -1).unflatten(-1, (3, 3))
+        return rotate(basis, bend(rotate(basis.mT, h), rotate(basis.mT, g), *parts)) + (p - p)
+
+    def smooth(self, v: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor, Spectrum]:
+        safe, blot = finite_rows(v)
+        scale = unit_scale(safe, kappa)
+        now = minimise(_Inside.near(safe / scale, self.project(safe / scale)), safe / scale)
+        return now.point * scale + blot, now.polar * scale + blot, Spectrum(*rest_of(now))
 
     def margin(self, v: Tensor, p: Tensor) -> Tensor:
         case, _, _, _ = self._case(v)
@@ -202,6 +228,66 @@ def _root(r: Tensor, s: Tensor, t: Tensor, wanted: Tensor) -> _Root:
         rise=torch.where(same, larger, smaller),
         fall=torch.where(same, smaller, larger),
     )
+
+
+def _frame(rho: Tensor) -> _Frame:
+    e, one, large = torch.exp(-rho.abs()), torch.ones_like(rho), rho > 0
+    c, k = torch.where(large, e, one), torch.where(large, one, e)
+    cc, kk, fall = c * c, k * k, 1 - rho
+    ray_square = torch.addcmul(kk, torch.addcmul(one, rho, rho), cc)
+    normal_square = torch.addcmul(cc, torch.addcmul(one, fall, fall), kk)
+    ray, normal = torch.rsqrt(ray_square), torch.rsqrt(normal_square)
+    both, ray_c, normal_k = ray * normal, ray * c, normal * k
+    columns = (
+        (rho * ray_c, normal_k, -both * torch.addcmul(cc, kk, fall)),
+        (ray_c, normal_k * fall, both * torch.addcmul(kk, rho, cc)),
+        (k * ray, -c * normal, -both * e * torch.addcmul(one, rho, fall, value=-1)),
+    )
+    return _Frame(torch.stack([entry for row in columns for entry in row]), c, k, ray_square, normal_square)
+
+
+class _Inside(Interior):
+    """(rho s - psi, s, t) with rho = log(t/s): psi is how far above the surface it is, along r. f = -log psi - log s - log t.
+
+    g = (-1, rho - 1, 1/e^rho) is the gradient of psi, along -N(rho), and -s h h' its second derivative, h = (0, 1/s, -1/t):
+    f'' = (g/psi)(g/psi)' + (s/psi) h h' + diag(0, 1/s^2, 1/t^2).
+    """
+
+    def __init__(self, psi: Tensor, s: Tensor, t: Tensor) -> None:
+        self.psi, self.s, self.t = psi, s, t
+        rho = torch.log(t / s)
+        frame = _frame(rho)
+        ray, normal, across = frame.basis.unflatten(0, (3, 3)).unbind(1)  # (3, *batch) each
+        self.slope = -frame.normal_square.sqrt() / frame.k  # g along N
+        self.bend = (
+            normal[1] / s - normal[2] / t,
+            (frame.ray_square / frame.normal_square).sqrt() / s,
+        )  # h, along N and across
+        zero, root = torch.zeros_like(rho), (s / psi).sqrt()
+        factor = (
+            (self.slope / psi, zero, zero),
+            (root * self.bend[0], root * self.bend[1], zero),
+            (normal[1] / s, across[1] / s, ray[1] / s),
+            (normal[2] / t, across[2] / t, ray[2] / t),
+        )
+        self.factor = torch.stack([torch.stack(row, -1) for row in factor], -2)
+        self.frame = torch.stack((normal, across, ray), -1).movedim(0, -2)
+        self.point = torch.stack((rho * s - psi, s, t), -1)
+        self.polar = torch.stack((-1 / psi, (rho - 1) / psi + 1 / s, s / t / psi + 1 / t), -1)
+
+    @classmethod
+    def near(cls, v: Tensor, p: Tensor) -> _Inside:
+        """Near p = Pi(v): s and t are raised by about what they gain, and psi is the best for them."""
+        raised = p[..., 1:].clamp(min=0) + 1 / (1 + (p - v).norm(dim=-1, keepdim=True))
+        s, t = raised.unbind(-1)
+        return cls(split(s * torch.log(t / s) - v[..., 0], torch.ones_like(s))[0], s, t)
+
+    def moved(self, c: Tensor) -> _Inside:
+        step_s, step_t = rotate(self.frame, c)[..., 1:].unbind(-1)
+        s, t = self.s + step_s, self.t + step_t
+        turn = -(self.bend[0] * c[..., 0] + self.bend[1] * c[..., 1]) * self.s / s  # of t/s, relative
+        excess = torch.where(turn.abs() < 1e-3, turn**2 * (0.5 - turn * (1 / 3 - turn / 4)), turn - torch.log1p(turn))
+        return _Inside(self.psi + self.slope * c[..., 0] - s * excess, s, t)
 
 
 def _bracketed(

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from convlayer.cones.cone import Cone, Spectrum
+from convlayer.cones.cone import Cone, Spectrum, split
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,8 @@ class Nonnegative(Cone):
 
     Solution:    Pi(v) = max(v, 0).
     Derivative:  1[v > 0] on the diagonal.
+    Curvature:   0.
+    Smoothed:    p_i - r_i = v_i with p_i r_i = kappa.
     At a kink:   v_i = 0; within `tolerance` of it the value is 1, that is values = 1[v >= -tolerance].
     """
 
@@ -29,6 +31,13 @@ class Nonnegative(Cone):
 
     def linearise(self, v: Tensor, tolerance: float = 0.0) -> tuple[Tensor, Spectrum]:
         return v.clamp(min=0), Spectrum((v >= -tolerance).to(v.dtype), None)
+
+    def curvature(self, v: Tensor, h: Tensor, g: Tensor) -> Tensor:
+        return (v - v) * h * g
+
+    def smooth(self, v: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor, Spectrum]:
+        p, r = split(v, kappa.unsqueeze(-1))
+        return p, r, Spectrum(r / (p + r), None)
 
     def margin(self, v: Tensor, p: Tensor) -> Tensor:
         return v.abs().amin(-1) if v.shape[-1] else v.new_full(v.shape[:-1], torch.inf)

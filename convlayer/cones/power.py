@@ -10,7 +10,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from convlayer.cones.cone import Cone, Spectrum, finite_rows
+from convlayer.cones.cone import Cone, Spectrum, bend, finite_rows, rotate, split
+from convlayer.cones.interior import Interior, minimise, rest_of, unit_scale
 
 FLAT = 1e-60  # relative to |v|: |z| below this is 0
 NEAR = 1e-160  # relative to |z|: the least distance of the root from its anchor
@@ -24,6 +25,16 @@ class _Root(NamedTuple):
     y: Tensor
     w: Tensor
     q: Tensor
+
+
+class _Frame(NamedTuple):
+    """The eigenvectors of DPi where p is along (x, y, +-w), and what they are made of; (*batch,) but for the basis."""
+
+    basis: Tensor  # (*batch, 3, 3): columns along p, along v - p, and their cross product
+    point: tuple[Tensor, Tensor, Tensor]  # (x, y, w) of p, divided by the greater of x and y
+    slope: Tensor  # x y/w, divided by it
+    ray_square: Tensor  # |p|^2, divided by its square
+    normal_square: Tensor  # |M|^2, divided by its square and by w^2
 
 
 class _Case(NamedTuple):
@@ -48,6 +59,10 @@ class Power(Cone):
                  the curvature of the surface:  |v - p| kappa = alpha beta q w |p|^2 / |M|^2,
                  M = (alpha w p_y, beta w p_x, p_x p_y), which is p_x p_y times the gradient of the surface up to signs.
                  At z = 0 with x < 0 < y: diag(0, 1, c), c = 1, 0 or y/(y - 2x) as alpha is below, above or at 1/2.
+    Curvature:   `bend`, with k = alpha beta p_x p_y w |p|^3/|M|^3 the geodesic curvature of the rays p/|p| on the sphere,
+                 p/w = (e^(beta tau), e^(-alpha tau), +-1), whose arc length grows by |M|/|p|^2 with tau,
+                 along the third eigenvector if z > 0. Taken as 0 at z = 0.
+    Smoothed:    the barrier is f = -log(x^2alpha y^2beta - z^2) - beta log x - alpha log y, see `_Inside`.
     At a kink:   the surfaces of K and -K*. Within `tolerance` of the first the derivative is I, of the second the
                  projection onto the nearest ray.
     Source:      the equation in w is Hien's (2015), solved here in its logarithm from the nearer end, see `_root`.
@@ -69,15 +84,9 @@ class Power(Cone):
     def linearise(self, v: Tensor, tolerance: float = 0.0) -> tuple[Tensor, Spectrum]:
         p, root, case = self._solve(v)
         alpha, beta = self._exponents(v)
-        large = torch.maximum(root.x, root.y)
-        x, y, w = root.x / large, root.y / large, root.w / large
-        sign = torch.where(case.v[..., 2] < 0, -1.0, 1.0)
-        ray = torch.stack((x, y, sign * w), -1)
-        normal = torch.stack((-alpha * y, -beta * x, sign * torch.minimum(root.x, root.y) / root.w), -1)  # M/(large w)
-        ray_square, normal_square = ray.square().sum(-1, keepdim=True), normal.square().sum(-1, keepdim=True)
-        middle = 1 / (1 + alpha * beta * (root.q / root.w) * (ray_square / normal_square)[..., 0])
-        ray, normal = ray * ray_square.rsqrt(), normal * normal_square.rsqrt()
-        basis = torch.stack((ray, normal, torch.linalg.cross(ray, normal)), -1)
+        sign = _sign(case.v)
+        frame = _frame(root.x, root.y, root.w, sign, alpha, beta)
+        middle = 1 / (1 + alpha * beta * (root.q / root.w) * (frame.ray_square / frame.normal_square))
         inside, leading = case.inside, ~case.polar
         if tolerance > 0:
             inside = inside | ((case.v - _point(root, sign)).norm(dim=-1) * case.scale <= tolerance)
@@ -86,7 +95,35 @@ class Power(Cone):
         values = torch.stack((leading.to(v.dtype), inside.to(v.dtype), middle), -1)
         values = torch.where(case.flat.unsqueeze(-1), self._flat_values(case, tolerance), values)
         identity = _identity(v.dtype, v.device)
-        return p, Spectrum(values, torch.where(case.flat[..., None, None], identity, basis))
+        return p, Spectrum(values, torch.where(case.flat[..., None, None], identity, frame.basis))
+
+    def curvature(self, v: Tensor, h: Tensor, g: Tensor) -> Tensor:
+        p, root, case = self._solve(v)
+        alpha, beta = self._exponents(v)
+        sign = _sign(case.v)
+        basis, (x, y, w), slope, ray_square, normal_square = _frame(root.x, root.y, root.w, sign, alpha, beta)
+        xx, yy, ss = x * x, y * y, slope * slope
+        free, bent = root.w * normal_square, alpha * beta * root.q * ray_square
+        total = (free + bent) * torch.where(case.scale > 0, case.scale, 1.0)
+        free, bent = free / (free + bent), bent / (free + bent)
+        radial = bent * w * normal_square * ray_square.rsqrt() / total
+        normal = -free * alpha * beta * ray_square * slope * normal_square.rsqrt() / total
+        growth = 3 * (beta * xx - alpha * yy) / ray_square + (beta - alpha)  # of log k, in tau
+        growth = growth - 3 * (beta**3 * xx - alpha**3 * yy + (beta - alpha) * ss) / normal_square
+        geodesic = -sign * free * bent * growth * (ray_square * normal_square).sqrt() / total
+        flat = case.inside | case.polar | case.flat
+        parts = (torch.where(flat, 0.0, part).unsqueeze(-1) for part in (radial, normal, geodesic))
+        return rotate(basis, bend(rotate(basis.mT, h), rotate(basis.mT, g), *parts)) + (p - p)
+
+    def smooth(self, v: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor, Spectrum]:
+        safe, blot = finite_rows(v)
+        scale, sign = unit_scale(safe, kappa), torch.ones_like(v)
+        sign[..., 2] = _sign(safe)
+        unit = safe * sign / scale
+        now = minimise(_Inside.near(unit, self.project(unit), *self._exponents(v)), unit)
+        values, basis = rest_of(now)
+        p, r = (x * sign * scale + blot for x in (now.point, now.polar))
+        return p, r, Spectrum(values, basis * sign.unsqueeze(-1))
 
     def margin(self, v: Tensor, p: Tensor) -> Tensor:
         case, _ = self._case(v)
@@ -220,7 +257,9 @@ def _root(x: Tensor, y: Tensor, height: Tensor, alpha: Tensor, beta: Tensor, wan
         least, most = torch.where(value > 0, d, least), torch.where(value > 0, most, d)
         step = -value / slope
         new = torch.where(bounded, d + d * step, d * torch.exp(step.clamp(-400, 400)))
-        done = (step.abs() <= 1e-8) | (value.abs() <= settled)
+        noise = value.abs() <= settled
+        new = torch.where(noise & ~(step.abs() <= 1e-3), d, new)  # next to a finite end the slope vanishes with d
+        done = (step.abs() <= 1e-8) | noise
         trusted = ((new > least) & (new < most)) | done
         d = torch.where(idle, d, torch.where(trusted, new, torch.sqrt(least) * torch.sqrt(most)))
         idle = idle | done | (d <= floor)
@@ -229,6 +268,81 @@ def _root(x: Tensor, y: Tensor, height: Tensor, alpha: Tensor, beta: Tensor, wan
     p_x, p_y, _ = surface(d)
     rest = height - d
     return _Root(p_x, p_y, torch.where(from_top, rest, d), torch.where(from_top, d, rest))
+
+
+class _Inside(Interior):
+    """(x, y, z) by its distances down and up, w - z and w + z, from the surface w = x^alpha y^beta.
+
+    f = -log(w - z) - log(w + z) - beta log x - alpha log y. g = (alpha w/x, beta w/y, -1) is the gradient of w - z, along -M of
+    the surface's point, and -alpha beta w h h' the second derivative of w, h = (1/x, -1/y, 0): f'' is a sum of squares.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, z: Tensor, down: Tensor, alpha: Tensor, beta: Tensor) -> None:
+        self.x, self.y, self.z, self.alpha, self.beta = x, y, z, alpha, beta
+        self.w = w = _surface(x, y, alpha, beta)
+        near = down < 0.5 * w  # the one of z and w - z that is not small is taken from the other
+        self.z, self.down = torch.where(near, w - down, z), torch.where(near, down, w - z)
+        up = w + self.z
+        one, zero = torch.ones_like(w), torch.zeros_like(w)
+        frame = _frame(x, y, w, one, alpha, beta)
+        ray, normal, across = frame.basis.movedim(-2, 0).unbind(-1)  # (3, *batch) each
+        self.slope = -frame.normal_square.sqrt() / frame.slope  # g along M
+        self.bend = (
+            normal[0] / x - normal[1] / y,
+            (frame.ray_square / frame.normal_square).sqrt() / w,
+        )  # h, along M and across
+        both = w * (1 / self.down + 1 / up)
+        root = (alpha * beta * both).sqrt()
+        columns = (normal, across, ray)
+        factor = [
+            (self.slope / self.down, zero, zero),
+            (root * self.bend[0], root * self.bend[1], zero),
+            tuple((alpha * w / x * e[0] + beta * w / y * e[1] + e[2]) / up for e in columns),
+            tuple(beta.sqrt() * e[0] / x for e in columns),
+            tuple(alpha.sqrt() * e[1] / y for e in columns),
+        ]
+        self.factor = torch.stack([torch.stack(row, -1) for row in factor], -2)
+        self.frame = torch.stack(columns, -1).movedim(0, -2)
+        self.point = torch.stack((x, y, self.z), -1)
+        self.polar = torch.stack(
+            ((alpha * both + beta) / x, (beta * both + alpha) / y, -2 * self.z / self.down / up), -1
+        )
+
+    @classmethod
+    def near(cls, v: Tensor, p: Tensor, alpha: Tensor, beta: Tensor) -> _Inside:
+        """Near p = Pi(v): x and y are raised by about what they gain, and w - z is about the best for them."""
+        raised = p[..., :2].clamp(min=0) + 1 / (1 + (p - v).norm(dim=-1, keepdim=True))
+        x, y = raised.unbind(-1)
+        w = _surface(x, y, alpha, beta)
+        down = torch.minimum(split(w - v[..., 2], torch.ones_like(w))[0], w)
+        return cls(x, y, w - down, down, alpha, beta)
+
+    def moved(self, c: Tensor) -> _Inside:
+        step_x, step_y, step_z = rotate(self.frame, c).unbind(-1)
+        x, y, beta = self.x + step_x, self.y + step_y, self.beta
+        turn = -(self.bend[0] * c[..., 0] + self.bend[1] * c[..., 1]) * self.x / x  # of y/x, relative
+        series = beta * (beta - 1) / 2 * turn**2 * (1 + (beta - 2) / 3 * turn * (1 + (beta - 3) / 4 * turn))
+        excess = torch.where(turn.abs() < 1e-3, series, torch.expm1(beta * torch.log1p(turn)) - beta * turn)
+        down = self.down + self.slope * c[..., 0] + self.w * x / self.x * excess
+        return _Inside(x, y, self.z + step_z, down, self.alpha, beta)
+
+
+def _surface(x: Tensor, y: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+    return torch.exp(alpha * torch.log(x) + beta * torch.log(y))
+
+
+def _frame(x: Tensor, y: Tensor, w: Tensor, sign: Tensor, alpha: Tensor, beta: Tensor) -> _Frame:
+    large, slope = torch.maximum(x, y), torch.minimum(x, y) / w
+    x, y, w = x / large, y / large, w / large
+    ray, normal = torch.stack((x, y, sign * w), -1), torch.stack((-alpha * y, -beta * x, sign * slope), -1)
+    ray_square, normal_square = ray.square().sum(-1), normal.square().sum(-1)
+    ray, normal = ray * ray_square.rsqrt().unsqueeze(-1), normal * normal_square.rsqrt().unsqueeze(-1)
+    basis = torch.stack((ray, normal, torch.linalg.cross(ray, normal)), -1)
+    return _Frame(basis, (x, y, w), slope, ray_square, normal_square)
+
+
+def _sign(v: Tensor) -> Tensor:
+    return torch.where(v[..., 2] < 0, -1.0, 1.0)
 
 
 def _point(root: _Root, sign: Tensor) -> Tensor:

@@ -38,6 +38,10 @@ class _Group(NamedTuple):
         """The rows of this group, (*batch, m) -> (*batch, count, size)."""
         return _rows_of(x, self.rows, -1).unflatten(-1, (self.copies, -1))
 
+    def shaped(self, device: torch.device) -> slice | Tensor:
+        """Where its rows are, block by block: a slice, or (count, size)."""
+        return self.rows if isinstance(self.rows, slice) else self.rows.to(device).unflatten(0, (self.copies, -1))
+
 
 class ProductSpectrum:
     """The derivative of a product's projection, D = U diag(values) U', with U orthogonal and block diagonal.
@@ -154,11 +158,35 @@ class Product:
             slack.append(p.flatten(-2))
             values.append(spectrum.values.flatten(-2))
             if spectrum.basis is not None:
-                rows = group.rows
-                shaped = rows if isinstance(rows, slice) else rows.to(v.device).unflatten(0, (group.copies, -1))
-                bases.append((shaped, spectrum.basis))
+                bases.append((group.shaped(v.device), spectrum.basis))
         s = self._assemble(v, slack)
         return v + s, s, ProductSpectrum(1 - self._assemble(v, values), bases)
+
+    def smooth_dual(self, v: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor, ProductSpectrum]:
+        """The smoothed `linearise_dual`: y inside K*, s inside K with y - s = v and y = -kappa grad f(s), and dy/dv.
+
+        In a symmetric cone s o y = kappa e; rows of the zero cone, which has no inside, keep s = 0 and y = v.
+        kappa (*batch,) or (), positive.
+        """
+        mirrored, kappa = -v, kappa.unsqueeze(-1)
+        slack, dual, values = [], [], []
+        bases: list[tuple[slice | Tensor, Tensor]] = []
+        for group in self._groups:
+            p, r, spectrum = group.cone.smooth(group.take(mirrored), kappa)
+            slack.append(p.flatten(-2))
+            dual.append(r.flatten(-2))
+            values.append(spectrum.values.flatten(-2))
+            if spectrum.basis is not None:
+                bases.append((group.shaped(v.device), spectrum.basis))
+        y, s, d = (self._assemble(v, parts) for parts in (dual, slack, values))
+        return y, s, ProductSpectrum(d, bases)
+
+    def curvature_dual(self, v: Tensor, h: Tensor, g: Tensor) -> Tensor:
+        """Pi_K*''(v)[h, g] = Pi_K''(-v)[h, g], (*batch, m)."""
+        mirrored, parts = -v, []
+        for group in self._groups:
+            parts.append(group.cone.curvature(group.take(mirrored), group.take(h), group.take(g)).flatten(-2))
+        return self._assemble(v, parts)
 
     def margin(self, v: Tensor, s: Tensor) -> Tensor:
         """The least margin of the blocks at -v, the distance to the nearest kink of Pi_K*, (*batch,). s = Pi_K(-v)."""

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from convlayer.cones.cone import Cone, Spectrum, finite_rows, lift, spectral_weight
+from convlayer.cones.cone import Cone, Spectrum, finite_rows, lift, spectral_weight, split
 
 
 def svec(matrix: Tensor) -> Tensor:
@@ -35,6 +35,9 @@ class Psd(Cone):
 
     Solution:    X = Q diag(l) Q'  ->  Q diag(max(l, 0)) Q'.
     Derivative:  H -> Q (W o (Q' H Q)) Q',  W_ij = 1/2 (1 + (l_i + l_j)/(|l_i| + |l_j|)); the basis is H -> Q H Q'.
+    Curvature:   differentiating p r + r p = 0 twice, p - r = v:  (|v| K + K |v|)/2 = -(H- o G+ + H+ o G-) in Q's
+                 coordinates, H+ = W o H and H- = H+ - H, and A o B = (AB + BA)/2.
+    Smoothed:    P and R of the eigenvalues p_i - r_i = l_i with p_i r_i = kappa; W becomes (p_i + p_j)/(p_i + p_j + r_i + r_j).
     Cost:        one eigendecomposition (closed for n <= 2), and (n (n + 1)/2)^2 entries of basis.
     At a kink:   l_i = 0; an eigenvalue in [-tolerance, 0) counts as positive, and W = 1 where l_i = l_j = 0.
     """
@@ -65,10 +68,34 @@ class Psd(Cone):
         layout = _layout(self.n, v.dtype, v.device)
         lifted = lift(eigenvalues, tolerance)
         values = spectral_weight(lifted[..., layout.row], lifted[..., layout.column])
-        rows, columns = q[..., layout.row, :], q[..., layout.column, :]  # entry (k, l) of q_i q_j' is Q_ki Q_lj
-        basis = rows[..., layout.row] * columns[..., layout.column]
-        basis.addcmul_(rows[..., layout.column], columns[..., layout.row]).mul_(layout.pair)
-        return p, Spectrum(values, basis)
+        return p, Spectrum(values, _basis(q, layout))
+
+    def curvature(self, v: Tensor, h: Tensor, g: Tensor) -> Tensor:
+        if self.n == 1:
+            return (v - v) * h * g
+        safe, blot = finite_rows(v)
+        eigenvalues, q = _eigh(smat(safe))
+        # W, 1 - W and 1/(|l_i| + |l_j|) from parts of one sign, which keeps the small ones.
+        above, below = eigenvalues.clamp(min=0), (-eigenvalues).clamp(min=0)
+        total = _sums(above + below)
+        inverse = torch.where(total > 0, 1 / total, 0.0)
+        weight, rest = _sums(above) * inverse, _sums(below) * inverse
+        h, g = q.mT @ smat(h) @ q, q.mT @ smat(g) @ q
+        half = (rest * h) @ (weight * g) + (rest * g) @ (weight * h)
+        return svec(q @ ((half + half.mT) * inverse) @ q.mT) + blot
+
+    def smooth(self, v: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor, Spectrum]:
+        if self.n == 1:
+            p, r = split(v, kappa.unsqueeze(-1))
+            return p, r, Spectrum(r / (p + r), None)
+        safe, blot = finite_rows(v)
+        eigenvalues, q = _eigh(smat(safe))
+        p, r = split(eigenvalues, kappa.unsqueeze(-1))
+        layout = _layout(self.n, v.dtype, v.device)
+        row, column = layout.row, layout.column
+        below = r[..., row] + r[..., column]
+        spectrum = Spectrum(below / (p[..., row] + p[..., column] + below), _basis(q, layout))
+        return _matrix(p, q) + blot, _matrix(r, q) + blot, spectrum
 
     def margin(self, v: Tensor, p: Tensor) -> Tensor:
         safe, blot = finite_rows(v)
@@ -79,8 +106,17 @@ class Psd(Cone):
         return self.n
 
     def _truncate(self, v: Tensor, eigenvalues: Tensor, q: Tensor) -> Tensor:
-        p = svec((q * eigenvalues.clamp(min=0).unsqueeze(-2)) @ q.mT)
+        p = _matrix(eigenvalues.clamp(min=0), q)
         return torch.where(eigenvalues.amin(-1, keepdim=True) >= 0, v, p)
+
+
+def _matrix(eigenvalues: Tensor, q: Tensor) -> Tensor:
+    return svec((q * eigenvalues.unsqueeze(-2)) @ q.mT)
+
+
+def _sums(x: Tensor) -> Tensor:
+    """x_i + x_j"""
+    return x.unsqueeze(-1) + x.unsqueeze(-2)
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,6 +140,13 @@ class _Layout:
     place: Tensor  # (n * n,), which coordinate an entry of the flat matrix reads
     scale: Tensor  # (k,), 1 on the diagonal, sqrt 2 off it
     pair: Tensor  # (k, k), scale_i scale_j / 2
+
+
+def _basis(q: Tensor, layout: _Layout) -> Tensor:
+    """H -> Q H Q' in coordinates: entry (k, l) of q_i q_j' is Q_ki Q_lj."""
+    rows, columns = q[..., layout.row, :], q[..., layout.column, :]
+    basis = rows[..., layout.row] * columns[..., layout.column]
+    return basis.addcmul_(rows[..., layout.column], columns[..., layout.row]).mul_(layout.pair)
 
 
 @lru_cache(maxsize=64)

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from convlayer.cones.cone import Cone, Spectrum, lift, spectral_weight
+from convlayer.cones.cone import Cone, Spectrum, bend, lift, rotate, spectral_weight, split
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,9 @@ class SecondOrder(Cone):
     Solution:    v if l2 >= 0, else max(l1, 0)/2 (1, u).
     Derivative:  1[l1 > 0], 1[l2 > 0] along these two, and 1/2 (1 + (l1 + l2)/(|l1| + |l2|)) on the complement of u,
                  whose basis are the other columns of the Householder reflection that takes u to an axis.
+    Curvature:   between the two, `bend` with c = l1/(l1 - l2), |p| = l1/sqrt 2 and |v - p| = -l2/sqrt 2.
+    Smoothed:    p and r of the eigenvalues p_i - r_i = l_i with p_i r_i = kappa; on the complement of u the derivative is
+                 (p1 + p2)/(p1 + p2 + r1 + r2).
     At a kink:   l1 = 0 or l2 = 0; an eigenvalue in [-sqrt 2 tolerance, 0) counts as positive.
     """
 
@@ -48,6 +51,28 @@ class SecondOrder(Cone):
         values[..., 2:] = spectral_weight(eigenvalues[..., :1], eigenvalues[..., 1:])
         return p, Spectrum(values, self._basis(u))
 
+    def curvature(self, v: Tensor, h: Tensor, g: Tensor) -> Tensor:
+        if self.size <= 2:
+            return (v - v) * h * g
+        p, eigenvalues, u = self._split(v)
+        first, second = eigenvalues[..., :1], eigenvalues[..., 1:]
+        curved = (first > 0) & (second < 0)
+        gap = torch.where(curved, first - second, 1.0)
+        radial, inward = (torch.where(curved, part / gap / gap * sqrt(2), 0.0) for part in (-second, first))
+        basis = self._basis(u)
+        return rotate(basis, bend(rotate(basis.mT, h), rotate(basis.mT, g), radial, inward)) + (p - p)
+
+    def smooth(self, v: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor, Spectrum]:
+        kappa = kappa.unsqueeze(-1)
+        if self.size == 1:
+            p, r = split(v, kappa)
+            return p, r, Spectrum(r / (p + r), None)
+        _, eigenvalues, u = self._split(v)
+        p, r = split(eigenvalues, kappa)
+        across = r.sum(-1, keepdim=True) / (p + r).sum(-1, keepdim=True)
+        values = torch.cat((r / (p + r), across.expand(*across.shape[:-1], self.size - 2)), -1)
+        return self._join(p, u), self._join(r, u), Spectrum(values, self._basis(u))
+
     def margin(self, v: Tensor, p: Tensor) -> Tensor:
         if self.size == 1:
             return v[..., 0].abs()
@@ -64,6 +89,11 @@ class SecondOrder(Cone):
         half = eigenvalues[..., :1].clamp(min=0) * 0.5
         p = torch.where(eigenvalues[..., 1:] >= 0, v, torch.cat((half, half * u), -1))
         return p, eigenvalues, u
+
+    def _join(self, eigenvalues: Tensor, u: Tensor) -> Tensor:
+        """The vector of the eigenvalues (l1, l2) along (1, u)/sqrt 2 and (1, -u)/sqrt 2."""
+        first, second = eigenvalues[..., :1], eigenvalues[..., 1:]
+        return torch.cat((first + second, (first - second) * u), -1) * 0.5
 
     def _basis(self, u: Tensor) -> Tensor:
         """Columns (1, u)/sqrt 2, (1, -u)/sqrt 2, (0, h_j), h_j = e_j - u_j w/(1 + |u_1|), w = u + sign(u_1) e_1."""

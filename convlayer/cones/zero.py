@@ -17,7 +17,7 @@ class Zero(Cone):
     """K = {0}, any number of rows in one block.
 
     Solution:    Pi(v) = 0.
-    Derivative:  0; no kink.
+    Derivative:  0; no kink, no curvature.
     """
 
     size: int
@@ -28,6 +28,12 @@ class Zero(Cone):
 
     def linearise(self, v: Tensor, tolerance: float = 0.0) -> tuple[Tensor, Spectrum]:
         return v - v, Spectrum(torch.zeros_like(v), None)
+
+    def curvature(self, v: Tensor, h: Tensor, g: Tensor) -> Tensor:
+        return (v - v) * h * g
+
+    def smooth(self, v: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor, Spectrum]:
+        return v - v, -v, Spectrum(torch.ones_like(v), None)
 
     def margin(self, v: Tensor, p: Tensor) -> Tensor:
         return v.new_full(v.shape[:-1], torch.inf)

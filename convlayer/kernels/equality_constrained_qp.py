@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -47,15 +47,17 @@ def equality_constrained_qp(
                  the null-space method by orthogonal factors of the equilibrated K. All corrected with residuals of K.
                  `residual` is that of K in the units of its equilibrated rows and columns, relative to their terms.
     At a kink:   a singular K is flagged as degenerate: a change of rank is a discontinuity.
+    Second derivative: by two steps of the chord method from the solution with the factor above; at constant rank likewise.
     Source:      Nocedal and Wright (2006), chapter 16; Golub and Pereyra (1973) for the derivative at constant rank.
     """
     with torch.no_grad():
         solved = _solve(_Problem.of(P, q, A, b))
     if torch.is_grad_enabled() and any(t.requires_grad for t in (P, q, A, b)):
         x, nu = _Differentiable.apply(solved, P, q, A, b)
+        local = partial(_again, solved.factor, solved.failed, x, nu)
     else:
-        x, nu = solved.x.to(P.dtype), solved.nu.to(P.dtype)
-    return Answer((x, nu), solved.status, None, solved.residual, solved.degenerate, solved.definite)
+        x, nu, local = solved.x.to(P.dtype), solved.nu.to(P.dtype), None
+    return Answer((x, nu), solved.status, None, solved.residual, solved.degenerate, solved.definite, local)
 
 
 class _Differentiable(torch.autograd.Function):
@@ -112,7 +114,7 @@ class _Problem:
         """right - K z."""
         x = right.x - _mm(z.x, self.P)
         if not self.A.shape[1]:
-            return _Pair(x, z.nu)
+            return _Pair(x, right.nu)
         return _Pair(x - _mm(z.nu, self.A), right.nu - _mm(z.x, self.A.mT))
 
     def take(self, index: Tensor) -> _Problem:
@@ -160,9 +162,14 @@ class _Factor:
         """K^-1 right, or K^+ right."""
         z = self.substitute(problem.A, right)
         for _ in range(self.corrections):
-            step = self.substitute(problem.A, problem.residual(right, z))
-            z = _Pair(z.x + step.x, z.nu + step.nu)
+            z = _sum(z, self.substitute(problem.A, problem.residual(right, z)))
         return z if self.exact is None else self.exact.solve_into(z, problem, right)
+
+    def take(self, index: Tensor) -> _Factor:
+        """That of some rows of the batch, none of which has a K^+ of its own."""
+        L = self.L if len(self.L) == 1 else self.L[index]
+        R = None if self.R is None else self.R[index]
+        return _Factor(L, self.Y[index], self.M[index], R, self.units[index], self.corrections)
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,12 +182,19 @@ class _PseudoInverse:
 
     def solve_into(self, z: _Pair, problem: _Problem, right: _Pair) -> _Pair:
         """z, with K^+ right in these rows."""
-        right, part = _Pair(right.x[self.index], right.nu[self.index]), problem.take(self.index)
+        exact = self.solve(problem.take(self.index), _Pair(right.x[self.index], right.nu[self.index]))
+        return _Pair(z.x.index_copy(0, self.index, exact.x), z.nu.index_copy(0, self.index, exact.nu))
+
+    def solve(self, problem: _Problem, right: _Pair) -> _Pair:
+        """K^+ right, for the problem of these rows."""
         exact = _times(right, self.inverse)
         for _ in range(2):
-            step = _times(part.residual(right, exact), self.inverse)
-            exact = _Pair(exact.x + step.x, exact.nu + step.nu)
-        return _Pair(z.x.index_copy(0, self.index, exact.x), z.nu.index_copy(0, self.index, exact.nu))
+            exact = _sum(exact, _times(problem.residual(right, exact), self.inverse))
+        return exact
+
+
+def _sum(z: _Pair, step: _Pair) -> _Pair:
+    return _Pair(z.x + step.x, z.nu + step.nu)
 
 
 def _times(z: _Pair, matrix: Tensor) -> _Pair:
@@ -405,3 +419,66 @@ def _add(bar: Tensor, index: Tensor, part: Tensor) -> Tensor:
 def _of_batch(given: Tensor, rows: Tensor, batch: int) -> Tensor:
     rows = rows.reshape(batch, rows.shape[2])
     return rows.sum(0, keepdim=True) if len(given) == 1 else rows
+
+
+def _again(
+    factor: _Factor,
+    failed: Tensor | None,
+    x: Tensor,  # (B, n), the solution
+    nu: Tensor,  # (B, p)
+    P: Tensor,
+    q: Tensor,
+    A: Tensor,
+    b: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The solution as a function of the data in plain torch operations: exact to second order."""
+    problem, count, exact = _Problem.of(P, q, A, b), len(factor.units), factor.exact
+    # what the matrices share may have been expanded since they were factored
+    shared = count if count == 1 else None
+    here = _Problem.of(P.detach()[:shared], q.detach(), A.detach()[:shared], b.detach())
+    z = _Pair(*(_rows(t.detach(), problem.factors, problem.batch) for t in (x, nu)))
+    if exact is None:
+        z = _regular(problem, here, factor, z)
+    elif count == 1:
+        z = _of_minimum_norm(problem, here, exact, z)
+    else:
+        # Apart, so that no matrix without a factor comes near a derivative.
+        hard = exact.index
+        easy = torch.ones(count, dtype=torch.bool, device=x.device).index_fill_(0, hard, False).nonzero().flatten()
+        first = _Pair(z.x[easy], z.nu[easy])
+        first = _regular(problem.take(easy), here.take(easy), factor.take(easy), first)
+        last = _of_minimum_norm(problem.take(hard), here.take(hard), exact, _Pair(z.x[hard], z.nu[hard]))
+        order = torch.cat((easy, hard)).argsort()
+        z = _Pair(*(torch.cat(parts).index_select(0, order) for parts in zip(first, last, strict=True)))
+    x, nu = (t.reshape(problem.batch, t.shape[2]).to(P.dtype) for t in z)
+    if failed is not None:
+        rows = failed.reshape(-1, 1)
+        x, nu = x.masked_fill(rows, 0.0), nu.masked_fill(rows, 0.0)
+    return x, nu
+
+
+def _laid(z: _Pair, factors: int) -> _Pair:
+    """Rows of the whole batch as those of so many matrices."""
+    return _Pair(*(t if len(t) == factors else t.reshape(factors, -1, t.shape[2]) for t in z))
+
+
+def _regular(problem: _Problem, here: _Problem, factor: _Factor, z: _Pair) -> _Pair:
+    """z by chord steps on K z = (-q, b) with the factor of K, here."""
+    for _ in range(2):
+        gap = problem.residual(problem.right, z)
+        z = _sum(z, _laid(factor.solve(here, _laid(gap, len(factor.units))), len(gap.x)))
+    return z
+
+
+def _of_minimum_norm(problem: _Problem, here: _Problem, exact: _PseudoInverse, z: _Pair) -> _Pair:
+    """z by chord steps with K^+ on K z = (-q, b); the part of z that this leaves free, on z = K y, y in the range of K^+."""
+
+    def solve(right: _Pair) -> _Pair:
+        return _laid(exact.solve(here, _laid(right, len(exact.inverse))), len(right.x))
+
+    projector, y = exact.null @ exact.null.mT, solve(z)
+    for _ in range(2):
+        beyond = _times(problem.residual(z, y), -projector)
+        z = _sum(_sum(z, solve(problem.residual(problem.right, z))), beyond)
+        y = _sum(y, solve(problem.residual(z, y)))
+    return z

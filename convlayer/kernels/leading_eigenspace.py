@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ def leading_eigenspace(
     Derivative:  only pairs that straddle the cut count: X_bar = sum_{i <= k < j} (u_j'Gu_i) / (l_i - l_j)
                  (u_i u_j' + u_j u_i') with G the symmetrised cotangent of Z; that of l_k adds u_k u_k',
                  averaged over the eigenvalues equal to l_k.
+    Second derivative: exact; NaN for Z in rows with a tie at the cut, for l_k where it is repeated.
     Shapes:      X (B, n, n)  ->  Z (B, n, n), l_k (B,).
     Cost:        one eigendecomposition, about 9 n^3 flops, and 2 n^2 k; backward 2 n^2 (5 k) flops.
     At a kink:   l_k - l_{k+1} <= 8 eps n |X|: a face solves. Z is its point of least norm, the projector above the
@@ -40,8 +42,10 @@ def leading_eigenspace(
     n = X.shape[-1]
     if not 1 <= k <= n:
         raise ValueError(f"The number of eigenvectors is k = {k}; expected 1 <= k <= {n} for a {n} x {n} matrix.")
-    Z, eigenvalue, tied = _Eigenspace.apply(X, k, largest)
-    return Answer((Z, eigenvalue), degenerate=tied)
+    kept: list[Any] = []
+    Z, eigenvalue, tied = _Eigenspace.apply(X, k, largest, kept)
+    local = partial(_perturbed, k, largest, Z, eigenvalue, tied, *kept) if Z.requires_grad else None
+    return Answer((Z, eigenvalue), degenerate=tied, local=local)
 
 
 def eigenvector(
@@ -59,16 +63,64 @@ def eigenvector(
     return column / diagonal.gather(-1, j).sqrt()
 
 
+def _perturbed(
+    k: int,
+    largest: bool,
+    Z: Tensor,
+    eigenvalue: Tensor,
+    tied: Tensor | None,
+    l: Tensor,
+    U: Tensor,
+    weight: Tensor | None,
+    X: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The outputs Z, l_k in differentiable operations: perturbation theory to second order in what moves X.
+
+    With E = U' dX U the block moves to the span of U_a + U_b Y, L_b Y - Y L_a + E_ba + E_bb Y - Y E_aa = Y E_ab Y, which
+    two steps by the gaps solve: Y E_ab Y is of third order. In the basis U its projector is [I; Y] (I + Y'Y)^-1 [I, Y'].
+    """
+    block, rest, cut = _sides(X.shape[-1], k, largest)
+    half = 0.5 * X
+    dX = half + half.mT
+    dX = dX - dX.detach()  # zero, with the derivative of X: no rounding reaches the solution
+    Ua, Ub = U[..., block], U[..., rest]
+    inverse = 1 / (l[:, None, block] - l[:, rest, None])
+    if tied is not None:
+        inverse = inverse.masked_fill(tied[:, None, None], 0)
+    Y = inverse * (Ub.mT @ (dX @ Ua))
+    Y = Y + inverse * (Ub.mT @ (dX @ (Ub @ Y)) - Y @ (Ua.mT @ (dX @ Ua)))
+    V = Ub @ Y
+    Z = Z.detach() + V @ Ua.mT + Ua @ V.mT + V @ V.mT - Ua @ (V.mT @ V) @ Ua.mT
+    if tied is not None and weight is not None:  # the untied pairs of these rows, to first order
+        step, gap = (a.unsqueeze(-2) - a.unsqueeze(-1) for a in (weight, l))
+        slope = torch.where((step == 0) | ~tied[:, None, None], 0, step / gap)
+        Z = Z + U @ (slope * (U.mT @ dX @ U)) @ U.mT + _bent(dX, tied)[:, None, None]
+    l_k = l[:, cut, None]
+    equal = (l - l_k).abs() <= _tie(l).unsqueeze(-1)
+    count = equal.sum(-1, keepdim=True, dtype=l.dtype)
+    mean = (U * (equal / count).unsqueeze(-2)) @ U.mT
+    coupling = torch.where(equal, 0, 1 / (l_k - l))
+    toward = (U.mT @ (dX @ U[..., cut, None])).squeeze(-1)
+    eigenvalue = eigenvalue.detach() + (mean * dX).sum((-2, -1)) + (coupling * toward.square()).sum(-1)
+    repeated = count.squeeze(-1) > 1
+    if repeated.any():
+        eigenvalue = eigenvalue + _bent(dX, repeated)
+    return Z, eigenvalue
+
+
+def _bent(zero: Tensor, rows: Tensor) -> Tensor:
+    """Zero, with a first derivative of zero; the second, by the `zero` given, is NaN in these rows and zero in the others."""
+    return 0 * torch.where(rows[:, None, None], zero, 1).pow(1.5).sum((-2, -1))
+
+
 class _Eigenspace(Function):
     @staticmethod
-    def forward(ctx: Any, X: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(ctx: Any, X: Tensor, k: int, largest: bool, kept: list[Any]) -> tuple[Tensor, Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
         n = X.shape[-1]
         half = 0.5 * X  # halved first: the sum of two huge entries would overflow
         l, U = torch.linalg.eigh(half + half.mT)
-        # l ascends: the block begins at n - k, or ends at k
-        ctx.block, ctx.rest = (slice(n - k, n), slice(0, n - k)) if largest else (slice(0, k), slice(k, n))
-        ctx.cut = n - k if largest else k - 1
+        ctx.block, ctx.rest, ctx.cut = _sides(n, k, largest)
         at_cut = l.select(1, ctx.cut).clone()
         weight = tied = None
         if k == n:
@@ -84,12 +136,15 @@ class _Eigenspace(Function):
                 tied = None
                 Uk = U[..., ctx.block]
                 Z = Uk * Uk.mT if k == 1 else torch.bmm(Uk, Uk.mT)
+        kept += l, U, weight
         ctx.save_for_backward(l, U, weight)
         return Z, at_cut, tied
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, Z_bar: Tensor | None, l_bar: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
+    def backward(
+        ctx: Any, Z_bar: Tensor | None, l_bar: Tensor | None, _: None
+    ) -> tuple[Tensor | None, None, None, None]:
         l, U, weight = ctx.saved_tensors
         # X_bar = left U_a' + U_a left', with a the block, or everything where some row has a tie at the cut
         block, rest = (ctx.block, ctx.rest) if weight is None else (slice(None), slice(None))
@@ -109,9 +164,14 @@ class _Eigenspace(Function):
             by_eigenvalue = Ua * share[:, None, block]
             left = by_eigenvalue if left is None else left.add_(by_eigenvalue)
         if left is None:
-            return torch.zeros_like(U), None, None
+            return torch.zeros_like(U), None, None, None
         X_bar = torch.bmm(left, Ua.mT)
-        return X_bar + X_bar.mT, None, None
+        return X_bar + X_bar.mT, None, None, None
+
+
+def _sides(n: int, k: int, largest: bool) -> tuple[slice, slice, int]:
+    """Where in the ascending l the block is, where the rest, and where l_k: the block begins at n - k, or ends at k."""
+    return (slice(n - k, n), slice(0, n - k), n - k) if largest else (slice(0, k), slice(k, n), k - 1)
 
 
 def _tie(l: Tensor) -> Tensor:

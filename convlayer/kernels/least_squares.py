@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -44,15 +44,17 @@ def least_squares(
                  QR of S, and if S is rank deficient (RANK) its SVD. `residual` is the cosine between S's columns and the
                  residual, in units of b.
     At a kink:   rank below n is flagged as degenerate: a change of rank is a discontinuity.
+    Second derivative: by two steps of the chord method from the solution with the factor above; at constant rank likewise.
     Source:      Bjorck (1996), sections 2.4 and 2.9; Golub and Pereyra (1973) for the derivative at constant rank.
     """
     with torch.no_grad():
         solved = _solve(_Problem.of(A, b, w, ridge))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (A, b, w, ridge)):
         x = _Differentiable.apply(solved, A, b, w, ridge)
+        local = partial(_again, solved.factor, x, solved.y)
     else:
-        x = solved.x.to(A.dtype)
-    return Answer((x,), solved.status, None, solved.residual, solved.degenerate)
+        x, local = solved.x.to(A.dtype), None
+    return Answer((x,), solved.status, None, solved.residual, solved.degenerate, local=local)
 
 
 class _Differentiable(torch.autograd.Function):
@@ -397,3 +399,77 @@ def _sum_to(shared: Tensor, rows: Tensor) -> Tensor:
     """The gradient of values that the right-hand sides share, and the batch where they are one for it."""
     rows = rows.sum(1)
     return rows.sum(0, keepdim=True) if len(shared) == 1 else rows
+
+
+def _again(
+    factor: _Factor,
+    x: Tensor,  # (B, n, k), the solution
+    y: Tensor,  # as in _Solved
+    A: Tensor,
+    b: Tensor,
+    w: Tensor | None,
+    ridge: Tensor | None,
+) -> tuple[Tensor]:
+    """The solution as a function of the data in plain torch operations: exact to second order."""
+    L, orthogonal = factor.L, factor.orthogonal
+    problem, here = _Problem.of(A, b, w, ridge), _Problem.of(*(_fixed(t, len(L)) for t in (A, b, w, ridge)))
+    x, y = _rows(x.detach(), problem.factors), _laid(y, problem.factors)
+    if orthogonal is None:
+        x = _regular(problem, here, factor, x, y)
+    elif len(L) == 1:
+        x = _of_minimum_norm(problem, here, orthogonal, x)
+    else:
+        # Apart, so that no Gram matrix without a factor comes near a derivative.
+        hard = orthogonal.index
+        easy = torch.ones(len(L), dtype=torch.bool, device=L.device).index_fill_(0, hard, False).nonzero().flatten()
+        parts = (
+            _regular(problem.take(easy), here.take(easy), replace(factor, L=L[easy]), x[easy], y[easy]),
+            _of_minimum_norm(problem.take(hard), here.take(hard), orthogonal, x[hard]),
+        )
+        x = torch.cat(parts).index_select(0, torch.cat((easy, hard)).argsort())
+    return (_columns(x, problem.shape).to(A.dtype),)
+
+
+def _fixed(given: Tensor | None, factors: int) -> Tensor | None:
+    """An input as it was when the matrices were factored; what they share may have been expanded since."""
+    return None if given is None else given.detach()[: factors if factors == 1 else None]
+
+
+def _laid(rows: Tensor, factors: int) -> Tensor:
+    """Rows of the whole batch as those of so many matrices."""
+    return rows if len(rows) == factors else rows.reshape(factors, -1, rows.shape[2])
+
+
+def _regular(problem: _Problem, here: _Problem, factor: _Factor, x: Tensor, y: Tensor) -> Tensor:
+    """x by chord steps with the Gram matrix's factor, here: on K x = A'W b, or on K y = b of the dual and x = W A y."""
+    tall, fixed, L = problem.tall, here.tall, factor.L
+
+    def solve(rows: Tensor) -> Tensor:
+        v = _laid(rows, len(L))
+        return _laid(_span(fixed, L, v, _substitute(L, v), factor.corrections)[0], len(rows))
+
+    for _ in range(2):
+        if problem.wide:
+            span = tall.weigh(_mm(y, tall.A.mT))
+            y = y + solve(tall.penalise(problem.b - _mm(span, tall.A), y))
+        else:
+            x = x + solve(_gradient(problem, problem.b - _mm(x, problem.A.mT), x))
+    return tall.weigh(_mm(y, tall.A.mT)) if problem.wide else x
+
+
+def _of_minimum_norm(problem: _Problem, here: _Problem, orthogonal: _Orthogonal, x: Tensor) -> Tensor:
+    """x by chord steps with K^+, K = S'S, on K x = A'W b; the part of x that this leaves free, on x = K y, y in the range of K^+."""
+
+    def solve(rows: Tensor) -> Tensor:
+        return _laid(orthogonal.span(here, _laid(rows, len(orthogonal.Z)))[0], len(rows))
+
+    def beyond(x: Tensor, y: Tensor) -> Tensor:
+        """K y - x."""
+        return -_gradient(problem, -(y @ problem.A.mT), -y) - x
+
+    null, y = orthogonal.null, solve(x)
+    for _ in range(2):
+        step = solve(_gradient(problem, problem.b - x @ problem.A.mT, x))
+        x = x + step if null is None else x + step + beyond(x, y) @ null @ null.mT
+        y = y if null is None else y - solve(beyond(x, y))
+    return x

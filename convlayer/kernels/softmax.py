@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from convlayer.once import once_differentiable
 from convlayer.solution import Status
 
 BLOCK = 262_144  # numbers of a block: fresh memory for a whole array costs more than the arithmetic
+VANISHED = 1000.0  # exp(-VANISHED) is zero in every precision
 
 
 def softmax(
@@ -31,6 +33,7 @@ def softmax(
                  so that theta - tau (1 + log y) - nu = 0.
     Derivative:  with v, w the cotangents of y and nu:  r_bar = p'v - tau w / r,  theta_bar = y o (v - r_bar) / tau,
                  tau_bar = -theta_bar'(1 + log y).
+    Second derivative: exact, of the solution written as an expression; at r = 0 too, of y.
     Shapes:      theta (b, n), tau (b,), r (b,)  ->  y (B, n), nu (B,) if it is wanted.
     Cost:        torch's own softmax forward and two passes for the temperature, two more for nu; eight passes backward.
     At a kink:   r = 0 is the edge of the domain: y = 0, dy/dr = p, nu = +inf without a gradient; flagged.
@@ -39,18 +42,39 @@ def softmax(
     """
     given = [t for t in (tau, r) if t is not None]
     if all(not t.numel() or t.amin().item() > 0 for t in given):
-        return Answer(_outputs(_Softmax.apply(theta, tau, r, multiplier, None, None)))
+        outputs = _outputs(_Softmax.apply(theta, tau, r, multiplier, None, None))
+        return Answer(outputs, local=partial(_expression, multiplier) if outputs[0].requires_grad else None)
     tau, r = (theta.new_ones(1) if t is None else t for t in (tau, r))
     rows = 0 if 0 in (len(theta), len(tau), len(r)) else max(len(theta), len(tau), len(r))
     bad = ((tau <= 0) | (r < 0)).expand(rows)
     edge = (r == 0).expand(rows) & ~bad
     status = torch.where(bad, int(Status.BAD_INPUT), int(Status.SOLVED))
     outputs = _outputs(_Softmax.apply(theta, tau, r, multiplier, bad, edge))
-    return Answer(outputs, status=status, degenerate=edge)
+    local = partial(_expression, multiplier) if outputs[0].requires_grad else None
+    return Answer(outputs, status=status, degenerate=edge, local=local)
 
 
 def _outputs(found: tuple[Tensor, Tensor | None]) -> tuple[Tensor, ...]:
     return tuple(output for output in found if output is not None)
+
+
+def _expression(
+    multiplier: bool, theta: Tensor, tau: Tensor | None = None, r: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """The outputs in differentiable operations. The largest entry is a constant, so that nothing cancels near a vertex."""
+    tau, r = (theta.new_ones(1) if t is None else t for t in (tau, r))
+    bad, empty = (tau <= 0) | (r < 0), r <= 0
+    place = theta.argmax(-1, keepdim=True)
+    top = theta.gather(-1, place)
+    gap = (theta - top).masked_fill(torch.zeros_like(theta, dtype=torch.bool).scatter(-1, place, True), 0)
+    scale = torch.where(tau <= 0, 1, tau).unsqueeze(-1)
+    e = (torch.maximum(gap, -VANISHED * scale) / scale).exp()  # bounded, since 0 * inf would be NaN where e underflows
+    total = e.sum(-1, keepdim=True)
+    y = torch.where(bad, 0, r).unsqueeze(-1) * (e / total)
+    if not multiplier:
+        return (y,)
+    nu = top + scale * (total.log() - torch.where(empty, 1, r).log().unsqueeze(-1) - 1)
+    return y, torch.where(bad, 0, torch.where(empty, torch.inf, nu.squeeze(-1)))
 
 
 class _Softmax(Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ def total_variation(
                  |z_i| <= lam everywhere and z_i = -lam sign(u_{i+1} - u_i) at the knots.
     Derivative:  Pi = the average over each segment, s = the sign of u's step at each knot (0 at the ends):
                  du = Pi dx + dlam (s_right - s_left) / length, the segments being those between the knots.
+    Second derivative: zero, for the solution is linear on its segments; at a kink too, on those between the knots.
     Shapes:      x (B or 1, n), lam (B or 1,)  ->  u (B, n). Everything is computed in float64.
     Cost:        a pass is some fifteen sweeps over (B, n); noise takes 3 to 10 passes, the worst case seen (smooth
                  data, n = 1e6) 16. The backward pass is one sum over segments and two sweeps.
@@ -47,13 +49,33 @@ def total_variation(
     of the tube: the farthest point of every run is a knot. So each pass adds knots of the solution only, one for each
     run, and ends when every chord is inside the tube; rounding alone may add a false one, which has the wrong sign.
     """
-    u, status, iterations, residual, degenerate = _TotalVariation.apply(x, lam)
-    return Answer((u,), status, iterations, residual, degenerate)
+    kept: list[Any] = []
+    u, status, iterations, residual, degenerate = _TotalVariation.apply(x, lam, kept)
+    local = partial(_on_segments, u, *kept) if u.requires_grad else None
+    return Answer((u,), status, iterations, residual, degenerate, local=local)
+
+
+def _on_segments(
+    u: Tensor, ids: Tensor, length: Tensor, step: Tensor, special: Tensor | None, x: Tensor, lam: Tensor
+) -> tuple[Tensor]:
+    """The output u in differentiable operations: what the inputs move it by, on its segments."""
+    moves = (x - x.detach(), (lam - lam.detach()).unsqueeze(1))  # zero, with the derivative of the inputs
+    dx, dlam = torch.broadcast_tensors(*(d.double() for d in moves))
+    flat = ids.view(-1)
+    stacked = dx.reshape(len(dx) // max(1, len(ids)), len(flat))  # a row solved alone may now stand for many
+    sums = dx.new_zeros(len(stacked), len(length)).index_add(1, flat, stacked)
+    du = (sums / length).index_select(1, flat).view_as(dx)
+    if special is not None:
+        du = torch.where(special == 0, dx, du)
+    du = du + dlam * (step / length).index_select(0, flat).view_as(ids)
+    if special is not None:
+        du = torch.where(special < 0, 0, du)
+    return (u.detach() + du.to(u.dtype),)
 
 
 class _TotalVariation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lam: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, lam: Tensor, kept: list[Any]) -> tuple[Tensor, ...]:
         rows, n = 0 if 0 in (len(x), len(lam)) else max(len(x), len(lam)), x.shape[1]
         ctx.shapes, ctx.dtypes = (x.shape[0], lam.shape[0]), (x.dtype, lam.dtype)
         X, lam = x.double().expand(rows, n), lam.double().expand(rows)[:, None]
@@ -67,13 +89,14 @@ class _TotalVariation(torch.autograd.Function):
             bad = lam[:, 0] < 0
             status.masked_fill_(bad, int(Status.BAD_INPUT))
             degenerate &= ~bad
-        ctx.save_for_backward(ids, length, step, lam if ctx.special else None)
+        kept += ids, length, step, lam if ctx.special else None
+        ctx.save_for_backward(*kept)
         ctx.mark_non_differentiable(status, passes, residual, degenerate)
         return u.to(torch.promote_types(*ctx.dtypes)), status, passes, residual, degenerate
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, u_bar: Tensor, *_: Any) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, u_bar: Tensor, *_: Any) -> tuple[Tensor | None, Tensor | None, None]:
         ids, length, step, lam = ctx.saved_tensors
         v = u_bar.double()
         if ctx.special:
@@ -89,7 +112,7 @@ class _TotalVariation(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             lam_bar = (step / length).index_select(0, flat).view(v.shape).mul_(v).sum(1)
             lam_bar = lam_bar.sum_to_size(ctx.shapes[1]).to(ctx.dtypes[1])
-        return x_bar, lam_bar
+        return x_bar, lam_bar, None
 
 
 def _taut_string(x: Tensor, lam: Tensor) -> tuple[Tensor, ...]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import chain
 from typing import Any, ClassVar, NamedTuple
@@ -57,6 +57,10 @@ class Task:
 
     def __len__(self) -> int:
         return len(self.q)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What travels to another process: the program without what follows from it, two thirds of its bytes."""
+        return {**self.__dict__, "program": replace(self.program)}
 
     @property
     def vectors_only(self) -> bool:
@@ -148,6 +152,25 @@ def in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any
     return list(map(alone, items)) if len(items) < 2 else list(default_executor().map(alone, items))
 
 
+def workers_of(executor: Executor) -> int:
+    """How many tasks the executor runs at once; where it does not say, as many as there are cores here."""
+    threads = getattr(getattr(executor, "_client", None), "nthreads", None)  # dask's: its cluster may grow and shrink
+    count = sum(threads().values()) if threads else getattr(executor, "_max_workers", None)
+    return count or os.cpu_count() or 1
+
+
+def _dealt(executor: Executor, solver: Solver, tasks: Sequence[Task]) -> list[list[Iterate]]:
+    """Every task solved by the executor's workers, in order."""
+    try:
+        return list(executor.map(solver.solve, tasks))
+    except BrokenExecutor as error:
+        raise BrokenExecutor(
+            f"A worker of the executor that you gave, a {type(executor).__name__}, died, and it takes no more work; none of the "
+            f"{sum(map(len, tasks))} rows was tried again. Usually the worker ran out of memory or was killed; or, where processes "
+            f'are spawned, the script has no `if __name__ == "__main__":`. Pass a new executor: layer.with_options(executor=...).'
+        ) from error
+
+
 if hasattr(os, "register_at_fork"):
     # A forked child inherits the pool without its threads, and would wait for them for ever.
     os.register_at_fork(after_in_child=default_executor.cache_clear)
@@ -188,7 +211,7 @@ def solve_batch(
         return solver.solve_data(data, tolerance, options)
     batch, host = data.batch, data.host()
     executor = executor or default_executor()
-    workers = getattr(executor, "_max_workers", None) or os.cpu_count() or 1
+    workers = workers_of(executor)
     # A task reuses its solver from row to row; of many rows two tasks a worker, for balance.
     inline = isinstance(executor, ThreadPoolExecutor) and solver.is_brief(data.program, batch)
     pieces = 1 if inline or batch < 4 else min(batch, workers if batch < FEW * workers else 2 * workers)
@@ -207,7 +230,7 @@ def solve_batch(
         )
         for lo, hi in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
     ]
-    results = [solver.solve(tasks[0])] if inline else executor.map(solver.solve, tasks)
+    results = [solver.solve(tasks[0])] if inline else _dealt(executor, solver, tasks)
     iterates = list(chain.from_iterable(results))
     if len(iterates) != batch:
         raise RuntimeError(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from convlayer.affine import NONE, stack
+from convlayer.kernels.answer import answered
 from convlayer.kernels.entropic_optimal_transport import entropic_optimal_transport
 from convlayer.normal_form import NormalForm
 from convlayer.structures.reading import (
@@ -85,10 +86,9 @@ class EntropicOptimalTransport(Structure):
             M = layout.binding(form, cost)
             r, c, eps = rows_binding(form, first), rows_binding(form, second), rows_binding(form, temperature)
 
-            def run(values, like):
-                answer = entropic_optimal_transport(
-                    M(values, like), r(values, like), c(values, like), eps(values, like)[:, 0]
-                )
+            def run(values, like, at=None):
+                inputs = M(values, like), r(values, like), c(values, like), eps(values, like)[:, 0]
+                answer = answered(at, entropic_optimal_transport, *inputs)
                 # Its multipliers are known up to a constant moved from one marginal to the other: those of least norm.
                 return answer.flagged() if duals else answer
 

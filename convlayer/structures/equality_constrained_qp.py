@@ -11,6 +11,7 @@ from scipy.linalg import qr
 from torch import Tensor
 
 from convlayer.affine import NONE, Table, rows_of, stack
+from convlayer.kernels.answer import answered
 from convlayer.kernels.equality_constrained_qp import equality_constrained_qp
 from convlayer.normal_form import NormalForm, Quadratic
 from convlayer.structures.reading import (
@@ -91,13 +92,13 @@ class EqualityConstrainedQP(Structure):
             A = binding(form, (table.size, n), target, linear.parameter, linear.coefficient)
             b = rows_binding(form, replace(offset, coefficient=-offset.coefficient))
 
-            def run(values, like):
+            def run(values, like, at=None):
                 P, q = None, slope(values, like)
                 for term in terms:
                     more, slant = term(values, like)
                     P = more if P is None else P + more
                     q = q if slant is None else q + slant
-                return equality_constrained_qp(P, q, A(values, like), b(values, like))
+                return answered(at, equality_constrained_qp, P, q, A(values, like), b(values, like))
 
             return run
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import cvxpy as cp
 import numpy as np
 import torch
 from torch import Tensor
 
 from convlayer.affine import NONE, Table
+from convlayer.kernels.answer import answered
 from convlayer.kernels.leading_eigenspace import leading_eigenspace
 from convlayer.normal_form import NormalForm
 from convlayer.structures.reading import (
@@ -82,9 +85,11 @@ class LeadingEigenspace(Structure):
             X = layout.binding(form, cost.scaled(-1.0) if leading else cost)
             size = rows_binding(form, unit)
 
-            def run(values, like):
+            kernel = partial(leading_eigenspace, k=k, largest=leading)
+
+            def run(values, like, at=None):
                 matrix = X(values, like)
-                answer = leading_eigenspace(matrix, k, leading)
+                answer = answered(at, kernel, matrix)
                 if plain and not duals:
                     return answer
                 Z, edge = answer.outputs

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from convlayer.affine import NONE, Table, chain, nothing, rows_of, stack
+from convlayer.kernels.answer import answered
 from convlayer.kernels.least_squares import least_squares
 from convlayer.normal_form import NormalForm, Quadratic, Weighted
 from convlayer.structures.reading import binding, no_cones, only, require, rows_binding, words
@@ -74,8 +75,10 @@ class LeastSquares(Structure):
             w = None if level is not None else rows_binding(form, replace(weight.take(weight.row < m), size=m))
             penalty = rows_binding(form, blocks.ridge.scaled(1.0 / (level or 1.0))) if len(blocks.ridge.row) else None
 
-            def run(values, like):
-                return least_squares(
+            def run(values, like, at=None):
+                return answered(
+                    at,
+                    least_squares,
                     A(values, like),
                     b(values, like),
                     # Declared nonnegative, but let pass with a rounding below zero.

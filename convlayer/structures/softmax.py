@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import cvxpy as cp
 import numpy as np
 import torch
 from torch import Tensor
 
+from convlayer.kernels.answer import answered
 from convlayer.kernels.softmax import softmax
 from convlayer.normal_form import NormalForm
 from convlayer.structures.reading import (
@@ -71,12 +74,15 @@ class Softmax(Structure):
             theta = layout.binding(form, scores)
             tau, r = (None if is_one(table) else rows_binding(form, table) for table in (temperature, total.right))
 
-            def run(values, like):
-                return softmax(
+            kernel = partial(softmax, multiplier=duals)
+
+            def run(values, like, at=None):
+                return answered(
+                    at,
+                    kernel,
                     theta(values, like),
                     None if tau is None else tau(values, like)[:, 0],
                     None if r is None else r(values, like)[:, 0],
-                    duals,
                 )
 
             return run

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convlayer.kernels.answer import answered
 from convlayer.kernels.sparsemax import sparsemax
 from convlayer.normal_form import NormalForm
 from convlayer.structures.reading import (
@@ -72,9 +73,9 @@ class Sparsemax(Structure):
             point = over(form, curvature, partial(layout.binding, form), parts.slope.scaled(-1.0))
             h, r = rows_binding(form, curvature), rows_binding(form, total.right)
 
-            def run(values, like):
+            def run(values, like, at=None):
                 y, flat = point(values, like)
-                answer = sparsemax(y, r(values, like)[:, 0]).unsettled(flat)
+                answer = answered(at, sparsemax, y, r(values, like)[:, 0]).unsettled(flat)
                 if not duals:
                     return answer
                 x, tau = answer.outputs

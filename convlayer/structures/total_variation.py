@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from convlayer.affine import NONE, Table
+from convlayer.kernels.answer import answered
 from convlayer.kernels.total_variation import total_variation
 from convlayer.normal_form import NormalForm
 from convlayer.structures.reading import (
@@ -82,9 +83,9 @@ class TotalVariation(Structure):
             point = over(form, curvature, partial(layout.binding, form), parts.slope.scaled(-1.0))
             lam = over(form, curvature, partial(rows_binding, form), step)
 
-            def run(values, like):
+            def run(values, like, at=None):
                 (x, flat), (weight, _) = point(values, like), lam(values, like)
-                return total_variation(x, weight[:, 0]).unsettled(flat)
+                return answered(at, total_variation, x, weight[:, 0]).unsettled(flat)
 
             return run
 

@@ -1,0 +1,113 @@
+"""A layer inside torch.compile: an operator for its solution and one for its adjoint, which the compiler takes whole.
+
+Operators take and return tensors. What the adjoint needs of a solution, its factor, stays here under a number; the number is a
+tensor among the outputs, whose memory, once nothing holds it any more, takes what it stands for with it. Should the compiler have
+kept a copy of the number alone, the adjoint solves again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convlayer.derivative import Local
+
+
+class Layer(Protocol):
+    """What the operators ask of a layer."""
+
+    def evaluate(self, thetas: Sequence[Tensor], ids: Tensor | None, differentiable: bool) -> tuple[list[Tensor], Local]:
+        """The outputs for plain parameters, apart from every graph, and their derivative."""
+
+    def blank(self, thetas: Sequence[Tensor]) -> list[Tensor]:
+        """Outputs of the right shape, dtype and device, without values."""
+
+
+# Inside an operator torch records nothing, whatever its grad mode: there the dispatcher passes autograd by. As it is here it does not.
+_OUTSIDE = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+
+
+def _recording() -> Any:
+    return torch._C._ForceDispatchKeyGuard(*_OUTSIDE)
+
+
+_layers: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+_kept: dict[int, Local] = {}
+_numbers = itertools.count(1)
+
+
+def registered(layer: Layer) -> str:
+    """A name under which the operators find a layer, for as long as it lives."""
+    name = str(next(_numbers))
+    _layers[name] = layer
+    return name
+
+
+def _keep(local: Local) -> Tensor:
+    """A number for what is kept, in memory that drops it when it is freed."""
+    number = next(_numbers)
+    memory = np.array([number])
+    _kept[number] = local
+    weakref.finalize(memory, _kept.pop, number, None).atexit = False
+    return torch.from_numpy(memory)
+
+
+@torch.library.custom_op("convlayer::solve", mutates_args=())
+def _solve(thetas: Sequence[Tensor], ids: Tensor | None, layer: str, differentiable: bool) -> list[Tensor]:
+    with _recording():
+        outputs, local = _layers[layer].evaluate(thetas, ids, differentiable)
+    number = _keep(local) if differentiable else torch.zeros(1, dtype=torch.int64)
+    return [*(output.clone(memory_format=torch.contiguous_format) for output in outputs), number]
+
+
+@_solve.register_fake
+def _(thetas, ids, layer, differentiable):
+    return [*_layers[layer].blank(thetas), torch.empty(1, dtype=torch.int64)]
+
+
+@torch.library.custom_op("convlayer::adjoint", mutates_args=())
+def _adjoint(
+    thetas: Sequence[Tensor], number: Tensor, bars: Sequence[Tensor], needed: Sequence[bool], layer: str
+) -> list[Tensor]:
+    local = _kept.get(int(number))
+    with _recording():
+        if local is None:
+            _, local = _layers[layer].evaluate(thetas, None, True)
+        found = local.cotangent(thetas, bars, needed)
+    return [part.clone(memory_format=torch.contiguous_format) for part in found]
+
+
+@_adjoint.register_fake
+def _(thetas, number, bars, needed, layer):
+    return [
+        torch.empty_like(theta, memory_format=torch.contiguous_format)
+        for theta, need in zip(thetas, needed, strict=True)
+        if need
+    ]
+
+
+def _save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    thetas, _, ctx.layer, _ = inputs
+    ctx.needed = [theta.requires_grad for theta in thetas]
+    ctx.save_for_backward(output[-1], *thetas)
+
+
+def _backward(ctx: Any, bars: Sequence[Tensor]) -> tuple:
+    number, *thetas = ctx.saved_tensors
+    found = iter(_adjoint(thetas, number, list(bars[:-1]), ctx.needed, ctx.layer))
+    return [next(found) if need else None for need in ctx.needed], None, None, None
+
+
+_solve.register_autograd(_backward, setup_context=_save)
+
+
+def outputs(thetas: Sequence[Tensor], ids: Tensor | None, layer: str) -> tuple[Tensor, ...]:
+    """The layer's outputs, as one operator of the graph."""
+    differentiable = torch.is_grad_enabled() and any(theta.requires_grad for theta in thetas)
+    return tuple(torch.ops.convlayer.solve(list(thetas), ids, layer, differentiable)[:-1])

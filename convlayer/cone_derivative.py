@@ -1,0 +1,194 @@
+"""Derivatives of a cone program's solution in its data, to second order, by solves with the factor of the first.
+
+With F(x, v) = 0 the residual map at the solution, a direction `a` of the data moves it by
+
+    J (x_a, v_a) = -(dP x + dA'y + dq ; dA x - db),   y_a = Dv_a,   s_a = y_a - v_a,
+
+and as (x, -y) is the gradient of the optimal value in (q, b), the map (x_bar, y_bar) -> (w, u) of the adjoint is symmetric and is
+this map too. Once more, in a direction b, with k = Pi_K*''(v)[v_a, v_b] the curvature of the cone:
+
+    J (x_ab, v_ab) = -(r + A'k ; t + k),   y_ab = Dv_ab + k,
+    r = dP_a x_b + dP_b x_a + dA_a'y_b + dA_b'y_a,   t = dA_a x_b + dA_b x_a.
+
+The optimal value moves by its Lagrangian's derivative, x'dP x/2 + dq'x + y'(dA x - db) + dd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from convlayer.adjoint import pull_back, pull_back_whole
+from convlayer.canon import Canonical
+from convlayer.derivative import Local, Tensors
+from convlayer.program import DENSE_ENTRIES, Data, Operators
+
+WHOLE_ENTRIES = 16 * DENSE_ENTRIES  # numbers that dense matrices of a whole batch may hold
+
+
+class Term(NamedTuple):
+    """What a cotangent of P and A is made of: dA = -(y w' + u x'), dP = -(w x' + x w')/2."""
+
+    x: Tensor
+    y: Tensor
+    w: Tensor
+    u: Tensor
+
+
+def entries_bar(
+    canonical: Canonical,
+    lengths: Sequence[int],  # rows of each parameter, B or 1
+    wanted: Sequence[int],
+    terms: Sequence[Term],
+    vectors: dict[str, Tensor],  # cotangents of q, b and d, (B, .)
+) -> dict[int, Tensor]:
+    """Cotangents of the data -> those of the entries of the parameters that are wanted, (B or 1, size)."""
+    program, batch = canonical.program, len(terms[0].x)
+    maps, bars = {name: canonical.maps[name] for name in ("P", "A", *vectors)}, dict(vectors)
+    for name in ("P", "A"):
+        if not any(k in canonical.maps[name].back for k in wanted):
+            del maps[name]
+            continue
+        entries = program.n * (program.n if name == "P" else program.m)
+        if 4 * len(canonical.moving[name]) >= entries and batch * entries <= WHOLE_ENTRIES:
+            maps[name] = canonical.dense_maps[name]
+            parts = [pull_back_whole(name, *term) for term in terms]
+        else:
+            moving = torch.from_numpy(canonical.moving[name])
+            parts = [pull_back(name, program, moving, *term) for term in terms]
+        bars[name] = sum(parts[1:], parts[0])
+    found: dict[int, Tensor] = {}
+    for k in wanted:
+        for name, mapping in maps.items():
+            if k in mapping.back:
+                part = mapping.back[k](bars[name] if lengths[k] == batch else bars[name].sum(0, keepdim=True))
+                found[k] = found[k] + part if k in found else part
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Moved:
+    """A direction of the data, and where it moves the solution."""
+
+    operators: Operators  # dP and dA
+    q: Tensor
+    b: Tensor
+    d: Tensor
+    x: Tensor
+    y: Tensor
+    s: Tensor
+
+
+class ConeDerivative(Local):
+    """The solution (x, y, value) as a function of the entries of the parameters, (B or 1, size) each."""
+
+    def __init__(
+        self,
+        canonical: Canonical,
+        data: Data,
+        x: Tensor,
+        s: Tensor,
+        y: Tensor,
+        value: Tensor,
+        adjoint: Callable[
+            [Tensor, Tensor], tuple[Tensor, Tensor]
+        ],  # (x_bar, y_bar) -> (w, u), zero in rows that failed
+    ) -> None:
+        self.canonical, self.operators = canonical, Operators(data)
+        self.x, self.s, self.y, self.value, self._adjoint = x, s, y, value, adjoint
+        self._versions = [part._version for part in (x, s, y)]
+
+    @property
+    def solution(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.x, self.y, self.value
+
+    def adjoint(self, x_bar: Tensor, y_bar: Tensor) -> tuple[Tensor, Tensor]:
+        if [part._version for part in (self.x, self.s, self.y)] != self._versions:
+            raise RuntimeError("An output of the layer was changed in place; its derivative needs it as it was.")
+        return self._adjoint(x_bar, y_bar)
+
+    def cotangent(
+        self, entries: Tensors, bars: Tensors, needed: Sequence[bool], failed: Tensor | None = None
+    ) -> list[Tensor]:
+        """`failed` (B,) rows get NaN."""
+        x_bar, y_bar, value_bar = bars
+        w, u = self.adjoint(x_bar, y_bar)
+        if failed is not None:
+            w[failed], u[failed] = torch.nan, torch.nan
+        v = value_bar.unsqueeze(1)
+        if not bool(value_bar.any()):
+            return self._to_entries(entries, needed, [Term(self.x, self.y, w, u)], {"q": -w, "b": u, "d": v})
+        # The optimal value's derivative is that of the Lagrangian: half of it has the form of an adjoint of its own.
+        vectors = {"q": v * self.x - w, "b": u - v * self.y, "d": v}
+        terms = [Term(self.x, self.y, w - v * self.x / 2, u - v * self.y / 2)]
+        return self._to_entries(entries, needed, terms, vectors)
+
+    def tangent(self, entries: Tensors, a: Tensors) -> list[Tensor]:
+        moved = self._moved(a)
+        value = ((moved.operators.P(self.x) / 2 + moved.q) * self.x).sum(1) + moved.d.squeeze(1)
+        value = value + (self.y * (moved.operators.A(self.x) - moved.b)).sum(1)
+        return [moved.x, moved.y, value]
+
+    def second(self, entries: Tensors, a: Tensors, b: Tensors) -> list[Tensor]:
+        one, two = self._moved(a), self._moved(b)
+        k = self._curvature(one, two.y - two.s)
+        r, t = (
+            sum(parts)
+            for parts in zip(_image(one.operators, two.x, two.y), _image(two.operators, one.x, one.y), strict=True)
+        )
+        x, y = self.adjoint(-(r + self.operators.At(k)), -(t + k))
+        by_x, by_y = self._value_by_point(one)
+        return [x, y + k, (two.x * by_x).sum(1) + (two.y * by_y).sum(1)]
+
+    def mixed(self, entries: Tensors, bars: Tensors, a: Tensors, needed: Sequence[bool]) -> list[Tensor]:
+        x_bar, y_bar, value_bar = bars
+        w, u = self.adjoint(x_bar, y_bar)
+        moved, v = self._moved(a), value_bar.unsqueeze(1)
+        # <bars, D^2[a, b]> = -w'r - u't + (y_bar - Aw - u)'k + value_bar dvalue, for every direction b: first what it has of
+        # x_b and y_b, through whose adjoint it reaches the data, then what it has of dP_b and dA_b.
+        by_v = self._curvature(moved, y_bar - self.operators.A(w) - u)
+        r, t = _image(moved.operators, w, u)
+        r_value, t_value = self._value_by_point(moved)
+        w_next, u_next = self.adjoint(v * r_value - r + self.operators.At(by_v), v * t_value - t + by_v)
+        u_next = u_next - by_v
+        terms = [Term(self.x, self.y, w_next, u_next), Term(moved.x, moved.y, w, u)]
+        vectors = {"q": -w_next, "b": u_next, "d": torch.zeros_like(v)}
+        return self._to_entries(entries, needed, terms, vectors)
+
+    def _moved(self, a: Tensors) -> _Moved:
+        """The data and the solution in a direction of the entries."""
+        change = {name: mapping.linear(a, self.x) for name, mapping in self.canonical.maps.items()}
+        P, q, A, b = (change[name] for name in ("P", "q", "A", "b"))
+        batch = len(self.x)
+        operators = Operators(Data(self.canonical.program, P, q, A, b))
+        r, t = _image(operators, self.x, self.y)
+        r, t = (r + q).expand(batch, -1), (t - b).expand(batch, -1)
+        x, y = self.adjoint(-r, -t)
+        return _Moved(operators, q, b, change["d"], x, y, -t - self.operators.A(x))
+
+    def _curvature(self, moved: _Moved, h: Tensor) -> Tensor:
+        """Pi_K*''(v)[v_a, h]."""
+        if self.canonical.program.is_polyhedral:
+            return torch.zeros_like(h)
+        return self.canonical.program.cones.curvature_dual(self.y - self.s, moved.y - moved.s, h)
+
+    def _value_by_point(self, moved: _Moved) -> tuple[Tensor, Tensor]:
+        """The derivatives of the value's own in x and y."""
+        r, t = _image(moved.operators, self.x, self.y)
+        return r + moved.q, t - moved.b
+
+    def _to_entries(
+        self, entries: Tensors, needed: Sequence[bool], terms: Sequence[Term], vectors: dict[str, Tensor]
+    ) -> list[Tensor]:
+        wanted = [k for k, need in enumerate(needed) if need]
+        found = entries_bar(self.canonical, [len(part) for part in entries], wanted, terms, vectors)
+        return [found[k] if k in found else torch.zeros_like(entries[k]) for k in wanted]
+
+
+def _image(operators: Operators, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """(Px + A'y, Ax)."""
+    return operators.P(x) + operators.At(y), operators.A(x)
