@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -90,25 +91,26 @@ class ConeDerivative(Local):
         self,
         canonical: Canonical,
         data: Data,
-        x: Tensor,
-        s: Tensor,
-        y: Tensor,
-        value: Tensor,
+        solution: tuple[Tensor, Tensor, Tensor],  # (x, y, value)
+        point: tuple[Tensor, Tensor, Tensor],  # (x, s, y) whose derivative is taken for the solution's
         adjoint: Callable[
             [Tensor, Tensor], tuple[Tensor, Tensor]
         ],  # (x_bar, y_bar) -> (w, u), zero in rows that failed
     ) -> None:
-        self.canonical, self.operators = canonical, Operators(data)
-        self.x, self.s, self.y, self.value, self._adjoint = x, s, y, value, adjoint
-        self._versions = [part._version for part in (x, s, y)]
+        self.canonical, self.data, self.solution, self.point, self._adjoint = canonical, data, solution, point, adjoint
+        self.x, self.s, self.y = point
+        self._versions = [part._version for part in (*solution, *point)]
 
-    @property
-    def solution(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.x, self.y, self.value
+    @cached_property
+    def operators(self) -> Operators:
+        return Operators(self.data)
+
+    def check_unchanged(self) -> None:
+        if [part._version for part in (*self.solution, *self.point)] != self._versions:
+            raise RuntimeError("An output of the layer was changed in place; its derivative needs it as it was.")
 
     def adjoint(self, x_bar: Tensor, y_bar: Tensor) -> tuple[Tensor, Tensor]:
-        if [part._version for part in (self.x, self.s, self.y)] != self._versions:
-            raise RuntimeError("An output of the layer was changed in place; its derivative needs it as it was.")
+        self.check_unchanged()
         return self._adjoint(x_bar, y_bar)
 
     def cotangent(
@@ -116,22 +118,29 @@ class ConeDerivative(Local):
     ) -> list[Tensor]:
         """`failed` (B,) rows get NaN."""
         x_bar, y_bar, value_bar = bars
-        w, u = self.adjoint(x_bar, y_bar)
+        term = self.term(x_bar, y_bar)
         if failed is not None:
-            w[failed], u[failed] = torch.nan, torch.nan
-        v = value_bar.unsqueeze(1)
+            term.w[failed], term.u[failed] = torch.nan, torch.nan
+        (x, y, w, u), v = term, value_bar.unsqueeze(1)
         if not bool(value_bar.any()):
-            return self._to_entries(entries, needed, [Term(self.x, self.y, w, u)], {"q": -w, "b": u, "d": v})
+            return self._to_entries(entries, needed, [term], {"q": -w, "b": u, "d": v})
         # The optimal value's derivative is that of the Lagrangian: half of it has the form of an adjoint of its own.
-        vectors = {"q": v * self.x - w, "b": u - v * self.y, "d": v}
-        terms = [Term(self.x, self.y, w - v * self.x / 2, u - v * self.y / 2)]
+        x_value, y_value, _ = self.solution
+        vectors = {"q": v * x_value - w, "b": u - v * y_value, "d": v}
+        if x is x_value:
+            terms = [Term(x, y, w - v * x / 2, u - v * y / 2)]
+        else:
+            terms = [term, Term(x_value, y_value, -v * x_value / 2, -v * y_value / 2)]
         return self._to_entries(entries, needed, terms, vectors)
 
+    def term(self, x_bar: Tensor, y_bar: Tensor) -> Term:
+        """What the cotangents of the data are made of: dq = -w, db = u, and those of P and A."""
+        return Term(self.x, self.y, *self.adjoint(x_bar, y_bar))
+
     def tangent(self, entries: Tensors, a: Tensors) -> list[Tensor]:
-        moved = self._moved(a)
-        value = ((moved.operators.P(self.x) / 2 + moved.q) * self.x).sum(1) + moved.d.squeeze(1)
-        value = value + (self.y * (moved.operators.A(self.x) - moved.b)).sum(1)
-        return [moved.x, moved.y, value]
+        moved, (x, y, _) = self._moved(a), self.solution
+        value = ((moved.operators.P(x) / 2 + moved.q) * x).sum(1) + moved.d.squeeze(1)
+        return [moved.x, moved.y, value + (y * (moved.operators.A(x) - moved.b)).sum(1)]
 
     def second(self, entries: Tensors, a: Tensors, b: Tensors) -> list[Tensor]:
         one, two = self._moved(a), self._moved(b)

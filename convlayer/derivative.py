@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch._functorch import eager_transforms
 from torch.autograd import Function
 
 Tensors = Sequence[Tensor]
@@ -73,7 +74,10 @@ class Recorded(Local):
             return _pulled(self.again(*leaves), _only(leaves, needed), bars)
 
     def tangent(self, thetas: Tensors, a: Tensors) -> list[Tensor]:
-        # D a is the gradient of <D' c, a> in c. torch's own forward mode does not nest inside a dual level of the user's.
+        if forward_ad._current_level < 0 or eager_transforms.JVP_NESTING:
+            at = tuple(theta.detach() for theta in thetas)
+            return self.spoil(torch.func.jvp(lambda *x: tuple(self.again(*x)), at, tuple(a))[1])
+        # torch's forward mode does not nest inside a dual level of the user's. D a is the gradient of <D' c, a> in c, too.
         with torch.enable_grad():
             leaves = _leaves(thetas)
             outputs = self.again(*leaves)

@@ -75,9 +75,9 @@ def recognise(
     *,
     gp: bool,
     structure: str,
-    solver_given: bool,
+    reason: str | None,
 ) -> Recognition:
-    """Ask every structure. ProblemError: the structure asked for does not apply."""
+    """Ask every structure; with a `reason` the cone program is taken all the same. ProblemError: the structure asked for does not apply."""
     if structure in ("generic", "cone_program"):
         return Recognition(None, [], None, None, "as you asked")
     form = None if gp else normal_form(problem, parameters)
@@ -89,8 +89,8 @@ def recognise(
             raise ProblemError(f"structure={structure!r} does not apply: {finding.reason}.")
         return Recognition(form, findings, finding, generic, "as you asked")
     matched = [f for f in findings if f.match is not None]
-    if solver_given:
-        return Recognition(form, findings, None, generic, "you named a solver, or its options")
+    if reason is not None:
+        return Recognition(form, findings, None, generic, reason)
     if not matched:
         return Recognition(form, findings, None, generic, "no structure matched")
     best = matched[0]

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -25,12 +25,14 @@ from convlayer.elimination import Eliminated, Elimination
 from convlayer.kkt import Visible, prefers_dense
 from convlayer.program import DENSE_ENTRIES, Data, Operators, Program
 from convlayer.residual import Scaling, normalise, recentre
+from convlayer.smoothing import smoothed as smoothed_zero
 from convlayer.solution import Status
 from convlayer.solvers.solver import Attempt, Inline, Points, in_threads, solve_batch
 from convlayer.threads import one_thread
 
 INACCURATE = 1e-4  # a relative residual above this is no solution
 SENSITIVE = 3e-8  # a relative error of x, estimated by one more Newton step, above this is not called solved
+UNSMOOTHED = 1e-9  # relative residual above which a point is not on the central path
 MEANINGLESS = 1e-2  # above this it is no solution at all
 RUNAWAY = 1e6  # nor is an x that many times the size which the data suggest solved: it may be on its way to infinity
 SQUARED = 1e-7  # a pivot below this, and a row is not trusted to the program without its auxiliary variables
@@ -53,6 +55,7 @@ class Call:
     bad: Tensor  # (B,) on the host: rows whose parameters are not to be used
     start: tuple[Tensor, ...] | None  # canonical (x, s, y), (B, .) each, NaN in rows that have none
     differentiable: bool
+    gradient: Callable[[Call, ConeDerivative], ConeDerivative]  # the derivative to be taken in place of the exact one
     on_degenerate: Callable[[Tensor], None]  # called at backward with the rows that are differentiated by rule
     status: Tensor = field(init=False)
     iterations: Tensor = field(init=False)
@@ -60,8 +63,13 @@ class Call:
     degenerate: Tensor = field(init=False)
     attempt: Tensor = field(init=False)  # (B,) which of the attempts gave the answer
     iterate: tuple[Tensor, Tensor, Tensor] = field(init=False)
-    derivative: ConeDerivative = field(init=False)
+    exact: ConeDerivative = field(init=False)
     blank: Tensor = field(init=False)  # (B,) rows without any iterate
+
+    @cached_property
+    def derivative(self) -> ConeDerivative:
+        """Made when it is first needed."""
+        return self.gradient(self, self.exact)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,9 +136,8 @@ class Solve(torch.autograd.Function):
         # Detached: an output held here would hold its own graph, and neither would ever be freed.
         call.iterate = x.detach(), s, y.detach()
         if call.differentiable:
-            call.derivative = ConeDerivative(
-                call.canonical, data, *call.iterate, value.detach(), partial(_adjoint_of, pieces)
-            )
+            solution, adjoint = (call.iterate[0], call.iterate[2], value.detach()), partial(_adjoint_of, pieces)
+            call.exact = ConeDerivative(call.canonical, data, solution, call.iterate, adjoint)
         ctx.call, ctx.pieces = call, pieces
         ctx.save_for_backward(*thetas)
         ctx.set_materialize_grads(False)
@@ -144,7 +151,7 @@ class Solve(torch.autograd.Function):
         with torch.no_grad(), one_thread():
             bars = [
                 torch.zeros_like(value) if bar is None else bar
-                for bar, value in zip(given, call.derivative.solution, strict=True)
+                for bar, value in zip(given, call.exact.solution, strict=True)
             ]
             used = (bars[0] != 0).any(1) | (bars[1] != 0).any(1)
             # A failed row that the loss does use has no derivative: NaN, not zero.
@@ -172,6 +179,46 @@ def _adjoint_of(pieces: list[Piece], x_bar: Tensor, y_bar: Tensor) -> tuple[Tens
         for piece in pieces:
             put(piece)
     return w, u
+
+
+def resolved(call: Call) -> Callable[[Data], tuple[Tensor, Tensor, Tensor]]:
+    """Other data, solved as the call's were: (x, y, failed (B,))."""
+
+    def solve(data: Data) -> tuple[Tensor, Tensor, Tensor]:
+        batch = data.batch
+        bad = torch.zeros(batch, dtype=torch.bool)
+        again = replace(call, elimination=None, bad=bad, start=None, differentiable=False)
+        x, _, y, _ = _solve(again, data, data.q.new_zeros(1, 1), batch)
+        return x, y, (again.status >= Status.INFEASIBLE).to(x.device)
+
+    return solve
+
+
+def smoothed(
+    call: Call, exact: ConeDerivative, kappa: float
+) -> tuple[tuple[Tensor, Tensor, Tensor], Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+    """The rows' points (x, s, y) on the central path, and the adjoint there; NaN in rows that have none."""
+    program, device = call.canonical.program, call.device
+    x, s, y = (part.clone() for part in exact.point)
+    good = torch.nonzero(call.status < Status.INFEASIBLE).flatten().to(device)
+    visible = Visible(*(part.to(device) for part in call.canonical.visible))
+    dense = exact.data.dense or prefers_dense(program)
+    pieces, lost = [], torch.zeros(len(x), dtype=torch.bool, device=device)
+    for rows in good.split(_rows_at_once(program, dense)):
+        data, scaling = normalise(exact.data.rows(rows).widen(len(rows)))
+        start = scaling.enter(x[rows], s[rows], y[rows])
+        data, inner = recentre(data, scaling, start[0], start[2])
+        zero = smoothed_zero(Operators(data, dense), *inner.enter(x[rows], s[rows], y[rows]), kappa, visible, inner.c)
+        x[rows], s[rows], y[rows] = inner.leave(zero.x, zero.s, zero.y)
+        pieces.append(Piece(rows, zero, inner, torch.arange(len(rows), device=device)))
+        lost[rows] = ~(zero.residual <= UNSMOOTHED)
+
+    def adjoint(x_bar: Tensor, y_bar: Tensor) -> tuple[Tensor, Tensor]:
+        w, u = _adjoint_of(pieces, x_bar, y_bar)
+        used = lost & ((x_bar != 0).any(1) | (y_bar != 0).any(1))
+        return w.masked_fill(used.unsqueeze(1), torch.nan), u.masked_fill(used.unsqueeze(1), torch.nan)
+
+    return (x, s, y), adjoint
 
 
 def _solve(call: Call, data: Data, d: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor, list[Piece]]:

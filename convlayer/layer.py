@@ -25,6 +25,7 @@ from convlayer.derivative import Local, Point, Recorded, is_transformed, known, 
 from convlayer.dispatch import CHOICES, attempts, recognise
 from convlayer.explain import explain_choice, explain_cone_program
 from convlayer.generic import Call, Solve
+from convlayer.gradients import GRADIENTS, gradient_of
 from convlayer.kernels.answer import Answer
 from convlayer.solution import (
     AccuracyWarning,
@@ -70,7 +71,9 @@ class ConvexLayer(torch.nn.Module):
                      With "auto", naming one chooses the cone program.
         solver_args: `tolerance` (relative KKT residual, default 1e-8) and the solver's own options; unknown ones are an error.
         gp:          the problem is log-log convex.
-        gradient:    "exact".
+        gradient:    how solutions are differentiated: "exact"; for problems whose exact derivative is zero or jumps "smoothed", "lpgd" and,
+                     for linear objectives, "perturbed" and "blackbox" (see convlayer.gradients). All but the first take the cone program.
+        gradient_args: of that gradient: kappa; tau and rho; sigma, samples and seed; lam.
         on_failure:  "raise" a SolverError that names the rows; "nan" fills just those rows; "keep" returns the last iterate, flagged.
         validate:    check the declared domains of the parameters (sign, symmetry, PSD, bounds) at every call.
         executor:    a concurrent.futures.Executor for the rows, not the one that the call itself runs in; by default a pool of one
@@ -92,28 +95,34 @@ class ConvexLayer(torch.nn.Module):
         solver_args: Mapping[str, Any] | None = None,
         gp: bool = False,
         gradient: str = "exact",
+        gradient_args: Mapping[str, Any] | None = None,
         on_failure: str = "raise",
         validate: bool = True,
         executor: Executor | None = None,
     ) -> None:
         super().__init__()
         _one_of("structure", structure, CHOICES)
-        _one_of("gradient", gradient, ("exact",))
+        _one_of("gradient", gradient, tuple(GRADIENTS))
         _one_of("on_failure", on_failure, POLICIES)
+        self._gradient = gradient_of(gradient, gradient_args)
         self.on_failure, self.validate, self.executor = on_failure, validate, executor
         self._declared = Declaration.checked(problem, parameters, variables, gp)
         options = dict(solver_args or {})
         named = solver is not None or bool(options.keys() - {"tolerance"})
+        reason = "you named a solver, or its options" if named else None
+        if gradient != "exact":
+            reason = f"gradient={gradient!r} is of the cone program"
         self._recognition = recognise(
-            problem, parameters, variables, self._declared.owners, gp=gp, structure=structure, solver_given=named
+            problem, parameters, variables, self._declared.owners, gp=gp, structure=structure, reason=reason
         )
         chosen, self._why = self._recognition.chosen, self._recognition.why
         self.structure = "cone_program" if chosen is None else chosen.name
         self._specialised: Specialised | None = None
         if chosen is not None and chosen.match is not None and chosen.match.build is not None:
-            if named:
+            if named or gradient != "exact":
                 raise ValueError(
-                    f"structure={structure!r} runs a kernel, which takes no solver and none of its options; leave them out."
+                    f"structure={structure!r} runs a kernel, whose gradient is the exact one and which takes no solver and none of its "
+                    "options; leave them out."
                 )
             assert self._recognition.form is not None
             self._specialised = Specialised(
@@ -124,6 +133,7 @@ class ConvexLayer(torch.nn.Module):
         self._tolerance, self._options = _tolerance(options), options
         if self._specialised is None:
             self._solver.check(self._canonical.program, self._options)
+            self._gradient.check(self._canonical)
         self._warned: set[str] = set()
         self._starts = Starts()
         self._name = compiled.registered(self)
@@ -379,7 +389,17 @@ class ConvexLayer(torch.nn.Module):
         excluded = torch.zeros(size, dtype=torch.bool) if bad is None else bad
         warn = partial(self._warn_degenerate, batch)
         call = Call(
-            canonical, attempts, tolerance, self.executor, elimination, device, excluded, start, differentiable, warn
+            canonical,
+            attempts,
+            tolerance,
+            self.executor,
+            elimination,
+            device,
+            excluded,
+            start,
+            differentiable,
+            self._gradient,
+            warn,
         )
         x, y, value = Solve.apply(call, *thetas)
 
@@ -390,7 +410,7 @@ class ConvexLayer(torch.nn.Module):
         def again(values: list[Tensor]) -> list[Tensor]:
             readers = zip(canonical.parameters, values, strict=True)
             entries = [reader.read(value.to(device, torch.float64)) for reader, value in readers]
-            return recovered(*known(call.derivative.solution, call.derivative, entries))
+            return recovered(*known(call.exact.solution, call.derivative, entries))
 
         return _Rows(
             recovered(x, y, value),

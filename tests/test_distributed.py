@@ -27,7 +27,6 @@ from convlayer.solvers.clarabel import Clarabel
 from convlayer.solvers.solver import Inline, workers_of
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "distributed_training.py"
-SPAWN = multiprocessing.get_context("spawn")
 ROWS, TASKS = 64, 4  # so many rows are dealt to two workers in so many tasks
 FATAL = 2  # the task, counted from 0 in the order of their beginnings, at which a Mortal dies: some are done, some not begun
 
@@ -156,15 +155,9 @@ def client():
     distributed = pytest.importorskip(
         "distributed", reason="a cluster of this machine's own is dask's: pip install 'convlayer[distributed]'"
     )
-    options = {"n_workers": 2, "threads_per_worker": 1, "processes": True, "dashboard_address": None}
+    options = {"n_workers": 2, "threads_per_worker": 1, "processes": True, "dashboard_address": ":0"}
     with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster) as client:
         yield client
-
-
-def test_spawned_processes_give_the_same_answers():
-    with ProcessPoolExecutor(2, mp_context=SPAWN) as pool:
-        assert workers_of(pool) == 2
-        same_for(pool)
 
 
 def test_a_cluster_gives_the_same_answers(client):
@@ -181,14 +174,15 @@ def test_a_cluster_that_loses_a_worker_gives_the_same_answers(client, tmp_path):
     assert len(list(tmp_path.iterdir())) > TASKS  # what was lost began again
 
 
-def test_a_pool_that_loses_a_worker_is_named_and_nothing_is_tried_again(tmp_path):
+def test_spawned_processes_give_the_same_answers_until_one_dies_and_nothing_is_tried_again(tmp_path):
     case = CASES["quadratic_program"]
     tensors = case.sample(ROWS, seed=4)
-    with ProcessPoolExecutor(2, mp_context=SPAWN) as pool:
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert workers_of(pool) == 2
+        same_for(pool)
         layer = case.layer(solver=Mortal(tmp_path), executor=pool)
-        with pytest.raises(
-            BrokenExecutor, match=f"that you gave, a ProcessPoolExecutor, died.* none of the {ROWS} rows.*with_options"
-        ):
+        said = f"a ProcessPoolExecutor, died.* none of the {ROWS} rows.*with_options"
+        with pytest.raises(BrokenExecutor, match=said):
             layer(*tensors)
         begun = len(list(tmp_path.iterdir()))
         assert FATAL < begun <= TASKS

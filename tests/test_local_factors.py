@@ -95,64 +95,95 @@ def draw_transport(m: int, n: int, batch: int = 3, width: float = 1.0) -> tuple[
 CASES = {
     "least squares, tall": Case(least_squares, (normal(3, 7, 4), normal(3, 7, 2), positive(3, 7), positive(3, 4))),
     "least squares, plain": Case(least_squares, (normal(3, 7, 4), normal(3, 7, 1)), lambda A, b: (A, b, None, None)),
-    "least squares, shared matrix": Case(least_squares, (normal(1, 7, 4), normal(3, 7, 2), positive(1, 7), positive(1, 4))),
-    "least squares, shared right side": Case(least_squares, (normal(3, 7, 4), normal(1, 7, 2), positive(1, 7), positive(3, 4))),
-    "least squares, shared ridge": Case(least_squares, (normal(1, 7, 4), normal(1, 7, 2), positive(3, 7), positive(1, 4))),
+    "least squares, shared matrix": Case(
+        least_squares, (normal(1, 7, 4), normal(3, 7, 2), positive(1, 7), positive(1, 4))
+    ),
+    "least squares, shared right side": Case(
+        least_squares, (normal(3, 7, 4), normal(1, 7, 2), positive(1, 7), positive(3, 4))
+    ),
+    "least squares, shared ridge": Case(
+        least_squares, (normal(1, 7, 4), normal(1, 7, 2), positive(3, 7), positive(1, 4))
+    ),
     "least squares, wide": Case(least_squares, (normal(3, 4, 7), normal(3, 4, 2)), lambda A, b: (A, b, None, None)),
-    "least squares, wide, shared": Case(least_squares, (normal(1, 4, 7), normal(3, 4, 2)), lambda A, b: (A, b, None, None)),
-    "least squares, wide with a ridge": Case(least_squares, (normal(3, 4, 7), normal(3, 4, 2), positive(3, 4), positive(3, 7))),
+    "least squares, wide, shared": Case(
+        least_squares, (normal(1, 4, 7), normal(3, 4, 2)), lambda A, b: (A, b, None, None)
+    ),
+    "least squares, wide with a ridge": Case(
+        least_squares, (normal(3, 4, 7), normal(3, 4, 2), positive(3, 4), positive(3, 7))
+    ),
     "least squares, ridge on some": Case(
-        least_squares, (normal(3, 4, 7), normal(3, 4, 2), positive(3, 4), positive(3, 7)),
+        least_squares,
+        (normal(3, 4, 7), normal(3, 4, 2), positive(3, 4), positive(3, 7)),
         lambda A, b, w, ridge: (A, b, w, ridge * (torch.arange(7) < 5)),
     ),
     "least squares, dependent columns": Case(
-        least_squares, (normal(3, 7, 2), normal(3, 2, 4), normal(3, 7, 4), normal(3, 7, 2), positive(3, 7)),
-        lambda F, G, A, b, w: (some_rows(F @ G, A), b, w, None), rounds=False,
+        least_squares,
+        (normal(3, 7, 2), normal(3, 2, 4), normal(3, 7, 4), normal(3, 7, 2), positive(3, 7)),
+        lambda F, G, A, b, w: (some_rows(F @ G, A), b, w, None),
+        rounds=False,
     ),
     "least squares, dependent rows, shared": Case(
-        least_squares, (normal(1, 4, 2), normal(1, 2, 7), normal(3, 4, 2), positive(1, 4)),
-        lambda F, G, b, w: (F @ G, b, w, None), rounds=False,
+        least_squares,
+        (normal(1, 4, 2), normal(1, 2, 7), normal(3, 4, 2), positive(1, 4)),
+        lambda F, G, b, w: (F @ G, b, w, None),
+        rounds=False,
     ),
     "least squares, ill-conditioned": Case(
-        least_squares, (normal(3, 7, 4), normal(3, 7, 2)),
+        least_squares,
+        (normal(3, 7, 4), normal(3, 7, 2)),
         lambda A, b: (A @ NEARLY_ONE, b, None, None),
-        accuracy=1e-8, step=1e-3, rounds=False,
+        accuracy=1e-8,
+        step=1e-3,
+        rounds=False,
     ),
     "qp": Case(
-        equality_constrained_qp, (normal(3, 5, 6), normal(3, 5), normal(3, 2, 5), normal(3, 2)),
+        equality_constrained_qp,
+        (normal(3, 5, 6), normal(3, 5), normal(3, 2, 5), normal(3, 2)),
         lambda L, q, A, b: (skewed(gram(L)), q, A, b),
     ),
     "qp, no constraint": Case(
-        equality_constrained_qp, (normal(3, 5, 6), normal(3, 5)),
+        equality_constrained_qp,
+        (normal(3, 5, 6), normal(3, 5)),
         lambda L, q: (gram(L), q, q.new_empty(3, 0, 5), q.new_empty(3, 0)),
     ),
     "qp, shared matrices": Case(
-        equality_constrained_qp, (normal(1, 5, 6), normal(3, 5), normal(1, 2, 5), normal(1, 2)),
+        equality_constrained_qp,
+        (normal(1, 5, 6), normal(3, 5), normal(1, 2, 5), normal(1, 2)),
         lambda L, q, A, b: (gram(L), q, A, b),
     ),
     "qp, shared P": Case(
-        equality_constrained_qp, (normal(1, 5, 6), normal(1, 5), normal(3, 2, 5), normal(3, 2)),
+        equality_constrained_qp,
+        (normal(1, 5, 6), normal(1, 5), normal(3, 2, 5), normal(3, 2)),
         lambda L, q, A, b: (gram(L), q, A, b),
     ),
     "qp, singular P": Case(
-        equality_constrained_qp, (normal(3, 5, 3), normal(3, 5, 6), normal(3, 5), normal(3, 2, 5), normal(3, 2)),
-        lambda L, R, q, A, b: (some_rows(gram(L), gram(R)), q, A, b), step=1e-5,
+        equality_constrained_qp,
+        (normal(3, 5, 3), normal(3, 5, 6), normal(3, 5), normal(3, 2, 5), normal(3, 2)),
+        lambda L, R, q, A, b: (some_rows(gram(L), gram(R)), q, A, b),
+        step=1e-5,
     ),
     "qp, repeated constraint": Case(
-        equality_constrained_qp, (normal(3, 5, 6), normal(3, 5), normal(3, 2, 5), normal(3, 2), normal(3, 3, 2)),
-        lambda L, q, A, b, F: (gram(L), q, F @ A, (F @ b.unsqueeze(2)).squeeze(2)), rounds=False,
+        equality_constrained_qp,
+        (normal(3, 5, 6), normal(3, 5), normal(3, 2, 5), normal(3, 2), normal(3, 3, 2)),
+        lambda L, q, A, b, F: (gram(L), q, F @ A, (F @ b.unsqueeze(2)).squeeze(2)),
+        rounds=False,
     ),
     "qp, flat": Case(
         equality_constrained_qp,
         (normal(3, 5, 2), normal(3, 5, 6), normal(3, 2), normal(3, 2), normal(3, 2, 5), normal(3, 2)),
         lambda L, R, s, t, A, b: (
-            some_rows(gram(L), gram(R)), (L @ s.unsqueeze(2) + A.mT @ t.unsqueeze(2)).squeeze(2), A, b,
+            some_rows(gram(L), gram(R)),
+            (L @ s.unsqueeze(2) + A.mT @ t.unsqueeze(2)).squeeze(2),
+            A,
+            b,
         ),
         rounds=False,
     ),
     "qp, flat, shared": Case(
-        equality_constrained_qp, (normal(1, 5, 2), normal(3, 2), normal(3, 2), normal(1, 2, 5), normal(3, 2)),
-        lambda L, s, t, A, b: (gram(L), (s.unsqueeze(1) @ L.mT + t.unsqueeze(1) @ A).squeeze(1), A, b), rounds=False,
+        equality_constrained_qp,
+        (normal(1, 5, 2), normal(3, 2), normal(3, 2), normal(1, 2, 5), normal(3, 2)),
+        lambda L, s, t, A, b: (gram(L), (s.unsqueeze(1) @ L.mT + t.unsqueeze(1) @ A).squeeze(1), A, b),
+        rounds=False,
     ),
     "transport": Case(entropic_optimal_transport, draw_transport(3, 5), masses),
     "transport, flipped": Case(entropic_optimal_transport, draw_transport(5, 3), masses),
@@ -289,29 +320,49 @@ def test_float32_agrees_with_float64_to_its_precision(case):
 
 INFINITE = torch.tensor(torch.inf, dtype=torch.float64)
 FAILING = {
-    "a negative weight": (least_squares, (normal(3, 7, 4), normal(3, 7, 2), torch.cat((positive(2, 7), -positive(1, 7))), None)),
-    "a negative ridge": (least_squares, (normal(3, 4, 7), normal(3, 4, 2), None, torch.cat((positive(2, 7), -positive(1, 7))))),
+    "a negative weight": (
+        least_squares,
+        (normal(3, 7, 4), normal(3, 7, 2), torch.cat((positive(2, 7), -positive(1, 7))), None),
+    ),
+    "a negative ridge": (
+        least_squares,
+        (normal(3, 4, 7), normal(3, 4, 2), None, torch.cat((positive(2, 7), -positive(1, 7)))),
+    ),
     "a negative weight, shared": (least_squares, (normal(1, 7, 4), normal(3, 7, 2), -positive(1, 7), None)),
     "infeasible and unbounded": (
         equality_constrained_qp,
         (
-            gram(normal(3, 4, 4)) * torch.tensor([1.0, 1.0, -1.0]).view(3, 1, 1), normal(3, 4),
-            torch.stack((normal(2, 4), torch.ones(2, 4).double(), normal(2, 4, seed=1))), normal(3, 2),
+            gram(normal(3, 4, 4)) * torch.tensor([1.0, 1.0, -1.0]).view(3, 1, 1),
+            normal(3, 4),
+            torch.stack((normal(2, 4), torch.ones(2, 4).double(), normal(2, 4, seed=1))),
+            normal(3, 2),
         ),
     ),
     "infeasible, shared": (
         equality_constrained_qp,
-        (gram(normal(1, 4, 4)), normal(3, 4), torch.ones(1, 2, 4).double(), torch.tensor([[1.0, 1], [1, 2], [3, 3]]).double()),
+        (
+            gram(normal(1, 4, 4)),
+            normal(3, 4),
+            torch.ones(1, 2, 4).double(),
+            torch.tensor([[1.0, 1], [1, 2], [3, 3]]).double(),
+        ),
     ),
     "eps that is not positive": (
         entropic_optimal_transport,
-        (normal(3, 2, 3), torch.ones(3, 2).double() / 2, torch.ones(3, 3).double() / 3, torch.tensor([1.0, 0.0, -1.0]).double()),
+        (
+            normal(3, 2, 3),
+            torch.ones(3, 2).double() / 2,
+            torch.ones(3, 3).double() / 3,
+            torch.tensor([1.0, 0.0, -1.0]).double(),
+        ),
     ),
     "masses that differ, and nowhere to go": (
         entropic_optimal_transport,
         (
-            torch.stack((normal(2, 3), normal(2, 3), INFINITE.expand(2, 3))), torch.ones(3, 2).double() / 2,
-            torch.tensor([1.0, 2.0, 1.0]).double().view(3, 1).expand(3, 3) / 3, torch.ones(1).double(),
+            torch.stack((normal(2, 3), normal(2, 3), INFINITE.expand(2, 3))),
+            torch.ones(3, 2).double() / 2,
+            torch.tensor([1.0, 2.0, 1.0]).double().view(3, 1).expand(3, 3) / 3,
+            torch.ones(1).double(),
         ),
     ),
 }
@@ -346,7 +397,27 @@ def test_rows_that_failed_are_finite_and_leave_the_others_untouched(name):
         close(tuple(second[k][mine] for k in own), tuple(theirs[k] for k in own), 1e-9)
 
 
-@pytest.mark.parametrize("name", ["transport", "transport, flipped", "transport, forbidden pairs", "transport, two components"])
+def test_the_second_derivative_at_a_zero_marginal_is_the_limit_from_the_right():
+    M, r, c, eps = draw_transport(3, 5)
+    r[:, 1], c[:, 2] = 0.0, 0.0
+    case, h = Case(entropic_optimal_transport, (M, r, c, eps), masses), 1e-4
+    bars = tuple(
+        bar * (k == 0) for k, bar in enumerate(along(case(M, r, c, eps), 5))
+    )  # the potentials there tend to -inf
+    steps = tuple(t.abs() if k in (1, 2) else t for k, t in enumerate(along(case.parameters, 9)))
+    ahead = [
+        gradient(case, tuple(p + k * h * s for p, s in zip(case.parameters, steps, strict=True)), bars)
+        for k in range(5)
+    ]
+    slopes = tuple(
+        (-25 * a + 48 * b - 36 * c + 16 * d - 3 * e) / (12 * h) for a, b, c, d, e in zip(*ahead, strict=True)
+    )
+    close(curvature(case.local(), case.parameters, bars, steps), slopes, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", ["transport", "transport, flipped", "transport, forbidden pairs", "transport, two components"]
+)
 def test_conjugate_gradients_agree_with_the_factor(name, monkeypatch):
     case = CASES[name]
     bars, steps = along(case(*case.parameters), 5), along(case.parameters, 9)
@@ -383,5 +454,11 @@ def test_a_structure_says_its_answer_again(spelling):
     close(again.outputs, at.outputs, 1e-12)
     theirs = torch.autograd.grad(inner(bars, at.outputs), leaves, allow_unused=True)
     ours = torch.autograd.grad(inner(bars, again.outputs), leaves, allow_unused=True)
-    close(*(tuple(torch.zeros_like(x) if t is None else t for t, x in zip(found, leaves, strict=True)) for found in (ours, theirs)), 1e-9)
+    close(
+        *(
+            tuple(torch.zeros_like(x) if t is None else t for t, x in zip(found, leaves, strict=True))
+            for found in (ours, theirs)
+        ),
+        1e-9,
+    )
     assert again.status is at.status

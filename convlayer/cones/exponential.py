@@ -249,29 +249,33 @@ def _frame(rho: Tensor) -> _Frame:
 class _Inside(Interior):
     """(rho s - psi, s, t) with rho = log(t/s): psi is how far above the surface it is, along r. f = -log psi - log s - log t.
 
-    g = (-1, rho - 1, 1/e^rho) is the gradient of psi, along -N(rho), and -s h h' its second derivative, h = (0, 1/s, -1/t):
-    f'' = (g/psi)(g/psi)' + (s/psi) h h' + diag(0, 1/s^2, 1/t^2).
+    g = (-1, rho - 1, e^-rho) is the gradient of psi, along -N(rho), and -s h h' its second derivative, h = (0, 1/s, -1/t):
+    f'' = (g/psi)(g/psi)' + (s/psi) h h' + diag(0, 1/s^2, 1/t^2). The frame is (N, N x P, P), and the axes where psi is larger
+    than what it is a difference of.
     """
 
     def __init__(self, psi: Tensor, s: Tensor, t: Tensor) -> None:
         self.psi, self.s, self.t = psi, s, t
-        rho = torch.log(t / s)
-        frame = _frame(rho)
-        ray, normal, across = frame.basis.unflatten(0, (3, 3)).unbind(1)  # (3, *batch) each
-        self.slope = -frame.normal_square.sqrt() / frame.k  # g along N
-        self.bend = (
-            normal[1] / s - normal[2] / t,
-            (frame.ray_square / frame.normal_square).sqrt() / s,
-        )  # h, along N and across
-        zero, root = torch.zeros_like(rho), (s / psi).sqrt()
-        factor = (
-            (self.slope / psi, zero, zero),
-            (root * self.bend[0], root * self.bend[1], zero),
-            (normal[1] / s, across[1] / s, ray[1] / s),
-            (normal[2] / t, across[2] / t, ray[2] / t),
+        rho, zero, one = torch.log(t / s), torch.zeros_like(s), torch.ones_like(s)
+        surface = _frame(rho)
+        ray, normal, across = surface.basis.unflatten(0, (3, 3)).unbind(1)  # (3, *batch) each
+        deep = (psi > s * (1 + (rho - 1).abs())).unsqueeze(-1)
+        axes = torch.eye(3, dtype=s.dtype, device=s.device)
+        self.frame = torch.where(deep.unsqueeze(-1), axes, torch.stack((normal, across, ray), -1).movedim(0, -2))
+        bend = normal[1] / s - normal[2] / t, (surface.ray_square / surface.normal_square).sqrt() / s
+        self.g = torch.where(
+            deep,
+            torch.stack((-one, rho - 1, s / t), -1),
+            torch.stack((-surface.normal_square.sqrt() / surface.k, zero, zero), -1),
         )
-        self.factor = torch.stack([torch.stack(row, -1) for row in factor], -2)
-        self.frame = torch.stack((normal, across, ray), -1).movedim(0, -2)
+        self.h = torch.where(deep, torch.stack((zero, 1 / s, -1 / t), -1), torch.stack((*bend, zero), -1))
+        rows = (
+            self.g / psi.unsqueeze(-1),
+            self.h * (s / psi).sqrt().unsqueeze(-1),
+            self.frame[..., 1, :] / s.unsqueeze(-1),
+            self.frame[..., 2, :] / t.unsqueeze(-1),
+        )
+        self.factor = torch.stack(rows, -2)
         self.point = torch.stack((rho * s - psi, s, t), -1)
         self.polar = torch.stack((-1 / psi, (rho - 1) / psi + 1 / s, s / t / psi + 1 / t), -1)
 
@@ -282,12 +286,12 @@ class _Inside(Interior):
         s, t = raised.unbind(-1)
         return cls(split(s * torch.log(t / s) - v[..., 0], torch.ones_like(s))[0], s, t)
 
-    def moved(self, c: Tensor) -> _Inside:
+    def moved(self, c: Tensor, curved: Tensor) -> _Inside:
         step_s, step_t = rotate(self.frame, c)[..., 1:].unbind(-1)
         s, t = self.s + step_s, self.t + step_t
-        turn = -(self.bend[0] * c[..., 0] + self.bend[1] * c[..., 1]) * self.s / s  # of t/s, relative
-        excess = torch.where(turn.abs() < 1e-3, turn**2 * (0.5 - turn * (1 / 3 - turn / 4)), turn - torch.log1p(turn))
-        return _Inside(self.psi + self.slope * c[..., 0] - s * excess, s, t)
+        turn = -(self.h * c).sum(-1) * self.s / s  # of t/s, relative
+        excess = torch.where(curved, s * (turn - torch.log1p(turn)), 0.0)
+        return _Inside(self.psi + (self.g * c).sum(-1) - excess, s, t)
 
 
 def _bracketed(

@@ -2,9 +2,9 @@
 
     minimise  f(p) + |p - v|^2/2,   f self-concordant,   p - r = v with r = -grad f(p)
 
-Near the boundary p is known by its distance from it, which p's own coordinates do not hold to any accuracy, and f'' is graded:
-its eigenvalues are like 1/distance^2, 1/distance and 1. Both are kept by a frame that tells these directions apart, in which
-f'' is a sum of squares and each step is exact where it is small.
+Near the boundary p's own coordinates do not hold its distance from it, which is a coordinate of its own here, and f'' is graded:
+its eigenvalues are like 1/distance^2, 1/distance and 1. A frame that tells these directions apart, and f'' as a sum of squares
+in it, keep the small ones.
 
 Source: Nesterov and Nemirovskii (1994) for the damping; Demmel and Veselic (1992) for Jacobi's method on graded matrices.
 """
@@ -20,7 +20,10 @@ from convlayer.cones.cone import rotate
 
 ITERATIONS = 200  # of Newton; a dozen is usual
 SWEEPS = 12  # of Jacobi; five are usual
-FAR = 1e60  # the greatest |v| for which all squares are numbers
+FAR = 1e14  # |v| beyond which p is Pi(v) to rounding: kappa is then rounded up
+SETTLED = 1e-6  # length of a step from which on Newton's method doubles the digits;
+ROUNDING = 2e-15  # of a step's length, relative to |v|
+CALM = 3  # steps so short to be done: where |v| is large the first of them are no shorter than this
 
 
 class Interior(ABC):
@@ -28,12 +31,13 @@ class Interior(ABC):
 
     point: Tensor  # (*batch, 3)
     polar: Tensor  # (*batch, 3), -grad f
-    frame: Tensor  # (*batch, 3, 3), orthonormal columns: normal to the surface, across, along the ray
+    frame: Tensor  # (*batch, 3, 3), orthonormal columns, those with the larger f'' first
     factor: Tensor  # (*batch, k, 3), f'' = frame factor' factor frame'
 
     @abstractmethod
-    def moved(self, c: Tensor) -> Interior:
-        """The point at p + frame c, |factor c| < 1."""
+    def moved(self, c: Tensor, curved: Tensor) -> Interior:
+        """The point at p + frame c, |factor c| < 1. Its distance changes to first order only where not `curved`: in the end c
+        along the surface is all rounding, and its square is not to enter the distance."""
 
 
 def unit_scale(v: Tensor, kappa: Tensor) -> Tensor:
@@ -43,21 +47,26 @@ def unit_scale(v: Tensor, kappa: Tensor) -> Tensor:
 
 def minimise(start: Interior, v: Tensor) -> Interior:
     """Damped Newton steps, 1/(1 + l) of the way where l, the step's length in f'', is not small: they stay inside."""
-    now = start
+    now, calm = start, 0
+    small = SETTLED + ROUNDING * v.norm(dim=-1, keepdim=True)
     for _ in range(ITERATIONS):
         matrix = now.factor.mT @ now.factor
         matrix.diagonal(dim1=-2, dim2=-1).add_(1)
         descent = rotate(now.frame.mT, now.polar - now.point + v).unsqueeze(-1)
         c = torch.cholesky_solve(descent, torch.linalg.cholesky_ex(matrix).L).squeeze(-1)
         length = rotate(now.factor, c).norm(dim=-1, keepdim=True)
-        now = now.moved(torch.where(length > 0.25, c / (1 + length), c))
-        if bool((length <= 1e-8).all()):
+        now = now.moved(torch.where(length > 0.25, c / (1 + length), c), (length > small).squeeze(-1))
+        calm += bool((length <= small).all())
+        if calm == CALM:
             break
     return now
 
 
 def rest_of(now: Interior) -> tuple[Tensor, Tensor]:
-    """The eigenvalues and eigenvectors of I - (I + f'')^-1 by Jacobi's method from one side, which finds small eigenvalues of f'' as accurately as large ones."""
+    """The eigenvalues and eigenvectors of I - (I + f'')^-1.
+
+    Jacobi's method from one side finds small eigenvalues of f'' as accurately as large ones.
+    """
     rows = now.factor.shape[-2]
     columns = list(torch.cat((now.factor, now.frame), -2).unbind(-1))
     for _ in range(SWEEPS):

@@ -273,40 +273,36 @@ def _root(x: Tensor, y: Tensor, height: Tensor, alpha: Tensor, beta: Tensor, wan
 class _Inside(Interior):
     """(x, y, z) by its distances down and up, w - z and w + z, from the surface w = x^alpha y^beta.
 
-    f = -log(w - z) - log(w + z) - beta log x - alpha log y. g = (alpha w/x, beta w/y, -1) is the gradient of w - z, along -M of
-    the surface's point, and -alpha beta w h h' the second derivative of w, h = (1/x, -1/y, 0): f'' is a sum of squares.
+    f = -log(w - z) - log(w + z) - beta log x - alpha log y. g = (alpha w/x, beta w/y, -1) is the gradient of w - z, along -M at
+    (x, y, w), and -alpha beta w h h' the second derivative of w, h = (1/x, -1/y, 0): f'' is a sum of squares. The frame is
+    (M, M x P, P) there.
     """
 
     def __init__(self, x: Tensor, y: Tensor, z: Tensor, down: Tensor, alpha: Tensor, beta: Tensor) -> None:
-        self.x, self.y, self.z, self.alpha, self.beta = x, y, z, alpha, beta
+        self.x, self.y, self.alpha, self.beta = x, y, alpha, beta
         self.w = w = _surface(x, y, alpha, beta)
-        near = down < 0.5 * w  # the one of z and w - z that is not small is taken from the other
+        near = down < 0.5 * w  # of z and w - z, the larger is taken from the other
         self.z, self.down = torch.where(near, w - down, z), torch.where(near, down, w - z)
-        up = w + self.z
-        one, zero = torch.ones_like(w), torch.zeros_like(w)
-        frame = _frame(x, y, w, one, alpha, beta)
-        ray, normal, across = frame.basis.movedim(-2, 0).unbind(-1)  # (3, *batch) each
-        self.slope = -frame.normal_square.sqrt() / frame.slope  # g along M
-        self.bend = (
-            normal[0] / x - normal[1] / y,
-            (frame.ray_square / frame.normal_square).sqrt() / w,
-        )  # h, along M and across
+        up, zero, one = w + self.z, torch.zeros_like(w), torch.ones_like(w)
+        surface = _frame(x, y, w, one, alpha, beta)
+        ray, normal, across = surface.basis.unbind(-1)
+        self.frame = torch.stack((normal, across, ray), -1)
+        bend = normal[..., 0] / x - normal[..., 1] / y, (surface.ray_square / surface.normal_square).sqrt() / w
+        self.g = torch.stack((-surface.normal_square.sqrt() / surface.slope, zero, zero), -1)
+        self.h = torch.stack((*bend, zero), -1)
         both = w * (1 / self.down + 1 / up)
-        root = (alpha * beta * both).sqrt()
-        columns = (normal, across, ray)
-        factor = [
-            (self.slope / self.down, zero, zero),
-            (root * self.bend[0], root * self.bend[1], zero),
-            tuple((alpha * w / x * e[0] + beta * w / y * e[1] + e[2]) / up for e in columns),
-            tuple(beta.sqrt() * e[0] / x for e in columns),
-            tuple(alpha.sqrt() * e[1] / y for e in columns),
-        ]
-        self.factor = torch.stack([torch.stack(row, -1) for row in factor], -2)
-        self.frame = torch.stack(columns, -1).movedim(0, -2)
-        self.point = torch.stack((x, y, self.z), -1)
-        self.polar = torch.stack(
-            ((alpha * both + beta) / x, (beta * both + alpha) / y, -2 * self.z / self.down / up), -1
+        other = torch.stack((alpha * w / x, beta * w / y, one), -1)  # the gradient of w + z
+        rows = (
+            self.g / self.down.unsqueeze(-1),
+            rotate(self.frame.mT, other) / up.unsqueeze(-1),
+            self.h * (alpha * beta * both).sqrt().unsqueeze(-1),
+            self.frame[..., 0, :] * (beta.sqrt() / x).unsqueeze(-1),
+            self.frame[..., 1, :] * (alpha.sqrt() / y).unsqueeze(-1),
         )
+        self.factor = torch.stack(rows, -2)
+        self.point = torch.stack((x, y, self.z), -1)
+        height = -2 * self.z / self.down / up
+        self.polar = torch.stack(((alpha * both + beta) / x, (beta * both + alpha) / y, height), -1)
 
     @classmethod
     def near(cls, v: Tensor, p: Tensor, alpha: Tensor, beta: Tensor) -> _Inside:
@@ -317,14 +313,13 @@ class _Inside(Interior):
         down = torch.minimum(split(w - v[..., 2], torch.ones_like(w))[0], w)
         return cls(x, y, w - down, down, alpha, beta)
 
-    def moved(self, c: Tensor) -> _Inside:
+    def moved(self, c: Tensor, curved: Tensor) -> _Inside:
         step_x, step_y, step_z = rotate(self.frame, c).unbind(-1)
         x, y, beta = self.x + step_x, self.y + step_y, self.beta
-        turn = -(self.bend[0] * c[..., 0] + self.bend[1] * c[..., 1]) * self.x / x  # of y/x, relative
-        series = beta * (beta - 1) / 2 * turn**2 * (1 + (beta - 2) / 3 * turn * (1 + (beta - 3) / 4 * turn))
-        excess = torch.where(turn.abs() < 1e-3, series, torch.expm1(beta * torch.log1p(turn)) - beta * turn)
-        down = self.down + self.slope * c[..., 0] + self.w * x / self.x * excess
-        return _Inside(x, y, self.z + step_z, down, self.alpha, beta)
+        turn = -(self.h * c).sum(-1) * self.x / x  # of y/x, relative
+        excess = self.w * x / self.x * (beta * turn - torch.expm1(beta * torch.log1p(turn)))
+        excess = torch.where(curved, excess, 0.0)
+        return _Inside(x, y, self.z + step_z, self.down + (self.g * c).sum(-1) - excess, self.alpha, beta)
 
 
 def _surface(x: Tensor, y: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:

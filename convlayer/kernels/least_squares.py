@@ -412,7 +412,11 @@ def _again(
 ) -> tuple[Tensor]:
     """The solution as a function of the data in plain torch operations: exact to second order."""
     L, orthogonal = factor.L, factor.orthogonal
-    problem, here = _Problem.of(A, b, w, ridge), _Problem.of(*(_fixed(t, len(L)) for t in (A, b, w, ridge)))
+    problem = _Problem.of(A, b, w, ridge)
+    # what the matrices share may have been expanded since they were factored
+    shared = len(L) if len(L) == 1 else None
+    w_here, ridge_here = (None if t is None else t.detach()[:shared] for t in (w, ridge))
+    here = _Problem.of(A.detach()[:shared], b.detach()[:shared], w_here, ridge_here)
     x, y = _rows(x.detach(), problem.factors), _laid(y, problem.factors)
     if orthogonal is None:
         x = _regular(problem, here, factor, x, y)
@@ -428,11 +432,6 @@ def _again(
         )
         x = torch.cat(parts).index_select(0, torch.cat((easy, hard)).argsort())
     return (_columns(x, problem.shape).to(A.dtype),)
-
-
-def _fixed(given: Tensor | None, factors: int) -> Tensor | None:
-    """An input as it was when the matrices were factored; what they share may have been expanded since."""
-    return None if given is None else given.detach()[: factors if factors == 1 else None]
 
 
 def _laid(rows: Tensor, factors: int) -> Tensor:

@@ -61,14 +61,13 @@ def _outputs(found: tuple[Tensor, Tensor | None]) -> tuple[Tensor, ...]:
 def _expression(
     multiplier: bool, theta: Tensor, tau: Tensor | None = None, r: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """The outputs in differentiable operations. The largest entry is a constant, so that nothing cancels near a vertex."""
+    """The outputs in differentiable operations; relative to the largest entry, so that nothing cancels near a vertex."""
     tau, r = (theta.new_ones(1) if t is None else t for t in (tau, r))
     bad, empty = (tau <= 0) | (r < 0), r <= 0
-    place = theta.argmax(-1, keepdim=True)
-    top = theta.gather(-1, place)
-    gap = (theta - top).masked_fill(torch.zeros_like(theta, dtype=torch.bool).scatter(-1, place, True), 0)
-    scale = torch.where(tau <= 0, 1, tau).unsqueeze(-1)
-    e = (torch.maximum(gap, -VANISHED * scale) / scale).exp()  # bounded, since 0 * inf would be NaN where e underflows
+    top = theta.gather(-1, theta.argmax(-1, keepdim=True))
+    gap, scale = theta - top, torch.where(tau <= 0, 1, tau).unsqueeze(-1)
+    near = gap > -VANISHED * scale  # the others are left out, since 0 * inf would be NaN where e underflows
+    e = torch.where(near, (torch.where(near, gap, 0) / scale).exp(), 0)
     total = e.sum(-1, keepdim=True)
     y = torch.where(bad, 0, r).unsqueeze(-1) * (e / total)
     if not multiplier:

@@ -68,8 +68,6 @@ def _on_segments(
     if special is not None:
         du = torch.where(special == 0, dx, du)
     du = du + dlam * (step / length).index_select(0, flat).view_as(ids)
-    if special is not None:
-        du = torch.where(special < 0, 0, du)
     return (u.detach() + du.to(u.dtype),)
 
 

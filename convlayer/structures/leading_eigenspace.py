@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import cvxpy as cp
 import numpy as np
 import torch
@@ -85,11 +83,9 @@ class LeadingEigenspace(Structure):
             X = layout.binding(form, cost.scaled(-1.0) if leading else cost)
             size = rows_binding(form, unit)
 
-            kernel = partial(leading_eigenspace, k=k, largest=leading)
-
             def run(values, like, at=None):
                 matrix = X(values, like)
-                answer = answered(at, kernel, matrix)
+                answer = answered(at, lambda X: leading_eigenspace(X, k, leading), matrix)
                 if plain and not duals:
                     return answer
                 Z, edge = answer.outputs

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import cvxpy as cp
 import numpy as np
 import torch
@@ -74,12 +72,10 @@ class Softmax(Structure):
             theta = layout.binding(form, scores)
             tau, r = (None if is_one(table) else rows_binding(form, table) for table in (temperature, total.right))
 
-            kernel = partial(softmax, multiplier=duals)
-
             def run(values, like, at=None):
                 return answered(
                     at,
-                    kernel,
+                    lambda *inputs: softmax(*inputs, duals),
                     theta(values, like),
                     None if tau is None else tau(values, like)[:, 0],
                     None if r is None else r(values, like)[:, 0],
