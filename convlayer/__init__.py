@@ -3,7 +3,7 @@
 from convlayer.canon import CanonicalisationError
 from convlayer.diagnose import ProblemError
 from convlayer.layer import ConvexLayer
-from convlayer.solution import AccuracyWarning, GradientWarning, ParameterError, Solution, SolverError, Status
+from convlayer.solution import AccuracyWarning, Cause, GradientWarning, ParameterError, Solution, SolverError, Status
 from convlayer.solvers import Iterate, Solver, Task
 
 __version__ = "0.1.0"
@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AccuracyWarning",
     "CanonicalisationError",
+    "Cause",
     "ConvexLayer",
     "GradientWarning",
     "Iterate",

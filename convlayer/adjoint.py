@@ -45,12 +45,18 @@ class Zero:
     residual: Tensor  # (B,) relative
     spectrum: ProductSpectrum  # of DPi_K* at v = y - s
     error: Tensor  # (B,) estimated relative error of what the user sees of x: the size of one more Newton step
-    degenerate: Tensor  # (B,) weakly active or singular
+    weak: Tensor  # (B,) a constraint is weakly active
     steps: Tensor  # (B,) of Newton that found it
     pivot: Tensor | None  # (B,) the smallest of the dense factor
     visible: Visible
     units: Tensor | None
     last: DenseSystem | SparseSystem | None  # the polish's last factor, if it belongs to this very point
+    flagged: Tensor | None = None  # (B,) singular, or not solved well, as the polish found it
+
+    @property
+    def degenerate(self) -> Tensor:
+        """(B,) differentiated by rule."""
+        return self.weak if self.flagged is None else self.weak | self.flagged
 
     @cached_property
     def system(self) -> DenseSystem | SparseSystem:
@@ -141,7 +147,8 @@ def polish(
     error = (dx * visible.x).abs().amax(1) / best.x.abs().amax(1).clamp(min=1e-3)
     pivot = system.smallest if isinstance(system, DenseSystem) else None
     last = system if _same(factor[1], best) else None
-    degenerate = system.singular | (operators.data.program.cones.margin(best.v, best.s) < MARGIN)
+    weak = operators.data.program.cones.margin(best.v, best.s) < MARGIN
+    flagged = system.singular | system.poor
     return Zero(
         operators,
         best.x,
@@ -150,12 +157,13 @@ def polish(
         best.size,
         best.spectrum,
         error,
-        degenerate,
+        weak,
         steps,
         pivot,
         visible,
         units,
         last,
+        flagged,
     )
 
 

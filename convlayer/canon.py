@@ -213,6 +213,12 @@ class Canonical:
         return Visible(x, y)
 
     @cached_property
+    def costs(self) -> list[int]:
+        """The parameters that enter the linear costs and nothing else."""
+        back = {name: set(mapping.back) for name, mapping in self.maps.items()}
+        return sorted(back["q"] - back["P"] - back["A"] - back["b"])
+
+    @cached_property
     def elimination(self) -> Elimination | None:
         """Of auxiliary variables, if that makes the program cheaper to solve and to differentiate."""
         fixed = np.ones(len(self.program.A_rows), dtype=bool)

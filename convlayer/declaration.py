@@ -12,6 +12,14 @@ from cvxpy.lin_ops import lin_utils
 from convlayer.canon import Canonical, canonicalise, check
 
 
+def with_proximal_term(problem: cp.Problem, weight: float | cp.Parameter) -> cp.Problem:
+    """The problem with weight/2 |x|^2 added to what is minimised, over all of its variables."""
+    term = weight / 2 * sum(cp.sum_squares(variable) for variable in problem.variables())
+    objective = problem.objective
+    worse = -term if isinstance(objective, cp.Maximize) else term
+    return cp.Problem(type(objective)(objective.expr + worse), problem.constraints)
+
+
 class Declaration:
     """What a layer was made from. It is never changed, so copies of a layer share it."""
 
@@ -22,8 +30,10 @@ class Declaration:
         variables: list[cp.Variable],
         gp: bool,
         owners: dict[int, Any],
+        weight: cp.Parameter | None = None,  # of a proximal term in the cone program: a parameter after the others
     ) -> None:
         self.problem, self.parameters, self.variables, self.gp, self.owners = problem, parameters, variables, gp, owners
+        self.weight = weight
         self._canonical: Canonical | None = None
         self._lock = threading.Lock()
 
@@ -35,6 +45,17 @@ class Declaration:
         owners, _ = check(problem, parameters, variables, gp)
         return cls(problem, list(parameters), list(variables), gp, owners)
 
+    def least_norm(self) -> Declaration:
+        """The same with a small proximal term, whose weight is set at each call."""
+        return Declaration(
+            self.problem,
+            self.parameters,
+            self.variables,
+            self.gp,
+            self.owners,
+            cp.Parameter(nonneg=True, name="least-norm weight"),
+        )
+
     @property
     def is_canonicalised(self) -> bool:
         return self._canonical is not None
@@ -43,14 +64,20 @@ class Declaration:
     def canonical(self) -> Canonical:
         with self._lock:
             if self._canonical is None:
-                self._canonical = canonicalise(self.problem, self.parameters, self.variables, gp=self.gp)
+                problem, parameters = self.problem, self.parameters
+                if self.weight is not None:
+                    problem, parameters = with_proximal_term(problem, self.weight), [*parameters, self.weight]
+                self._canonical = canonicalise(problem, parameters, self.variables, gp=self.gp)
             return self._canonical
 
     def __deepcopy__(self, memo: dict) -> Declaration:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lock": None, "_next": lin_utils.ID_COUNTER.count}
+        # Neither our cone program nor CVXPY's own.
+        problem = cp.Problem(self.problem.objective, self.problem.constraints)
+        made = {"problem": problem, "_canonical": None, "_lock": None, "_next": lin_utils.ID_COUNTER.count}
+        return {**self.__dict__, **made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # CVXPY numbers variables and parameters by a counter of the process: those that canonicalisation adds must not take

@@ -249,7 +249,7 @@ class _Solved(_Transformable):
         differentiable = point.recorded or any(theta.requires_grad for theta in thetas)
         outputs, rest, point.local = point.solve(thetas, differentiable)
         point.outputs = len(outputs)
-        return *outputs, *rest
+        return *_apart(outputs), *rest
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -277,7 +277,7 @@ class _Tangent(_Transformable):
     @staticmethod
     def forward(point: Point, needed: None, *tensors: Tensor) -> tuple[Tensor, ...]:
         thetas, _, a = _split(len(point.ranks), tensors)
-        return tuple(point.local.tangent(thetas, a))
+        return _apart(point.local.tangent(thetas, a))
 
     @staticmethod
     def backward(ctx: Any, *bars: Tensor) -> tuple[Tensor | None, ...]:
@@ -310,7 +310,7 @@ class _Cotangent(_Transformable):
     @staticmethod
     def forward(point: Point, needed: Sequence[bool], *tensors: Tensor) -> tuple[Tensor, ...]:
         thetas, _, bars = _split(len(point.ranks), tensors)
-        return tuple(point.local.cotangent(thetas, bars, needed))
+        return _apart(point.local.cotangent(thetas, bars, needed))
 
     @staticmethod
     def backward(ctx: Any, *a: Tensor) -> tuple[Tensor | None, ...]:
@@ -354,7 +354,7 @@ class _Second(_Last):
     def forward(point: Point, needed: None, *tensors: Tensor) -> tuple[Tensor, ...]:
         n = len(point.ranks)
         thetas, _, directions = _split(n, tensors)
-        return tuple(point.local.second(thetas, directions[:n], directions[n:]))
+        return _apart(point.local.second(thetas, directions[:n], directions[n:]))
 
 
 class _Mixed(_Last):
@@ -366,11 +366,19 @@ class _Mixed(_Last):
         n = len(point.ranks)
         thetas, _, rest = _split(n, tensors)
         bars, a = rest[: len(rest) - n], rest[len(rest) - n :]
-        return tuple(point.local.mixed(thetas, bars, a, needed))
+        return _apart(point.local.mixed(thetas, bars, a, needed))
 
 
 for _kind in (_Solved, _Tangent, _Cotangent, _Second, _Mixed):
     _kind.vmap = _kind.batched  # type: ignore[method-assign]
+
+
+def _apart(parts: Tensors) -> tuple[Tensor, ...]:
+    """Each in memory of its own, which forward mode needs: a tangent is laid out as what it is the tangent of."""
+    return tuple(
+        part.clone(memory_format=torch.contiguous_format) if part._is_view() or not part.is_contiguous() else part
+        for part in parts
+    )
 
 
 def _split(n: int, tensors: Sequence) -> tuple[Sequence, Any, Sequence]:

@@ -50,22 +50,6 @@ class Recognition:
     generic: Cost | None
     why: str
 
-    def __deepcopy__(self, memo: dict) -> Recognition:
-        return self
-
-    def __reduce__(self):
-        said = [(f.name, f.reason) for f in self.findings]
-        return _recalled, (self.form, said, None if self.chosen is None else self.chosen.name, self.generic, self.why)
-
-
-def _recalled(form: NormalForm | None, said: list, chosen: str | None, generic: Cost | None, why: str) -> Recognition:
-    """From a pickle, which has no kernels bound: the structures that matched are asked again."""
-    findings = []
-    for name, reason in said:
-        match = None if reason is not None or form is None else STRUCTURES[name].match(form)
-        findings.append(Finding(name, match, reason))
-    return Recognition(form, findings, next((f for f in findings if f.name == chosen), None), generic, why)
-
 
 def recognise(
     problem: cp.Problem,

@@ -21,9 +21,17 @@ ITERATIONS = {
 CHEAPER = {"interior_point": "dense and batched", "daqp": "dense active sets, compiled, row by row"}
 
 
-def explain_choice(recognition: Recognition, structure: str, why: str, batch: int) -> str:
+def explain_choice(
+    recognition: Recognition, structure: str, why: str, regularise: float | str | None, batch: int
+) -> str:
     """The first part of the report: the path, why, and what every structure said."""
     lines = [("Path", f"{structure}: {why}")]
+    if regularise == "least_norm":
+        lines.append(("Regularised", "of all solutions the one of least norm"))
+    elif regularise is not None:
+        lines.append(
+            ("Regularised", f"by a proximal term of weight {regularise:g} over all variables, part of the objective")
+        )
     for finding in recognition.findings:
         if finding.match is None:
             lines.append((f"  {finding.name}", f"no: {finding.reason}"))

@@ -26,7 +26,7 @@ from convlayer.kkt import Visible, prefers_dense
 from convlayer.program import DENSE_ENTRIES, Data, Operators, Program
 from convlayer.residual import Scaling, normalise, recentre
 from convlayer.smoothing import smoothed as smoothed_zero
-from convlayer.solution import Status
+from convlayer.solution import Cause, Status
 from convlayer.solvers.solver import Attempt, Inline, Points, in_threads, solve_batch
 from convlayer.threads import one_thread
 
@@ -34,6 +34,8 @@ INACCURATE = 1e-4  # a relative residual above this is no solution
 SENSITIVE = 3e-8  # a relative error of x, estimated by one more Newton step, above this is not called solved
 UNSMOOTHED = 1e-9  # relative residual above which a point is not on the central path
 MEANINGLESS = 1e-2  # above this it is no solution at all
+NEGLIGIBLE = 1e-6  # weight of a term that only chooses among solutions
+NOTHING = 1e-10  # a derivative below this, relative to solution and costs, is zero
 RUNAWAY = 1e6  # nor is an x that many times the size which the data suggest solved: it may be on its way to infinity
 SQUARED = 1e-7  # a pivot below this, and a row is not trusted to the program without its auxiliary variables
 LARGE = 1_000_000  # numbers in dense matrices of a batch from which it is worked off in pieces,
@@ -56,7 +58,7 @@ class Call:
     start: tuple[Tensor, ...] | None  # canonical (x, s, y), (B, .) each, NaN in rows that have none
     differentiable: bool
     gradient: Callable[[Call, ConeDerivative], ConeDerivative]  # the derivative to be taken in place of the exact one
-    on_degenerate: Callable[[Tensor], None]  # called at backward with the rows that are differentiated by rule
+    on_degenerate: Callable[[Tensor, Cause], None]  # called at backward with rows whose gradient wants a warning
     status: Tensor = field(init=False)
     iterations: Tensor = field(init=False)
     residual: Tensor = field(init=False)
@@ -157,10 +159,13 @@ class Solve(torch.autograd.Function):
             # A failed row that the loss does use has no derivative: NaN, not zero.
             failed = (call.status >= Status.INFEASIBLE) & (used | (bars[2] != 0)).cpu()
             needed = ctx.needs_input_grad[1:]
-            found = iter(call.derivative.cotangent(thetas, bars, needed, failed if bool(failed.any()) else None))
-            _report(call, ctx.pieces, used)
-            readers = zip(call.canonical.parameters, thetas, needed, strict=True)
-            return None, *(reader.pull_back(next(found), theta) if need else None for reader, theta, need in readers)
+            found = call.derivative.cotangent(thetas, bars, needed, failed if bool(failed.any()) else None)
+            wanted = [k for k, need in enumerate(needed) if need]
+            _report(call, ctx.pieces, bars[0], used, dict(zip(wanted, found, strict=True)))
+            result: list[Tensor | None] = [None] * len(thetas)
+            for k, bar in zip(wanted, found, strict=True):
+                result[k] = call.canonical.parameters[k].pull_back(bar, thetas[k])
+            return None, *result
 
 
 def _adjoint_of(pieces: list[Piece], x_bar: Tensor, y_bar: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,6 +184,16 @@ def _adjoint_of(pieces: list[Piece], x_bar: Tensor, y_bar: Tensor) -> tuple[Tens
         for piece in pieces:
             put(piece)
     return w, u
+
+
+def least_norm_weight(canonical: Canonical, thetas: Sequence[Tensor], device: torch.device) -> Tensor:
+    """(B or 1,) of a proximal term, canonical's last parameter: NEGLIGIBLE where the row's solution and multipliers are of size one."""
+    with torch.no_grad():
+        none = torch.zeros(1, dtype=torch.float64, device=device)
+        readers = zip(canonical.parameters, [*thetas, none], strict=True)
+        data, _ = evaluate(canonical, [reader.read(theta) for reader, theta in readers], False, none)
+        _, scaling = normalise(data)
+        return (NEGLIGIBLE * scaling.rho / scaling.tau).squeeze(1).nan_to_num(NEGLIGIBLE)
 
 
 def resolved(call: Call) -> Callable[[Data], tuple[Tensor, Tensor, Tensor]]:
@@ -494,12 +509,27 @@ def _objective(operators: Operators, x: Tensor, d: Tensor) -> Tensor:
     return (x * (operators.P(x) / 2 + operators.data.q)).sum(1) + d.squeeze(1)
 
 
-def _report(call: Call, pieces: list[Piece], used: Tensor) -> None:
-    """Tell the layer which rows with a cotangent were differentiated by rule."""
+def _report(call: Call, pieces: list[Piece], x_bar: Tensor, used: Tensor, found: dict[int, Tensor]) -> None:
+    """Tell the layer which rows with a cotangent were differentiated by rule, or got a gradient that says nothing."""
+    if call.derivative is not call.exact:
+        return
+    causes = {cause: torch.zeros_like(used) for cause in (Cause.ONE_SIDED, Cause.SINGULAR, Cause.ILL_CONDITIONED)}
     for piece in pieces:
-        # A solve may have flagged more.
-        call.degenerate[piece.rows[piece.keep].cpu()] |= piece.zero.system.singular[piece.keep].cpu()
-    if bool(call.degenerate.any()):
-        rows = torch.nonzero(call.degenerate & used.cpu()).flatten()
-        if len(rows):
-            call.on_degenerate(rows)
+        rows, keep, zero = piece.rows[piece.keep], piece.keep, piece.zero
+        flags = zero.weak, zero.system.singular, zero.system.poor
+        for mask, flag in zip(causes.values(), flags, strict=True):
+            mask[rows] = flag[keep]
+        call.degenerate[rows.cpu()] |= (flags[1] | flags[2])[keep].cpu()  # a solve may have flagged more
+    costs = call.canonical.costs
+    if any(k in found for k in costs) and call.canonical.program.is_linear:
+        size = x_bar.abs().amax(1) * call.exact.x.abs().amax(1)
+        unmoved = used & (size > 0)
+        for k in costs:
+            if k in found:
+                bar = found[k].abs().amax(1)
+                scale = call.exact.data.q.abs().amax(1)
+                unmoved = unmoved & (bar * scale <= NOTHING * size)
+        causes[Cause.ZERO] = unmoved
+    for cause, mask in causes.items():
+        if bool((mask & used).any()):
+            call.on_degenerate(torch.nonzero(mask & used).flatten().cpu(), cause)

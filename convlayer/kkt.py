@@ -130,6 +130,7 @@ class DenseSystem:
         self.K = K
         self.lu, self.pivots = lu_factor(K)
         self.singular = (visible.x & ~self.held).any(1)
+        self.poor = torch.zeros_like(self.singular)  # rows of which a solve could not be certified
         pivots = self.lu.diagonal(dim1=1, dim2=2).abs()
         smallest = self.smallest = pivots.amin(1) if size else pivots.new_ones(batch)
         self.stiff = bool((smallest <= STIFF).any())
@@ -164,7 +165,7 @@ class DenseSystem:
             solution, error = torch.where(better, trial, solution), torch.where(better, trial_error, error)
             if not bool((better & (after < 0.5 * before) & (after > 1e-15 * goal)).any()):
                 break
-        self.singular |= ~_solved_well(error.abs().amax(1), solution.abs().amax(1), goal.squeeze(1)).squeeze(1)
+        self.poor |= ~_solved_well(error.abs().amax(1), solution.abs().amax(1), goal.squeeze(1)).squeeze(1)
         return solution
 
     def _product(self, x: Tensor) -> Tensor:
@@ -300,6 +301,7 @@ class SparseSystem:
         _ = pattern.fill  # worked out here rather than while an object is being taken down
         weakref.finalize(self, pattern.release, self.factors).atexit = False
         self.singular = (visible.x & ~self.held).any(1)
+        self.poor = torch.zeros_like(self.singular)
         self.projector: _Projector | None = None
         # Pivots tell nothing without pivoting; a null vector shows as a solution of size 1 / shift.
         probe = torch.randn(n + m, 1, dtype=d.dtype, generator=torch.Generator().manual_seed(0)).expand(-1, batch)
@@ -355,14 +357,14 @@ class SparseSystem:
     def _pivoted(self, rows: Tensor, a: Tensor, c: Tensor, w: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
         """Rows for which LDL' without pivoting is not accurate enough: dense LU, if that fits; otherwise flagged."""
         if (self.n + self.data.program.m) ** 2 > 4 * DENSE_ENTRIES:
-            self.singular[rows] = True
+            self.poor[rows] = True
             return w, e
         if self.dense is None or not torch.equal(self.dense[0], rows):
             units = None if self.units is None else take_rows(self.units, rows)
             operators = Operators(self.data.rows(rows), dense=True)
             self.dense = rows, DenseSystem(operators, self.spectrum.index_select(rows), self.visible, units)
         w_rows, e_rows = self.dense[1].solve(a[rows], c[rows])
-        self.singular[rows] = self.dense[1].singular
+        self.singular[rows], self.poor[rows] = self.dense[1].singular, self.dense[1].poor
         return w.index_copy(0, rows, w_rows), e.index_copy(0, rows, e_rows)
 
     def _back_substitute(self, right: Tensor) -> Tensor:

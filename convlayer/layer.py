@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Executor
@@ -20,15 +21,18 @@ from torch import Tensor
 
 from convlayer import compiled, domain
 from convlayer.canon import Canonical
-from convlayer.declaration import Declaration
+from convlayer.declaration import Declaration, with_proximal_term
 from convlayer.derivative import Local, Point, Recorded, is_transformed, known, pulled_back, solved
+from convlayer.diagnose import ProblemError
 from convlayer.dispatch import CHOICES, attempts, recognise
 from convlayer.explain import explain_choice, explain_cone_program
-from convlayer.generic import Call, Solve
+from convlayer.generic import Call, Solve, least_norm_weight
 from convlayer.gradients import GRADIENTS, gradient_of
 from convlayer.kernels.answer import Answer
+from convlayer.normal_form import normal_form
 from convlayer.solution import (
     AccuracyWarning,
+    Cause,
     GradientWarning,
     ParameterError,
     Solution,
@@ -39,12 +43,15 @@ from convlayer.solution import (
 from convlayer.solvers import SOLVERS, Attempt, Solver
 from convlayer.specialised import Specialised, without
 from convlayer.starts import Starts
+from convlayer.structures import STRUCTURES
 from convlayer.threads import one_thread
 from convlayer.verification import Verification, verify
 
 TOLERANCE = 1e-8
 TINY = 2_000  # numbers for which torch takes one thread of itself
 SMALL = 50_000_000  # numbers that one thread checks in less time than a second one may take to come
+_warning = threading.Lock()
+BY_SOLVER = "you named a solver, or its options"
 POLICIES = ("raise", "nan", "keep")
 
 
@@ -74,6 +81,9 @@ class ConvexLayer(torch.nn.Module):
         gradient:    how solutions are differentiated: "exact"; for problems whose exact derivative is zero or jumps "smoothed", "lpgd" and,
                      for linear objectives, "perturbed" and "blackbox" (see convlayer.gradients). All but the first take the cone program.
         gradient_args: of that gradient: kappa; tau and rho; sigma, samples and seed; lam.
+        regularise:  what makes a solution unique: the weight rho of a proximal term rho/2 |x|^2 over all variables, added to the problem
+                     (and to the objective that is reported); or "least_norm", for linear and quadratic programs: of all solutions the
+                     one of least norm, by a term so small (1e-6 in the row's own units) that a linear program's solutions stay optimal.
         on_failure:  "raise" a SolverError that names the rows; "nan" fills just those rows; "keep" returns the last iterate, flagged.
         validate:    check the declared domains of the parameters (sign, symmetry, PSD, bounds) at every call.
         executor:    a concurrent.futures.Executor for the rows, not the one that the call itself runs in; by default a pool of one
@@ -96,6 +106,7 @@ class ConvexLayer(torch.nn.Module):
         gp: bool = False,
         gradient: str = "exact",
         gradient_args: Mapping[str, Any] | None = None,
+        regularise: float | str | None = None,
         on_failure: str = "raise",
         validate: bool = True,
         executor: Executor | None = None,
@@ -106,35 +117,53 @@ class ConvexLayer(torch.nn.Module):
         _one_of("on_failure", on_failure, POLICIES)
         self._gradient = gradient_of(gradient, gradient_args)
         self.on_failure, self.validate, self.executor = on_failure, validate, executor
+        if regularise is not None and regularise != "least_norm":
+            problem = with_proximal_term(problem, _proximal_weight(regularise, gp))
+        self._regularise = regularise
         self._declared = Declaration.checked(problem, parameters, variables, gp)
         options = dict(solver_args or {})
-        named = solver is not None or bool(options.keys() - {"tolerance"})
-        reason = "you named a solver, or its options" if named else None
-        if gradient != "exact":
-            reason = f"gradient={gradient!r} is of the cone program"
-        self._recognition = recognise(
-            problem, parameters, variables, self._declared.owners, gp=gp, structure=structure, reason=reason
-        )
-        chosen, self._why = self._recognition.chosen, self._recognition.why
-        self.structure = "cone_program" if chosen is None else chosen.name
-        self._specialised: Specialised | None = None
-        if chosen is not None and chosen.match is not None and chosen.match.build is not None:
-            if named or gradient != "exact":
-                raise ValueError(
-                    f"structure={structure!r} runs a kernel, whose gradient is the exact one and which takes no solver and none of its "
-                    "options; leave them out."
-                )
-            assert self._recognition.form is not None
-            self._specialised = Specialised(
-                self._recognition.form, chosen.name, chosen.match, self._declared.variables, self._declared.owners
-            )
-        self._domains = [domain.declared(p) for p in parameters]
-        self._solver, self._chosen = _solver(solver), named
+        self._solver, self._chosen = _solver(solver), solver is not None or bool(options.keys() - {"tolerance"})
         self._tolerance, self._options = _tolerance(options), options
+        self._asked, self._reason = structure, BY_SOLVER if self._chosen else None
+        if gradient != "exact":
+            self._reason = f"gradient={gradient!r} is of the cone program"
+        self._recognise()
+        if self._specialised is not None and self._reason is not None:
+            raise ValueError(
+                f"structure={structure!r} runs a kernel, whose gradient is the exact one and which takes no solver and none of its options; "
+                "leave them out."
+            )
         if self._specialised is None:
             self._solver.check(self._canonical.program, self._options)
             self._gradient.check(self._canonical)
-        self._warned: set[str] = set()
+        self._fresh()
+
+    def _recognise(self) -> None:
+        """Choose the path, from the declaration and what was asked for."""
+        declared = self._declared
+        problem, parameters, gp = declared.problem, declared.parameters, declared.gp
+        self._recognition = recognise(
+            problem, parameters, declared.variables, declared.owners, gp=gp, structure=self._asked, reason=self._reason
+        )
+        chosen, form = self._recognition.chosen, self._recognition.form
+        if self._regularise == "least_norm" and not (chosen is not None and STRUCTURES[chosen.name].least_norm):
+            reason = "it is log-log convex" if gp else (form or normal_form(problem, parameters)).not_quadratic
+            if reason:
+                raise ProblemError(
+                    f"regularise='least_norm' is for linear and quadratic programs, and this is none: {reason}. Give the weight of a proximal "
+                    "term instead, such as regularise=1e-6."
+                )
+            self._declared, chosen = declared.least_norm(), None
+        self.structure = "cone_program" if chosen is None else chosen.name
+        self._specialised: Specialised | None = None
+        if chosen is not None and chosen.match is not None and chosen.match.build is not None:
+            assert form is not None
+            self._specialised = Specialised(form, chosen.name, chosen.match, declared.variables, declared.owners)
+        self._domains = [domain.declared(p) for p in parameters]
+
+    def _fresh(self) -> None:
+        """What a layer does not share with its copies."""
+        self._warned: set[tuple[type[Warning], Hashable]] = set()
         self._starts = Starts()
         self._name = compiled.registered(self)
 
@@ -214,7 +243,8 @@ class ConvexLayer(torch.nn.Module):
 
     def explain(self, batch: int = 1) -> str:
         """Which path runs and why, why the others do not, the sizes, and what a forward and a backward cost."""
-        text = explain_choice(self._recognition, self.structure, self._why, batch)
+        why = self._reason or self._recognition.why
+        text = explain_choice(self._recognition, self.structure, why, self._regularise, batch)
         if self._specialised is not None:
             return text
         attempts = self._attempts(batch, self._tolerance, self._options, torch.device("cpu"))
@@ -252,7 +282,7 @@ class ConvexLayer(torch.nn.Module):
             sibling._tolerance, sibling._options = _tolerance(merged), merged
             if solver is not None or options.keys() - {"tolerance"}:
                 sibling = sibling._generic()
-                sibling._chosen, sibling._why = True, "you named a solver, or its options"
+                sibling._chosen, sibling._reason = True, BY_SOLVER
             if sibling._specialised is None:
                 sibling._solver.check(self._canonical.program, sibling._options)
         return sibling
@@ -263,18 +293,25 @@ class ConvexLayer(torch.nn.Module):
         sibling.__dict__.update(
             {name: copy.copy(part) for name, part in self.__dict__.items() if isinstance(part, dict)}
         )
-        sibling.executor, sibling._warned, sibling._starts = self.executor, set(), Starts()
-        sibling._name = compiled.registered(sibling)
+        sibling.executor = self.executor
+        sibling._fresh()
         return sibling
 
     def _generic(self) -> ConvexLayer:
         """A sibling on the generic path."""
         sibling = self._copy()
-        sibling._specialised, sibling.structure = None, "cone_program"
+        sibling._specialised, sibling.structure, sibling._asked = None, "cone_program", "generic"
         return sibling
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "executor": None}
+        """The declaration and the options: the rest is made from them anew."""
+        made = ("_recognition", "_specialised", "_domains", "_warned", "_starts", "_name")
+        return {**{name: part for name, part in self.__dict__.items() if name not in made}, "executor": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._recognise()
+        self._fresh()
 
     def extra_repr(self) -> str:
         parameters = ", ".join(f"{p.name()}{tuple(p.shape)}" for p in self._declared.parameters)
@@ -385,6 +422,8 @@ class ConvexLayer(torch.nn.Module):
         if not attempts[0].solver.batched:
             device = torch.device("cpu")
         thetas = [v.to(device, torch.float64) for v in values]
+        if self._declared.weight is not None:
+            thetas.append(least_norm_weight(canonical, thetas, device))
         differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in thetas)
         excluded = torch.zeros(size, dtype=torch.bool) if bad is None else bad
         warn = partial(self._warn_degenerate, batch)
@@ -408,8 +447,8 @@ class ConvexLayer(torch.nn.Module):
             return [*outputs, canonical.objective(value)] if everything else outputs
 
         def again(values: list[Tensor]) -> list[Tensor]:
-            readers = zip(canonical.parameters, values, strict=True)
-            entries = [reader.read(value.to(device, torch.float64)) for reader, value in readers]
+            given = [*(value.to(device, torch.float64) for value in values), *thetas[len(values) :]]
+            entries = [reader.read(value) for reader, value in zip(canonical.parameters, given, strict=True)]
             return recovered(*known(call.exact.solution, call.derivative, entries))
 
         return _Rows(
@@ -583,7 +622,7 @@ class ConvexLayer(torch.nn.Module):
         status, batch = rows.status, rows.batch
         if status is not None and bool((status == Status.INACCURATE).any()):
             which = torch.nonzero(status == Status.INACCURATE).flatten()
-            self._warn(AccuracyWarning, f"{rows_in_words(which, batch).capitalize()}: {Status.INACCURATE.advice}")
+            self._warn(AccuracyWarning(f"{rows_in_words(which, batch).capitalize()}: {Status.INACCURATE.advice}"))
         failed = None if status is None else status >= Status.INFEASIBLE
         if status is not None and failed is not None and bool(failed.any()):
             if self.on_failure == "raise":
@@ -592,24 +631,29 @@ class ConvexLayer(torch.nn.Module):
             assert rows.blank is not None
             rows.empty = rows.failed if self.on_failure == "nan" else rows.blank.view(batch)
         if not rows.warned and rows.degenerate is not None and bool(rows.degenerate.any()):
-            rows.ruled, rows.warn = rows.degenerate, partial(self._warn_degenerate, batch)
+            cause = STRUCTURES[self.structure].cause
+            rows.ruled, rows.warn = rows.degenerate, partial(self._warn_degenerate, batch, cause=cause)
 
-    def _warn_degenerate(self, batch: tuple[int, ...], rows: Tensor) -> None:
-        self._warn(
-            GradientWarning,
-            f"{rows_in_words(rows, batch).capitalize()}: degenerate (a weakly active constraint, or a singular KKT system), so the derivative "
-            "is one-sided, or the least-norm one. Solution.degenerate tells which rows; a small strongly convex term makes the solution unique.",
-        )
+    def _warn_degenerate(self, batch: tuple[int, ...], rows: Tensor, cause: Cause) -> None:
+        message = f"{rows_in_words(rows, batch).capitalize()}: {cause.value}: {cause.advice}"
+        if cause in (Cause.ONE_SIDED, Cause.SINGULAR, Cause.ILL_CONDITIONED):
+            message += " Solution.degenerate tells which rows."
+        elif cause is Cause.ZERO:
+            names = [f"`{self._declared.parameters[k].name()}`" for k in self._canonical.costs]
+            message += f" Here: the gradient in {', '.join(names)}."
+        self._warn(GradientWarning(message, cause), cause)
 
-    def _warn(self, category: type[Warning], message: str) -> None:
+    def _warn(self, warning: Warning, cause: Hashable = None) -> None:
         """Once a layer and cause."""
-        if category.__name__ not in self._warned:
-            self._warned.add(category.__name__)
-            # At the line of the user's that called, or called backward on a loss.
-            depth, frame = 1, sys._getframe()
-            while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("convlayer", "torch"):
-                depth, frame = depth + 1, frame.f_back
-            warnings.warn(message, category, stacklevel=depth)
+        with _warning:
+            if (type(warning), cause) in self._warned:
+                return
+            self._warned.add((type(warning), cause))
+        # At the line of the user's that called, or called backward on a loss.
+        depth, frame = 1, sys._getframe()
+        while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("convlayer", "torch"):
+            depth, frame = depth + 1, frame.f_back
+        warnings.warn(warning, stacklevel=depth)
 
 
 class _Gate(torch.autograd.Function):
@@ -834,6 +878,16 @@ def _tolerance(options: dict[str, Any]) -> float:
     if not isinstance(tolerance, (int, float)) or not 0 < tolerance < 1:
         raise ValueError(f"`tolerance` must be a number between 0 and 1; got {tolerance!r}.")
     return float(tolerance)
+
+
+def _proximal_weight(weight: Any, gp: bool) -> float:
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+        raise ValueError(f"`regularise` must be a positive number or 'least_norm'; got {weight!r}.")
+    if gp:
+        raise ValueError(
+            "`regularise` adds a square to the objective, which a log-log convex problem (gp=True) cannot have."
+        )
+    return float(weight)
 
 
 def _solver(solver: str | Solver | None) -> Solver:

@@ -101,6 +101,10 @@ class Program:
         """A linear or quadratic program."""
         return {block.name for block in self.cones.blocks} <= {"zero", "nonnegative"}
 
+    @property
+    def is_linear(self) -> bool:
+        return self.is_polyhedral and not len(self.P_rows)
+
     @cached_property
     def is_elementwise(self) -> bool:
         return bool(self.elementwise.all())

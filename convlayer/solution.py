@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import IntEnum
+from enum import Enum, IntEnum
 
 import numpy as np
 import torch
@@ -89,8 +89,43 @@ class AccuracyWarning(UserWarning):
     """Some rows were solved to less than the tolerance."""
 
 
+class Cause(Enum):
+    """Why a gradient is not to be trusted blindly. `advice` says what it means and what to do."""
+
+    ONE_SIDED = "weakly active"
+    SINGULAR = "not unique"
+    ILL_CONDITIONED = "ill-conditioned"
+    ZERO = "structurally zero"
+    NO_PATH = "no central path"
+
+    @property
+    def advice(self) -> str:
+        return _CAUSES[self]
+
+
+_CAUSES = {
+    Cause.ONE_SIDED: "a constraint is weakly active (at its bound with a multiplier of zero), so the derivative is one-sided; gradient='smoothed' "
+    "averages the two sides, and layer.check(...) names the constraint.",
+    Cause.SINGULAR: "the solution or a multiplier is not unique (a singular KKT system), so the derivative is the least-norm one; a small strongly "
+    "convex term makes it unique (regularise=), and layer.check(...) names what is redundant.",
+    Cause.ILL_CONDITIONED: "the adjoint system is so ill-conditioned that its solution could not be certified; rescale the parameters, or add a small "
+    "strongly convex term (regularise=).",
+    Cause.ZERO: "the solution of a linear program stays at its vertex when costs change a little, so their gradient is zero; "
+    "gradient='smoothed', 'lpgd', 'perturbed' or 'blackbox' give one that learning can use.",
+    Cause.NO_PATH: "the feasible set has no interior or the solutions are not bounded, so there is nothing to smooth, and the gradient is NaN; "
+    "gradient='lpgd' needs neither.",
+}
+
+
 class GradientWarning(UserWarning):
-    """Some rows were differentiated where the solution map is not differentiable, by the stated rule."""
+    """Some rows were differentiated where the solution map has no derivative, or one that says nothing: once a layer and `cause`."""
+
+    def __init__(self, message: str, cause: Cause) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+    def __reduce__(self):
+        return type(self), (str(self), self.cause)
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from convlayer.binding import Binding, Kept
 from convlayer.domain import is_symmetric
 from convlayer.kernels.answer import Answer
 from convlayer.normal_form import NormalForm, Weighted
-from convlayer.structures import STRUCTURES, Match, MismatchError
+from convlayer.structures import Match, MismatchError
 from convlayer.threads import one_thread
 
 SMALL = 5e7  # flops, or bytes, of a call up to which the kernel runs on one thread
@@ -180,16 +180,6 @@ class Specialised:
             row = self._kept.tensor((key, "offset"), part.row, x)
             total = total + x.new_zeros(len(terms), table.size).index_add(1, row, terms)
         return total
-
-    def __deepcopy__(self, memo: dict) -> Specialised:
-        return self
-
-    def __reduce__(self):
-        return _rebuilt, (self.form, self.name, self._variables, self._owners)
-
-
-def _rebuilt(form: NormalForm, name: str, variables: Sequence[cp.Variable], owners: dict) -> Specialised:
-    return Specialised(form, name, STRUCTURES[name].match(form), variables, owners)
 
 
 def _flat(values: Tensor) -> Tensor:

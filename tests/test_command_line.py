@@ -16,7 +16,7 @@ from convlayer.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted(
-    path.stem for path in (ROOT / "examples").glob("*.py") if path.stem not in ("demo", "sudoku") and not path.stem.startswith("_")
+    path.stem for path in (ROOT / "examples").glob("*.py") if path.stem not in ("demo", "sudoku", "distributed_training", "shortest_path") and not path.stem.startswith("_")
 )
 
 MODEL = """

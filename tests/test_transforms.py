@@ -40,6 +40,10 @@ class Path:
     def layer(self) -> ConvexLayer:
         return self.build().with_options(validate=False)
 
+    @property
+    def arity(self) -> int:
+        return len(self.layer._declared.parameters)
+
     def sample(self, *batch: int) -> tuple[Tensor, ...]:
         return tuple(self.draw(batch))
 
@@ -64,8 +68,8 @@ class Path:
     def loss(self, *tensors: Tensor) -> Tensor:
         """Of one instance, or the sum over a batch."""
         outputs = self(*tensors)
-        batch = outputs[-1].ndim
-        return inner(weights(outputs, batch), outputs) + sum(o.square().sum() for o in outputs) / 4
+        linear = sum((torch.cos(torch.arange(1.0, o.numel() + 1)).reshape(o.shape) * o).sum() for o in outputs)
+        return linear + sum(o.square().sum() for o in outputs) / 4
 
     def __repr__(self) -> str:
         return self.name
@@ -119,7 +123,7 @@ def product(path: Path, tensors: Sequence[Tensor], a: Sequence[Tensor]) -> tuple
 
 
 def every_gradient(path: Path) -> Callable[..., tuple[Tensor, ...]]:
-    return grad(path.loss, argnums=tuple(range(len(path.sample()))))
+    return grad(path.loss, argnums=tuple(range(path.arity)))
 
 
 def forward_over_reverse(path: Path, tensors: Sequence[Tensor], a: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -151,15 +155,18 @@ def test_jacobians_of_both_modes_agree_with_a_loop_of_plain_backward(path):
     every = tuple(range(len(tensors)))
     inputs = leaves(tensors)
     outputs = path(*inputs)
-    reverse, forward = jacrev(path, every)(*tensors), jacfwd(path, every)(*tensors)
-    for output, by_reverse, by_forward in zip(outputs, reverse, forward, strict=True):
-        units = torch.eye(output.numel(), dtype=torch.float64).unflatten(1, output.shape)
-        rows = [torch.autograd.grad(output, inputs, unit, retain_graph=True) for unit in units]
-        loop = [torch.stack(column).unflatten(0, output.shape) for column in zip(*rows, strict=True)]
-        assert agree(by_reverse, loop, 1e-9)
-        assert agree(by_forward, loop, 1e-9)
-        batched = torch.autograd.grad(output, inputs, units, retain_graph=True, is_grads_batched=True)
-        assert agree([part.unflatten(0, output.shape) for part in batched], loop, 1e-12)
+    found: dict[str, list[Tensor]] = {"loop": [], "batched": []}
+    for output in outputs:
+
+        def pulled(unit: Tensor, output: Tensor = output) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(output, inputs, unit.reshape(output.shape), retain_graph=True)
+
+        units = torch.eye(output.numel(), dtype=torch.float64)
+        for name, columns in (("loop", zip(*map(pulled, units), strict=True)), ("batched", vmap(pulled)(units))):
+            found[name] += [torch.stack([*c]).reshape(output.shape + t.shape) for c, t in zip(columns, tensors, strict=True)]
+    assert agree(found["batched"], found["loop"], 1e-12)
+    for jacobian in (jacrev, jacfwd):
+        assert agree([part for row in jacobian(path, every)(*tensors) for part in row], found["loop"], 1e-9)
 
 
 # Second derivatives -----------------------------------------------------------------------------------------------------
@@ -267,7 +274,7 @@ def around(path: Path, count: int, seed: int) -> list[Tensor]:
 
 def splits(path: Path) -> list[list[bool]]:
     """Which parameters are batched: each alone, all the others, and all."""
-    n = len(path.sample())
+    n = path.arity
     alone = [[k == chosen for k in range(n)] for chosen in range(n)]
     return [[True] * n] + (alone + [[not one for one in row] for row in alone] if n > 2 else alone if n == 2 else [])
 

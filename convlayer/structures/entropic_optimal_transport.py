@@ -13,6 +13,7 @@ from convlayer.affine import NONE, stack
 from convlayer.kernels.answer import answered
 from convlayer.kernels.entropic_optimal_transport import entropic_optimal_transport
 from convlayer.normal_form import NormalForm
+from convlayer.solution import Cause
 from convlayer.structures.reading import (
     Equality,
     Layout,
@@ -36,6 +37,7 @@ class EntropicOptimalTransport(Structure):
     """minimise <M, P> - eps sum entr(P) subject to P 1 = r, P'1 = c, P >= 0."""
 
     name = "entropic_optimal_transport"
+    cause = Cause.ILL_CONDITIONED
     refines = "cone_program"
 
     def declare(self) -> Declaration:

@@ -36,6 +36,7 @@ class EqualityConstrainedQP(Structure):
     """minimise 1/2 x'Px + q'x subject to Ax = b; the quadratic may be given by squares too."""
 
     name = "equality_constrained_qp"
+    least_norm = True
     refines = "quadratic_program"
 
     def declare(self) -> Declaration:

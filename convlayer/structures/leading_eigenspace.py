@@ -85,7 +85,7 @@ class LeadingEigenspace(Structure):
 
             def run(values, like, at=None):
                 matrix = X(values, like)
-                answer = answered(at, lambda X: leading_eigenspace(X, k, leading), matrix)
+                answer = answered(at, lambda matrix: leading_eigenspace(matrix, k, leading), matrix)
                 if plain and not duals:
                     return answer
                 Z, edge = answer.outputs

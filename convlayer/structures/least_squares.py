@@ -23,6 +23,7 @@ class LeastSquares(Structure):
     """minimise sum_i w_i (A x - b)_i^2 + sum_j ridge_j x_j^2; of minimum norm where it is not unique."""
 
     name = "least_squares"
+    least_norm = True
     refines = "equality_constrained_qp"
 
     def declare(self) -> Declaration:

@@ -10,6 +10,7 @@ from torch import Tensor
 from convlayer.kernels.answer import answered
 from convlayer.kernels.softmax import softmax
 from convlayer.normal_form import NormalForm
+from convlayer.solution import Cause
 from convlayer.structures.reading import (
     Layout,
     is_one,
@@ -31,6 +32,7 @@ class Softmax(Structure):
     """maximise theta'y + tau sum_i entr(y_i) subject to sum_i y_i = r, y >= 0."""
 
     name = "softmax"
+    cause = Cause.ONE_SIDED
     refines = "cone_program"
 
     def declare(self) -> Declaration:

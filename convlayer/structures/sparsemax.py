@@ -12,6 +12,7 @@ from torch import Tensor
 from convlayer.kernels.answer import answered
 from convlayer.kernels.sparsemax import sparsemax
 from convlayer.normal_form import NormalForm
+from convlayer.solution import Cause
 from convlayer.structures.reading import (
     Layout,
     no_cones,
@@ -32,6 +33,7 @@ class Sparsemax(Structure):
     """minimise |x - y|^2 subject to sum_i x_i = r, x >= 0; with a common weight, and a linear term, the same."""
 
     name = "sparsemax"
+    cause = Cause.ONE_SIDED
     refines = "quadratic_program"
 
     def declare(self) -> Declaration:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from convlayer.kernels.answer import Answer
 from convlayer.normal_form import NormalForm
+from convlayer.solution import Cause
 
 Declaration = tuple[cp.Problem, Sequence[cp.Parameter], Sequence[cp.Variable]]
 
@@ -71,6 +72,8 @@ class Structure(ABC):
     """One file, one structure, one instance in the registry."""
 
     name: ClassVar[str]
+    cause: ClassVar[Cause] = Cause.SINGULAR  # why its kernel flags a row
+    least_norm: ClassVar[bool] = False  # of solutions that are not unique its kernel gives the one of least norm
     refines: ClassVar[str]  # the more general structure that also answers it
 
     @abstractmethod

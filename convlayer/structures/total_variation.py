@@ -13,6 +13,7 @@ from convlayer.affine import NONE, Table
 from convlayer.kernels.answer import answered
 from convlayer.kernels.total_variation import total_variation
 from convlayer.normal_form import NormalForm
+from convlayer.solution import Cause
 from convlayer.structures.reading import (
     Layout,
     no_cones,
@@ -31,6 +32,7 @@ class TotalVariation(Structure):
     """minimise 1/2 |u - x|^2 + lam sum_i |u_{i+1} - u_i|, the entries of u in any order along the line."""
 
     name = "total_variation"
+    cause = Cause.ONE_SIDED
     refines = "quadratic_program"
 
     def declare(self) -> Declaration:

@@ -1,0 +1,358 @@
+"""The closest feasible problem: what an infeasible row's answer is if its constraints give way by as little as they must.
+
+Every constraint of the user's is relaxed by a shift, all else (the variables' declared signs and bounds, and what canonicalisation
+adds) stays as it is. With S the rows of the cone program that belong to those constraints, two programs in a row:
+
+    t*  = argmin over t    of  1/2 |t|^2         subject to   Ax + t + s = b for some x and some s in K,  t = 0 outside S
+    x*  = argmin over x    of  1/2 x'Px + q'x    subject to   Ax + t* + s = b,  s in K
+
+The first one's multipliers are y = -t* on S, and s'y = 0 for all that is feasible in the second. So where y is not zero, s lies on a
+face of its cone, and there the second program, which has no interior, is written without a cone:
+
+    nonnegative                      s = 0
+    second order, y inside           s = 0
+    second order, y on the boundary  s = beta r,  beta >= 0,   r = (1, -y_1 / |y_1|)  for  y = (y_0, y_1)
+
+Solution:    t* is unique; x* as unique as the user's objective makes it.
+Derivative:  the composition of both solutions' own; the faces' equations stay consistent wherever the data go, though they are dependent.
+Multipliers: on a face they are not unique, not even bounded: y plus any multiple of the first program's. They are NaN.
+Source:      Bambade, Schramm, Taylor and Carpentier (2024); faces as in Borwein and Wolkowicz (1981).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import chain
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+from convlayer.canon import ONE, AffineMap, Canonical, CanonicalisationError, ParameterEntries, Recovery, canonicalise
+from convlayer.cone_derivative import ConeDerivative
+from convlayer.cones import Cone, Nonnegative, Product, SecondOrder, Zero
+from convlayer.declaration import Declaration
+from convlayer.derivative import known
+from convlayer.generic import Call, Solve
+from convlayer.gradients import Exact
+from convlayer.kkt import Visible
+from convlayer.program import Program, take_rows
+from convlayer.solution import Status
+from convlayer.solvers import SOLVERS
+
+FREE, POINT, RAY = 0, 1, 2  # what a row's slack is left with: its cone, nothing but zero, or a ray of it
+ACTIVE = 1e-9  # share of the largest multiplier above which one counts as not zero
+CONES = ("zero", "nonnegative", "second_order")
+
+
+def applies(canonical: Canonical) -> str | None:
+    """None, or why there is no closest feasible problem here."""
+    if canonical.gp:
+        return "the problem is log-log convex"
+    other = sorted({block.name for block in canonical.program.cones.blocks} - set(CONES))
+    return f"its cone program has {', '.join(other)} cones" if other else None
+
+
+@dataclass(frozen=True, eq=False)
+class Closest:
+    """The answers for R rows; x, y, value and shift are differentiable in the entries in every mode, to second order."""
+
+    x: Tensor  # (R, n); as y, value and shift it means nothing in rows that failed
+    y: Tensor  # (R, m) NaN on faces
+    value: Tensor  # (R,) of the cone program
+    shift: Tensor  # (R, m) t*
+    status: Tensor  # (R,) of the worse of the two programs
+    iterations: Tensor  # (R,) of both
+    residual: Tensor  # (R,) the larger
+    degenerate: Tensor  # (R,)
+    again: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]  # entries -> (x, y, value, shift), in any transform
+
+
+def closest(relaxation: Relaxation, entries: Sequence[Tensor], tolerance: float) -> Closest:
+    """Both programs for R infeasible rows.
+
+    entries: of each parameter, (R, size) or shared (1, size), as its ParameterEntries reads them; R = 1 without parameters.
+    Status:  INFEASIBLE if what may not give way is infeasible; UNBOUNDED if the second program is; NOT_CONVERGED if one of them
+             was not solved, or if the shift is zero to the tolerance, and the row so not known to be infeasible.
+    """
+    plain = [part.detach() for part in entries]
+    first = _solved(relaxation.first, plain, tolerance)
+    _, s, y = first.iterate
+    pattern = _pattern(relaxation.canonical.program, y)
+    shift = torch.where(relaxation.soft, -y, 0.0)
+    b = relaxation.first.maps["b"](plain, y)
+    # Of the equations on faces alone: the right-hand side of a bound that is none may be anything.
+    sizes = torch.where(pattern != FREE, torch.maximum(b.abs(), (b - shift - s).abs()), 0.0).amax(1)
+    status, iterations, residual, degenerate = (
+        part.clone() for part in (first.status, first.iterations, first.residual, first.degenerate)
+    )
+    status[(status < Status.INFEASIBLE) & ~(shift.abs().amax(1) > tolerance * sizes)] = int(Status.NOT_CONVERGED)
+    going = torch.nonzero(status < Status.INFEASIBLE).flatten()
+    patterns, which = torch.unique(pattern[going], dim=0, return_inverse=True)
+    groups = []
+    for k, one in enumerate(patterns):
+        rows, faces = going[which == k], _Faces(relaxation, one)
+        part = [take_rows(values, rows) for values in plain]
+        call = _solved(faces.stage, faces.entries(part, y[rows]), tolerance)
+        status[rows] = torch.maximum(status[rows], call.status)
+        residual[rows] = torch.maximum(residual[rows], call.residual)
+        iterations[rows] += call.iterations
+        degenerate[rows] |= call.degenerate
+        groups.append((rows, faces, call.exact))
+    known_again = partial(_again, relaxation, first.exact, groups)
+    return Closest(*known_again(entries), status, iterations, residual, degenerate, known_again)
+
+
+def _again(
+    relaxation: Relaxation,
+    first: ConeDerivative,
+    groups: list[tuple[Tensor, _Faces, ConeDerivative]],
+    entries: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """Both solutions, one after the other, as functions of the entries."""
+    _, multipliers, _ = known(first.solution, first, entries)
+    n, m = relaxation.canonical.program.n, relaxation.canonical.program.m
+    found = [multipliers.new_zeros(len(multipliers), size) for size in (n, m, 1)]
+    for rows, faces, second in groups:
+        part = faces.entries([take_rows(values, rows) for values in entries], multipliers[rows])
+        x, y, value = known(second.solution, second, part)
+        parts = x[:, :n], y[:, :m].masked_fill(faces.pattern != FREE, torch.nan), value.unsqueeze(1)
+        found = [whole.index_copy(0, rows, some) for whole, some in zip(found, parts, strict=True)]
+    x, y, value = found
+    return x, y, value.squeeze(1), torch.where(relaxation.soft, -multipliers, 0.0)
+
+
+def _solved(stage: _Stage, entries: Sequence[Tensor], tolerance: float) -> Call:
+    """One of the programs, solved, with its derivative."""
+    rows = max((len(part) for part in entries), default=1)
+    call = Call(
+        canonical=stage,
+        attempts=SOLVERS["clarabel"].attempts(tolerance, {}),
+        tolerance=tolerance,
+        executor=None,
+        elimination=None,
+        device=torch.device("cpu"),
+        bad=torch.zeros(rows, dtype=torch.bool),
+        start=None,
+        differentiable=True,
+        gradient=Exact(),
+        on_degenerate=lambda *_: None,
+    )
+    with torch.no_grad():
+        Solve.apply(call, *entries)
+    return call
+
+
+def _pattern(program: Program, y: Tensor) -> Tensor:
+    """(R, m) what is left of each row's cone where the multipliers are y."""
+    least = ACTIVE * y.abs().amax(1, keepdim=True) if y.shape[1] else y.new_zeros(len(y), 1)
+    pattern = torch.where(y.abs() > least, POINT, FREE)
+    for block in program.cones.blocks:
+        if block.name == "second_order":
+            rows = slice(block.start, block.start + block.size)
+            head, tail = y[:, block.start], y[:, rows][:, 1:].norm(dim=1)
+            kind = torch.where(head - tail <= ACTIVE * head, RAY, POINT)
+            pattern[:, rows] = torch.where(head > least.squeeze(1), kind, FREE).unsqueeze(1)
+    return pattern
+
+
+@dataclass(frozen=True, eq=False)
+class _Stage(Canonical):
+    """One of the two programs, as a function of entries that are given as they are."""
+
+    consistent: (
+        Tensor  # (m,) rows that stay solvable together wherever the data go: their multipliers' ambiguity does no harm
+    )
+
+    @classmethod
+    def of(
+        cls,
+        program: Program,
+        matrices: dict[str, sp.csr_array],
+        sizes: Sequence[int],
+        variables: Sequence[Recovery],
+        consistent: Tensor,
+    ) -> _Stage:
+        moving = {name: np.unique(matrices[name][:, ONE + 1 :].tocoo().row).astype(np.int64) for name in ("P", "A")}
+        return cls(
+            program=program,
+            maps={name: AffineMap(matrix, sizes, moving.get(name)) for name, matrix in matrices.items()},
+            moving=moving,
+            parameters=[ParameterEntries((size,), symmetric=False, log=False) for size in sizes],
+            variables=list(variables),
+            sign=1.0,
+            gp=False,
+            sizes={},
+            _matrices=matrices,
+            consistent=consistent,
+        )
+
+    @cached_property
+    def visible(self) -> Visible:
+        x, y = super().visible
+        return Visible(x, y & ~self.consistent)
+
+
+@dataclass(frozen=True, eq=False)
+class Relaxation:
+    """A problem whose constraints may give way."""
+
+    canonical: Canonical
+    constraints: list[list[Recovery]]  # of each constraint its dual variables
+
+    @classmethod
+    def of(cls, declared: Declaration) -> Relaxation:
+        """Canonicalises once more, for the rows of every constraint."""
+        constraints, canonical = declared.problem.constraints, declared.canonical
+        duals = [dual for constraint in constraints for dual in constraint.dual_variables]
+        twin = canonicalise(declared.problem, declared.parameters, duals)
+        mine, other = canonical.program, twin.program
+        if mine.cones != other.cones or not np.array_equal(mine.A_rows, other.A_rows):
+            raise CanonicalisationError("CVXPY made two cone programs of one problem; this version is not supported.")
+        recoveries = iter(twin.variables)
+        return cls(canonical, [[next(recoveries) for _ in constraint.dual_variables] for constraint in constraints])
+
+    @cached_property
+    def soft(self) -> Tensor:
+        """(m,) the rows that belong to the user's constraints."""
+        soft = torch.zeros(self.canonical.program.m, dtype=torch.bool)
+        for recovery in chain.from_iterable(self.constraints):
+            soft[recovery.position] = True
+        return soft
+
+    def by_constraint(self, shift: Tensor) -> list[Tensor | tuple[Tensor, ...] | None]:
+        """t (R, m) -> for each of problem.constraints the user's own shift, (R, *its shape).
+
+        It holds as  lhs <= rhs + shift,  or  lhs == rhs + shift;  a cone constraint with shifts added to its arguments, one for each.
+        None: the constraint has no dual variable, and so no rows.
+        """
+        found: list[Tensor | tuple[Tensor, ...] | None] = []
+        for recoveries in self.constraints:
+            # y'(Ax - b) = dual'(lhs - rhs) whatever x: a dual variable's coefficient divides where the shift is taken back.
+            parts = tuple(
+                -(shift[:, r.position] if r.coefficient is None else shift[:, r.position] / r.coefficient).reshape(
+                    len(shift), *r.shape
+                )
+                for r in recoveries
+            )
+            found.append(parts[0] if len(parts) == 1 else parts or None)
+        return found
+
+    @property
+    def sizes(self) -> list[int]:
+        """Of the parameters."""
+        return [math.prod(parameter.shape) for parameter in self.canonical.parameters]
+
+    @cached_property
+    def first(self) -> _Stage:
+        """The least shift: the variables are x and t's rows S."""
+        program, matrices = self.canonical.program, self.canonical._matrices
+        n, m, width = program.n, program.m, matrices["b"].shape[1]
+        rows = np.flatnonzero(self.soft.numpy())
+        t, ones = n + np.arange(len(rows)), _constants(np.ones(len(rows)), width)
+        relaxed = Program(
+            n + len(t),
+            m,
+            program.cones,
+            P_rows=t,
+            P_cols=t,
+            A_rows=np.concatenate([program.A_rows, rows]),
+            A_cols=np.concatenate([program.A_cols, t]),
+        )
+        maps = {
+            "P": ones,
+            "q": sp.csr_array((n + len(t), width)),
+            "A": sp.csr_array(sp.vstack([matrices["A"], ones])),
+            "b": matrices["b"],
+            "d": sp.csr_array((1, width)),
+        }
+        return _Stage.of(relaxed, maps, self.sizes, [], torch.zeros(m, dtype=torch.bool))
+
+
+class _Faces:
+    """The second program, of rows that lie on the same faces: beside the parameters' its entries are y, and the rays."""
+
+    def __init__(self, relaxation: Relaxation, pattern: Tensor) -> None:
+        self.pattern = pattern
+        canonical, program = relaxation.canonical, relaxation.canonical.program
+        n, m, k = program.n, program.m, 0
+        cones: list[Cone] = []
+        self.rays: list[slice] = []
+        zero = torch.zeros(m, dtype=torch.bool)
+        for block in program.cones.blocks:
+            rows = slice(block.start, block.start + block.size)
+            if block.name == "second_order" and pattern[block.start] == FREE:
+                cones.append(SecondOrder(block.size))
+            elif block.name == "nonnegative":
+                cones += [Nonnegative(1) if kind == FREE else Zero(1) for kind in pattern[rows].tolist()]
+            else:
+                cones.append(Zero(block.size))
+            zero[rows] = block.name == "zero"
+            if pattern[block.start] == RAY:
+                self.rays.append(rows)
+        k = len(self.rays)
+        on_ray = np.concatenate([np.zeros(0, dtype=np.int64), *(np.arange(r.start, r.stop) for r in self.rays)])
+        ray_of = np.repeat(np.arange(k), [r.stop - r.start for r in self.rays])
+        ends = np.arange(k)
+        # After x stand the betas: their columns hold the rays, and -1 in rows of their own, -beta + s = 0, s >= 0.
+        A_rows = np.concatenate([program.A_rows, on_ray, m + ends])
+        A_cols = np.concatenate([program.A_cols, n + ray_of, n + ends])
+        order = np.lexsort((A_rows, A_cols))
+        faced = Program(
+            n + k,
+            m + k,
+            Product([*cones, Nonnegative(k)]),
+            P_rows=program.P_rows,
+            P_cols=program.P_cols,
+            A_rows=A_rows[order],
+            A_cols=A_cols[order],
+        )
+        width = canonical._matrices["b"].shape[1]
+        wider = [m] if not k else [m, len(on_ray)]
+        maps = {name: _widened(matrix, sum(wider)) for name, matrix in canonical._matrices.items()}
+        total = width + sum(wider)
+        directions = _selection(np.arange(len(on_ray)), width + m, total)
+        maps["A"] = sp.csr_array(sp.vstack([maps["A"], directions, _constants(-np.ones(k), total)]))[order]
+        # b - t = b + y on S.
+        soft = sp.diags_array(relaxation.soft.numpy().astype(float))
+        shifts = sp.csr_array(soft @ _selection(np.arange(m), width, total))
+        blank = sp.csr_array((k, total))
+        maps["b"] = sp.csr_array(sp.vstack([maps["b"] + shifts, blank]))
+        maps["q"] = sp.csr_array(sp.vstack([maps["q"], blank]))
+        read = torch.zeros(m, dtype=torch.bool)
+        for recovery in canonical.variables:
+            if recovery.dual:
+                read[recovery.position] = True
+        consistent = (pattern != FREE) | (zero & ~read)
+        consistent = torch.cat([consistent, consistent.new_zeros(k)])
+        self.stage = _Stage.of(faced, maps, [*relaxation.sizes, *wider], canonical.variables, consistent)
+
+    def entries(self, entries: Sequence[Tensor], y: Tensor) -> list[Tensor]:
+        """The parameters' entries and the first program's multipliers (R, m) -> the second program's entries."""
+        if not self.rays:
+            return [*entries, y]
+        tails = [y[:, rows][:, 1:] for rows in self.rays]
+        rays = [part for tail in tails for part in (torch.ones_like(y[:, :1]), -tail / tail.norm(dim=1, keepdim=True))]
+        return [*entries, y, torch.cat(rays, 1)]
+
+
+def _constants(values: np.ndarray, width: int) -> sp.csr_array:
+    """The map to these numbers, whatever the parameters."""
+    size = len(values)
+    return sp.csr_array((values, (np.arange(size), np.full(size, ONE))), shape=(size, width))
+
+
+def _selection(rows: np.ndarray, start: int, width: int) -> sp.csr_array:
+    """The map to as many inputs, from `start`."""
+    return sp.csr_array((np.ones(len(rows)), (rows, start + rows)), shape=(len(rows), width))
+
+
+def _widened(matrix: sp.csr_array, columns: int) -> sp.csr_array:
+    """With inputs that it does not read."""
+    return sp.csr_array(
+        (matrix.data, matrix.indices, matrix.indptr), shape=(matrix.shape[0], matrix.shape[1] + columns)
+    )
