@@ -37,7 +37,7 @@ from convlayer.cone_derivative import ConeDerivative
 from convlayer.cones import Cone, Nonnegative, Product, SecondOrder, Zero
 from convlayer.declaration import Declaration
 from convlayer.derivative import known
-from convlayer.generic import Call, Solve
+from convlayer.generic import CERTIFICATE, Call, Solve
 from convlayer.gradients import Exact
 from convlayer.kkt import Visible
 from convlayer.program import Program, take_rows
@@ -81,30 +81,29 @@ def closest(relaxation: Relaxation, entries: Sequence[Tensor], tolerance: float)
     """
     plain = [part.detach() for part in entries]
     first = _solved(relaxation.first, plain, tolerance)
-    _, s, y = first.iterate
-    pattern = _pattern(relaxation.canonical.program, y)
-    shift = torch.where(relaxation.soft, -y, 0.0)
-    b = relaxation.first.maps["b"](plain, y)
-    # Of the equations on faces alone: the right-hand side of a bound that is none may be anything.
-    sizes = torch.where(pattern != FREE, torch.maximum(b.abs(), (b - shift - s).abs()), 0.0).amax(1)
+    program, multipliers = relaxation.canonical.program, first.iterate[2]
+    pattern = _pattern(program, multipliers)
+    shift = torch.where(relaxation.soft, -multipliers, 0.0)
     status, iterations, residual, degenerate = (
         part.clone() for part in (first.status, first.iterations, first.residual, first.degenerate)
     )
-    status[(status < Status.INFEASIBLE) & ~(shift.abs().amax(1) > tolerance * sizes)] = int(Status.NOT_CONVERGED)
+    doubted = ~_certified(first, program.n, pattern, shift, tolerance)
+    status[(status < Status.INFEASIBLE) & doubted] = int(Status.NOT_CONVERGED)
     going = torch.nonzero(status < Status.INFEASIBLE).flatten()
     patterns, which = torch.unique(pattern[going], dim=0, return_inverse=True)
     groups = []
     for k, one in enumerate(patterns):
         rows, faces = going[which == k], _Faces(relaxation, one)
         part = [take_rows(values, rows) for values in plain]
-        call = _solved(faces.stage, faces.entries(part, y[rows]), tolerance)
+        call = _solved(faces.stage, faces.entries(part, multipliers[rows]), tolerance)
         status[rows] = torch.maximum(status[rows], call.status)
         residual[rows] = torch.maximum(residual[rows], call.residual)
         iterations[rows] += call.iterations
         degenerate[rows] |= call.degenerate
         groups.append((rows, faces, call.exact))
-    known_again = partial(_again, relaxation, first.exact, groups)
-    return Closest(*known_again(entries), status, iterations, residual, degenerate, known_again)
+    again = partial(_again, relaxation, first.exact, groups)
+    x, y, value, shift = again(entries)
+    return Closest(x, y, value, shift, status, iterations, residual, degenerate, again)
 
 
 def _again(
@@ -145,6 +144,21 @@ def _solved(stage: _Stage, entries: Sequence[Tensor], tolerance: float) -> Call:
     with torch.no_grad():
         Solve.apply(call, *entries)
     return call
+
+
+def _certified(first: Call, n: int, pattern: Tensor, shift: Tensor, tolerance: float) -> Tensor:
+    """(R,) whether y proves that there is no feasible point near x, and so that the shift is neither zero nor only approached.
+
+    A'y = 0 and -b'y = |t|^2 > 0 exclude every x; as computed, those with x'A'y well below that.
+    """
+    operators, (x, s, y) = first.exact.operators, first.iterate
+    b = operators.data.b
+    # Of the equations on faces alone: the right-hand side of a bound that is none may be anything.
+    sizes = torch.where(pattern != FREE, torch.maximum(b.abs(), (b - shift - s).abs()), 0.0)
+    drift = (operators.At(y) * x)[:, :n].abs().sum(1)
+    return (shift.abs() > tolerance * sizes.amax(1, keepdim=True)).any(1) & (
+        drift <= CERTIFICATE * shift.square().sum(1)
+    )
 
 
 def _pattern(program: Program, y: Tensor) -> Tensor:

@@ -672,6 +672,11 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *bars: Tensor | None):
+        if any(bar is not None and torch._C._functorch.is_legacy_batchedtensor(bar) for bar in bars):
+            raise RuntimeError(
+                "A layer does not take torch's old vmap (is_grads_batched=True, vectorize=True, check_batched_grad=True): use torch.func.jacrev, "
+                "or torch.func.vmap over torch.autograd.grad."
+            )
         rows, thetas = ctx.rows, ctx.saved_tensors
         if not (torch.is_grad_enabled() or is_transformed(bars)) or not thetas:
             return None, None, *rows.guard(bars), *(None for _ in thetas)
@@ -777,7 +782,7 @@ class _Rows:
                 outputs = self.again(values)
             else:
                 failed = self.failed.flatten()
-                squares = torch.stack([v.nan_to_num().flatten(1).square().sum(1).expand(size) for v in values]).sum(0)
+                squares = torch.stack([v.nan_to_num().unsqueeze(-1).flatten(1).square().sum(1).expand(size) for v in values]).sum(0)
                 outputs = self.again([without(value, failed) for value in values])
                 outputs = [_where(failed, squares, output) for output in outputs]
             return [_shaped(output, self.dtype, self.device, self.batch, size) for output in outputs]

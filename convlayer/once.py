@@ -25,8 +25,18 @@ class Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx, bar: Tensor):
         raise RuntimeError(
-            "ConvexLayer can be differentiated once, not twice: second derivatives are not implemented, and would be zeros."
+            "This derivative of a kernel can be differentiated once, not twice: a second one here would be zeros. The layer has it."
         )
+
+
+class _Read:
+    """A context whose saved tensors are unpacked once: a checkpoint allows no more."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,6 +48,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(backward)
     def guarded(ctx: Any, *bars: Tensor | None) -> Any:
+        ctx = _Read(ctx)
         small = sum(saved.numel() for saved in ctx.saved_tensors if saved is not None) < SMALL
         with torch.no_grad(), one_thread() if small else nullcontext():
             results = backward(ctx, *bars)

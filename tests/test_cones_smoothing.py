@@ -57,7 +57,9 @@ def everywhere(kappa: float, v: Tensor) -> Tensor:
 def apply(spectrum: Spectrum, x: Tensor) -> Tensor:
     if spectrum.basis is None:
         return spectrum.values * x
-    return (spectrum.basis @ (spectrum.values * (spectrum.basis.mT @ x.unsqueeze(-1)).squeeze(-1)).unsqueeze(-1))[..., 0]
+    return (spectrum.basis @ (spectrum.values * (spectrum.basis.mT @ x.unsqueeze(-1)).squeeze(-1)).unsqueeze(-1))[
+        ..., 0
+    ]
 
 
 def barrier(cone: Cone, p: Tensor) -> Tensor:
@@ -110,7 +112,9 @@ def test_the_dual_part_is_minus_kappa_times_the_gradient_of_the_barrier(cone: Co
 def test_symmetric_cones_are_complementary_in_their_product(cone: Cone, kappa: float) -> None:
     v = points(cone)
     p, r, _ = cone.smooth(v, everywhere(kappa, v))
-    degree = {"nonnegative": cone.size, "second_order": 1, "psd": cone.parameter, "exponential": 3, "power": 3}[cone.name]
+    degree = {"nonnegative": cone.size, "second_order": 1, "psd": cone.parameter, "exponential": 3, "power": 3}[
+        cone.name
+    ]
     size = size_of(v, kappa)
     assert (((p * r).sum(-1, keepdim=True) - degree * kappa) / size**2).abs().amax() < 1e-13  # f has this degree
     if cone.name == "psd":
@@ -145,7 +149,7 @@ def test_the_derivative_agrees_with_differences(cone: Cone, kappa: float) -> Non
         return cone.smooth(v + k * step * direction, everywhere(kappa, v))[0]
 
     difference = (8 * (at(1) - at(-1)) - (at(2) - at(-2))) / (12 * step)
-    p, _, rest = cone.smooth(v, everywhere(kappa, v))
+    _, _, rest = cone.smooth(v, everywhere(kappa, v))
     error = (direction - apply(rest, direction) - difference).norm(dim=-1, keepdim=True)
     assert (error <= 1e-9 + 1e-14 * size_of(v, kappa) / step).all()
     assert error.median() < 1e-9
@@ -157,7 +161,8 @@ def test_the_derivative_agrees_with_differences(cone: Cone, kappa: float) -> Non
 def test_the_basis_is_orthogonal_and_every_scale_finite(cone: Cone, kappa: float) -> None:
     v = torch.cat([points(cone) * scale for scale in (1e-30, 1.0, 1e6, 1e30)])
     p, r, rest = cone.smooth(v, everywhere(kappa, v))
-    assert p.isfinite().all() and r.isfinite().all()
+    assert p.isfinite().all()
+    assert r.isfinite().all()
     assert ((rest.values >= 0) & (rest.values <= 1)).all()
     if rest.basis is not None:
         identity = torch.eye(cone.size, dtype=v.dtype)
@@ -177,7 +182,8 @@ def test_the_limit_is_the_projection_and_its_derivative(cone: Cone) -> None:
         p, _, rest = cone.smooth(v, kappa * v.square().sum(-1).clamp(min=1e-30))
         assert ((p - exact).norm(dim=-1) <= (cone.size * kappa) ** 0.5 * v.norm(dim=-1) + 2e-15).all()
         gaps.append(float((x - apply(rest, x) - apply(spectrum, x)).norm(dim=-1)[far].quantile(0.9)))
-    assert gaps[2] < 1e-6 and gaps[2] <= gaps[1] <= gaps[0]
+    assert gaps[2] < 1e-6
+    assert gaps[2] <= gaps[1] <= gaps[0]
 
 
 @every_cone
@@ -203,7 +209,8 @@ def test_a_block_that_is_not_a_number_leaves_the_others_untouched(cone: Cone) ->
     v[4, -1] = float("nan")
     p, r, rest = cone.smooth(v, everywhere(1e-3, v))
     others = torch.arange(9) != 4
-    assert p[4].isnan().any() and r[4].isnan().any()
+    assert p[4].isnan().any()
+    assert r[4].isnan().any()
     assert torch.allclose(p[others], clean[others], rtol=1e-12, atol=1e-14)
     assert rest.basis is None or rest.basis.isfinite().all()
 
@@ -231,11 +238,13 @@ def test_the_dual_of_a_product_is_assembled_from_its_blocks() -> None:
     for cone in cones:
         rows = slice(start, start + cone.size)
         p, r, rest = cone.smooth(-v[..., rows], kappa)
-        assert torch.allclose(s[..., rows], p, atol=1e-14) and torch.allclose(y[..., rows], r, atol=1e-14)
+        assert torch.allclose(s[..., rows], p, atol=1e-14)
+        assert torch.allclose(y[..., rows], r, atol=1e-14)
         assert torch.allclose(image[..., rows], apply(rest, x[..., rows]), atol=1e-11)
         start += cone.size
     free = slice(12, 14)
-    assert torch.equal(y[..., free], v[..., free]) and not s[..., free].any()
+    assert torch.equal(y[..., free], v[..., free])
+    assert not s[..., free].any()
     step = 1e-5
     plus, minus = (product.smooth_dual(v + k * step * x, kappa)[0] for k in (1, -1))
     assert ((plus - minus) / (2 * step) - image).norm(dim=-1).amax() < 1e-6 * float(image.norm(dim=-1).amax())
@@ -246,6 +255,9 @@ def test_the_dual_of_a_product_tends_to_the_exact_one() -> None:
     v, x = torch.randn(2, 20, product.size, dtype=torch.float64)
     exact_y, exact_s, exact = product.linearise_dual(v)
     y, s, spectrum = product.smooth_dual(v, torch.tensor(1e-16, dtype=torch.float64))
-    assert (y - exact_y).abs().amax() < 1e-7 and (s - exact_s).abs().amax() < 1e-7
-    gap = spectrum.from_basis(spectrum.values * spectrum.to_basis(x)) - exact.from_basis(exact.values * exact.to_basis(x))
+    assert (y - exact_y).abs().amax() < 1e-7
+    assert (s - exact_s).abs().amax() < 1e-7
+    gap = spectrum.from_basis(spectrum.values * spectrum.to_basis(x)) - exact.from_basis(
+        exact.values * exact.to_basis(x)
+    )
     assert gap.norm(dim=-1).median() < 1e-8
