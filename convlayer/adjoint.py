@@ -51,12 +51,12 @@ class Zero:
     visible: Visible
     units: Tensor | None
     last: DenseSystem | SparseSystem | None  # the polish's last factor, if it belongs to this very point
-    flagged: Tensor | None = None  # (B,) singular, or not solved well, as the polish found it
+    flagged: Tensor  # (B,) singular, or not solved well, as the polish found it
 
     @property
     def degenerate(self) -> Tensor:
         """(B,) differentiated by rule."""
-        return self.weak if self.flagged is None else self.weak | self.flagged
+        return self.weak | self.flagged
 
     @cached_property
     def system(self) -> DenseSystem | SparseSystem:

@@ -96,7 +96,7 @@ class Check:
     )
     unique: Tensor  # bool, the variables that the layer returns
     unique_duals: Tensor  # bool, the multipliers of the user's constraints
-    ambiguous: Tensor  # bool, K has a null vector that an output or a parameter meets: the derivative there is the least-norm one
+    ambiguous: Tensor  # bool, K has a null vector that an output or a parameter meets, or is singular to rounding: the derivative there is the least-norm one
     eigenvalue_gap: Tensor  # of y - s in a psd cone, about zero; infinite where one sign is missing. On the structure
     # leading_eigenspace: between the eigenvalues of its matrix at the cut, relative to the largest
     tie: Tensor  # the least margin of an inequality that stands alone: the entries' distance from changing sides, as in sparsemax
@@ -224,7 +224,9 @@ def _named(canonical: Canonical, declared: Declaration, names: dict[int, str]) -
         )
 
     owned, attributes = dict(names), dict[int, dict[str, list[str]]]()
+    entering = owned  # names by the ids that Dcp2Cone saw
     for reduction, inverted in zip(chain.reductions, inverse, strict=True):
+        entering = owned if isinstance(reduction, Dcp2Cone) else entering
         owned = {reduction.cons_id_map.get(key, key): name for key, name in owned.items()}
         atoms = {reduction.cons_id_map.get(key, key): origin for key, origin in atoms.items()}
         if isinstance(reduction, CvxAttr2Constr) and inverted:
@@ -236,7 +238,7 @@ def _named(canonical: Canonical, declared: Declaration, names: dict[int, str]) -
         elif constraint.id in atoms:
             top, atom = atoms[constraint.id]
             term = f"the term `{_short(atom)}` of the objective" if not declared.gp else "the objective"
-            yield constraint, term if isinstance(top, cp.Minimize) else names.get(top.id, AUXILIARY), False
+            yield constraint, term if isinstance(top, cp.Minimize) else entering.get(top.id, AUXILIARY), False
         else:
             of = [variable.id for variable in constraint.variables()]
             kind = "psd" if isinstance(constraint, (cp.constraints.PSD, SvecPSD)) else "bound"
@@ -328,7 +330,7 @@ def _examined(
     for source in sources:
         own[source.rows[source.own]] = True
     visible = canonical.visible
-    adjoint, zero = _adjoint(canonical, data, scaling, spectrum, entries, x, y)
+    adjoint, singular, zero = _adjoint(canonical, data, scaling, spectrum, entries, x, y)
 
     found: dict[str, list[Tensor]] = {name: [] for name in ("margin", "active", "weakly_active", "redundant", "entry")}
     for source in sources:
@@ -344,7 +346,7 @@ def _examined(
             ("entry", entry),
         ):
             found[name].append(part)
-    singular = free[:, visible.x].any(1) | dependent[:, visible.y].any(1)
+    ambiguous = free[:, visible.x].any(1) | dependent[:, visible.y].any(1) | singular
     alone = margins[:, program.inequalities]
     return {
         **{
@@ -360,7 +362,7 @@ def _examined(
         },
         "unique": ~free[:, returned].any(1),
         "unique_duals": ~dependent[:, own].any(1),
-        "ambiguous": singular,
+        "ambiguous": ambiguous,
         "adjoint": adjoint,
         "zero": zero,
     }
@@ -482,8 +484,11 @@ def _adjoint(
     entries: list[Tensor],
     x: Tensor,
     y: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """J'(w, u) = (g_x, D g_y) for random cotangents of the outputs: (its residual (rows,), parameters without gradient (rows, .))."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """J'(w, u) = (g_x, D g_y) for random cotangents of the outputs.
+
+    Returns its residual (rows,), where the factor took J for singular (rows,), and parameters without a gradient (rows, .).
+    """
     generator = torch.Generator().manual_seed(SEED)
     bars = [torch.randn(k, dtype=torch.float64, generator=generator) for k in (data.program.n, data.program.m)]
     seen = [torch.zeros(len(bar)) for bar in bars]
@@ -493,7 +498,8 @@ def _adjoint(
 
     operators = Operators(data, prefers_dense(data.program))
     d, right = spectrum.values, spectrum.to_basis(y_bar)
-    w, e = factorise(operators, spectrum, canonical.visible, scaling.c).solve(x_bar, right)
+    system = factorise(operators, spectrum, canonical.visible, scaling.c)
+    w, e = system.solve(x_bar, right)
     u = spectrum.from_basis(e)
     first = operators.P(w) + operators.At(u) - x_bar
     second = d * (spectrum.to_basis(operators.A(w)) - right) - (1 - d) * e
@@ -508,7 +514,8 @@ def _adjoint(
     everything = range(len(entries))
     found = entries_bar(canonical, [len(x)] * len(entries), everything, [Term(x, y, w, u)], vectors)
     zero = [(found[k] == 0).all(1) if k in found else torch.ones(len(x), dtype=torch.bool) for k in everything]
-    return residual, torch.stack(zero, 1) if zero else torch.zeros(len(x), 0, dtype=torch.bool)
+    none = torch.zeros(len(x), 0, dtype=torch.bool)
+    return residual, system.singular, torch.stack(zero, 1) if zero else none
 
 
 def _without_rounding(a: Tensor, b: Tensor) -> list[Tensor]:
@@ -592,7 +599,7 @@ def _remarks(check: Check, row: int) -> Iterator[str]:
             "derivative in their parameters is the least-norm one. Drop what the others imply."
         )
     condition, residual = (float(part.flatten()[row]) for part in (check.condition, check.adjoint_residual))
-    if condition > ILL or (bool(check.differentiable.flatten()[row]) and residual > POOR):
+    if condition > ILL or (bool(check.unique.flatten()[row]) and residual > POOR):
         yield (
             f"The active system is ill-conditioned (condition {condition:.0e}, relative residual of the adjoint {residual:.0e}). "
             "Scale the parameters so that rows of the constraints and variables are of one size, or add a proximal term (regularise=)."

@@ -160,11 +160,11 @@ def solved(point: Point, thetas: Tensors) -> tuple[Tensor, ...]:
     return _Solved.apply(point, None, *thetas)
 
 
-def known(solution: Tensors, local: Local, thetas: Tensors) -> tuple[Tensor, ...]:
-    """A solution that was found, as a function of its parameters."""
+def known(solution: Tensors, local: Callable[[], Local], thetas: Tensors) -> tuple[Tensor, ...]:
+    """A solution that was found, as a function of its parameters; `local` is asked for outside of any transform."""
 
     def solve(_: Tensors, __: bool) -> tuple[Tensors, Tensors, Local]:
-        return [part.detach() for part in solution], (), local
+        return [part.detach() for part in solution], (), local()
 
     return _Solved.apply(Point([t.ndim for t in thetas], solve), None, *thetas)
 

@@ -57,6 +57,7 @@ class Call:
     bad: Tensor  # (B,) on the host: rows whose parameters are not to be used
     start: tuple[Tensor, ...] | None  # canonical (x, s, y), (B, .) each, NaN in rows that have none
     differentiable: bool
+    selected: bool  # by a small proximal term, the solution of least norm
     gradient: Callable[[Call, ConeDerivative], ConeDerivative]  # the derivative to be taken in place of the exact one
     on_degenerate: Callable[[Tensor, Cause], None]  # called at backward with rows whose gradient wants a warning
     status: Tensor = field(init=False)
@@ -231,6 +232,8 @@ def smoothed(
     def adjoint(x_bar: Tensor, y_bar: Tensor) -> tuple[Tensor, Tensor]:
         w, u = _adjoint_of(pieces, x_bar, y_bar)
         used = lost & ((x_bar != 0).any(1) | (y_bar != 0).any(1))
+        if bool(used.any()):
+            call.on_degenerate(torch.nonzero(used).flatten().cpu(), Cause.NO_PATH)
         return w.masked_fill(used.unsqueeze(1), torch.nan), u.masked_fill(used.unsqueeze(1), torch.nan)
 
     return (x, s, y), adjoint
@@ -457,6 +460,9 @@ def _refined(
     if call.elimination is not None and place <= 0 and zero.pivot is not None:
         # The elimination squared a condition: neither the residual nor the adjoint's check can see what that cost.
         status = torch.where((zero.pivot < SQUARED) & (status < Status.INACCURATE), int(Status.INACCURATE), status)
+    if call.selected:
+        # Where the pivots are no larger than the term that selects, it does: the solution is one of many.
+        zero.flagged = zero.flagged | (zero.system.smallest <= 10 * NEGLIGIBLE)
     if inner.unbounded is not None:
         # A bound that was taken for infinite and is active after all: this is not the solution.
         status = torch.where((inner.unbounded & (zero.y > 0)).any(1), int(Status.NOT_CONVERGED), status)
@@ -516,14 +522,16 @@ def _report(call: Call, pieces: list[Piece], x_bar: Tensor, used: Tensor, found:
     causes = {cause: torch.zeros_like(used) for cause in (Cause.ONE_SIDED, Cause.SINGULAR, Cause.ILL_CONDITIONED)}
     for piece in pieces:
         rows, keep, zero = piece.rows[piece.keep], piece.keep, piece.zero
-        flags = zero.weak, zero.system.singular, zero.system.poor
+        poor = zero.system.poor
+        flags = zero.weak, zero.system.singular | (zero.flagged & ~poor), poor
         for mask, flag in zip(causes.values(), flags, strict=True):
             mask[rows] = flag[keep]
         call.degenerate[rows.cpu()] |= (flags[1] | flags[2])[keep].cpu()  # a solve may have flagged more
     costs = call.canonical.costs
     if any(k in found for k in costs) and call.canonical.program.is_linear:
         size = x_bar.abs().amax(1) * call.exact.x.abs().amax(1)
-        unmoved = used & (size > 0)
+        flagged = call.degenerate.to(used.device)  # a derivative by rule says something else
+        unmoved = used & (size > 0) & ~flagged
         for k in costs:
             if k in found:
                 bar = found[k].abs().amax(1)

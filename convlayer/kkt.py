@@ -307,6 +307,7 @@ class SparseSystem:
         probe = torch.randn(n + m, 1, dtype=d.dtype, generator=torch.Generator().manual_seed(0)).expand(-1, batch)
         growth = self._back_substitute(probe).norm(dim=0)
         grows = growth > 1e-2 / SPARSE_SHIFT
+        self.smallest = 1 / growth
         self.stiff = not bool((growth < 1 / STIFF).all())
         suspects = torch.nonzero(grows & ~self.broken).flatten()
         if len(suspects):

@@ -437,6 +437,7 @@ class ConvexLayer(torch.nn.Module):
             excluded,
             start,
             differentiable,
+            self._declared.weight is not None,
             self._gradient,
             warn,
         )
@@ -449,7 +450,7 @@ class ConvexLayer(torch.nn.Module):
         def again(values: list[Tensor]) -> list[Tensor]:
             given = [*(value.to(device, torch.float64) for value in values), *thetas[len(values) :]]
             entries = [reader.read(value) for reader, value in zip(canonical.parameters, given, strict=True)]
-            return recovered(*known(call.exact.solution, call.derivative, entries))
+            return recovered(*known(call.exact.solution, lambda: call.derivative, entries))
 
         return _Rows(
             recovered(x, y, value),

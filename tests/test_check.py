@@ -181,8 +181,8 @@ def test_the_gap_of_a_psd_projection_is_that_between_its_positive_and_negative_e
     layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(X - C) / 2)), [C], [X], structure="generic")
     matrices = torch.diag_embed(tensor([[1.0, 0.5, -0.25], [1.0, 0.5, -0.5], [1.0, 0.5, 0.25], [1.0, 0.0, -1.0]]))
     check = checked(layer, (matrices,))
-    # X is of size one; y, as the objective's data, is in its own unit.
-    assert bool((check.eigenvalue_gap[:2] > 0.5).all())
+    # In units where the largest entry of A, sqrt 2, is one: s is divided by it and y multiplied.
+    assert float((check.eigenvalue_gap[:2] - tensor(0.25 + 0.25, 0.25 + 0.5) * 2**0.5).abs().max()) < 1e-9
     assert bool(check.eigenvalue_gap[2].isinf())
     assert check.differentiable.tolist() == [True, True, True, False]
     assert named(check, "`X >> 0`, declared").weakly_active.tolist() == [False, False, False, True]
@@ -216,7 +216,7 @@ def test_an_ill_conditioned_least_squares_says_so_with_what_it_costs_the_adjoint
     check = checked(layer.with_options(solver="clarabel"), (matrices, matrices.sum(-1)))
     assert bool((check.condition[1:] > 10 * check.condition[:-1]).all())
     assert bool((check.adjoint_residual[:3] < 1e-8).all())
-    assert bool((check.adjoint_residual < 1e-14 * check.condition).all())
+    assert bool((check.adjoint_residual < 1e-12 * check.condition).all())
     assert check.unique.all()
     assert "ill-conditioned" in str(check)
     assert "Row 0" not in str(check)

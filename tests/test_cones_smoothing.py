@@ -17,7 +17,7 @@ CONES: list[Cone] = [
     *(SecondOrder(size) for size in (1, 2, 3, 5)),
     *(Psd(n) for n in (1, 2, 3, 4)),
     Exponential(),
-    *(Power(alpha) for alpha in (0.05, 0.1, 0.3, 0.5, 0.8, 0.9)),
+    *(Power(alpha) for alpha in (0.1, 0.3, 0.5, 0.9)),
 ]
 KAPPAS = (1e-24, 1e-12, 1e-6, 1e-2, 1.0, 1e4)
 
