@@ -1,10 +1,11 @@
 """Run the benchmarks, print their tables, and write them.
 
-    python -m benchmarks [--suite generic|structures|programs|crossover|all] [--only FAMILY] [--quick] [--device cpu] [--dtype float64]
+    python -m benchmarks [--suite generic|structures|programs|crossover|torch|all] [--only FAMILY] [--quick] [--device cpu] [--dtype float64]
 
 The suites: `generic`, the cone program, on any problem; `structures`, the kernels of the problems that the layer
 recognises, and `programs`, quadratic and cone programs that no kernel knows, against every peer there is for them;
-`crossover`, the bare solvers, and the model by which the layer chooses between them. All, by default. The full run of a suite is written to
+`crossover`, the bare solvers, and the model by which the layer chooses between them; `torch`, the layer as a part of torch: calls,
+torch.compile, transforms, memory, processes. All, by default. The full run of a suite is written to
 benchmarks/results/SUITE-DEVICE.md and .json (SUITE-DEVICE-float32 in single precision), a partial one to out/.
 """
 
@@ -24,6 +25,7 @@ from benchmarks.programs import accelerator, published
 from benchmarks.programs import accuracy as programs_accuracy
 from benchmarks.programs import families as programs_families
 from benchmarks.programs import speed as programs_speed
+from benchmarks.pytorch import calls, compiled, memory, processes, transforms
 from benchmarks.structures import accuracy as structures_accuracy
 from benchmarks.structures import construction as structures_construction
 from benchmarks.structures import growth, incumbents, overhead, specialists, temperature
@@ -54,6 +56,7 @@ SUITES = {
         programs.PACKAGES,
     ),
     "crossover": Suite("Crossover of the solvers", by_name(crossover), crossover.PACKAGES),
+    "torch": Suite("Within torch", by_name(calls, compiled, transforms, memory, processes)),
 }
 
 

@@ -45,19 +45,19 @@ class PeakMemory:
     def __enter__(self) -> PeakMemory:
         try:
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-            self.before = _status("VmRSS")
+            self.before = status("VmRSS")
         except OSError:
             self.before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return self
 
     def __exit__(self, *_) -> None:
         try:
-            high = _status("VmHWM")
+            high = status("VmHWM")
         except OSError:
             high = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         self.megabytes = (high - self.before) / MEGABYTE
 
 
-def _status(name: str) -> int:
+def status(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))

@@ -243,7 +243,7 @@ def _named(canonical: Canonical, declared: Declaration, names: dict[int, str]) -
             of = [variable.id for variable in constraint.variables()]
             kind = "psd" if isinstance(constraint, (cp.constraints.PSD, SvecPSD)) else "bound"
             words = attributes.get(of[0], {}).get(kind) if len(of) == 1 else None
-            yield constraint, words.pop(0) if words else AUXILIARY, bool(words is not None)
+            yield (constraint, words.pop(0), True) if words else (constraint, AUXILIARY, False)
 
 
 def _traced(reduction: Dcp2Cone) -> dict[int, tuple[Any, Any]]:

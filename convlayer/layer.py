@@ -21,6 +21,7 @@ from torch import Tensor
 
 from convlayer import compiled, domain
 from convlayer.canon import Canonical
+from convlayer.check import Check, checked
 from convlayer.declaration import Declaration, with_proximal_term
 from convlayer.derivative import Local, Point, Recorded, is_transformed, known, pulled_back, solved
 from convlayer.diagnose import ProblemError
@@ -240,6 +241,14 @@ class ConvexLayer(torch.nn.Module):
             infeasibility,
             seed,
         )
+
+    def check(self, *tensors: Tensor) -> Check:
+        """How far each row is from where the solution map is not differentiable, or not well: by constraint, as tensors; print it for words.
+
+        It solves the rows as a cone program, whatever the layer's path, and raises nothing for rows that fail. Meant for a look, not
+        for training: the active system's eigenvalues are worked out.
+        """
+        return checked(self, tensors)
 
     def explain(self, batch: int = 1) -> str:
         """Which path runs and why, why the others do not, the sizes, and what a forward and a backward cost."""

@@ -36,6 +36,10 @@ class Program:
     A_rows: np.ndarray  # (nnz(A),)
     A_cols: np.ndarray  # (nnz(A),)
 
+    def __getstate__(self) -> dict:
+        """The fields: what is worked out from them is worked out again."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
     @cached_property
     def P_indptr(self) -> np.ndarray:
         return np.searchsorted(self.P_cols, np.arange(self.n + 1)).astype(np.int64)

@@ -4,6 +4,8 @@ import copy
 import gc
 import os
 import pickle
+import subprocess
+import sys
 import threading
 import warnings
 import weakref
@@ -140,3 +142,106 @@ def test_a_warning_points_at_the_users_line():
     with pytest.warns(GradientWarning, match=r"\(1, 1\)") as caught:
         layer(value.requires_grad_())[0].sum().backward()
     assert caught[0].filename == __file__
+
+
+# Saved, shared, and run elsewhere ----------------------------------------------------------------------------------------------
+
+
+def test_a_pickle_holds_the_declaration_and_not_what_is_made_from_it(case):
+    for structure in ("auto", "generic"):
+        layer = case.layer(structure=structure, solver_args={"tolerance": 1e-9}, on_failure="nan")
+        assert len(pickle.dumps(layer)) < 20_000
+        other = pickle.loads(pickle.dumps(layer))
+        assert not other._declared.is_canonicalised
+        assert (other.structure, other._tolerance, other.on_failure) == (layer.structure, 1e-9, "nan")
+
+
+@pytest.mark.parametrize("name", ["lasso", "every_cone", "posynomial", "ridge", "transport"])
+def test_a_pickle_is_the_same_layer_in_another_process(name, tmp_path):
+    """Where CVXPY has numbered other variables already."""
+    layer, tensors = CASES[name].layer(), CASES[name].sample(3)
+    torch.save((layer, tensors, outputs(layer, tensors)), tmp_path / "layer.pt")
+    code = (
+        "import sys, torch, cvxpy as cp\n"
+        "[cp.Variable() for _ in range(7)]\n"
+        "layer, tensors, expected = torch.load(sys.argv[1], weights_only=False)\n"
+        "assert all(torch.equal(a, b) for a, b in zip(layer(*tensors), expected, strict=True))\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "layer.pt")], check=True, timeout=120)
+
+
+def test_a_model_with_a_layer_is_saved_loaded_moved_and_shared(case, tmp_path):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.layer = torch.nn.Parameter(torch.tensor(2.0, dtype=torch.float64)), case.layer()
+
+        def forward(self, *values):
+            return self.layer(*(self.scale * v for v in values))[0]
+
+    model, tensors = Model(), case.sample(3)
+    assert list(model.state_dict()) == ["scale"]
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    other = Model()
+    other.load_state_dict(torch.load(tmp_path / "state.pt"))
+    copied = copy.deepcopy(model)
+    assert copied.layer is not model.layer
+    assert copied.scale is not model.scale
+    for same in (other, copied, model.share_memory(), model.to("cpu").eval()):
+        assert torch.equal(same(*tensors), model(*tensors))
+
+
+def test_a_subclass_with_parameters_is_copied_with_them(case):
+    class Weighted(ConvexLayer):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            self.weight = torch.nn.Parameter(torch.ones(2))
+
+    declared = case.layer()._declared
+    layer = Weighted(declared.problem, declared.parameters, declared.variables)
+    copied = copy.deepcopy(layer)
+    with torch.no_grad():
+        copied.weight += 1
+    assert torch.equal(layer.weight, torch.ones(2))
+    assert [name for name, _ in copied.named_parameters()] == ["weight"]
+
+
+class Solved(torch.utils.data.Dataset):
+    """Samples that are solutions, made by the workers of a loader."""
+
+    def __init__(self, layer, tensors):
+        self.layer, self.tensors = layer, tensors
+
+    def __len__(self):
+        return len(self.tensors[0])
+
+    def __getitem__(self, k):
+        return self.layer(*(t[k] for t in self.tensors))[0]
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_loaders_workers_solve(case, context):
+    if context not in torch.multiprocessing.get_all_start_methods():
+        pytest.skip(f"this platform does not {context}")
+    layer, tensors = case.layer(), case.sample(4)
+    (expected,) = layer(*tensors)
+    loader = torch.utils.data.DataLoader(
+        Solved(layer, tensors), batch_size=2, num_workers=2, multiprocessing_context=context
+    )
+    assert torch.allclose(torch.cat(list(loader)), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("structure", ["auto", "generic"])
+def test_the_same_input_gives_the_same_bits_from_any_thread(structure):
+    for name in ("lasso", "every_cone", "ridge", "transport"):
+        layer, tensors = CASES[name].layer(structure=structure), [t.requires_grad_() for t in CASES[name].sample(4)]
+
+        def call(layer=layer, tensors=tensors):
+            found = layer(*tensors)
+            return [*found, *torch.autograd.grad(sum(o.square().sum() for o in found), tensors)]
+
+        expected = call()
+        with ThreadPoolExecutor(4) as pool:
+            for found in pool.map(lambda _, call=call: call(), range(8)):
+                assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -10,7 +10,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain
 from typing import Any, ClassVar, NamedTuple
@@ -57,10 +57,6 @@ class Task:
 
     def __len__(self) -> int:
         return len(self.q)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What travels to another process: the program without what follows from it, two thirds of its bytes."""
-        return {**self.__dict__, "program": replace(self.program)}
 
     @property
     def vectors_only(self) -> bool:
