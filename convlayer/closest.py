@@ -22,6 +22,7 @@ Source:      Bambade, Schramm, Taylor and Carpentier (2024); faces as in Borwein
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -113,16 +114,20 @@ def _again(
     entries: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
     """Both solutions, one after the other, as functions of the entries."""
-    _, multipliers, _ = known(first.solution, first, entries)
+    _, multipliers, _ = _known(first, entries)
     n, m = relaxation.canonical.program.n, relaxation.canonical.program.m
     found = [multipliers.new_zeros(len(multipliers), size) for size in (n, m, 1)]
     for rows, faces, second in groups:
         part = faces.entries([take_rows(values, rows) for values in entries], multipliers[rows])
-        x, y, value = known(second.solution, second, part)
+        x, y, value = _known(second, part)
         parts = x[:, :n], y[:, :m].masked_fill(faces.pattern != FREE, torch.nan), value.unsqueeze(1)
         found = [whole.index_copy(0, rows, some) for whole, some in zip(found, parts, strict=True)]
     x, y, value = found
     return x, y, value.squeeze(1), torch.where(relaxation.soft, -multipliers, 0.0)
+
+
+def _known(solved: ConeDerivative, entries: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return known(solved.solution, lambda: solved, entries)
 
 
 def _solved(stage: _Stage, entries: Sequence[Tensor], tolerance: float) -> Call:
@@ -138,6 +143,7 @@ def _solved(stage: _Stage, entries: Sequence[Tensor], tolerance: float) -> Call:
         bad=torch.zeros(rows, dtype=torch.bool),
         start=None,
         differentiable=True,
+        selected=False,
         gradient=Exact(),
         on_degenerate=lambda *_: None,
     )
@@ -285,6 +291,16 @@ class Relaxation:
             "d": sp.csr_array((1, width)),
         }
         return _Stage.of(relaxed, maps, self.sizes, [], torch.zeros(m, dtype=torch.bool))
+
+
+_relaxations: weakref.WeakKeyDictionary[Declaration, Relaxation] = weakref.WeakKeyDictionary()
+
+
+def relaxed(declared: Declaration) -> Relaxation:
+    """The relaxation of a declaration, worked out once."""
+    if declared not in _relaxations:
+        _relaxations[declared] = Relaxation.of(declared)
+    return _relaxations[declared]
 
 
 class _Faces:

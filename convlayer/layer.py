@@ -22,6 +22,7 @@ from torch import Tensor
 from convlayer import compiled, domain
 from convlayer.canon import Canonical
 from convlayer.check import Check, checked
+from convlayer.closest import applies, closest, relaxed
 from convlayer.declaration import Declaration, with_proximal_term
 from convlayer.derivative import Local, Point, Recorded, is_transformed, known, pulled_back, solved
 from convlayer.diagnose import ProblemError
@@ -53,7 +54,7 @@ TINY = 2_000  # numbers for which torch takes one thread of itself
 SMALL = 50_000_000  # numbers that one thread checks in less time than a second one may take to come
 _warning = threading.Lock()
 BY_SOLVER = "you named a solver, or its options"
-POLICIES = ("raise", "nan", "keep")
+POLICIES = ("raise", "nan", "keep", "closest")
 
 
 class ConvexLayer(torch.nn.Module):
@@ -85,7 +86,9 @@ class ConvexLayer(torch.nn.Module):
         regularise:  what makes a solution unique: the weight rho of a proximal term rho/2 |x|^2 over all variables, added to the problem
                      (and to the objective that is reported); or "least_norm", for linear and quadratic programs: of all solutions the
                      one of least norm, by a term so small (1e-6 in the row's own units) that a linear program's solutions stay optimal.
-        on_failure:  "raise" a SolverError that names the rows; "nan" fills just those rows; "keep" returns the last iterate, flagged.
+        on_failure:  "raise" a SolverError that names the rows; "nan" fills just those rows; "keep" returns the last iterate, flagged;
+                     "closest": an infeasible row is solved with its constraints shifted by as little as possible (zero, nonnegative
+                     and second-order cones), and Solution.shift says by how much; other failures raise.
         validate:    check the declared domains of the parameters (sign, symmetry, PSD, bounds) at every call.
         executor:    a concurrent.futures.Executor for the rows, not the one that the call itself runs in; by default a pool of one
                      thread a core. It is not copied or pickled with the layer.
@@ -137,7 +140,14 @@ class ConvexLayer(torch.nn.Module):
         if self._specialised is None:
             self._solver.check(self._canonical.program, self._options)
             self._gradient.check(self._canonical)
+        self._check_policy()
         self._fresh()
+
+    def _check_policy(self) -> None:
+        """ProblemError: there is no closest feasible problem to be had."""
+        reason = applies(self._canonical) if self.on_failure == "closest" else None
+        if reason:
+            raise ProblemError(f"on_failure='closest' takes zero, nonnegative and second-order cones; here {reason}.")
 
     def _recognise(self) -> None:
         """Choose the path, from the declaration and what was asked for."""
@@ -206,7 +216,15 @@ class ConvexLayer(torch.nn.Module):
         status, iterations, residual, degenerate = rest
         notes = tuple(f"{rows_in_words(which, rows.batch)}: {what}" for which, what in rows.notes)
         return Solution(
-            outputs[:-1], outputs[-1], status, iterations, residual, degenerate, notes=notes, iterate=rows.iterate
+            outputs[:-1],
+            outputs[-1],
+            status,
+            iterations,
+            residual,
+            degenerate,
+            notes=notes,
+            shift=rows.shifts,
+            iterate=rows.iterate,
         )
 
     def forget(self) -> None:
@@ -279,6 +297,7 @@ class ConvexLayer(torch.nn.Module):
         if on_failure is not None:
             _one_of("on_failure", on_failure, POLICIES)
             sibling.on_failure = on_failure
+            sibling._check_policy()
         if validate is not None:
             sibling.validate = validate
         if executor is not None:
@@ -402,6 +421,8 @@ class ConvexLayer(torch.nn.Module):
                 rows = self._solve_specialised(values, size, bad, batch, dtype, how, details)
                 if rows.status is not None and not how.solver_args:
                     self._rescue(rows, values, size, how.everything)
+            if self.on_failure == "closest" and rows.status is not None:
+                self._relax(rows, values, size, how.everything)
             rows.outputs = [_shaped(o, dtype, device, batch, size) for o in rows.outputs]
         rows.batch, rows.dtype, rows.device = batch, dtype, device
         rows.leaves, rows.parameters = tensors, self._declared.parameters
@@ -549,6 +570,42 @@ class ConvexLayer(torch.nn.Module):
         note = "the kernel did not settle them; solved as a cone program"
         rows.notes = [(which, note), *((which[part], what) for part, what in other.notes)]
 
+    def _relax(self, rows: _Rows, values: list[Tensor], size: int, everything: bool) -> None:
+        """The closest feasible problem for the infeasible rows, and for those alone."""
+        assert rows.status is not None
+        which = torch.nonzero(rows.status == Status.INFEASIBLE).flatten()
+        if not len(which):
+            return
+        canonical, relaxation, before = self._canonical, relaxed(self._declared), rows.again
+
+        def entries(values: list[Tensor]) -> list[Tensor]:
+            part = [v if len(v) == 1 else v.index_select(0, which.to(v.device)) for v in values]
+            return [
+                reader.read(v.to("cpu", torch.float64)) for reader, v in zip(canonical.parameters, part, strict=True)
+            ]
+
+        def put(outputs: list[Tensor], x: Tensor, y: Tensor, value: Tensor) -> list[Tensor]:
+            theirs = [recovery.value(x, y) for recovery in canonical.variables]
+            theirs += [canonical.objective(value)] if everything else []
+            return [
+                mine.expand(size, *mine.shape[1:]).index_copy(
+                    0, which.to(mine.device), part.to(mine.device, mine.dtype)
+                )
+                for mine, part in zip(outputs, theirs, strict=True)
+            ]
+
+        with one_thread():
+            found = closest(relaxation, entries(values), self._tolerance)
+        rows.outputs = put(rows.outputs, found.x, found.y, found.value)
+        rows.again = lambda values: put(before(values), *found.again(entries(values))[:3])
+        for name in ("status", "iterations", "residual", "degenerate"):
+            setattr(rows, name, getattr(rows, name).index_copy(0, which, getattr(found, name)))
+        rows.iterate = None
+        good = found.status < Status.INFEASIBLE
+        if bool(good.any()):
+            rows.notes.append((which[good], "infeasible; solved as the closest feasible problem"))
+        rows.shift = tuple(_spread(part, which, size) for part in relaxation.by_constraint(found.shift.detach()))
+
     def _check_tensors(self, tensors: tuple[Tensor, ...]) -> tuple[torch.dtype, torch.device, tuple[int, ...]]:
         """The outputs' dtype and device, and the batch shape."""
         parameters = self._declared.parameters
@@ -573,7 +630,7 @@ class ConvexLayer(torch.nn.Module):
     ) -> tuple[Tensor | None, dict[int, str]]:
         """The bad rows, and why; ParameterError if that is the policy."""
         bad, details = self._bad_rows(values, size, vouched)
-        if bad is not None and self.on_failure == "raise":
+        if bad is not None and self.on_failure in ("raise", "closest"):
             raise ParameterError.of(torch.where(bad, int(Status.BAD_INPUT), 0).view(batch), details)
         return bad, details
 
@@ -635,7 +692,7 @@ class ConvexLayer(torch.nn.Module):
             self._warn(AccuracyWarning(f"{rows_in_words(which, batch).capitalize()}: {Status.INACCURATE.advice}"))
         failed = None if status is None else status >= Status.INFEASIBLE
         if status is not None and failed is not None and bool(failed.any()):
-            if self.on_failure == "raise":
+            if self.on_failure in ("raise", "closest"):
                 raise SolverError.of(status.view(batch), details)
             rows.failed = failed.view(batch)
             assert rows.blank is not None
@@ -725,6 +782,7 @@ class _Rows:
     blank: Tensor | None  # rows without any iterate
     iterate: tuple[Tensor, Tensor, Tensor] | None = None
     notes: list[tuple[Tensor, str]] = field(default_factory=list)  # rows, and which way they took
+    shift: tuple[Any, ...] | None = None  # of each constraint, (B, ...), where one was shifted
     warned: bool = False  # the path itself tells at backward which rows were differentiated by rule
     batch: tuple[int, ...] = ()
     details: dict[int, str] = field(default_factory=dict)  # of rows that failed
@@ -749,6 +807,17 @@ class _Rows:
         return tuple(
             getattr(self, name).reshape(self.batch) for name in ("status", "iterations", "residual", "degenerate")
         )
+
+    @property
+    def shifts(self) -> tuple[Any, ...] | None:
+        """By constraint, (*batch, ...) each."""
+
+        def shaped(part: Any) -> Any:
+            if isinstance(part, tuple):
+                return tuple(shaped(one) for one in part)
+            return None if part is None else part.reshape(self.batch + part.shape[1:])
+
+        return None if self.shift is None else tuple(shaped(part) for part in self.shift)
 
     def guard(self, bars: Sequence[Any]) -> list[Any]:
         """Cotangents of the outputs: in rows that failed NaN where the loss uses them and zero where it does not."""
@@ -792,7 +861,9 @@ class _Rows:
                 outputs = self.again(values)
             else:
                 failed = self.failed.flatten()
-                squares = torch.stack([v.nan_to_num().unsqueeze(-1).flatten(1).square().sum(1).expand(size) for v in values]).sum(0)
+                squares = torch.stack(
+                    [v.nan_to_num().unsqueeze(-1).flatten(1).square().sum(1).expand(size) for v in values]
+                ).sum(0)
                 outputs = self.again([without(value, failed) for value in values])
                 outputs = [_where(failed, squares, output) for output in outputs]
             return [_shaped(output, self.dtype, self.device, self.batch, size) for output in outputs]
@@ -842,6 +913,13 @@ def _where(rows: Tensor, then: Tensor, output: Tensor) -> Tensor:
     """(B,), (B or 1,), (B or 1, ...) -> (B, ...): the one number in these rows."""
     ones = [1] * (output.ndim - 1)
     return torch.where(rows.to(output.device).view(-1, *ones), then.to(output).view(-1, *ones), output)
+
+
+def _spread(part: Any, rows: Tensor, size: int) -> Any:
+    """What these rows have, (R, ...), as (size, ...) with zeros elsewhere; a tuple's parts each, None as it is."""
+    if isinstance(part, tuple):
+        return tuple(_spread(one, rows, size) for one in part)
+    return None if part is None else part.new_zeros(size, *part.shape[1:]).index_copy(0, rows, part)
 
 
 def _keys(ids: Tensor | Sequence[Hashable], batch: tuple[int, ...]) -> list[Hashable]:

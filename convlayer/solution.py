@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
+from typing import Any
 
 import numpy as np
 import torch
@@ -141,6 +142,10 @@ class Solution:
         Tensor  # bool, the derivative there is one-sided (weakly active constraint) or least-norm (singular system)
     )
     notes: tuple[str, ...]  # which rows took another way than the layer's first choice
+    shift: (
+        tuple[Any, ...] | None
+    )  # on_failure="closest", where some row was infeasible: by how much each of problem.constraints was
+    # shifted, (*batch, *its shape), as lhs <= rhs + shift or lhs == rhs + shift; a tuple of its arguments' for a cone constraint
     iterate: tuple[Tensor, Tensor, Tensor] | None = field(
         repr=False
     )  # canonical (x, s, y) for a warm start; None from a kernel

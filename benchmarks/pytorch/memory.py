@@ -46,7 +46,7 @@ PATHS = (
     Path("softmax", (200,)),
     Path("least_squares", (100, 50)),
     Path("entropic_optimal_transport", (25, 25)),
-    Path("quadratic_program", (40, 40, 10), generic=True),
+    Path("quadratic_program", (40, 40, 10)),
     Path(SPARSE, (2_500,)),
 )
 OURS, PEER = "ours", "cvxpylayers"
@@ -71,6 +71,7 @@ def family(options: Options) -> Family:
 def measure(k: int, batch: int) -> Row:
     ours = alone("benchmarks.pytorch.memory", k, batch, OURS, timeout=200)
     figures = {
+        "path": ours["path"],
         "needed": ours["needed"],
         "kept": ours["kept"],
         "kept / needed": ours["kept"] / ours["needed"],
@@ -91,7 +92,7 @@ def peer(k: int, batch: int) -> dict[str, float | str]:
     return {name: theirs[what] for what, name in names.items()}
 
 
-def main(k: int, batch: int, who: str) -> dict[str, float]:
+def main(k: int, batch: int, who: str) -> dict[str, float | str]:
     warnings.simplefilter("ignore")
     path = PATHS[k]
     needed = 8 * batch * path.numbers()
@@ -124,7 +125,8 @@ def main(k: int, batch: int, who: str) -> dict[str, float]:
     before = resident()
     held += [layer(*leaves) for _ in range(wanted)]
     kept = (resident() - before) / wanted
-    return {"needed": needed / MEGABYTE, "kept": kept / MEGABYTE, "peak": peak.megabytes}
+    structure = layer.structure if who == OURS else who
+    return {"path": structure, "needed": needed / MEGABYTE, "kept": kept / MEGABYTE, "peak": peak.megabytes}
 
 
 def resident() -> int:

@@ -23,17 +23,16 @@ SPARSE, QUADRATIC = "sparse_program", "quadratic_program"
 class Path:
     problem: str  # its name in benchmarks.cases; or SPARSE, that of benchmarks.large by its nonzeros
     sizes: tuple[int, ...]
-    generic: bool = False  # the cone program, rather than what the layer chooses
 
     @property
     def name(self) -> str:
-        return f"{self.problem} ({' x '.join(map(str, self.sizes))})" + ", cone program" * self.generic
+        return f"{self.problem} ({' x '.join(map(str, self.sizes))})"
 
     def declared(self) -> Declared:
         return declare_sparse(*self.sizes)[0] if self.problem == SPARSE else CASES[self.problem](*self.sizes)
 
     def layer(self) -> ConvexLayer:
-        return _layer(self.declared(), "generic" if self.generic else "auto")
+        return _layer(self.declared(), "auto")
 
     def sample(self, batch: int | tuple[int, ...], seed: int = 0) -> Tensors:
         if self.problem != SPARSE:

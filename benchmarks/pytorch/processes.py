@@ -25,8 +25,8 @@ from benchmarks.table import Family, Options, Row
 BATCH, STEPS, WARM_UP, RATE = 256, 50, 5, 1e-3
 WORLD, CORE, MACHINE = 2, "core", "machine"
 PATHS = (
-    Path("quadratic_program", (20, 20, 5), generic=True),
-    Path("logistic_regression", (30, 5)),
+    Path("quadratic_program", (20, 20, 5)),
+    Path("portfolio", (10,)),
     Path("total_variation", (2_000,)),
     Path("softmax", (1_000,)),
 )
@@ -50,6 +50,7 @@ def measure(k: int, options: Options) -> Row:
     own = alone(module, k, steps, MACHINE)
     two = alone("torch.distributed.run", *together, k, steps, CORE, OMP_NUM_THREADS="1")
     figures = {
+        "path": one["path"],
         "one process": one["ms"],
         "one process, all cores": own["ms"],
         "two processes": two["ms"],
@@ -60,7 +61,7 @@ def measure(k: int, options: Options) -> Row:
     return Row(PATHS[k].name, figures, {"difference": ("<=", 1e-9)})
 
 
-def main(k: int, steps: int, where: str) -> dict[str, float]:
+def main(k: int, steps: int, where: str) -> dict[str, float | str]:
     warnings.simplefilter("ignore")
     rank, world = 0, 1
     if dist.is_torchelastic_launched():
@@ -85,7 +86,7 @@ def main(k: int, steps: int, where: str) -> dict[str, float]:
         loss = float(network(whole))
     if world > 1:
         dist.destroy_process_group()
-    return {"ms": statistics.median(times[WARM_UP:]), "loss": loss} if rank == 0 else {}
+    return {"path": network.layer.structure, "ms": statistics.median(times[WARM_UP:]), "loss": loss} if rank == 0 else {}
 
 
 if __name__ == "__main__":

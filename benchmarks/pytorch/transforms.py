@@ -17,6 +17,7 @@ from benchmarks.pytorch.paths import Path, Tensors, twin
 from benchmarks.structures.tasks import Layer, weights_of
 from benchmarks.structures.timing import reason
 from benchmarks.table import Family, Options, Row
+from convlayer.threads import one_thread
 
 BATCH, REPEATS, SECONDS = 16, 51, 4.0
 RIGHT = 1e-3  # relative error up to which a peer's derivative counts as one
@@ -29,7 +30,6 @@ PATHS = (
     Path("total_variation", (50,)),
     Path("entropic_optimal_transport", (10, 10)),
     Path("quadratic_program", (20, 20, 5)),
-    Path("quadratic_program", (20, 20, 5), generic=True),
 )
 
 
@@ -39,7 +39,7 @@ def family(options: Options) -> Family:
         "`plain` is a forward and the gradient of all parameters, milliseconds, of a batch of "
         f"{BATCH}; the same with torch.func.jvp instead, and with a Hessian-vector product of |x|^2 / 2 by reverse mode twice, as multiples of "
         "it. Of one instance: torch.func.jacrev of the solution in the first parameter, as a multiple of its plain one and for each of "
-        "its rows. Medians of calls that alternate. The same three of cvxpylayers, called once: its error, zeros, or its relative "
+        "its rows. Medians of calls that alternate, on one torch thread. The same three of cvxpylayers, called once: its error, zeros, or its relative "
         f"difference from ours on its own declaration, `wrong by` where that is above {RIGHT:g}.",
         [(path.name, lambda path=path: [measure(path, options)]) for path in PATHS],
     )
@@ -55,13 +55,14 @@ def measure(path: Path, options: Options) -> Row:
         partial(plain, layer, one),
         partial(jacobian, layer, one),
     ]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), one_thread():
         warnings.simplefilter("ignore")
         repeats = 3 if options.quick else REPEATS
         times = interleaved(*(partial(timed, run) for run in runs), repeats=repeats, seconds=SECONDS)
         whole, jvp, hvp, single, full = (medians(column)[0] for column in times)
         rows = sum(x.numel() for x in layer(*one))
         figures = {
+            "path": layer.structure,
             "plain": whole,
             "jvp / plain": jvp / whole,
             "Hessian-vector / plain": hvp / whole,
