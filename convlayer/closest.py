@@ -184,9 +184,8 @@ def _pattern(program: Program, y: Tensor) -> Tensor:
 class _Stage(Canonical):
     """One of the two programs, as a function of entries that are given as they are."""
 
-    consistent: (
-        Tensor  # (m,) rows that stay solvable together wherever the data go: their multipliers' ambiguity does no harm
-    )
+    # (m,) rows that stay solvable together wherever the data go: that their multipliers are not unique does no harm.
+    consistent: Tensor
 
     @classmethod
     def of(
@@ -233,6 +232,8 @@ class Relaxation:
         mine, other = canonical.program, twin.program
         if mine.cones != other.cones or not np.array_equal(mine.A_rows, other.A_rows):
             raise CanonicalisationError("CVXPY made two cone programs of one problem; this version is not supported.")
+        if any(r.coefficient is not None and not bool(r.coefficient.all()) for r in twin.variables):
+            raise CanonicalisationError("CVXPY leaves out rows of a constraint; this version is not supported.")
         recoveries = iter(twin.variables)
         return cls(canonical, [[next(recoveries) for _ in constraint.dual_variables] for constraint in constraints])
 
@@ -309,7 +310,7 @@ class _Faces:
     def __init__(self, relaxation: Relaxation, pattern: Tensor) -> None:
         self.pattern = pattern
         canonical, program = relaxation.canonical, relaxation.canonical.program
-        n, m, k = program.n, program.m, 0
+        n, m = program.n, program.m
         cones: list[Cone] = []
         self.rays: list[slice] = []
         zero = torch.zeros(m, dtype=torch.bool)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from convlayer.derivative import Local
@@ -35,6 +36,15 @@ _OUTSIDE = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_lo
 
 def _recording() -> Any:
     return torch._C._ForceDispatchKeyGuard(*_OUTSIDE)
+
+
+def _without_tangents() -> None:
+    """An operator drops tangents without a word, and whether it is given any cannot be seen from inside."""
+    if forward_ad._current_level >= 0:
+        raise RuntimeError(
+            "Inside torch.compile a layer has no forward mode: its tangent would be zero. Compile no function that takes jvp, jacfwd or "
+            "hessian of the layer, and call no compiled model with dual tensors, or inside a dual level."
+        )
 
 
 _layers: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
@@ -60,6 +70,7 @@ def _keep(local: Local) -> Tensor:
 
 @torch.library.custom_op("convlayer::solve", mutates_args=())
 def _solve(thetas: Sequence[Tensor], ids: Tensor | None, layer: str, differentiable: bool) -> list[Tensor]:
+    _without_tangents()
     with _recording():
         outputs, local = _layers[layer].evaluate(thetas, ids, differentiable)
     number = _keep(local) if differentiable else torch.zeros(1, dtype=torch.int64)
@@ -68,6 +79,7 @@ def _solve(thetas: Sequence[Tensor], ids: Tensor | None, layer: str, differentia
 
 @_solve.register_fake
 def _(thetas, ids, layer, differentiable):
+    _without_tangents()
     return [*_layers[layer].blank(thetas), torch.empty(1, dtype=torch.int64)]
 
 

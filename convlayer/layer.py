@@ -601,6 +601,8 @@ class ConvexLayer(torch.nn.Module):
         for name in ("status", "iterations", "residual", "degenerate"):
             setattr(rows, name, getattr(rows, name).index_copy(0, which, getattr(found, name)))
         rows.iterate = None
+        if bool(found.degenerate.any()):
+            rows.ruled = torch.zeros(size, dtype=torch.bool).index_copy(0, which, found.degenerate)
         good = found.status < Status.INFEASIBLE
         if bool(good.any()):
             rows.notes.append((which[good], "infeasible; solved as the closest feasible problem"))
@@ -698,8 +700,10 @@ class ConvexLayer(torch.nn.Module):
             assert rows.blank is not None
             rows.empty = rows.failed if self.on_failure == "nan" else rows.blank.view(batch)
         if not rows.warned and rows.degenerate is not None and bool(rows.degenerate.any()):
-            cause = STRUCTURES[self.structure].cause
-            rows.ruled, rows.warn = rows.degenerate, partial(self._warn_degenerate, batch, cause=cause)
+            rows.ruled = rows.degenerate
+        if rows.ruled is not None:
+            cause = Cause.SINGULAR if rows.warned else STRUCTURES[self.structure].cause
+            rows.warn = partial(self._warn_degenerate, batch, cause=cause)
 
     def _warn_degenerate(self, batch: tuple[int, ...], rows: Tensor, cause: Cause) -> None:
         message = f"{rows_in_words(rows, batch).capitalize()}: {cause.value}: {cause.advice}"
@@ -1040,7 +1044,7 @@ def _broadcast(shapes: list[tuple[int, ...]], parameters: Sequence[cp.Parameter]
         if all(type(k) is int for shape in batched for k in shape):
             return np.broadcast_shapes(*batched)  # torch's own loads a symbolic algebra package at its first call
         return tuple(torch.broadcast_shapes(*batched))
-    except ValueError:
+    except (ValueError, RuntimeError):
         listed = ", ".join(f"`{p.name()}` {shape}" for p, shape in zip(parameters, shapes, strict=True))
         raise ValueError(
             f"The batch dimensions do not agree: {listed}. Each parameter has the batch dimensions in front, or none if it is shared."

@@ -282,13 +282,11 @@ def test_closed_forms_to_second_order(case):
 
 def test_forward_mode_is_the_closed_forms():
     relaxed, values, answer = balls()
-    entries = relaxed.entries(values)
     known = relaxed.found(*values).again
     draw = normal(6)
     directions = tuple(draw(*t.shape) for t in values)
     _, tangents = torch.func.jvp(lambda *t: relaxed.said(*known(relaxed.entries(t))), tuple(values), directions)
     _, expected = torch.func.jvp(lambda *t: answer(*t), tuple(values), directions)
-    assert len(entries) == len(values)
     for one, other in zip(tangents, expected, strict=True):
         assert relative(one, other) < 1e-8
 

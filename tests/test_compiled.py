@@ -7,10 +7,12 @@ import pickle
 import cvxpy as cp
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from cases import CASES, leaves, relative
 from structures import SPELLINGS
 from test_structures import layer_of, sample
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import grad, jvp, vmap
 
 from convlayer import ConvexLayer, ParameterError, SolverError, compiled
 from convlayer.structures import STRUCTURES
@@ -239,7 +241,14 @@ def test_tensors_of_a_wrong_shape_kind_or_device_are_told_as_they_are_eagerly(mo
             model.layer(*args)
         with pytest.raises(Exception) as error:  # noqa: PT011 - the compiler wraps it in one of its own
             whole(model.layer)(*args)
+        torch._dynamo.reset()
         assert str(told.value).splitlines()[0] in str(error.value)
+
+
+def test_batches_that_do_not_agree_are_told_of_symbolic_sizes_too(model, tensors):
+    A, b, lam = tensors
+    with pytest.raises(RuntimeError, match="The batch dimensions do not agree: `A`"):
+        torch.compile(model.layer, fullgraph=True, backend="aot_eager", dynamic=True)(A, b[:2], lam)
 
 
 def test_what_is_no_tensor_is_refused(model, tensors):
@@ -252,7 +261,7 @@ def test_what_is_no_tensor_is_refused(model, tensors):
 def test_a_second_derivative_through_a_compiled_model_is_an_error_and_never_zero(model, tensors):
     inputs = leaves(tensors)
     outputs = whole(model)(*inputs)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="does not currently support double backward"):
         first = torch.autograd.grad(sum(o.square().sum() for o in outputs), inputs, create_graph=True)
         torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
 
@@ -261,8 +270,25 @@ def test_the_operator_alone_refuses_a_second_derivative(model, tensors):
     inputs = leaves(tensors)
     outputs = compiled.outputs(inputs, None, model.layer._name)
     first = torch.autograd.grad(sum(o.square().sum() for o in outputs), inputs, create_graph=True)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="convlayer.adjoint"):
         torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_forward_mode_through_a_compiled_model_is_an_error_and_never_zero(model, tensors, backend):
+    twin = whole(model, backend)
+    with pytest.raises(RuntimeError, match="no forward mode"):
+        whole(lambda *args: jvp(lambda *at: model(*at)[0], args, args)[1], backend)(*tensors)
+    for _ in range(2):
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward mode"):
+            twin(*(forward_ad.make_dual(t, t) for t in tensors))
+        twin(*tensors)  # compiled now, and called with dual tensors again
+
+
+@pytest.mark.parametrize("transform", [vmap, grad])
+def test_other_transforms_inside_a_compiled_function_are_an_error_and_never_wrong(model, tensors, transform):
+    with pytest.raises(RuntimeError, match="convlayer"):
+        whole(transform(lambda *args: model(*args)[0].square().sum()))(*tensors)
 
 
 # Warm starts ------------------------------------------------------------------------------------------------------------

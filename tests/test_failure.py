@@ -12,7 +12,7 @@ import torch
 from cases import CASES, close, leaves, relative, solved_right_or_flagged, weights
 
 import convlayer.adjoint
-from convlayer import AccuracyWarning, ConvexLayer, Iterate, ParameterError, Solver, SolverError, Status
+from convlayer import AccuracyWarning, ConvexLayer, Iterate, ParameterError, ProblemError, Solver, SolverError, Status
 from convlayer.solvers.clarabel import Clarabel
 
 NAN, INF = float("nan"), float("inf")
@@ -410,3 +410,53 @@ def test_a_problem_without_a_solution_is_never_called_solved(k):
         warnings.simplefilter("ignore")
         solution = ConvexLayer(problem, [p], [variable], on_failure="keep").solve(torch.tensor(1.0, dtype=torch.float64))
     assert int(solution.status) != Status.SOLVED, f"x = {solution.variables[0].tolist()}"
+
+
+# The closest feasible problem --------------------------------------------------------------------------------------------------
+
+
+def interval(**options):
+    """min |x - a|^2 with 1 <= x <= h: infeasible where h < 1, and then halfway, both bounds shifted alike."""
+    a, h, x = cp.Parameter(2, name="a"), cp.Parameter(2, name="h"), cp.Variable(2, name="x")
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [x >= 1, x <= h])
+    return ConvexLayer(problem, [a, h], [x], on_failure="closest", **options)
+
+
+@pytest.mark.parametrize("structure", ["auto", "generic"])
+def test_an_infeasible_row_has_the_closest_feasible_solution_and_says_its_shifts(structure):
+    layer = interval(structure=structure)
+    a = torch.zeros(2, dtype=torch.float64)
+    h = torch.tensor([[3.0, 4.0], [-1.0, 2.0], [0.0, 0.5]], dtype=torch.float64, requires_grad=True)
+    solution = layer.solve(a, h)
+    assert solution.status.tolist() == [Status.SOLVED] * 3
+    expected = torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.5, 0.75]], dtype=torch.float64)
+    assert torch.allclose(solution.variables[0], expected, atol=1e-9)
+    assert "rows 1, 2: infeasible" in " ".join(solution.notes)
+    lower, upper = solution.shift
+    shifts = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 0.25]], dtype=torch.float64)
+    assert torch.allclose(lower, shifts, atol=1e-9)
+    assert torch.allclose(upper, shifts, atol=1e-9)
+    (bar,) = torch.autograd.grad(solution.variables[0].sum(), h)
+    assert torch.allclose(bar, torch.tensor([[0.0, 0.0], [0.5, 0.0], [0.5, 0.5]], dtype=torch.float64), atol=1e-8)
+    tangent = torch.func.jvp(lambda t: layer(a, t)[0], (h.detach(),), (torch.ones_like(h),))[1]
+    assert torch.allclose(tangent, bar, atol=1e-8)
+    mapped = torch.func.vmap(lambda t: layer(a, t)[0])(h.detach())
+    assert torch.allclose(mapped, expected, atol=1e-9)
+
+
+def test_feasible_rows_have_no_shift_and_other_failures_still_raise():
+    layer = interval()
+    a, h = torch.zeros(2, dtype=torch.float64), torch.full((2, 2), 3.0, dtype=torch.float64)
+    assert layer.solve(a, h).shift is None
+    h[1, 0] = torch.nan
+    with pytest.raises(SolverError, match="row 1"):
+        layer(a, h)
+
+
+def test_what_has_no_closest_feasible_problem_is_refused_when_the_layer_is_built():
+    a, x = cp.Parameter(2), cp.Variable(2)
+    problem = cp.Problem(cp.Minimize(cp.sum(cp.exp(x))), [x >= a])
+    with pytest.raises(ProblemError, match="exponential"):
+        ConvexLayer(problem, [a], [x], on_failure="closest")
+    with pytest.raises(ProblemError, match="exponential"):
+        ConvexLayer(problem, [a], [x]).with_options(on_failure="closest")

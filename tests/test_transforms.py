@@ -90,8 +90,9 @@ def paths() -> list[Path]:
 
 
 PATHS = {path.name: path for path in paths()}
-# One of every kind of Local: a polyhedral cone program, a curved one, a log-log convex one, the batched solver, and each kernel.
-KINDS = ("lasso", "every_cone", "posynomial", "raw_second_order interior_point", *(p for p in PATHS if p.startswith("structure")))
+# One of every kind of derivative: a polyhedral cone program, a curved one, a log-log convex one, the batched solver, and each
+# kernel. The laws that differentiate once for every entry run on these; what they compose is looked at on every path.
+KINDS = ("lasso", "every_cone", "posynomial", "quadratic_program interior_point", *(p for p in PATHS if p.startswith("structure")))
 every_path = pytest.mark.parametrize("path", PATHS.values(), ids=str)
 every_kind = pytest.mark.parametrize("path", [PATHS[name] for name in KINDS], ids=str)
 
@@ -196,7 +197,7 @@ def test_the_second_derivative_is_that_of_central_differences_in_every_combinati
     assert agree(grad(tangent, tuple(range(len(tensors))))(*tensors), second, 1e-8)
 
 
-@every_path
+@every_kind
 def test_the_hessian_of_a_loss_agrees_with_a_loop_of_double_backward_and_is_symmetric(path):
     tensors = path.sample()
     shapes, sizes = [t.shape for t in tensors], [t.numel() for t in tensors]
@@ -213,14 +214,14 @@ def test_the_hessian_of_a_loss_agrees_with_a_loop_of_double_backward_and_is_symm
     assert relative(jacrev(jacrev(loss))(point), loop) < 1e-8
 
 
-@every_path
+@every_kind
 def test_gradcheck_in_both_modes_and_gradgradcheck(path):
     inputs = leaves(path.sample(1))
     assert gradcheck(path, inputs, check_forward_ad=True, fast_mode=True)
     assert gradgradcheck(path, inputs, check_fwd_over_rev=True, fast_mode=True)
 
 
-@every_path
+@every_kind
 def test_a_third_derivative_is_an_error_and_never_zero(path):
     tensors, a = path.sample(), path.directions(seed=1)
     inputs = leaves(tensors)
@@ -236,6 +237,14 @@ def test_a_third_derivative_is_an_error_and_never_zero(path):
     for third in (grad(tangent(tangent(path.loss))), tangent(grad(tangent(path.loss))), tangent(tangent(tangent(path.loss)))):
         with pytest.raises(RuntimeError, match="differentiated twice, not three times"):
             third(*tensors)
+
+
+@every_kind
+def test_the_old_vmap_of_torch_is_refused_and_told_what_to_write_instead(path):
+    inputs = leaves(path.sample())
+    output = path.loss(*inputs)
+    with pytest.raises(RuntimeError, match=r"torch\.func"):
+        torch.autograd.grad(output, inputs, torch.ones(2, dtype=torch.float64), is_grads_batched=True)
 
 
 def test_a_layer_of_a_layer_is_differentiated_twice():

@@ -86,7 +86,9 @@ def main(k: int, steps: int, where: str) -> dict[str, float | str]:
         loss = float(network(whole))
     if world > 1:
         dist.destroy_process_group()
-    return {"path": network.layer.structure, "ms": statistics.median(times[WARM_UP:]), "loss": loss} if rank == 0 else {}
+    return (
+        {"path": network.layer.structure, "ms": statistics.median(times[WARM_UP:]), "loss": loss} if rank == 0 else {}
+    )
 
 
 if __name__ == "__main__":
