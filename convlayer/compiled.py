@@ -23,7 +23,9 @@ from convlayer.derivative import Local
 class Layer(Protocol):
     """What the operators ask of a layer."""
 
-    def evaluate(self, thetas: Sequence[Tensor], ids: Tensor | None, differentiable: bool) -> tuple[list[Tensor], Local]:
+    def evaluate(
+        self, thetas: Sequence[Tensor], ids: Tensor | None, differentiable: bool
+    ) -> tuple[list[Tensor], Local]:
         """The outputs for plain parameters, apart from every graph, and their derivative."""
 
     def blank(self, thetas: Sequence[Tensor]) -> list[Tensor]:

@@ -15,7 +15,7 @@ import cvxpy as cp
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from cases import CASES, close, leaves, relative, weights
+from cases import CASES, leaves, relative, weights
 from structures import SPELLINGS
 from test_structures import layer_of, sample
 from torch import Tensor
@@ -92,7 +92,13 @@ def paths() -> list[Path]:
 PATHS = {path.name: path for path in paths()}
 # One of every kind of derivative: a polyhedral cone program, a curved one, a log-log convex one, the batched solver, and each
 # kernel. The laws that differentiate once for every entry run on these; what they compose is looked at on every path.
-KINDS = ("lasso", "every_cone", "posynomial", "quadratic_program interior_point", *(p for p in PATHS if p.startswith("structure")))
+KINDS = (
+    "lasso",
+    "every_cone",
+    "posynomial",
+    "quadratic_program interior_point",
+    *(p for p in PATHS if p.startswith("structure")),
+)
 every_path = pytest.mark.parametrize("path", PATHS.values(), ids=str)
 every_kind = pytest.mark.parametrize("path", [PATHS[name] for name in KINDS], ids=str)
 
@@ -164,7 +170,9 @@ def test_jacobians_of_both_modes_agree_with_a_loop_of_plain_backward(path):
 
         units = torch.eye(output.numel(), dtype=torch.float64)
         for name, columns in (("loop", zip(*map(pulled, units), strict=True)), ("batched", vmap(pulled)(units))):
-            found[name] += [torch.stack([*c]).reshape(output.shape + t.shape) for c, t in zip(columns, tensors, strict=True)]
+            found[name] += [
+                torch.stack([*c]).reshape(output.shape + t.shape) for c, t in zip(columns, tensors, strict=True)
+            ]
     assert agree(found["batched"], found["loop"], 1e-12)
     for jacobian in (jacrev, jacfwd):
         assert agree([part for row in jacobian(path, every)(*tensors) for part in row], found["loop"], 1e-9)
@@ -180,8 +188,7 @@ def test_the_second_derivative_is_that_of_central_differences_in_every_combinati
 
     def slope(step: float) -> Tensor:
         ahead, behind = (
-            inner(gradient(path, [t + sign * step * d for t, d in zip(tensors, b, strict=True)]), a)
-            for sign in (1, -1)
+            inner(gradient(path, [t + sign * step * d for t, d in zip(tensors, b, strict=True)]), a) for sign in (1, -1)
         )
         return (ahead - behind) / (2 * step)
 
@@ -234,7 +241,11 @@ def test_a_third_derivative_is_an_error_and_never_zero(path):
     def tangent(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda *at: jvp(function, at, a)[1]
 
-    for third in (grad(tangent(tangent(path.loss))), tangent(grad(tangent(path.loss))), tangent(tangent(tangent(path.loss)))):
+    for third in (
+        grad(tangent(tangent(path.loss))),
+        tangent(grad(tangent(path.loss))),
+        tangent(tangent(tangent(path.loss))),
+    ):
         with pytest.raises(RuntimeError, match="differentiated twice, not three times"):
             third(*tensors)
 
@@ -248,27 +259,43 @@ def test_the_old_vmap_of_torch_is_refused_and_told_what_to_write_instead(path):
 
 
 def test_a_layer_of_a_layer_is_differentiated_twice():
-    outer, inside = PATHS["structure sparsemax"], PATHS["lasso"]
+    outer, inside = PATHS["structure sparsemax"], PATHS["ridge"]
     A, b, lam = inside.sample()
 
     def loss(b: Tensor, temperature: Tensor) -> Tensor:
         x = inside.layer(A, b, lam)[0]
-        (y,) = outer.layer(torch.cat([x, x.square()])[:6], temperature)
+        (y,) = outer.layer(torch.cat([x, x.square()]), temperature)
         return y.square().sum()
 
     tensors = b, torch.tensor(0.7, dtype=torch.float64)
-    a = torch.randn(b.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64), torch.tensor(1.0)
+    a = inside.directions(seed=1)[1:]
 
     def slope(step: float) -> Tensor:
         ahead, behind = (
-            torch.stack([p.sum() for p in grad(loss, (0, 1))(*(t + s * step * d for t, d in zip(tensors, a, strict=True)))])
+            torch.stack(
+                [p.sum() for p in grad(loss, (0, 1))(*(t + s * step * d for t, d in zip(tensors, a, strict=True)))]
+            )
             for s in (1, -1)
         )
         return (ahead - behind) / (2 * step)
 
-    found = torch.stack([p.sum() for p in jvp(grad(loss, (0, 1)), tensors, a)[1]])
+    second = jvp(grad(loss, (0, 1)), tensors, a)[1]
+    found = torch.stack([p.sum() for p in second])
     assert float(found.norm()) > 1e-3
     assert relative(found, (4 * slope(STEP / 2) - slope(STEP)) / 3) < 1e-5
+
+    # The outer layer's direction moves with the inner layer's solution: here forward mode is differentiated in its tangent too.
+    def tangent(*at: Tensor) -> Tensor:
+        return jvp(loss, at, a)[1]
+
+    assert agree(grad(tangent, (0, 1))(*tensors), second, 1e-9)
+    assert abs(float(jvp(tangent, tensors, a)[1] - inner(second, a))) <= 1e-9 * size(second)
+    inputs = leaves(tensors)
+    assert agree(
+        torch.autograd.grad(inner(torch.autograd.grad(loss(*inputs), inputs, create_graph=True), a), inputs),
+        second,
+        1e-9,
+    )
 
 
 # vmap -------------------------------------------------------------------------------------------------------------------
@@ -349,7 +376,9 @@ def test_vmap_of_a_second_derivative_over_samples_and_over_directions_is_a_loop(
     assert agree(vmap(function)(*many, *a), looped(plain, [*many, *a], every, 2), 1e-8)
     directions = [False] * n + [True] * n
     args = [*path.sample(), *a]
-    assert agree(vmap(function, tuple(0 if one else None for one in directions))(*args), looped(plain, args, directions, 2), 1e-8)
+    assert agree(
+        vmap(function, tuple(0 if one else None for one in directions))(*args), looped(plain, args, directions, 2), 1e-8
+    )
 
 
 @every_kind
@@ -384,7 +413,8 @@ def test_a_row_that_failed_is_nan_in_every_transform_and_leaves_the_others_untou
     def all_of_them(*args: Tensor) -> list[Tensor]:
         values, tangents = jvp(lenient, args[:n], args[n:])
         gradients, curvatures = jvp(every_gradient(lenient), args[:n], args[n:])
-        return [*values, *tangents, *gradients, *curvatures]
+        _, pull = vjp(lenient, *args[:n])
+        return [*values, *tangents, *gradients, *curvatures, *pull(tuple(torch.ones_like(value) for value in values))]
 
     found = vmap(all_of_them)(*spoilt, *a)
     clean = vmap(all_of_them)(*(t[rows] for t in (*tensors, *a)))
@@ -392,7 +422,8 @@ def test_a_row_that_failed_is_nan_in_every_transform_and_leaves_the_others_untou
     outputs = 2 * len(lenient(*tensors))
     assert all(bool(part[1].isnan().all()) for part in found[:outputs])
     assert any(bool(part[1].isnan().any()) for part in found[outputs : outputs + n])
-    assert any(bool(part[1].isnan().any()) for part in found[outputs + n :])
+    assert any(bool(part[1].isnan().any()) for part in found[outputs + n : outputs + 2 * n])
+    assert any(bool(part[1].isnan().any()) for part in found[outputs + 2 * n :])
     with pytest.raises(ParameterError, match="row 1: BAD_INPUT"):
         vmap(path)(*spoilt)
 
@@ -408,8 +439,11 @@ def test_a_row_without_a_solution_is_named_inside_vmap_or_nan():
     lenient = layer.with_options(on_failure="nan")
     solution = vmap(lambda low: lenient.solve(low, high).status)(lows)
     assert solution.tolist() == [Status.SOLVED, Status.INFEASIBLE, Status.SOLVED]
-    first = vmap(grad(lambda low: lenient(low, high)[0].square().sum()))(lows)
+    first = vmap(grad(lambda low: lenient(low, high)[0].sum()))(lows)
     assert first.isnan().any(1).tolist() == [False, True, False]
+    unused = grad(lambda lows: lenient(lows, high)[0][[0, 2]].square().sum())(lows)
+    assert torch.equal(unused[1], torch.zeros(2, dtype=torch.float64))
+    assert relative(unused[[0, 2]], 2 * lows[[0, 2]]) < 1e-9
     second = vmap(hessian(lambda low: lenient(low, high)[0].square().sum()))(lows)
     assert second.flatten(1).isnan().any(1).tolist() == [False, True, False]
     assert relative(second[[0, 2]], 2 * torch.eye(2, dtype=torch.float64).expand(2, 2, 2)) < 1e-9
@@ -420,9 +454,12 @@ def test_a_warm_start_inside_a_transform_is_refused():
     tensors = path.sample(2)
     solution = path.layer.solve(*tensors)
     for option in ({"ids": [0, 1]}, {"warm_start": solution}):
-        with pytest.raises(RuntimeError, match="cannot be used inside a torch.func transform"):
+        with pytest.raises(RuntimeError, match=r"cannot be used inside a torch\.func transform"):
             grad(lambda *args, option=option: path.layer.solve(*args, **option).objective.sum())(*tensors)
-        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="cannot be used inside a torch.func transform"):
+        with (
+            forward_ad.dual_level(),
+            pytest.raises(RuntimeError, match=r"cannot be used inside a torch\.func transform"),
+        ):
             path.layer.solve(forward_ad.make_dual(tensors[0], tensors[0]), *tensors[1:], **option)
 
 

@@ -120,7 +120,8 @@ def main(k: int, batch: int, who: str) -> dict[str, float | str]:
         both(leaves)
     start = time.perf_counter()
     held = [layer(*leaves)]
-    wanted = min(HELD, math.ceil(PAGES / needed), math.ceil(SECONDS / (time.perf_counter() - start)))
+    likely = max(needed, peak.megabytes * MEGABYTE)
+    wanted = min(HELD, math.ceil(PAGES / likely), math.ceil(SECONDS / (time.perf_counter() - start)))
     held += [layer(*leaves) for _ in range(wanted // 4)]  # what was free is in use again
     before = resident()
     held += [layer(*leaves) for _ in range(wanted)]

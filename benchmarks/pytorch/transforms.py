@@ -37,7 +37,7 @@ def family(options: Options) -> Family:
     return Family(
         "transforms",
         "`plain` is a forward and the gradient of all parameters, milliseconds, of a batch of "
-        f"{BATCH}; the same with torch.func.jvp instead, and with a Hessian-vector product of |x|^2 / 2 by reverse mode twice, as multiples of "
+        f"{BATCH}; the same with torch.func.jvp instead, and with a Hessian-vector product of <w, x> + |x|^2 / 2 by reverse mode twice, as multiples of "
         "it. Of one instance: torch.func.jacrev of the solution in the first parameter, as a multiple of its plain one and for each of "
         "its rows. Medians of calls that alternate, on one torch thread. The same three of cvxpylayers, called once: its error, zeros, or its relative "
         f"difference from ours on its own declaration, `wrong by` where that is above {RIGHT:g}.",
@@ -130,11 +130,15 @@ def tangent(layer: Layer, tensors: Tensors, a: Tensors) -> Tensors:
 
 def product(layer: Layer, tensors: Tensors, a: Tensors) -> Tensors:
     leaves = _leaves(tensors)
-    loss = sum(x.square().sum() for x in layer(*leaves)) / 2
+    loss = smooth(layer(*leaves))
     first = torch.autograd.grad(loss, leaves, create_graph=True)
-    return torch.autograd.grad(
-        sum((g * d).sum() for g, d in zip(first, a, strict=True)), leaves, materialize_grads=True
-    )
+    sum((g * d).sum() for g, d in zip(first, a, strict=True)).backward()
+    return tuple(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves)
+
+
+def smooth(outputs: Tensors) -> Tensor:
+    """<w, x> + |x|^2 / 2: one of the two alone is constant on some solution sets, such as projectors and spheres."""
+    return sum((w * x).sum() + x.square().sum() / 2 for w, x in zip(weights_of(outputs), outputs, strict=True))
 
 
 def jacobian(layer: Layer, tensors: Tensors) -> Tensors:
