@@ -134,7 +134,8 @@ def checked(layer: ConvexLayer, tensors: Sequence[Tensor]) -> Check:
             t.detach().to("cpu", torch.float64).expand((*batch, *p.shape)).reshape(size, *p.shape)[good]
             for t, p in zip(tensors, parameters, strict=True)
         ]
-        entries = [reader.read(theta) for reader, theta in zip(canonical.parameters, thetas, strict=True)]
+        given = layer._thetas(thetas, torch.device("cpu"))
+        entries = [reader.read(theta) for reader, theta in zip(canonical.parameters, given, strict=True)]
         assert solution.iterate is not None
         point = [part.cpu()[good] for part in solution.iterate]
         found = _examined_in_pieces(canonical, sources, entries, point)

@@ -79,6 +79,8 @@ class _Moved:
     q: Tensor
     b: Tensor
     d: Tensor
+    r: Tensor  # dP x + dA'y + dq
+    t: Tensor  # dA x - db
     x: Tensor
     y: Tensor
     s: Tensor
@@ -93,11 +95,14 @@ class ConeDerivative(Local):
         data: Data,
         solution: tuple[Tensor, Tensor, Tensor],  # (x, y, value)
         point: tuple[Tensor, Tensor, Tensor],  # (x, s, y) whose derivative is taken for the solution's
-        adjoint: Callable[
-            [Tensor, Tensor], tuple[Tensor, Tensor]
-        ],  # (x_bar, y_bar) -> (w, u), zero in rows that failed
+        adjoint: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        tell: Callable[[Tensor, Tensor, dict[int, Tensor]], None] | None,
     ) -> None:
+        """adjoint: (x_bar, y_bar) -> (w, u), zero in rows that failed.
+        tell: asked, with the cotangents of x, the rows in use (B,) and what was found for each parameter, whether to warn.
+        """
         self.canonical, self.data, self.solution, self.point, self._adjoint = canonical, data, solution, point, adjoint
+        self._tell = tell
         self.x, self.s, self.y = point
         self._versions = [part._version for part in (*solution, *point)]
 
@@ -123,7 +128,9 @@ class ConeDerivative(Local):
             term.w[failed], term.u[failed] = torch.nan, torch.nan
         (x, y, w, u), v = term, value_bar.unsqueeze(1)
         if not bool(value_bar.any()):
-            return self._to_entries(entries, needed, [term], {"q": -w, "b": u, "d": v})
+            found = self._to_entries(entries, needed, [term], {"q": -w, "b": u, "d": v})
+            self._told(x_bar, y_bar, dict(zip(_wanted(needed), found, strict=True)))
+            return found
         # The optimal value's derivative is that of the Lagrangian: half of it has the form of an adjoint of its own.
         x_value, y_value, _ = self.solution
         vectors = {"q": v * x_value - w, "b": u - v * y_value, "d": v}
@@ -131,7 +138,12 @@ class ConeDerivative(Local):
             terms = [Term(x, y, w - v * x / 2, u - v * y / 2)]
         else:
             terms = [term, Term(x_value, y_value, -v * x_value / 2, -v * y_value / 2)]
+        self._told(x_bar, y_bar, {})
         return self._to_entries(entries, needed, terms, vectors)
+
+    def _told(self, x_bar: Tensor, y_bar: Tensor, found: dict[int, Tensor]) -> None:
+        if self._tell is not None:
+            self._tell(x_bar, (x_bar != 0).any(1) | (y_bar != 0).any(1), found)
 
     def term(self, x_bar: Tensor, y_bar: Tensor) -> Term:
         """What the cotangents of the data are made of: dq = -w, db = u, and those of P and A."""
@@ -139,6 +151,7 @@ class ConeDerivative(Local):
 
     def tangent(self, entries: Tensors, a: Tensors) -> list[Tensor]:
         moved, (x, y, _) = self._moved(a), self.solution
+        self._told(moved.r, moved.t, {})
         value = ((moved.operators.P(x) / 2 + moved.q) * x).sum(1) + moved.d.squeeze(1)
         return [moved.x, moved.y, value + (y * (moved.operators.A(x) - moved.b)).sum(1)]
 
@@ -177,7 +190,7 @@ class ConeDerivative(Local):
         r, t = _image(operators, self.x, self.y)
         r, t = (r + q).expand(batch, -1), (t - b).expand(batch, -1)
         x, y = self.adjoint(-r, -t)
-        return _Moved(operators, q, b, change["d"], x, y, -t - self.operators.A(x))
+        return _Moved(operators, q, b, change["d"], r, t, x, y, -t - self.operators.A(x))
 
     def _curvature(self, moved: _Moved, h: Tensor) -> Tensor:
         """Pi_K*''(v)[v_a, h]."""
@@ -193,9 +206,13 @@ class ConeDerivative(Local):
     def _to_entries(
         self, entries: Tensors, needed: Sequence[bool], terms: Sequence[Term], vectors: dict[str, Tensor]
     ) -> list[Tensor]:
-        wanted = [k for k, need in enumerate(needed) if need]
+        wanted = _wanted(needed)
         found = entries_bar(self.canonical, [len(part) for part in entries], wanted, terms, vectors)
         return [found[k] if k in found else torch.zeros_like(entries[k]) for k in wanted]
+
+
+def _wanted(needed: Sequence[bool]) -> list[int]:
+    return [k for k, need in enumerate(needed) if need]
 
 
 def _image(operators: Operators, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

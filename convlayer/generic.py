@@ -59,7 +59,9 @@ class Call:
     differentiable: bool
     selected: bool  # by a small proximal term, the solution of least norm
     gradient: Callable[[Call, ConeDerivative], ConeDerivative]  # the derivative to be taken in place of the exact one
-    on_degenerate: Callable[[Tensor, Cause], None]  # called at backward with rows whose gradient wants a warning
+    on_degenerate: Callable[
+        [Tensor, Cause, Sequence[int]], None
+    ]  # told of rows whose derivative wants a warning, and of parameters
     status: Tensor = field(init=False)
     iterations: Tensor = field(init=False)
     residual: Tensor = field(init=False)
@@ -140,8 +142,11 @@ class Solve(torch.autograd.Function):
         call.iterate = x.detach(), s, y.detach()
         if call.differentiable:
             solution, adjoint = (call.iterate[0], call.iterate[2], value.detach()), partial(_adjoint_of, pieces)
-            call.exact = ConeDerivative(call.canonical, data, solution, call.iterate, adjoint)
-        ctx.call, ctx.pieces = call, pieces
+            tell = partial(
+                _report, call.canonical, call.selected, call.degenerate, call.on_degenerate, pieces, data.q, x.detach()
+            )
+            call.exact = ConeDerivative(call.canonical, data, solution, call.iterate, adjoint, tell)
+        ctx.call = call
         ctx.save_for_backward(*thetas)
         ctx.set_materialize_grads(False)
         return x, y, value
@@ -162,7 +167,6 @@ class Solve(torch.autograd.Function):
             needed = ctx.needs_input_grad[1:]
             found = call.derivative.cotangent(thetas, bars, needed, failed if bool(failed.any()) else None)
             wanted = [k for k, need in enumerate(needed) if need]
-            _report(call, ctx.pieces, bars[0], used, dict(zip(wanted, found, strict=True)))
             result: list[Tensor | None] = [None] * len(thetas)
             for k, bar in zip(wanted, found, strict=True):
                 result[k] = call.canonical.parameters[k].pull_back(bar, thetas[k])
@@ -229,11 +233,13 @@ def smoothed(
         pieces.append(Piece(rows, zero, inner, torch.arange(len(rows), device=device)))
         lost[rows] = ~(zero.residual <= UNSMOOTHED)
 
+    warn = call.on_degenerate
+
     def adjoint(x_bar: Tensor, y_bar: Tensor) -> tuple[Tensor, Tensor]:
         w, u = _adjoint_of(pieces, x_bar, y_bar)
         used = lost & ((x_bar != 0).any(1) | (y_bar != 0).any(1))
         if bool(used.any()):
-            call.on_degenerate(torch.nonzero(used).flatten().cpu(), Cause.NO_PATH)
+            warn(torch.nonzero(used).flatten().cpu(), Cause.NO_PATH, ())
         return w.masked_fill(used.unsqueeze(1), torch.nan), u.masked_fill(used.unsqueeze(1), torch.nan)
 
     return (x, s, y), adjoint
@@ -515,10 +521,19 @@ def _objective(operators: Operators, x: Tensor, d: Tensor) -> Tensor:
     return (x * (operators.P(x) / 2 + operators.data.q)).sum(1) + d.squeeze(1)
 
 
-def _report(call: Call, pieces: list[Piece], x_bar: Tensor, used: Tensor, found: dict[int, Tensor]) -> None:
-    """Tell the layer which rows with a cotangent were differentiated by rule, or got a gradient that says nothing."""
-    if call.derivative is not call.exact:
-        return
+def _report(
+    canonical: Canonical,
+    selected: bool,
+    degenerate: Tensor,
+    warn: Callable[[Tensor, Cause, Sequence[int]], None],
+    pieces: list[Piece],
+    q: Tensor,
+    x: Tensor,
+    x_bar: Tensor,
+    used: Tensor,
+    found: dict[int, Tensor],
+) -> None:
+    """Tell of rows (`used`, (B,)) that were differentiated by rule, or whose gradients `found` say nothing."""
     causes = {cause: torch.zeros_like(used) for cause in (Cause.ONE_SIDED, Cause.SINGULAR, Cause.ILL_CONDITIONED)}
     for piece in pieces:
         rows, keep, zero = piece.rows[piece.keep], piece.keep, piece.zero
@@ -526,18 +541,15 @@ def _report(call: Call, pieces: list[Piece], x_bar: Tensor, used: Tensor, found:
         flags = zero.weak, zero.system.singular | (zero.flagged & ~poor), poor
         for mask, flag in zip(causes.values(), flags, strict=True):
             mask[rows] = flag[keep]
-        call.degenerate[rows.cpu()] |= (flags[1] | flags[2])[keep].cpu()  # a solve may have flagged more
-    costs = call.canonical.costs
-    if any(k in found for k in costs) and call.canonical.program.is_linear:
-        size = x_bar.abs().amax(1) * call.exact.x.abs().amax(1)
-        flagged = call.degenerate.to(used.device)  # a derivative by rule says something else
-        unmoved = used & (size > 0) & ~flagged
+        degenerate[rows.cpu()] |= (flags[1] | flags[2])[keep].cpu()  # a solve may have flagged more
+    costs = [k for k in canonical.costs if k in found]
+    if costs and (canonical.program.is_linear or selected):
+        size = x_bar.abs().amax(1) * x.abs().amax(1)
+        # A derivative by rule says something else.
+        unmoved = used & (size > 0) & ~degenerate.to(used.device)
         for k in costs:
-            if k in found:
-                bar = found[k].abs().amax(1)
-                scale = call.exact.data.q.abs().amax(1)
-                unmoved = unmoved & (bar * scale <= NOTHING * size)
+            unmoved = unmoved & (found[k].flatten(1).abs().amax(1) * q.abs().amax(1) <= NOTHING * size)
         causes[Cause.ZERO] = unmoved
     for cause, mask in causes.items():
         if bool((mask & used).any()):
-            call.on_degenerate(torch.nonzero(mask & used).flatten().cpu(), cause)
+            warn(torch.nonzero(mask & used).flatten().cpu(), cause, costs)

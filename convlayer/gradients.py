@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -69,7 +69,7 @@ class Smoothed(Gradient):
 
     def __call__(self, call: Call, exact: ConeDerivative) -> ConeDerivative:
         point, adjoint = smoothed(call, exact, self.kappa)
-        return _SmoothedDerivative(exact.canonical, exact.data, exact.solution, point, adjoint)
+        return _SmoothedDerivative(exact.canonical, exact.data, exact.solution, point, adjoint, None)
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,12 @@ class Lpgd(Gradient):
             raise ValueError(f"`rho` must be positive; got {self.rho!r}.")
 
     def __call__(self, call: Call, exact: ConeDerivative) -> ConeDerivative:
-        def pull(x_bar: Tensor, y_bar: Tensor) -> Term:
-            return Term(*lpgd_secant(exact.data, exact.x, exact.y, x_bar, y_bar, resolved(call), self.tau, self.rho))
+        again = _again(call)
 
-        return _Surrogate(call, exact, self.name, pull)
+        def pull(x_bar: Tensor, y_bar: Tensor) -> Term:
+            return Term(*lpgd_secant(exact.data, exact.x, exact.y, x_bar, y_bar, again, self.tau, self.rho))
+
+        return _Surrogate(exact, self.name, pull)
 
 
 class _OfCosts(Gradient):
@@ -117,14 +119,15 @@ class _OfCosts(Gradient):
         moving = torch.zeros(exact.x.shape[1], dtype=torch.bool)
         for back in exact.canonical.maps["q"].back.values():
             moving[torch.from_numpy(back.read)] = True
+        again = _again(call)
 
         def pull(x_bar: Tensor, y_bar: Tensor) -> Term:
             if bool(y_bar.any()):
                 raise _refused(self.name, "derivative of multipliers")
-            q_bar = self.bar(exact, x_bar, resolved(call), moving)
+            q_bar = self.bar(exact, x_bar, again, moving)
             return Term(exact.x, exact.y, -q_bar, torch.zeros_like(y_bar))
 
-        return _Surrogate(call, exact, self.name, pull)
+        return _Surrogate(exact, self.name, pull)
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,11 @@ def _positive(gradient: Any, name: str) -> None:
         raise ValueError(f"`{name}` must be a positive number; got {value!r}.")
 
 
+def _again(call: Call) -> Solve:
+    """Other data, solved as the call's were; by a call of its own, as this one holds its derivative, and a cycle would outlive the graph."""
+    return resolved(replace(call))
+
+
 class _SmoothedDerivative(ConeDerivative):
     def second(self, entries: Tensors, a: Tensors, b: Tensors) -> list[Tensor]:
         raise _refused("smoothed", "second derivatives")
@@ -195,8 +203,8 @@ class _SmoothedDerivative(ConeDerivative):
 class _Surrogate(ConeDerivative):
     """Cotangents alone, by what `pull` makes of those of x and y."""
 
-    def __init__(self, call: Call, exact: ConeDerivative, name: str, pull: Callable[[Tensor, Tensor], Term]) -> None:
-        super().__init__(exact.canonical, exact.data, exact.solution, exact.point, exact.adjoint)
+    def __init__(self, exact: ConeDerivative, name: str, pull: Callable[[Tensor, Tensor], Term]) -> None:
+        super().__init__(exact.canonical, exact.data, exact.solution, exact.point, exact.adjoint, None)
         self._name, self._pull = name, pull
 
     def term(self, x_bar: Tensor, y_bar: Tensor) -> Term:

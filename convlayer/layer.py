@@ -164,7 +164,9 @@ class ConvexLayer(torch.nn.Module):
                     f"regularise='least_norm' is for linear and quadratic programs, and this is none: {reason}. Give the weight of a proximal "
                     "term instead, such as regularise=1e-6."
                 )
-            self._declared, chosen = declared.least_norm(), None
+            chosen = None
+        if self._regularise == "least_norm" and declared.weight is None:
+            self._declared = declared.least_norm()
         self.structure = "cone_program" if chosen is None else chosen.name
         self._specialised: Specialised | None = None
         if chosen is not None and chosen.match is not None and chosen.match.build is not None:
@@ -372,7 +374,7 @@ class ConvexLayer(torch.nn.Module):
     def _run(self, tensors: tuple[Tensor, ...], how: _How) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], _Rows]:
         """The outputs; with `everything` the objective too, and status, iterations, residual and degenerate of the rows."""
         if not is_transformed(tensors):
-            rows = self._solved(tensors, how)
+            rows = self._solved(_aliases(tensors), how)
             if any(output.requires_grad for output in rows.outputs):
                 outputs = _Gate.apply(rows, len(rows.outputs), *rows.outputs, *tensors)
             else:
@@ -451,9 +453,7 @@ class ConvexLayer(torch.nn.Module):
         elimination = None if self._chosen or options else canonical.elimination
         if not attempts[0].solver.batched:
             device = torch.device("cpu")
-        thetas = [v.to(device, torch.float64) for v in values]
-        if self._declared.weight is not None:
-            thetas.append(least_norm_weight(canonical, thetas, device))
+        thetas = self._thetas(values, device)
         differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in thetas)
         excluded = torch.zeros(size, dtype=torch.bool) if bad is None else bad
         warn = partial(self._warn_degenerate, batch)
@@ -494,6 +494,13 @@ class ConvexLayer(torch.nn.Module):
             _notes(attempts, call.attempt),
             warned=True,
         )
+
+    def _thetas(self, values: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+        """The cone program's parameters from the user's, (B or 1, *shape) each."""
+        thetas = [v.to(device, torch.float64) for v in values]
+        if self._declared.weight is not None:
+            thetas.append(least_norm_weight(self._canonical, thetas, device))
+        return thetas
 
     def _kept(self, keys: Sequence[Hashable]) -> tuple[Tensor, ...] | None:
         program = self._canonical.program
@@ -580,9 +587,8 @@ class ConvexLayer(torch.nn.Module):
 
         def entries(values: list[Tensor]) -> list[Tensor]:
             part = [v if len(v) == 1 else v.index_select(0, which.to(v.device)) for v in values]
-            return [
-                reader.read(v.to("cpu", torch.float64)) for reader, v in zip(canonical.parameters, part, strict=True)
-            ]
+            thetas = self._thetas(part, torch.device("cpu"))
+            return [reader.read(theta) for reader, theta in zip(canonical.parameters, thetas, strict=True)]
 
         def put(outputs: list[Tensor], x: Tensor, y: Tensor, value: Tensor) -> list[Tensor]:
             theirs = [recovery.value(x, y) for recovery in canonical.variables]
@@ -705,12 +711,14 @@ class ConvexLayer(torch.nn.Module):
             cause = Cause.SINGULAR if rows.warned else STRUCTURES[self.structure].cause
             rows.warn = partial(self._warn_degenerate, batch, cause=cause)
 
-    def _warn_degenerate(self, batch: tuple[int, ...], rows: Tensor, cause: Cause) -> None:
+    def _warn_degenerate(
+        self, batch: tuple[int, ...], rows: Tensor, cause: Cause, parameters: Sequence[int] = ()
+    ) -> None:
         message = f"{rows_in_words(rows, batch).capitalize()}: {cause.value}: {cause.advice}"
         if cause in (Cause.ONE_SIDED, Cause.SINGULAR, Cause.ILL_CONDITIONED):
             message += " Solution.degenerate tells which rows."
         elif cause is Cause.ZERO:
-            names = [f"`{self._declared.parameters[k].name()}`" for k in self._canonical.costs]
+            names = [f"`{self._declared.parameters[k].name()}`" for k in parameters]
             message += f" Here: the gradient in {', '.join(names)}."
         self._warn(GradientWarning(message, cause), cause)
 
@@ -725,6 +733,28 @@ class ConvexLayer(torch.nn.Module):
         while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("convlayer", "torch"):
             depth, frame = depth + 1, frame.f_back
         warnings.warn(warning, stacklevel=depth)
+
+
+def _aliases(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The same tensors, none of which leads back to another: a parameter may have been made from another one.
+
+    And every output depends on every parameter, if with a gradient of zero.
+    """
+    if not torch.is_grad_enabled():
+        return tensors
+    wanted = [t for t in tensors if t.requires_grad]
+    aliases = iter(_Alias.apply(*wanted) if wanted else ())
+    return tuple(next(aliases) if t.requires_grad else t for t in tensors)
+
+
+class _Alias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *tensors: Tensor):
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx, *bars: Tensor):
+        return bars
 
 
 class _Gate(torch.autograd.Function):
@@ -815,23 +845,11 @@ class _Rows:
     @property
     def shifts(self) -> tuple[Any, ...] | None:
         """By constraint, (*batch, ...) each."""
-
-        def shaped(part: Any) -> Any:
-            if isinstance(part, tuple):
-                return tuple(shaped(one) for one in part)
-            return None if part is None else part.reshape(self.batch + part.shape[1:])
-
-        return None if self.shift is None else tuple(shaped(part) for part in self.shift)
+        return None if self.shift is None else tuple(_in_batch(part, self.batch) for part in self.shift)
 
     def guard(self, bars: Sequence[Any]) -> list[Any]:
         """Cotangents of the outputs: in rows that failed NaN where the loss uses them and zero where it does not."""
-        if self.ruled is not None and self.warn is not None:
-            used = torch.zeros_like(self.ruled)
-            for bar in bars:
-                if bar is not None:
-                    used |= (bar.reshape(len(used), -1) != 0).any(1).cpu()
-            if bool((used & self.ruled).any()):
-                self.warn(torch.nonzero(used & self.ruled).flatten())
+        self._tell(bars)
         if self.failed is None:
             return list(bars)
         guarded = []
@@ -845,7 +863,19 @@ class _Rows:
 
     def spoil(self, tangents: Sequence[Tensor]) -> list[Tensor]:
         """Tangents of the outputs, NaN in rows that failed."""
+        self._tell(tangents)
         return list(tangents) if self.failed is None else [_filled(tangent, self.failed) for tangent in tangents]
+
+    def _tell(self, parts: Sequence[Tensor | None]) -> None:
+        """Warn of rows differentiated by rule whose cotangents, or tangents, are not zero."""
+        if self.ruled is None or self.warn is None:
+            return
+        used = torch.zeros_like(self.ruled)
+        for part in parts:
+            if part is not None:
+                used |= (part.reshape(len(used), -1) != 0).any(1).cpu()
+        if bool((used & self.ruled).any()):
+            self.warn(torch.nonzero(used & self.ruled).flatten())
 
     @property
     def local(self) -> Local:
@@ -917,6 +947,13 @@ def _where(rows: Tensor, then: Tensor, output: Tensor) -> Tensor:
     """(B,), (B or 1,), (B or 1, ...) -> (B, ...): the one number in these rows."""
     ones = [1] * (output.ndim - 1)
     return torch.where(rows.to(output.device).view(-1, *ones), then.to(output).view(-1, *ones), output)
+
+
+def _in_batch(part: Any, batch: tuple[int, ...]) -> Any:
+    """(B, ...) -> (*batch, ...); a tuple's parts each, None as it is."""
+    if isinstance(part, tuple):
+        return tuple(_in_batch(one, batch) for one in part)
+    return None if part is None else part.reshape(batch + part.shape[1:])
 
 
 def _spread(part: Any, rows: Tensor, size: int) -> Any:

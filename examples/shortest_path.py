@@ -121,9 +121,9 @@ def compare(seed: int, steps: int) -> tuple[Days, dict[str, Tensor], dict[str, L
     return unseen, {"random start": start, "two stages, least squares": two_stages}, learnt
 
 
-def draw_city(axes, days: Days, model: Tensor, colour: str, title: str) -> None:
-    """The first of these days; the wider a street, the dearer."""
-    costs, shortest, chosen = days.costs[0], days.shortest[0], paths(days.features[0] @ model)
+def draw_city(axes, days: Days, day: int, model: Tensor, colour: str, title: str) -> None:
+    """One of these days; the wider a street, the dearer."""
+    costs, shortest, chosen = days.costs[day], days.shortest[day], paths(days.features[day] @ model)
     for k, ((i, j), (i_end, j_end)) in enumerate(STREETS):
         lines = [(1.0, "#d5d5d0", float(1 + 14 * (costs[k] / costs.max()) ** 0.5))]
         lines += [(shortest[k].item(), "black", 7.0), (chosen[k].item(), colour, 3.5)]
@@ -139,8 +139,10 @@ def draw_city(axes, days: Days, model: Tensor, colour: str, title: str) -> None:
 
 def draw(unseen: Days, two_stages: Tensor, learnt: dict[str, Learnt]) -> None:
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(17, 5), layout="constrained", width_ratios=(2, 2, 3))
-    draw_city(left, unseen, learnt["exact"].model, COLOURS["exact"], "Exact gradient: as at the start")
-    draw_city(middle, unseen, learnt["lpgd"].model, COLOURS["lpgd"], "Learnt with LPGD, a day not seen")
+    lost = unseen.costs * (paths(unseen.features @ learnt["exact"].model) - unseen.shortest)
+    day = int(lost.sum(1).argmax())
+    for axes, kind, title in ((left, "exact", "Exact gradient, its worst day"), (middle, "lpgd", "LPGD, the same day")):
+        draw_city(axes, unseen, day, learnt[kind].model, COLOURS[kind], title)
     for kind, result in learnt.items():
         steps = range(0, LOOK * len(result.regrets), LOOK)
         right.plot(steps, result.regrets, color=COLOURS[kind], lw=2.6, label=kind)

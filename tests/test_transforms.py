@@ -66,7 +66,7 @@ class Path:
         return *solution.variables, solution.objective
 
     def loss(self, *tensors: Tensor) -> Tensor:
-        """Of one instance, or the sum over a batch."""
+        """Of one instance, or of a batch whose rows count differently."""
         outputs = self(*tensors)
         linear = sum((torch.cos(torch.arange(1.0, o.numel() + 1)).reshape(o.shape) * o).sum() for o in outputs)
         return linear + sum(o.square().sum() for o in outputs) / 4
@@ -76,7 +76,7 @@ class Path:
 
 
 def paths() -> list[Path]:
-    found = [Path(name, functools.partial(c.layer), c.sample) for name, c in CASES.items()]
+    found = [Path(name, c.layer, c.sample) for name, c in CASES.items()]
     found += [Path(f"structure {name}", functools.partial(layer_of, name), functools.partial(sample, name))
               for name in STRUCTURES]  # fmt: skip
     for spelling in SPELLINGS:
