@@ -9,7 +9,7 @@ Source: the implicit function theorem; Busseti, Moursi and Boyd (2019) for refin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -38,7 +38,7 @@ MARGIN = 1e-7  # distance from a kink below which a row is flagged
 class Zero:
     """A zero of the residual map, in the data's units, with what its derivative needs."""
 
-    operators: Operators
+    operators: Operators | None
     x: Tensor  # (B, n)
     s: Tensor  # (B, m)
     y: Tensor  # (B, m)
@@ -58,10 +58,17 @@ class Zero:
         """(B,) differentiated by rule."""
         return self.weak | self.flagged
 
+    def settled(self) -> Zero:
+        """Without what its derivative does not need."""
+        return self if self.last is None else replace(self, operators=None)
+
     @cached_property
     def system(self) -> DenseSystem | SparseSystem:
         """The factored system here: the polish's last one, or where curved cones have moved since, a new one."""
-        return self.last or factorise(self.operators, self.spectrum, self.visible, self.units)
+        if self.last is not None:
+            return self.last
+        assert self.operators is not None
+        return factorise(self.operators, self.spectrum, self.visible, self.units)
 
 
 @dataclass(eq=False)

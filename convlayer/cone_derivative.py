@@ -92,7 +92,7 @@ class ConeDerivative(Local):
     def __init__(
         self,
         canonical: Canonical,
-        data: Data,
+        data: Callable[[], Data],  # made anew where it is needed: the first derivative does without
         solution: tuple[Tensor, Tensor, Tensor],  # (x, y, value)
         point: tuple[Tensor, Tensor, Tensor],  # (x, s, y) whose derivative is taken for the solution's
         adjoint: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
@@ -101,10 +101,14 @@ class ConeDerivative(Local):
         """adjoint: (x_bar, y_bar) -> (w, u), zero in rows that failed.
         tell: asked, with the cotangents of x, the rows in use (B,) and what was found for each parameter, whether to warn.
         """
-        self.canonical, self.data, self.solution, self.point, self._adjoint = canonical, data, solution, point, adjoint
-        self._tell = tell
+        self.canonical, self.solution, self.point = canonical, solution, point
+        self.make_data, self._adjoint, self._tell = data, adjoint, tell
         self.x, self.s, self.y = point
         self._versions = [part._version for part in (*solution, *point)]
+
+    @cached_property
+    def data(self) -> Data:
+        return self.make_data()
 
     @cached_property
     def operators(self) -> Operators:

@@ -126,7 +126,7 @@ class Eliminated:
     """The smaller program's data, and what leads back."""
 
     elimination: Elimination
-    data: Data
+    data: Data | None
     L: Tensor  # (B or 1, k, n')
     D: Tensor  # (B or 1, k)
     P_tt: Tensor  # (B or 1, k)
@@ -134,8 +134,9 @@ class Eliminated:
     right: Tensor  # (B or 1, k) r
 
     def only(self, index: Tensor) -> Eliminated:
+        """Some rows, for the way back alone."""
         parts = (take_rows(part, index) for part in (self.L, self.D, self.P_tt, self.q_t, self.right))
-        return Eliminated(self.elimination, self.data.rows(index), *parts)
+        return Eliminated(self.elimination, None, *parts)
 
     def enter_point(self, x: Tensor, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         index = self.elimination.index(x.device)

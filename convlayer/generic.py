@@ -113,6 +113,11 @@ def evaluate(canonical: Canonical, entries: Sequence[Tensor], dense: bool, like:
     return Data(canonical.program, **values), d
 
 
+def _evaluated(canonical: Canonical, entries: Sequence[Tensor], dense: bool, device: torch.device) -> Data:
+    with torch.no_grad(), one_thread():
+        return evaluate(canonical, entries, dense, torch.zeros((), dtype=torch.float64, device=device))[0]
+
+
 class Solve(torch.autograd.Function):
     """(call, *parameters (B or 1, *shape)) -> x (B, n), y (B, m), value (B,). Failed rows hold the solver's last iterate, or zeros.
 
@@ -145,7 +150,8 @@ class Solve(torch.autograd.Function):
             tell = partial(
                 _report, call.canonical, call.selected, call.degenerate, call.on_degenerate, pieces, data.q, x.detach()
             )
-            call.exact = ConeDerivative(call.canonical, data, solution, call.iterate, adjoint, tell)
+            again = partial(_evaluated, call.canonical, entries, dense, call.device)
+            call.exact = ConeDerivative(call.canonical, again, solution, call.iterate, adjoint, tell)
         ctx.call = call
         ctx.save_for_backward(*thetas)
         ctx.set_materialize_grads(False)
@@ -325,6 +331,7 @@ def _attempt(call: Call, data: Data, place: int, start: tuple[Tensor, ...] | Non
     if call.elimination is None or place > 0:
         return _attempt_in_units(call, *normalise(data), place, start, call.canonical.visible)
     eliminated = call.elimination.enter(data)
+    assert eliminated.data is not None
     start = None if start is None else eliminated.enter_point(*start)
     scaled = normalise(eliminated.data.widen(data.batch))
     return _attempt_in_units(call, *scaled, place, start, call.elimination.visible).lifted(eliminated)
@@ -405,7 +412,7 @@ def _attempt_in_units(
     at_once = rows if data.dense else _rows_at_once(data.program, dense)
     if len(refine) == rows <= at_once:
         found = _refined(call, data, scaling, point.x, point.s, point.y, dense, visible, place)
-        pieces = [Piece(refine, found.zero, found.scaling, refine)] if call.differentiable else []
+        pieces = [Piece(refine, found.zero.settled(), found.scaling, refine)] if call.differentiable else []
         return _Found(
             found.x,
             found.s,
@@ -428,7 +435,7 @@ def _attempt_in_units(
         x[part], s[part], y[part] = found.x, found.s, found.y
         iterations[part] += found.zero.steps if place == FROM_START else 0
         if call.differentiable:
-            pieces.append(Piece(part, found.zero, found.scaling, torch.arange(len(part), device=device)))
+            pieces.append(Piece(part, found.zero.settled(), found.scaling, torch.arange(len(part), device=device)))
     return _Found(x, s, y, status, iterations, residual, degenerate, attempt, pieces)
 
 
@@ -545,8 +552,7 @@ def _report(
     costs = [k for k in canonical.costs if k in found]
     if costs and (canonical.program.is_linear or selected):
         size = x_bar.abs().amax(1) * x.abs().amax(1)
-        # A derivative by rule says something else.
-        unmoved = used & (size > 0) & ~degenerate.to(used.device)
+        unmoved = used & (size > 0) & ~causes[Cause.SINGULAR]  # what that means is told already
         for k in costs:
             unmoved = unmoved & (found[k].flatten(1).abs().amax(1) * q.abs().amax(1) <= NOTHING * size)
         causes[Cause.ZERO] = unmoved

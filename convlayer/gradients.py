@@ -69,7 +69,7 @@ class Smoothed(Gradient):
 
     def __call__(self, call: Call, exact: ConeDerivative) -> ConeDerivative:
         point, adjoint = smoothed(call, exact, self.kappa)
-        return _SmoothedDerivative(exact.canonical, exact.data, exact.solution, point, adjoint, None)
+        return _SmoothedDerivative(exact.canonical, exact.make_data, exact.solution, point, adjoint, None)
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class _Surrogate(ConeDerivative):
     """Cotangents alone, by what `pull` makes of those of x and y."""
 
     def __init__(self, exact: ConeDerivative, name: str, pull: Callable[[Tensor, Tensor], Term]) -> None:
-        super().__init__(exact.canonical, exact.data, exact.solution, exact.point, exact.adjoint, None)
+        super().__init__(exact.canonical, exact.make_data, exact.solution, exact.point, exact.adjoint, None)
         self._name, self._pull = name, pull
 
     def term(self, x_bar: Tensor, y_bar: Tensor) -> Term:

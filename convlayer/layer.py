@@ -318,7 +318,8 @@ class ConvexLayer(torch.nn.Module):
         return sibling
 
     def _copy(self) -> ConvexLayer:
-        sibling = copy.copy(self)
+        sibling = object.__new__(type(self))
+        sibling.__dict__.update(self.__dict__)
         # The hooks and submodules of a module stand in dictionaries, which a shallow copy would share.
         sibling.__dict__.update(
             {name: copy.copy(part) for name, part in self.__dict__.items() if isinstance(part, dict)}

@@ -22,6 +22,7 @@ FREE = -1e30  # its lower bound where there is none
 OPTIMAL = 1
 BRIEF = 5e6  # cubed unknowns of a batch that is solved before a thread has taken it up
 SETTINGS = {"primal_tol": 1e-9}
+LINEAR = {"eps_prox": 0.1, "eta_prox": 1e-12}  # of linear programs: proximal steps that degenerate ones survive, until they stand still
 STEPS = 20  # of the active set for each variable and row: beyond that another solver is the faster one
 
 
@@ -46,7 +47,8 @@ class Daqp(Solver):
 
     def solve(self, task: Task) -> list[Iterate]:
         program = task.program
-        settings = {**SETTINGS, "iter_limit": 1000 + STEPS * (program.n + program.m), **task.options}
+        proximal = {} if len(program.P_rows) else LINEAR
+        settings = {**SETTINGS, **proximal, "iter_limit": 1000 + STEPS * (program.n + program.m), **task.options}
         equal = ~program.inequalities.numpy()
         sense = np.where(equal, EQUALITY, 0).astype(np.int32)
         P, A = _dense(task)
