@@ -24,7 +24,6 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch._functorch import eager_transforms
 from torch.autograd import Function
 
 Tensors = Sequence[Tensor]
@@ -74,10 +73,8 @@ class Recorded(Local):
             return _pulled(self.again(*leaves), _only(leaves, needed), bars)
 
     def tangent(self, thetas: Tensors, a: Tensors) -> list[Tensor]:
-        if forward_ad._current_level < 0 or eager_transforms.JVP_NESTING:
-            at = tuple(theta.detach() for theta in thetas)
-            return self.spoil(torch.func.jvp(lambda *x: tuple(self.again(*x)), at, tuple(a))[1])
-        # torch's forward mode does not nest inside a dual level of the user's. D a is the gradient of <D' c, a> in c, too.
+        # D a is the gradient of <D' c, a> in c. torch's forward mode would do, but has one level for all threads, and a second
+        # derivative in reverse mode, which comes here, is to be had from any; nor does it nest inside a dual level of the user's.
         with torch.enable_grad():
             leaves = _leaves(thetas)
             outputs = self.again(*leaves)
@@ -160,13 +157,16 @@ def solved(point: Point, thetas: Tensors) -> tuple[Tensor, ...]:
     return _Solved.apply(point, None, *thetas)
 
 
-def known(solution: Tensors, local: Callable[[], Local], thetas: Tensors) -> tuple[Tensor, ...]:
-    """A solution that was found, as a function of its parameters; `local` is asked for outside of any transform."""
-
-    def solve(_: Tensors, __: bool) -> tuple[Tensors, Tensors, Local]:
-        return [part.detach() for part in solution], (), local()
-
+def anew(
+    solve: Callable[[Tensors, bool], tuple[Tensors, Tensors, Local | None]], thetas: Tensors
+) -> tuple[Tensor, ...]:
+    """What `solve` finds for these parameters, differentiable in every way; it is called outside of any transform."""
     return _Solved.apply(Point([t.ndim for t in thetas], solve), None, *thetas)
+
+
+def known(solution: Tensors, local: Callable[[], Local], thetas: Tensors) -> tuple[Tensor, ...]:
+    """A solution that was found, as a function of its parameters."""
+    return anew(lambda _, __: ([part.detach() for part in solution], (), local()), thetas)
 
 
 def pulled_back(

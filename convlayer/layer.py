@@ -7,10 +7,10 @@ import math
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
 
@@ -24,14 +24,14 @@ from convlayer.canon import Canonical
 from convlayer.check import Check, checked
 from convlayer.closest import applies, closest, relaxed
 from convlayer.declaration import Declaration, with_proximal_term
-from convlayer.derivative import Local, Point, Recorded, is_transformed, known, pulled_back, solved
+from convlayer.derivative import Local, Point, Recorded, anew, is_transformed, known, solved
 from convlayer.diagnose import ProblemError
 from convlayer.dispatch import CHOICES, attempts, recognise
 from convlayer.explain import explain_choice, explain_cone_program
 from convlayer.generic import Call, Solve, least_norm_weight
 from convlayer.gradients import GRADIENTS, gradient_of
-from convlayer.kernels.answer import Answer
 from convlayer.normal_form import normal_form
+from convlayer.rows import Rows, aliases, flatten_batch, no_autocast, shaped, spread
 from convlayer.solution import (
     AccuracyWarning,
     Cause,
@@ -43,7 +43,7 @@ from convlayer.solution import (
     rows_in_words,
 )
 from convlayer.solvers import SOLVERS, Attempt, Solver
-from convlayer.specialised import Specialised, without
+from convlayer.specialised import Specialised
 from convlayer.starts import Starts
 from convlayer.structures import STRUCTURES
 from convlayer.threads import one_thread
@@ -248,7 +248,7 @@ class ConvexLayer(torch.nn.Module):
         infeasibility = None
         if self._specialised is not None:
             with torch.no_grad():
-                values = [_flatten_batch(t, p, batch) for t, p in zip(leaves, self._declared.parameters, strict=True)]
+                values = [flatten_batch(t, p, batch) for t, p in zip(leaves, self._declared.parameters, strict=True)]
                 bad, _ = mine._bad_rows(values, math.prod(batch))
                 work = dtype if dtype in (torch.float32, torch.float64) else torch.float32
                 infeasibility = self._specialised.infeasibility(values, bad, work).expand(math.prod(batch))
@@ -372,20 +372,16 @@ class ConvexLayer(torch.nn.Module):
         dtype, device, batch = self._check_tensors(tuple(thetas))
         return [torch.empty(*batch, *v.shape, dtype=dtype, device=device) for v in self._declared.variables]
 
-    def _run(self, tensors: tuple[Tensor, ...], how: _How) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], _Rows]:
+    def _run(self, tensors: tuple[Tensor, ...], how: _How) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Rows]:
         """The outputs; with `everything` the objective too, and status, iterations, residual and degenerate of the rows."""
         if not is_transformed(tensors):
-            rows = self._solved(_aliases(tensors), how)
-            if any(output.requires_grad for output in rows.outputs):
-                outputs = _Gate.apply(rows, len(rows.outputs), *rows.outputs, *tensors)
-            else:
-                outputs = tuple(rows.filled)
-            return outputs, rows.table() if how.everything else (), rows
+            rows = self._solved(aliases(tensors), how)
+            return rows.leave(tensors), rows.table() if how.everything else (), rows
         if how.ids is not None or how.warm_start is not None:
             raise RuntimeError(
                 "A warm start, or `ids`, cannot be used inside a torch.func transform or with a tangent; leave it out."
             )
-        found: list[_Rows] = []
+        found: list[Rows] = []
 
         def solve(thetas: Sequence[Tensor], differentiable: bool):
             rows = self._evaluated(thetas, how, differentiable)
@@ -399,17 +395,17 @@ class ConvexLayer(torch.nn.Module):
         outputs = solved(point, tensors)
         return outputs[: point.outputs], outputs[point.outputs :], found[0]
 
-    def _evaluated(self, thetas: Sequence[Tensor], how: _How, differentiable: bool) -> _Rows:
+    def _evaluated(self, thetas: Sequence[Tensor], how: _How, differentiable: bool) -> Rows:
         """Solved on plain tensors apart from every graph, with what its derivatives need."""
         with torch.set_grad_enabled(differentiable):
             return self._solved(tuple(theta.detach().requires_grad_(differentiable) for theta in thetas), how)
 
-    def _solved(self, tensors: tuple[Tensor, ...], how: _How) -> _Rows:
+    def _solved(self, tensors: tuple[Tensor, ...], how: _How) -> Rows:
         """Check, and solve on the chosen path."""
         dtype, device, batch = self._check_tensors(tensors)
         size = math.prod(batch)
-        with _no_autocast(device):
-            values = [_flatten_batch(t, p, batch) for t, p in zip(tensors, self._declared.parameters, strict=True)]
+        with no_autocast(device):
+            values = [flatten_batch(t, p, batch) for t, p in zip(tensors, self._declared.parameters, strict=True)]
             vouched = frozenset() if self._specialised is None else self._specialised.match.vouches
             bad, details = self._checked(values, size, batch, vouched)
             keys = None if how.ids is None else _keys(how.ids, batch)
@@ -426,7 +422,7 @@ class ConvexLayer(torch.nn.Module):
                     self._rescue(rows, values, size, how.everything)
             if self.on_failure == "closest" and rows.status is not None:
                 self._relax(rows, values, size, how.everything)
-            rows.outputs = [_shaped(o, dtype, device, batch, size) for o in rows.outputs]
+            rows.outputs = [shaped(o, dtype, device, batch, size) for o in rows.outputs]
         rows.batch, rows.dtype, rows.device = batch, dtype, device
         rows.leaves, rows.parameters = tensors, self._declared.parameters
         rows.versions = tuple(output._version for output in rows.outputs if output.requires_grad)
@@ -442,7 +438,7 @@ class ConvexLayer(torch.nn.Module):
         solver_args: Mapping[str, Any] | None,
         start: tuple[Tensor, ...] | None,
         everything: bool,
-    ) -> _Rows:
+    ) -> Rows:
         canonical = self._canonical
         tolerance, options = self._tolerance, self._options
         if solver_args:
@@ -483,7 +479,7 @@ class ConvexLayer(torch.nn.Module):
             entries = [reader.read(value) for reader, value in zip(canonical.parameters, given, strict=True)]
             return recovered(*known(call.exact.solution, lambda: call.derivative, entries))
 
-        return _Rows(
+        return Rows(
             recovered(x, y, value),
             again,
             call.status,
@@ -526,7 +522,7 @@ class ConvexLayer(torch.nn.Module):
         dtype: torch.dtype,
         how: _How,
         details: dict[int, str],
-    ) -> _Rows:
+    ) -> Rows:
         path = self._specialised
         assert path is not None
         if how.solver_args:
@@ -545,9 +541,9 @@ class ConvexLayer(torch.nn.Module):
         def again(values: list[Tensor]) -> list[Tensor]:
             return path.again(values, answer, work, how.everything)
 
-        return _Rows.of_answer(answer, outputs, again, size, bad, how.everything)
+        return Rows.of_answer(answer, outputs, again, size, bad, how.everything)
 
-    def _rescue(self, rows: _Rows, values: list[Tensor], size: int, everything: bool) -> None:
+    def _rescue(self, rows: Rows, values: list[Tensor], size: int, everything: bool) -> None:
         """The cone program and its solver for the rows that the kernel could not settle, and for those alone."""
         assert rows.status is not None
         unsettled = (rows.status == Status.NOT_CONVERGED) | (rows.status == Status.INACCURATE)
@@ -566,19 +562,19 @@ class ConvexLayer(torch.nn.Module):
             setattr(rows, name, getattr(rows, name).index_copy(0, which, getattr(other, name)))
         rows.iterate = None
 
-        def again(values: list[Tensor]) -> list[Tensor]:
+        def solve(values: Sequence[Tensor], _: bool) -> tuple[list[Tensor], tuple, Local]:
             # The kernel's own function knows nothing of these rows: all are solved as a cone program.
-            with torch.no_grad(), one_thread():
-                leaves = [value.detach().requires_grad_() for value in values]
-                with torch.enable_grad():
-                    whole = generic._solve_generic(leaves, size, None, (size,), None, None, everything)
-            return whole.again(values)
+            leaves = [value.detach().requires_grad_() for value in values]
+            with torch.enable_grad(), one_thread():
+                whole = generic._solve_generic(leaves, size, None, (size,), None, None, everything)
+            local = Recorded(leaves, whole.outputs, lambda *values: whole.again(list(values)), tuple, list)
+            return [output.detach() for output in whole.outputs], (), local
 
-        rows.again = again
+        rows.again = lambda values: list(anew(solve, values))
         note = "the kernel did not settle them; solved as a cone program"
         rows.notes = [(which, note), *((which[part], what) for part, what in other.notes)]
 
-    def _relax(self, rows: _Rows, values: list[Tensor], size: int, everything: bool) -> None:
+    def _relax(self, rows: Rows, values: list[Tensor], size: int, everything: bool) -> None:
         """The closest feasible problem for the infeasible rows, and for those alone."""
         assert rows.status is not None
         which = torch.nonzero(rows.status == Status.INFEASIBLE).flatten()
@@ -613,7 +609,7 @@ class ConvexLayer(torch.nn.Module):
         good = found.status < Status.INFEASIBLE
         if bool(good.any()):
             rows.notes.append((which[good], "infeasible; solved as the closest feasible problem"))
-        rows.shift = tuple(_spread(part, which, size) for part in relaxation.by_constraint(found.shift.detach()))
+        rows.shift = tuple(spread(part, which, size) for part in relaxation.by_constraint(found.shift.detach()))
 
     def _check_tensors(self, tensors: tuple[Tensor, ...]) -> tuple[torch.dtype, torch.device, tuple[int, ...]]:
         """The outputs' dtype and device, and the batch shape."""
@@ -693,7 +689,7 @@ class ConvexLayer(torch.nn.Module):
         x, slack, y = (part.nan_to_num(0.0) for part in warm_start.iterate)
         return x, slack, y
 
-    def _judge(self, rows: _Rows, details: dict[int, str]) -> None:
+    def _judge(self, rows: Rows, details: dict[int, str]) -> None:
         """Apply the failure policy: raise, or mark the rows that failed."""
         status, batch = rows.status, rows.batch
         if status is not None and bool((status == Status.INACCURATE).any()):
@@ -736,60 +732,6 @@ class ConvexLayer(torch.nn.Module):
         warnings.warn(warning, stacklevel=depth)
 
 
-def _aliases(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The same tensors, none of which leads back to another: a parameter may have been made from another one.
-
-    And every output depends on every parameter, if with a gradient of zero.
-    """
-    if not torch.is_grad_enabled():
-        return tensors
-    wanted = [t for t in tensors if t.requires_grad]
-    aliases = iter(_Alias.apply(*wanted) if wanted else ())
-    return tuple(next(aliases) if t.requires_grad else t for t in tensors)
-
-
-class _Alias(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *tensors: Tensor):
-        return tuple(t.view_as(t) for t in tensors)
-
-    @staticmethod
-    def backward(ctx, *bars: Tensor):
-        return bars
-
-
-class _Gate(torch.autograd.Function):
-    """(rows, how many outputs, *outputs, *parameters) -> the outputs, NaN in rows that are to be empty.
-
-    Cotangents pass to the outputs as `_Rows.guard` lets them. Where their own derivative is wanted (create_graph=True) they are pulled
-    back to the parameters here, by a function that has one; then nothing passes.
-    """
-
-    @staticmethod
-    def forward(ctx, rows: _Rows, count: int, *tensors: Tensor):
-        ctx.rows, ctx.count = rows, count
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors[count:])
-        return tuple(rows.filled)
-
-    @staticmethod
-    def backward(ctx, *bars: Tensor | None):
-        if any(bar is not None and torch._C._functorch.is_legacy_batchedtensor(bar) for bar in bars):
-            raise RuntimeError(
-                "A layer does not take torch's old vmap (is_grads_batched=True, vectorize=True, check_batched_grad=True): use torch.func.jacrev, "
-                "or torch.func.vmap over torch.autograd.grad."
-            )
-        rows, thetas = ctx.rows, ctx.saved_tensors
-        if not (torch.is_grad_enabled() or is_transformed(bars)) or not thetas:
-            return None, None, *rows.guard(bars), *(None for _ in thetas)
-        given = [
-            torch.zeros_like(output) if bar is None else bar for bar, output in zip(bars, rows.outputs, strict=True)
-        ]
-        point = Point([len(p.shape) for p in rows.parameters], local=rows.local)
-        needed = ctx.needs_input_grad[2 + ctx.count :]
-        return None, None, *(None for _ in bars), *pulled_back(point, thetas, rows.filled[0], given, needed)
-
-
 @dataclass(frozen=True, eq=False)
 class _How:
     """The options of a call."""
@@ -798,170 +740,6 @@ class _How:
     warm_start: Solution | None = None
     ids: Tensor | Sequence[Hashable] | None = None
     everything: bool = False  # the objective and a table of the rows too
-
-
-@dataclass(eq=False)
-class _Rows:
-    """What a path found, row by row: (B,) each, on the host. None: what holds for every row of a closed form."""
-
-    outputs: list[
-        Tensor
-    ]  # the variables, then the objective if it was asked for: (B or 1, ...), in the end (*batch, ...)
-    again: Callable[
-        [list[Tensor]], list[Tensor]
-    ]  # parameters (B or 1, *shape) -> outputs (B or 1, ...), twice differentiable
-    status: Tensor | None
-    iterations: Tensor | None
-    residual: Tensor | None
-    degenerate: Tensor | None
-    blank: Tensor | None  # rows without any iterate
-    iterate: tuple[Tensor, Tensor, Tensor] | None = None
-    notes: list[tuple[Tensor, str]] = field(default_factory=list)  # rows, and which way they took
-    shift: tuple[Any, ...] | None = None  # of each constraint, (B, ...), where one was shifted
-    warned: bool = False  # the path itself tells at backward which rows were differentiated by rule
-    batch: tuple[int, ...] = ()
-    details: dict[int, str] = field(default_factory=dict)  # of rows that failed
-    leaves: tuple[Tensor, ...] = ()  # the parameters as they were given
-    parameters: Sequence[cp.Parameter] = ()
-    versions: tuple[int, ...] = ()  # of the outputs, by torch's count of changes in place
-    dtype: torch.dtype = torch.float64
-    device: torch.device = field(default_factory=partial(torch.device, "cpu"))
-    failed: Tensor | None = None  # (*batch,) rows that failed, if any did
-    empty: Tensor | None = None  # (*batch,) of those the rows to be filled with NaN
-    ruled: Tensor | None = None  # (B,) rows differentiated by rule that `warn` is to be told of
-    warn: Callable[[Tensor], None] | None = None
-
-    @property
-    def filled(self) -> list[Tensor]:
-        """The outputs apart from their graph, NaN in rows that are to be empty."""
-        outputs = [output.detach() for output in self.outputs]
-        return outputs if self.empty is None else [_filled(output, self.empty) for output in outputs]
-
-    def table(self) -> tuple[Tensor, ...]:
-        """Status, iterations, residual and degenerate, (*batch,) each."""
-        return tuple(
-            getattr(self, name).reshape(self.batch) for name in ("status", "iterations", "residual", "degenerate")
-        )
-
-    @property
-    def shifts(self) -> tuple[Any, ...] | None:
-        """By constraint, (*batch, ...) each."""
-        return None if self.shift is None else tuple(_in_batch(part, self.batch) for part in self.shift)
-
-    def guard(self, bars: Sequence[Any]) -> list[Any]:
-        """Cotangents of the outputs: in rows that failed NaN where the loss uses them and zero where it does not."""
-        self._tell(bars)
-        if self.failed is None:
-            return list(bars)
-        guarded = []
-        for bar in bars:
-            if bar is not None:
-                bar, failed = bar.clone(), self.failed.to(bar.device)
-                rows = bar[failed]
-                bar[failed] = torch.zeros_like(rows).masked_fill_(rows != 0, torch.nan)
-            guarded.append(bar)
-        return guarded
-
-    def spoil(self, tangents: Sequence[Tensor]) -> list[Tensor]:
-        """Tangents of the outputs, NaN in rows that failed."""
-        self._tell(tangents)
-        return list(tangents) if self.failed is None else [_filled(tangent, self.failed) for tangent in tangents]
-
-    def _tell(self, parts: Sequence[Tensor | None]) -> None:
-        """Warn of rows differentiated by rule whose cotangents, or tangents, are not zero."""
-        if self.ruled is None or self.warn is None:
-            return
-        used = torch.zeros_like(self.ruled)
-        for part in parts:
-            if part is not None:
-                used |= (part.reshape(len(used), -1) != 0).any(1).cpu()
-        if bool((used & self.ruled).any()):
-            self.warn(torch.nonzero(used & self.ruled).flatten())
-
-    @property
-    def local(self) -> Local:
-        return Recorded(self.leaves, self.outputs, self._again, self.guard, self.spoil)
-
-    def _again(self, *thetas: Tensor) -> list[Tensor]:
-        """The outputs as a function of the parameters, twice differentiable.
-
-        A row that failed becomes a sum of squares: a cotangent of it that is NaN arrives as NaN, and one that is zero as zero.
-        """
-        if tuple(output._version for output in self.outputs if output.requires_grad) != self.versions:
-            raise RuntimeError("An output of the layer was changed in place; its derivative needs it as it was.")
-        size = math.prod(self.batch)
-        with _no_autocast(self.device):
-            values = [_flatten_batch(t, p, self.batch) for t, p in zip(thetas, self.parameters, strict=True)]
-            if self.failed is None:
-                outputs = self.again(values)
-            else:
-                failed = self.failed.flatten()
-                squares = torch.stack(
-                    [v.nan_to_num().unsqueeze(-1).flatten(1).square().sum(1).expand(size) for v in values]
-                ).sum(0)
-                outputs = self.again([without(value, failed) for value in values])
-                outputs = [_where(failed, squares, output) for output in outputs]
-            return [_shaped(output, self.dtype, self.device, self.batch, size) for output in outputs]
-
-    @classmethod
-    def of_answer(
-        cls,
-        answer: Answer,
-        outputs: list[Tensor],
-        again: Callable[[list[Tensor]], list[Tensor]],
-        size: int,
-        bad: Tensor | None,
-        everything: bool,
-    ) -> _Rows:
-        """The rows of a kernel's answer; only `everything`, or a row that is not plainly solved, fills them in."""
-
-        def row(values: Tensor | None, blank: Any, dtype: torch.dtype) -> Tensor:
-            if values is None:
-                return torch.full((size,), blank, dtype=dtype)
-            return values.to("cpu", dtype).expand(size)
-
-        status, degenerate = answer.status, answer.degenerate
-        if status is not None and not bool(status.any()):
-            status = None
-        if degenerate is not None and not bool(degenerate.any()):
-            degenerate = None
-        if status is None and bad is None and not everything:
-            flags = None if degenerate is None else row(degenerate, False, torch.bool)
-            return cls(outputs, again, None, None, None, flags, None)
-        status = row(status, int(Status.SOLVED), torch.int64)
-        # Parameters were found inside their domains: what a kernel cannot take there is the cone program's to judge.
-        status = torch.where(status == Status.BAD_INPUT, int(Status.NOT_CONVERGED), status)
-        if bad is not None:
-            status = torch.where(bad, int(Status.BAD_INPUT), status)
-        failed = status >= Status.INFEASIBLE
-        residual = row(answer.residual, 0.0, torch.float64).masked_fill(failed, torch.nan)
-        degenerate = row(degenerate, False, torch.bool) & ~failed
-        return cls(outputs, again, status, row(answer.iterations, 0, torch.int64), residual, degenerate, failed)
-
-
-def _filled(output: Tensor, rows: Tensor) -> Tensor:
-    """NaN in these rows, (*batch,) of (*batch, ...)."""
-    return output.masked_fill(rows.to(output.device).view(rows.shape + (1,) * (output.ndim - rows.ndim)), torch.nan)
-
-
-def _where(rows: Tensor, then: Tensor, output: Tensor) -> Tensor:
-    """(B,), (B or 1,), (B or 1, ...) -> (B, ...): the one number in these rows."""
-    ones = [1] * (output.ndim - 1)
-    return torch.where(rows.to(output.device).view(-1, *ones), then.to(output).view(-1, *ones), output)
-
-
-def _in_batch(part: Any, batch: tuple[int, ...]) -> Any:
-    """(B, ...) -> (*batch, ...); a tuple's parts each, None as it is."""
-    if isinstance(part, tuple):
-        return tuple(_in_batch(one, batch) for one in part)
-    return None if part is None else part.reshape(batch + part.shape[1:])
-
-
-def _spread(part: Any, rows: Tensor, size: int) -> Any:
-    """What these rows have, (R, ...), as (size, ...) with zeros elsewhere; a tuple's parts each, None as it is."""
-    if isinstance(part, tuple):
-        return tuple(_spread(one, rows, size) for one in part)
-    return None if part is None else part.new_zeros(size, *part.shape[1:]).index_copy(0, rows, part)
 
 
 def _keys(ids: Tensor | Sequence[Hashable], batch: tuple[int, ...]) -> list[Hashable]:
@@ -984,27 +762,6 @@ def _notes(attempts: Sequence[Attempt], taken: Tensor) -> list[tuple[Tensor, str
                 how = "sharper" if name == first else f"{first} did not settle them"
                 notes.append((rows, f"{how}; solved by {name}"))
     return notes
-
-
-def _shaped(output: Tensor, dtype: torch.dtype, device: torch.device, batch: tuple[int, ...], size: int) -> Tensor:
-    """(B or 1, *shape) -> (*batch, *shape)."""
-    if output.dtype is not dtype or output.device != device:
-        output = output.to(device, dtype)
-    if not batch:
-        return output.squeeze(0)
-    if output.shape[0] != size:
-        output = output.expand(size, *output.shape[1:])
-    return output if len(batch) == 1 else output.reshape(*batch, *output.shape[1:])
-
-
-def _no_autocast(device: torch.device):
-    kind = device.type if device.type == "cpu" or torch.amp.is_autocast_available(device.type) else "cpu"
-    if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled(kind)):
-        return nullcontext()
-    stack = ExitStack()
-    for off in {"cpu", kind}:
-        stack.enter_context(torch.autocast(off, enabled=False))
-    return stack
 
 
 def _tolerance(options: dict[str, Any]) -> float:
@@ -1087,17 +844,3 @@ def _broadcast(shapes: list[tuple[int, ...]], parameters: Sequence[cp.Parameter]
         raise ValueError(
             f"The batch dimensions do not agree: {listed}. Each parameter has the batch dimensions in front, or none if it is shared."
         ) from None
-
-
-def _flatten_batch(tensor: Tensor, parameter: cp.Parameter, batch: tuple[int, ...]) -> Tensor:
-    """(*own batch, *shape) -> (B, *shape), or (1, *shape) for a parameter that the whole batch shares."""
-    shape: tuple[int, ...] = tuple(parameter.shape)
-    lead = tensor.ndim - len(shape)
-    if not lead:
-        return tensor.expand(0, *shape) if 0 in batch else tensor.unsqueeze(0)
-    own = tensor.shape[:lead]
-    if lead == 1 and own == batch:
-        return tensor
-    if own.numel() == 1 and 0 not in batch:
-        return tensor.reshape(1, *shape)
-    return tensor.expand(*batch, *shape).reshape(math.prod(batch), *shape)

@@ -14,7 +14,7 @@ import convlayer.specialised
 from convlayer import GradientWarning
 from convlayer.affine import Table
 from convlayer.kernels.answer import Answer
-from convlayer.layer import _Rows
+from convlayer.rows import Rows
 from convlayer.structures import (
     entropic_optimal_transport,
     equality_constrained_qp,
@@ -187,14 +187,14 @@ def test_an_output_in_the_wrong_order_is_caught(monkeypatch):
 
 
 def test_a_failed_row_with_a_plausible_gradient_is_caught(monkeypatch):
-    original = _Rows.guard
+    original = Rows.guard
 
     def mutant(self, bars):
         return [None if bar is None else bar.nan_to_num(0.0) for bar in original(self, bars)]
 
     caught(
         lambda: test_structures.test_a_loss_that_uses_a_failed_row_has_a_nan_gradient_there_and_only_there("softmax"),
-        lambda patch: patch.setattr(_Rows, "guard", mutant),
+        lambda patch: patch.setattr(Rows, "guard", mutant),
         monkeypatch,
     )
 

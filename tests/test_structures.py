@@ -463,3 +463,28 @@ def test_a_matrix_whose_definiteness_the_kernel_sees_for_itself_is_refused_in_th
     assert solution.status.tolist() == [Status.SOLVED, Status.BAD_INPUT, Status.SOLVED]
     (clean,) = layer_of("equality_constrained_qp")(P[[0, 2]], q[[0, 2]], A[[0, 2]], b[[0, 2]])
     assert relative(solution.variables[0][[0, 2]].detach(), clean) < 1e-12
+
+
+def test_rows_that_a_kernel_does_not_settle_have_second_derivatives_too(monkeypatch):
+    """Row 1 is taken for unsettled; the cone program answers it, and forward mode and second derivatives of all rows."""
+    layer, tensors = layer_of("least_squares"), leaves(sample("least_squares", (3,)))
+    expected = layer(*tensors)[0]
+    directions = [torch.ones_like(t) for t in tensors]
+    tangent = torch.func.jvp(lambda *t: layer(*t)[0], tuple(t.detach() for t in tensors), tuple(directions))[1]
+    first = torch.autograd.grad(expected.pow(3).sum(), tensors, create_graph=True)
+    second = torch.autograd.grad(sum(g.sum() for g in first), tensors)
+    run = layer._specialised._run
+
+    def unsettled(values, like, at=None):
+        return run(values, like, at).unsettled(torch.tensor([False, True, False]))
+
+    monkeypatch.setattr(layer._specialised, "_run", unsettled)
+    found = layer(*tensors)[0]
+    assert relative(found, expected) < 1e-10
+    again = torch.autograd.grad(found.pow(3).sum(), tensors, create_graph=True)
+    assert all(relative(a, b) < 1e-9 for a, b in zip(again, first, strict=True))
+    for a, b in zip(torch.autograd.grad(sum(g.sum() for g in again), tensors), second, strict=True):
+        assert relative(a, b) < 1e-8
+    got = torch.func.jvp(lambda *t: layer(*t)[0], tuple(t.detach() for t in tensors), tuple(directions))[1]
+    assert relative(got, tangent) < 1e-9
+    assert "row 1" in " ".join(layer.solve(*tensors).notes)
