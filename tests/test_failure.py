@@ -415,7 +415,7 @@ def test_a_problem_without_a_solution_is_never_called_solved(k):
 # The closest feasible problem --------------------------------------------------------------------------------------------------
 
 
-def interval(**options):
+def halfway(**options):
     """min |x - a|^2 with 1 <= x <= h: infeasible where h < 1, and then halfway, both bounds shifted alike."""
     a, h, x = cp.Parameter(2, name="a"), cp.Parameter(2, name="h"), cp.Variable(2, name="x")
     problem = cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [x >= 1, x <= h])
@@ -424,7 +424,7 @@ def interval(**options):
 
 @pytest.mark.parametrize("structure", ["auto", "generic"])
 def test_an_infeasible_row_has_the_closest_feasible_solution_and_says_its_shifts(structure):
-    layer = interval(structure=structure)
+    layer = halfway(structure=structure)
     a = torch.zeros(2, dtype=torch.float64)
     h = torch.tensor([[3.0, 4.0], [-1.0, 2.0], [0.0, 0.5]], dtype=torch.float64, requires_grad=True)
     solution = layer.solve(a, h)
@@ -445,7 +445,7 @@ def test_an_infeasible_row_has_the_closest_feasible_solution_and_says_its_shifts
 
 
 def test_feasible_rows_have_no_shift_and_other_failures_still_raise():
-    layer = interval()
+    layer = halfway()
     a, h = torch.zeros(2, dtype=torch.float64), torch.full((2, 2), 3.0, dtype=torch.float64)
     assert layer.solve(a, h).shift is None
     h[1, 0] = torch.nan
