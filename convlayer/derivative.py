@@ -19,6 +19,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import wraps
 from typing import Any
 
 import torch
@@ -26,7 +28,10 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.autograd import Function
 
+from convlayer.threads import one_thread
+
 Tensors = Sequence[Tensor]
+SMALL = 1_000_000  # numbers in the parameters up to which derivatives run on one thread
 THIRD = "ConvexLayer can be differentiated twice, not three times: a third derivative is not implemented, and would be wrong."
 
 
@@ -51,6 +56,18 @@ class Local(ABC):
         """bars' D^2[a, .], for the parameters that are needed."""
 
 
+def _on_one_thread(method: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    """Small work runs on one torch thread."""
+
+    @wraps(method)
+    def guarded(self: Any, thetas: Tensors, *arguments: Any) -> list[Tensor]:
+        small = sum(theta.numel() for theta in thetas) < SMALL
+        with one_thread() if small else nullcontext():
+            return method(self, thetas, *arguments)
+
+    return guarded
+
+
 class Recorded(Local):
     """From a graph that torch recorded on the way, and a function that says the solution again, twice differentiable."""
 
@@ -72,6 +89,7 @@ class Recorded(Local):
             leaves = _leaves(thetas)
             return _pulled(self.again(*leaves), _only(leaves, needed), bars)
 
+    @_on_one_thread
     def tangent(self, thetas: Tensors, a: Tensors) -> list[Tensor]:
         # D a is the gradient of <D' c, a> in c. torch's forward mode would do, but has one level for all threads, and a second
         # derivative in reverse mode, which comes here, is to be had from any; nor does it nest inside a dual level of the user's.
@@ -81,12 +99,14 @@ class Recorded(Local):
             c = [torch.zeros_like(output, requires_grad=True) for output in outputs]
             return self.spoil(_pulled(_pulled(outputs, leaves, c, create_graph=True), c, a))
 
+    @_on_one_thread
     def second(self, thetas: Tensors, a: Tensors, b: Tensors) -> list[Tensor]:
         def tangent(*at: Tensor) -> tuple[Tensor, ...]:
             return torch.func.jvp(lambda *x: tuple(self.again(*x)), at, tuple(a))[1]
 
         return self.spoil(torch.func.jvp(tangent, tuple(theta.detach() for theta in thetas), tuple(b))[1])
 
+    @_on_one_thread
     def mixed(self, thetas: Tensors, bars: Tensors, a: Tensors, needed: Sequence[bool]) -> list[Tensor]:
         with torch.enable_grad():
             leaves = _leaves(thetas)
@@ -283,6 +303,7 @@ class _Tangent(_Transformable):
     def backward(ctx: Any, *bars: Tensor) -> tuple[Tensor | None, ...]:
         thetas, first, a = _split(ctx.n, ctx.saved_tensors)
         by_theta, _, by_a = _split(ctx.n, ctx.needs_input_grad[2:])
+        by_theta = [need and _is_reached(theta) for need, theta in zip(by_theta, thetas, strict=True)]
         thetas_bar: Sequence[Tensor | None] = [None] * ctx.n
         a_bar: Sequence[Tensor | None] = [None] * ctx.n
         if any(by_theta):
@@ -316,6 +337,7 @@ class _Cotangent(_Transformable):
     def backward(ctx: Any, *a: Tensor) -> tuple[Tensor | None, ...]:
         thetas, first, bars = _split(ctx.n, ctx.saved_tensors)
         by_theta, _, by_bars = _split(ctx.n, ctx.needs_input_grad[2:])
+        by_theta = [need and _is_reached(theta) for need, theta in zip(by_theta, thetas, strict=True)]
         direction = _filled(_spread(a, ctx.needed), thetas)
         thetas_bar: Sequence[Tensor | None] = [None] * ctx.n
         bars_bar: Sequence[Tensor | None] = [None] * len(bars)
@@ -379,6 +401,13 @@ def _apart(parts: Tensors) -> tuple[Tensor, ...]:
         part.clone(memory_format=torch.contiguous_format) if part._is_view() or not part.is_contiguous() else part
         for part in parts
     )
+
+
+def _is_reached(tensor: Tensor) -> bool:
+    """Inside a backward: whether the pass that is under way goes on to this tensor. The second derivative in the parameters is not to
+    be worked out where only that in a cotangent is asked for."""
+    # torch does not say it of a leaf.
+    return tensor.grad_fn is None or torch._C._will_engine_execute_node(tensor.grad_fn)
 
 
 def _split(n: int, tensors: Sequence) -> tuple[Sequence, Any, Sequence]:

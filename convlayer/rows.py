@@ -200,9 +200,11 @@ def aliases(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """
     if not torch.is_grad_enabled():
         return tensors
-    wanted = [t for t in tensors if t.requires_grad]
-    aliases = iter(_Alias.apply(*wanted) if wanted else ())
-    return tuple(next(aliases) if t.requires_grad else t for t in tensors)
+    wanted = [isinstance(t, Tensor) and t.requires_grad for t in tensors]
+    if not any(wanted):
+        return tensors
+    aliases = iter(_Alias.apply(*(t for t, want in zip(tensors, wanted, strict=True) if want)))
+    return tuple(next(aliases) if want else t for t, want in zip(tensors, wanted, strict=True))
 
 
 class _Alias(torch.autograd.Function):
