@@ -11,10 +11,11 @@ help:  ## this list
 
 demo: .venv/examples  ## learn on real data, then kernels against the cone program: tables, and pictures in out/
 	$(PY) examples/demo.py
+	$(PY) examples/shortest_path.py
 	$(PY) -m convlayer compare
 
 test: lint  ## lint, types and all tests
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q --numprocesses 2 --dist worksteal
 
 bench: .venv/benchmarks  ## us against the peers, side by side: the cone program, then the structures
 	$(PY) -m benchmarks
