@@ -64,10 +64,12 @@ class ConvexLayer(torch.nn.Module):
 
     Solution:    by the kernel of the structure that the problem has, whatever its spelling, batched, on the parameters' own device;
                  where it has none, canonicalised once to a cone program, solved row by row and polished to rounding error.
-    Derivative:  the implicit function theorem with the forward's own factor, exact; one-sided or least-norm, and flagged, where there is none.
+    Derivative:  the implicit function theorem with the forward's own factor, exact, to second order, in reverse and forward mode;
+                 one-sided or least-norm, and flagged, where there is none. See `gradient` for what else there is then.
     Shapes:      each parameter (*batch, *its shape) or (*its shape), shared by the batch, its gradient then the sum over rows;
                  variables (*batch, *their shape). Any number of batch dimensions, which broadcast against each other.
     dtype:       outputs have the parameters' dtype and device; kernels compute in float32 only where that loses nothing, the cone program in float64.
+    torch:       torch.func and vmap, torch.compile(fullgraph=True), copies and pickles (of the declaration), several threads at once.
     Threads:     rows run in a pool of one thread a core; small tensor work runs on one torch thread, whatever the setting.
 
     Arguments:
@@ -90,8 +92,10 @@ class ConvexLayer(torch.nn.Module):
                      "closest": an infeasible row is solved with its constraints shifted by as little as possible (zero, nonnegative
                      and second-order cones), and Solution.shift says by how much; other failures raise.
         validate:    check the declared domains of the parameters (sign, symmetry, PSD, bounds) at every call.
-        executor:    a concurrent.futures.Executor for the rows, not the one that the call itself runs in; by default a pool of one
-                     thread a core. It is not copied or pickled with the layer.
+        executor:    a concurrent.futures.Executor for the rows, not the one that the call itself runs in: threads, spawned processes, or a
+                     dask cluster's, client.get_executor(pure=False), which solves again what a lost worker held; a process pool that
+                     loses a worker raises BrokenExecutor. By default a pool of one thread a core. Kernels and the batched interior point
+                     do not use it. It is not copied or pickled with the layer.
 
     Errors: ProblemError (a ValueError) at construction; at a call TypeError and ValueError for what no row can use,
     ParameterError and SolverError for rows.

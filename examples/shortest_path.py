@@ -56,10 +56,9 @@ def city(kind: str) -> ConvexLayer:
     costs, x = cp.Parameter(len(STREETS), name="costs"), cp.Variable(len(STREETS), name="path")
     flow = leaves.reshape(SIDE * SIDE, -1)[:-1] @ x  # the last crossing's follows from the others
     problem = cp.Problem(cp.Minimize(costs @ x), [flow == np.eye(SIDE * SIDE - 1)[0], x >= 0])
-    # An active-set method ends on a path itself. Proximal steps keep it from stalling where many bounds meet, as here, and
-    # nearly tied paths want their limit, not a mixture that is nearly as short.
-    options: dict[str, Any] = {"solver": "daqp", "solver_args": {"eps_prox": 0.1, "eta_prox": 1e-12}}
-    return ConvexLayer(problem, [costs], [x], gradient=kind, gradient_args=KINDS[kind], **options)
+    # Many bounds meet at a path. An active-set method ends on it; left to itself the layer would look, and by a second solver, whether
+    # that makes multipliers ambiguous, which no one asks here.
+    return ConvexLayer(problem, [costs], [x], gradient=kind, gradient_args=KINDS[kind], solver="daqp")
 
 
 def paths(costs: Tensor) -> Tensor:

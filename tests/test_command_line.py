@@ -15,8 +15,9 @@ from convlayer import doctor
 from convlayer.__main__ import main
 
 ROOT = Path(__file__).parent.parent
+OTHERS = ("demo", "sudoku", "distributed_training", "shortest_path")  # with tests of their own
 EXAMPLES = sorted(
-    path.stem for path in (ROOT / "examples").glob("*.py") if path.stem not in ("demo", "sudoku", "distributed_training", "shortest_path") and not path.stem.startswith("_")
+    path.stem for path in (ROOT / "examples").glob("*.py") if path.stem not in OTHERS and not path.stem.startswith("_")
 )
 
 MODEL = """
