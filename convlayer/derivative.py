@@ -221,10 +221,15 @@ class _Transformable(Function):
         size, ranks, dims = info.batch_size, point.ranks, in_dims[2:]
         fronts = [t if dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, dims, strict=True)]
         if cls.groups and dims[len(ranks)] is None:
-            rows = ([t if dim is None else t[k] for t, dim in zip(fronts, dims, strict=True)] for k in range(size))
-            results = [
-                torch.stack(part) for part in zip(*(cls.apply(point, needed, *row) for row in rows), strict=True)
-            ]
+            if not size:  # of outputs without entries: one of zeros tells the shapes
+                fronts = [
+                    t if dim is None else t.new_zeros(1, *t.shape[1:]) for t, dim in zip(fronts, dims, strict=True)
+                ]
+            rows = (
+                [t if dim is None else t[k] for t, dim in zip(fronts, dims, strict=True)] for k in range(max(size, 1))
+            )
+            parts = zip(*(cls.apply(point, needed, *row) for row in rows), strict=True)
+            results = [torch.stack(part)[:size] for part in parts]
             return tuple(results), (0,) * len(results)
         kinds = cls._kinds(len(ranks), len(tensors))
         wide = [cls.result == "parameters" and need for need in needed or [False] * len(ranks)]

@@ -90,7 +90,8 @@ class ConvexLayer(torch.nn.Module):
                      one of least norm, by a term so small (1e-6 in the row's own units) that a linear program's solutions stay optimal.
         on_failure:  "raise" a SolverError that names the rows; "nan" fills just those rows; "keep" returns the last iterate, flagged;
                      "closest": an infeasible row is solved with its constraints shifted by as little as possible (zero, nonnegative
-                     and second-order cones), and Solution.shift says by how much; other failures raise.
+                     and second-order cones), by Clarabel, with the exact gradient whatever `gradient` says, and Solution.shift says by
+                     how much; other failures raise.
         validate:    check the declared domains of the parameters (sign, symmetry, PSD, bounds) at every call.
         executor:    a concurrent.futures.Executor for the rows, not the one that the call itself runs in: threads, spawned processes, or a
                      dask cluster's, client.get_executor(pure=False), which solves again what a lost worker held; a process pool that

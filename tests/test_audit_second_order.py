@@ -119,3 +119,12 @@ def test_least_norm_is_that_of_every_path():
     assert relative(layer(*tensors)[0], expected) <= 1e-12
     for found in (layer(*tensors, solver_args={"max_iter": 60}), layer.with_options(solver="clarabel")(*tensors)):
         assert relative(found[0], expected) <= 1e-5
+
+
+@pytest.mark.parametrize("structure", ["auto", "generic"])
+def test_the_jacobian_of_nothing_has_its_shape(structure):
+    a, x = cp.Parameter(3), cp.Variable(3)
+    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [x >= 0]), [a], [x], structure=structure)
+    value = torch.ones(3, dtype=torch.float64)
+    assert torch.func.jacrev(lambda t: layer(t)[0][:0])(value).shape == (0, 3)
+    assert torch.func.jacfwd(lambda t: layer(t)[0])(value.new_zeros(0, 3)).shape == (0, 3, 0, 3)
