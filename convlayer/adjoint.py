@@ -72,7 +72,7 @@ class Zero:
 
 
 @dataclass(eq=False)
-class _Point:
+class ResidualPoint:
     """A point of the polish, row by row."""
 
     TENSORS: ClassVar = ("x", "v", "y", "s", "F1", "F2", "size")
@@ -86,28 +86,28 @@ class _Point:
     size: Tensor  # (B,) relative residual
     spectrum: ProductSpectrum
 
-    def rows(self, index: Tensor) -> _Point:
+    def rows(self, index: Tensor) -> ResidualPoint:
         """The points of some rows."""
-        parts = {name: getattr(self, name)[index] for name in _Point.TENSORS}
-        return _Point(**parts, spectrum=self.spectrum.index_select(index))
+        parts = {name: getattr(self, name)[index] for name in ResidualPoint.TENSORS}
+        return ResidualPoint(**parts, spectrum=self.spectrum.index_select(index))
 
-    def put(self, index: Tensor, other: _Point) -> _Point:
+    def put(self, index: Tensor, other: ResidualPoint) -> ResidualPoint:
         """These points, with those of some rows replaced."""
-        parts = {name: getattr(self, name).index_copy(0, index, getattr(other, name)) for name in _Point.TENSORS}
+        parts = {name: getattr(self, name).index_copy(0, index, getattr(other, name)) for name in ResidualPoint.TENSORS}
         bases = [
             (where, basis.index_copy(0, index, basis_new))
             for (where, basis), (_, basis_new) in zip(self.spectrum.bases, other.spectrum.bases, strict=True)
         ]
         values = self.spectrum.values.index_copy(0, index, other.spectrum.values)
-        return _Point(**parts, spectrum=ProductSpectrum(values, bases))
+        return ResidualPoint(**parts, spectrum=ProductSpectrum(values, bases))
 
     @classmethod
-    def at(cls, operators: Operators, x: Tensor, v: Tensor) -> _Point:
+    def at(cls, operators: Operators, x: Tensor, v: Tensor) -> ResidualPoint:
         y, s, spectrum = operators.data.program.cones.linearise_dual(v, KINK)
         return cls(x, v, y, s, *residual(operators, x, s, y), spectrum)
 
     @classmethod
-    def inside(cls, operators: Operators, x: Tensor, s: Tensor, y: Tensor) -> _Point:
+    def inside(cls, operators: Operators, x: Tensor, s: Tensor, y: Tensor) -> ResidualPoint:
         """With s and y of the inequalities as they are, both positive: D = y / (y + s) there, as on a central path."""
         program = operators.data.program
         v = y - s
@@ -137,10 +137,10 @@ def polish(
     units:   (B or 1, n) of x, in which norms of null vectors are taken; None for ones.
     nearby:  (x, s, y) is a solver's answer, and worth a second effort.
     """
-    best, factor, steps = _settle(operators, _Point.at(operators, x, y - s), visible, units)
+    best, factor, steps = _settle(operators, ResidualPoint.at(operators, x, y - s), visible, units)
     rows = torch.nonzero(best.size > STUCK).flatten()
     if nearby and len(rows) and bool(operators.data.program.inequalities.any()):
-        part, part_units = operators.rows(rows), _units_of(units, rows)
+        part, part_units = operators.rows(rows), units_of(units, rows)
         start = _follow(part, x[rows], s[rows], y[rows], visible, part_units)
         again, _, _ = _settle(part, start, visible, part_units)
         won = again.size < best.size[rows]
@@ -150,7 +150,7 @@ def polish(
     if factor is None or not bool(((factor[1].spectrum.values > 0) == (best.spectrum.values > 0)).all()):
         factor = factorise(operators, best.spectrum, visible, units), best
     system = factor[0]
-    dx, _ = _newton(operators, best.spectrum, system, best.F1, best.F2)
+    dx, _ = newton(operators, best.spectrum, system, best.F1, best.F2)
     error = (dx * visible.x).abs().amax(1) / best.x.abs().amax(1).clamp(min=1e-3)
     pivot = system.smallest if isinstance(system, DenseSystem) else None
     last = system if _same(factor[1], best) else None
@@ -174,7 +174,7 @@ def polish(
     )
 
 
-def _follow(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visible, units: Tensor | None) -> _Point:
+def _follow(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visible, units: Tensor | None) -> ResidualPoint:
     """Primal-dual interior-point steps from a solver's point, towards y s = 0 for every inequality.
 
     Newton on F and on y s = target, the target a share of what it is now for each inequality:
@@ -182,27 +182,27 @@ def _follow(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visi
     """
     rows = operators.data.program.on(x.device)["inequalities"]
     y, s = (torch.where(rows, part.clamp(min=FLOOR), part) for part in (y, s))
-    point = _Point.inside(operators, x, s, y)
+    point = ResidualPoint.inside(operators, x, s, y)
     for _ in range(PATH):
         product = torch.where(rows, point.y * point.s, 0.0)
         if bool((product.amax(1) <= FLOOR).all()):
             break
         share = torch.where(rows, (SHRINK - 1) * product / torch.where(rows, point.y + point.s, 1.0), 0.0)
         system = factorise(operators, point.spectrum, visible, units)
-        dx, dv = _newton(operators, point.spectrum, system, point.F1 + operators.At(share), point.F2 + share)
+        dx, dv = newton(operators, point.spectrum, system, point.F1 + operators.At(share), point.F2 + share)
         dy = point.spectrum.from_basis(point.spectrum.values * point.spectrum.to_basis(dv)) + share
         ds = dy - dv
         # As far as 0.99 of the way to the boundary; a row whose step is no number stays where it is.
         ratio = torch.maximum(torch.where(rows, -dy / point.y, 0.0), torch.where(rows, -ds / point.s, 0.0)).amax(1)
         length = (0.99 / ratio.clamp(min=0.99)).nan_to_num(0.0).unsqueeze(1)
         dx, dy, ds = (step.nan_to_num(0.0) * length for step in (dx, dy, ds))
-        point = _Point.inside(operators, point.x + dx, point.s + ds, point.y + dy)
-    return _Point.at(operators, point.x, point.v)
+        point = ResidualPoint.inside(operators, point.x + dx, point.s + ds, point.y + dy)
+    return ResidualPoint.at(operators, point.x, point.v)
 
 
 def _settle(
-    operators: Operators, point: _Point, visible: Visible, units: Tensor | None
-) -> tuple[_Point, tuple[DenseSystem | SparseSystem, _Point] | None, Tensor]:
+    operators: Operators, point: ResidualPoint, visible: Visible, units: Tensor | None
+) -> tuple[ResidualPoint, tuple[DenseSystem | SparseSystem, ResidualPoint] | None, Tensor]:
     """Semismooth Newton, row by row: (the best point of each row, the last factor of all rows and where it was made, steps).
 
     Steps are full and need not descend: while the active set settles the residual may rise. A row gives up after PATIENCE
@@ -211,7 +211,7 @@ def _settle(
     best, batch = point, len(point.x)
     patience = torch.full((batch,), PATIENCE, device=point.x.device)
     steps = torch.zeros_like(patience)
-    factor: tuple[DenseSystem | SparseSystem, _Point] | None = None  # of all rows, and where
+    factor: tuple[DenseSystem | SparseSystem, ResidualPoint] | None = None  # of all rows, and where
     gains = False
     for _ in range(STEPS):
         rows = torch.nonzero((best.size > TARGET) & (patience > 0)).flatten()
@@ -223,10 +223,10 @@ def _settle(
             part, now, system = operators, point, factor[0]
         else:
             part, now = operators.rows(rows), point.rows(rows)
-            system = factorise(part, now.spectrum, visible, _units_of(units, rows))
+            system = factorise(part, now.spectrum, visible, units_of(units, rows))
         steps[rows] += 1
-        dx, dv = _newton(part, now.spectrum, system, now.F1, now.F2)
-        new = _Point.at(part, now.x + dx, now.v + dv)
+        dx, dv = newton(part, now.spectrum, system, now.F1, now.F2)
+        new = ResidualPoint.at(part, now.x + dx, now.v + dv)
         old = best.size[rows]
         better, settled = new.size < old, (old < SETTLED) & (new.size > 0.1 * old)
         gains = bool((new.size <= torch.clamp(REUSE * old, min=TARGET)).all())
@@ -239,17 +239,17 @@ def _settle(
     return best, factor, steps
 
 
-def _units_of(units: Tensor | None, rows: Tensor) -> Tensor | None:
+def units_of(units: Tensor | None, rows: Tensor) -> Tensor | None:
     return None if units is None else take_rows(units, rows)
 
 
-def _same(old: _Point, new: _Point) -> bool:
+def _same(old: ResidualPoint, new: ResidualPoint) -> bool:
     """The factor of the old point is that of the new one. Curved cones must not have moved at all: where a slack is tiny, so
     is the step that changes their derivative."""
     return old is new or (old.spectrum.is_diagonal and bool((old.spectrum.values == new.spectrum.values).all()))
 
 
-def _newton(operators: Operators, spectrum: ProductSpectrum, system, F1: Tensor, F2: Tensor) -> tuple[Tensor, Tensor]:
+def newton(operators: Operators, spectrum: ProductSpectrum, system, F1: Tensor, F2: Tensor) -> tuple[Tensor, Tensor]:
     dx, e = system.solve(-F1, -spectrum.to_basis(F2), refine=system.stiff)
     return dx, operators.A(dx) + F2 + spectrum.from_basis(e)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from convlayer.adjoint import TARGET, Zero, _newton, _Point, _units_of
+from convlayer.adjoint import TARGET, ResidualPoint, Zero, newton, units_of
 from convlayer.kkt import DenseSystem, Visible, factorise
 from convlayer.program import Operators, Program
 from convlayer.residual import residual
@@ -53,11 +53,11 @@ def smoothed(
             break
         steps[rows] += 1
         part, now = operators.rows(rows), point.rows(rows)
-        system = factorise(part, now.spectrum, visible, _units_of(units, rows))
-        new, running[rows] = _shortened(part, now, *_newton(part, now.spectrum, system, now.F1, now.F2), kappa)
+        system = factorise(part, now.spectrum, visible, units_of(units, rows))
+        new, running[rows] = _shortened(part, now, *newton(part, now.spectrum, system, now.F1, now.F2), kappa)
         point = point.put(rows, new)
     system = factorise(operators, point.spectrum, visible, units)
-    dx, dv = _newton(operators, point.spectrum, system, point.F1, point.F2)
+    dx, dv = newton(operators, point.spectrum, system, point.F1, point.F2)
     away = torch.stack([_share(dx, x, point.x), _share(dv, point.v), _share(_alone(operators, point), point.v)]).amax(0)
     return Zero(
         operators,
@@ -77,14 +77,14 @@ def smoothed(
     )
 
 
-def _at(operators: Operators, x: Tensor, v: Tensor, kappa: float) -> _Point:
+def _at(operators: Operators, x: Tensor, v: Tensor, kappa: float) -> ResidualPoint:
     y, s, spectrum = operators.data.program.cones.smooth_dual(v, v.new_tensor(kappa))
     F1, F2, size = residual(operators, x, s, y)
     # Where kappa is large or the feasible set thin, x and y are larger than the units say.
-    return _Point(x, v, y, s, F1, F2, size / _largest(x, y).clamp(min=1), spectrum)
+    return ResidualPoint(x, v, y, s, F1, F2, size / _largest(x, y).clamp(min=1), spectrum)
 
 
-def _shortened(operators: Operators, now: _Point, dx: Tensor, dv: Tensor, kappa: float) -> tuple[_Point, Tensor]:
+def _shortened(operators: Operators, now: ResidualPoint, dx: Tensor, dv: Tensor, kappa: float) -> tuple[ResidualPoint, Tensor]:
     """The first of the halved steps by which |F| falls enough, row by row, and (B,) whether there was one."""
     length, before, new = torch.ones_like(now.size), _merit(now), now
     waiting = torch.arange(len(length), device=length.device)
@@ -104,11 +104,11 @@ def _shortened(operators: Operators, now: _Point, dx: Tensor, dv: Tensor, kappa:
     return new, found
 
 
-def _merit(point: _Point) -> Tensor:
+def _merit(point: ResidualPoint) -> Tensor:
     return torch.linalg.vector_norm(torch.cat([point.F1, point.F2], 1), dim=1)
 
 
-def _alone(operators: Operators, point: _Point) -> Tensor:
+def _alone(operators: Operators, point: ResidualPoint) -> Tensor:
     """The step (I - D)^-1 F2 that v would take without x, (B, m): where I - D is lost to rounding J is singular, and its own
     step, orthogonal to the null space, says nothing."""
     free = (1 - point.spectrum.values).clamp(min=torch.finfo(point.v.dtype).eps)

@@ -48,7 +48,7 @@ def measure(task: Task, options: Options) -> Row:
             if not traced:
                 figures |= {"layer": whole, "kernel": kernel}
             figures[column] = whole - kernel
-    return Row(task.name, figures, {PLAIN: ("<=", 100.0), TRACED: ("<=", 100.0)})
+    return Row(task.name, figures, {PLAIN: ("<=", 150.0), TRACED: ("<=", 150.0)})
 
 
 def medians(*runs: Callable[[], object], calls: int) -> list[float]:
