@@ -56,8 +56,8 @@ def family(options: Options) -> Family:
     return Family(
         "calls",
         "Microseconds of a call at batch 1, the declaration and the size of the registry: without a gradient, with parameters that "
-        "require one, and with the gradient of all parameters; beside torch's own operator for the same function, where there is one; the kernel is part of it, and what the layer adds "
-        "is the overhead family of the structures suite. "
+        "require one, and with the gradient of all parameters; beside torch's own operator for the same function, where there is one. "
+        "The kernel is part of it: what the layer adds is in the structures suite, under overhead. "
         f"Medians of {CALLS} calls that alternate, the first tenth left out, on one torch thread.",
         [(name, lambda name=name: [measure(name, options)]) for name in STRUCTURES],
     )
