@@ -45,13 +45,18 @@ class Zero:
     residual: Tensor  # (B,) relative
     spectrum: ProductSpectrum  # of DPi_K* at v = y - s
     error: Tensor  # (B,) estimated relative error of what the user sees of x: the size of one more Newton step
-    weak: Tensor  # (B,) a constraint is weakly active
+    margin: Tensor  # (B,) distance from the nearest kink
     steps: Tensor  # (B,) of Newton that found it
     pivot: Tensor | None  # (B,) the smallest of the dense factor
     visible: Visible
     units: Tensor | None
     last: DenseSystem | SparseSystem | None  # the polish's last factor, if it belongs to this very point
     flagged: Tensor  # (B,) singular, or not solved well, as the polish found it
+
+    @property
+    def weak(self) -> Tensor:
+        """(B,) a constraint is weakly active."""
+        return self.margin < MARGIN
 
     @property
     def degenerate(self) -> Tensor:
@@ -154,7 +159,7 @@ def polish(
     error = (dx * visible.x).abs().amax(1) / best.x.abs().amax(1).clamp(min=1e-3)
     pivot = system.smallest if isinstance(system, DenseSystem) else None
     last = system if _same(factor[1], best) else None
-    weak = operators.data.program.cones.margin(best.v, best.s) < MARGIN
+    margin = operators.data.program.cones.margin(best.v, best.s)
     flagged = system.singular | system.poor
     return Zero(
         operators,
@@ -164,7 +169,7 @@ def polish(
         best.size,
         best.spectrum,
         error,
-        weak,
+        margin,
         steps,
         pivot,
         visible,

@@ -70,6 +70,7 @@ class Closest:
     iterations: Tensor  # (R,) of both
     residual: Tensor  # (R,) the larger
     degenerate: Tensor  # (R,)
+    margin: Tensor  # (R,) the smaller
     again: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]  # entries -> (x, y, value, shift), in any transform
 
 
@@ -85,8 +86,8 @@ def closest(relaxation: Relaxation, entries: Sequence[Tensor], tolerance: float)
     program, multipliers = relaxation.canonical.program, first.iterate[2]
     pattern = _pattern(program, multipliers)
     shift = torch.where(relaxation.soft, -multipliers, 0.0)
-    status, iterations, residual, degenerate = (
-        part.clone() for part in (first.status, first.iterations, first.residual, first.degenerate)
+    status, iterations, residual, degenerate, margin = (
+        part.clone() for part in (first.status, first.iterations, first.residual, first.degenerate, first.margin)
     )
     doubted = ~_certified(first, program.n, pattern, shift, tolerance)
     status[(status < Status.INFEASIBLE) & doubted] = int(Status.NOT_CONVERGED)
@@ -101,10 +102,11 @@ def closest(relaxation: Relaxation, entries: Sequence[Tensor], tolerance: float)
         residual[rows] = torch.maximum(residual[rows], call.residual)
         iterations[rows] += call.iterations
         degenerate[rows] |= call.degenerate
+        margin[rows] = torch.minimum(margin[rows], call.margin)
         groups.append((rows, faces, call.exact))
     again = partial(_again, relaxation, first.exact, groups)
     x, y, value, shift = again(entries)
-    return Closest(x, y, value, shift, status, iterations, residual, degenerate, again)
+    return Closest(x, y, value, shift, status, iterations, residual, degenerate, margin, again)
 
 
 def _again(

@@ -66,6 +66,7 @@ class Call:
     iterations: Tensor = field(init=False)
     residual: Tensor = field(init=False)
     degenerate: Tensor = field(init=False)
+    margin: Tensor = field(init=False)
     attempt: Tensor = field(init=False)  # (B,) which of the attempts gave the answer
     iterate: tuple[Tensor, Tensor, Tensor] = field(init=False)
     exact: ConeDerivative = field(init=False)
@@ -268,6 +269,7 @@ def _solve(call: Call, data: Data, d: Tensor, batch: int) -> tuple[Tensor, Tenso
         call.iterations, call.attempt = (torch.zeros(batch, dtype=torch.int64) for _ in range(2))
         call.residual = torch.full((batch,), torch.nan, dtype=torch.float64)
         call.degenerate = torch.zeros(batch, dtype=torch.bool)
+        call.margin = call.residual
         x, s, y = (data.q.new_zeros(batch, k) for k in (program.n, program.m, program.m))
         return x, s, y, []
 
@@ -284,6 +286,7 @@ def _solve(call: Call, data: Data, d: Tensor, batch: int) -> tuple[Tensor, Tenso
     call.status = spread(found.status, int(Status.BAD_INPUT)).cpu()
     call.iterations, call.attempt = spread(found.iterations, 0).cpu(), spread(found.attempt, 0).cpu()
     call.residual, call.degenerate = spread(found.residual, torch.nan).cpu(), spread(found.degenerate, False).cpu()
+    call.margin = spread(found.margin, torch.nan).cpu()
     return spread(found.x, 0.0), spread(found.s, 0.0), spread(found.y, 0.0), pieces
 
 
@@ -348,6 +351,7 @@ class _Found:
     iterations: Tensor
     residual: Tensor
     degenerate: Tensor
+    margin: Tensor
     attempt: Tensor
     pieces: list[Piece]
 
@@ -375,7 +379,7 @@ class _Found:
         mine[won] = False
         kept = {
             name: getattr(self, name).index_copy(0, won, getattr(other, name)[better])
-            for name in ("x", "s", "y", "status", "residual", "degenerate", "attempt")
+            for name in ("x", "s", "y", "status", "residual", "degenerate", "margin", "attempt")
         }
         pieces = [piece.only(mine) for piece in self.pieces]
         pieces += [replace(piece.only(better), rows=rows[piece.rows]) for piece in other.pieces]
@@ -421,22 +425,25 @@ def _attempt_in_units(
             point.iterations + found.zero.steps if place == FROM_START else point.iterations,
             found.zero.residual,
             found.zero.degenerate,
+            found.zero.margin,
             attempt,
             pieces,
         )
     x, s, y = scaling.leave(point.x, point.s, point.y)
     residual = torch.full((rows,), torch.nan, dtype=x.dtype, device=device)
     degenerate, status = torch.zeros(rows, dtype=torch.bool, device=device), status.clone()
+    margin = torch.full_like(residual, torch.nan)
     iterations, pieces = point.iterations.clone(), []
     for part in refine.split(at_once) if len(refine) else ():
         start_x, start_s, start_y = (values[part] for values in (point.x, point.s, point.y))
         found = _refined(call, data.rows(part), scaling.rows(part), start_x, start_s, start_y, dense, visible, place)
         status[part], residual[part], degenerate[part] = found.status, found.zero.residual, found.zero.degenerate
+        margin[part] = found.zero.margin
         x[part], s[part], y[part] = found.x, found.s, found.y
         iterations[part] += found.zero.steps if place == FROM_START else 0
         if call.differentiable:
             pieces.append(Piece(part, found.zero.settled(), found.scaling, torch.arange(len(part), device=device)))
-    return _Found(x, s, y, status, iterations, residual, degenerate, attempt, pieces)
+    return _Found(x, s, y, status, iterations, residual, degenerate, margin, attempt, pieces)
 
 
 class _Refined(NamedTuple):

@@ -220,7 +220,7 @@ class ConvexLayer(torch.nn.Module):
         ids:        as in a call of the layer.
         """
         outputs, rest, rows = self._run(tensors, _How(solver_args, warm_start, ids, everything=True))
-        status, iterations, residual, degenerate = rest
+        status, iterations, residual, degenerate, margin = rest
         notes = tuple(f"{rows_in_words(which, rows.batch)}: {what}" for which, what in rows.notes)
         return Solution(
             outputs[:-1],
@@ -229,6 +229,7 @@ class ConvexLayer(torch.nn.Module):
             iterations,
             residual,
             degenerate,
+            margin,
             notes=notes,
             shift=rows.shifts,
             iterate=rows.iterate,
@@ -378,7 +379,7 @@ class ConvexLayer(torch.nn.Module):
         return [torch.empty(*batch, *v.shape, dtype=dtype, device=device) for v in self._declared.variables]
 
     def _run(self, tensors: tuple[Tensor, ...], how: _How) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Rows]:
-        """The outputs; with `everything` the objective too, and status, iterations, residual and degenerate of the rows."""
+        """The outputs; with `everything` the objective too, and status, iterations, residual, degenerate and margin of the rows."""
         if not is_transformed(tensors):
             rows = self._solved(aliases(tensors), how)
             return rows.leave(tensors), rows.table() if how.everything else (), rows
@@ -491,6 +492,7 @@ class ConvexLayer(torch.nn.Module):
             call.iterations,
             call.residual,
             call.degenerate,
+            call.margin,
             call.blank,
             call.iterate,
             _notes(attempts, call.attempt),
@@ -563,7 +565,7 @@ class ConvexLayer(torch.nn.Module):
             mine.expand(size, *mine.shape[1:]).index_copy(0, which.to(mine.device), theirs.to(mine.device, mine.dtype))
             for mine, theirs in zip(rows.outputs, other.outputs, strict=False)
         ]
-        for name in ("status", "iterations", "residual", "degenerate", "blank"):
+        for name in ("status", "iterations", "residual", "degenerate", "margin", "blank"):
             setattr(rows, name, getattr(rows, name).index_copy(0, which, getattr(other, name)))
         rows.iterate = None
 
@@ -606,7 +608,7 @@ class ConvexLayer(torch.nn.Module):
             found = closest(relaxation, entries(values), self._tolerance)
         rows.outputs = put(rows.outputs, found.x, found.y, found.value)
         rows.again = lambda values: put(before(values), *found.again(entries(values))[:3])
-        for name in ("status", "iterations", "residual", "degenerate"):
+        for name in ("status", "iterations", "residual", "degenerate", "margin"):
             setattr(rows, name, getattr(rows, name).index_copy(0, which, getattr(found, name)))
         rows.iterate = None
         if bool(found.degenerate.any()):

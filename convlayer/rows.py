@@ -37,6 +37,7 @@ class Rows:
     iterations: Tensor | None
     residual: Tensor | None
     degenerate: Tensor | None
+    margin: Tensor | None
     blank: Tensor | None  # rows without any iterate
     iterate: tuple[Tensor, Tensor, Tensor] | None = None
     notes: list[tuple[Tensor, str]] = field(default_factory=list)  # rows, and which way they took
@@ -67,9 +68,10 @@ class Rows:
         return tuple(self.filled)
 
     def table(self) -> tuple[Tensor, ...]:
-        """Status, iterations, residual and degenerate, (*batch,) each."""
+        """Status, iterations, residual, degenerate and margin, (*batch,) each."""
         return tuple(
-            getattr(self, name).reshape(self.batch) for name in ("status", "iterations", "residual", "degenerate")
+            getattr(self, name).reshape(self.batch)
+            for name in ("status", "iterations", "residual", "degenerate", "margin")
         )
 
     @property
@@ -156,7 +158,7 @@ class Rows:
             degenerate = None
         if status is None and bad is None and not everything:
             flags = None if degenerate is None else row(degenerate, False, torch.bool)
-            return cls(outputs, again, None, None, None, flags, None)
+            return cls(outputs, again, None, None, None, flags, None, None)
         status = row(status, int(Status.SOLVED), torch.int64)
         # Parameters were found inside their domains: what a kernel cannot take there is the cone program's to judge.
         status = torch.where(status == Status.BAD_INPUT, int(Status.NOT_CONVERGED), status)
@@ -165,7 +167,8 @@ class Rows:
         failed = status >= Status.INFEASIBLE
         residual = row(answer.residual, 0.0, torch.float64).masked_fill(failed, torch.nan)
         degenerate = row(degenerate, False, torch.bool) & ~failed
-        return cls(outputs, again, status, row(answer.iterations, 0, torch.int64), residual, degenerate, failed)
+        iterations, margin = row(answer.iterations, 0, torch.int64), torch.full_like(residual, torch.nan)
+        return cls(outputs, again, status, iterations, residual, degenerate, margin, failed)
 
 
 def _filled(output: Tensor, rows: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def smoothed(
         residual=torch.where(away <= AWAY, point.size, away.clamp(min=AWAY).nan_to_num(torch.inf)),
         spectrum=point.spectrum,
         error=(dx * visible.x).abs().amax(1) / point.x.abs().amax(1).clamp(min=1e-3),
-        weak=torch.zeros_like(running),
+        margin=torch.full_like(point.size, torch.inf),
         flagged=system.singular | system.poor,
         steps=steps,
         pivot=system.smallest if isinstance(system, DenseSystem) else None,

@@ -141,6 +141,8 @@ class Solution:
     degenerate: (
         Tensor  # bool, the derivative there is one-sided (weakly active constraint) or least-norm (singular system)
     )
+    margin: Tensor  # float64, of strict complementarity: distance from the nearest kink, in units where the solution and its multipliers
+    # are of size one; infinite without inequalities, NaN where a kernel does not say (layer.check does)
     notes: tuple[str, ...]  # which rows took another way than the layer's first choice
     shift: (
         tuple[Any, ...] | None
