@@ -412,3 +412,21 @@ def test_an_active_set_that_newton_cannot_settle_is_settled_by_the_central_path(
     solution = layer.solve(*values)
     assert (solution.status == Status.SOLVED).all()
     assert float(solution.residual.max()) < 1e-10
+
+
+@pytest.mark.parametrize("distance", [1e-1, 1e-3, 1e-5])
+def test_the_margin_falls_with_the_distance_from_the_kink(distance):
+    a, x = cp.Parameter(2, name="a"), cp.Variable(2, name="x")
+    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [x >= 0]), [a], [x], structure="generic")
+    value = torch.stack([tensor(1.0, distance), tensor(1.0, -distance), tensor(1.0, 2.0)])
+    margin = layer.solve(value).margin
+    assert float(margin[0] / distance) == pytest.approx(1.0, rel=0.1)
+    assert 1e-2 < float(margin[1] / distance) < 1e2
+    assert float(margin[2]) > 0.1
+    assert float(layer.check(value).margin[0]) == pytest.approx(float(margin[0]), rel=1e-6)
+
+
+def test_a_kernel_does_not_say_its_margin():
+    a, x = cp.Parameter(2), cp.Variable(2)
+    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - a))), [a], [x])
+    assert bool(layer.solve(torch.ones(3, 2, dtype=torch.float64)).margin.isnan().all())
