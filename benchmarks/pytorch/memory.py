@@ -10,6 +10,10 @@ What a derivative cannot do without, in float64 numbers a row:
 
     softmax             x, n
     least squares       the triangle R, x and the residual, n (n + 1) / 2 + n + m
+    sparsemax           x, whose support it is, n
+    total variation     the segment of every element, n
+    leading eigenvector U and the eigenvalues, n^2 + n
+    equality QP         the factors of P and of its Schur complement, L^-1 A', x and nu, n (n + 1) / 2 + p (p + 1) / 2 + n p + n + p
     transport           P and the Cholesky factor of its Schur complement, m n + k (k + 1) / 2 with k = min(m, n)
     quadratic program   LU of the KKT matrix on the active rows, x and the multipliers, (n + active)^2 + n + m + p
     sparse program      the entries of L and D in LDL', x and y; their places are the same for all rows
@@ -44,7 +48,11 @@ PAGES, HELD, SECONDS = (
 )  # what is held should come to so many bytes, in so many forwards at most
 PATHS = (
     Path("softmax", (200,)),
+    Path("sparsemax", (200,)),
+    Path("total_variation", (200,)),
+    Path("leading_eigenvector", (16,)),
     Path("least_squares", (100, 50)),
+    Path("equality_constrained_qp", (50, 20)),
     Path("entropic_optimal_transport", (25, 25)),
     Path("quadratic_program", (40, 40, 10)),
     Path(SPARSE, (2_500,)),

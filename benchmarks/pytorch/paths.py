@@ -95,8 +95,17 @@ def _sparse(path: Path) -> float:
     return kkt_pattern(program).fill + program.n + program.m
 
 
+def _equality_constrained(path: Path) -> float:
+    n, p = path.sizes
+    return _triangle(n) + _triangle(p) + n * p + n + p
+
+
 NUMBERS: dict[str, Callable[[Path], float]] = {
     "softmax": lambda path: path.sizes[0],
+    "sparsemax": lambda path: path.sizes[0],
+    "total_variation": lambda path: path.sizes[0],
+    "leading_eigenvector": lambda path: path.sizes[0] ** 2 + path.sizes[0],
+    "equality_constrained_qp": _equality_constrained,
     "least_squares": _least_squares,
     "entropic_optimal_transport": _transport,
     QUADRATIC: _quadratic,
