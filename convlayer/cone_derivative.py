@@ -79,8 +79,8 @@ class _Moved:
     q: Tensor
     b: Tensor
     d: Tensor
-    r: Tensor  # dP x + dA'y + dq
-    t: Tensor  # dA x - db
+    r: Tensor  # dP x + dA'y + dq, the derivative of the value's own in x,
+    t: Tensor  # dA x - db, and in y
     x: Tensor
     y: Tensor
     s: Tensor
@@ -167,8 +167,7 @@ class ConeDerivative(Local):
             for parts in zip(_image(one.operators, two.x, two.y), _image(two.operators, one.x, one.y), strict=True)
         )
         x, y = self.adjoint(-(r + self.operators.At(k)), -(t + k))
-        by_x, by_y = self._value_by_point(one)
-        return [x, y + k, (two.x * by_x).sum(1) + (two.y * by_y).sum(1)]
+        return [x, y + k, (two.x * one.r).sum(1) + (two.y * one.t).sum(1)]
 
     def mixed(self, entries: Tensors, bars: Tensors, a: Tensors, needed: Sequence[bool]) -> list[Tensor]:
         x_bar, y_bar, value_bar = bars
@@ -178,8 +177,7 @@ class ConeDerivative(Local):
         # x_b and y_b, through whose adjoint it reaches the data, then what it has of dP_b and dA_b.
         by_v = self._curvature(moved, y_bar - self.operators.A(w) - u)
         r, t = _image(moved.operators, w, u)
-        r_value, t_value = self._value_by_point(moved)
-        w_next, u_next = self.adjoint(v * r_value - r + self.operators.At(by_v), v * t_value - t + by_v)
+        w_next, u_next = self.adjoint(v * moved.r - r + self.operators.At(by_v), v * moved.t - t + by_v)
         u_next = u_next - by_v
         terms = [Term(self.x, self.y, w_next, u_next), Term(moved.x, moved.y, w, u)]
         vectors = {"q": -w_next, "b": u_next, "d": torch.zeros_like(v)}
@@ -201,11 +199,6 @@ class ConeDerivative(Local):
         if self.canonical.program.is_polyhedral:
             return torch.zeros_like(h)
         return self.canonical.program.cones.curvature_dual(self.y - self.s, moved.y - moved.s, h)
-
-    def _value_by_point(self, moved: _Moved) -> tuple[Tensor, Tensor]:
-        """The derivatives of the value's own in x and y."""
-        r, t = _image(moved.operators, self.x, self.y)
-        return r + moved.q, t - moved.b
 
     def _to_entries(
         self, entries: Tensors, needed: Sequence[bool], terms: Sequence[Term], vectors: dict[str, Tensor]

@@ -168,11 +168,13 @@ class Solve(torch.autograd.Function):
                 torch.zeros_like(value) if bar is None else bar
                 for bar, value in zip(given, call.exact.solution, strict=True)
             ]
-            used = (bars[0] != 0).any(1) | (bars[1] != 0).any(1)
-            # A failed row that the loss does use has no derivative: NaN, not zero.
-            failed = (call.status >= Status.INFEASIBLE) & (used | (bars[2] != 0)).cpu()
+            hopeless, failed = call.status >= Status.INFEASIBLE, None
+            if bool(hopeless.any()):
+                # A failed row that the loss does use has no derivative: NaN, not zero.
+                used = (bars[0] != 0).any(1) | (bars[1] != 0).any(1) | (bars[2] != 0)
+                failed = hopeless.to(used.device) & used
             needed = ctx.needs_input_grad[1:]
-            found = call.derivative.cotangent(thetas, bars, needed, failed if bool(failed.any()) else None)
+            found = call.derivative.cotangent(thetas, bars, needed, failed)
             wanted = [k for k, need in enumerate(needed) if need]
             result: list[Tensor | None] = [None] * len(thetas)
             for k, bar in zip(wanted, found, strict=True):

@@ -31,7 +31,8 @@ from convlayer.explain import explain_choice, explain_cone_program
 from convlayer.generic import Call, Solve, least_norm_weight
 from convlayer.gradients import GRADIENTS, gradient_of
 from convlayer.normal_form import normal_form
-from convlayer.rows import Rows, aliases, flatten_batch, no_autocast, shaped, spread
+from convlayer.program import take_rows
+from convlayer.rows import Rows, aliases, flatten_batch, no_autocast, put, shaped, spread
 from convlayer.solution import (
     AccuracyWarning,
     Cause,
@@ -557,14 +558,11 @@ class ConvexLayer(torch.nn.Module):
         if not bool(unsettled.any()):
             return
         which = torch.nonzero(unsettled).flatten()
-        part = [v if len(v) == 1 else v.index_select(0, which.to(v.device)) for v in values]
+        part = [take_rows(v, which.to(v.device)) for v in values]
         generic = self._generic()
         with one_thread():
             other = generic._solve_generic(part, len(which), None, (len(which),), None, None, everything)
-        rows.outputs = [
-            mine.expand(size, *mine.shape[1:]).index_copy(0, which.to(mine.device), theirs.to(mine.device, mine.dtype))
-            for mine, theirs in zip(rows.outputs, other.outputs, strict=False)
-        ]
+        rows.outputs = put(rows.outputs, which, other.outputs, size)
         for name in ("status", "iterations", "residual", "degenerate", "margin", "blank"):
             setattr(rows, name, getattr(rows, name).index_copy(0, which, getattr(other, name)))
         rows.iterate = None
@@ -590,24 +588,18 @@ class ConvexLayer(torch.nn.Module):
         canonical, relaxation, before = self._canonical, relaxed(self._declared), rows.again
 
         def entries(values: list[Tensor]) -> list[Tensor]:
-            part = [v if len(v) == 1 else v.index_select(0, which.to(v.device)) for v in values]
+            part = [take_rows(v, which.to(v.device)) for v in values]
             thetas = self._thetas(part, torch.device("cpu"))
             return [reader.read(theta) for reader, theta in zip(canonical.parameters, thetas, strict=True)]
 
-        def put(outputs: list[Tensor], x: Tensor, y: Tensor, value: Tensor) -> list[Tensor]:
+        def answered(outputs: list[Tensor], x: Tensor, y: Tensor, value: Tensor) -> list[Tensor]:
             theirs = [recovery.value(x, y) for recovery in canonical.variables]
-            theirs += [canonical.objective(value)] if everything else []
-            return [
-                mine.expand(size, *mine.shape[1:]).index_copy(
-                    0, which.to(mine.device), part.to(mine.device, mine.dtype)
-                )
-                for mine, part in zip(outputs, theirs, strict=True)
-            ]
+            return put(outputs, which, [*theirs, canonical.objective(value)] if everything else theirs, size)
 
         with one_thread():
             found = closest(relaxation, entries(values), self._tolerance)
-        rows.outputs = put(rows.outputs, found.x, found.y, found.value)
-        rows.again = lambda values: put(before(values), *found.again(entries(values))[:3])
+        rows.outputs = answered(rows.outputs, found.x, found.y, found.value)
+        rows.again = lambda values: answered(before(values), *found.again(entries(values))[:3])
         for name in ("status", "iterations", "residual", "degenerate", "margin"):
             setattr(rows, name, getattr(rows, name).index_copy(0, which, getattr(found, name)))
         rows.iterate = None

@@ -196,6 +196,14 @@ def spread(part: Any, rows: Tensor, size: int) -> Any:
     return None if part is None else part.new_zeros(size, *part.shape[1:]).index_copy(0, rows, part)
 
 
+def put(outputs: Sequence[Tensor], rows: Tensor, theirs: Sequence[Tensor], size: int) -> list[Tensor]:
+    """The outputs (size or 1, ...) with those of other paths, (R, ...), in these rows."""
+    return [
+        mine.expand(size, *mine.shape[1:]).index_copy(0, rows.to(mine.device), part.to(mine.device, mine.dtype))
+        for mine, part in zip(outputs, theirs, strict=True)
+    ]
+
+
 def aliases(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The same tensors, none of which leads back to another: a parameter may have been made from another one.
 

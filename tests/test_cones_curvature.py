@@ -19,6 +19,18 @@ CONES: list[Cone] = [
     Exponential(),
     *(Power(tenths / 10) for tenths in range(1, 10)),
 ]
+SCATTERED: list[Cone] = [
+    Power(0.3),
+    Nonnegative(2),
+    SecondOrder(4),
+    Exponential(),
+    Zero(2),
+    Psd(3),
+    Power(0.8),
+    SecondOrder(4),
+    Nonnegative(1),
+    Exponential(),
+]
 FLAT = {"zero", "nonnegative", "second_order-1", "second_order-2", "psd-1"}
 
 
@@ -171,23 +183,11 @@ def test_a_block_that_is_not_a_number_leaves_the_others_untouched(cone: Cone) ->
 
 
 def test_the_dual_of_a_product_has_the_curvature_of_its_blocks_mirrored() -> None:
-    cones: list[Cone] = [
-        Power(0.3),
-        Nonnegative(2),
-        SecondOrder(4),
-        Exponential(),
-        Zero(2),
-        Psd(3),
-        Power(0.8),
-        SecondOrder(4),
-        Nonnegative(1),
-        Exponential(),
-    ]
-    product = Product(cones)
+    product = Product(SCATTERED)
     v, h, g = torch.randn(3, 2, 5, product.size, dtype=torch.float64)
     k = product.curvature_dual(v, h, g)
     start = 0
-    for cone in cones:
+    for cone in SCATTERED:
         rows = slice(start, start + cone.size)
         assert torch.allclose(k[..., rows], cone.curvature(-v[..., rows], h[..., rows], g[..., rows]), rtol=1e-12)
         start += cone.size

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from test_cones_curvature import SCATTERED
 from torch import Tensor
 
 from convlayer.cones import Cone, Exponential, Nonnegative, Power, Product, Psd, SecondOrder, Spectrum, Zero, smat
@@ -216,26 +217,14 @@ def test_a_block_that_is_not_a_number_leaves_the_others_untouched(cone: Cone) ->
 
 
 def test_the_dual_of_a_product_is_assembled_from_its_blocks() -> None:
-    cones: list[Cone] = [
-        Power(0.3),
-        Nonnegative(2),
-        SecondOrder(4),
-        Exponential(),
-        Zero(2),
-        Psd(3),
-        Power(0.8),
-        SecondOrder(4),
-        Nonnegative(1),
-        Exponential(),
-    ]
-    product = Product(cones)
+    product = Product(SCATTERED)
     v, x = torch.randn(2, 2, 5, product.size, dtype=torch.float64)
     kappa = 10 ** (-4 * torch.rand(2, 5, dtype=torch.float64))
     y, s, spectrum = product.smooth_dual(v, kappa)
     assert torch.allclose(y - s, v, rtol=0, atol=1e-14 * float(v.norm()))
     image = spectrum.from_basis(spectrum.values * spectrum.to_basis(x))
     start = 0
-    for cone in cones:
+    for cone in SCATTERED:
         rows = slice(start, start + cone.size)
         p, r, rest = cone.smooth(-v[..., rows], kappa)
         assert torch.allclose(s[..., rows], p, atol=1e-14)
