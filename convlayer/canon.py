@@ -34,6 +34,7 @@ from cvxpy.reductions.solvers.solving_chain import _build_solving_chain
 from torch import Tensor
 
 from convlayer.cones import Product
+from convlayer.consistency import Dependence
 from convlayer.diagnose import ProblemError, check_arguments, check_convexity
 from convlayer.domain import is_symmetric
 from convlayer.elimination import Elimination
@@ -221,10 +222,27 @@ class Canonical:
     @cached_property
     def elimination(self) -> Elimination | None:
         """Of auxiliary variables, if that makes the program cheaper to solve and to differentiate."""
+        return Elimination.of(self.program, *self._constants, self.visible)
+
+    @cached_property
+    def dependence(self) -> Dependence | None:
+        """Of equalities on each other, whatever the parameters."""
+        return Dependence.of(self.program, *self._constants)
+
+    @property
+    def _constants(self) -> tuple[np.ndarray, np.ndarray]:
+        """(nnz(A),) which entries of A no parameter moves, and their values."""
         fixed = np.ones(len(self.program.A_rows), dtype=bool)
         fixed[self.moving["A"]] = False
-        constants = self._matrices["A"][:, [ONE]].toarray().ravel()
-        return Elimination.of(self.program, fixed, constants, self.visible)
+        return fixed, self._matrices["A"][:, [ONE]].toarray().ravel()
+
+    def sizes_of_b(self, entries: Sequence[Tensor]) -> Tensor:
+        """(B or 1, m) of the numbers whose sum is b: their rounding is b's own."""
+        batch = max((len(part) for part in entries), default=1)
+        ones = torch.ones(batch, 1, dtype=torch.float64)
+        head = torch.cat([torch.zeros_like(ones), ones], 1)
+        parts = [head, *(part.detach().abs().cpu().expand(batch, -1) for part in entries)]
+        return torch.from_numpy(np.ascontiguousarray((abs(self._matrices["b"]) @ torch.cat(parts, 1).numpy().T).T))
 
     def objective(self, value: Tensor) -> Tensor:
         """The user's objective from the cone program's."""

@@ -46,6 +46,7 @@ from convlayer.solution import Status
 from convlayer.solvers import SOLVERS
 
 FREE, POINT, RAY = 0, 1, 2  # what a row's slack is left with: its cone, nothing but zero, or a ray of it
+PRECISION = 1e-6  # relative, of faces that a first program has found
 ACTIVE = 1e-9  # share of the largest multiplier above which one counts as not zero
 CONES = ("zero", "nonnegative", "second_order")
 
@@ -146,6 +147,7 @@ def _solved(stage: _Stage, entries: Sequence[Tensor], tolerance: float) -> Call:
         start=None,
         differentiable=True,
         selected=False,
+        precision=PRECISION,
         gradient=Exact(),
         on_degenerate=lambda *_: None,
     )

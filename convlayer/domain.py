@@ -44,7 +44,7 @@ def violations(parameter: cp.Parameter, value: Tensor) -> Iterator[tuple[Tensor,
     flat = value.unsqueeze(-1).flatten(1)
     if not flat.shape[1]:
         return
-    slack = _relative(value.dtype) * flat.abs().amax(1)
+    slack = relative(value.dtype) * flat.abs().amax(1)
 
     def report(bad: Tensor, problem: str, remedy: str) -> Iterator[tuple[Tensor, str]]:
         if bool(bad.any()):
@@ -132,7 +132,8 @@ def _plainly_inside(domain: frozenset[str], value: Tensor) -> bool:
     return not bool(info.any())
 
 
-def _relative(dtype: torch.dtype) -> float:
+def relative(dtype: torch.dtype) -> float:
+    """What a parameter's entries may be off by, relative to the largest: rounding, and that of what they were made of."""
     return {torch.float64: 1e-9, torch.float32: 1e-5}.get(dtype, 10 * torch.finfo(dtype).eps)
 
 
@@ -140,7 +141,7 @@ def _nearly_symmetric(value: Tensor) -> bool:
     """To rounding, as L.mT @ L is: measured by the row of the batch whose largest entry is the least."""
     flat = value.flatten(1)
     least = torch.maximum(flat.amax(1), -flat.amin(1)).min().item()
-    return (value - value.mT).abs().max().item() <= _relative(value.dtype) * least
+    return (value - value.mT).abs().max().item() <= relative(value.dtype) * least
 
 
 def _sign_is_right(domain: frozenset[str], low: float, high: float) -> bool:

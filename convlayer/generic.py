@@ -38,6 +38,7 @@ NEGLIGIBLE = 1e-6  # weight of a term that only chooses among solutions
 NOTHING = 1e-10  # a derivative below this, relative to solution and costs, is zero
 RUNAWAY = 1e6  # nor is an x that many times the size which the data suggest solved: it may be on its way to infinity
 SQUARED = 1e-7  # a pivot below this, and a row is not trusted to the program without its auxiliary variables
+ROUNDING = 1e-12  # a relative disagreement below this is not worth a word
 LARGE = 1_000_000  # numbers in dense matrices of a batch from which it is worked off in pieces,
 PIECE = 500_000  # of about so many (4 MB)
 FROM_START = -1  # the attempt before the first: Newton's method from a warm start, without a solver
@@ -58,6 +59,7 @@ class Call:
     start: tuple[Tensor, ...] | None  # canonical (x, s, y), (B, .) each, NaN in rows that have none
     differentiable: bool
     selected: bool  # by a small proximal term, the solution of least norm
+    precision: float  # relative, of the parameters: what their rounding may have moved apart is not told from what agrees
     gradient: Callable[[Call, ConeDerivative], ConeDerivative]  # the derivative to be taken in place of the exact one
     on_degenerate: Callable[
         [Tensor, Cause, Sequence[int]], None
@@ -71,11 +73,20 @@ class Call:
     iterate: tuple[Tensor, Tensor, Tensor] = field(init=False)
     exact: ConeDerivative = field(init=False)
     blank: Tensor = field(init=False)  # (B,) rows without any iterate
+    agreement: Agreement | None = field(init=False, default=None)
 
     @cached_property
     def derivative(self) -> ConeDerivative:
         """Made when it is first needed."""
         return self.gradient(self, self.exact)
+
+
+class Agreement(NamedTuple):
+    """What is to be said of equalities that depend on each other, (B,) each, and y (B, m)."""
+
+    apart: Tensor  # by how much they disagree, relative to their right-hand sides
+    refuted: Tensor  # by more than rounding: there is no solution
+    y: Tensor  # the proof of that
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +127,27 @@ def evaluate(canonical: Canonical, entries: Sequence[Tensor], dense: bool, like:
 
 def _evaluated(canonical: Canonical, entries: Sequence[Tensor], dense: bool, device: torch.device) -> Data:
     with torch.no_grad(), one_thread():
-        return evaluate(canonical, entries, dense, torch.zeros((), dtype=torch.float64, device=device))[0]
+        return _agreed(canonical, evaluate(canonical, entries, dense, torch.zeros((), dtype=torch.float64, device=device))[0])
+
+
+def _agreed(canonical: Canonical, data: Data) -> Data:
+    """With right-hand sides that agree where equalities depend on each other."""
+    dependence = canonical.dependence
+    return data if dependence is None else replace(data, b=dependence.agreed(data.b))
+
+
+def _agreement(call: Call, entries: Sequence[Tensor], b: Tensor, batch: int) -> Agreement | None:
+    """Whether the right-hand sides agree to the parameters' precision; None: they do, to rounding."""
+    dependence = call.canonical.dependence
+    if dependence is None:
+        return None
+    apart, y = dependence.disagreement(b, b.abs())
+    precision = max(call.precision, call.tolerance)
+    if bool((apart > precision).any()):
+        apart, y = dependence.disagreement(b, call.canonical.sizes_of_b(entries).to(b.device))
+    if not bool((apart > ROUNDING).any()):
+        return None
+    return Agreement(*(part.expand(batch, *part.shape[1:]).cpu() for part in (apart, apart > precision, y)))
 
 
 class Solve(torch.autograd.Function):
@@ -136,6 +167,8 @@ class Solve(torch.autograd.Function):
             and batch * (program.n + program.m) * program.n <= WHOLE_ENTRIES
         )
         data, d = evaluate(call.canonical, entries, dense, torch.zeros((), dtype=torch.float64, device=call.device))
+        call.agreement = _agreement(call, entries, data.b, batch)
+        data = _agreed(call.canonical, data)
         x, s, y, pieces = _solve(call, data, d, batch)
         value = _objective(Operators(data), x, d)
         # A failed row's iterate may hold anything; behind the outputs its zero cotangents must stay zeros.
@@ -144,6 +177,8 @@ class Solve(torch.autograd.Function):
             call.blank |= ~(torch.isfinite(x).all(1) & torch.isfinite(y).all(1) & torch.isfinite(value))
         if bool(call.blank.any()):
             x[call.blank], y[call.blank], value[call.blank] = 0.0, 0.0, 0.0
+        if call.agreement is not None:
+            y = torch.where(call.agreement.refuted.to(y.device).unsqueeze(1), call.agreement.y.to(y.device), y)
         # Detached: an output held here would hold its own graph, and neither would ever be freed.
         call.iterate = x.detach(), s, y.detach()
         if call.differentiable:
@@ -263,11 +298,17 @@ def _solve(call: Call, data: Data, d: Tensor, batch: int) -> tuple[Tensor, Tenso
         for part in parts:
             finite = finite & torch.isfinite(part.flatten(1)).all(1)
         good = torch.nonzero(finite).flatten()
+    refuted = None if call.agreement is None else call.agreement.refuted.to(device)
+    if refuted is not None:
+        good = good[~refuted[good]]
     everything = len(good) == batch
     call.blank = torch.ones(batch, dtype=torch.bool, device=device)
     call.blank[good] = False
+    left_out = torch.full((batch,), int(Status.BAD_INPUT), device=device)
+    if refuted is not None:
+        left_out[refuted & ~call.bad.to(device)] = int(Status.INFEASIBLE)
     if not len(good):
-        call.status = torch.full((batch,), int(Status.BAD_INPUT))
+        call.status = left_out.cpu()
         call.iterations, call.attempt = (torch.zeros(batch, dtype=torch.int64) for _ in range(2))
         call.residual = torch.full((batch,), torch.nan, dtype=torch.float64)
         call.degenerate = torch.zeros(batch, dtype=torch.bool)
@@ -285,7 +326,7 @@ def _solve(call: Call, data: Data, d: Tensor, batch: int) -> tuple[Tensor, Tenso
             return values
         return values.new_full((batch, *values.shape[1:]), blank).index_copy_(0, good, values)
 
-    call.status = spread(found.status, int(Status.BAD_INPUT)).cpu()
+    call.status = (found.status if everything else left_out.index_copy(0, good, found.status)).cpu()
     call.iterations, call.attempt = spread(found.iterations, 0).cpu(), spread(found.attempt, 0).cpu()
     call.residual, call.degenerate = spread(found.residual, torch.nan).cpu(), spread(found.degenerate, False).cpu()
     call.margin = spread(found.margin, torch.nan).cpu()

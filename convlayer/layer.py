@@ -28,7 +28,7 @@ from convlayer.derivative import Local, Point, Recorded, anew, is_transformed, k
 from convlayer.diagnose import ProblemError
 from convlayer.dispatch import CHOICES, attempts, recognise
 from convlayer.explain import explain_choice, explain_cone_program
-from convlayer.generic import Call, Solve, least_norm_weight
+from convlayer.generic import ROUNDING, Agreement, Call, Solve, least_norm_weight
 from convlayer.gradients import GRADIENTS, gradient_of
 from convlayer.normal_form import normal_form
 from convlayer.program import take_rows
@@ -51,6 +51,7 @@ from convlayer.threads import one_thread
 from convlayer.verification import Verification, verify
 
 TOLERANCE = 1e-8
+ROUNDINGS, COARSEST = 8, 1e-6  # the tolerance is at least so many roundings of the parameters, up to this
 TINY = 2_000  # numbers for which torch takes one thread of itself
 SMALL = 50_000_000  # numbers that one thread checks in less time than a second one may take to come
 _warning = threading.Lock()
@@ -430,6 +431,7 @@ class ConvexLayer(torch.nn.Module):
             if self.on_failure == "closest" and rows.status is not None:
                 self._relax(rows, values, size, how.everything)
             rows.outputs = [shaped(o, dtype, device, batch, size) for o in rows.outputs]
+        details = {**rows.details, **details}
         rows.batch, rows.dtype, rows.device = batch, dtype, device
         rows.leaves, rows.parameters = tensors, self._declared.parameters
         rows.versions = tuple(output._version for output in rows.outputs if output.requires_grad)
@@ -454,6 +456,10 @@ class ConvexLayer(torch.nn.Module):
             self._solver.check(canonical.program, options)
         device = values[0].device if values else torch.device("cpu")
         attempts = self._attempts(size, tolerance, options, device)
+        coarsest = max((v.dtype for v in values), key=domain.relative, default=torch.float64)
+        precision = domain.relative(coarsest)
+        # No answer is wanted beyond the rounding of what it is made of.
+        tolerance = max(tolerance, min(ROUNDINGS * torch.finfo(coarsest).eps, COARSEST))
         elimination = None if self._chosen or options else canonical.elimination
         if not attempts[0].solver.batched:
             device = torch.device("cpu")
@@ -472,6 +478,7 @@ class ConvexLayer(torch.nn.Module):
             start,
             differentiable,
             self._declared.weight is not None,
+            precision,
             self._gradient,
             warn,
         )
@@ -496,8 +503,9 @@ class ConvexLayer(torch.nn.Module):
             call.margin,
             call.blank,
             call.iterate,
-            _notes(attempts, call.attempt),
+            [*_notes(attempts, call.attempt), *_put_together(call.agreement)],
             warned=True,
+            details=_in_words(call.agreement, coarsest),
         )
 
     def _thetas(self, values: Sequence[Tensor], device: torch.device) -> list[Tensor]:
@@ -761,6 +769,27 @@ def _notes(attempts: Sequence[Attempt], taken: Tensor) -> list[tuple[Tensor, str
                 how = "sharper" if name == first else f"{first} did not settle them"
                 notes.append((rows, f"{how}; solved by {name}"))
     return notes
+
+
+def _put_together(agreement: Agreement | None) -> list[tuple[Tensor, str]]:
+    """Rows whose equalities were made to agree."""
+    if agreement is None:
+        return []
+    rows = torch.nonzero((agreement.apart > ROUNDING) & ~agreement.refuted).flatten()
+    what = "equalities that depend on each other differed by rounding; solved with the least change that makes them agree"
+    return [(rows, what)] if len(rows) else []
+
+
+def _in_words(agreement: Agreement | None, dtype: torch.dtype) -> dict[int, str]:
+    """Why rows are infeasible whose equalities do not agree."""
+    if agreement is None:
+        return {}
+    return {
+        row: f"Constraints that depend on each other disagree by {agreement.apart[row]:.1g}, relative to their right-hand sides: more than "
+        f"rounding in {str(dtype).removeprefix('torch.')} explains. If it is rounding all the same, say so by solver_args={{'tolerance': ...}}, or make "
+        "them agree before the layer, as in b / b.sum() * a.sum()."
+        for row in torch.nonzero(agreement.refuted).flatten().tolist()
+    }
 
 
 def _tolerance(options: dict[str, Any]) -> float:

@@ -1,0 +1,119 @@
+"""Equalities that depend on each other whatever the parameters: whether their right-hand sides agree.
+
+With E the rows of the zero cone that no parameter moves, and N an orthonormal basis of the null space of E' (both marginals of a
+plan have the same sum, nodal balances add up to nothing, a row stands twice), E x = b has a solution only if N'b = 0.
+
+    agreed     b - N N'b: the least change of b, in the 2-norm, after which the rows agree. What the parameters' own rounding has
+               moved apart is put together so, and the solution is that of the agreed program.
+    refuted    where the rows are farther apart no x satisfies them, and y = N N'b is the proof: E'y = 0, b'y > 0.
+
+A row of A that is empty belongs to the same kind: 0 == b, and 0 <= b in the nonnegative cone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+from convlayer.program import Program
+
+NULL = 1e-12  # |E'n| below this, E having rows of size one, makes n a null vector
+SQUARED = 1e-9  # an eigenvalue of EE' below this is looked at
+LARGE = 3000  # equalities beyond which their dependences are not looked for
+TRACE = 1e-9  # an entry of N below this is rounding
+
+
+@dataclass(frozen=True, eq=False)
+class Dependence:
+    """The equalities of a program that depend on each other, and its empty inequalities."""
+
+    rows: Tensor  # (t,) equalities that depend on others
+    basis: Tensor  # (t, k) N
+    group: Tensor  # (t,) rows that depend on each other have the same number
+    empty: Tensor  # (e,) rows of the nonnegative cone without entries
+
+    @classmethod
+    def of(cls, program: Program, fixed: np.ndarray, values: np.ndarray) -> Dependence | None:
+        """fixed (nnz(A),): entries that no parameter moves, with their values. None: no row depends on another."""
+        equal = np.zeros(program.m, dtype=bool)
+        for block in program.cones.blocks:
+            if block.name == "zero":
+                equal[block.start : block.start + block.size] = True
+        equal[program.A_rows[~fixed]] = False
+        equalities = np.flatnonzero(equal)
+        filled = np.zeros(program.m, dtype=bool)
+        filled[program.A_rows[(values != 0) | ~fixed]] = True
+        empty = np.flatnonzero(program.inequalities.numpy() & ~filled)
+        matrix = sp.csr_array((values, (program.A_rows, program.A_cols)), shape=(program.m, program.n))
+        null = _left_null(matrix[equalities])
+        touched = (np.abs(null) > TRACE).any(1)
+        if not len(empty) and not touched.any():
+            return None
+        basis = null[touched]
+        linked = sp.csr_array(np.where(np.abs(basis) > TRACE, 1.0, 0.0))
+        _, group = connected_components(linked @ linked.T, directed=False)
+        parts = equalities[touched], basis, group.astype(np.int64), empty
+        return cls(*(torch.from_numpy(np.ascontiguousarray(part)) for part in parts))
+
+    @cached_property
+    def _placed(self) -> dict[torch.device, Dependence]:
+        return {}
+
+    def on(self, device: torch.device) -> Dependence:
+        """The same on a device."""
+        if device.type == "cpu":
+            return self
+        if device not in self._placed:
+            parts = self.rows, self.basis, self.group, self.empty
+            self._placed[device] = Dependence(*(part.to(device) for part in parts))
+        return self._placed[device]
+
+    def agreed(self, b: Tensor) -> Tensor:
+        """b (B or 1, m) with the least change after which the equalities agree."""
+        here = self.on(b.device)
+        return b.index_add(1, here.rows, here._apart(b), alpha=-1)
+
+    def _apart(self, b: Tensor) -> Tensor:
+        """N N'b, (B or 1, t)."""
+        return (b[:, self.rows] @ self.basis) @ self.basis.mT
+
+    def disagreement(self, b: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """(how far the rows are from agreeing, relative to `sizes`, (B or 1,); the proof y of those that do not, (B or 1, m)).
+
+        sizes: (B or 1, m) of the numbers that b was made of, which may be larger than b itself.
+        """
+        here, batch = self.on(b.device), max(len(b), len(sizes))
+        apart, tiny = here._apart(b), torch.finfo(b.dtype).tiny
+        groups = here.group.expand(len(sizes), -1)
+        largest = torch.zeros_like(sizes[:, here.rows]).scatter_reduce_(1, groups, sizes[:, here.rows], "amax")
+        below = (-b[:, here.empty]).clamp(min=0.0)
+        shares = [apart.abs() / largest.gather(1, groups).clamp(min=tiny), below / sizes[:, here.empty].clamp(min=tiny)]
+        worst = torch.cat([part.expand(batch, -1) for part in shares], 1).amax(1)
+        y = torch.zeros_like(b).index_copy(1, here.rows, -apart).index_copy(1, here.empty, below)
+        return worst, y
+
+
+def _left_null(matrix: sp.csr_array) -> np.ndarray:
+    """An orthonormal basis of the vectors n with n'E = 0, (rows, k)."""
+    rows = matrix.shape[0]
+    nothing = np.zeros((rows, 0))
+    if not rows or rows > LARGE:
+        return nothing
+    size = np.sqrt(np.asarray(matrix.multiply(matrix).sum(axis=1)).ravel())
+    scale = 1 / np.where(size > 0, size, 1.0)
+    scaled = sp.csr_array(sp.diags_array(scale) @ matrix)
+    values, vectors = np.linalg.eigh((scaled @ scaled.T).toarray())
+    span = vectors[:, values < SQUARED]
+    if not span.shape[1]:
+        return nothing
+    # An eigenvector of EE' is exact to the square root of rounding alone: within their span singular vectors are exact to rounding.
+    triangle = np.linalg.qr(np.vstack([scaled.T @ span, np.zeros((span.shape[1],) * 2)]), mode="r")
+    _, small, mixing = np.linalg.svd(triangle)
+    null = span @ mixing[small <= NULL * rows**0.5].T
+    return np.linalg.qr(scale[:, None] * null)[0] if null.shape[1] else nothing
