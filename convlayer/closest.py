@@ -34,11 +34,12 @@ import torch
 from torch import Tensor
 
 from convlayer.canon import ONE, AffineMap, Canonical, CanonicalisationError, ParameterEntries, Recovery, canonicalise
+from convlayer.certificates import CERTIFICATE
 from convlayer.cone_derivative import ConeDerivative
 from convlayer.cones import Cone, Nonnegative, Product, SecondOrder, Zero
 from convlayer.declaration import Declaration
 from convlayer.derivative import known
-from convlayer.generic import CERTIFICATE, Call, Solve
+from convlayer.generic import Call, Solve
 from convlayer.gradients import Exact
 from convlayer.kkt import Visible
 from convlayer.program import Program, take_rows

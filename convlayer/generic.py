@@ -18,12 +18,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from convlayer.adjoint import Zero, adjoint, polish
+from convlayer.adjoint import SETTLED, Zero, adjoint, polish
 from convlayer.canon import Canonical
+from convlayer.certificates import infeasible, unbounded
 from convlayer.cone_derivative import WHOLE_ENTRIES, ConeDerivative
 from convlayer.elimination import Eliminated, Elimination
 from convlayer.kkt import Visible, prefers_dense
+from convlayer.phase_one import nearest
 from convlayer.program import DENSE_ENTRIES, Data, Operators, Program
+from convlayer.recession import recedes
 from convlayer.residual import Scaling, normalise, recentre
 from convlayer.smoothing import smoothed as smoothed_zero
 from convlayer.solution import Cause, Status
@@ -42,7 +45,6 @@ ROUNDING = 1e-12  # a relative disagreement below this is not worth a word
 LARGE = 1_000_000  # numbers in dense matrices of a batch from which it is worked off in pieces,
 PIECE = 500_000  # of about so many (4 MB)
 FROM_START = -1  # the attempt before the first: Newton's method from a warm start, without a solver
-CERTIFICATE = 1e-4  # relative error of a certificate of infeasibility or unboundedness, in units where x is of size one
 
 
 @dataclass(eq=False)
@@ -142,7 +144,7 @@ def _agreement(call: Call, entries: Sequence[Tensor], b: Tensor, batch: int) -> 
     if dependence is None:
         return None
     apart, y = dependence.disagreement(b, b.abs())
-    precision = max(call.precision, call.tolerance)
+    precision = _precision(call)
     if bool((apart > precision).any()):
         apart, y = dependence.disagreement(b, call.canonical.sizes_of_b(entries).to(b.device))
     if not bool((apart > ROUNDING).any()):
@@ -360,7 +362,7 @@ def _settled(call: Call, data: Data, start: tuple[Tensor, ...] | None) -> _Found
             found = _attempt(call, data, place, start)
             continue
         # What the polish could not settle may need a sharper start: a face is not told from its neighbours yet.
-        unsettled = (found.status == Status.INACCURATE) | (found.status == Status.NOT_CONVERGED)
+        unsettled = _unsettled(found.status)
         if place - 1 == FROM_START or call.attempts[place - 1].solver.at_vertex:
             # A redundant constraint looks weakly active there, and is not where the multipliers are shared out.
             unsettled = unsettled | found.degenerate
@@ -369,7 +371,12 @@ def _settled(call: Call, data: Data, start: tuple[Tensor, ...] | None) -> _Found
             break
         found = found.improved(again, _attempt(call, data.rows(again), place, None))
     assert found is not None
-    return found
+    found = _running_off(data, _with_a_feasible_point(call, data, found))
+    if call.canonical.gp and call.canonical.sign > 0:
+        # The objective's logarithm falls without end: it tends to zero.
+        status = torch.where(found.status == Status.UNBOUNDED, int(Status.UNATTAINED), found.status)
+        found = replace(found, status=status)
+    return replace(found, degenerate=found.degenerate & (found.status < Status.INFEASIBLE))
 
 
 def _attempt(call: Call, data: Data, place: int, start: tuple[Tensor, ...] | None) -> _Found:
@@ -416,7 +423,7 @@ class _Found:
 
     def improved(self, rows: Tensor, other: _Found) -> _Found:
         """With another attempt at some rows, where it did better."""
-        rank, other_rank = 2 * self.status[rows] + self.degenerate[rows], 2 * other.status + other.degenerate
+        rank, other_rank = _rank(self.status[rows], self.degenerate[rows]), _rank(other.status, other.degenerate)
         better = (other_rank < rank) | ((other_rank == rank) & (other.residual < self.residual[rows]))
         won, mine = rows[better], torch.ones_like(self.degenerate)
         mine[won] = False
@@ -428,6 +435,13 @@ class _Found:
         pieces += [replace(piece.only(better), rows=rows[piece.rows]) for piece in other.pieces]
         iterations = self.iterations.index_add(0, rows, other.iterations)
         return _Found(**kept, iterations=iterations, pieces=[piece for piece in pieces if len(piece.keep)])
+
+
+def _rank(status: Tensor, degenerate: Tensor) -> Tensor:
+    """The lower, the more is known: a proof that there is no solution is worth more than a point that is not quite one."""
+    order = (Status.SOLVED, Status.INFEASIBLE, Status.UNBOUNDED, Status.INACCURATE, Status.UNATTAINED, Status.NOT_CONVERGED, Status.BAD_INPUT)
+    places = torch.tensor([order.index(one) for one in Status], device=status.device)
+    return 2 * places[status] + degenerate
 
 
 def _attempt_in_units(
@@ -451,7 +465,7 @@ def _attempt_in_units(
     hopeless = (status == Status.INFEASIBLE) | (status == Status.UNBOUNDED)
     refine = torch.arange(rows, device=device)
     if bool(hopeless.any()) or usable is not None:
-        status = _certified(data, status, point.x, point.s, point.y)
+        status = _claims_checked(data, status, point.x, point.y, _precision(call))
         hopeless = (status == Status.INFEASIBLE) | (status == Status.UNBOUNDED)
         refine = torch.nonzero(~hopeless if usable is None else ~hopeless & usable).flatten()
     attempt = torch.full((rows,), place, device=device)
@@ -459,12 +473,13 @@ def _attempt_in_units(
     at_once = rows if data.dense else _rows_at_once(data.program, dense)
     if len(refine) == rows <= at_once:
         found = _refined(call, data, scaling, point.x, point.s, point.y, dense, visible, place)
+        status = _refuted(data, found.status, (point.y, scaling.enter(found.x, found.s, found.y)[2]), _precision(call))
         pieces = [Piece(refine, found.zero.settled(), found.scaling, refine)] if call.differentiable else []
         return _Found(
             found.x,
             found.s,
             found.y,
-            found.status,
+            status,
             point.iterations + found.zero.steps if place == FROM_START else point.iterations,
             found.zero.residual,
             found.zero.degenerate,
@@ -486,6 +501,7 @@ def _attempt_in_units(
         iterations[part] += found.zero.steps if place == FROM_START else 0
         if call.differentiable:
             pieces.append(Piece(part, found.zero.settled(), found.scaling, torch.arange(len(part), device=device)))
+    status = _refuted(data, status, (point.y, scaling.enter(x, s, y)[2]), _precision(call))
     return _Found(x, s, y, status, iterations, residual, degenerate, margin, attempt, pieces)
 
 
@@ -532,29 +548,65 @@ def _refined(
     return _Refined(*inner.leave(zero.x, zero.s, zero.y), status, zero, inner)
 
 
-def _certified(data: Data, status: Tensor, x: Tensor, s: Tensor, y: Tensor) -> Tensor:
-    """A claim of infeasibility or unboundedness stands if its certificate does; otherwise the row has merely not converged.
-
-    Infeasible:  A'y = 0, b'y < 0, y in K*: no x of moderate size is feasible.
-    Unbounded:   Px = 0, Ax + s = 0, q'x < 0, s in K: a ray along which the objective falls.
-    """
+def _claims_checked(data: Data, status: Tensor, x: Tensor, y: Tensor, precision: float) -> Tensor:
+    """A solver's claim that there is no solution stands if its certificate does; otherwise the row has merely not converged."""
     claimed = torch.nonzero((status == Status.INFEASIBLE) | (status == Status.UNBOUNDED)).flatten()
     if not len(claimed):
         return status
     part = data.rows(claimed).widen(len(claimed))
-    operators, cones = Operators(part), data.program.cones
-    x, y = x[claimed].nan_to_num(0.0), cones.project_dual(y[claimed].nan_to_num(0.0))
-    s = cones.project(-operators.A(x))
-    gain, ray_gain = -(part.b * y).sum(1), -(part.q * x).sum(1)
-    # b'y = s'y + x'A'y: the certificate excludes every x up to gain / |A'y|, which must be far beyond the data's size.
-    size = torch.where(part.b.abs() < 1e7, part.b.abs(), 0.0).sum(1).clamp(min=1.0)
-    infeasible = operators.At(y).abs().sum(1) * size <= CERTIFICATE * gain
-    error = torch.cat([operators.P(x), operators.A(x) + s], 1).abs().amax(1)
-    unbounded = error <= CERTIFICATE * ray_gain
-    proven = torch.where(status[claimed] == Status.INFEASIBLE, infeasible & (gain > 0), unbounded & (ray_gain > 0))
-    status = status.clone()
-    status[claimed[~proven]] = int(Status.NOT_CONVERGED)
+    proven = torch.where(unbounded(part, x[claimed]), int(Status.UNBOUNDED), int(Status.NOT_CONVERGED))
+    proven = torch.where(status[claimed] == Status.UNBOUNDED, proven, int(Status.NOT_CONVERGED))
+    proven = torch.where(infeasible(part, y[claimed], precision), int(Status.INFEASIBLE), proven)
+    return status.index_copy(0, claimed, proven.to(status.dtype))
+
+
+def _refuted(data: Data, status: Tensor, candidates: Sequence[Tensor], precision: float) -> Tensor:
+    """Rows that did not settle, INFEASIBLE where the multipliers they ran off with prove it."""
+    for y in candidates:
+        open_ = torch.nonzero(_unsettled(status)).flatten()
+        if not len(open_):
+            break
+        proven = infeasible(data.rows(open_).widen(len(open_)), y[open_], precision)
+        status = status.index_fill(0, open_[proven], int(Status.INFEASIBLE))
     return status
+
+
+def _with_a_feasible_point(call: Call, data: Data, found: _Found) -> _Found:
+    """Rows without a solution, looked at without their costs: they may have no feasible point.
+
+    Only with one is a row unbounded, along whose directions the objective falls; and costs hide a proof of infeasibility.
+    """
+    rows = torch.nonzero(_unsettled(found.status) | (found.status == Status.UNBOUNDED)).flatten()
+    if not len(rows):
+        return found
+    part, _ = normalise(data.rows(rows).widen(len(rows)))
+    gap, y = nearest(part)
+    doubted = (found.status[rows] == Status.UNBOUNDED) & ~(gap <= INACCURATE)
+    status = torch.where(doubted, int(Status.NOT_CONVERGED), found.status[rows])
+    status = torch.where(infeasible(part, y, _precision(call)), int(Status.INFEASIBLE), status)
+    return replace(found, status=found.status.index_copy(0, rows, status.to(found.status.dtype)))
+
+
+def _running_off(data: Data, found: _Found) -> _Found:
+    """Rows whose infimum is not attained, of those that the polish did not bring to rest."""
+    if data.program.is_polyhedral:  # there an infimum is attained
+        return found
+    restless = found.residual > SETTLED
+    rows = torch.nonzero(_unsettled(found.status) | ((found.status == Status.SOLVED) & restless)).flatten()
+    if not len(rows):
+        return found
+    part, scaling = normalise(data.rows(rows).widen(len(rows)))
+    off = recedes(part, scaling.enter(found.x[rows], found.s[rows], found.y[rows])[0])
+    return replace(found, status=found.status.index_fill(0, rows[off], int(Status.UNATTAINED)))
+
+
+def _unsettled(status: Tensor) -> Tensor:
+    return (status == Status.INACCURATE) | (status == Status.NOT_CONVERGED)
+
+
+def _precision(call: Call) -> float:
+    """Relative: what is infeasible by less is feasible to the tolerance, or to the parameters' own rounding."""
+    return max(call.precision, call.tolerance)
 
 
 def _verdict(zero: Zero, tolerance: float) -> Tensor:

@@ -1,0 +1,65 @@
+"""Whether an objective may fall, or stay as it is, for ever along a direction from any feasible point.
+
+    R = { d :  Pd = 0,  -Ad in K,  q'd <= 0 }
+
+Where R = {0} a feasible row has a solution. Where a row that does not settle runs off along R its infimum is approached, and not
+attained (Rockafellar, Convex Analysis, theorem 27.1). What is looked for is the d of R within |d| <= 1 that goes farthest the way the
+row's last point lies.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+from convlayer.cones import Nonnegative, Product, Zero
+from convlayer.program import Data, Program
+from convlayer.solution import Status
+from convlayer.solvers.clarabel import Clarabel
+from convlayer.solvers.solver import Task
+
+TOLERANCE = 1e-9
+FAR = 1e-2  # a share of the way that the last point lies, below which d is rounding
+
+
+def recedes(data: Data, x: Tensor) -> Tensor:
+    """(B,) whether R holds more than zero, as seen from x (B, n). data: normalised."""
+    host, points = data.host(), x.nan_to_num(0.0, 0.0, 0.0).cpu().numpy()
+    P, q, A = host.P_entries.numpy(), host.q.numpy(), host.A_entries.numpy()
+    rows = range(len(points))
+    found = [_recedes(data.program, P[k % len(P)], q[k % len(q)], A[k % len(A)], points[k]) for k in rows]
+    return torch.tensor(found, dtype=torch.bool, device=x.device)
+
+
+def _recedes(program: Program, P: np.ndarray, q: np.ndarray, A: np.ndarray, x: np.ndarray) -> bool:
+    n, m = program.n, program.m
+    size = np.abs(x).max(initial=0.0)
+    if not size > 0:
+        return False
+    zeros = sum(block.size for block in program.cones.blocks if block.name == "zero")
+    upper = sp.csr_array((P, (program.P_rows, program.P_cols)), shape=(n, n))
+    curved = upper + sp.triu(upper, 1).T
+    largest = abs(curved).max(axis=1).toarray().ravel() if n else np.zeros(0)
+    # A curvature that is small beside the rest of the program is none the less one: every row of P in units of its own.
+    curved = (sp.diags_array(1 / largest[largest > 0]) @ curved[largest > 0]).tocsr()
+    matrix, one = sp.csr_array((A, (program.A_rows, program.A_cols)), shape=(m, n)), sp.eye_array(n)
+    lines = [curved, matrix[:zeros], sp.csr_array(q[None] / max(np.abs(q).max(), 1.0)), one, -one, matrix[zeros:]]
+    stacked = sp.csc_array(sp.vstack(lines))
+    stacked.sort_indices()
+    cones = [c for c in program.cones.cones if c.name != "zero"]
+    form = Program(
+        n,
+        stacked.shape[0],
+        Product([Zero(curved.shape[0] + zeros), Nonnegative(1 + 2 * n), *cones]),
+        *(np.zeros(0, dtype=np.int64) for _ in "PP"),
+        stacked.indices.astype(np.int64),
+        np.repeat(np.arange(n), np.diff(stacked.indptr)),
+    )
+    right = np.zeros(form.m)
+    right[curved.shape[0] + zeros + 1 :][: 2 * n] = 1.0
+    wanted = -x / np.linalg.norm(x)
+    task = Task(form, np.zeros((1, 0)), wanted[None], stacked.data[None], right[None], TOLERANCE)
+    (iterate,) = Clarabel().solve(task)
+    return iterate.status <= Status.INACCURATE and bool(-wanted @ iterate.x > FAR)
