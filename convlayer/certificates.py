@@ -19,7 +19,7 @@ from convlayer.residual import INFINITE
 CERTIFICATE = 1e-4  # of the gain: what A'y may still be, times the size of the right-hand sides
 VANISHING = 1e-11  # share of its terms below which an entry of A'y is rounding
 SUPPORT = 1e-7  # share of the largest multiplier below which one is none
-FLAT = 1e-9  # share of |x|'|P||x| below which x'Px is rounding
+FLAT = 1e-5  # share of a row of |P| below which an entry of Px, |x| <= 1, is none
 LARGEST = 2000  # unknowns or rows of the support beyond which y is taken as it is
 TURNS = 3  # of making A'y zero and of going back into the cone
 
@@ -78,6 +78,7 @@ def unbounded(data: Data, x: Tensor) -> Tensor:
     s = data.program.cones.project(-image)
     gain = -(data.q * x).sum(1)
     error = torch.cat([operators.P(x), image + s], 1).abs().amax(1)
-    # A curvature that is small beside the rest of the program is none the less one.
-    curvature = (x * operators.P(x)).sum(1) <= FLAT * (x.abs() * _absolute(data).P(x.abs())).sum(1)
-    return (gain > 0) & (error <= CERTIFICATE * gain) & curvature
+    # A curvature that is small beside the rest of the program is none the less one: each row of P in units of its own.
+    rows = _absolute(data).P(torch.ones_like(x))
+    curved = (operators.P(x).abs() > FLAT * rows * x.abs().amax(1, keepdim=True)).any(1) if x.shape[1] else gain > 0
+    return (gain > 0) & (error <= CERTIFICATE * gain) & ~curved

@@ -122,7 +122,7 @@ def test_a_small_curvature_is_none_the_less_one():
 
 def test_a_proof_is_worth_more_than_a_point_that_is_not_quite_a_solution():
     """The row's neighbours keep what they have."""
-    objective, constraints, g, x = _box()
+    objective, constraints, g, x = _floors_and_a_total()
     layer = ConvexLayer(cp.Problem(objective, constraints), [g], [x], on_failure="nan")
     t = torch.tensor([1e-4, -1e-4, 1e-6], dtype=D, requires_grad=True)
     solution = layer.solve(t)
