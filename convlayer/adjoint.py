@@ -19,9 +19,10 @@ from torch import Tensor
 from convlayer.cones import ProductSpectrum
 from convlayer.kkt import DenseSystem, SparseSystem, Visible, factorise
 from convlayer.program import Operators, Program, take_rows
-from convlayer.residual import residual
+from convlayer.residual import Sizes, largest_of_part, relative_size, residual, term_sizes
 
 TARGET = 1e-13  # relative residual at which polish has nothing left to do
+ROUNDING = 2e-16  # of an entry of the residual, relative to the terms that it is the sum of
 REUSE = 1e-3  # a factor serves another step while every row's residual falls to this share
 STEPS = 20  # of Newton, at most
 PATIENCE = 4  # steps without a new best before a row gives up
@@ -90,11 +91,12 @@ class ResidualPoint:
     F2: Tensor
     size: Tensor  # (B,) relative residual
     spectrum: ProductSpectrum
+    sizes: Sizes  # that it is relative to: those of the terms where the polish began
 
     def rows(self, index: Tensor) -> ResidualPoint:
         """The points of some rows."""
         parts = {name: getattr(self, name)[index] for name in ResidualPoint.TENSORS}
-        return ResidualPoint(**parts, spectrum=self.spectrum.index_select(index))
+        return ResidualPoint(**parts, spectrum=self.spectrum.index_select(index), sizes=self.sizes.rows(index))
 
     def put(self, index: Tensor, other: ResidualPoint) -> ResidualPoint:
         """These points, with those of some rows replaced."""
@@ -104,15 +106,16 @@ class ResidualPoint:
             for (where, basis), (_, basis_new) in zip(self.spectrum.bases, other.spectrum.bases, strict=True)
         ]
         values = self.spectrum.values.index_copy(0, index, other.spectrum.values)
-        return ResidualPoint(**parts, spectrum=ProductSpectrum(values, bases))
+        return ResidualPoint(**parts, spectrum=ProductSpectrum(values, bases), sizes=self.sizes)
 
     @classmethod
-    def at(cls, operators: Operators, x: Tensor, v: Tensor) -> ResidualPoint:
+    def at(cls, operators: Operators, x: Tensor, v: Tensor, sizes: Sizes | None = None) -> ResidualPoint:
         y, s, spectrum = operators.data.program.cones.linearise_dual(v, KINK)
-        return cls(x, v, y, s, *residual(operators, x, s, y), spectrum)
+        sizes = term_sizes(operators, x, s, y) if sizes is None else sizes
+        return cls(x, v, y, s, *residual(operators, x, s, y, sizes), spectrum, sizes)
 
     @classmethod
-    def inside(cls, operators: Operators, x: Tensor, s: Tensor, y: Tensor) -> ResidualPoint:
+    def inside(cls, operators: Operators, x: Tensor, s: Tensor, y: Tensor, sizes: Sizes) -> ResidualPoint:
         """With s and y of the inequalities as they are, both positive: D = y / (y + s) there, as on a central path."""
         program = operators.data.program
         v = y - s
@@ -120,7 +123,8 @@ class ResidualPoint:
         rows = program.on(x.device)["inequalities"]
         y, s = torch.where(rows, y, y_edge), torch.where(rows, s, s_edge)
         values = torch.where(rows, y / (y + s), spectrum.values)
-        return cls(x, v, y, s, *residual(operators, x, s, y), ProductSpectrum(values, spectrum.bases))
+        spectrum = ProductSpectrum(values, spectrum.bases)
+        return cls(x, v, y, s, *residual(operators, x, s, y, sizes), spectrum, sizes)
 
 
 def polish(
@@ -155,8 +159,11 @@ def polish(
     if factor is None or not bool(((factor[1].spectrum.values > 0) == (best.spectrum.values > 0)).all()):
         factor = factorise(operators, best.spectrum, visible, units), best
     system = factor[0]
-    dx, _ = newton(operators, best.spectrum, system, best.F1, best.F2)
-    error = (dx * visible.x).abs().amax(1) / best.x.abs().amax(1).clamp(min=1e-3)
+    # One more Newton step, from a residual of which no more is known than rounding leaves: how far the solution may yet move.
+    sizes = term_sizes(operators, best.x, best.s, best.y)
+    F1, F2 = (F + ROUNDING * size * _signs(size) for F, size in zip((best.F1, best.F2), sizes, strict=True))
+    dx, _ = newton(operators, best.spectrum, system, F1, F2)
+    error = _relative_step(operators.data.program, dx, best.x, visible)
     pivot = system.smallest if isinstance(system, DenseSystem) else None
     last = system if _same(factor[1], best) else None
     margin = operators.data.program.cones.margin(best.v, best.s)
@@ -166,7 +173,7 @@ def polish(
         best.x,
         best.s,
         best.y,
-        best.size,
+        relative_size(best.F1, best.F2, sizes),
         best.spectrum,
         error,
         margin,
@@ -179,6 +186,19 @@ def polish(
     )
 
 
+def _signs(like: Tensor) -> Tensor:
+    """(k,) of no pattern, the same for every row of a batch."""
+    generator = torch.Generator().manual_seed(0)
+    return (2 * torch.randint(2, like.shape[1:], generator=generator) - 1).to(like)
+
+
+def _relative_step(program: Program, dx: Tensor, x: Tensor, visible: Visible) -> Tensor:
+    """(B,) the largest step that is seen, relative to the x of its part of the program."""
+    if not x.shape[1]:
+        return x.new_zeros(len(x))
+    return ((dx * visible.x).abs() / largest_of_part(x.abs(), "part_of_x", program).clamp(min=1e-3)).amax(1)
+
+
 def _follow(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visible, units: Tensor | None) -> ResidualPoint:
     """Primal-dual interior-point steps from a solver's point, towards y s = 0 for every inequality.
 
@@ -187,7 +207,8 @@ def _follow(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visi
     """
     rows = operators.data.program.on(x.device)["inequalities"]
     y, s = (torch.where(rows, part.clamp(min=FLOOR), part) for part in (y, s))
-    point = ResidualPoint.inside(operators, x, s, y)
+    sizes = term_sizes(operators, x, s, y)
+    point = ResidualPoint.inside(operators, x, s, y, sizes)
     for _ in range(PATH):
         product = torch.where(rows, point.y * point.s, 0.0)
         if bool((product.amax(1) <= FLOOR).all()):
@@ -201,7 +222,7 @@ def _follow(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visi
         ratio = torch.maximum(torch.where(rows, -dy / point.y, 0.0), torch.where(rows, -ds / point.s, 0.0)).amax(1)
         length = (0.99 / ratio.clamp(min=0.99)).nan_to_num(0.0).unsqueeze(1)
         dx, dy, ds = (step.nan_to_num(0.0) * length for step in (dx, dy, ds))
-        point = ResidualPoint.inside(operators, point.x + dx, point.s + ds, point.y + dy)
+        point = ResidualPoint.inside(operators, point.x + dx, point.s + ds, point.y + dy, sizes)
     return ResidualPoint.at(operators, point.x, point.v)
 
 
@@ -231,7 +252,7 @@ def _settle(
             system = factorise(part, now.spectrum, visible, units_of(units, rows))
         steps[rows] += 1
         dx, dv = newton(part, now.spectrum, system, now.F1, now.F2)
-        new = ResidualPoint.at(part, now.x + dx, now.v + dv)
+        new = ResidualPoint.at(part, now.x + dx, now.v + dv, now.sizes)
         old = best.size[rows]
         better, settled = new.size < old, (old < SETTLED) & (new.size > 0.1 * old)
         gains = bool((new.size <= torch.clamp(REUSE * old, min=TARGET)).all())

@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+import scipy.sparse as sp
 import torch
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from convlayer.cones import Product
@@ -70,6 +72,8 @@ class Program:
                 "inequalities": self.inequalities,
                 "elementwise": self.elementwise,
                 "scale_group": self.scale_group,
+                "part_of_x": self.parts[0],
+                "part_of_y": self.parts[1],
             }
             self._on[device] = {name: part.to(device) for name, part in {**self.indices, **masks}.items()}
         return self._on[device]
@@ -117,6 +121,19 @@ class Program:
     def elementwise(self) -> Tensor:
         """(m,) rows that take a scale of their own."""
         return torch.bincount(self.scale_group, minlength=self.m)[self.scale_group] == 1
+
+    @cached_property
+    def parts(self) -> tuple[Tensor, Tensor, int]:
+        """The part of each variable (n,) and row (m,), and how many there are: nothing couples one part to another."""
+        cone = self.scale_group.numpy()
+        left = np.concatenate([self.A_cols, self.P_rows, self.n + np.arange(self.m)])
+        right = np.concatenate([self.n + self.A_rows, self.P_cols, self.n + cone])
+        size = self.n + self.m
+        count, part = connected_components(
+            sp.csr_array((np.ones(len(left), dtype=np.int8), (left, right)), shape=(size, size)), directed=False
+        )
+        part = torch.from_numpy(part.astype(np.int64))
+        return part[: self.n], part[self.n :], count
 
     @property
     def nnz(self) -> int:
@@ -207,6 +224,12 @@ class Operators:
                 take_rows(values, index, 1) for values in (self.P_values, self.A_values)
             )
         return chosen
+
+    @cached_property
+    def absolute(self) -> Operators:
+        """Of |P| and |A|."""
+        data = self.data
+        return Operators(replace(data, P=data.P.abs(), A=data.A.abs()))
 
     def P(self, x: Tensor) -> Tensor:
         if not len(self.data.program.P_rows):

@@ -10,13 +10,16 @@ y and s lie in their cones and are complementary by construction, so |F| alone c
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from convlayer.program import Data, Operators, take_rows
+from convlayer.program import Data, Operators, Program, take_rows
 
 INFINITE = 1e15  # an inequality's right-hand side beyond this (A having size one) is no bound
+FAINTEST = 1e-6  # share of the largest that an entry's terms count for at least
+FARTHEST = 1e3  # an entry of x, s or y beyond this, in units where they are of size one, is measured as this
 BALANCED = 1e3  # columns of the row-normalised matrix within this factor of each other need no scaling
 
 
@@ -177,18 +180,61 @@ def recentre(data: Data, scaling: Scaling, x: Tensor, y: Tensor) -> tuple[Data, 
     return rescale(data, rho, tau), replace(scaling, rho=scaling.rho * rho, tau=scaling.tau * tau)
 
 
-def residual(operators: Operators, x: Tensor, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(F1 (B, n), F2 (B, m), relative size (B,)).
+class Sizes(NamedTuple):
+    """What each entry of F is measured against: the sizes of the terms that it is the sum of."""
 
-    Each entry is measured against its right-hand side and the size of x or y (A having entries of size one), so that a large
-    cost or bound hides no other row's error. In `recentre`'s units x and y are of size one: an iterate that is larger is far
-    off any scale of the problem, and gains nothing by it.
+    dual: Tensor  # (B, n)
+    primal: Tensor  # (B, m)
+
+    def rows(self, index: Tensor) -> Sizes:
+        return Sizes(self.dual[index], self.primal[index])
+
+
+def term_sizes(operators: Operators, x: Tensor, s: Tensor, y: Tensor, farthest: float = FARTHEST) -> Sizes:
+    """|q| + |P||x| + |A|'|y|  and  |b| + |A||x| + |s|, entry by entry, the same within a cone that is not elementwise.
+
+    A large cost or bound hides no other row's error so. An entry counts for at least a share of the largest one of its part of the
+    program, whose rounding it may hold. In `recentre`'s units x and y are of size one: an iterate that is larger is far off any
+    scale of the problem, and gains nothing by it.
     """
+    data, program, absolute = operators.data, operators.data.program, operators.absolute
+    bounded = [part.abs().clamp(max=farthest) for part in (x, s, y)]
+    dual = data.q.abs() + absolute.P(bounded[0]) + absolute.At(bounded[2])
+    primal = data.b.abs() + absolute.A(bounded[0]) + bounded[1]
+    index = program.on(x.device)
+    if not program.is_elementwise:
+        primal = _in_groups(primal, index["scale_group"], program.m)
+    faint = (FAINTEST * largest_of_part(sizes, part, program) for sizes, part in ((dual, "part_of_x"), (primal, "part_of_y")))
+    return Sizes(*(sizes + least for sizes, least in zip((dual, primal), faint, strict=True)))
+
+
+def largest_of_part(sizes: Tensor, part: str, program: Program) -> Tensor:
+    """The largest in each entry's own part of the program, (B, k), or (B, 1) where it has one part."""
+    if program.parts[2] <= 1:
+        return _largest(sizes)
+    return _in_groups(sizes, program.on(sizes.device)[part], program.parts[2])
+
+
+def _in_groups(sizes: Tensor, group: Tensor, count: int) -> Tensor:
+    """(B, k) the largest of each entry's group."""
+    index = group.expand(len(sizes), -1)
+    return sizes.new_zeros(len(sizes), count).scatter_reduce_(1, index, sizes, "amax").gather(1, index)
+
+
+def residual(
+    operators: Operators, x: Tensor, s: Tensor, y: Tensor, sizes: Sizes
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(F1 (B, n), F2 (B, m), relative size (B,))."""
     data = operators.data
     F1, F2 = operators.P(x) + data.q + operators.At(y), operators.A(x) + s - data.b
-    dual = F1.abs() / (data.q.abs() + _largest(y).clamp(1e-6, 1.0))
-    primal = F2.abs() / (data.b.abs() + _largest(x).clamp(1e-6, 1.0))
-    return F1, F2, torch.maximum(_largest(dual), _largest(primal)).squeeze(1)
+    return F1, F2, relative_size(F1, F2, sizes)
+
+
+def relative_size(F1: Tensor, F2: Tensor, sizes: Sizes) -> Tensor:
+    """(B,) the largest entry relative to its size."""
+    tiny = torch.finfo(F1.dtype).tiny
+    parts = F1.abs() / sizes.dual.clamp(min=tiny), F2.abs() / sizes.primal.clamp(min=tiny)
+    return torch.maximum(_largest(parts[0]), _largest(parts[1])).squeeze(1)
 
 
 def _largest(values: Tensor) -> Tensor:
