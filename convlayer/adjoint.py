@@ -19,10 +19,9 @@ from torch import Tensor
 from convlayer.cones import ProductSpectrum
 from convlayer.kkt import DenseSystem, SparseSystem, Visible, factorise
 from convlayer.program import Operators, Program, take_rows
-from convlayer.residual import Sizes, largest_of_part, relative_size, residual, term_sizes
+from convlayer.residual import JUDGING, WORKING, Sizes, largest_of_part, relative_size, residual, rounding, term_sizes
 
 TARGET = 1e-13  # relative residual at which polish has nothing left to do
-ROUNDING = 2e-16  # of an entry of the residual, relative to the terms that it is the sum of
 REUSE = 1e-3  # a factor serves another step while every row's residual falls to this share
 STEPS = 20  # of Newton, at most
 PATIENCE = 4  # steps without a new best before a row gives up
@@ -111,7 +110,7 @@ class ResidualPoint:
     @classmethod
     def at(cls, operators: Operators, x: Tensor, v: Tensor, sizes: Sizes | None = None) -> ResidualPoint:
         y, s, spectrum = operators.data.program.cones.linearise_dual(v, KINK)
-        sizes = term_sizes(operators, x, s, y) if sizes is None else sizes
+        sizes = term_sizes(operators, x, s, y, WORKING) if sizes is None else sizes
         return cls(x, v, y, s, *residual(operators, x, s, y, sizes), spectrum, sizes)
 
     @classmethod
@@ -160,8 +159,9 @@ def polish(
         factor = factorise(operators, best.spectrum, visible, units), best
     system = factor[0]
     # One more Newton step, from a residual of which no more is known than rounding leaves: how far the solution may yet move.
-    sizes = term_sizes(operators, best.x, best.s, best.y)
-    F1, F2 = (F + ROUNDING * size * _signs(size) for F, size in zip((best.F1, best.F2), sizes, strict=True))
+    sizes = term_sizes(operators, best.x, best.s, best.y, JUDGING)
+    unsure = rounding(operators, best.v, sizes)
+    F1, F2 = (F + part * _signs(part) for F, part in zip((best.F1, best.F2), unsure, strict=True))
     dx, _ = newton(operators, best.spectrum, system, F1, F2)
     error = _relative_step(operators.data.program, dx, best.x, visible)
     pivot = system.smallest if isinstance(system, DenseSystem) else None
@@ -193,10 +193,11 @@ def _signs(like: Tensor) -> Tensor:
 
 
 def _relative_step(program: Program, dx: Tensor, x: Tensor, visible: Visible) -> Tensor:
-    """(B,) the largest step that is seen, relative to the x of its part of the program."""
+    """(B,) the largest step that is seen, relative to what is seen of x in its part of the program."""
     if not x.shape[1]:
         return x.new_zeros(len(x))
-    return ((dx * visible.x).abs() / largest_of_part(x.abs(), "part_of_x", program).clamp(min=1e-3)).amax(1)
+    seen, step = (x * visible.x).abs(), (dx * visible.x).abs()
+    return (step / largest_of_part(seen, "part_of_x", program).clamp(min=1e-3)).amax(1)
 
 
 def _follow(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visible, units: Tensor | None) -> ResidualPoint:
@@ -207,7 +208,7 @@ def _follow(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visi
     """
     rows = operators.data.program.on(x.device)["inequalities"]
     y, s = (torch.where(rows, part.clamp(min=FLOOR), part) for part in (y, s))
-    sizes = term_sizes(operators, x, s, y)
+    sizes = term_sizes(operators, x, s, y, WORKING)
     point = ResidualPoint.inside(operators, x, s, y, sizes)
     for _ in range(PATH):
         product = torch.where(rows, point.y * point.s, 0.0)

@@ -40,6 +40,7 @@ MEANINGLESS = 1e-2  # above this it is no solution at all
 NEGLIGIBLE = 1e-6  # weight of a term that only chooses among solutions
 NOTHING = 1e-10  # a derivative below this, relative to solution and costs, is zero
 RUNAWAY = 1e6  # nor is an x that many times the size which the data suggest solved: it may be on its way to infinity
+BEYOND = 100 * math.log(10.0)  # of a unit's logarithm: beyond it products overflow
 SQUARED = 1e-7  # a pivot below this, and a row is not trusted to the program without its auxiliary variables
 ROUNDING = 1e-12  # a relative disagreement below this is not worth a word
 LARGE = 1_000_000  # numbers in dense matrices of a batch from which it is worked off in pieces,
@@ -528,11 +529,12 @@ def _refined(
     place: int,
 ) -> _Refined:
     outer = scaling
-    data, inner = recentre(data, scaling, x, y)
+    data, inner = recentre(data, scaling, x, y, visible.x)
     started = inner.enter(*outer.leave(x, s, y))
     zero = polish(Operators(data, dense), *started, visible, inner.c, nearby=place != FROM_START)
     status = _verdict(zero, call.tolerance)
-    size = (zero.x * (outer.rho / inner.rho)).abs().amax(1) if zero.x.shape[1] else zero.residual.new_zeros(len(zero.x))
+    seen = zero.x * visible.x * (outer.rho / inner.rho)
+    size = seen.abs().amax(1) if zero.x.shape[1] else zero.residual.new_zeros(len(zero.x))
     if not data.program.is_polyhedral:  # there an infimum is attained
         for bound, verdict in ((RUNAWAY, Status.INACCURATE), (RUNAWAY**1.5, Status.NOT_CONVERGED)):
             status = torch.where((size > bound) & (status < verdict), int(verdict), status)
@@ -542,6 +544,9 @@ def _refined(
     if call.selected:
         # Where the pivots are no larger than the term that selects, it does: the solution is one of many.
         zero.flagged = zero.flagged | (zero.system.smallest <= 10 * NEGLIGIBLE)
+    # Numbers of this size overflow when they are multiplied.
+    lost = ((inner.rho.log().abs() > BEYOND) | (inner.tau.log().abs() > BEYOND)).any(1)
+    status = torch.where(lost, int(Status.NOT_CONVERGED), status)
     if inner.unbounded is not None:
         # A bound that was taken for infinite and is active after all: this is not the solution.
         status = torch.where((inner.unbounded & (zero.y > 0)).any(1), int(Status.NOT_CONVERGED), status)

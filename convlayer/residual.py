@@ -18,9 +18,20 @@ from torch import Tensor
 from convlayer.program import Data, Operators, Program, take_rows
 
 INFINITE = 1e15  # an inequality's right-hand side beyond this (A having size one) is no bound
-FAINTEST = 1e-6  # share of the largest that an entry's terms count for at least
 FARTHEST = 1e3  # an entry of x, s or y beyond this, in units where they are of size one, is measured as this
+ROUNDING = 2e-16  # of a sum, relative to its terms
 BALANCED = 1e3  # columns of the row-normalised matrix within this factor of each other need no scaling
+
+
+class Faint(NamedTuple):
+    """The share of the largest terms for which an entry's own count at least."""
+
+    within: float  # of those of its own part of the program
+    apart: float  # of all, or of one, where that is larger
+
+
+WORKING = Faint(1e-3, 1e-6)  # where rounding is to count for nothing
+JUDGING = Faint(1e-6, 1e-8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,8 +175,10 @@ def rescale(data: Data, rho: Tensor, tau: Tensor) -> Data:
     return replace(data, P=P, q=data.q * tau, b=data.b * rho)
 
 
-def recentre(data: Data, scaling: Scaling, x: Tensor, y: Tensor) -> tuple[Data, Scaling]:
+def recentre(data: Data, scaling: Scaling, x: Tensor, y: Tensor, seen: Tensor | None = None) -> tuple[Data, Scaling]:
     """Units in which a point found in `data`'s units has |x| and |y| near one: there v = y - s tells active from inactive best.
+
+    seen: (n,) the variables by whose size that of x is told, all by default: an auxiliary one may be free to be as large as it likes.
 
     Where x or y is all but zero, the right-hand side or the objective sets the unit, so that noise does not become of size one;
     where it is absurdly large, it stays so.
@@ -173,7 +186,8 @@ def recentre(data: Data, scaling: Scaling, x: Tensor, y: Tensor) -> tuple[Data, 
     q, P = _largest(data.q), _largest(data.P.flatten(1))
     # What x would be by the objective alone, if that is less than the right-hand side's 1.
     least = torch.where((q > 0) & (P > 0), (q / P.clamp(min=torch.finfo(P.dtype).tiny)).clamp(1e-6, 1.0), 1e-2)
-    size = torch.maximum(_largest(x).clamp(max=1e8), least)
+    felt = x if seen is None or not bool(seen.any()) else x * seen
+    size = torch.maximum(_largest(felt).clamp(max=1e8), least)
     rho = 1 / size
     natural = torch.maximum(q, P * size)
     tau = _reciprocal(torch.maximum(_largest(y).clamp(max=1e8), natural))
@@ -190,11 +204,13 @@ class Sizes(NamedTuple):
         return Sizes(self.dual[index], self.primal[index])
 
 
-def term_sizes(operators: Operators, x: Tensor, s: Tensor, y: Tensor, farthest: float = FARTHEST) -> Sizes:
+def term_sizes(
+    operators: Operators, x: Tensor, s: Tensor, y: Tensor, faint: Faint, farthest: float = FARTHEST
+) -> Sizes:
     """|q| + |P||x| + |A|'|y|  and  |b| + |A||x| + |s|, entry by entry, the same within a cone that is not elementwise.
 
-    A large cost or bound hides no other row's error so. An entry counts for at least a share of the largest one of its part of the
-    program, whose rounding it may hold. In `recentre`'s units x and y are of size one: an iterate that is larger is far off any
+    A large cost or bound hides no other row's error so. An entry counts for at least a share, `faint`, of the largest one of its part
+    of the program, whose rounding it may hold. In `recentre`'s units x and y are of size one: an iterate that is larger is far off any
     scale of the problem, and gains nothing by it.
     """
     data, program, absolute = operators.data, operators.data.program, operators.absolute
@@ -204,8 +220,16 @@ def term_sizes(operators: Operators, x: Tensor, s: Tensor, y: Tensor, farthest: 
     index = program.on(x.device)
     if not program.is_elementwise:
         primal = _in_groups(primal, index["scale_group"], program.m)
-    faint = (FAINTEST * largest_of_part(sizes, part, program) for sizes, part in ((dual, "part_of_x"), (primal, "part_of_y")))
-    return Sizes(*(sizes + least for sizes, least in zip((dual, primal), faint, strict=True)))
+    natural = dual
+    if len(program.P_rows):  # an x that is zero beside others of size one is so to their rounding
+        natural = dual + absolute.P(largest_of_part(bounded[0], "part_of_x", program).expand_as(dual))
+    parts = (dual, natural, "part_of_x"), (primal, primal, "part_of_y")
+    return Sizes(*(_with_faint(*part, program, faint) for part in parts))
+
+
+def _with_faint(sizes: Tensor, natural: Tensor, part: str, program: Program, faint: Faint) -> Tensor:
+    least = faint.within * largest_of_part(natural, part, program)
+    return sizes + torch.maximum(least, faint.apart * _largest(natural).clamp(min=1.0))
 
 
 def largest_of_part(sizes: Tensor, part: str, program: Program) -> Tensor:
@@ -219,6 +243,16 @@ def _in_groups(sizes: Tensor, group: Tensor, count: int) -> Tensor:
     """(B, k) the largest of each entry's group."""
     index = group.expand(len(sizes), -1)
     return sizes.new_zeros(len(sizes), count).scatter_reduce_(1, index, sizes, "amax").gather(1, index)
+
+
+def rounding(operators: Operators, v: Tensor, sizes: Sizes) -> Sizes:
+    """How large the rounding in each entry of F is: that of its terms, and of y and s, which hold v's own in a curved cone."""
+    program = operators.data.program
+    if program.is_elementwise:
+        return Sizes(*(ROUNDING * part for part in sizes))
+    index = program.on(v.device)
+    in_cones = torch.where(index["elementwise"], 0.0, _in_groups(v.abs(), index["scale_group"], program.m))
+    return Sizes(ROUNDING * (sizes.dual + operators.absolute.At(in_cones)), ROUNDING * (sizes.primal + in_cones))
 
 
 def residual(

@@ -22,7 +22,7 @@ from torch import Tensor
 from convlayer.adjoint import TARGET, ResidualPoint, Zero, newton, units_of
 from convlayer.kkt import DenseSystem, Visible, factorise
 from convlayer.program import Operators, Program
-from convlayer.residual import residual, term_sizes
+from convlayer.residual import WORKING, residual, term_sizes
 
 STEPS = 50  # of Newton, at most; fewer than ten are usual
 HALVINGS = 30  # of a step
@@ -82,7 +82,7 @@ def smoothed(
 def _at(operators: Operators, x: Tensor, v: Tensor, kappa: float) -> ResidualPoint:
     y, s, spectrum = operators.data.program.cones.smooth_dual(v, v.new_tensor(kappa))
     # Where kappa is large or the feasible set thin, x and y are larger than the units say.
-    sizes = term_sizes(operators, x, s, y, farthest=math.inf)
+    sizes = term_sizes(operators, x, s, y, WORKING, farthest=math.inf)
     return ResidualPoint(x, v, y, s, *residual(operators, x, s, y, sizes), spectrum, sizes)
 
 

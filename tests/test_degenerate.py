@@ -408,6 +408,7 @@ def test_an_active_set_that_newton_cannot_settle_is_settled_by_the_central_path(
     values = torch.randn(8, n, generator=generator, dtype=torch.float64), torch.rand(8, n, generator=generator, dtype=torch.float64) / 2
     with monkeypatch.context() as patch:
         patch.setattr(convlayer.adjoint, "PATH", 0)
+        patch.setattr(convlayer.adjoint, "STEPS", 6)
         assert (layer.solve(*values).status != Status.SOLVED).any(), "the case is too easy"
     solution = layer.solve(*values)
     assert (solution.status == Status.SOLVED).all()
