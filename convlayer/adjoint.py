@@ -160,7 +160,7 @@ def polish(
     system = factor[0]
     # One more Newton step, from a residual of which no more is known than rounding leaves: how far the solution may yet move.
     sizes = term_sizes(operators, best.x, best.s, best.y, JUDGING)
-    unsure = rounding(operators, best.v, sizes)
+    unsure = rounding(operators, best.s, best.y, sizes)
     F1, F2 = (F + part * _signs(part) for F, part in zip((best.F1, best.F2), unsure, strict=True))
     dx, _ = newton(operators, best.spectrum, system, F1, F2)
     error = _relative_step(operators.data.program, dx, best.x, visible)

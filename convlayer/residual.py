@@ -245,14 +245,18 @@ def _in_groups(sizes: Tensor, group: Tensor, count: int) -> Tensor:
     return sizes.new_zeros(len(sizes), count).scatter_reduce_(1, index, sizes, "amax").gather(1, index)
 
 
-def rounding(operators: Operators, v: Tensor, sizes: Sizes) -> Sizes:
-    """How large the rounding in each entry of F is: that of its terms, and of y and s, which hold v's own in a curved cone."""
+def rounding(operators: Operators, s: Tensor, y: Tensor, sizes: Sizes) -> Sizes:
+    """How large the rounding in each entry of F is: that of its terms, and of y and s, which hold v's own in a curved cone.
+
+    Away from the boundary of its cone one of them is v, and the other exactly zero.
+    """
     program = operators.data.program
     if program.is_elementwise:
         return Sizes(*(ROUNDING * part for part in sizes))
-    index = program.on(v.device)
-    in_cones = torch.where(index["elementwise"], 0.0, _in_groups(v.abs(), index["scale_group"], program.m))
-    return Sizes(ROUNDING * (sizes.dual + operators.absolute.At(in_cones)), ROUNDING * (sizes.primal + in_cones))
+    index = program.on(s.device)
+    left, right = (_in_groups(part.abs(), index["scale_group"], program.m) for part in (s, y))
+    edge = torch.where(index["elementwise"] | (left == 0) | (right == 0), 0.0, torch.maximum(left, right))
+    return Sizes(ROUNDING * (sizes.dual + operators.absolute.At(edge)), ROUNDING * (sizes.primal + edge))
 
 
 def residual(
