@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -21,6 +22,15 @@ from torch import Tensor
 from convlayer.cones import Product
 
 DENSE_ENTRIES = 4_000_000  # dense copies of P and A may take this many numbers at a time (32 MB)
+
+
+class Logarithms(NamedTuple):
+    """Cones (r, 1, t), t >= exp(r), and what a change of t's units moves with it: t k >= exp(r + log k)."""
+
+    first: Tensor  # (k,) the row of r; those of 1 and t follow
+    group: Tensor  # (n,) variables that share a cone, and so a unit, have the same number
+    seen: Tensor  # (n,) bool, those of a group of which one stands in a t
+    valued: Tensor  # (n,) bool, the others that stand in an r
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +144,28 @@ class Program:
         )
         part = torch.from_numpy(part.astype(np.int64))
         return part[: self.n], part[self.n :], count
+
+    @cached_property
+    def logarithms(self) -> Logarithms | None:
+        """Its exponential cones whose second row holds no variable; None: it has none."""
+        filled = np.zeros(self.m, dtype=bool)
+        filled[self.A_rows] = True
+        starts = [b.start for b in self.cones.blocks if b.name == "exponential" and not filled[b.start + 1]]
+        if not starts:
+            return None
+        first = np.array(starts)
+        free = self.elementwise.numpy().copy()
+        free[first], free[first + 2] = True, True
+        tied = ~free[self.A_rows]
+        left, right = self.A_cols[tied], self.n + self.scale_group.numpy()[self.A_rows[tied]]
+        size = self.n + self.m
+        _, group = connected_components(sp.csr_array((np.ones(len(left)), (left, right)), shape=(size, size)), directed=False)
+        group = np.unique(group[: self.n], return_inverse=True)[1].astype(np.int64)
+        inside, outside = (np.isin(self.A_rows, first + offset) for offset in (2, 0))
+        seen, valued = np.zeros(self.n, dtype=bool), np.zeros(self.n, dtype=bool)
+        seen[np.isin(group, group[self.A_cols[inside]])] = True
+        valued[self.A_cols[outside]] = True
+        return Logarithms(*(torch.from_numpy(part) for part in (first, group, seen, valued & ~seen)))
 
     @property
     def nnz(self) -> int:

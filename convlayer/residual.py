@@ -20,6 +20,7 @@ from convlayer.program import Data, Operators, Program, take_rows
 INFINITE = 1e15  # an inequality's right-hand side beyond this (A having size one) is no bound
 FARTHEST = 1e3  # an entry of x, s or y beyond this, in units where they are of size one, is measured as this
 ROUNDING = 2e-16  # of a sum, relative to its terms
+MILD = 1e2  # units within this factor of one are left as they are
 BALANCED = 1e3  # columns of the row-normalised matrix within this factor of each other need no scaling
 
 
@@ -35,14 +36,34 @@ JUDGING = Faint(1e-6, 1e-8)
 
 
 @dataclass(frozen=True, eq=False)
+class Shear:
+    """Units of the t of cones (r, 1, t), t >= exp(r): with t' = k t,  r' = r + a,  a = log k,  which is linear in the cone's rows."""
+
+    first: Tensor  # (k,) the rows of r
+    a: Tensor  # (B or 1, k)
+
+    def rows(self, index: Tensor) -> Shear:
+        return Shear(self.first, take_rows(self.a, index))
+
+    def slack(self, s: Tensor, sign: float) -> Tensor:
+        """r + a times the second row; taken off again with sign -1."""
+        return s.index_add(1, self.first, sign * self.a * s[:, self.first + 1])
+
+    def dual(self, y: Tensor, sign: float) -> Tensor:
+        """What keeps y's: the second row less a times the first; put back with sign -1."""
+        return y.index_add(1, self.first + 1, -sign * self.a * y[:, self.first])
+
+
+@dataclass(frozen=True, eq=False)
 class Scaling:
     """A change of units, row by row of the batch: x' = rho x / c, s' = rho e s, y' = tau y / e, so A' = e A c."""
 
     c: Tensor | None  # (B or 1, n) one for each column of A, None for ones
-    e: Tensor  # (B or 1, m) one for each row of A; equal within a cone that is not elementwise
+    e: Tensor  # (B or 1, m) one for each row of A; equal within a cone that is not elementwise, or sheared
     rho: Tensor  # (B, 1)
     tau: Tensor  # (B, 1)
     unbounded: Tensor | None  # (B, m) inequalities whose right-hand side was as good as infinite, and was cut
+    shear: Shear | None = None
 
     def rows(self, index: Tensor) -> Scaling:
         return Scaling(
@@ -51,30 +72,46 @@ class Scaling:
             self.rho[index],
             self.tau[index],
             None if self.unbounded is None else self.unbounded[index],
+            None if self.shear is None else self.shear.rows(index),
         )
 
     def enter(self, x: Tensor, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return (x if self.c is None else x / self.c) * self.rho, s * (self.rho * self.e), y * (self.tau / self.e)
+        x, s, y = (x if self.c is None else x / self.c) * self.rho, s * (self.rho * self.e), y * (self.tau / self.e)
+        return (x, s, y) if self.shear is None else (x, self.shear.slack(s, 1.0), self.shear.dual(y, 1.0))
 
     def leave(self, x: Tensor, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.shear is not None:
+            s, y = self.shear.slack(s, -1.0), self.shear.dual(y, -1.0)
         return (x if self.c is None else x * self.c) / self.rho, s / (self.rho * self.e), y * (self.e / self.tau)
 
     def enter_cotangents(self, x_bar: Tensor, y_bar: Tensor) -> tuple[Tensor, Tensor]:
-        return (x_bar if self.c is None else x_bar * self.c) / self.rho, y_bar * (self.e / self.tau)
+        y_bar = y_bar * (self.e / self.tau)
+        return (x_bar if self.c is None else x_bar * self.c) / self.rho, (
+            y_bar if self.shear is None else self.shear.slack(y_bar, 1.0)
+        )
 
     def leave_adjoint(self, w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """The adjoint (w, u) of `pull_back` in the original units."""
+        u = u if self.shear is None else self.shear.dual(u, -1.0)
         return self.tau * (w if self.c is None else w * self.c), self.rho * self.e * u
 
 
 def normalise(data: Data) -> tuple[Data, Scaling]:
     """Units in which rows of A, the objective and the right-hand side have size one, so that every tolerance is relative."""
+    natural = _units_of_logarithms(data)
+    if natural is not None:
+        c, e, shear = natural
+        data = _in_units(data, c, e)
+        data = replace(data, b=shear.slack(data.b.expand(len(shear.a), -1) if len(data.b) == 1 else data.b, 1.0))
+        inner, scaling = _normalised(data)
+        return inner, replace(scaling, c=c if scaling.c is None else c * scaling.c, e=e * scaling.e, shear=shear)
+    return _normalised(data)
+
+
+def _normalised(data: Data) -> tuple[Data, Scaling]:
     batch = data.batch
     c, e = _equilibrate(data)
-    scaled = replace(data, A=_times_rows(data, data.A, e), b=data.b * e)
-    if c is not None:
-        P = _times_columns(data, _times_rows_of_P(data, data.P, c), c, "P")
-        scaled = replace(scaled, A=_times_columns(data, scaled.A, c, "A"), q=data.q * c, P=P)
+    scaled = _in_units(data, c, e)
     unbounded = None
     b = scaled.b.abs()
     if b.numel() and b.max().item() >= INFINITE:
@@ -93,6 +130,49 @@ def normalise(data: Data) -> tuple[Data, Scaling]:
         scaled = replace(scaled, b=torch.where(unbounded, 1e8 / rho, scaled.b))
     scaling = Scaling(c, e, rho.expand(batch, 1), tau.expand(batch, 1), unbounded)
     return rescale(scaled, scaling.rho, scaling.tau), scaling
+
+
+def _in_units(data: Data, c: Tensor | None, e: Tensor) -> Data:
+    scaled = replace(data, A=_times_rows(data, data.A, e), b=data.b * e)
+    if c is None:
+        return scaled
+    P = _times_columns(data, _times_rows_of_P(data, data.P, c), c, "P")
+    return replace(scaled, A=_times_columns(data, scaled.A, c, "A"), q=data.q * c, P=P)
+
+
+def _units_of_logarithms(data: Data) -> tuple[Tensor, Tensor, Shear] | None:
+    """Units of the variables under a logarithm in which their costs are like those of the logarithms; None: they are as it is.
+
+    |S x|^2 - b'log x with S of 1e6 has x of 1e-6; no scale of its rows tells, as log is of no scale.
+    """
+    logs = data.program.logarithms
+    if logs is None:
+        return None
+    first, group, seen, valued = (part.to(data.q.device) for part in logs)
+    curvature, slope = _column_sizes(data, data.P.abs(), "P"), data.q.abs()
+    batch = max(len(curvature), len(slope))
+    value = torch.where(valued, slope, 0.0)
+    value = value.amax(1, keepdim=True)
+    value = torch.where(value > 0, value, 1.0)
+    cost = torch.maximum((curvature / value).sqrt(), slope / value).expand(batch, -1)
+    index = group.expand(batch, -1)
+    cost = cost.new_zeros(batch, data.program.n).scatter_reduce_(1, index, cost, "amax").gather(1, index)
+    c = torch.where(seen & (cost > 0), 1 / cost, 1.0)
+    if not bool(((c > MILD) | (c < 1 / MILD)).any()):
+        return None
+    rows = _largest_of_rows(data, _times_columns(data, data.A.abs(), c, "A"))[:, first + 2]
+    k = _reciprocal(rows)
+    e = torch.ones(len(k), data.program.m, dtype=k.dtype, device=k.device)
+    e[:, first + 2] = k
+    return c, e, Shear(first, k.log())
+
+
+def _largest_of_rows(data: Data, A: Tensor) -> Tensor:
+    """(B or 1, m) the largest entry of each row of |A|."""
+    if data.dense:
+        return A.amax(2)
+    rows = data.program.on(A.device)["A_rows"].expand(len(A), -1)
+    return A.new_zeros(len(A), data.program.m).scatter_reduce_(1, rows, A, "amax")
 
 
 def _equilibrate(data: Data) -> tuple[Tensor | None, Tensor]:
