@@ -42,7 +42,8 @@ class Zero:
     x: Tensor  # (B, n)
     s: Tensor  # (B, m)
     y: Tensor  # (B, m)
-    residual: Tensor  # (B,) relative
+    residual: Tensor  # (B,) relative, rounding counting for nothing
+    judged: Tensor  # (B,) relative, as strictly as rounding allows
     spectrum: ProductSpectrum  # of DPi_K* at v = y - s
     error: Tensor  # (B,) estimated relative error of what the user sees of x: the size of one more Newton step
     margin: Tensor  # (B,) distance from the nearest kink
@@ -173,6 +174,7 @@ def polish(
         best.x,
         best.s,
         best.y,
+        best.size,
         relative_size(best.F1, best.F2, sizes),
         best.spectrum,
         error,

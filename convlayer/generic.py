@@ -619,8 +619,8 @@ def _verdict(zero: Zero, tolerance: float) -> Tensor:
 
     A problem so ill-conditioned that the residual's rounding moves the solution is not called solved either.
     """
-    judged = torch.where(zero.residual <= INACCURATE, int(Status.INACCURATE), int(Status.NOT_CONVERGED))
-    solved = (zero.residual <= tolerance) & (zero.error <= max(SENSITIVE, 10 * tolerance))
+    judged = torch.where(zero.judged <= INACCURATE, int(Status.INACCURATE), int(Status.NOT_CONVERGED))
+    solved = (zero.judged <= tolerance) & (zero.error <= max(SENSITIVE, 10 * tolerance))
     judged = torch.where(solved, int(Status.SOLVED), judged)
     return torch.where(zero.error <= MEANINGLESS, judged, int(Status.NOT_CONVERGED))
 

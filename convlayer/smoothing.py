@@ -67,6 +67,7 @@ def smoothed(
         point.s,
         point.y,
         residual=torch.where(away <= AWAY, point.size, away.clamp(min=AWAY).nan_to_num(torch.inf)),
+        judged=point.size,
         spectrum=point.spectrum,
         error=(dx * visible.x).abs().amax(1) / point.x.abs().amax(1).clamp(min=1e-3),
         margin=torch.full_like(point.size, torch.inf),
