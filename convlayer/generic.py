@@ -544,6 +544,10 @@ def _refined(
     if call.selected:
         # Where the pivots are no larger than the term that selects, it does: the solution is one of many.
         zero.flagged = zero.flagged | (zero.system.smallest <= 10 * NEGLIGIBLE)
+    # Beside multipliers so large the costs are not seen in the residual: constraints that contradict each other by little.
+    costs = torch.cat([data.q, Operators(data).absolute.P(zero.x.abs())], 1).abs().amax(1) if data.program.n else size
+    swamped = (zero.y.abs() > RUNAWAY * costs.unsqueeze(1)).any(1) & (costs > 0)
+    status = torch.where(swamped & (status < Status.INACCURATE), int(Status.INACCURATE), status)
     # Numbers of this size overflow when they are multiplied.
     lost = ((inner.rho.log().abs() > BEYOND) | (inner.tau.log().abs() > BEYOND)).any(1)
     status = torch.where(lost, int(Status.NOT_CONVERGED), status)
