@@ -10,6 +10,7 @@ import cvxpy as cp
 from cvxpy.lin_ops import lin_utils
 
 from convlayer.canon import Canonical, canonicalise, check
+from convlayer.hashing import digest_of_declaration
 
 
 def with_proximal_term(problem: cp.Problem, weight: float | cp.Parameter) -> cp.Problem:
@@ -35,6 +36,7 @@ class Declaration:
         self.problem, self.parameters, self.variables, self.gp, self.owners = problem, parameters, variables, gp, owners
         self.weight = weight
         self._canonical: Canonical | None = None
+        self._digest: str | None = None
         self._lock = threading.Lock()
 
     @classmethod
@@ -69,6 +71,14 @@ class Declaration:
                     problem, parameters = with_proximal_term(problem, self.weight), [*parameters, self.weight]
                 self._canonical = canonicalise(problem, parameters, self.variables, gp=self.gp)
             return self._canonical
+
+    @property
+    def digest(self) -> str:
+        """A name that only equal declarations have, in any process."""
+        with self._lock:
+            if self._digest is None:
+                self._digest = digest_of_declaration(self.problem, self.parameters, self.variables, self.gp)
+            return self._digest
 
     def __deepcopy__(self, memo: dict) -> Declaration:
         return self

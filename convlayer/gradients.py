@@ -168,15 +168,19 @@ class Blackbox(_OfCosts):
 GRADIENTS: dict[str, type[Gradient]] = {kind.name: kind for kind in (Exact, Smoothed, Lpgd, Perturbed, Blackbox)}
 
 
-def gradient_of(name: str, arguments: Mapping[str, Any] | None) -> Gradient:
-    """TypeError, ValueError: what is no argument of this gradient."""
-    kind = GRADIENTS[name]
+def gradient_of(gradient: str | Gradient, arguments: Mapping[str, Any] | None) -> Gradient:
+    """By its name, or as it is. TypeError, ValueError: no gradient, or what is no argument of this one."""
+    if isinstance(gradient, Gradient) and not arguments:
+        return gradient
+    if gradient not in GRADIENTS:
+        raise ValueError(f"`gradient` must be one of {', '.join(map(repr, GRADIENTS))}; got {gradient!r}.")
+    kind = GRADIENTS[gradient]
     known = kind.__dataclass_fields__.keys()  # type: ignore[attr-defined]
     unknown = (arguments or {}).keys() - known
     if unknown:
         takes = ", ".join(known) or "none"
         raise TypeError(
-            f"gradient={name!r} has no argument {', '.join(map(repr, sorted(unknown)))}; it takes: {takes}."
+            f"gradient={gradient!r} has no argument {', '.join(map(repr, sorted(unknown)))}; it takes: {takes}."
         )
     return kind(**(arguments or {}))
 
