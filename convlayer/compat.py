@@ -17,7 +17,6 @@ Use convlayer.ConvexLayer in new code: any number of batch dimensions, statuses 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -31,6 +30,7 @@ from torch import Tensor
 from convlayer import solution
 from convlayer.diagnose import ProblemError
 from convlayer.layer import ConvexLayer
+from convlayer.notices import tell
 from convlayer.solvers import Solver
 
 FINEST = 1e-10  # the tightest tolerance asked of a solver; polishing goes beyond it anyway
@@ -308,7 +308,7 @@ class CvxpyLayer(torch.nn.Module):
         """Once a layer and option."""
         if name not in self._warned:
             self._warned.add(name)
-            warnings.warn(f"CvxpyLayer: `{name}` has no effect: {reason}.", UserWarning, stacklevel=4)
+            tell(UserWarning(f"CvxpyLayer: `{name}` has no effect: {reason}."))
 
 
 def _shape_complaint(shape: tuple[int, ...], own: tuple[int, ...]) -> tuple[str, str] | None:

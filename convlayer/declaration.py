@@ -11,6 +11,7 @@ from cvxpy.lin_ops import lin_utils
 
 from convlayer.canon import Canonical, canonicalise, check
 from convlayer.hashing import digest_of_declaration
+from convlayer.notices import quiet_cvxpy
 
 
 def with_proximal_term(problem: cp.Problem, weight: float | cp.Parameter) -> cp.Problem:
@@ -18,7 +19,8 @@ def with_proximal_term(problem: cp.Problem, weight: float | cp.Parameter) -> cp.
     term = weight / 2 * sum(cp.sum_squares(variable) for variable in problem.variables())
     objective = problem.objective
     worse = -term if isinstance(objective, cp.Maximize) else term
-    return cp.Problem(type(objective)(objective.expr + worse), problem.constraints)
+    with quiet_cvxpy():
+        return cp.Problem(type(objective)(objective.expr + worse), problem.constraints)
 
 
 class Declaration:
@@ -44,7 +46,8 @@ class Declaration:
         cls, problem: cp.Problem, parameters: Sequence[cp.Parameter], variables: Sequence[cp.Variable], gp: bool
     ) -> Declaration:
         """ProblemError or TypeError: what cannot be a layer."""
-        owners, _ = check(problem, parameters, variables, gp)
+        with quiet_cvxpy():
+            owners, _ = check(problem, parameters, variables, gp)
         return cls(problem, list(parameters), list(variables), gp, owners)
 
     def least_norm(self) -> Declaration:
@@ -85,7 +88,8 @@ class Declaration:
 
     def __getstate__(self) -> dict[str, Any]:
         # Neither our cone program nor CVXPY's own.
-        problem = cp.Problem(self.problem.objective, self.problem.constraints)
+        with quiet_cvxpy():
+            problem = cp.Problem(self.problem.objective, self.problem.constraints)
         made = {"problem": problem, "_canonical": None, "_lock": None, "_next": lin_utils.ID_COUNTER.count}
         return {**self.__dict__, **made}
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 import threading
-import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import nullcontext
@@ -31,6 +29,7 @@ from convlayer.generic import ROUNDING, Agreement, Call, Solve, least_norm_weigh
 from convlayer.gradients import Gradient, gradient_of
 from convlayer.hashing import digest
 from convlayer.normal_form import normal_form
+from convlayer.notices import tell
 from convlayer.program import take_rows
 from convlayer.rows import Rows, aliases, flatten_batch, no_autocast, put, shaped, spread
 from convlayer.solution import (
@@ -787,11 +786,7 @@ class ConvexLayer(torch.nn.Module):
             if (type(warning), cause) in self._warned:
                 return
             self._warned.add((type(warning), cause))
-        # At the line of the user's that called, or called backward on a loss.
-        depth, frame = 1, sys._getframe()
-        while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("convlayer", "torch"):
-            depth, frame = depth + 1, frame.f_back
-        warnings.warn(warning, stacklevel=depth)
+        tell(warning)
 
 
 @dataclass(frozen=True, eq=False)
