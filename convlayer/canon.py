@@ -257,8 +257,8 @@ def canonicalise(
     Errors: ValueError or TypeError naming the argument or the sub-expression at fault, and the remedy;
     CanonicalisationError if this CVXPY's cone program is not the one our map gives.
     """
-    owners, copy = check(problem, parameters, variables, gp)
     with quiet_cvxpy():
+        owners, copy = check(problem, parameters, variables, gp)
         copy = cp.Problem(copy.objective, copy.constraints)
         chain = _build_solving_chain(copy, _StandardForm(), make_problem_form(copy, gp, False), gp, enforce_dpp=True)
         try:

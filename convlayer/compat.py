@@ -320,6 +320,8 @@ def _shape_complaint(shape: tuple[int, ...], own: tuple[int, ...]) -> tuple[str,
     if lead in (0, 1):
         return "shape", f"{forms}."
     many = " ConvexLayer takes any number of batch dimensions." if lead > 1 and shape[lead:] == own else ""
+    if not own and shape[1:] == (1,):
+        many = " For one number a row write squeeze(-1)."
     return "dimensionality", f"{len(own)} or {len(own) + 1} dimensions: {forms}.{many}"
 
 

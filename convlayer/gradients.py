@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from convlayer.canon import Canonical
-from convlayer.cone_derivative import ConeDerivative, Term
+from convlayer.cone_derivative import ConeDerivative, Term, not_finite, spoilt
 from convlayer.derivative import Tensors
 from convlayer.diagnose import ProblemError
 from convlayer.generic import Call, resolved, smoothed
@@ -213,7 +213,11 @@ class _Surrogate(ConeDerivative):
 
     def term(self, x_bar: Tensor, y_bar: Tensor) -> Term:
         self.check_unchanged()
-        return self._pull(x_bar, y_bar)
+        lost = not_finite(x_bar, y_bar)
+        if lost is None:
+            return self._pull(x_bar, y_bar)
+        x, y, w, u = self._pull(x_bar.masked_fill(lost, 0.0), y_bar.masked_fill(lost, 0.0))
+        return Term(x, y, *spoilt((w, u), lost))
 
     def tangent(self, entries: Tensors, a: Tensors) -> list[Tensor]:
         raise _refused(self._name, "forward mode")

@@ -766,8 +766,8 @@ class ConvexLayer(torch.nn.Module):
         if not rows.warned and rows.degenerate is not None and bool(rows.degenerate.any()):
             rows.ruled = rows.degenerate
         if rows.ruled is not None:
-            cause = Cause.SINGULAR if rows.warned else STRUCTURES[self.structure].cause
-            rows.warn = partial(self._warn_degenerate, batch, cause=cause)
+            rows.cause = Cause.SINGULAR if rows.warned else STRUCTURES[self.structure].cause
+        rows.warn = partial(self._warn_degenerate, batch)
 
     def _warn_degenerate(
         self, batch: tuple[int, ...], rows: Tensor, cause: Cause, parameters: Sequence[int] = ()

@@ -6,10 +6,13 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
+import torch
+
 BELOW = ("convlayer", "torch")  # packages whose frames are not the user's
-GENERATED = "<eval_with_key>"  # code that torch.fx wrote
+GENERATED = ("<eval_with_key>", str(Path(torch.__file__).parent))  # code that torch wrote, in no module
 
 # What CVXPY says of how it canonicalises, in problems that are ours or that it has seen before.
 OF_CVXPY = (

@@ -101,6 +101,7 @@ class Cause(Enum):
     ILL_CONDITIONED = "ill-conditioned"
     ZERO = "structurally zero"
     NO_PATH = "no central path"
+    LOSS = "not finite"
 
     @property
     def advice(self) -> str:
@@ -118,6 +119,8 @@ _CAUSES = {
     "gradient='smoothed', 'lpgd', 'perturbed' or 'blackbox' give one that learning can use.",
     Cause.NO_PATH: "the feasible set has no interior or the solutions are not bounded, so there is nothing to smooth, and the gradient is NaN; "
     "gradient='lpgd' needs neither.",
+    Cause.LOSS: "a NaN or infinity arrived in backward from the loss, or from what stands between it and the layer, whose solution is finite "
+    "there; so the gradient is NaN. Usual are the log, the root or the quotient of a number at zero; torch.autograd.detect_anomaly() finds it.",
 }
 
 
@@ -154,3 +157,9 @@ class Solution:
     iterate: tuple[Tensor, Tensor, Tensor] | None = field(
         repr=False
     )  # canonical (x, s, y) for a warm start; None from a kernel
+
+    @property
+    def solved(self) -> Tensor:
+        """(*batch) bool, on the host: the rows that have a solution, be it INACCURATE. A loss that is made of `x[solution.solved]` alone
+        has no NaN in its gradient from rows that failed."""
+        return self.status < Status.INFEASIBLE
