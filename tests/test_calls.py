@@ -188,10 +188,10 @@ def test_a_sibling_with_another_gradient_or_structure_shares_the_cone_program_an
     assert layer.with_options(structure="quadratic_program").with_options(structure="generic").structure == "cone_program"
     with pytest.raises(ProblemError, match="softmax"):
         layer.with_options(structure="softmax")
-    with pytest.raises(ValueError, match="gradient='exact'|one of"):
+    with pytest.raises(ValueError, match="must be one of 'exact'"):
         layer.with_options(gradient="best")
     with pytest.raises(ValueError, match="runs a kernel"):
-        layer.with_options(structure="quadratic_program", gradient="smoothed")
+        layer_of("sparsemax").with_options(structure="sparsemax", gradient="smoothed")
 
 
 # What arrives from the loss ----------------------------------------------------------------------------------------------------
@@ -302,7 +302,7 @@ def test_a_warning_points_at_the_line_that_called_whatever_is_between(model):
 
 
 def test_a_warning_of_the_drop_ins_options_points_at_the_line_too():
-    with pytest.warns(UserWarning, match="has no effect") as caught:
+    with said() as caught:
         layer, _, _ = declared(CvxpyLayer, canon_backend="SCIPY", solver_args={"use_indirect": True})
         layer(PRICE, FEE)
         torch.nn.ModuleList([layer])[0](PRICE, FEE, solver_args={"n_jobs_backward": 1})

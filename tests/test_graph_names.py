@@ -6,42 +6,16 @@ import os
 import pickle
 import subprocess
 import sys
-import textwrap
 
 import cvxpy as cp
 import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from exported import Model, clipped, spread
 
 from convlayer import ConvexLayer, Solver, hashing
 from convlayer.solvers.clarabel import Clarabel
-
-DECLARATIONS = """
-import cvxpy as cp, torch
-from convlayer import ConvexLayer
-
-def clipped(cap=1.0, n=3, **options):
-    "x = min(y, cap)"
-    y, x = cp.Parameter(n), cp.Variable(n)
-    return ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - y)), [x <= cap]), [y], [x], structure="generic", **options)
-
-def spread(n):
-    "n numbers, each -y[0] / 2: the parameter has the same shape whatever n"
-    y, x = cp.Parameter(3), cp.Variable(n)
-    return ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x) + y[0] * cp.sum(x)), [x >= -9]), [y], [x], structure="generic")
-
-class Model(torch.nn.Module):
-    "Nothing that inductor would have to compile by itself"
-
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, y):
-        return self.layer(y)[0]
-"""
-exec(DECLARATIONS)
 
 POINTS = [[0.5, 2.0, -1.0], [1.5, 0.25, 0.0]]
 
@@ -193,8 +167,10 @@ def test_torchscript_is_refused_with_what_to_do_instead(act):
 
 # Between two processes ---------------------------------------------------------------------------------------------------
 
-ELSEWHERE = DECLARATIONS + """
+ELSEWHERE = """
 import json, sys
+import cvxpy as cp, torch
+from exported import Model, clipped, spread
 from torch._dynamo.utils import counters
 
 [cp.Variable() for _ in range(11)]
@@ -246,8 +222,9 @@ def elsewhere(tmp_path_factory):
             torch.compile(Model(two), fullgraph=True)(points()).sum().backward()
         except Exception as error:
             works = f"inductor does not work here: {type(error).__name__}"
-        run = subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(ELSEWHERE), folder, json.dumps(POINTS)],
-                             capture_output=True, text=True, check=False, env=dict(os.environ), timeout=300)
+        with_tests = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        run = subprocess.run([sys.executable, "-W", "ignore", "-c", ELSEWHERE, folder, json.dumps(POINTS)],
+                             capture_output=True, text=True, check=False, env=with_tests, timeout=300)
     assert run.returncode == 0 or works is not True, run.stderr[-2000:]
     return (json.loads(run.stdout) if run.returncode == 0 else {}), works
 
