@@ -26,6 +26,8 @@ from convlayer.diagnose import ProblemError
 from convlayer.generic import Call, resolved, smoothed
 from convlayer.surrogates import Solve, blackbox, lpgd_secant, perturbed
 
+SIDES = {"both": (1, -1), "right": (1,), "left": (-1,)}
+
 
 class Gradient:
     """One way to differentiate; its fields are the layer's `gradient_args`."""
@@ -77,22 +79,28 @@ class Lpgd(Gradient):
     """Lagrangian proximal gradient descent, see `surrogates.lpgd`.
 
     tau: size of the perturbation relative to the costs; rho: of the proximal term 1/(2 rho) |x - x*|^2, inf for none.
+    side: "both", or "right" or "left" for one perturbed solution and the solution itself.
+    absolute: tau multiplies the loss's gradient as it is, whatever the costs.
     """
 
     name = "lpgd"
     tau: float = 1.0
     rho: float = math.inf
+    side: str = "both"
+    absolute: bool = False
 
     def __post_init__(self) -> None:
         _positive(self, "tau")
         if not self.rho > 0:
             raise ValueError(f"`rho` must be positive; got {self.rho!r}.")
+        if self.side not in SIDES:
+            raise ValueError(f"`side` must be one of {', '.join(map(repr, SIDES))}; got {self.side!r}.")
 
     def __call__(self, call: Call, exact: ConeDerivative) -> ConeDerivative:
-        again = _again(call)
+        again, options = _again(call), (self.tau, self.rho, SIDES[self.side], self.absolute)
 
         def pull(x_bar: Tensor, y_bar: Tensor) -> Term:
-            return Term(*lpgd_secant(exact.data, exact.x, exact.y, x_bar, y_bar, again, self.tau, self.rho))
+            return Term(*lpgd_secant(exact.data, exact.x, exact.y, x_bar, y_bar, again, *options))
 
         return _Surrogate(exact, self.name, pull)
 

@@ -360,7 +360,7 @@ class ConvexLayer(torch.nn.Module):
         if structure is not None:
             _one_of("structure", structure, CHOICES)
             sibling._asked = structure
-        if structure is not None or sibling._gradient is not self._gradient:
+        if structure is not None or sibling._gradient != self._gradient:
             sibling._settle()
         elif solver is not None or solver_args is not None:
             if sibling._chosen:
