@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from convlayer import solution
+from convlayer.derivative import is_transformed
 from convlayer.diagnose import ProblemError
 from convlayer.domain import is_symmetric
 from convlayer.gradients import Exact, Gradient, Lpgd
@@ -321,10 +322,11 @@ class CvxpyLayer(torch.nn.Module):
             )
 
     def _symmetric(self, tensor: Tensor, parameter: cp.Parameter) -> Tensor:
-        """(X + X') / 2 where the parameter is declared symmetric and the tensor is not."""
-        if not is_symmetric(parameter) or torch.equal(tensor, tensor.mT):
+        """(X + X') / 2 where the parameter is declared symmetric; a warning where the tensor is not and can be looked at."""
+        if not is_symmetric(parameter):
             return tensor
-        if parameter.name() not in self._warned:
+        hidden = torch.compiler.is_compiling() or is_transformed((tensor,))
+        if not hidden and parameter.name() not in self._warned and not torch.equal(tensor, tensor.mT):
             self._warned.add(parameter.name())
             message = f"Parameter `{parameter.name()}` is symmetric, and the tensor for it is not: (X + X.mT) / 2 is taken for it."
             tell(UserWarning(f"CvxpyLayer: {message}"))

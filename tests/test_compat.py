@@ -425,6 +425,16 @@ def test_what_is_not_symmetric_is_symmetrised_with_one_warning_and_its_gradient_
     torch.testing.assert_close(slope, torch.tensor([[0, -0.25, 0], [-0.25, 0, 0], [0, 0, 0]]).double().expand(2, 3, 3), rtol=0, atol=1e-9)
 
 
+def test_a_symmetric_parameter_passes_through_compilers_and_transforms():
+    layer = matrix_of(compat.CvxpyLayer, symmetric=True)
+    stray = MATRIX.clone()
+    stray[0, 1] += 0.6
+    both = torch.stack([MATRIX, stray])
+    (expected,) = layer((both + both.mT) / 2)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(both)[0], expected)
+    torch.testing.assert_close(torch.func.vmap(lambda C: layer(C)[0])(both), expected)
+
+
 @pytest.mark.parametrize("nothing", [None, 2.0, [1.0, 2.0, 3.0]], ids=["None", "a number", "a list"])
 def test_what_is_no_tensor_raises_what_it_raises_there(layer_class, nothing):
     with pytest.raises(AttributeError):
