@@ -24,6 +24,7 @@ from convlayer.declaration import Declaration, with_proximal_term
 from convlayer.derivative import Local, Point, Recorded, anew, is_transformed, known, solved
 from convlayer.diagnose import ProblemError
 from convlayer.dispatch import CHOICES, attempts, recognise
+from convlayer.display import Words
 from convlayer.explain import explain_choice, explain_cone_program
 from convlayer.generic import ROUNDING, Agreement, Call, Solve, least_norm_weight
 from convlayer.gradients import Gradient, gradient_of
@@ -127,6 +128,7 @@ class ConvexLayer(torch.nn.Module):
         executor: Executor | None = None,
         squeeze: bool = False,
     ) -> None:
+        """See the class."""
         super().__init__()
         _one_of("structure", structure, CHOICES)
         _one_of("on_failure", on_failure, POLICIES)
@@ -315,12 +317,12 @@ class ConvexLayer(torch.nn.Module):
         why = self._reason or self._recognition.why
         text = explain_choice(self._recognition, self.structure, why, self._regularise, batch)
         if self._specialised is not None:
-            return text
+            return Words(text)
         attempts = self._attempts(batch, self._tolerance, self._options, torch.device("cpu"))
         own = self.executor is not None
         named = self._chosen or bool(self._options)
         rest = explain_cone_program(self._canonical, attempts, named, self._tolerance, own, batch)
-        return f"{text}\n{rest}"
+        return Words(f"{text}\n{rest}")
 
     def with_options(
         self,
@@ -398,6 +400,7 @@ class ConvexLayer(torch.nn.Module):
         self._fresh()
 
     def __prepare_scriptable__(self) -> None:
+        """What torch.jit.script asks first."""
         raise RuntimeError(NO_SCRIPT)
 
     def extra_repr(self) -> str:
