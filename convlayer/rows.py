@@ -115,7 +115,7 @@ class Rows:
 
     def _spoilt(self, bars: Sequence[Tensor | None]) -> Tensor | None:
         """Rows (*batch,) that have a solution and cotangents that are not finite, if any: told of, as it is no fault of the layer's."""
-        doubtful = [bar for bar in bars if bar is not None and not bool(torch.isfinite(bar.sum()))]
+        doubtful = [bar for bar in bars if bar is not None and not math.isfinite(bar.sum().item())]
         if not doubtful:  # a finite sum has finite terms
             return None
         spoilt = torch.zeros(math.prod(self.batch), dtype=torch.bool)
