@@ -1,10 +1,12 @@
 """convlayer: any CVXPY problem as a differentiable torch layer."""
 
 from convlayer.canon import CanonicalisationError
+from convlayer.check import Check
 from convlayer.diagnose import ProblemError
 from convlayer.layer import ConvexLayer
 from convlayer.solution import AccuracyWarning, Cause, GradientWarning, ParameterError, Solution, SolverError, Status
 from convlayer.solvers import Iterate, Solver, Task
+from convlayer.verification import Verification
 
 __version__ = "0.1.0"
 
@@ -12,6 +14,7 @@ __all__ = [
     "AccuracyWarning",
     "CanonicalisationError",
     "Cause",
+    "Check",
     "ConvexLayer",
     "GradientWarning",
     "Iterate",
@@ -22,5 +25,6 @@ __all__ = [
     "SolverError",
     "Status",
     "Task",
+    "Verification",
     "__version__",
 ]

@@ -1,4 +1,4 @@
-"""The command line: python -m convlayer compare | explain | doctor."""
+"""The command line: convlayer compare | explain | doctor, or python -m convlayer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from importlib import import_module
 
-from convlayer import doctor
+from convlayer import __version__, doctor
 from convlayer.load import WANTED, LoadError, load_layer
 
 OPTIONAL = ("matplotlib", "tqdm")
@@ -18,9 +18,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m convlayer", description="CVXPY problems as differentiable torch layers."
-    )
+    parser = argparse.ArgumentParser(prog="convlayer", description="CVXPY problems as differentiable torch layers.")
+    parser.add_argument("--version", action="version", version=f"convlayer {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     compare = commands.add_parser(
         "compare", help="the kernels against the cone program: time, agreement, memory, a picture"

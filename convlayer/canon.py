@@ -12,7 +12,6 @@ probing its own reductions, and checked against CVXPY on random data whenever a 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,6 +39,7 @@ from convlayer.domain import is_symmetric
 from convlayer.elimination import Elimination
 from convlayer.kkt import Visible
 from convlayer.linear_map import LinearMap
+from convlayer.notices import quiet_cvxpy
 from convlayer.program import Program
 
 
@@ -257,12 +257,10 @@ def canonicalise(
     Errors: ValueError or TypeError naming the argument or the sub-expression at fault, and the remedy;
     CanonicalisationError if this CVXPY's cone program is not the one our map gives.
     """
-    owners, copy = check(problem, parameters, variables, gp)
-    copy = cp.Problem(copy.objective, copy.constraints)
-    chain = _build_solving_chain(copy, _StandardForm(), make_problem_form(copy, gp, False), gp, enforce_dpp=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Reading from a sparse CVXPY expression")
-        warnings.filterwarnings("ignore", message=r"(?s).*CPP backend")  # which of CVXPY's backends it falls back to
+    with quiet_cvxpy():
+        owners, copy = check(problem, parameters, variables, gp)
+        copy = cp.Problem(copy.objective, copy.constraints)
+        chain = _build_solving_chain(copy, _StandardForm(), make_problem_form(copy, gp, False), gp, enforce_dpp=True)
         try:
             data, inverse = chain.apply(copy)
         except NotImplementedError as error:

@@ -38,6 +38,7 @@ from convlayer.canon import Canonical, CanonicalisationError
 from convlayer.cone_derivative import Term, entries_bar
 from convlayer.cones import ProductSpectrum, smat
 from convlayer.declaration import Declaration
+from convlayer.display import Shown, counted, rows_of, spanned
 from convlayer.generic import evaluate
 from convlayer.kkt import NULL, factorise, prefers_dense
 from convlayer.program import DENSE_ENTRIES, Data, Operators
@@ -76,8 +77,8 @@ class ConstraintCheck:
     )
 
 
-@dataclass(frozen=True, eq=False)
-class Check:
+@dataclass(frozen=True, eq=False, repr=False)
+class Check(Shown):
     """How far a layer's rows are from where its solution map is not differentiable. Every tensor has shape (*batch).
 
     Where a constraint is weakly active (margin 0), it counts as inactive: `unique` is then sure where it says so, and may be
@@ -111,6 +112,11 @@ class Check:
 
     def __str__(self) -> str:
         return "\n".join(_told(self))
+
+    def __repr__(self) -> str:
+        names = [Status(value).name for value in self.status.flatten().tolist()]
+        text = f"Check of {rows_of(self._batch)}: {counted(names)}; {int(self.differentiable.sum())} differentiable"
+        return f"{text}; margin {spanned(self.margin)}, condition {spanned(self.condition)}. print(...) names the constraints."
 
 
 def checked(layer: ConvexLayer, tensors: Sequence[Tensor]) -> Check:

@@ -9,6 +9,11 @@ are understood too. Where the two differ on purpose:
               unbounded problem is an error with every solver, and so is a parameter outside its declared domain.
     options   an unknown one is a TypeError at construction already; one without effect here is accepted, and named
               in a UserWarning, once.
+    gradients of a symmetric (or PSD, NSD) Parameter are symmetric, half of the derivative in each of two mirrored entries; version
+              1.2 reads the upper triangle alone, and its gradient stands there. A tensor that is not symmetric, as gradcheck
+              gives it, is symmetrised, with a warning, once.
+    lpgd      mode="lpgd", "lpgd_left", "lpgd_right" with derivative_kwargs={"tau": ..., "rho": ...} run ours, in their units, on our
+              cone program, where a quadratic objective stays quadratic; of two perturbed problems one may fail.
     scope     accepted here and refused there: quad_form(x, P) with a PSD Parameter P, parameters with diag or
               sparsity attributes, an empty batch, solver="SCS" and "CLARABEL", copy.deepcopy.
 
@@ -17,7 +22,7 @@ Use convlayer.ConvexLayer in new code: any number of batch dimensions, statuses 
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -29,16 +34,21 @@ import torch
 from torch import Tensor
 
 from convlayer import solution
+from convlayer.derivative import is_transformed
 from convlayer.diagnose import ProblemError
+from convlayer.domain import is_symmetric
+from convlayer.gradients import Exact, Gradient, Lpgd
 from convlayer.layer import ConvexLayer
+from convlayer.notices import tell
 from convlayer.solvers import Solver
 
 FINEST = 1e-10  # the tightest tolerance asked of a solver; polishing goes beyond it anyway
 ACCELERATED = ("MOREAU", "CUCLARABEL", "MPAX")
 SOLVER_NAMES = {"DIFFCP": "clarabel", "CLARABEL": "clarabel", "SCS": "scs", **dict.fromkeys(ACCELERATED, "clarabel")}
 SOLVE_METHODS = {"SCS": "scs", "Clarabel": "clarabel", "CLARABEL": "clarabel", "ECOS": "clarabel"}
-MODES = ("lsqr", "lsmr", "dense", "lpgd", "lpgd_right", "lpgd_left")
-TOLERANCES = ("tolerance", "eps", "eps_abs", "eps_rel", "abstol", "reltol", "feastol")
+MODES = ("lsqr", "lsmr", "dense")
+SIDES = {"lpgd": "both", "lpgd_right": "right", "lpgd_left": "left"}
+TOLERANCES = ("tolerance", "tol", "eps", "eps_abs", "eps_rel", "abstol", "reltol", "feastol")
 FOR_CLARABEL = {"max_iters": "max_iter", "time_limit_secs": "time_limit"}
 WITHOUT_EFFECT = {
     **dict.fromkeys(("mode", "derivative_kwargs"), "the gradient is exact, from a factorisation"),
@@ -72,6 +82,10 @@ class ParameterError(solution.ParameterError, SolverError):
     """A parameter's value is NaN, infinite or outside its declared domain."""
 
 
+class NotATensorError(TypeError, AttributeError):
+    """What was given for a parameter is no tensor. The incumbent asks it for its shape."""
+
+
 class ArgumentError(ProblemError, TypeError):
     """`parameters` or `variables` is no list."""
 
@@ -94,6 +108,7 @@ class Settings(NamedTuple):
     solver: str | Solver
     on_failure: str
     jobs: int  # -1 for one a core
+    gradient: Gradient
     options: dict[str, Any]
 
 
@@ -116,7 +131,8 @@ class CvxpyLayer(torch.nn.Module):
 
     Options:  `solve_method` chooses the solver; the smallest of `eps`, `eps_abs`, `eps_rel`, `abstol`, `reltol` and
               `feastol` above zero is the tolerance; `max_iters` and `time_limit_secs` limit a row; `n_jobs_forward` is
-              the number of threads; `raise_on_error=False` fills failed rows with NaN. Those of WITHOUT_EFFECT, and
+              the number of threads; `raise_on_error=False` fills failed rows with NaN; `mode` with `derivative_kwargs` chooses the
+              gradient: one of those with lpgd, or else the exact one. Those of WITHOUT_EFFECT, and
               with Clarabel those of TUNES_SCS, are accepted with a warning.
     Errors:   at construction ProblemError (a ValueError), UnknownSolverError, and TypeError for unknown options; at a
               call ValueError for shapes and warm_start, SolverError (a diffcp.SolverError) for rows.
@@ -141,7 +157,7 @@ class CvxpyLayer(torch.nn.Module):
         self._settings = self._translate(self._solver_args)
         if canon_backend is not None:
             self._check_backend(canon_backend)
-        solver_of_layer, on_failure, jobs, options = self._settings
+        solver_of_layer, on_failure, jobs, gradient, options = self._settings
         try:
             self.layer = ConvexLayer(
                 problem,
@@ -150,6 +166,7 @@ class CvxpyLayer(torch.nn.Module):
                 gp=gp,
                 solver=solver_of_layer,
                 solver_args=options,
+                gradient=gradient,
                 on_failure=on_failure,
                 executor=threads(jobs),
             )
@@ -169,6 +186,7 @@ class CvxpyLayer(torch.nn.Module):
             self._refuse_warm_start()
         self._check_shapes(params)
         tensors = [p if p.is_floating_point() or p.is_complex() else p.double() for p in params]
+        tensors = [self._symmetric(p, of) for p, of in zip(tensors, self._parameters_of_problem, strict=True)]
         settings = self._translate({**self._solver_args, **solver_args}) if solver_args else self._settings
         try:
             return self._layer_for(settings)(*tensors, solver_args=settings.options if solver_args else None)
@@ -195,12 +213,13 @@ class CvxpyLayer(torch.nn.Module):
 
         It is not built anew from the problem: CVXPY can abort the process on one that was copied or pickled.
         """
-        solver, on_failure, jobs, _ = settings
-        key = (solver, on_failure, jobs)
-        if key == self._settings[:3]:
+        key = solver, on_failure, jobs, gradient = settings[:-1]
+        if key == self._settings[:-1]:
             return self.layer
         if key not in self._others:
-            self._others[key] = self.layer.with_options(solver=solver, on_failure=on_failure, executor=threads(jobs))
+            self._others[key] = self.layer.with_options(
+                solver=solver, gradient=gradient, on_failure=on_failure, executor=threads(jobs)
+            )
         return self._others[key]
 
     def _choose_solver(self, solver: Any) -> str | Solver:
@@ -234,9 +253,7 @@ class CvxpyLayer(torch.nn.Module):
             raise ValueError(
                 f"`n_jobs_forward` is the number of threads, at least 1, or -1 for one a core; got {jobs!r}."
             )
-        if given.get("mode", "lsqr") not in MODES:
-            raise ValueError(f"Unsupported mode {given['mode']!r}; expected one of {', '.join(map(repr, MODES))}.")
-
+        gradient = _gradient(given)
         tolerances = {name: given.pop(name) for name in TOLERANCES if name in given}
         clarabel = solver == "clarabel"
         useless = {**WITHOUT_EFFECT, **dict.fromkeys(TUNES_SCS if clarabel else (), SCS_SLEEPS)}
@@ -246,7 +263,7 @@ class CvxpyLayer(torch.nn.Module):
         options = {(FOR_CLARABEL.get(name, name) if clarabel else name): value for name, value in given.items()}
         if tolerances:
             options["tolerance"] = _tolerance(tolerances)
-        return Settings(solver, on_failure, jobs, options)
+        return Settings(solver, on_failure, jobs, gradient, options)
 
     def _solve_method(self, method: Any) -> str:
         if method not in SOLVE_METHODS:
@@ -284,7 +301,7 @@ class CvxpyLayer(torch.nn.Module):
         batches = {}
         for k, (tensor, parameter) in enumerate(zip(tensors, parameters, strict=True)):
             if not isinstance(tensor, Tensor):
-                raise TypeError(
+                raise NotATensorError(
                     f"Parameter `{parameter.name()}` was given a {type(tensor).__name__}; "
                     "expected a torch.Tensor: write torch.as_tensor(value)."
                 )
@@ -304,11 +321,22 @@ class CvxpyLayer(torch.nn.Module):
                 "parameter that the whole batch shares has no batch dimension: squeeze(0) a batch of one."
             )
 
+    def _symmetric(self, tensor: Tensor, parameter: cp.Parameter) -> Tensor:
+        """(X + X') / 2 where the parameter is declared symmetric; a warning where the tensor is not and can be looked at."""
+        if not is_symmetric(parameter):
+            return tensor
+        hidden = torch.compiler.is_compiling() or is_transformed((tensor,))
+        if not hidden and parameter.name() not in self._warned and not torch.equal(tensor, tensor.mT):
+            self._warned.add(parameter.name())
+            message = f"Parameter `{parameter.name()}` is symmetric, and the tensor for it is not: (X + X.mT) / 2 is taken for it."
+            tell(UserWarning(f"CvxpyLayer: {message}"))
+        return (tensor + tensor.mT) / 2
+
     def _without_effect(self, name: str, reason: str) -> None:
         """Once a layer and option."""
         if name not in self._warned:
             self._warned.add(name)
-            warnings.warn(f"CvxpyLayer: `{name}` has no effect: {reason}.", UserWarning, stacklevel=4)
+            tell(UserWarning(f"CvxpyLayer: `{name}` has no effect: {reason}."))
 
 
 def _shape_complaint(shape: tuple[int, ...], own: tuple[int, ...]) -> tuple[str, str] | None:
@@ -320,6 +348,8 @@ def _shape_complaint(shape: tuple[int, ...], own: tuple[int, ...]) -> tuple[str,
     if lead in (0, 1):
         return "shape", f"{forms}."
     many = " ConvexLayer takes any number of batch dimensions." if lead > 1 and shape[lead:] == own else ""
+    if not own and shape[1:] == (1,):
+        many = " For one number a row write squeeze(-1)."
     return "dimensionality", f"{len(own)} or {len(own) + 1} dimensions: {forms}.{many}"
 
 
@@ -338,6 +368,24 @@ class Threads(ThreadPoolExecutor):
 def threads(number: int) -> Threads | None:
     """One pool for each number; None, the default pool, for -1."""
     return None if number == -1 else Threads(number)
+
+
+def _gradient(given: dict[str, Any]) -> Gradient:
+    """What `mode` and `derivative_kwargs` ask for; both are taken out if they have an effect."""
+    mode = given.get("mode", "lsqr")
+    if mode not in SIDES:
+        if mode not in MODES:
+            raise ValueError(f"Unsupported mode {mode!r}; expected one of {', '.join(map(repr, (*MODES, *SIDES)))}.")
+        return Exact()
+    given.pop("mode")
+    options = given.pop("derivative_kwargs", {})
+    if set(options) != {"tau", "rho"}:
+        raise TypeError(f"mode={mode!r} wants derivative_kwargs={{'tau': ..., 'rho': ...}}; got {options!r}.")
+    tau, rho = options["tau"], options["rho"]
+    if not tau or tau <= 0 or rho < 0:
+        raise ValueError(f"LPGD mode requires tau > 0 and rho >= 0, got tau={tau}, rho={rho}.")
+    # Their rho is a curvature, ours its reciprocal.
+    return Lpgd(float(tau), 1.0 / rho if rho else math.inf, SIDES[mode], absolute=True)
 
 
 def _tolerance(given: Mapping[str, Any]) -> float:

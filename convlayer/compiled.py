@@ -1,6 +1,9 @@
 """A layer inside torch.compile: an operator for its solution and one for its adjoint, which the compiler takes whole.
 
-Operators take and return tensors. What the adjoint needs of a solution, its factor, stays here under a number; the number is a
+Operators take and return tensors, and in the graph the layer is a string: the hash of its declaration and of the options that matter.
+A graph that was exported, or kept on disk, finds a layer of that content in the process where it runs, or says that there is none.
+
+What the adjoint needs of a solution, its factor, stays here under a number; the number is a
 tensor among the outputs, whose memory, once nothing holds it any more, takes what it stands for with it. Should the compiler have
 kept a copy of the number alone, the adjoint solves again.
 """
@@ -23,12 +26,16 @@ from convlayer.derivative import Local
 class Layer(Protocol):
     """What the operators ask of a layer."""
 
-    def evaluate(
+    @property
+    def _graph_name(self) -> str:
+        """The content of the layer, the same in every process."""
+
+    def _evaluate(
         self, thetas: Sequence[Tensor], ids: Tensor | None, differentiable: bool
     ) -> tuple[list[Tensor], Local]:
         """The outputs for plain parameters, apart from every graph, and their derivative."""
 
-    def blank(self, thetas: Sequence[Tensor]) -> list[Tensor]:
+    def _blank(self, thetas: Sequence[Tensor]) -> list[Tensor]:
         """Outputs of the right shape, dtype and device, without values."""
 
 
@@ -49,16 +56,44 @@ def _without_tangents() -> None:
         )
 
 
-_layers: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+_living: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()  # by a number of this process
+_found: weakref.WeakValueDictionary[str, Any] = (
+    weakref.WeakValueDictionary()
+)  # by name, those that a graph has asked for
 _kept: dict[int, Local] = {}
 _numbers = itertools.count(1)
 
 
 def registered(layer: Layer) -> str:
-    """A name under which the operators find a layer, for as long as it lives."""
-    name = str(next(_numbers))
-    _layers[name] = layer
-    return name
+    """A number by which the layer's name is found, for as long as it lives."""
+    number = str(next(_numbers))
+    _living[number] = layer
+    return number
+
+
+def name(number: str, on_failure: str, validate: bool) -> str:
+    """The name in a graph of the layer with this number; told what of it may change, so that the compiler looks at it."""
+    layer = _living[number]
+    _found[layer._graph_name] = layer  # of several with this content the last one that was compiled serves
+    return layer._graph_name
+
+
+name._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, which imports the compiler
+
+
+def _layer(wanted: str) -> Layer:
+    """A layer of this content."""
+    layer = _found.get(wanted)
+    if layer is None or layer._graph_name != wanted:
+        # Names are made only now: building a layer does not wait for them.
+        layer = next((layer for layer in reversed(list(_living.values())) if layer._graph_name == wanted), None)
+        if layer is None:
+            raise RuntimeError(
+                f"This graph holds a ConvexLayer (declaration {wanted}) that does not exist in this process. Build the layer first, of the same "
+                "problem, parameters, variables and options as the one that was compiled or exported, and keep it while the graph is in use."
+            )
+        _found[wanted] = layer
+    return layer
 
 
 def _keep(local: Local) -> Tensor:
@@ -74,7 +109,7 @@ def _keep(local: Local) -> Tensor:
 def _solve(thetas: Sequence[Tensor], ids: Tensor | None, layer: str, differentiable: bool) -> list[Tensor]:
     _without_tangents()
     with _recording():
-        outputs, local = _layers[layer].evaluate(thetas, ids, differentiable)
+        outputs, local = _layer(layer)._evaluate(thetas, ids, differentiable)
     number = _keep(local) if differentiable else torch.zeros(1, dtype=torch.int64)
     return [*(output.clone(memory_format=torch.contiguous_format) for output in outputs), number]
 
@@ -82,7 +117,7 @@ def _solve(thetas: Sequence[Tensor], ids: Tensor | None, layer: str, differentia
 @_solve.register_fake
 def _(thetas, ids, layer, differentiable):
     _without_tangents()
-    return [*_layers[layer].blank(thetas), torch.empty(1, dtype=torch.int64)]
+    return [*_layer(layer)._blank(thetas), torch.empty(1, dtype=torch.int64)]
 
 
 @torch.library.custom_op("convlayer::adjoint", mutates_args=())
@@ -92,7 +127,7 @@ def _adjoint(
     local = _kept.get(int(number))
     with _recording():
         if local is None:
-            _, local = _layers[layer].evaluate(thetas, None, True)
+            _, local = _layer(layer)._evaluate(thetas, None, True)
         found = local.cotangent(thetas, bars, needed)
     return [part.clone(memory_format=torch.contiguous_format) for part in found]
 

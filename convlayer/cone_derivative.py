@@ -15,6 +15,7 @@ The optimal value moves by its Lagrangian's derivative, x'dP x/2 + dq'x + y'(dA 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -119,8 +120,12 @@ class ConeDerivative(Local):
             raise RuntimeError("An output of the layer was changed in place; its derivative needs it as it was.")
 
     def adjoint(self, x_bar: Tensor, y_bar: Tensor) -> tuple[Tensor, Tensor]:
+        """NaN in rows whose cotangents are not finite: these have no part in a solve, and are no fault of its system."""
         self.check_unchanged()
-        return self._adjoint(x_bar, y_bar)
+        lost = not_finite(x_bar, y_bar)
+        if lost is None:
+            return self._adjoint(x_bar, y_bar)
+        return spoilt(self._adjoint(x_bar.masked_fill(lost, 0.0), y_bar.masked_fill(lost, 0.0)), lost)
 
     def cotangent(
         self, entries: Tensors, bars: Tensors, needed: Sequence[bool], failed: Tensor | None = None
@@ -206,6 +211,19 @@ class ConeDerivative(Local):
         wanted = _wanted(needed)
         found = entries_bar(self.canonical, [len(part) for part in entries], wanted, terms, vectors)
         return [found[k] if k in found else torch.zeros_like(entries[k]) for k in wanted]
+
+
+def not_finite(x_bar: Tensor, y_bar: Tensor) -> Tensor | None:
+    """(B, 1) the rows, if there are any."""
+    if math.isfinite((x_bar.sum() + y_bar.sum()).item()):  # a finite sum has finite terms
+        return None
+    lost = ~(torch.isfinite(x_bar).all(1) & torch.isfinite(y_bar).all(1)).unsqueeze(1)
+    return lost if bool(lost.any()) else None
+
+
+def spoilt(parts: tuple[Tensor, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
+    w, u = parts
+    return w.masked_fill(rows, torch.nan), u.masked_fill(rows, torch.nan)
 
 
 def _wanted(needed: Sequence[bool]) -> list[int]:

@@ -10,6 +10,8 @@ import cvxpy as cp
 from cvxpy.lin_ops import lin_utils
 
 from convlayer.canon import Canonical, canonicalise, check
+from convlayer.hashing import digest_of_declaration
+from convlayer.notices import quiet_cvxpy
 
 
 def with_proximal_term(problem: cp.Problem, weight: float | cp.Parameter) -> cp.Problem:
@@ -17,7 +19,8 @@ def with_proximal_term(problem: cp.Problem, weight: float | cp.Parameter) -> cp.
     term = weight / 2 * sum(cp.sum_squares(variable) for variable in problem.variables())
     objective = problem.objective
     worse = -term if isinstance(objective, cp.Maximize) else term
-    return cp.Problem(type(objective)(objective.expr + worse), problem.constraints)
+    with quiet_cvxpy():
+        return cp.Problem(type(objective)(objective.expr + worse), problem.constraints)
 
 
 class Declaration:
@@ -35,6 +38,7 @@ class Declaration:
         self.problem, self.parameters, self.variables, self.gp, self.owners = problem, parameters, variables, gp, owners
         self.weight = weight
         self._canonical: Canonical | None = None
+        self._digest: str | None = None
         self._lock = threading.Lock()
 
     @classmethod
@@ -42,7 +46,8 @@ class Declaration:
         cls, problem: cp.Problem, parameters: Sequence[cp.Parameter], variables: Sequence[cp.Variable], gp: bool
     ) -> Declaration:
         """ProblemError or TypeError: what cannot be a layer."""
-        owners, _ = check(problem, parameters, variables, gp)
+        with quiet_cvxpy():
+            owners, _ = check(problem, parameters, variables, gp)
         return cls(problem, list(parameters), list(variables), gp, owners)
 
     def least_norm(self) -> Declaration:
@@ -70,12 +75,21 @@ class Declaration:
                 self._canonical = canonicalise(problem, parameters, self.variables, gp=self.gp)
             return self._canonical
 
+    @property
+    def digest(self) -> str:
+        """A name that only equal declarations have, in any process."""
+        with self._lock:
+            if self._digest is None:
+                self._digest = digest_of_declaration(self.problem, self.parameters, self.variables, self.gp)
+            return self._digest
+
     def __deepcopy__(self, memo: dict) -> Declaration:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         # Neither our cone program nor CVXPY's own.
-        problem = cp.Problem(self.problem.objective, self.problem.constraints)
+        with quiet_cvxpy():
+            problem = cp.Problem(self.problem.objective, self.problem.constraints)
         made = {"problem": problem, "_canonical": None, "_lock": None, "_next": lin_utils.ID_COUNTER.count}
         return {**self.__dict__, **made}
 

@@ -1,34 +1,55 @@
-"""Versions, devices, and self-checks: does every path compute what it should on this machine?"""
+"""Versions, processor, devices, and self-checks: does every path compute what it should on this machine?"""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
+from threadpoolctl import threadpool_info
 
-from convlayer import problems
+from convlayer import __version__, problems
 from convlayer.layer import ConvexLayer
 from convlayer.solvers import SOLVERS
 from convlayer.structures import STRUCTURES
 from convlayer.verification import verify
 
-REQUIRED = ("convlayer", "torch", "numpy", "scipy", "cvxpy", "clarabel", "scs", "qdldl", "diffcp")
-OPTIONAL = ("matplotlib", "tqdm", "scikit-learn", "cvxpylayers")
+REQUIRED = ("torch", "numpy", "scipy", "cvxpy", "clarabel", "daqp", "scs", "qdldl", "diffcp", "threadpoolctl")
+OPTIONAL = (
+    "scikit-learn",
+    "matplotlib",
+    "tqdm",
+    "distributed",
+    "cvxpylayers",
+    "moreau",
+    "proxsuite",
+    "POT",
+    "entmax",
+    "mpmath",
+)
+SETTINGS = ("OMP_NUM_THREADS", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "CUDA_VISIBLE_DEVICES")
 BATCH = 8
 STEP, TOLERANCE = 1e-6, 1e-6  # of the differences, and of the gradient against them
 
 
 def main() -> int:
     """Print it all; 0 if every check passes, 1 otherwise."""
+    print(f"{'convlayer':<14}{__version__}, in {Path(__file__).parent}")
     print(f"{'python':<14}{platform.python_version()}, {platform.platform()}")
     for name in REQUIRED:
         print(f"{name:<14}{_version(name) or 'MISSING'}")
     for name in OPTIONAL:
         print(f"{name:<14}{_version(name) or 'not installed (optional)'}")
+    print(f"{'processor':<14}{_processor()}; torch computes for {torch.backends.cpu.get_cpu_capability()}")
     print(f"{'cores':<14}{os.cpu_count()}; torch uses {torch.get_num_threads()} threads")
+    for line in _blas():
+        print(f"{'blas':<14}{line}")
+    given = [f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ]
+    print(f"{'environment':<14}{', '.join(given) or 'nothing set that matters'}")
     for line in _devices():
         print(f"{'device':<14}{line}")
     print()
@@ -45,6 +66,26 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _processor() -> str:
+    """Its model, by the name that its maker gave it where the system tells."""
+    told = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*:\s*(.+)", told.read_text()) if told.exists() else []
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def _blas() -> Iterator[str]:
+    """Torch's, which it was built with, and those of NumPy and SciPy, which are loaded."""
+    built = torch.__config__.show()
+    name = re.search(r"BLAS_INFO=(\w+)", built)
+    mkl = re.search(r"Math Kernel Library Version (\S+)", built)
+    yield f"torch: {name.group(1) if name else 'unknown'}{f' {mkl.group(1)}' if mkl else ''}"
+    for pool in threadpool_info():
+        if pool["user_api"] == "blas":
+            kind = f" for {pool['architecture']}" if pool.get("architecture") else ""
+            owner = Path(pool["filepath"]).parent.name.partition(".")[0]
+            yield f"{owner}: {pool['internal_api']} {pool['version']}{kind}, threads: {pool['num_threads']}"
 
 
 def _devices() -> Iterator[str]:

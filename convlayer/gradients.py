@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 from convlayer.canon import Canonical
-from convlayer.cone_derivative import ConeDerivative, Term
+from convlayer.cone_derivative import ConeDerivative, Term, not_finite, spoilt
 from convlayer.derivative import Tensors
 from convlayer.diagnose import ProblemError
 from convlayer.generic import Call, resolved, smoothed
 from convlayer.surrogates import Solve, blackbox, lpgd_secant, perturbed
+
+SIDES = {"both": (1, -1), "right": (1,), "left": (-1,)}
 
 
 class Gradient:
@@ -77,22 +79,28 @@ class Lpgd(Gradient):
     """Lagrangian proximal gradient descent, see `surrogates.lpgd`.
 
     tau: size of the perturbation relative to the costs; rho: of the proximal term 1/(2 rho) |x - x*|^2, inf for none.
+    side: "both", or "right" or "left" for one perturbed solution and the solution itself.
+    absolute: tau multiplies the loss's gradient as it is, whatever the costs.
     """
 
     name = "lpgd"
     tau: float = 1.0
     rho: float = math.inf
+    side: str = "both"
+    absolute: bool = False
 
     def __post_init__(self) -> None:
         _positive(self, "tau")
         if not self.rho > 0:
             raise ValueError(f"`rho` must be positive; got {self.rho!r}.")
+        if self.side not in SIDES:
+            raise ValueError(f"`side` must be one of {', '.join(map(repr, SIDES))}; got {self.side!r}.")
 
     def __call__(self, call: Call, exact: ConeDerivative) -> ConeDerivative:
-        again = _again(call)
+        again, options = _again(call), (self.tau, self.rho, SIDES[self.side], self.absolute)
 
         def pull(x_bar: Tensor, y_bar: Tensor) -> Term:
-            return Term(*lpgd_secant(exact.data, exact.x, exact.y, x_bar, y_bar, again, self.tau, self.rho))
+            return Term(*lpgd_secant(exact.data, exact.x, exact.y, x_bar, y_bar, again, *options))
 
         return _Surrogate(exact, self.name, pull)
 
@@ -168,15 +176,19 @@ class Blackbox(_OfCosts):
 GRADIENTS: dict[str, type[Gradient]] = {kind.name: kind for kind in (Exact, Smoothed, Lpgd, Perturbed, Blackbox)}
 
 
-def gradient_of(name: str, arguments: Mapping[str, Any] | None) -> Gradient:
-    """TypeError, ValueError: what is no argument of this gradient."""
-    kind = GRADIENTS[name]
+def gradient_of(gradient: str | Gradient, arguments: Mapping[str, Any] | None) -> Gradient:
+    """By its name, or as it is. TypeError, ValueError: no gradient, or what is no argument of this one."""
+    if isinstance(gradient, Gradient) and not arguments:
+        return gradient
+    if gradient not in GRADIENTS:
+        raise ValueError(f"`gradient` must be one of {', '.join(map(repr, GRADIENTS))}; got {gradient!r}.")
+    kind = GRADIENTS[gradient]
     known = kind.__dataclass_fields__.keys()  # type: ignore[attr-defined]
     unknown = (arguments or {}).keys() - known
     if unknown:
         takes = ", ".join(known) or "none"
         raise TypeError(
-            f"gradient={name!r} has no argument {', '.join(map(repr, sorted(unknown)))}; it takes: {takes}."
+            f"gradient={gradient!r} has no argument {', '.join(map(repr, sorted(unknown)))}; it takes: {takes}."
         )
     return kind(**(arguments or {}))
 
@@ -209,7 +221,11 @@ class _Surrogate(ConeDerivative):
 
     def term(self, x_bar: Tensor, y_bar: Tensor) -> Term:
         self.check_unchanged()
-        return self._pull(x_bar, y_bar)
+        lost = not_finite(x_bar, y_bar)
+        if lost is None:
+            return self._pull(x_bar, y_bar)
+        x, y, w, u = self._pull(x_bar.masked_fill(lost, 0.0), y_bar.masked_fill(lost, 0.0))
+        return Term(x, y, *spoilt((w, u), lost))
 
     def tangent(self, entries: Tensors, a: Tensors) -> list[Tensor]:
         raise _refused(self._name, "forward mode")

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 import threading
-import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import cvxpy as cp
-import numpy as np
 import torch
 from torch import Tensor
 
-from convlayer import compiled, domain
+from convlayer import arguments, compiled, domain
 from convlayer.canon import Canonical
 from convlayer.check import Check, checked
 from convlayer.closest import applies, closest, relaxed
@@ -27,10 +24,13 @@ from convlayer.declaration import Declaration, with_proximal_term
 from convlayer.derivative import Local, Point, Recorded, anew, is_transformed, known, solved
 from convlayer.diagnose import ProblemError
 from convlayer.dispatch import CHOICES, attempts, recognise
+from convlayer.display import Words
 from convlayer.explain import explain_choice, explain_cone_program
 from convlayer.generic import ROUNDING, Agreement, Call, Solve, least_norm_weight
-from convlayer.gradients import GRADIENTS, gradient_of
+from convlayer.gradients import Gradient, gradient_of
+from convlayer.hashing import digest
 from convlayer.normal_form import normal_form
+from convlayer.notices import tell
 from convlayer.program import take_rows
 from convlayer.rows import Rows, aliases, flatten_batch, no_autocast, put, shaped, spread
 from convlayer.solution import (
@@ -56,6 +56,10 @@ TINY = 2_000  # numbers for which torch takes one thread of itself
 SMALL = 50_000_000  # numbers that one thread checks in less time than a second one may take to come
 _warning = threading.Lock()
 BY_SOLVER = "you named a solver, or its options"
+NO_SCRIPT = (
+    "A ConvexLayer is no TorchScript: torch.jit.trace and torch.jit.script would freeze one solution into the graph. Use torch.compile, "
+    "or torch.export to save the model."
+)
 POLICIES = ("raise", "nan", "keep", "closest")
 
 
@@ -99,6 +103,7 @@ class ConvexLayer(torch.nn.Module):
                      dask cluster's, client.get_executor(pure=False), which solves again what a lost worker held; a process pool that
                      loses a worker raises BrokenExecutor. By default a pool of one thread a core. Kernels and the batched interior point
                      do not use it. It is not copied or pickled with the layer.
+        squeeze:     a call returns the only variable itself, not a tuple of one, as torch.nn.Sequential wants it.
 
     Errors: ProblemError (a ValueError) at construction; at a call TypeError and ValueError for what no row can use,
     ParameterError and SolverError for rows.
@@ -115,19 +120,20 @@ class ConvexLayer(torch.nn.Module):
         solver: str | Solver | None = None,
         solver_args: Mapping[str, Any] | None = None,
         gp: bool = False,
-        gradient: str = "exact",
+        gradient: str | Gradient = "exact",
         gradient_args: Mapping[str, Any] | None = None,
         regularise: float | str | None = None,
         on_failure: str = "raise",
         validate: bool = True,
         executor: Executor | None = None,
+        squeeze: bool = False,
     ) -> None:
+        """See the class."""
         super().__init__()
         _one_of("structure", structure, CHOICES)
-        _one_of("gradient", gradient, tuple(GRADIENTS))
         _one_of("on_failure", on_failure, POLICIES)
         self._gradient = gradient_of(gradient, gradient_args)
-        self.on_failure, self.validate, self.executor = on_failure, validate, executor
+        self.on_failure, self.validate, self.executor, self.squeeze = on_failure, validate, executor, squeeze
         if regularise is not None and regularise != "least_norm":
             problem = with_proximal_term(problem, _proximal_weight(regularise, gp))
         self._regularise = regularise
@@ -135,20 +141,27 @@ class ConvexLayer(torch.nn.Module):
         options = dict(solver_args or {})
         self._solver, self._chosen = _solver(solver), solver is not None or bool(options.keys() - {"tolerance"})
         self._tolerance, self._options = _tolerance(options), options
-        self._asked, self._reason = structure, BY_SOLVER if self._chosen else None
-        if gradient != "exact":
-            self._reason = f"gradient={gradient!r} is of the cone program"
+        self._asked = structure
+        if squeeze and len(variables) != 1:
+            raise ValueError(f"squeeze=True is for one variable; this layer returns {len(variables)}.")
+        self._settle()
+        self._fresh()
+
+    def _settle(self) -> None:
+        """Choose the path, and check that the options are of that path."""
+        self._reason = BY_SOLVER if self._chosen else None
+        if self._gradient.name != "exact":
+            self._reason = f"gradient={self._gradient.name!r} is of the cone program"
         self._recognise()
         if self._specialised is not None and self._reason is not None:
             raise ValueError(
-                f"structure={structure!r} runs a kernel, whose gradient is the exact one and which takes no solver and none of its options; "
+                f"structure={self._asked!r} runs a kernel, whose gradient is the exact one and which takes no solver and none of its options; "
                 "leave them out."
             )
         if self._specialised is None:
             self._solver.check(self._canonical.program, self._options)
             self._gradient.check(self._canonical)
         self._check_policy()
-        self._fresh()
 
     def _check_policy(self) -> None:
         """ProblemError: there is no closest feasible problem to be had."""
@@ -185,7 +198,8 @@ class ConvexLayer(torch.nn.Module):
         """What a layer does not share with its copies."""
         self._warned: set[tuple[type[Warning], Hashable]] = set()
         self._starts = Starts()
-        self._name = compiled.registered(self)
+        self._named: tuple[Any, str] | None = None
+        self._number = compiled.registered(self)
 
     @property
     def _canonical(self) -> Canonical:
@@ -194,34 +208,53 @@ class ConvexLayer(torch.nn.Module):
 
     def forward(
         self,
-        *tensors: Tensor,
+        *tensors: Any,
         solver_args: Mapping[str, Any] | None = None,
         ids: Tensor | Sequence[Hashable] | None = None,
-    ) -> tuple[Tensor, ...]:
-        """The optimal variables for these parameter values, in the order of `variables`.
+        **named: Any,
+    ) -> tuple[Tensor, ...] | Tensor:
+        """The optimal variables for these parameter values, in the order of `variables`; with squeeze=True the only one.
 
+        tensors: one for each parameter, in the order of `parameters`; a scalar one may be a number. Or by name, layer(price=p), or as a
+             dictionary by the CVXPY objects, layer({price: p}).
         ids: one for each row of the batch, telling a sample from others; a sample that was seen before starts where it ended then.
              Kernels and samples that are new start cold. The last solutions are kept by the layer (`forget` drops them).
         """
+        given = self._taken(tensors, named)
         if torch.compiler.is_compiling():
-            return self._in_graph(tensors, solver_args, ids)
-        return self._run(tensors, _How(solver_args, ids=ids))[0]
+            outputs = self._in_graph(given, solver_args, ids)
+        else:
+            if torch.jit.is_tracing():
+                raise RuntimeError(NO_SCRIPT)
+            outputs = self._run(given, _How(solver_args, ids=ids))[0]
+        return outputs[0] if self.squeeze else outputs
 
     @torch.compiler.disable
     def solve(
         self,
-        *tensors: Tensor,
+        *tensors: Any,
         solver_args: Mapping[str, Any] | None = None,
         warm_start: Solution | None = None,
         ids: Tensor | Sequence[Hashable] | None = None,
+        **named: Any,
     ) -> Solution:
         """As a call of the layer, with value, status, iterations and residual of every row.
 
         warm_start: a Solution of the same batch shape, to start from; it takes the cone program. SCS starts there itself;
                     for the others Newton's method starts there, and rows that it does not settle start cold.
         ids:        as in a call of the layer.
+
+        Training where rows may fail (on_failure="nan"): take the rows that have a solution before anything is computed of them,
+
+            solution = layer.solve(net(inputs))
+            (x,), solved = solution.variables, solution.solved
+            loss = (x[solved] - target[solved]).square().mean()
+
+        as nanmean and where compute on NaN first, and the gradient of that is NaN.
         """
-        outputs, rest, rows = self._run(tensors, _How(solver_args, warm_start, ids, everything=True))
+        outputs, rest, rows = self._run(
+            self._taken(tensors, named), _How(solver_args, warm_start, ids, everything=True)
+        )
         status, iterations, residual, degenerate, margin = rest
         notes = tuple(f"{rows_in_words(which, rows.batch)}: {what}" for which, what in rows.notes)
         return Solution(
@@ -241,13 +274,14 @@ class ConvexLayer(torch.nn.Module):
         """Drop the solutions kept by `ids`."""
         self._starts.clear()
 
-    def verify(self, *tensors: Tensor, seed: int = 0) -> Verification:
+    def verify(self, *tensors: Any, seed: int = 0, **named: Any) -> Verification:
         """Solve on the layer's path and as a cone program by Clarabel, and compare values, feasibility and gradients, row by row.
 
         The gradients are those of one random linear functional of the variables, drawn from `seed`. Nothing is raised: look at
         `.agrees`, or print it. The generic path is exact in float64: marginals in float32 whose sums differ by rounding, which the
         transport kernel takes, are infeasible to it.
         """
+        tensors = self._taken(tensors, named)
         dtype, _, batch = self._check_tensors(tensors)
         leaves = [
             t.detach().expand((*batch, *p.shape)) for t, p in zip(tensors, self._declared.parameters, strict=True)
@@ -270,38 +304,42 @@ class ConvexLayer(torch.nn.Module):
             seed,
         )
 
-    def check(self, *tensors: Tensor) -> Check:
+    def check(self, *tensors: Any, **named: Any) -> Check:
         """How far each row is from where the solution map is not differentiable, or not well: by constraint, as tensors; print it for words.
 
         It solves the rows as a cone program, whatever the layer's path, and raises nothing for rows that fail. Meant for a look, not
         for training: the active system's eigenvalues are worked out.
         """
-        return checked(self, tensors)
+        return checked(self, self._taken(tensors, named))
 
     def explain(self, batch: int = 1) -> str:
         """Which path runs and why, why the others do not, the sizes, and what a forward and a backward cost."""
         why = self._reason or self._recognition.why
         text = explain_choice(self._recognition, self.structure, why, self._regularise, batch)
         if self._specialised is not None:
-            return text
+            return Words(text)
         attempts = self._attempts(batch, self._tolerance, self._options, torch.device("cpu"))
         own = self.executor is not None
         named = self._chosen or bool(self._options)
         rest = explain_cone_program(self._canonical, attempts, named, self._tolerance, own, batch)
-        return f"{text}\n{rest}"
+        return Words(f"{text}\n{rest}")
 
     def with_options(
         self,
         *,
+        structure: str | None = None,
         solver: str | Solver | None = None,
         solver_args: Mapping[str, Any] | None = None,
+        gradient: str | Gradient | None = None,
+        gradient_args: Mapping[str, Any] | None = None,
         on_failure: str | None = None,
         validate: bool | None = None,
         executor: Executor | None = None,
     ) -> ConvexLayer:
         """A layer of the same problem, sharing its canonical form, with some of the constructor's options changed.
 
-        `solver_args` are added to those the layer has; with another `solver` only `tolerance` is kept.
+        `solver_args` are added to those the layer has; with another `solver` only `tolerance` is kept. `gradient_args` alone are of the
+        gradient that the layer has.
         """
         sibling = self._copy()
         if on_failure is not None:
@@ -318,9 +356,18 @@ class ConvexLayer(torch.nn.Module):
         if solver is not None or solver_args is not None:
             merged = {"tolerance": self._tolerance, **sibling._options, **options}
             sibling._tolerance, sibling._options = _tolerance(merged), merged
-            if solver is not None or options.keys() - {"tolerance"}:
+            sibling._chosen = sibling._chosen or bool(options.keys() - {"tolerance"})
+        if gradient is not None or gradient_args is not None:
+            sibling._gradient = gradient_of(gradient or self._gradient.name, gradient_args)
+        if structure is not None:
+            _one_of("structure", structure, CHOICES)
+            sibling._asked = structure
+        if structure is not None or sibling._gradient != self._gradient:
+            sibling._settle()
+        elif solver is not None or solver_args is not None:
+            if sibling._chosen:
                 sibling = sibling._generic()
-                sibling._chosen, sibling._reason = True, BY_SOLVER
+                sibling._reason = BY_SOLVER
             if sibling._specialised is None:
                 sibling._solver.check(self._canonical.program, sibling._options)
         return sibling
@@ -344,13 +391,17 @@ class ConvexLayer(torch.nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """The declaration and the options: the rest is made from them anew."""
-        made = ("_recognition", "_specialised", "_domains", "_warned", "_starts", "_name")
+        made = ("_recognition", "_specialised", "_domains", "_warned", "_starts", "_named", "_number")
         return {**{name: part for name, part in self.__dict__.items() if name not in made}, "executor": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._recognise()
         self._fresh()
+
+    def __prepare_scriptable__(self) -> None:
+        """What torch.jit.script asks first."""
+        raise RuntimeError(NO_SCRIPT)
 
     def extra_repr(self) -> str:
         parameters = ", ".join(f"{p.name()}{tuple(p.shape)}" for p in self._declared.parameters)
@@ -366,18 +417,30 @@ class ConvexLayer(torch.nn.Module):
             raise TypeError(
                 "Inside torch.compile a layer takes tensors alone, one at least: give `solver_args` to with_options, and `ids` as a tensor."
             )
-        return compiled.outputs(tensors, ids, self._name)
+        return compiled.outputs(tensors, ids, compiled.name(self._number, self.on_failure, self.validate))
 
-    def evaluate(
+    @property
+    def _graph_name(self) -> str:
+        """See `compiled.Layer`."""
+        changing = self.on_failure, self.validate
+        if self._named is None or self._named[0] != changing:
+            own = type(self._solver).__module__.startswith("convlayer.")
+            solver = self._solver.name if own else self._solver
+            gradient = type(self._gradient).__qualname__, vars(self._gradient)
+            path = self.structure, self._chosen, solver, self._tolerance, self._options, gradient, self._regularise
+            self._named = changing, digest(self._declared.digest, path, changing)
+        return self._named[1]
+
+    def _evaluate(
         self, thetas: Sequence[Tensor], ids: Tensor | None, differentiable: bool
     ) -> tuple[list[Tensor], Local]:
         """See `compiled.Layer`."""
         rows = self._evaluated(thetas, _How(ids=ids), differentiable)
         return rows.filled, rows.local
 
-    def blank(self, thetas: Sequence[Tensor]) -> list[Tensor]:
+    def _blank(self, thetas: Sequence[Tensor]) -> list[Tensor]:
         """See `compiled.Layer`."""
-        dtype, device, batch = self._check_tensors(tuple(thetas))
+        dtype, device, batch = self._check_tensors(thetas)
         return [torch.empty(*batch, *v.shape, dtype=dtype, device=device) for v in self._declared.variables]
 
     def _run(self, tensors: tuple[Tensor, ...], how: _How) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Rows]:
@@ -618,24 +681,18 @@ class ConvexLayer(torch.nn.Module):
             rows.notes.append((which[good], "infeasible; solved as the closest feasible problem"))
         rows.shift = tuple(spread(part, which, size) for part in relaxation.by_constraint(found.shift.detach()))
 
-    def _check_tensors(self, tensors: tuple[Tensor, ...]) -> tuple[torch.dtype, torch.device, tuple[int, ...]]:
+    def _taken(self, given: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, ...]:
+        """One value for each parameter, in order, as tensors where that is harmless."""
+        if not named and all(isinstance(value, Tensor) for value in given):
+            return given
+        parameters = self._declared.parameters
+        return arguments.tensors(parameters, arguments.ordered(parameters, given, named))
+
+    def _check_tensors(self, tensors: Sequence[Any]) -> tuple[torch.dtype, torch.device, tuple[int, ...]]:
         """The outputs' dtype and device, and the batch shape."""
         parameters = self._declared.parameters
-        if len(tensors) != len(parameters):
-            names = ", ".join(f"`{p.name()}`" for p in parameters)
-            raise ValueError(f"The layer takes {len(parameters)} tensors ({names}); got {len(tensors)}.")
-        shapes = [_batch_shape(t, p) for t, p in zip(tensors, parameters, strict=True)]
-        batch = _broadcast(shapes, parameters)
-        if not tensors:
-            return torch.get_default_dtype(), torch.device("cpu"), batch
-        dtype, device = tensors[0].dtype, tensors[0].device
-        if any(t.device != device for t in tensors):
-            listed = ", ".join(f"`{p.name()}` on {t.device}" for p, t in zip(parameters, tensors, strict=True))
-            raise ValueError(f"The parameters are on different devices: {listed}. Move them to one.")
-        if any(t.dtype is not dtype for t in tensors):
-            # As torch promotes: a tensor without dimensions has no say where there is one with.
-            dtype = reduce(torch.promote_types, [t.dtype for t in tensors if t.ndim] or [t.dtype for t in tensors])
-        return dtype, device, batch
+        batch = arguments.batch_shape(parameters, tensors)
+        return *arguments.dtype_and_device(parameters, tensors), batch
 
     def _checked(
         self, values: list[Tensor], size: int, batch: tuple[int, ...], vouched: frozenset[int]
@@ -712,8 +769,8 @@ class ConvexLayer(torch.nn.Module):
         if not rows.warned and rows.degenerate is not None and bool(rows.degenerate.any()):
             rows.ruled = rows.degenerate
         if rows.ruled is not None:
-            cause = Cause.SINGULAR if rows.warned else STRUCTURES[self.structure].cause
-            rows.warn = partial(self._warn_degenerate, batch, cause=cause)
+            rows.cause = Cause.SINGULAR if rows.warned else STRUCTURES[self.structure].cause
+        rows.warn = partial(self._warn_degenerate, batch)
 
     def _warn_degenerate(
         self, batch: tuple[int, ...], rows: Tensor, cause: Cause, parameters: Sequence[int] = ()
@@ -732,11 +789,7 @@ class ConvexLayer(torch.nn.Module):
             if (type(warning), cause) in self._warned:
                 return
             self._warned.add((type(warning), cause))
-        # At the line of the user's that called, or called backward on a loss.
-        depth, frame = 1, sys._getframe()
-        while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("convlayer", "torch"):
-            depth, frame = depth + 1, frame.f_back
-        warnings.warn(warning, stacklevel=depth)
+        tell(warning)
 
 
 @dataclass(frozen=True, eq=False)
@@ -823,52 +876,3 @@ def _solver(solver: str | Solver | None) -> Solver:
 def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}; got {value!r}.")
-
-
-def _batch_shape(tensor: Tensor, parameter: cp.Parameter) -> tuple[int, ...]:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(
-            f"Parameter `{parameter.name()}` was given a {type(tensor).__name__}; expected a torch.Tensor: write torch.as_tensor(value)."
-        )
-    if not tensor.is_floating_point():
-        if tensor.is_complex():
-            raise TypeError(
-                f"Parameter `{parameter.name()}` was given a complex tensor; pass real and imaginary parts apart."
-            )
-        raise TypeError(
-            f"Parameter `{parameter.name()}` was given a tensor of {tensor.dtype}; expected floating point: write {parameter.name()}.double()."
-        )
-    shape, expected = tuple(tensor.shape), parameter.shape
-    lead = len(shape) - len(expected)
-    if lead < 0 or shape[lead:] != expected:
-        wanted = ", ".join(map(str, expected))
-        message = f"Parameter `{parameter.name()}` was given a tensor of shape {shape}; expected ({wanted}) or (*batch{', ' * bool(wanted)}{wanted})."
-        if len(expected) == 2 and expected[0] == expected[1] == shape[-1] and lead < 1:
-            message += f"\nEach row needs its own {expected[0]} x {expected[1]} matrix: did you mean torch.diag_embed({parameter.name()})?"
-        elif len(expected) == 2 and shape[-2:] == expected[::-1]:
-            message += f"\nIt is the transpose: did you mean {parameter.name()}.mT?"
-        elif math.prod(shape) == math.prod(expected):
-            message += f"\nIt has the right number of entries: did you mean {parameter.name()}.reshape({wanted})?"
-        elif expected and shape[:-1] == expected:
-            message += f"\nThe batch comes first: did you mean {parameter.name()}.movedim(-1, 0)?"
-        raise ValueError(message)
-    return shape[:lead]
-
-
-def _broadcast(shapes: list[tuple[int, ...]], parameters: Sequence[cp.Parameter]) -> tuple[int, ...]:
-    """The batch of parameters with these batch shapes."""
-    batched: list[tuple[int, ...]] = []
-    for shape in shapes:
-        if shape and shape not in batched:
-            batched.append(shape)
-    if len(batched) <= 1:
-        return batched[0] if batched else ()
-    try:
-        if all(type(k) is int for shape in batched for k in shape):
-            return np.broadcast_shapes(*batched)  # torch's own loads a symbolic algebra package at its first call
-        return tuple(torch.broadcast_shapes(*batched))
-    except (ValueError, RuntimeError):
-        listed = ", ".join(f"`{p.name()}` {shape}" for p, shape in zip(parameters, shapes, strict=True))
-        raise ValueError(
-            f"The batch dimensions do not agree: {listed}. Each parameter has the batch dimensions in front, or none if it is shared."
-        ) from None

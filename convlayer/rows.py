@@ -19,7 +19,7 @@ from torch import Tensor
 
 from convlayer.derivative import Local, Point, Recorded, is_transformed, pulled_back
 from convlayer.kernels.answer import Answer
-from convlayer.solution import Status
+from convlayer.solution import Cause, Status
 from convlayer.specialised import without
 
 
@@ -53,7 +53,8 @@ class Rows:
     failed: Tensor | None = None  # (*batch,) rows that failed, if any did
     empty: Tensor | None = None  # (*batch,) of those the rows to be filled with NaN
     ruled: Tensor | None = None  # (B,) rows differentiated by rule that `warn` is to be told of
-    warn: Callable[[Tensor], None] | None = None
+    cause: Cause = Cause.SINGULAR  # of their rule
+    warn: Callable[[Tensor, Cause], None] | None = None
 
     @property
     def filled(self) -> list[Tensor]:
@@ -82,6 +83,9 @@ class Rows:
     def guard(self, bars: Sequence[Any]) -> list[Any]:
         """Cotangents of the outputs: in rows that failed NaN where the loss uses them and zero where it does not."""
         self._tell(bars)
+        spoilt = self._spoilt(bars)
+        if spoilt is not None:
+            bars = [None if bar is None else _filled(bar, spoilt) for bar in bars]
         if self.failed is None:
             return list(bars)
         guarded = []
@@ -107,7 +111,23 @@ class Rows:
             if part is not None:
                 used |= (part.reshape(len(used), -1) != 0).any(1).cpu()
         if bool((used & self.ruled).any()):
-            self.warn(torch.nonzero(used & self.ruled).flatten())
+            self.warn(torch.nonzero(used & self.ruled).flatten(), self.cause)
+
+    def _spoilt(self, bars: Sequence[Tensor | None]) -> Tensor | None:
+        """Rows (*batch,) that have a solution and cotangents that are not finite, if any: told of, as it is no fault of the layer's."""
+        doubtful = [bar for bar in bars if bar is not None and not math.isfinite(bar.sum().item())]
+        if not doubtful:  # a finite sum has finite terms
+            return None
+        spoilt = torch.zeros(math.prod(self.batch), dtype=torch.bool)
+        for bar in doubtful:
+            spoilt |= (~torch.isfinite(bar)).reshape(len(spoilt), -1).any(1).cpu()
+        if self.failed is not None:
+            spoilt &= ~self.failed.flatten()
+        if not bool(spoilt.any()):
+            return None
+        if self.warn is not None:
+            self.warn(torch.nonzero(spoilt).flatten(), Cause.LOSS)
+        return spoilt.view(self.batch)
 
     @property
     def local(self) -> Local:

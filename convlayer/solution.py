@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, IntEnum
+from html import escape
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from convlayer.display import SHOWN, counted, rows_of, spanned, table
 
 
 class Status(IntEnum):
@@ -101,6 +104,7 @@ class Cause(Enum):
     ILL_CONDITIONED = "ill-conditioned"
     ZERO = "structurally zero"
     NO_PATH = "no central path"
+    LOSS = "not finite"
 
     @property
     def advice(self) -> str:
@@ -118,6 +122,8 @@ _CAUSES = {
     "gradient='smoothed', 'lpgd', 'perturbed' or 'blackbox' give one that learning can use.",
     Cause.NO_PATH: "the feasible set has no interior or the solutions are not bounded, so there is nothing to smooth, and the gradient is NaN; "
     "gradient='lpgd' needs neither.",
+    Cause.LOSS: "a NaN or infinity arrived in backward from the loss, or from what stands between it and the layer, whose solution is finite "
+    "there; so the gradient is NaN. Usual are the log, the root or the quotient of a number at zero; torch.autograd.detect_anomaly() finds it.",
 }
 
 
@@ -132,7 +138,7 @@ class GradientWarning(UserWarning):
         return type(self), (str(self), self.cause)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Solution:
     """The solution of a batch, row by row. Every field but `variables` has shape (*batch)."""
 
@@ -151,6 +157,38 @@ class Solution:
         tuple[Any, ...] | None
     )  # on_failure="closest", where some row was infeasible: by how much each of problem.constraints was
     # shifted, (*batch, *its shape), as lhs <= rhs + shift or lhs == rhs + shift; a tuple of its arguments' for a cone constraint
-    iterate: tuple[Tensor, Tensor, Tensor] | None = field(
-        repr=False
-    )  # canonical (x, s, y) for a warm start; None from a kernel
+    iterate: tuple[Tensor, Tensor, Tensor] | None  # canonical (x, s, y) for a warm start; None from a kernel
+
+    @property
+    def solved(self) -> Tensor:
+        """(*batch) bool, on the host: the rows that have a solution, be it INACCURATE. A loss that is made of `x[solution.solved]` alone
+        has no NaN in its gradient from rows that failed."""
+        return self.status < Status.INFEASIBLE
+
+    @property
+    def statuses(self) -> np.ndarray:
+        """(*batch) the names of the statuses: `solution.statuses == "SOLVED"`."""
+        names = [Status(value).name for value in self.status.flatten().tolist()]
+        return np.array(names, dtype=str).reshape(tuple(self.status.shape))
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(str(tuple(variable.shape)) for variable in self.variables)
+        text = f"Solution of {rows_of(self.status.shape)}: {counted(self.statuses.flatten().tolist())}"
+        text += f"; variables {shapes}; objective {spanned(self.objective)}; residual {spanned(self.residual)}"
+        if bool(self.degenerate.any()):
+            text += f"; {int(self.degenerate.sum())} degenerate"
+        return "\n  ".join([text, *self.notes])
+
+    def _repr_html_(self) -> str:
+        batch, size = tuple(self.status.shape), self.status.numel()
+        parts = (self.objective, self.residual, self.iterations, self.degenerate)
+        status = self.statuses.reshape(-1)[:SHOWN].tolist()
+        objective, residual, iterations, degenerate = (part.detach().flatten()[:SHOWN].tolist() for part in parts)
+        rows = [
+            [", ".join(map(str, batch_index(k, batch))), status[k], f"{objective[k]:.6g}", f"{residual[k]:.1e}", str(iterations[k]),
+             "yes" if degenerate[k] else ""]
+            for k in range(len(status))
+        ]  # fmt: skip
+        header = ("row", "status", "objective", "residual", "iterations", "degenerate")
+        words = "<br>".join(escape(line) for line in repr(self).splitlines())
+        return f"<p>{words}</p>{table(header, rows, size - len(rows))}"

@@ -102,9 +102,15 @@ def lpgd_secant(
     solve: Solve,
     tau: float,
     rho: float = math.inf,
+    sides: tuple[int, ...] = (1, -1),
+    absolute: bool = False,
 ) -> Secant:
-    """`lpgd` before the pull back to P and A, for a caller who wants few of their entries; the arguments are the same."""
-    _check_positive("tau", tau, "relative size of the perturbation")
+    """`lpgd` before the pull back to P and A, for a caller who wants few of their entries; the arguments are the same.
+
+    sides: 1 for the lower envelope alone, -1 for the upper one: the other end of the secant is then the solution itself.
+    absolute: t is tau.
+    """
+    _check_positive("tau", tau, "size of the perturbation")
     if not rho > 0:
         raise ValueError(f"rho is {rho}; expected a positive number, or inf for no augmentation.")
     w, u, x_mid, y_mid = torch.zeros_like(x_bar), torch.zeros_like(y_bar), x.clone(), y.clone()
@@ -114,18 +120,20 @@ def lpgd_secant(
         operators, finite_b = Operators(part), torch.where(part.b.abs() < INFINITE, part.b, 0.0)
         x_ratio = _largest(x_bar) / _size(part.q, operators.P(x), part.P)
         y_ratio = _largest(y_bar) / _size(finite_b, operators.A(x), part.A)
-        t = tau / torch.maximum(x_ratio, y_ratio)
+        t = torch.full_like(x_ratio, tau) if absolute else tau / torch.maximum(x_ratio, y_ratio)
         q, b = part.q, part.b
         if rho < math.inf:
             part, q = _with_curvature(part, 1 / rho), q - x / rho
-        qs, bs = torch.cat([q + t * x_bar, q - t * x_bar]), torch.cat([b - t * y_bar, b + t * y_bar])
-        xs, ys, failed = _solved(solve, part, torch.arange(len(rows), device=rows.device).repeat(2), qs, bs)
-        # An unsolved side gives way to the middle; of none solved, zero over zero.
-        failed = failed.unsqueeze(1)
-        (x_up, x_low), (y_up, y_low) = (
-            torch.where(failed, middle.repeat(2, 1), ends).chunk(2) for middle, ends in ((x, xs), (y, ys))
-        )
-        width = t * (~failed).to(t.dtype).view(2, -1, 1).sum(0)
+        qs, bs = (torch.cat([c + side * step for side in sides]) for c, step in ((q, t * x_bar), (b, -t * y_bar)))
+        index = torch.arange(len(rows), device=rows.device).repeat(len(sides))
+        found = zip(*(part.chunk(len(sides)) for part in _solved(solve, part, index, qs, bs)), strict=True)
+        # A side that is unsolved, or not asked for, gives way to the middle; of none solved, zero over zero.
+        ends, width = {1: (x, y), -1: (x, y)}, torch.zeros_like(t)
+        for side, (x_end, y_end, failed) in zip(sides, found, strict=True):
+            failed = failed.unsqueeze(1)
+            ends[side] = torch.where(failed, x, x_end), torch.where(failed, y, y_end)
+            width = width + torch.where(failed, 0.0, t)
+        (x_up, y_up), (x_low, y_low) = ends[1], ends[-1]
         w[rows], u[rows] = (x_low - x_up) / width, (y_low - y_up) / width
         x_mid[rows], y_mid[rows] = (x_up + x_low) / 2, (y_up + y_low) / 2
     return Secant(x_mid, y_mid, w, u)

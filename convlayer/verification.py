@@ -9,14 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from convlayer.display import Shown
 from convlayer.solution import Solution
 
 WEIGHTS = 1_000_003  # added to the seed: a functional drawn like the user's own parameters may be a special one
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 
-@dataclass(frozen=True, eq=False)
-class Verification:
+@dataclass(frozen=True, eq=False, repr=False)
+class Verification(Shown):
     """How far a layer's path is from the generic one. Every tensor has shape (*batch) and holds relative differences."""
 
     structure: str
@@ -46,6 +47,9 @@ class Verification:
             f"Worst relative difference of the solution {worst(self.solution)}, the value {worst(self.value)}, the gradient "
             f"{worst(self.gradient)}; infeasibility {worst(self.infeasibility)}; {flagged} degenerate rows."
         )
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 def verify(

@@ -14,6 +14,7 @@ A new problem is a new file, NAME.py, that defines NAME with `@prebuilt`; it is 
 
 from importlib import import_module
 from pkgutil import iter_modules
+from typing import TYPE_CHECKING
 
 from ._prebuilt import Declared, Draw, Prebuilt, prebuilt
 
@@ -23,5 +24,10 @@ PROBLEMS: dict[str, Prebuilt] = {
     if not name.startswith("_")
 }
 globals().update(PROBLEMS)
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Prebuilt:
+        """Every problem, for what reads types and runs nothing."""
 
 __all__ = ["PROBLEMS", "Declared", "Draw", "Prebuilt", "prebuilt", *PROBLEMS]

@@ -6,6 +6,8 @@ import re
 import runpy
 import subprocess
 import sys
+import tomllib
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -169,6 +171,34 @@ def test_the_doctor_finds_what_is_wrong(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "TOLERANCE", 0.0)
     assert main(["doctor"]) == 1
     assert "FAILED  cone_program" in capsys.readouterr().out
+
+
+def test_the_doctor_tells_every_dependency_blas_and_processor(capsys, monkeypatch):
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    for name in ("STRUCTURES", "SOLVERS"):
+        monkeypatch.setattr(doctor, name, {})
+    monkeypatch.setattr(doctor, "_check_differences", lambda: True)
+    assert main(["doctor"]) == 0
+    lines = dict(re.findall(r"^(\S+) +(\S.*)$", capsys.readouterr().out, re.MULTILINE))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [wanted for name, extra in project["optional-dependencies"].items() if name != "dev" for wanted in extra]
+    needed = {re.match(r"[\w-]+", wanted).group() for wanted in (*project["dependencies"], *extras)}
+    assert needed <= set(lines)
+    assert lines["torch"] == torch.__version__.partition("+")[0] or lines["torch"] == torch.__version__
+    assert torch.backends.cpu.get_cpu_capability() in lines["processor"]
+    assert "MKL_CBWR=COMPATIBLE" in lines["environment"]
+    assert "blas" in lines
+
+
+def test_the_command_is_installed_and_tells_its_version(capsys):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    module, _, function = project["scripts"]["convlayer"].partition(":")
+    command = getattr(import_module(module), function)
+    with pytest.raises(SystemExit) as left:
+        command(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out == f"convlayer {project['version']}\n"
+    assert command(["explain", "nothing"]) == 2
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -388,6 +388,98 @@ def test_refusals_without_a_counterpart_stay_ours():
         compat.CvxpyLayer(None, [A], [x])
 
 
+# Symmetric parameters, what is no tensor, and the gradient that `mode` asks for.
+
+
+def matrix_of(layer_class, **attributes):
+    """The nearest matrix of unit trace to -C: X = (t I - C) / 2, linear in C, which sets the trace right."""
+    X, C = cp.Variable((3, 3), symmetric=True), cp.Parameter((3, 3), name="C", **attributes)
+    return layer_class(cp.Problem(cp.Minimize(cp.trace(C @ X) + cp.sum_squares(X)), [cp.trace(X) == 1]), [C], [X])
+
+
+MATRIX = torch.tensor([[2.0, 0.5, 0.1], [0.5, 3.0, 0.2], [0.1, 0.2, 1.5]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("attribute", "sign"), [("symmetric", 1.0), ("PSD", 1.0), ("NSD", -1.0)])
+def test_a_symmetric_parameter_perturbed_entry_by_entry_passes_gradcheck(layer_class, attribute, sign):
+    if attribute == "NSD" and not ours(layer_class):
+        pytest.skip("theirs takes no definite parameter with this solver")
+    layer = matrix_of(layer_class, **{attribute: True})
+    args = {} if ours(layer_class) else {"solver_args": ACCURATE}
+    assert torch.autograd.gradcheck(lambda C: layer(C, **args)[0], ((sign * MATRIX).clone().requires_grad_(),), atol=1e-4, rtol=1e-3)
+
+
+def test_what_is_not_symmetric_is_symmetrised_with_one_warning_and_its_gradient_is_symmetric():
+    layer, stray = matrix_of(compat.CvxpyLayer, symmetric=True), MATRIX.clone()
+    stray[0, 1] += 0.6
+    both = torch.stack([MATRIX, stray]).requires_grad_()
+    with pytest.warns(UserWarning, match="`C` is symmetric, and the tensor for it is not") as caught:
+        (X,) = layer(both)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(both)
+        (right,) = layer((both + both.mT) / 2)
+    torch.testing.assert_close(X, right)
+    (slope,) = torch.autograd.grad(X[:, 0, 1].sum(), both)
+    torch.testing.assert_close(slope, torch.tensor([[0, -0.25, 0], [-0.25, 0, 0], [0, 0, 0]]).double().expand(2, 3, 3), rtol=0, atol=1e-9)
+
+
+def test_a_symmetric_parameter_passes_through_compilers_and_transforms():
+    layer = matrix_of(compat.CvxpyLayer, symmetric=True)
+    stray = MATRIX.clone()
+    stray[0, 1] += 0.6
+    both = torch.stack([MATRIX, stray])
+    (expected,) = layer((both + both.mT) / 2)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(both)[0], expected)
+    torch.testing.assert_close(torch.func.vmap(lambda C: layer(C)[0])(both), expected)
+
+
+@pytest.mark.parametrize("nothing", [None, 2.0, [1.0, 2.0, 3.0]], ids=["None", "a number", "a list"])
+def test_what_is_no_tensor_raises_what_it_raises_there(layer_class, nothing):
+    with pytest.raises(AttributeError):
+        least_squares(layer_class)(normal(3, 2), nothing)
+
+
+def projected(point):
+    """Onto the simplex, by sorting."""
+    falling = point.sort(descending=True).values
+    thresholds = (falling.cumsum(0) - 1) / torch.arange(1, len(point) + 1)
+    return (point - thresholds[(falling > thresholds).sum() - 1]).clamp(min=0)
+
+
+@pytest.mark.parametrize("mode", ["lpgd", "lpgd_right", "lpgd_left"])
+@pytest.mark.parametrize(("tau", "rho"), [(0.5, 0.1), (0.2, 1.0), (2.0, 0.5)])
+@pytest.mark.parametrize("at_construction", [True, False])
+def test_lpgd_is_the_secant_of_the_perturbed_problems_in_their_units(layer_class, mode, tau, rho, at_construction):
+    x, c = cp.Variable(3), cp.Parameter(3)
+    problem = cp.Problem(cp.Minimize(c @ x), [cp.sum(x) == 1, x >= 0])
+    options = {"mode": mode, "derivative_kwargs": {"tau": tau, "rho": rho}, **({} if ours(layer_class) else ACCURATE)}
+    costs, bar = torch.tensor([1.0, 1.1, 1.5]).double().requires_grad_(), torch.tensor([1.0, 0.0, -1.0]).double()
+    layer = layer_class(problem, [c], [x], **({"solver_args": options} if at_construction else {}))
+    (solution,) = layer(costs, **({} if at_construction else {"solver_args": options}))
+    (found,) = torch.autograd.grad(solution, costs, bar)
+    vertex = torch.tensor([1.0, 0.0, 0.0]).double()
+    right, left = (projected(vertex - (costs.detach() + side * tau * bar) / rho) for side in (1, -1))
+    secants = {"lpgd": (right - left) / (2 * tau), "lpgd_right": (right - vertex) / tau, "lpgd_left": (vertex - left) / tau}
+    torch.testing.assert_close(found, secants[mode], rtol=0, atol=1e-7 if ours(layer_class) else 1e-4)
+
+
+@pytest.mark.parametrize(("options", "kind"), [
+    ({"mode": "lpgd"}, TypeError), ({"mode": "lpgd", "derivative_kwargs": {"tau": 0.1}}, TypeError),
+    ({"mode": "lpgd", "derivative_kwargs": {"tau": 0.0, "rho": 0.1}}, ValueError),
+    ({"mode": "lpgd_left", "derivative_kwargs": {"tau": 0.1, "rho": -0.1}}, ValueError)])  # fmt: skip
+def test_lpgd_without_its_numbers_is_refused_as_it_is_there(layer_class, options, kind):
+    with pytest.raises(kind, match=r"tau|rho"):
+        wanting_a_gradient(layer_class, **options)[0].sum().backward()
+
+
+def test_the_incumbents_tolerance_of_its_accelerated_solver_is_understood():
+    layer = least_squares(compat.CvxpyLayer, solver="MOREAU")
+    (found,) = layer(normal(3, 2), normal(3, seed=1), solver_args={"tol": 1e-12, "max_iters": 500})
+    torch.testing.assert_close(found, layer(normal(3, 2), normal(3, seed=1))[0])
+
+
 # Options: each is translated, accepted with a warning, or refused.
 
 

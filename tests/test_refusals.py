@@ -223,7 +223,7 @@ def test_batches_that_do_not_agree_are_listed(layer):
 
 def test_what_is_no_tensor_and_what_is_no_float_is_named(layer):
     fails(layer, TypeError, ["`price`", "list", "torch.as_tensor"], price=[0.0] * n)
-    fails(layer, TypeError, ["`free`", "float", "torch.Tensor"], free=1.0)
+    fails(layer, TypeError, ["`free`", "str", "torch.Tensor"], free="1.0")
     fails(layer, TypeError, ["`price`", "int64", "price.double()"], price=torch.zeros(n, dtype=torch.int64))
     fails(layer, TypeError, ["`price`", "bool"], price=torch.zeros(n, dtype=torch.bool))
     fails(layer, TypeError, ["`price`", "complex"], price=torch.zeros(n, dtype=torch.complex128))
