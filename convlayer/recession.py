@@ -53,9 +53,10 @@ def _recedes(program: Program, P: np.ndarray, q: np.ndarray, A: np.ndarray, x: n
         n,
         stacked.shape[0],
         Product([Zero(curved.shape[0] + zeros), Nonnegative(1 + 2 * n), *cones]),
-        *(np.zeros(0, dtype=np.int64) for _ in "PP"),
-        stacked.indices.astype(np.int64),
-        np.repeat(np.arange(n), np.diff(stacked.indptr)),
+        P_rows=np.zeros(0, dtype=np.int64),
+        P_cols=np.zeros(0, dtype=np.int64),
+        A_rows=stacked.indices.astype(np.int64),
+        A_cols=np.repeat(np.arange(n), np.diff(stacked.indptr)),
     )
     right = np.zeros(form.m)
     right[curved.shape[0] + zeros + 1 :][: 2 * n] = 1.0

@@ -54,7 +54,7 @@ def _costs_that_fall_for_ever():
 KINDS = (_box, _budget, _floors_and_a_total, _norm, _ball, _correlation, _exponential)
 
 
-@pytest.mark.parametrize("solver", (None, "clarabel", "interior_point"))
+@pytest.mark.parametrize("solver", [None, "clarabel", "interior_point"])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__[1:])
 def test_infeasible_by_little_is_infeasible_and_feasible_by_little_is_not(kind, solver):
     objective, constraints, g, x = kind()
@@ -63,7 +63,7 @@ def test_infeasible_by_little_is_infeasible_and_feasible_by_little_is_not(kind, 
     assert status == [Status.INFEASIBLE] * len(GAPS) + [Status.SOLVED] * len(GAPS)
 
 
-@pytest.mark.parametrize("scale", (1e-4, 1.0, 1e8))
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e8])
 def test_whatever_the_units_of_the_bounds(scale):
     objective, constraints, low, x = cp.Minimize(0), [], cp.Parameter(), cp.Variable(2)
     objective = cp.Minimize(cp.sum_squares(x))
@@ -72,7 +72,7 @@ def test_whatever_the_units_of_the_bounds(scale):
     assert layer.solve(torch.tensor(scale, dtype=D)).status.item() == Status.INFEASIBLE
 
 
-@pytest.mark.parametrize("structure", ("auto", "generic"))
+@pytest.mark.parametrize("structure", ["auto", "generic"])
 def test_a_direction_of_descent_without_a_feasible_point_is_infeasible(structure):
     objective, constraints, g, x = _costs_that_fall_for_ever()
     layer = ConvexLayer(cp.Problem(objective, constraints), [g], [x], on_failure="keep", structure=structure)
@@ -90,13 +90,13 @@ def test_so_is_one_of_a_geometric_program():
 
 @pytest.mark.parametrize(
     "made",
-    (
+    [
         lambda x, g: (g * cp.exp(-x[0]) + x[1] ** 2, []),
         lambda x, g: (g * cp.inv_pos(x[0]) + x[1] ** 2, []),
         lambda x, g: (g * cp.logistic(-x[0]) + x[1] ** 2, []),
         lambda x, g: (x[0], [cp.SOC(x[0] + x[1], cp.hstack([x[0] - x[1], 2 * g]))]),
         lambda x, g: (cp.quad_over_lin(g, x[0]) + x[1] ** 2, []),
-    ),
+    ],
     ids=("exponential", "reciprocal", "logistic", "hyperbola", "quadratic over linear"),
 )
 def test_an_infimum_that_is_not_attained_has_a_status_and_a_remedy_that_works(made):

@@ -25,8 +25,8 @@ def _marginals(dtype):
     return parts[0].to(dtype), *(torch.softmax(part.to(dtype), -1) for part in parts[1:])
 
 
-@pytest.mark.parametrize("square", (0.0, 0.1), ids=("linear", "quadratic"))
-@pytest.mark.parametrize("solver", (None, "clarabel", "interior_point", "daqp"))
+@pytest.mark.parametrize("square", [0.0, 0.1], ids=("linear", "quadratic"))
+@pytest.mark.parametrize("solver", [None, "clarabel", "interior_point", "daqp"])
 def test_marginals_that_differ_by_the_rounding_of_single_precision_are_marginals(solver, square):
     problem, parameters, variables = _transport(square)
     layer = ConvexLayer(problem, parameters, variables, solver=solver, on_failure="keep")
@@ -56,7 +56,7 @@ def test_the_solution_is_that_of_the_least_change_of_the_right_hand_sides():
     torch.testing.assert_close(moved, wanted, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("solver", (None, "daqp", "clarabel"))
+@pytest.mark.parametrize("solver", [None, "daqp", "clarabel"])
 def test_equal_rows_have_equal_answers_and_more_than_rounding_is_infeasible_in_words(solver):
     problem, parameters, variables = _transport()
     M, r, c = (part[:1].expand(40, *part.shape[1:]) for part in _marginals(torch.float64))
@@ -105,7 +105,7 @@ def test_a_sum_declared_twice_and_its_parts():
     torch.testing.assert_close(solution.variables[0] @ torch.tensor(G.T, dtype=torch.float32), rows[0], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("holds", (True, False))
+@pytest.mark.parametrize("holds", [True, False])
 def test_an_equation_or_an_inequality_between_numbers_is_true_or_infeasible(holds):
     x, p = cp.Variable(3), cp.Parameter(3)
     value = torch.tensor([0.3, 0.2, 0.3 if holds else 0.4], dtype=torch.float64)

@@ -36,8 +36,8 @@ def _values(parameters, rows=4):
     return [torch.from_numpy(part) for part in (first, np.abs(g.normal(size=(rows, *parameters[1].shape))) + 0.2)]
 
 
-@pytest.mark.parametrize("scale", (1e-6, 1e-3, 1e4, 1e6))
-@pytest.mark.parametrize("made", (_risk_budgets, _precision_matrix, _proportional_fairness), ids=lambda f: f.__name__[1:])
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e4, 1e6])
+@pytest.mark.parametrize("made", [_risk_budgets, _precision_matrix, _proportional_fairness], ids=lambda f: f.__name__[1:])
 def test_logarithms_have_no_unit(made, scale):
     """Costs times a number: the solution is that over it, and so is the derivative in the other parameter."""
     problem, parameters, variables = made()
@@ -70,7 +70,7 @@ def test_multipliers_beside_logarithms_in_other_units():
     torch.testing.assert_close(P_t - b_t / found + multiplier, torch.zeros(3, dtype=D), rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("big", (1e4, 1e8, 1e11))
+@pytest.mark.parametrize("big", [1e4, 1e8, 1e11])
 def test_a_large_bound_beside_does_not_hide_a_small_problem(big):
     """min p'x - h, h <= M, |x| <= 1 in parts that do not touch: x = -p/|p|."""
     x, h, p, M = cp.Variable(2), cp.Variable(), cp.Parameter(2), cp.Parameter()
@@ -81,7 +81,7 @@ def test_a_large_bound_beside_does_not_hide_a_small_problem(big):
     assert not ((solution.status == Status.SOLVED) & ~(off < 1e-6)).any()
 
 
-@pytest.mark.parametrize("big", (1e5, 1e7, 1e9))
+@pytest.mark.parametrize("big", [1e5, 1e7, 1e9])
 def test_an_exact_penalty_is_right_or_not_called_solved(big):
     x, p, s = cp.Variable(3), cp.Parameter(3), cp.Variable(3, nonneg=True)
     cost = cp.norm(x - p) + 0.3 * cp.norm(x + 1)
@@ -93,7 +93,7 @@ def test_an_exact_penalty_is_right_or_not_called_solved(big):
     assert not ((solution.status == Status.SOLVED) & ~(off < 1e-5)).any()
 
 
-@pytest.mark.parametrize("bound", (1e4, 1e7, 1e12))
+@pytest.mark.parametrize("bound", [1e4, 1e7, 1e12])
 def test_a_bound_that_is_never_reached_changes_nothing(bound):
     A, x, p = np.random.default_rng(0).standard_normal((6, 3)), cp.Variable(3), cp.Parameter(3)
     cost = cp.sum_squares(A @ x - 1) + cp.sum(cp.pos(x - p))
@@ -112,7 +112,7 @@ def test_numbers_that_overflow_are_not_solved():
     assert status[1] == Status.SOLVED
 
 
-@pytest.mark.parametrize("rho", (-3.0, -20.0))
+@pytest.mark.parametrize("rho", [-3.0, -20.0])
 def test_an_exponential_far_below_its_unit_is_right_or_says_so(rho):
     x, p = cp.Variable(), cp.Parameter()
     layer = ConvexLayer(cp.Problem(cp.Minimize(x), [cp.log(x) >= p]), [p], [x], on_failure="nan")
