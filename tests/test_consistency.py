@@ -63,7 +63,7 @@ def test_equal_rows_have_equal_answers_and_more_than_rounding_is_infeasible_in_w
     layer = ConvexLayer(problem, parameters, variables, solver=solver, on_failure="keep")
     for apart in (1e-7, 1e-3):
         assert layer.solve(M, r * (1 + apart), c).status.tolist() == [Status.INFEASIBLE] * 40
-    with pytest.raises(SolverError, match="depend on each other disagree by .* rounding in float64"):
+    with pytest.raises(SolverError, match=r"depend on each other disagree by .* rounding in float64"):
         ConvexLayer(problem, parameters, variables)(M, r * (1 + 1e-7), c)
     # What the user says is rounding is rounding.
     solution = layer.solve(M, r * (1 + 1e-7), c, solver_args={"tolerance": 1e-6})
