@@ -10,7 +10,7 @@ Source: the implicit function theorem; Busseti, Moursi and Boyd (2019) for refin
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import ClassVar
 
 import torch
@@ -91,12 +91,12 @@ class ResidualPoint:
     F2: Tensor
     size: Tensor  # (B,) relative residual
     spectrum: ProductSpectrum
-    sizes: Sizes  # that it is relative to: those of the terms where the polish began
+    sizes: Sizes | None  # that it is relative to: those of its terms where the polish began; None: see `residual`
 
     def rows(self, index: Tensor) -> ResidualPoint:
         """The points of some rows."""
         parts = {name: getattr(self, name)[index] for name in ResidualPoint.TENSORS}
-        return ResidualPoint(**parts, spectrum=self.spectrum.index_select(index), sizes=self.sizes.rows(index))
+        return ResidualPoint(**parts, spectrum=self.spectrum.index_select(index), sizes=self.sizes and self.sizes.rows(index))
 
     def put(self, index: Tensor, other: ResidualPoint) -> ResidualPoint:
         """These points, with those of some rows replaced."""
@@ -111,11 +111,10 @@ class ResidualPoint:
     @classmethod
     def at(cls, operators: Operators, x: Tensor, v: Tensor, sizes: Sizes | None = None) -> ResidualPoint:
         y, s, spectrum = operators.data.program.cones.linearise_dual(v, KINK)
-        sizes = term_sizes(operators, x, s, y, WORKING) if sizes is None else sizes
         return cls(x, v, y, s, *residual(operators, x, s, y, sizes), spectrum, sizes)
 
     @classmethod
-    def inside(cls, operators: Operators, x: Tensor, s: Tensor, y: Tensor, sizes: Sizes) -> ResidualPoint:
+    def inside(cls, operators: Operators, x: Tensor, s: Tensor, y: Tensor) -> ResidualPoint:
         """With s and y of the inequalities as they are, both positive: D = y / (y + s) there, as on a central path."""
         program = operators.data.program
         v = y - s
@@ -124,7 +123,7 @@ class ResidualPoint:
         y, s = torch.where(rows, y, y_edge), torch.where(rows, s, s_edge)
         values = torch.where(rows, y / (y + s), spectrum.values)
         spectrum = ProductSpectrum(values, spectrum.bases)
-        return cls(x, v, y, s, *residual(operators, x, s, y, sizes), spectrum, sizes)
+        return cls(x, v, y, s, *residual(operators, x, s, y), spectrum, None)
 
 
 def polish(
@@ -155,14 +154,24 @@ def polish(
         won = again.size < best.size[rows]
         if bool(won.any()):
             best, factor = best.put(rows[won], again.rows(torch.nonzero(won).flatten())), None
+    sizes = term_sizes(operators, best.x, best.s, best.y, JUDGING)
+    judged = relative_size(best.F1, best.F2, sizes)
+    hidden = torch.nonzero((best.size <= STUCK) & (judged > STUCK)).flatten()
+    if len(hidden):
+        # A large number elsewhere hides that these are not done.
+        part, now = operators.rows(hidden), best.rows(hidden)
+        now = ResidualPoint.at(part, now.x, now.v, term_sizes(part, now.x, now.s, now.y, WORKING))
+        again, _, _ = _settle(part, now, visible, units_of(units, hidden))
+        best, factor = best.put(hidden, again), None
+        sizes = term_sizes(operators, best.x, best.s, best.y, JUDGING)
+        judged = relative_size(best.F1, best.F2, sizes)
     # Flags and the error estimate want a factor of the faces where the point lies; the derivative, one of the very point.
     if factor is None or not bool(((factor[1].spectrum.values > 0) == (best.spectrum.values > 0)).all()):
         factor = factorise(operators, best.spectrum, visible, units), best
     system = factor[0]
     # One more Newton step, from a residual of which no more is known than rounding leaves: how far the solution may yet move.
-    sizes = term_sizes(operators, best.x, best.s, best.y, JUDGING)
     unsure = rounding(operators, best.s, best.y, sizes)
-    F1, F2 = (F + part * _signs(part) for F, part in zip((best.F1, best.F2), unsure, strict=True))
+    F1, F2 = (F + part * _signs(F.shape[1], F.device) for F, part in zip((best.F1, best.F2), unsure, strict=True))
     dx, _ = newton(operators, best.spectrum, system, F1, F2)
     error = _relative_step(operators.data.program, dx, best.x, visible)
     pivot = system.smallest if isinstance(system, DenseSystem) else None
@@ -175,7 +184,7 @@ def polish(
         best.s,
         best.y,
         best.size,
-        relative_size(best.F1, best.F2, sizes),
+        judged,
         best.spectrum,
         error,
         margin,
@@ -188,10 +197,11 @@ def polish(
     )
 
 
-def _signs(like: Tensor) -> Tensor:
-    """(k,) of no pattern, the same for every row of a batch."""
+@cache
+def _signs(size: int, device: torch.device) -> Tensor:
+    """(size,) of no pattern, the same for every row of a batch."""
     generator = torch.Generator().manual_seed(0)
-    return (2 * torch.randint(2, like.shape[1:], generator=generator) - 1).to(like)
+    return (2.0 * torch.randint(2, (size,), generator=generator) - 1).to(device, torch.float64)
 
 
 def _relative_step(program: Program, dx: Tensor, x: Tensor, visible: Visible) -> Tensor:
@@ -210,8 +220,7 @@ def _follow(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visi
     """
     rows = operators.data.program.on(x.device)["inequalities"]
     y, s = (torch.where(rows, part.clamp(min=FLOOR), part) for part in (y, s))
-    sizes = term_sizes(operators, x, s, y, WORKING)
-    point = ResidualPoint.inside(operators, x, s, y, sizes)
+    point = ResidualPoint.inside(operators, x, s, y)
     for _ in range(PATH):
         product = torch.where(rows, point.y * point.s, 0.0)
         if bool((product.amax(1) <= FLOOR).all()):
@@ -225,7 +234,7 @@ def _follow(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visi
         ratio = torch.maximum(torch.where(rows, -dy / point.y, 0.0), torch.where(rows, -ds / point.s, 0.0)).amax(1)
         length = (0.99 / ratio.clamp(min=0.99)).nan_to_num(0.0).unsqueeze(1)
         dx, dy, ds = (step.nan_to_num(0.0) * length for step in (dx, dy, ds))
-        point = ResidualPoint.inside(operators, point.x + dx, point.s + ds, point.y + dy, sizes)
+        point = ResidualPoint.inside(operators, point.x + dx, point.s + ds, point.y + dy)
     return ResidualPoint.at(operators, point.x, point.v)
 
 

@@ -284,9 +284,7 @@ class Sizes(NamedTuple):
         return Sizes(self.dual[index], self.primal[index])
 
 
-def term_sizes(
-    operators: Operators, x: Tensor, s: Tensor, y: Tensor, faint: Faint, farthest: float = FARTHEST
-) -> Sizes:
+def term_sizes(operators: Operators, x: Tensor, s: Tensor, y: Tensor, faint: Faint) -> Sizes:
     """|q| + |P||x| + |A|'|y|  and  |b| + |A||x| + |s|, entry by entry, the same within a cone that is not elementwise.
 
     A large cost or bound hides no other row's error so. An entry counts for at least a share, `faint`, of the largest one of its part
@@ -294,22 +292,18 @@ def term_sizes(
     scale of the problem, and gains nothing by it.
     """
     data, program, absolute = operators.data, operators.data.program, operators.absolute
-    bounded = [part.abs().clamp(max=farthest) for part in (x, s, y)]
-    dual = data.q.abs() + absolute.P(bounded[0]) + absolute.At(bounded[2])
-    primal = data.b.abs() + absolute.A(bounded[0]) + bounded[1]
-    index = program.on(x.device)
+    x, s, y = (part.abs().clamp(max=FARTHEST) for part in (x, s, y))
+    dual, primal = data.q.abs() + absolute.At(y), data.b.abs() + absolute.A(x) + s
     if not program.is_elementwise:
-        primal = _in_groups(primal, index["scale_group"], program.m)
-    natural = dual
-    if len(program.P_rows):  # an x that is zero beside others of size one is so to their rounding
-        natural = dual + absolute.P(largest_of_part(bounded[0], "part_of_x", program).expand_as(dual))
-    parts = (dual, natural, "part_of_x"), (primal, primal, "part_of_y")
-    return Sizes(*(_with_faint(*part, program, faint) for part in parts))
-
-
-def _with_faint(sizes: Tensor, natural: Tensor, part: str, program: Program, faint: Faint) -> Tensor:
-    least = faint.within * largest_of_part(natural, part, program)
-    return sizes + torch.maximum(least, faint.apart * _largest(natural).clamp(min=1.0))
+        primal = _in_groups(primal, program.on(x.device)["scale_group"], program.m)
+    least = largest_of_part(primal, "part_of_y", program)
+    primal = primal + torch.maximum(faint.within * least, faint.apart * _largest(least).clamp(min=1.0))
+    least = largest_of_part(dual, "part_of_x", program)
+    if len(program.P_rows):
+        dual = dual + absolute.P(x)
+        # An x that is zero beside others of size one is so to their rounding.
+        least = torch.maximum(least, _largest(absolute.data.P.flatten(1)) * largest_of_part(x, "part_of_x", program))
+    return Sizes(dual + torch.maximum(faint.within * least, faint.apart * _largest(least).clamp(min=1.0)), primal)
 
 
 def largest_of_part(sizes: Tensor, part: str, program: Program) -> Tensor:
@@ -340,19 +334,22 @@ def rounding(operators: Operators, s: Tensor, y: Tensor, sizes: Sizes) -> Sizes:
 
 
 def residual(
-    operators: Operators, x: Tensor, s: Tensor, y: Tensor, sizes: Sizes
+    operators: Operators, x: Tensor, s: Tensor, y: Tensor, sizes: Sizes | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(F1 (B, n), F2 (B, m), relative size (B,))."""
+    """(F1 (B, n), F2 (B, m), relative size (B,)).
+
+    Without sizes each entry is measured against its right-hand side and the size of x or y (A having entries of size one).
+    """
     data = operators.data
     F1, F2 = operators.P(x) + data.q + operators.At(y), operators.A(x) + s - data.b
+    if sizes is None:
+        sizes = Sizes(data.q.abs() + _largest(y).clamp(1e-6, 1.0), data.b.abs() + _largest(x).clamp(1e-6, 1.0))
     return F1, F2, relative_size(F1, F2, sizes)
 
 
 def relative_size(F1: Tensor, F2: Tensor, sizes: Sizes) -> Tensor:
     """(B,) the largest entry relative to its size."""
-    tiny = torch.finfo(F1.dtype).tiny
-    parts = F1.abs() / sizes.dual.clamp(min=tiny), F2.abs() / sizes.primal.clamp(min=tiny)
-    return torch.maximum(_largest(parts[0]), _largest(parts[1])).squeeze(1)
+    return torch.maximum(_largest(F1 / sizes.dual), _largest(F2 / sizes.primal)).squeeze(1)
 
 
 def _largest(values: Tensor) -> Tensor:

@@ -14,15 +14,13 @@ Source: Chen and Mangasarian (1996) for smoothing a projection; Nesterov and Nem
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from convlayer.adjoint import TARGET, ResidualPoint, Zero, newton, units_of
 from convlayer.kkt import DenseSystem, Visible, factorise
 from convlayer.program import Operators, Program
-from convlayer.residual import WORKING, residual, term_sizes
+from convlayer.residual import residual
 
 STEPS = 50  # of Newton, at most; fewer than ten are usual
 HALVINGS = 30  # of a step
@@ -82,9 +80,9 @@ def smoothed(
 
 def _at(operators: Operators, x: Tensor, v: Tensor, kappa: float) -> ResidualPoint:
     y, s, spectrum = operators.data.program.cones.smooth_dual(v, v.new_tensor(kappa))
+    F1, F2, size = residual(operators, x, s, y)
     # Where kappa is large or the feasible set thin, x and y are larger than the units say.
-    sizes = term_sizes(operators, x, s, y, WORKING, farthest=math.inf)
-    return ResidualPoint(x, v, y, s, *residual(operators, x, s, y, sizes), spectrum, sizes)
+    return ResidualPoint(x, v, y, s, F1, F2, size / _largest(x, y).clamp(min=1), spectrum, None)
 
 
 def _shortened(operators: Operators, now: ResidualPoint, dx: Tensor, dv: Tensor, kappa: float) -> tuple[ResidualPoint, Tensor]:
