@@ -20,6 +20,7 @@ from convlayer import arguments, compiled, domain
 from convlayer.canon import Canonical
 from convlayer.check import Check, checked
 from convlayer.closest import applies, closest, relaxed
+from convlayer.conflict import conflicts
 from convlayer.declaration import Declaration, with_proximal_term
 from convlayer.derivative import Local, Point, Recorded, anew, is_transformed, known, solved
 from convlayer.diagnose import ProblemError
@@ -762,6 +763,11 @@ class ConvexLayer(torch.nn.Module):
         failed = None if status is None else status >= Status.INFEASIBLE
         if status is not None and failed is not None and bool(failed.any()):
             if self.on_failure in ("raise", "closest"):
+                infeasible = torch.nonzero(status == Status.INFEASIBLE).flatten().tolist()
+                for row, conflict in conflicts(self, rows.leaves, batch, infeasible).items():
+                    details.setdefault(
+                        row, f"{rows_in_words(torch.tensor([row]), batch)}: {conflict}" if batch else str(conflict)
+                    )
                 raise SolverError.of(status.view(batch), details)
             rows.failed = failed.view(batch)
             assert rows.blank is not None
