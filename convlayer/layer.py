@@ -24,7 +24,7 @@ from convlayer.conflict import conflicts
 from convlayer.declaration import Declaration, with_proximal_term
 from convlayer.derivative import Local, Point, Recorded, anew, is_transformed, known, solved
 from convlayer.diagnose import ProblemError
-from convlayer.dispatch import CHOICES, attempts, recognise
+from convlayer.dispatch import CHOICES, attempts, other_solver, recognise
 from convlayer.display import Words
 from convlayer.explain import explain_choice, explain_cone_program
 from convlayer.generic import ROUNDING, Agreement, Call, Solve, least_norm_weight
@@ -49,7 +49,7 @@ from convlayer.specialised import Specialised
 from convlayer.starts import Starts
 from convlayer.structures import STRUCTURES
 from convlayer.threads import one_thread
-from convlayer.verification import Verification, verify
+from convlayer.verification import Verification, not_compared, verify
 
 TOLERANCE = 1e-8
 ROUNDINGS, COARSEST = 8, 1e-6  # the tolerance is at least so many roundings of the parameters, up to this
@@ -85,8 +85,10 @@ class ConvexLayer(torch.nn.Module):
         variables:   variables of the problem, or dual variables of its constraints (constraint.dual_variables[0]), to return.
         structure:   "auto": the most special structure that matches, if it is cheaper than the cone program; "generic": the cone program;
                      or a structure's name: that one, or a ProblemError that says why it does not apply.
-        solver:      for the cone program: None (Clarabel), "clarabel", "scs", "interior_point", or a convlayer.Solver of your own.
-                     With "auto", naming one chooses the cone program.
+        solver:      for the cone program: None, the cheapest at each batch (linear and quadratic programs DAQP, the batched interior point
+                     or Clarabel, whatever has other cones Clarabel; off the host the interior point) with Clarabel behind it for rows that
+                     it does not settle; or by name "clarabel", "daqp", "interior_point", "scs", or a convlayer.Solver of your own, and that
+                     one alone. With "auto", naming one chooses the cone program.
         solver_args: `tolerance` (relative KKT residual, default 1e-8) and the solver's own options; unknown ones are an error.
         gp:          the problem is log-log convex.
         gradient:    how solutions are differentiated: "exact"; for problems whose exact derivative is zero or jumps "smoothed", "lpgd" and,
@@ -276,8 +278,10 @@ class ConvexLayer(torch.nn.Module):
         self._starts.clear()
 
     def verify(self, *tensors: Any, seed: int = 0, **named: Any) -> Verification:
-        """Solve on the layer's path and as a cone program by Clarabel, and compare values, feasibility and gradients, row by row.
+        """Solve again another way, and compare values, feasibility and gradients, row by row.
 
+        A kernel is compared with the cone program by Clarabel, the cone program with itself by a solver that has no part in the layer's
+        answer; where there is none, the result says so.
         The gradients are those of one random linear functional of the variables, drawn from `seed`. Nothing is raised: look at
         `.agrees`, or print it. The generic path is exact in float64: marginals in float32 whose sums differ by rounding, which the
         transport kernel takes, are infeasible to it.
@@ -295,14 +299,15 @@ class ConvexLayer(torch.nn.Module):
                 bad, _ = mine._bad_rows(values, math.prod(batch))
                 work = dtype if dtype in (torch.float32, torch.float64) else torch.float32
                 infeasibility = self._specialised.infeasibility(values, bad, work).expand(math.prod(batch))
+        other: str | None = "clarabel"
+        if self._specialised is None:
+            taken = self._attempts(math.prod(batch), self._tolerance, self._options, torch.device("cpu"))
+            other = other_solver(self._canonical.program, math.prod(batch), taken)
+        if other is None:
+            return not_compared(self.structure, batch)
+        theirs = mine.with_options(solver=other).solve
         return verify(
-            self.structure,
-            mine.solve,
-            mine.with_options(solver="clarabel").solve,
-            leaves,
-            len(batch),
-            infeasibility,
-            seed,
+            self.structure, mine.solve, theirs, leaves, len(batch), infeasibility, seed, f"cone_program by {other}"
         )
 
     def check(self, *tensors: Any, **named: Any) -> Check:
@@ -316,13 +321,14 @@ class ConvexLayer(torch.nn.Module):
     def explain(self, batch: int = 1) -> str:
         """Which path runs and why, why the others do not, the sizes, and what a forward and a backward cost."""
         why = self._reason or self._recognition.why
-        text = explain_choice(self._recognition, self.structure, why, self._regularise, batch)
+        kernel = self._specialised is not None
+        text = explain_choice(self._recognition, self.structure, why, self._regularise, batch, kernel)
         if self._specialised is not None:
             return Words(text)
         attempts = self._attempts(batch, self._tolerance, self._options, torch.device("cpu"))
         own = self.executor is not None
         named = self._chosen or bool(self._options)
-        rest = explain_cone_program(self._canonical, attempts, named, self._tolerance, own, batch)
+        rest = explain_cone_program(self._declared, attempts, named, self._tolerance, own, batch)
         return Words(f"{text}\n{rest}")
 
     def with_options(
