@@ -61,7 +61,8 @@ NO_SCRIPT = (
     "A ConvexLayer is no TorchScript: torch.jit.trace and torch.jit.script would freeze one solution into the graph. Use torch.compile, "
     "or torch.export to save the model."
 )
-POLICIES = ("raise", "nan", "keep", "closest")
+CLOSEST = ("closest", "closest_few")
+POLICIES = ("raise", "nan", "keep", *CLOSEST)
 
 
 class ConvexLayer(torch.nn.Module):
@@ -100,7 +101,8 @@ class ConvexLayer(torch.nn.Module):
         on_failure:  "raise" a SolverError that names the rows; "nan" fills just those rows; "keep" returns the last iterate, flagged;
                      "closest": an infeasible row is solved with its constraints shifted by as little as possible (zero, nonnegative
                      and second-order cones), by Clarabel, with the exact gradient whatever `gradient` says, and Solution.shift says by
-                     how much; other failures raise.
+                     how much; other failures raise. "closest_few": the same by the least sum of shifts, not of their squares, which shifts
+                     few constraints rather than all a little, those declared later first where others would do as well.
         validate:    check the declared domains of the parameters (sign, symmetry, PSD, bounds) at every call.
         executor:    a concurrent.futures.Executor for the rows, not the one that the call itself runs in: threads, spawned processes, or a
                      dask cluster's, client.get_executor(pure=False), which solves again what a lost worker held; a process pool that
@@ -168,9 +170,11 @@ class ConvexLayer(torch.nn.Module):
 
     def _check_policy(self) -> None:
         """ProblemError: there is no closest feasible problem to be had."""
-        reason = applies(self._canonical) if self.on_failure == "closest" else None
+        reason = applies(self._canonical) if self.on_failure in CLOSEST else None
         if reason:
-            raise ProblemError(f"on_failure='closest' takes zero, nonnegative and second-order cones; here {reason}.")
+            raise ProblemError(
+                f"on_failure={self.on_failure!r} takes zero, nonnegative and second-order cones; here {reason}."
+            )
 
     def _recognise(self) -> None:
         """Choose the path, from the declaration and what was asked for."""
@@ -498,7 +502,7 @@ class ConvexLayer(torch.nn.Module):
                 rows = self._solve_specialised(values, size, bad, batch, dtype, how, details)
                 if rows.status is not None and not how.solver_args:
                     self._rescue(rows, values, size, how.everything)
-            if self.on_failure == "closest" and rows.status is not None:
+            if self.on_failure in CLOSEST and rows.status is not None:
                 self._relax(rows, values, size, how.everything)
             rows.outputs = [shaped(o, dtype, device, batch, size) for o in rows.outputs]
         details = {**rows.details, **details}
@@ -675,7 +679,7 @@ class ConvexLayer(torch.nn.Module):
             return put(outputs, which, [*theirs, canonical.objective(value)] if everything else theirs, size)
 
         with one_thread():
-            found = closest(relaxation, entries(values), self._tolerance)
+            found = closest(relaxation, entries(values), self._tolerance, self.on_failure == "closest_few")
         rows.outputs = answered(rows.outputs, found.x, found.y, found.value)
         rows.again = lambda values: answered(before(values), *found.again(entries(values))[:3])
         for name in ("status", "iterations", "residual", "degenerate", "margin"):
@@ -706,7 +710,7 @@ class ConvexLayer(torch.nn.Module):
     ) -> tuple[Tensor | None, dict[int, str]]:
         """The bad rows, and why; ParameterError if that is the policy."""
         bad, details = self._bad_rows(values, size, vouched)
-        if bad is not None and self.on_failure in ("raise", "closest"):
+        if bad is not None and self.on_failure in ("raise", *CLOSEST):
             raise ParameterError.of(torch.where(bad, int(Status.BAD_INPUT), 0).view(batch), details)
         return bad, details
 
@@ -768,7 +772,7 @@ class ConvexLayer(torch.nn.Module):
             self._warn(AccuracyWarning(f"{rows_in_words(which, batch).capitalize()}: {Status.INACCURATE.advice}"))
         failed = None if status is None else status >= Status.INFEASIBLE
         if status is not None and failed is not None and bool(failed.any()):
-            if self.on_failure in ("raise", "closest"):
+            if self.on_failure in ("raise", *CLOSEST):
                 infeasible = torch.nonzero(status == Status.INFEASIBLE).flatten().tolist()
                 for row, conflict in conflicts(self, rows.leaves, batch, infeasible).items():
                     details.setdefault(
