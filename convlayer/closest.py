@@ -53,6 +53,7 @@ from convlayer.kkt import Visible
 from convlayer.program import Program, take_rows
 from convlayer.solution import Status
 from convlayer.solvers import SOLVERS
+from convlayer.spelling import short
 
 FREE, POINT, RAY = 0, 1, 2  # what a row's slack is left with: its cone, nothing but zero, or a ray of it
 PRECISION = 1e-6  # relative, of faces that a first program has found
@@ -98,7 +99,8 @@ def closest(relaxation: Relaxation, entries: Sequence[Tensor], tolerance: float,
     first = _solved(relaxation.first_few if few else relaxation.first, plain, tolerance)
     program = relaxation.canonical.program
     multipliers, shift = relaxation.read(first.iterate[0], first.iterate[2], few)
-    pattern = _pattern(program, multipliers)
+    settled = _rounding(first.exact.operators.data.b[:, : program.m], shift)
+    shift, pattern = shift + settled, _pattern(program, multipliers)
     status, iterations, residual, degenerate, margin = (
         part.clone() for part in (first.status, first.iterations, first.residual, first.degenerate, first.margin)
     )
@@ -117,21 +119,29 @@ def closest(relaxation: Relaxation, entries: Sequence[Tensor], tolerance: float,
         degenerate[rows] |= call.degenerate
         margin[rows] = torch.minimum(margin[rows], call.margin)
         groups.append((rows, faces, call.exact))
-    again = partial(_again, relaxation, few, first.exact, groups)
+    again = partial(_again, relaxation, few, first.exact, settled, groups)
     x, y, value, shift = again(entries)
     return Closest(x, y, value, shift, status, iterations, residual, degenerate, margin, again)
+
+
+def _rounding(b: Tensor, t: Tensor) -> Tensor:
+    """(R, m) what t lacks of b where they differ by rounding: of right-hand sides b - t that are rounding alone dependent equations
+    would be inconsistent in any units."""
+    return torch.where((t != 0) & ((b - t).abs() <= NONE * b.abs()), b - t, 0.0)
 
 
 def _again(
     relaxation: Relaxation,
     few: bool,
     first: ConeDerivative,
+    settled: Tensor,
     groups: list[tuple[Tensor, _Faces, ConeDerivative]],
     entries: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
     """Both solutions, one after the other, as functions of the entries."""
     t_and_x, y, _ = _known(first, entries)
     multipliers, shift = relaxation.read(t_and_x, y, few)
+    shift = shift + settled
     n, m = relaxation.canonical.program.n, relaxation.canonical.program.m
     found = [multipliers.new_zeros(len(multipliers), size) for size in (n, m, 1)]
     for rows, faces, second in groups:
@@ -239,6 +249,7 @@ class Relaxation:
 
     canonical: Canonical
     constraints: list[list[Recovery]]  # of each constraint its dual variables
+    names: list[str]  # and how it is spelt
 
     @classmethod
     def of(cls, declared: Declaration) -> Relaxation:
@@ -252,7 +263,8 @@ class Relaxation:
         if any(r.coefficient is not None and not bool(r.coefficient.all()) for r in twin.variables):
             raise CanonicalisationError("CVXPY leaves out rows of a constraint; this version is not supported.")
         recoveries = iter(twin.variables)
-        return cls(canonical, [[next(recoveries) for _ in constraint.dual_variables] for constraint in constraints])
+        own = [[next(recoveries) for _ in constraint.dual_variables] for constraint in constraints]
+        return cls(canonical, own, [f"constraint {k}, `{short(c)}`" for k, c in enumerate(constraints)])
 
     @cached_property
     def soft(self) -> Tensor:
@@ -272,9 +284,9 @@ class Relaxation:
         for recoveries in self.constraints:
             # y'(Ax - b) = dual'(lhs - rhs) whatever x: a dual variable's coefficient divides where the shift is taken back.
             parts = tuple(
-                -(shift[:, r.position] if r.coefficient is None else shift[:, r.position] / r.coefficient).reshape(
-                    len(shift), *r.shape
-                )
+                (
+                    0.0 - (shift[:, r.position] if r.coefficient is None else shift[:, r.position] / r.coefficient)
+                ).reshape(len(shift), *r.shape)
                 for r in recoveries
             )
             found.append(parts[0] if len(parts) == 1 else parts or None)

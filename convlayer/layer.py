@@ -34,6 +34,7 @@ from convlayer.normal_form import normal_form
 from convlayer.notices import tell
 from convlayer.program import take_rows
 from convlayer.rows import Rows, aliases, flatten_batch, no_autocast, put, shaped, spread
+from convlayer.shifts import Shifts
 from convlayer.solution import (
     AccuracyWarning,
     Cause,
@@ -688,9 +689,11 @@ class ConvexLayer(torch.nn.Module):
         if bool(found.degenerate.any()):
             rows.ruled = torch.zeros(size, dtype=torch.bool).index_copy(0, which, found.degenerate)
         good = found.status < Status.INFEASIBLE
+        parts = relaxation.by_constraint(found.shift.detach())
         if bool(good.any()):
-            rows.notes.append((which[good], "infeasible; solved as the closest feasible problem"))
-        rows.shift = tuple(spread(part, which, size) for part in relaxation.by_constraint(found.shift.detach()))
+            how = Shifts.of([_taken(part, good) for part in parts], relaxation.names)
+            rows.notes.append((which[good], f"infeasible; solved as the closest feasible problem. {how}"))
+        rows.shift = Shifts.of([spread(part, which, size) for part in parts], relaxation.names)
 
     def _taken(self, given: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, ...]:
         """One value for each parameter, in order, as tensors where that is harmless."""
@@ -806,6 +809,11 @@ class ConvexLayer(torch.nn.Module):
                 return
             self._warned.add((type(warning), cause))
         tell(warning)
+
+
+def _taken(part: Any, which: Tensor) -> Any:
+    """Some rows of one constraint's shift."""
+    return tuple(p[which] for p in part) if isinstance(part, tuple) else None if part is None else part[which]
 
 
 @dataclass(frozen=True, eq=False)
