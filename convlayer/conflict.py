@@ -28,6 +28,7 @@ from torch import Tensor
 
 from convlayer.canon import Canonical
 from convlayer.cones import Cone, Nonnegative, Product, Zero
+from convlayer.costs import clarabel_row
 from convlayer.generic import evaluate
 from convlayer.program import Data, Program
 from convlayer.solution import Status
@@ -38,9 +39,10 @@ from convlayer.sources import Source, sources_of
 if TYPE_CHECKING:
     from convlayer.layer import ConvexLayer
 
+LEAST = 3  # solves, without which a row is left alone
 SHOWN = 3  # rows that are looked into
-SOLVES = 24  # at most, for a row,
-WORK = 3_000_000  # and fewer where nonzeros times solves would exceed this
+SOLVES = 24  # at most, for a row, to find its set, and as many for amounts,
+SECONDS = 2.0  # and fewer, of fewer rows, where they are expected to take longer than this together
 TOLERANCE = 1e-10
 NOTHING = 1e-8  # a contradiction below this, relative to the rows' numbers, is none
 LESS = 1e-3  # a smaller set must contradict itself by this share of what the larger one did
@@ -96,10 +98,11 @@ def _found(
     layer: ConvexLayer, tensors: Sequence[Tensor], batch: tuple[int, ...], rows: Sequence[int]
 ) -> dict[int, Conflict]:
     canonical, parameters, size = layer._canonical, layer._declared.parameters, math.prod(batch)
-    rows = list(rows)[:SHOWN]
-    solves = min(SOLVES, WORK // max(1, canonical.program.nnz))
-    if not rows or solves < 2:
+    affordable = int(SECONDS / clarabel_row(canonical.program)) if rows else 0
+    rows = list(rows)[: min(SHOWN, affordable // LEAST)]
+    if not rows:
         return {}
+    solves = min(SOLVES, affordable // len(rows))
     sources = sources_of(canonical, layer._declared)
     with torch.no_grad():
         thetas = [
@@ -161,8 +164,9 @@ class _Row:
         last = self.shares(members, least)
         if last is None:
             return None
-        y = self.y
-        return Conflict(tuple(self.member(k, members, y) for k in sorted(members)), self.gp)
+        y, budget = self.y, SOLVES if solves > 0 else LEAST
+        told = [self.member(k, members, y, place < budget) for place, k in enumerate(sorted(members))]
+        return Conflict(tuple(told), self.gp)
 
     def shares(self, among: set[int], least: float = NOTHING) -> dict[int, float] | None:
         """The part of each source in the contradiction among these; None where there is none."""
@@ -175,11 +179,11 @@ class _Row:
         total = {k: float(weight[self.owner == k].sum()) for k in among}
         return {k: part for k, part in total.items() if part > ABSENT * max(total.values())}
 
-    def member(self, k: int, members: set[int], y: np.ndarray) -> Member:
+    def member(self, k: int, members: set[int], y: np.ndarray, with_amount: bool) -> Member:
         source = self.sources[k]
         kept = (self.owner < 0) | np.isin(self.owner, list(members))
         alone = np.where((self.owner == k) & self.own, 1.0, 0.0)
-        found = self.elastic(kept, alone) if alone.any() else None
+        found = self.elastic(kept, alone) if with_amount and alone.any() else None
         rows, entries = source.rows.numpy(), source.entries.numpy()
         weight = np.abs(y[rows]) * self.sizes[rows]
         part = entries[(entries >= 0) & (weight > ABSENT * weight.max(initial=0.0))]

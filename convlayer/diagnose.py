@@ -87,6 +87,11 @@ def check_convexity(problem: cp.Problem, gp: bool) -> None:
         if leaf.is_complex():
             raise ProblemError(f"`{leaf.name()}` is complex; write its real and imaginary parts as two real ones.")
     for k, constraint in enumerate(problem.constraints):
+        if isinstance(constraint, cp.FiniteSet):
+            raise ProblemError(
+                f"constraints[{k}], `{spelled(constraint)}`, is a choice from a finite set: the solution is piecewise constant in the parameters and has "
+                "no useful derivative. Relax it to the interval between the least and the greatest value."
+            )
         alpha = getattr(constraint, "alpha", None)
         if isinstance(alpha, cp.Expression) and alpha.parameters():
             raise ProblemError(

@@ -94,6 +94,10 @@ def test_integer_and_boolean_variables_are_refused(attributes):
     refuse(minimise(cp.sum_squares(k - price)), words=["`count`", "integer or boolean", "derivative", "bounds=[0, 1]"])
 
 
+def test_a_choice_from_a_finite_set_is_refused():
+    refuse(minimise(t * free, [cp.FiniteSet(t, [1, 2])]), words=["constraints[0]", "FiniteSet(t", "derivative", "interval"])
+
+
 def test_complex_variables_and_parameters_are_refused():
     w = cp.Variable(n, complex=True, name="wave")
     refuse(minimise(cp.sum_squares(w - price)), words=["`wave`", "complex", "real"])
