@@ -17,6 +17,7 @@ Source: Chinneck and Dravnieks (1991), elastic and deletion filters for irreduci
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 LEAST = 3  # solves, without which a row is left alone
 SHOWN = 3  # rows that are looked into
 SOLVES = 24  # at most, for a row, to find its set, and as many for amounts,
-SECONDS = 2.0  # and fewer, of fewer rows, where they are expected to take longer than this together
+SECONDS = 2.0  # and fewer, of fewer rows, where they are expected to take longer than this together, or do
 TOLERANCE = 1e-10
 NOTHING = 1e-8  # a contradiction below this, relative to the rows' numbers, is none
 LESS = 1e-3  # a smaller set must contradict itself by this share of what the larger one did
@@ -112,9 +113,11 @@ def _found(
         given = layer._thetas(thetas, torch.device("cpu"))
         entries = [reader.read(theta) for reader, theta in zip(canonical.parameters, given, strict=True)]
         data, _ = evaluate(canonical, entries, False, torch.zeros((), dtype=torch.float64))
-    found = {}
+    found, until = {}, time.monotonic() + SECONDS
     for k, row in enumerate(rows):
-        conflict = _Row(canonical, sources, data.widen(len(rows)), k).conflict(solves)
+        if time.monotonic() > until:
+            break
+        conflict = _Row(canonical, sources, data.widen(len(rows)), k).conflict(solves, until)
         if conflict is not None:
             found[row] = conflict
     return found
@@ -149,14 +152,14 @@ class _Row:
         for source in sources:
             self.own[source.rows[source.own].numpy()] = True
 
-    def conflict(self, solves: int) -> Conflict | None:
+    def conflict(self, solves: int, until: float) -> Conflict | None:
         shares = self.shares(set(range(len(self.sources))))
         if shares is None:
             return None
         least = max(NOTHING, LESS * self.gap)
         members, solves = set(shares), solves - 1
         for candidate in sorted(shares, key=shares.__getitem__):
-            if candidate not in members or len(members) == 1 or solves <= 0:
+            if candidate not in members or len(members) == 1 or solves <= 0 or time.monotonic() > until:
                 continue
             fewer, solves = self.shares(members - {candidate}, least), solves - 1
             if fewer is not None:
@@ -165,7 +168,10 @@ class _Row:
         if last is None:
             return None
         y, budget = self.y, SOLVES if solves > 0 else LEAST
-        told = [self.member(k, members, y, place < budget) for place, k in enumerate(sorted(members))]
+        told = [
+            self.member(k, members, y, place < budget and time.monotonic() < until)
+            for place, k in enumerate(sorted(members))
+        ]
         return Conflict(tuple(told), self.gp)
 
     def shares(self, among: set[int], least: float = NOTHING) -> dict[int, float] | None:
