@@ -853,7 +853,9 @@ def _put_together(agreement: Agreement | None) -> list[tuple[Tensor, str]]:
     if agreement is None:
         return []
     rows = torch.nonzero((agreement.apart > ROUNDING) & ~agreement.refuted).flatten()
-    what = "equalities that depend on each other differed by rounding; solved with the least change that makes them agree"
+    what = (
+        "equalities that depend on each other differed by rounding; solved with the least change that makes them agree"
+    )
     return [(rows, what)] if len(rows) else []
 
 

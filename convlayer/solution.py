@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from html import escape
-from typing import Any
 
 import numpy as np
 import torch
