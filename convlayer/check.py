@@ -15,35 +15,28 @@ from __future__ import annotations
 
 import math
 import warnings
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import cvxpy as cp
 import numpy as np
 import scipy.sparse as sp
 import torch
-from cvxpy.constraints import SvecPSD
-from cvxpy.problems.problem_form import make_problem_form
-from cvxpy.reductions.cvx_attr2constr import CvxAttr2Constr
-from cvxpy.reductions.dcp2cone.dcp2cone import Dcp2Cone
-from cvxpy.reductions.solvers.solving_chain import _build_solving_chain
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
-from convlayer import canon
 from convlayer.adjoint import KINK, MARGIN
-from convlayer.canon import Canonical, CanonicalisationError
+from convlayer.canon import Canonical
 from convlayer.cone_derivative import Term, entries_bar
 from convlayer.cones import ProductSpectrum, smat
-from convlayer.declaration import Declaration
+from convlayer.conflict import Conflict, conflicts
 from convlayer.display import Shown, counted, rows_of, spanned
 from convlayer.generic import evaluate
 from convlayer.kkt import NULL, factorise, prefers_dense
 from convlayer.program import DENSE_ENTRIES, Data, Operators
 from convlayer.residual import Scaling, normalise, recentre
-from convlayer.solution import Status, rows_in_words
+from convlayer.solution import Status, batch_index, rows_in_words
+from convlayer.sources import Source, sources_of
 from convlayer.threads import one_thread
 
 if TYPE_CHECKING:
@@ -59,7 +52,6 @@ ILL = 1e10  # a condition number above this is worth a word
 POOR = 1e-8  # and so is an adjoint's relative residual
 SHOWN = 5  # rows that are told one by one
 SEED = 0
-AUXILIARY = "an auxiliary constraint of CVXPY"
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +95,9 @@ class Check(Shown):
     tie: Tensor  # the least margin of an inequality that stands alone: the entries' distance from changing sides, as in sparsemax
     adjoint_residual: Tensor  # relative, of a refined solve with random cotangents of the outputs
     zero_gradient: dict[str, Tensor]  # by parameter: bool, its gradient vanishes, whatever the cotangent
+    conflicts: dict[
+        tuple[int, ...], Conflict
+    ]  # by index into the batch, of the first infeasible rows: what contradicts itself
     _batch: tuple[int, ...]
 
     @property
@@ -130,7 +125,7 @@ def checked(layer: ConvexLayer, tensors: Sequence[Tensor]) -> Check:
     _, _, batch = layer._check_tensors(tuple(tensors))
     size, parameters = math.prod(batch), layer._declared.parameters
     canonical = layer._canonical
-    sources = _sources(canonical, layer._declared)
+    sources = sources_of(canonical, layer._declared)
     with torch.no_grad(), warnings.catch_warnings(), one_thread():
         warnings.simplefilter("ignore")
         solution = layer._generic().with_options(on_failure="keep").solve(*tensors)
@@ -148,6 +143,9 @@ def checked(layer: ConvexLayer, tensors: Sequence[Tensor]) -> Check:
         if layer._specialised is not None and layer.structure == "leading_eigenspace" and len(good):
             found["eigenvalue_gap"] = _gap_at_cut(layer, thetas)
 
+    infeasible = torch.nonzero(status == Status.INFEASIBLE).flatten().tolist()
+    contradictions = conflicts(layer, tensors, batch, infeasible)
+
     def spread(part: Tensor) -> Tensor:
         blank = torch.nan if part.is_floating_point() else 0
         return part.new_full((size,), blank).index_copy_(0, good, part).reshape(batch)
@@ -163,139 +161,17 @@ def checked(layer: ConvexLayer, tensors: Sequence[Tensor]) -> Check:
         constraints=tuple(checks),
         adjoint_residual=spread(found["adjoint"]),
         zero_gradient={p.name(): spread(found["zero"][:, k]) for k, p in enumerate(parameters)},
+        conflicts={batch_index(row, batch): conflict for row, conflict in contradictions.items()},
         _batch=batch,
         **{name: spread(found[name]) for name in rest},
     )
-
-
-# Whose rows -------------------------------------------------------------------------------------------------------------
-
-
-class _Source(NamedTuple):
-    """What some rows of the cone program come from."""
-
-    name: str
-    rows: Tensor  # (k,)
-    own: Tensor  # (k,) bool, of the user's constraint itself rather than of an atom in it
-    entries: Tensor  # (k,) row-major index of the constraint's entry; -1 in cones and atoms
-
-
-_KNOWN: weakref.WeakKeyDictionary[Canonical, list[_Source]] = weakref.WeakKeyDictionary()
-
-
-def _sources(canonical: Canonical, declared: Declaration) -> list[_Source]:
-    """Every row that may have a kink under one name: the user's constraints in order, the variables' attributes, the rest."""
-    if canonical not in _KNOWN:
-        _KNOWN[canonical] = _read_sources(canonical, declared)
-    return _KNOWN[canonical]
-
-
-def _read_sources(canonical: Canonical, declared: Declaration) -> list[_Source]:
-    names = {c.id: f"constraint {k}, `{_short(c)}`" for k, c in enumerate(declared.problem.constraints)}
-    nothing = torch.zeros(0, dtype=torch.int64)
-    # Listed even without rows, as a constraint on nothing is.
-    found = {name: _Source(name, nothing, nothing.bool(), nothing) for name in names.values()}
-    start = 0
-    for constraint, name, own in _named(canonical, declared, names):
-        rows = torch.arange(start, start := start + constraint.size)
-        if name not in found and not own and isinstance(constraint, cp.constraints.Zero):
-            continue  # the definition of an auxiliary variable: no kink, and no choice
-        entries = torch.full_like(rows, -1)
-        if own and isinstance(constraint, (cp.constraints.NonNeg, cp.constraints.Zero)):
-            # Rows are in column-major order.
-            entries = torch.from_numpy(np.arange(len(rows)).reshape(constraint.shape).flatten(order="F"))
-        new = (rows, torch.full((len(rows),), own), entries)
-        old = found.get(name, _Source(name, nothing, nothing.bool(), nothing))
-        found[name] = _Source(name, *(torch.cat(pair) for pair in zip(old[1:], new, strict=True)))
-    users = set(names.values())
-    return sorted(found.values(), key=lambda source: (source.name not in users, not bool(source.own.any())))
-
-
-def _named(canonical: Canonical, declared: Declaration, names: dict[int, str]) -> Iterator[tuple[Any, str, bool]]:
-    """(constraint of the cone program in row order, the name of its source, whether it is the source itself)."""
-    _, problem = canon.check(declared.problem, declared.parameters, declared.variables, declared.gp)
-    problem = cp.Problem(problem.objective, problem.constraints)
-    form = make_problem_form(problem, declared.gp, False)
-    chain = _build_solving_chain(problem, canon._StandardForm(), form, declared.gp, enforce_dpp=True)
-    atoms: dict[int, tuple[Any, Any]] = {}
-    for reduction in chain.reductions:
-        if isinstance(reduction, Dcp2Cone):
-            atoms = _traced(reduction)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        data, inverse = chain.apply(problem)
-    cone_program = data[cp.settings.PARAM_PROB]
-    if sum(c.size for c in cone_program.constraints) != canonical.program.m:
-        raise CanonicalisationError(
-            f"CVXPY {cp.__version__} orders its constraints otherwise; this version is not supported."
-        )
-
-    owned, attributes = dict(names), dict[int, dict[str, list[str]]]()
-    entering = owned  # names by the ids that Dcp2Cone saw
-    for reduction, inverted in zip(chain.reductions, inverse, strict=True):
-        entering = owned if isinstance(reduction, Dcp2Cone) else entering
-        owned = {reduction.cons_id_map.get(key, key): name for key, name in owned.items()}
-        atoms = {reduction.cons_id_map.get(key, key): origin for key, origin in atoms.items()}
-        if isinstance(reduction, CvxAttr2Constr) and inverted:
-            new, old, _ = inverted
-            attributes = {variable.id: _attributes(old[key]) for key, variable in new.items()}
-    for constraint in cone_program.constraints:
-        if constraint.id in owned:
-            yield constraint, owned[constraint.id], True
-        elif constraint.id in atoms:
-            top, atom = atoms[constraint.id]
-            term = f"the term `{_short(atom)}` of the objective" if not declared.gp else "the objective"
-            yield constraint, term if isinstance(top, cp.Minimize) else entering.get(top.id, AUXILIARY), False
-        else:
-            of = [variable.id for variable in constraint.variables()]
-            kind = "psd" if isinstance(constraint, (cp.constraints.PSD, SvecPSD)) else "bound"
-            words = attributes.get(of[0], {}).get(kind) if len(of) == 1 else None
-            yield (constraint, words.pop(0), True) if words else (constraint, AUXILIARY, False)
-
-
-def _traced(reduction: Dcp2Cone) -> dict[int, tuple[Any, Any]]:
-    """Id of each auxiliary constraint that the reduction is going to make -> (the objective or constraint, the atom) it is for."""
-    found: dict[int, tuple[Any, Any]] = {}
-    tree, step = reduction.canonicalize_tree, reduction.canonicalize_expr
-    top: Any = None
-
-    def follow(expression, *rest, **options):
-        nonlocal top
-        if isinstance(expression, (cp.Minimize, cp.constraints.constraint.Constraint)):
-            top = expression
-        return tree(expression, *rest, **options)
-
-    def note(expression, *rest, **options):
-        new, constraints = step(expression, *rest, **options)
-        found.update({constraint.id: (top, expression) for constraint in constraints})
-        return new, constraints
-
-    vars(reduction).update(canonicalize_tree=follow, canonicalize_expr=note)
-    return found
-
-
-def _attributes(variable: cp.Variable) -> dict[str, list[str]]:
-    """The constraints that CVXPY makes of a variable's attributes, in its order."""
-    has, name = variable.attributes, variable.name()
-    bounds = [f"`{name} >= 0`, declared"] if has["nonneg"] or has["pos"] else []
-    bounds += [f"`{name} <= 0`, declared"] if has["nonpos"] or has["neg"] else []
-    limits: Any = has["bounds"] or ()
-    for which, bound in zip(("lower", "upper"), limits, strict=False):
-        if isinstance(bound, cp.Expression) or sp.issparse(bound) or bool(np.isfinite(bound).any()):
-            bounds.append(f"the {which} bound of `{name}`")
-    return {"bound": bounds, "psd": [f"`{name} {'<<' if has['NSD'] else '>>'} 0`, declared"]}
-
-
-def _short(expression: Any) -> str:
-    text = " ".join(str(expression).split())
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 # One row after the other ------------------------------------------------------------------------------------------------
 
 
 def _examined_in_pieces(
-    canonical: Canonical, sources: list[_Source], entries: list[Tensor], point: list[Tensor]
+    canonical: Canonical, sources: list[Source], entries: list[Tensor], point: list[Tensor]
 ) -> dict[str, Tensor]:
     """(rows, ...) each; see `_examined`."""
     program, rows = canonical.program, len(point[0])
@@ -310,7 +186,7 @@ def _examined_in_pieces(
 
 
 def _examined(
-    canonical: Canonical, sources: list[_Source], entries: list[Tensor], point: list[Tensor]
+    canonical: Canonical, sources: list[Source], entries: list[Tensor], point: list[Tensor]
 ) -> dict[str, Tensor]:
     program, rows = canonical.program, len(point[0])
     like = torch.zeros((), dtype=torch.float64)
@@ -582,6 +458,9 @@ def _remarks(check: Check, row: int) -> Iterator[str]:
     status = Status(int(check.status.flatten()[row]))
     if status.failed:
         yield f"{status.name}, {status.advice}"
+        conflict = check.conflicts.get(batch_index(row, check._batch))
+        if conflict is not None:
+            yield str(conflict)
         return
     weak = [part for part in check.constraints if bool(part.weakly_active.flatten()[row])]
     for part in weak[:SHOWN]:

@@ -13,7 +13,15 @@ face of its cone, and there the second program, which has no interior, is writte
     second order, y inside           s = 0
     second order, y on the boundary  s = beta r,  beta >= 0,   r = (1, -y_1 / |y_1|)  for  y = (y_0, y_1)
 
+With `few`, the first one is instead the linear program (in place of |t|^2 / 2)
+
+    t*  = argmin over t    of  w'|t|            w from 1 + TIE in the first row of S to 1 in the last
+
+which moves few constraints rather than all a little, as a least one-norm does: between rows that would do as well (x <= a and x >= b with
+a < b) the weights choose the later one, so that t* is unique but by accident. Its multipliers are on the faces in the same way.
+
 Solution:    t* is unique; x* as unique as the user's objective makes it.
+             With `few`, t* is unique but by accident; where it is not, the row is flagged.
 Derivative:  the composition of both solutions' own; the faces' equations stay consistent wherever the data go, though they are dependent.
 Multipliers: on a face they are not unique, not even bounded: y plus any multiple of the first program's. They are NaN.
 Source:      Bambade, Schramm, Taylor and Carpentier (2024); faces as in Borwein and Wolkowicz (1981).
@@ -45,10 +53,13 @@ from convlayer.kkt import Visible
 from convlayer.program import Program, take_rows
 from convlayer.solution import Status
 from convlayer.solvers import SOLVERS
+from convlayer.spelling import short
 
 FREE, POINT, RAY = 0, 1, 2  # what a row's slack is left with: its cone, nothing but zero, or a ray of it
 PRECISION = 1e-6  # relative, of faces that a first program has found
 ACTIVE = 1e-9  # share of the largest multiplier above which one counts as not zero
+NONE = 1e-12  # share of the largest shift up to which one is none
+TIE = 0.01  # by which weights of the shifts differ, from the first row to the last
 CONES = ("zero", "nonnegative", "second_order")
 
 
@@ -76,18 +87,20 @@ class Closest:
     again: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]  # entries -> (x, y, value, shift), in any transform
 
 
-def closest(relaxation: Relaxation, entries: Sequence[Tensor], tolerance: float) -> Closest:
+def closest(relaxation: Relaxation, entries: Sequence[Tensor], tolerance: float, few: bool = False) -> Closest:
     """Both programs for R infeasible rows.
 
+    few:     the shift of least (weighted) one-norm, not of least two-norm.
     entries: of each parameter, (R, size) or shared (1, size), as its ParameterEntries reads them; R = 1 without parameters.
     Status:  INFEASIBLE if what may not give way is infeasible; UNBOUNDED if the second program is; NOT_CONVERGED if one of them
              was not solved, or if the shift is zero to the tolerance, and the row so not known to be infeasible.
     """
     plain = [part.detach() for part in entries]
-    first = _solved(relaxation.first, plain, tolerance)
-    program, multipliers = relaxation.canonical.program, first.iterate[2]
-    pattern = _pattern(program, multipliers)
-    shift = torch.where(relaxation.soft, -multipliers, 0.0)
+    first = _solved(relaxation.first_few if few else relaxation.first, plain, tolerance)
+    program = relaxation.canonical.program
+    multipliers, shift = relaxation.read(first.iterate[0], first.iterate[2], few)
+    settled = _rounding(first.exact.operators.data.b[:, : program.m], shift)
+    shift, pattern = shift + settled, _pattern(program, multipliers)
     status, iterations, residual, degenerate, margin = (
         part.clone() for part in (first.status, first.iterations, first.residual, first.degenerate, first.margin)
     )
@@ -99,35 +112,45 @@ def closest(relaxation: Relaxation, entries: Sequence[Tensor], tolerance: float)
     for k, one in enumerate(patterns):
         rows, faces = going[which == k], _Faces(relaxation, one)
         part = [take_rows(values, rows) for values in plain]
-        call = _solved(faces.stage, faces.entries(part, multipliers[rows]), tolerance)
+        call = _solved(faces.stage, faces.entries(part, multipliers[rows], shift[rows]), tolerance)
         status[rows] = torch.maximum(status[rows], call.status)
         residual[rows] = torch.maximum(residual[rows], call.residual)
         iterations[rows] += call.iterations
         degenerate[rows] |= call.degenerate
         margin[rows] = torch.minimum(margin[rows], call.margin)
         groups.append((rows, faces, call.exact))
-    again = partial(_again, relaxation, first.exact, groups)
+    again = partial(_again, relaxation, few, first.exact, settled, groups)
     x, y, value, shift = again(entries)
     return Closest(x, y, value, shift, status, iterations, residual, degenerate, margin, again)
 
 
+def _rounding(b: Tensor, t: Tensor) -> Tensor:
+    """(R, m) what t lacks of b where they differ by rounding: of right-hand sides b - t that are rounding alone dependent equations
+    would be inconsistent in any units."""
+    return torch.where((t != 0) & ((b - t).abs() <= NONE * b.abs()), b - t, 0.0)
+
+
 def _again(
     relaxation: Relaxation,
+    few: bool,
     first: ConeDerivative,
+    settled: Tensor,
     groups: list[tuple[Tensor, _Faces, ConeDerivative]],
     entries: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
     """Both solutions, one after the other, as functions of the entries."""
-    _, multipliers, _ = _known(first, entries)
+    t_and_x, y, _ = _known(first, entries)
+    multipliers, shift = relaxation.read(t_and_x, y, few)
+    shift = shift + settled
     n, m = relaxation.canonical.program.n, relaxation.canonical.program.m
     found = [multipliers.new_zeros(len(multipliers), size) for size in (n, m, 1)]
     for rows, faces, second in groups:
-        part = faces.entries([take_rows(values, rows) for values in entries], multipliers[rows])
+        part = faces.entries([take_rows(values, rows) for values in entries], multipliers[rows], shift[rows])
         x, y, value = _known(second, part)
         parts = x[:, :n], y[:, :m].masked_fill(faces.pattern != FREE, torch.nan), value.unsqueeze(1)
         found = [whole.index_copy(0, rows, some) for whole, some in zip(found, parts, strict=True)]
     x, y, value = found
-    return x, y, value.squeeze(1), torch.where(relaxation.soft, -multipliers, 0.0)
+    return x, y, value.squeeze(1), shift
 
 
 def _known(solved: ConeDerivative, entries: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -160,16 +183,15 @@ def _solved(stage: _Stage, entries: Sequence[Tensor], tolerance: float) -> Call:
 def _certified(first: Call, n: int, pattern: Tensor, shift: Tensor, tolerance: float) -> Tensor:
     """(R,) whether y proves that there is no feasible point near x, and so that the shift is neither zero nor only approached.
 
-    A'y = 0 and -b'y = |t|^2 > 0 exclude every x; as computed, those with x'A'y well below that.
+    A'y = 0 and -b'y = |t|^2 > 0, or w'|t|, exclude every x; as computed, those with x'A'y well below that.
     """
     operators, (x, s, y) = first.exact.operators, first.iterate
-    b = operators.data.b
+    m = pattern.shape[1]
+    b, s, gain = operators.data.b[:, :m], s[:, :m], -(operators.data.b * y).sum(1)
     # Of the equations on faces alone: the right-hand side of a bound that is none may be anything.
     sizes = torch.where(pattern != FREE, torch.maximum(b.abs(), (b - shift - s).abs()), 0.0)
     drift = (operators.At(y) * x)[:, :n].abs().sum(1)
-    return (shift.abs() > tolerance * sizes.amax(1, keepdim=True)).any(1) & (
-        drift <= CERTIFICATE * shift.square().sum(1)
-    )
+    return (shift.abs() > tolerance * sizes.amax(1, keepdim=True)).any(1) & (drift <= CERTIFICATE * gain)
 
 
 def _pattern(program: Program, y: Tensor) -> Tensor:
@@ -227,6 +249,7 @@ class Relaxation:
 
     canonical: Canonical
     constraints: list[list[Recovery]]  # of each constraint its dual variables
+    names: list[str]  # and how it is spelt
 
     @classmethod
     def of(cls, declared: Declaration) -> Relaxation:
@@ -240,7 +263,8 @@ class Relaxation:
         if any(r.coefficient is not None and not bool(r.coefficient.all()) for r in twin.variables):
             raise CanonicalisationError("CVXPY leaves out rows of a constraint; this version is not supported.")
         recoveries = iter(twin.variables)
-        return cls(canonical, [[next(recoveries) for _ in constraint.dual_variables] for constraint in constraints])
+        own = [[next(recoveries) for _ in constraint.dual_variables] for constraint in constraints]
+        return cls(canonical, own, [f"constraint {k}, `{short(c)}`" for k, c in enumerate(constraints)])
 
     @cached_property
     def soft(self) -> Tensor:
@@ -260,9 +284,9 @@ class Relaxation:
         for recoveries in self.constraints:
             # y'(Ax - b) = dual'(lhs - rhs) whatever x: a dual variable's coefficient divides where the shift is taken back.
             parts = tuple(
-                -(shift[:, r.position] if r.coefficient is None else shift[:, r.position] / r.coefficient).reshape(
-                    len(shift), *r.shape
-                )
+                (
+                    0.0 - (shift[:, r.position] if r.coefficient is None else shift[:, r.position] / r.coefficient)
+                ).reshape(len(shift), *r.shape)
                 for r in recoveries
             )
             found.append(parts[0] if len(parts) == 1 else parts or None)
@@ -298,6 +322,65 @@ class Relaxation:
         }
         return _Stage.of(relaxed, maps, self.sizes, [], torch.zeros(m, dtype=torch.bool))
 
+    @cached_property
+    def first_few(self) -> _Stage:
+        """The same for the least one-norm, with t = v - u: the variables are x, u (on S) and v (on rows of S that may be shifted both ways)."""
+        program, matrices = self.canonical.program, self.canonical._matrices
+        n, m, width = program.n, program.m, matrices["b"].shape[1]
+        down, up = np.flatnonzero(self.soft.numpy()), np.flatnonzero((self.soft & self._both_ways).numpy())
+        on, k = np.concatenate([down, up]), len(down) + len(up)
+        weights = np.zeros(m)
+        weights[down] = np.linspace(1 + TIE, 1.0, len(down))
+        columns, own = n + np.arange(k), m + np.arange(k)
+        A_rows = np.concatenate([program.A_rows, on, own])
+        A_cols = np.concatenate([program.A_cols, columns, columns])
+        order = np.lexsort((A_rows, A_cols))
+        none = np.zeros(0, dtype=np.int64)
+        relaxed = Program(
+            n + k,
+            m + k,
+            Product([*program.cones.cones, Nonnegative(k)]),
+            P_rows=none,
+            P_cols=none,
+            A_rows=A_rows[order],
+            A_cols=A_cols[order],
+        )
+        signs = np.concatenate([-np.ones(len(down)), np.ones(len(up))])
+        blank, added = sp.csr_array((k, width)), _constants(np.concatenate([signs, -np.ones(k)]), width)
+        maps = {
+            "P": sp.csr_array((0, width)),
+            "q": sp.csr_array(sp.vstack([sp.csr_array((n, width)), _constants(weights[on], width)])),
+            "A": sp.csr_array(sp.vstack([matrices["A"], added]))[order],
+            "b": sp.csr_array(sp.vstack([matrices["b"], blank])),
+            "d": sp.csr_array((1, width)),
+        }
+        read = [Recovery((k,), False, torch.from_numpy(columns), None, False, None, None)]
+        return _Stage.of(relaxed, maps, self.sizes, read, torch.zeros(m + k, dtype=torch.bool))
+
+    @cached_property
+    def _both_ways(self) -> Tensor:
+        """(m,) rows whose shifts may have either sign: equations, and all of a second-order cone but its head."""
+        rows = torch.ones(self.canonical.program.m, dtype=torch.bool)
+        for block in self.canonical.program.cones.blocks:
+            last = block.start + (
+                block.size if block.name == "nonnegative" else 1 if block.name == "second_order" else 0
+            )
+            rows[block.start : last] = False
+        return rows
+
+    def read(self, x: Tensor, y: Tensor, few: bool) -> tuple[Tensor, Tensor]:
+        """The first program's multipliers and shifts t, (R, m) each, from its solution."""
+        n, m = self.canonical.program.n, self.canonical.program.m
+        if not few:
+            return y, torch.where(self.soft, -y, 0.0)
+        down, up = torch.nonzero(self.soft).flatten(), torch.nonzero(self.soft & self._both_ways).flatten()
+        u, v = x[:, n : n + len(down)], x[:, n + len(down) :]
+        zero = x.new_zeros(len(x), m)
+        t = zero.index_copy(1, up, v) - zero.index_copy(1, down, u)
+        # Where nothing moves it is rounding that would: of a right-hand side of zeros it would make an inconsistent one.
+        least = NONE * t.detach().abs().amax(1, keepdim=True) if m else 0.0
+        return y[:, :m], torch.where(t.detach().abs() > least, t, 0.0)
+
 
 _relaxations: weakref.WeakKeyDictionary[Declaration, Relaxation] = weakref.WeakKeyDictionary()
 
@@ -310,7 +393,7 @@ def relaxed(declared: Declaration) -> Relaxation:
 
 
 class _Faces:
-    """The second program, of rows that lie on the same faces: beside the parameters' its entries are y, and the rays."""
+    """The second program, of rows that lie on the same faces: beside the parameters' its entries are -t, and the rays."""
 
     def __init__(self, relaxation: Relaxation, pattern: Tensor) -> None:
         self.pattern = pattern
@@ -353,7 +436,6 @@ class _Faces:
         total = width + sum(wider)
         directions = _selection(np.arange(len(on_ray)), width + m, total)
         maps["A"] = sp.csr_array(sp.vstack([maps["A"], directions, _constants(-np.ones(k), total)]))[order]
-        # b - t = b + y on S.
         soft = sp.diags_array(relaxation.soft.numpy().astype(float))
         shifts = sp.csr_array(soft @ _selection(np.arange(m), width, total))
         blank = sp.csr_array((k, total))
@@ -367,13 +449,13 @@ class _Faces:
         consistent = torch.cat([consistent, consistent.new_zeros(k)])
         self.stage = _Stage.of(faced, maps, [*relaxation.sizes, *wider], canonical.variables, consistent)
 
-    def entries(self, entries: Sequence[Tensor], y: Tensor) -> list[Tensor]:
-        """The parameters' entries and the first program's multipliers (R, m) -> the second program's entries."""
+    def entries(self, entries: Sequence[Tensor], y: Tensor, t: Tensor) -> list[Tensor]:
+        """The parameters' entries, the first program's multipliers and its shifts (R, m) -> the second program's entries."""
         if not self.rays:
-            return [*entries, y]
+            return [*entries, -t]
         tails = [y[:, rows][:, 1:] for rows in self.rays]
         rays = [part for tail in tails for part in (torch.ones_like(y[:, :1]), -tail / tail.norm(dim=1, keepdim=True))]
-        return [*entries, y, torch.cat(rays, 1)]
+        return [*entries, -t, torch.cat(rays, 1)]
 
 
 def _constants(values: np.ndarray, width: int) -> sp.csr_array:

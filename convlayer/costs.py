@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from convlayer.kkt import dense_seconds, system_seconds
+from convlayer.kkt import dense_seconds, prefers_dense, system_seconds
 from convlayer.pattern import kkt_pattern
 from convlayer.program import Program
 
@@ -21,22 +21,53 @@ DAQP_ROW, DAQP_RATE = 2e-5, 3e9  # DAQP, the same
 
 def clarabel_row(program: Program) -> float:
     """A row: sparse factorisations."""
-    return ROW + TYPICAL * kkt_pattern(program).flops / ROW_RATE
+    return ROW + clarabel_flops(program) / ROW_RATE
+
+
+def clarabel_flops(program: Program) -> float:
+    return float(TYPICAL * kkt_pattern(program).flops)
 
 
 def daqp_row(program: Program) -> float:
     """A row of a linear or quadratic program: a dense set-up, then steps that exchange about every second constraint."""
     if not program.is_polyhedral:
         return math.inf
+    return DAQP_ROW + daqp_flops(program) / DAQP_RATE
+
+
+def daqp_flops(program: Program) -> float:
     n, m = program.n, program.m
-    return DAQP_ROW + (n**3 / 3 + m * n**2 + min(n, m) / 2 * (n + m) * n) / DAQP_RATE
+    return n**3 / 3 + m * n**2 + min(n, m) / 2 * (n + m) * n
 
 
 def batched_interior_point(program: Program, batch: int) -> float:
     """A batch of a linear or quadratic program: dense factorisations."""
+    return STEPS * (STEP + batch * (ROW_STEP + step_flops(program) / BATCHED_RATE))
+
+
+def step_flops(program: Program) -> float:
+    """Of a step of the batched interior point, a row."""
     n, equalities = program.n, int((~program.inequalities).sum())
-    dense = 2.0 * (program.m - equalities) * n**2 + (n + equalities) ** 3 / 1.5
-    return STEPS * (STEP + batch * (ROW_STEP + dense / BATCHED_RATE))
+    return 2.0 * (program.m - equalities) * n**2 + (n + equalities) ** 3 / 1.5
+
+
+def solve_flops(solver: str, program: Program) -> float | None:
+    """Of a row by the solver of this name; None: it takes as many iterations as it takes."""
+    known = {
+        "clarabel": clarabel_flops,
+        "daqp": daqp_flops,
+        "interior_point": lambda program: STEPS * step_flops(program),
+    }
+    return known[solver](program) if solver in known else None
+
+
+def system_flops(program: Program) -> tuple[float, float]:
+    """(a factorisation, a solve) of the KKT matrix of a row, in the form that polish and adjoint take."""
+    if prefers_dense(program):
+        size = program.n + min(program.m, program.n)
+        return 2 / 3 * size**3, 2.0 * size**2
+    pattern = kkt_pattern(program)
+    return float(pattern.flops), 4.0 * pattern.fill
 
 
 def row_seconds(program: Program, dense: bool = False) -> float:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from typing import Any
 
 import cvxpy as cp
-from cvxpy.atoms.affine.binary_operators import DivExpression, MulExpression, multiply
-from cvxpy.utilities import scopes
 
-RULES = {
-    "dcp": "an inequality needs convex <= concave, an equality affine == affine, a cone affine arguments.",
-    "log_log": "an inequality needs log-log convex <= log-log concave, an equality monomials on both sides.",
-}
+from convlayer.blame import DCP, DGP, Fault, faults
+from convlayer.remedies import remedy
+from convlayer.spelling import spelled
 
 
 class ProblemError(ValueError):
@@ -32,7 +28,7 @@ def check_arguments(
         for item in given:
             if isinstance(item, cp.constraints.constraint.Constraint):
                 raise TypeError(
-                    f"`variables` holds the constraint `{item}`; write constraint.dual_variables[0] for its dual variable."
+                    f"`variables` holds the constraint `{spelled(item)}`; write constraint.dual_variables[0] for its dual variable."
                 )
             if not isinstance(item, kind):
                 raise TypeError(
@@ -46,6 +42,14 @@ def check_arguments(
     own = {p.id: p for p in problem.parameters()}
     given_ids = [p.id for p in parameters]
     missing = [p.name() for key, p in own.items() if key not in given_ids]
+    for key, parameter in own.items():
+        if isinstance(parameter, cp.CallbackParam) and key not in given_ids:
+            name, shape = parameter.name(), tuple(parameter.shape)
+            raise ProblemError(
+                f"`{name}` is a CallbackParam: its value comes from a Python function of other Parameters, through which no gradient passes. "
+                f"Put {name} = cp.Parameter({shape}, name={name!r}) in its place, compute the same product in torch before the layer, and list "
+                f"`{name}` in `parameters`."
+            )
     foreign = [p.name() for p in parameters if p.id not in own]
     twice = sorted({p.name() for p in parameters if given_ids.count(p.id) > 1})
     if missing:
@@ -83,6 +87,11 @@ def check_convexity(problem: cp.Problem, gp: bool) -> None:
         if leaf.is_complex():
             raise ProblemError(f"`{leaf.name()}` is complex; write its real and imaginary parts as two real ones.")
     for k, constraint in enumerate(problem.constraints):
+        if isinstance(constraint, cp.FiniteSet):
+            raise ProblemError(
+                f"constraints[{k}], `{spelled(constraint)}`, is a choice from a finite set: the solution is piecewise constant in the parameters and has "
+                "no useful derivative. Relax it to the interval between the least and the greatest value."
+            )
         alpha = getattr(constraint, "alpha", None)
         if isinstance(alpha, cp.Expression) and alpha.parameters():
             raise ProblemError(
@@ -94,92 +103,39 @@ def check_convexity(problem: cp.Problem, gp: bool) -> None:
         if problem.is_dgp(dpp=True):  # type: ignore[call-arg]
             return
         if problem.is_dgp():
-            raise ProblemError(f"The problem is log-log convex but not DPP: {_locate(problem, 'log_log', dpp=True)}")
-        raise ProblemError(f"The problem is not log-log convex (DGP): {_locate(problem, 'log_log', dpp=False)}")
+            raise ProblemError(f"The problem is log-log convex but not DPP: {_located(problem, DGP, dpp=True)}")
+        raise ProblemError(f"The problem is not log-log convex (DGP): {_located(problem, DGP, dpp=False)}")
     if problem.is_dpp("dcp", quad_form_dpp="qp"):  # type: ignore[call-arg]
         return
     if problem.is_dcp():
-        raise ProblemError(f"The problem is not DPP: {_locate(problem, 'dcp', dpp=True)}")
+        raise ProblemError(f"The problem is not DPP: {_located(problem, DCP, dpp=True)}")
     if problem.is_dgp():
         raise ProblemError("The problem is not convex as written (DCP), but it is log-log convex: pass gp=True.")
-    if problem.is_dqcp():
-        raise ProblemError(
-            "The problem is quasiconvex (DQCP) but not convex: it is solved by bisection and its solution is not differentiable by a "
-            f"cone program: {_locate(problem, 'dcp', dpp=False)}"
-        )
-    raise ProblemError(f"The problem is not convex (DCP): {_locate(problem, 'dcp', dpp=False)}")
+    otherwise = (
+        "it is quasiconvex (DQCP), which is solved by bisection, and its solution is not differentiable by a cone program: "
+        if problem.is_dqcp()
+        else ""
+    )
+    raise ProblemError(f"The problem is not convex (DCP): {_located(problem, DCP, False, otherwise)}")
 
 
 def _quote(names: Sequence[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-def _locate(problem: cp.Problem, kind: str, dpp: bool) -> str:
-    def valid(item: Any) -> bool:
-        return item.is_dcp(dpp=dpp) if kind == "dcp" else item.is_dgp(dpp=dpp)
-
-    for place, item, expressions, rule in _requirements(problem, kind):
-        with scopes.quad_form_dpp_scope() if dpp and place == "the objective" else nullcontext():
-            if valid(item):
-                continue
-            culprits = [c for c in (_innermost(e, valid) for e in expressions) if c is not None]
-        if culprits:
-            return f"in {place}, {_explain(culprits[0], dpp)}"
-        return f"in {place}, `{' and '.join(str(e) for e in expressions)}`: {rule}"
+def _located(problem: cp.Problem, rules: str, dpp: bool, otherwise: str = "") -> str:
+    """Where, what and what to write instead, of the first part at fault; `otherwise` goes before words that are of rules in general."""
+    for found in faults(problem, rules, dpp):
+        if not isinstance(found, Fault):
+            place, item = found
+            return f"in {place}, `{spelled(item)}`: CVXPY refuses it as a whole{_rule(item)}."
+        with found.scope():
+            said, of_this_case = remedy(found)
+        return f"{'' if of_this_case else otherwise}in {found.place}, {said}"
     return "CVXPY refuses the problem as a whole; see problem.is_dcp(dpp=True)."
 
 
-def _requirements(problem: cp.Problem, kind: str) -> Iterator[tuple[str, Any, list[Any], str]]:
-    """(where, the objective or constraint, its expressions, the rule it must follow) for each part of the problem."""
-    objective = problem.objective
-    sense, curvature = ("Maximize", "concave") if isinstance(objective, cp.Maximize) else ("Minimize", "convex")
-    prefix = "log-log " if kind == "log_log" else ""
-    yield "the objective", objective, [objective.expr], f"{sense} needs a {prefix}{curvature} expression."
-    for k, constraint in enumerate(problem.constraints):
-        yield f"constraints[{k}]", constraint, list(constraint.args), RULES[kind]
-
-
-def _innermost(expression: Any, valid: Callable[[Any], bool]) -> Any:
-    if valid(expression):
-        return None
-    for argument in expression.args:
-        found = _innermost(argument, valid)
-        if found is not None:
-            return found
-    return expression
-
-
-def _explain(expression: Any, dpp: bool) -> str:
-    text = f"`{expression}`"
-    names = _quote([p.name() for p in expression.parameters()])
-    if not dpp:
-        unsigned = [p.name() for p in expression.parameters() if not (p.is_nonneg() or p.is_nonpos())]
-        hint = f" If {_quote(unsigned)} has a sign, declare it, as in Parameter(nonneg=True)." if unsigned else ""
-        return f"{text} follows no rule of disciplined convex programming (its arguments are valid, their composition is not).{hint}"
-    if isinstance(expression, cp.QuadForm):
-        return (
-            f"{text} multiplies a Parameter by two variables. Write sum_squares(L.T @ x) with a Parameter L such that P = L L'; "
-            "in a Minimize objective, quad_form(x, P) with a Parameter(..., PSD=True) works too."
-        )
-    if isinstance(expression, DivExpression):
-        return f"{text} divides by a Parameter. Declare a Parameter for the reciprocal and compute it in torch before the layer."
-    if isinstance(expression, (multiply, MulExpression)):
-        if all(argument.parameters() for argument in expression.args):
-            if expression.variables():
-                return (
-                    f"{text} multiplies two parametrised factors ({names}). Give the inner product a variable of its own, as in z == B @ x with A @ z, "
-                    "or declare one Parameter for the product and compute it in torch before the layer."
-                )
-            return f"{text} multiplies Parameters with each other ({names}). Declare one Parameter for the product and compute it in torch before the layer."
-        return (
-            f"{text} multiplies a nonlinear function of a Parameter, or a Parameter of unknown sign ({names}), by a variable. Declare the sign, as in "
-            "Parameter(nonneg=True), or declare one Parameter for the whole factor and compute it in torch before the layer."
-        )
-    if type(expression).__name__ in ("kron", "conv", "convolve"):
-        return f"{text}: CVXPY takes only constants there, not {names}. Declare a Parameter for the whole matrix and build it in torch before the layer."
-    if not expression.variables():
-        return f"{text} is a nonlinear function of Parameters alone ({names}). Declare one Parameter for its value and compute it in torch before the layer."
-    return (
-        f"{text} is not affine in its Parameters ({names}), or the sign of one is unknown. Declare the sign, as in Parameter(nonneg=True), "
-        "or declare a Parameter for the whole factor and compute it in torch before the layer."
-    )
+def _rule(item: Any) -> str:
+    if isinstance(item, (cp.Minimize, cp.Maximize)):
+        return ""
+    return ": an inequality needs convex <= concave, an equality affine == affine, a cone affine arguments"

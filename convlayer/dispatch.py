@@ -100,6 +100,20 @@ def attempts(program: Program, batch: int, tolerance: float, device: torch.devic
     return [Attempt(SOLVERS[name], tolerance, {}), *sure]
 
 
+def other_solver(program: Program, batch: int, taken: Sequence[Attempt]) -> str | None:
+    """A solver that takes this program and has no part in these attempts; None if there is none."""
+    used = {attempt.solver.name for attempt in taken}
+    for name in ("clarabel", "interior_point", "daqp", "scs"):
+        if name in used or (name == "interior_point" and _dense_bytes(program, batch) > DENSE_BYTES):
+            continue
+        try:
+            SOLVERS[name].check(program, {})
+        except ValueError:
+            continue
+        return name
+    return None
+
+
 def cheapest_solver(program: Program, batch: int) -> str:
     """Of DAQP, dense and row by row, the batched interior point, dense, and Clarabel, sparse and row by row; rows on all cores."""
     if not program.is_polyhedral:

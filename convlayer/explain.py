@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from convlayer.canon import Canonical
+from convlayer import costs
+from convlayer.declaration import Declaration
 from convlayer.dispatch import Recognition
 from convlayer.kkt import prefers_dense
-from convlayer.pattern import kkt_pattern
 from convlayer.solvers import Attempt, Solver
 from convlayer.structures import Cost
 
-ITERATIONS = {
-    "clarabel": 12,
-    "interior_point": 10,
-}  # a typical count; an interior-point method's hardly depends on the problem
-
-
 CHEAPER = {"interior_point": "dense and batched", "daqp": "dense active sets, compiled, row by row"}
+POLISH, ADJOINT = 2, 4  # factorisations of a typical polish; solves of an adjoint, with its refinement
+ENTROPIES = ("entr", "kl_div", "rel_entr")
 
 
 def explain_choice(
-    recognition: Recognition, structure: str, why: str, regularise: float | str | None, batch: int
+    recognition: Recognition, structure: str, why: str, regularise: float | str | None, batch: int, kernel: bool
 ) -> str:
-    """The first part of the report: the path, why, and what every structure said."""
+    """The first part of the report: the path, why, and what every structure said.
+
+    Where no kernel runs, what the cone program costs is told of it itself, and not estimated here.
+    """
     lines = [("Path", f"{structure}: {why}")]
     if regularise == "least_norm":
         lines.append(("Regularised", "of all solutions the one of least norm"))
@@ -32,15 +32,20 @@ def explain_choice(
         lines.append(
             ("Regularised", f"by a proximal term of weight {regularise:g} over all variables, part of the objective")
         )
+    refused: dict[str, list[str]] = {}
     for finding in recognition.findings:
         if finding.match is None:
-            lines.append((f"  {finding.name}", f"no: {finding.reason}"))
+            refused.setdefault(str(finding.reason), []).append(finding.name)
             continue
         cost = f"; {_cost(finding.match.cost, batch)}" if finding.match.cost is not None else ""
         lines.append((f"  {finding.name}", f"yes: {finding.match.bound}{cost}"))
-    if recognition.generic is not None:
+    if recognition.generic is not None and kernel:
         lines.append(
             ("  cone_program", f"always; about {_cost(recognition.generic, batch)}, estimated from its sparsity")
+        )
+    for reason, names in refused.items():
+        lines.append(
+            (f"  {names[0]}", f"no: {reason}") if len(names) == 1 else ("  no", f"{reason}: {', '.join(names)}")
         )
     return "\n".join(f"{name + ':':31}{value}" for name, value in lines)
 
@@ -58,15 +63,14 @@ def _bytes(count: float) -> str:
 
 
 def explain_cone_program(
-    canonical: Canonical, attempts: Sequence[Attempt], chosen: bool, tolerance: float, executor: bool, batch: int
+    declared: Declaration, attempts: Sequence[Attempt], chosen: bool, tolerance: float, executor: bool, batch: int
 ) -> str:
     """The report of `ConvexLayer.explain` for the generic path."""
+    canonical = declared.canonical
     program, sizes, solver = canonical.program, canonical.sizes, attempts[0].solver
     moving = sum(len(rows) for rows in canonical.moving.values())
     left = program if chosen or canonical.elimination is None else canonical.elimination.program
-    pattern = kkt_pattern(left)
-    factor, solve = pattern.flops, 4.0 * pattern.fill
-    iterations = ITERATIONS.get(solver.name)
+    taken, (factor, solve) = costs.solve_flops(solver.name, left), costs.system_flops(left)
     others = [name for name in dict.fromkeys(attempt.solver.name for attempt in attempts) if name != solver.name]
     gone = program.n - left.n
     lines = [
@@ -105,23 +109,23 @@ def explain_cone_program(
         ),
         (
             "Forward",
-            f"{_flops(batch * factor * (iterations + 2)) if iterations else 'as many iterations as the solver takes, and its polish,'}"
-            f"{f' for {batch} rows' if batch > 1 else ' a row'}"
-            + (
-                f": about {iterations} factorisations of {_flops(factor)} in the solver, 1 or 2 in the polish"
-                if iterations
-                else ""
-            ),
+            f"{_flops(batch * (taken + POLISH * factor))}{_for(batch)}: {_flops(taken)} a row in {solver.name}, the rest in the polish"
+            if taken is not None
+            else f"as many iterations as {solver.name} takes, and {_flops(batch * POLISH * factor)}{_for(batch)} in the polish",
         ),
         (
             "Backward",
-            f"{_flops(4 * batch * solve)}{f' for {batch} rows' if batch > 1 else ' a row'}: solves with the polish's last factor, "
+            f"{_flops(ADJOINT * batch * solve)}{_for(batch)}: solves with the polish's last factor, "
             f"{'dense batched LU of the active rows' if gone or prefers_dense(left) else 'sparse LDL'}",
         ),
     ]
     text = "\n".join(f"{name + ':':14}{value}" for name, value in lines)
-    hints = list(_hints(canonical, solver))
-    return text + "\n" + "\n".join(f"{'Faster:' if not k else '':14}{hint}" for k, hint in enumerate(hints))
+    hints = list(_hints(declared, batch))
+    return "\n".join([text, *(f"{'Faster:' if not k else '':14}{hint}" for k, hint in enumerate(hints))])
+
+
+def _for(batch: int) -> str:
+    return f" for {batch} rows" if batch > 1 else " a row"
 
 
 def _why(solver: Solver, chosen: bool) -> str:
@@ -129,22 +133,35 @@ def _why(solver: Solver, chosen: bool) -> str:
         return "as you asked"
     if solver.name in CHEAPER:
         return f"{CHEAPER[solver.name]}: the cheapest at this size and batch"
-    return "the default (every cone, a quadratic objective, accurate)"
+    return "which takes every cone"
 
 
-def _hints(canonical: Canonical, solver: Solver):
-    program = canonical.program
-    kinds = {block.name for block in program.cones.blocks}
-    if "second_order" in kinds:
+def _hints(declared: Declaration, batch: int) -> Iterator[str]:
+    kinds: dict[str, int] = {}
+    for block in declared.canonical.program.cones.blocks:
+        kinds[block.name] = max(kinds.get(block.name, 0), int(block.parameter or 0) if block.name == "psd" else 0)
+    atoms = set() if declared.gp else _curved(declared.problem.objective.expr)
+    if "second_order" in kinds and atoms & {"Pnorm", "PnormApprox"}:
         yield "a norm in the objective costs a second-order cone; its square (sum_squares) stays quadratic, if that serves you as well."
     if "psd" in kinds:
-        largest = max(int(block.parameter or 0) for block in program.cones.blocks if block.name == "psd")
-        yield f"a psd cone of size {largest} costs about its sixth power; a factor model or a smaller block is the lever."
-    if "exponential" in kinds or "power" in kinds:
-        yield "exponential and power cones take more iterations than quadratic ones; a quadratic regulariser may serve instead of entropy."
-    if not any(len(rows) for rows in canonical.moving.values()) and solver.name != "scs" and program.m:
-        yield 'no parameter moves P or A: solver="scs" keeps one factorisation for all rows and starts warm (solve(..., warm_start=...)).'
-    yield "larger batches share the work that is done once a call."
+        yield f"a psd cone of size {kinds['psd']} costs about its sixth power; a factor model or a smaller block is the lever."
+    if "exponential" in kinds and atoms & set(ENTROPIES):
+        yield "an entropy costs exponential cones, which take more iterations than quadratic ones; a quadratic regulariser may serve instead."
+    if batch == 1:
+        yield "rows of a larger batch share the work that is done once a call."
+
+
+def _curved(expression: Any) -> set[str]:
+    """The atoms of an expression that hold a variable."""
+    found: set[str] = set()
+    seen, left = set(), [expression]
+    while left:
+        e = left.pop()
+        if id(e) not in seen and not e.is_constant():
+            seen.add(id(e))
+            left += e.args
+            found.add(type(e).__name__)
+    return found
 
 
 def _flops(count: float) -> str:

@@ -1,7 +1,7 @@
 """How a solution is differentiated: the layer's `gradient=`.
 
 exact       the implicit function theorem; one-sided or least-norm where there is no derivative, and flagged
-smoothed    the derivative of the solution on the central path, at complementarity kappa
+smoothed    the derivative of the solution on the central path, at complementarity kappa in the row's own units
 lpgd        a secant of two perturbed solutions in place of the derivative, for any problem
 perturbed   linear objectives: the derivative of the solution averaged over noise in the costs
 blackbox    linear objectives: the gradient of an interpolation of the loss between vertices
@@ -60,7 +60,9 @@ class Smoothed(Gradient):
     Smooth in every parameter, and nearly the exact derivative where every |s - y| is far above sqrt(kappa). The solution itself
     stays exact, and so does the derivative of the optimal value.
 
-    kappa: in the units in which the row's solution and multipliers are of size one.
+    kappa: without a unit. s and y above are those of the row in its own units, in which the largest entries of its solution and of its
+           multipliers are of size one (where a solution is all but zero, the data say what one is); in the user's units the product is
+           kappa times both sizes. So it means the same whatever the units, and rows of one batch differ in what it is in theirs.
     """
 
     name = "smoothed"

@@ -20,10 +20,11 @@ from convlayer import arguments, compiled, domain
 from convlayer.canon import Canonical
 from convlayer.check import Check, checked
 from convlayer.closest import applies, closest, relaxed
+from convlayer.conflict import conflicts
 from convlayer.declaration import Declaration, with_proximal_term
 from convlayer.derivative import Local, Point, Recorded, anew, is_transformed, known, solved
 from convlayer.diagnose import ProblemError
-from convlayer.dispatch import CHOICES, attempts, recognise
+from convlayer.dispatch import CHOICES, attempts, other_solver, recognise
 from convlayer.display import Words
 from convlayer.explain import explain_choice, explain_cone_program
 from convlayer.generic import ROUNDING, Agreement, Call, Solve, least_norm_weight
@@ -33,6 +34,7 @@ from convlayer.normal_form import normal_form
 from convlayer.notices import tell
 from convlayer.program import take_rows
 from convlayer.rows import Rows, aliases, flatten_batch, no_autocast, put, shaped, spread
+from convlayer.shifts import Shifts
 from convlayer.solution import (
     AccuracyWarning,
     Cause,
@@ -48,7 +50,7 @@ from convlayer.specialised import Specialised
 from convlayer.starts import Starts
 from convlayer.structures import STRUCTURES
 from convlayer.threads import one_thread
-from convlayer.verification import Verification, verify
+from convlayer.verification import Verification, not_compared, verify
 
 TOLERANCE = 1e-8
 ROUNDINGS, COARSEST = 8, 1e-6  # the tolerance is at least so many roundings of the parameters, up to this
@@ -60,7 +62,8 @@ NO_SCRIPT = (
     "A ConvexLayer is no TorchScript: torch.jit.trace and torch.jit.script would freeze one solution into the graph. Use torch.compile, "
     "or torch.export to save the model."
 )
-POLICIES = ("raise", "nan", "keep", "closest")
+CLOSEST = ("closest", "closest_few")
+POLICIES = ("raise", "nan", "keep", *CLOSEST)
 
 
 class ConvexLayer(torch.nn.Module):
@@ -84,8 +87,10 @@ class ConvexLayer(torch.nn.Module):
         variables:   variables of the problem, or dual variables of its constraints (constraint.dual_variables[0]), to return.
         structure:   "auto": the most special structure that matches, if it is cheaper than the cone program; "generic": the cone program;
                      or a structure's name: that one, or a ProblemError that says why it does not apply.
-        solver:      for the cone program: None (Clarabel), "clarabel", "scs", "interior_point", or a convlayer.Solver of your own.
-                     With "auto", naming one chooses the cone program.
+        solver:      for the cone program: None, the cheapest at each batch (linear and quadratic programs DAQP, the batched interior point
+                     or Clarabel, whatever has other cones Clarabel; off the host the interior point) with Clarabel behind it for rows that
+                     it does not settle; or by name "clarabel", "daqp", "interior_point", "scs", or a convlayer.Solver of your own, and that
+                     one alone. With "auto", naming one chooses the cone program.
         solver_args: `tolerance` (relative KKT residual, default 1e-8) and the solver's own options; unknown ones are an error.
         gp:          the problem is log-log convex.
         gradient:    how solutions are differentiated: "exact"; for problems whose exact derivative is zero or jumps "smoothed", "lpgd" and,
@@ -97,7 +102,8 @@ class ConvexLayer(torch.nn.Module):
         on_failure:  "raise" a SolverError that names the rows; "nan" fills just those rows; "keep" returns the last iterate, flagged;
                      "closest": an infeasible row is solved with its constraints shifted by as little as possible (zero, nonnegative
                      and second-order cones), by Clarabel, with the exact gradient whatever `gradient` says, and Solution.shift says by
-                     how much; other failures raise.
+                     how much; other failures raise. "closest_few": the same by the least sum of shifts, not of their squares, which shifts
+                     few constraints rather than all a little, those declared later first where others would do as well.
         validate:    check the declared domains of the parameters (sign, symmetry, PSD, bounds) at every call.
         executor:    a concurrent.futures.Executor for the rows, not the one that the call itself runs in: threads, spawned processes, or a
                      dask cluster's, client.get_executor(pure=False), which solves again what a lost worker held; a process pool that
@@ -165,9 +171,11 @@ class ConvexLayer(torch.nn.Module):
 
     def _check_policy(self) -> None:
         """ProblemError: there is no closest feasible problem to be had."""
-        reason = applies(self._canonical) if self.on_failure == "closest" else None
+        reason = applies(self._canonical) if self.on_failure in CLOSEST else None
         if reason:
-            raise ProblemError(f"on_failure='closest' takes zero, nonnegative and second-order cones; here {reason}.")
+            raise ProblemError(
+                f"on_failure={self.on_failure!r} takes zero, nonnegative and second-order cones; here {reason}."
+            )
 
     def _recognise(self) -> None:
         """Choose the path, from the declaration and what was asked for."""
@@ -275,8 +283,10 @@ class ConvexLayer(torch.nn.Module):
         self._starts.clear()
 
     def verify(self, *tensors: Any, seed: int = 0, **named: Any) -> Verification:
-        """Solve on the layer's path and as a cone program by Clarabel, and compare values, feasibility and gradients, row by row.
+        """Solve again another way, and compare values, feasibility and gradients, row by row.
 
+        A kernel is compared with the cone program by Clarabel, the cone program with itself by a solver that has no part in the layer's
+        answer; where there is none, the result says so.
         The gradients are those of one random linear functional of the variables, drawn from `seed`. Nothing is raised: look at
         `.agrees`, or print it. The generic path is exact in float64: marginals in float32 whose sums differ by rounding, which the
         transport kernel takes, are infeasible to it.
@@ -294,14 +304,15 @@ class ConvexLayer(torch.nn.Module):
                 bad, _ = mine._bad_rows(values, math.prod(batch))
                 work = dtype if dtype in (torch.float32, torch.float64) else torch.float32
                 infeasibility = self._specialised.infeasibility(values, bad, work).expand(math.prod(batch))
+        other: str | None = "clarabel"
+        if self._specialised is None:
+            taken = self._attempts(math.prod(batch), self._tolerance, self._options, torch.device("cpu"))
+            other = other_solver(self._canonical.program, math.prod(batch), taken)
+        if other is None:
+            return not_compared(self.structure, batch)
+        theirs = mine.with_options(solver=other).solve
         return verify(
-            self.structure,
-            mine.solve,
-            mine.with_options(solver="clarabel").solve,
-            leaves,
-            len(batch),
-            infeasibility,
-            seed,
+            self.structure, mine.solve, theirs, leaves, len(batch), infeasibility, seed, f"cone_program by {other}"
         )
 
     def check(self, *tensors: Any, **named: Any) -> Check:
@@ -315,13 +326,14 @@ class ConvexLayer(torch.nn.Module):
     def explain(self, batch: int = 1) -> str:
         """Which path runs and why, why the others do not, the sizes, and what a forward and a backward cost."""
         why = self._reason or self._recognition.why
-        text = explain_choice(self._recognition, self.structure, why, self._regularise, batch)
+        kernel = self._specialised is not None
+        text = explain_choice(self._recognition, self.structure, why, self._regularise, batch, kernel)
         if self._specialised is not None:
             return Words(text)
         attempts = self._attempts(batch, self._tolerance, self._options, torch.device("cpu"))
         own = self.executor is not None
         named = self._chosen or bool(self._options)
-        rest = explain_cone_program(self._canonical, attempts, named, self._tolerance, own, batch)
+        rest = explain_cone_program(self._declared, attempts, named, self._tolerance, own, batch)
         return Words(f"{text}\n{rest}")
 
     def with_options(
@@ -491,7 +503,7 @@ class ConvexLayer(torch.nn.Module):
                 rows = self._solve_specialised(values, size, bad, batch, dtype, how, details)
                 if rows.status is not None and not how.solver_args:
                     self._rescue(rows, values, size, how.everything)
-            if self.on_failure == "closest" and rows.status is not None:
+            if self.on_failure in CLOSEST and rows.status is not None:
                 self._relax(rows, values, size, how.everything)
             rows.outputs = [shaped(o, dtype, device, batch, size) for o in rows.outputs]
         details = {**rows.details, **details}
@@ -668,7 +680,7 @@ class ConvexLayer(torch.nn.Module):
             return put(outputs, which, [*theirs, canonical.objective(value)] if everything else theirs, size)
 
         with one_thread():
-            found = closest(relaxation, entries(values), self._tolerance)
+            found = closest(relaxation, entries(values), self._tolerance, self.on_failure == "closest_few")
         rows.outputs = answered(rows.outputs, found.x, found.y, found.value)
         rows.again = lambda values: answered(before(values), *found.again(entries(values))[:3])
         for name in ("status", "iterations", "residual", "degenerate", "margin"):
@@ -677,9 +689,11 @@ class ConvexLayer(torch.nn.Module):
         if bool(found.degenerate.any()):
             rows.ruled = torch.zeros(size, dtype=torch.bool).index_copy(0, which, found.degenerate)
         good = found.status < Status.INFEASIBLE
+        parts = relaxation.by_constraint(found.shift.detach())
         if bool(good.any()):
-            rows.notes.append((which[good], "infeasible; solved as the closest feasible problem"))
-        rows.shift = tuple(spread(part, which, size) for part in relaxation.by_constraint(found.shift.detach()))
+            how = Shifts.of([_taken(part, good) for part in parts], relaxation.names)
+            rows.notes.append((which[good], f"infeasible; solved as the closest feasible problem. {how}"))
+        rows.shift = Shifts.of([spread(part, which, size) for part in parts], relaxation.names)
 
     def _taken(self, given: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, ...]:
         """One value for each parameter, in order, as tensors where that is harmless."""
@@ -699,7 +713,7 @@ class ConvexLayer(torch.nn.Module):
     ) -> tuple[Tensor | None, dict[int, str]]:
         """The bad rows, and why; ParameterError if that is the policy."""
         bad, details = self._bad_rows(values, size, vouched)
-        if bad is not None and self.on_failure in ("raise", "closest"):
+        if bad is not None and self.on_failure in ("raise", *CLOSEST):
             raise ParameterError.of(torch.where(bad, int(Status.BAD_INPUT), 0).view(batch), details)
         return bad, details
 
@@ -761,7 +775,12 @@ class ConvexLayer(torch.nn.Module):
             self._warn(AccuracyWarning(f"{rows_in_words(which, batch).capitalize()}: {Status.INACCURATE.advice}"))
         failed = None if status is None else status >= Status.INFEASIBLE
         if status is not None and failed is not None and bool(failed.any()):
-            if self.on_failure in ("raise", "closest"):
+            if self.on_failure in ("raise", *CLOSEST):
+                infeasible = torch.nonzero(status == Status.INFEASIBLE).flatten().tolist()
+                for row, conflict in conflicts(self, rows.leaves, batch, infeasible).items():
+                    details.setdefault(
+                        row, f"{rows_in_words(torch.tensor([row]), batch)}: {conflict}" if batch else str(conflict)
+                    )
                 raise SolverError.of(status.view(batch), details)
             rows.failed = failed.view(batch)
             assert rows.blank is not None
@@ -790,6 +809,11 @@ class ConvexLayer(torch.nn.Module):
                 return
             self._warned.add((type(warning), cause))
         tell(warning)
+
+
+def _taken(part: Any, which: Tensor) -> Any:
+    """Some rows of one constraint's shift."""
+    return tuple(p[which] for p in part) if isinstance(part, tuple) else None if part is None else part[which]
 
 
 @dataclass(frozen=True, eq=False)
@@ -829,7 +853,9 @@ def _put_together(agreement: Agreement | None) -> list[tuple[Tensor, str]]:
     if agreement is None:
         return []
     rows = torch.nonzero((agreement.apart > ROUNDING) & ~agreement.refuted).flatten()
-    what = "equalities that depend on each other differed by rounding; solved with the least change that makes them agree"
+    what = (
+        "equalities that depend on each other differed by rounding; solved with the least change that makes them agree"
+    )
     return [(rows, what)] if len(rows) else []
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from convlayer.derivative import Local, Point, Recorded, is_transformed, pulled_back
 from convlayer.kernels.answer import Answer
+from convlayer.shifts import Shifts
 from convlayer.solution import Cause, Status
 from convlayer.specialised import without
 
@@ -41,7 +42,7 @@ class Rows:
     blank: Tensor | None  # rows without any iterate
     iterate: tuple[Tensor, Tensor, Tensor] | None = None
     notes: list[tuple[Tensor, str]] = field(default_factory=list)  # rows, and which way they took
-    shift: tuple[Any, ...] | None = None  # of each constraint, (B, ...), where one was shifted
+    shift: Shifts | None = None  # of each constraint, (B, ...), where one was shifted
     warned: bool = False  # the path itself tells at backward which rows were differentiated by rule
     batch: tuple[int, ...] = ()
     details: dict[int, str] = field(default_factory=dict)  # of rows that failed
@@ -76,9 +77,11 @@ class Rows:
         )
 
     @property
-    def shifts(self) -> tuple[Any, ...] | None:
+    def shifts(self) -> Shifts | None:
         """By constraint, (*batch, ...) each."""
-        return None if self.shift is None else tuple(_in_batch(part, self.batch) for part in self.shift)
+        if self.shift is None:
+            return None
+        return Shifts.of([_in_batch(part, self.batch) for part in self.shift], self.shift.names)
 
     def guard(self, bars: Sequence[Any]) -> list[Any]:
         """Cotangents of the outputs: in rows that failed NaN where the loss uses them and zero where it does not."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from html import escape
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from convlayer.display import SHOWN, counted, rows_of, spanned, table
+from convlayer.shifts import Shifts
 
 
 class Status(IntEnum):
@@ -154,8 +154,8 @@ class Solution:
     # are of size one; infinite without inequalities, NaN where a kernel does not say (layer.check does)
     notes: tuple[str, ...]  # which rows took another way than the layer's first choice
     shift: (
-        tuple[Any, ...] | None
-    )  # on_failure="closest", where some row was infeasible: by how much each of problem.constraints was
+        Shifts | None
+    )  # on_failure="closest" or "closest_few", where some row was infeasible: by how much each of problem.constraints was
     # shifted, (*batch, *its shape), as lhs <= rhs + shift or lhs == rhs + shift; a tuple of its arguments' for a cone constraint
     iterate: tuple[Tensor, Tensor, Tensor] | None  # canonical (x, s, y) for a warm start; None from a kernel
 

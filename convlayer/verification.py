@@ -1,4 +1,4 @@
-"""Two paths side by side on the same parameters: value, feasibility and gradient, row by row."""
+"""Two ways side by side on the same parameters: value, feasibility and gradient, row by row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from convlayer.display import Shown
-from convlayer.solution import Solution
+from convlayer.solution import Solution, Status
 
 WEIGHTS = 1_000_003  # added to the seed: a functional drawn like the user's own parameters may be a special one
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -18,32 +18,41 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Verification(Shown):
-    """How far a layer's path is from the generic one. Every tensor has shape (*batch) and holds relative differences."""
+    """How far a layer's answers are from another way's. Every tensor has shape (*batch) and holds relative differences."""
 
     structure: str
+    against: str  # the other way: the cone program, and by which solver; nothing: there is none that did not take part in the first
     solution: Tensor  # of the variables, relative to their size or one
     value: Tensor  # of the objective, relative to its size or one
     gradient: Tensor  # of the gradients of a random functional of the variables, relative to the whole gradient
     infeasibility: Tensor  # violation of the user's constraints at the layer's own solution
     same_status: Tensor  # bool
+    compared: Tensor  # bool; not where the other way came to no answer
     degenerate: Tensor  # bool, a derivative by rule on either path: gradients, and solutions that are not unique, may rightly differ
     tolerance: float
 
     @property
     def agrees(self) -> bool:
-        """Every row has the same status, value and feasibility, and where it is not degenerate the same solution and gradient."""
+        """Rows were compared, and each has the same status, value and feasibility, and where it is not degenerate the same solution and gradient."""
         bound = self.tolerance
         always = self.same_status & (self.value <= bound) & (self.infeasibility <= bound)
         exact = (self.solution <= bound) & (self.gradient <= 10 * bound)
-        return bool((always & (self.degenerate | exact)).all())
+        compared = bool(self.compared.any()) or not self.compared.numel()
+        return compared and bool((always & (self.degenerate | exact) | ~self.compared).all())
 
     def __str__(self) -> str:
         def worst(values: Tensor) -> str:
             return f"{float(values.max()):.1e}" if values.numel() else "0"
 
-        flagged = int(self.degenerate.sum())
+        if not self.against:
+            return f"{self.structure}: there is nothing to compare with: every solver that takes this program takes part in it."
+        flagged, missed = int(self.degenerate.sum()), int((~self.compared).sum())
+        left = f" ({missed} not compared: the other way came to no answer)" if missed else ""
+        rows = f"{self.structure} against {self.against}, {self.value.numel()} rows{left}"
+        if missed and not bool(self.compared.any()):
+            return f"{rows}."
         return (
-            f"{self.structure} against cone_program, {self.value.numel()} rows: {'agree' if self.agrees else 'DISAGREE'}. "
+            f"{rows}: {'agree' if self.agrees else 'DISAGREE'}. "
             f"Worst relative difference of the solution {worst(self.solution)}, the value {worst(self.value)}, the gradient "
             f"{worst(self.gradient)}; infeasibility {worst(self.infeasibility)}; {flagged} degenerate rows."
         )
@@ -60,8 +69,9 @@ def verify(
     lead: int,  # batch dimensions
     infeasibility: Tensor | None,  # None: the residual of the solution says it
     seed: int,
+    against: str = "cone_program",
 ) -> Verification:
-    """Solve and differentiate on both paths."""
+    """Solve and differentiate both ways."""
     (ours, our_gradient), (theirs, their_gradient) = (_solved(path, leaves, lead, seed) for path in (mine, generic))
     solved = (ours.status <= 1) & (theirs.status <= 1)
     batch = ours.status.shape
@@ -78,14 +88,22 @@ def verify(
     )
     return Verification(
         structure,
+        against,
         solution,
         value,
         gradient,
         infeasibility,
         same_status=(ours.status == theirs.status) | solved,
+        compared=(theirs.status != Status.NOT_CONVERGED) | (ours.status == Status.NOT_CONVERGED),
         degenerate=ours.degenerate | theirs.degenerate,
         tolerance=TOLERANCE.get(ours.objective.dtype, 1e-2),
     )
+
+
+def not_compared(structure: str, batch: tuple[int, ...]) -> Verification:
+    """Where there is no other way."""
+    nothing, no = torch.zeros(batch, dtype=torch.float64), torch.zeros(batch, dtype=torch.bool)
+    return Verification(structure, "", nothing, nothing, nothing, nothing, ~no, no, no, TOLERANCE[torch.float64])
 
 
 def _solved(

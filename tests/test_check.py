@@ -105,7 +105,7 @@ def test_a_tie_in_sparsemax_is_an_entry_at_the_threshold(structure):
     check = checked(layer, (rows,))
     assert check.differentiable.tolist() == [False, True, True, True]
     assert float((check.tie[1:] / distances[1:] / (check.tie[3] / distances[3]) - 1).abs().max()) < 1e-6
-    assert int(named(check, "`0.0 <= x`").entry[1]) == 2
+    assert int(named(check, "`x >= 0`").entry[1]) == 2
 
 
 # Null spaces ------------------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def test_what_is_not_dpp_is_named_with_a_rewrite(name):
     (cp.Problem(cp.Maximize(cp.sum_squares(x) + price @ x)), ["not convex", "the objective", "Maximize", "concave"]),
     (minimise(price @ x, [cp.sum_squares(x) >= 1]), ["not convex", "constraints[0]", "inequality"]),
     (minimise(price @ x, [x >= 0, cp.sum_squares(x) == 1]), ["not convex", "constraints[1]", "equality"]),
-    (minimise(cp.sqrt(cp.sum_squares(x)) + price @ x), ["not convex", "0.5"]),
+    (minimise(cp.sqrt(cp.sum_squares(x)) + price @ x), ["not convex", "sqrt(sum_squares(x))", "`norm(x)`"]),
     (minimise(x[0] * x[1] + price @ x), ["not convex", "x[0]"]),
 ])
 def test_what_is_not_convex_is_named(problem, words):
@@ -92,6 +92,10 @@ def test_what_is_not_log_log_convex_is_named():
 def test_integer_and_boolean_variables_are_refused(attributes):
     k = cp.Variable(n, name="count", **attributes)
     refuse(minimise(cp.sum_squares(k - price)), words=["`count`", "integer or boolean", "derivative", "bounds=[0, 1]"])
+
+
+def test_a_choice_from_a_finite_set_is_refused():
+    refuse(minimise(t * free, [cp.FiniteSet(t, [1, 2])]), words=["constraints[0]", "FiniteSet(t", "derivative", "interval"])
 
 
 def test_complex_variables_and_parameters_are_refused():

@@ -1,4 +1,4 @@
-"""Clarabel: interior point, quadratic objectives, all cones; the default.
+"""Clarabel: interior point, quadratic objectives, all cones; what cones other than linear ones take, and rows that another solver does not settle.
 
 Its conventions are ours: the psd cone is the upper triangle in column-major order, off-diagonals times sqrt 2.
 Source: Goulart and Chen (2024), Clarabel: an interior-point solver for conic programs with quadratic objectives.

@@ -1,0 +1,140 @@
+"""What `verify` compares with, and what `explain` says, is so."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import cvxpy as cp
+import numpy as np
+import pytest
+import torch
+from cases import CASES
+
+from convlayer import ConvexLayer, Status
+from convlayer.solvers import SOLVERS
+from convlayer.structures import STRUCTURES
+
+
+def told(text: str, head: str) -> str:
+    (line,) = (line for line in text.splitlines() if line.startswith(f"{head}:"))
+    return line.split(":", 1)[1].strip()
+
+
+@pytest.mark.parametrize("name", ["quadratic_program", "lasso", "norm_ball", "nearest_correlation", "logistic_regression"])
+@pytest.mark.parametrize("solver", [None, "clarabel", "scs"])
+def test_the_cone_program_is_verified_by_a_solver_that_has_no_part_in_it(name, solver, monkeypatch):
+    layer = CASES[name].layer(structure="generic", solver=solver) if solver is None else CASES[name].layer(solver=solver)
+    tensors = CASES[name].sample(2)
+    used: list[set[str]] = []
+
+    def watched(kind):
+        for method in ("solve", "solve_data"):
+            inner = getattr(kind, method)
+            monkeypatch.setattr(kind, method, lambda self, *a, inner=inner: (used[-1].add(self.name), inner(self, *a))[1])
+
+    for one in SOLVERS.values():
+        watched(type(one))
+    solve = ConvexLayer.solve
+    monkeypatch.setattr(ConvexLayer, "solve", lambda self, *a: (used.append(set()), solve(self, *a))[1])
+    found = layer.verify(*tensors)
+    mine, theirs = used
+    assert mine
+    assert theirs
+    assert not mine & theirs
+    assert found.against == f"cone_program by {min(theirs)}"
+    assert found.agrees, str(found)
+    assert bool(found.compared.all())
+
+
+def box(**options):
+    x, p = cp.Variable(3, name="x"), cp.Parameter(3, name="p")
+    return ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - p)), [cp.norm(x) <= 1]), [p], [x], **options)
+
+
+def test_a_solution_that_is_off_is_found_out(monkeypatch):
+    layer, solve = box(), ConvexLayer.solve
+
+    def off(self, *tensors):
+        solution = solve(self, *tensors)
+        return solution if self._chosen else replace(solution, variables=tuple(1.001 * v for v in solution.variables))
+
+    monkeypatch.setattr(ConvexLayer, "solve", off)
+    assert not layer.verify(torch.tensor([3.0, 1.0, 2.0], dtype=torch.float64)).agrees
+
+
+def test_where_no_other_solver_is_left_it_says_so(monkeypatch):
+    monkeypatch.setattr("convlayer.layer.other_solver", lambda *_: None)
+    found = box().verify(torch.ones(4, 3, dtype=torch.float64))
+    assert not found.agrees
+    assert "nothing to compare with" in str(found)
+    assert found.value.shape == (4,)
+
+
+def test_a_row_that_the_other_solver_does_not_settle_is_not_called_a_disagreement(monkeypatch):
+    layer = box()
+    solve = ConvexLayer.solve
+
+    def stopped(self, *tensors):
+        solution = solve(self, *tensors)
+        if self._chosen:
+            solution.status[0] = int(Status.NOT_CONVERGED)
+        return solution
+
+    monkeypatch.setattr(ConvexLayer, "solve", stopped)
+    found = layer.verify(torch.tensor([[3.0, 1, 2], [0.1, 0.2, 0.3]], dtype=torch.float64))
+    assert found.compared.tolist() == [False, True]
+    assert found.agrees
+    assert "1 not compared" in str(found)
+
+
+# explain ----------------------------------------------------------------------------------------------------------------
+
+x, q = cp.Variable(4, name="x"), cp.Parameter(4, name="q")
+w, a = cp.Variable(2, name="w", pos=True), cp.Parameter(pos=True, name="a")
+DECLARED = {
+    "a ball": (cp.Problem(cp.Minimize(q @ x), [cp.norm(x) <= 1]), [q], [x], {}),
+    "a norm": (cp.Problem(cp.Minimize(cp.norm(x - q)), [x >= 0]), [q], [x], {}),
+    "an entropy": (cp.Problem(cp.Minimize(q @ x - cp.sum(cp.entr(x))), [cp.norm(x) <= 1]), [q], [x], {}),
+    "a logarithm": (cp.Problem(cp.Minimize(cp.sum_squares(x - q)), [cp.sum(cp.log(x)) >= 0]), [q], [x], {}),
+    "a quadratic program": (cp.Problem(cp.Minimize(cp.sum_squares(x - q)), [x >= 0, x[0] <= 1]), [q], [x], {}),
+    "a geometric program": (cp.Problem(cp.Minimize(w[0] * a + 1 / w[1]), [w <= 3]), [a], [w], {"gp": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_explain_has_one_set_of_costs_and_hints_that_are_true(name):
+    problem, parameters, variables, options = DECLARED[name]
+    layer = ConvexLayer(problem, parameters, variables, **options)
+    for batch in (1, 32):
+        text = layer.explain(batch)
+        assert "estimated" not in text
+        assert len(re.findall(r"^Forward:", text, re.M)) == len(re.findall(r"^Backward:", text, re.M)) == 1
+        assert ("a norm in the objective" in text) == (name == "a norm")
+        assert ("entropy" in text) == (name == "an entropy")
+        assert "scs" not in text
+        lines = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.split(":")[0].strip() in {*STRUCTURES, "no"}]
+        assert len(lines) == len(set(lines)), "two lines say the same"
+        assert all(structure in text for structure in STRUCTURES)
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_the_cost_of_a_forward_is_a_row_s_times_the_batch(name):
+    problem, parameters, variables, options = DECLARED[name]
+    layer = ConvexLayer(problem, parameters, variables, **options)
+    units = {"flop": 1.0, "kflop": 1e3, "Mflop": 1e6, "Gflop": 1e9}
+
+    def flops(batch: int) -> float:
+        number, unit = told(layer.explain(batch), "Forward").split()[:2]
+        return float(number) * units[unit]
+
+    np.testing.assert_allclose(flops(64), 8 * flops(8), rtol=1e-2)
+
+
+def test_the_solver_that_explain_names_is_the_one_that_runs():
+    for name, (problem, parameters, variables, options) in DECLARED.items():
+        layer = ConvexLayer(problem, parameters, variables, on_failure="nan", **options)
+        named = told(layer.explain(3), "Solver").split(",")[0]
+        solution = layer.solve(*[torch.full((3, *p.shape), 0.4, dtype=torch.float64) for p in parameters])
+        assert not any("did not settle" in note for note in solution.notes), (name, solution.notes)
+        assert named in SOLVERS
