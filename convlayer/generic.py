@@ -27,7 +27,7 @@ from convlayer.kkt import Visible, prefers_dense
 from convlayer.phase_one import nearest
 from convlayer.program import DENSE_ENTRIES, Data, Operators, Program
 from convlayer.recession import recedes
-from convlayer.residual import Scaling, normalise, recentre
+from convlayer.residual import Scaling, largest, normalise, recentre
 from convlayer.smoothing import smoothed as smoothed_zero
 from convlayer.solution import Cause, Status
 from convlayer.solvers.solver import Attempt, Inline, Points, in_threads, solve_batch
@@ -372,7 +372,11 @@ def _settled(call: Call, data: Data, start: tuple[Tensor, ...] | None) -> _Found
             break
         found = found.improved(again, _attempt(call, data.rows(again), place, None))
     assert found is not None
-    found = _running_off(data, _with_a_feasible_point(call, data, found))
+    if not data.program.is_polyhedral:  # there an infimum is attained
+        found = _running_off(data, found)
+    if not bool(found.status.any()):
+        return found
+    found = _with_a_feasible_point(call, data, found)
     if call.canonical.gp and call.canonical.sign > 0:
         # The objective's logarithm falls without end: it tends to zero.
         status = torch.where(found.status == Status.UNBOUNDED, int(Status.UNATTAINED), found.status)
@@ -474,7 +478,7 @@ def _attempt_in_units(
     at_once = rows if data.dense else _rows_at_once(data.program, dense)
     if len(refine) == rows <= at_once:
         found = _refined(call, data, scaling, point.x, point.s, point.y, dense, visible, place)
-        status = _refuted(data, found.status, (point.y, scaling.enter(found.x, found.s, found.y)[2]), _precision(call))
+        status = _refuted(data, scaling, found.status, point.y, found, _precision(call))
         pieces = [Piece(refine, found.zero.settled(), found.scaling, refine)] if call.differentiable else []
         return _Found(
             found.x,
@@ -502,8 +506,8 @@ def _attempt_in_units(
         iterations[part] += found.zero.steps if place == FROM_START else 0
         if call.differentiable:
             pieces.append(Piece(part, found.zero.settled(), found.scaling, torch.arange(len(part), device=device)))
-    status = _refuted(data, status, (point.y, scaling.enter(x, s, y)[2]), _precision(call))
-    return _Found(x, s, y, status, iterations, residual, degenerate, margin, attempt, pieces)
+    whole = _Found(x, s, y, status, iterations, residual, degenerate, margin, attempt, pieces)
+    return replace(whole, status=_refuted(data, scaling, status, point.y, whole, _precision(call)))
 
 
 class _Refined(NamedTuple):
@@ -544,13 +548,14 @@ def _refined(
     if call.selected:
         # Where the pivots are no larger than the term that selects, it does: the solution is one of many.
         zero.flagged = zero.flagged | (zero.system.smallest <= 10 * NEGLIGIBLE)
-    # Beside multipliers so large the costs are not seen in the residual: constraints that contradict each other by little.
-    costs = torch.cat([data.q, Operators(data).absolute.P(zero.x.abs())], 1).abs().amax(1) if data.program.n else size
-    swamped = (zero.y.abs() > RUNAWAY * costs.unsqueeze(1)).any(1) & (costs > 0)
-    status = torch.where(swamped & (status < Status.INACCURATE), int(Status.INACCURATE), status)
-    # Numbers of this size overflow when they are multiplied.
-    lost = ((inner.rho.log().abs() > BEYOND) | (inner.tau.log().abs() > BEYOND)).any(1)
-    status = torch.where(lost, int(Status.NOT_CONVERGED), status)
+    if bool((status == Status.SOLVED).any()):
+        # Beside multipliers so large the costs are not seen in the residual: constraints contradict each other by little.
+        costs = torch.maximum(largest(data.q), largest(data.P.flatten(1)) * largest(zero.x))
+        swamped = ((largest(zero.y) > RUNAWAY * costs) & (costs > 0)).squeeze(1)
+        # And products of numbers of this size overflow.
+        lost = torch.cat([inner.rho, inner.tau], 1).log().abs().amax(1) > BEYOND
+        status = torch.where(swamped, status.clamp(min=int(Status.INACCURATE)), status)
+        status = torch.where(lost, int(Status.NOT_CONVERGED), status)
     if inner.unbounded is not None:
         # A bound that was taken for infinite and is active after all: this is not the solution.
         status = torch.where((inner.unbounded & (zero.y > 0)).any(1), int(Status.NOT_CONVERGED), status)
@@ -569,13 +574,17 @@ def _claims_checked(data: Data, status: Tensor, x: Tensor, y: Tensor, precision:
     return status.index_copy(0, claimed, proven.to(status.dtype))
 
 
-def _refuted(data: Data, status: Tensor, candidates: Sequence[Tensor], precision: float) -> Tensor:
-    """Rows that did not settle, INFEASIBLE where the multipliers they ran off with prove it."""
-    for y in candidates:
+def _refuted(
+    data: Data, scaling: Scaling, status: Tensor, y: Tensor, found: _Found | _Refined, precision: float
+) -> Tensor:
+    """Rows that did not settle, INFEASIBLE where the multipliers that they ran off with prove it: the solver's y, or the polish's."""
+    if not bool(status.any()):
+        return status
+    for candidate in (y, scaling.enter(found.x, found.s, found.y)[2]):
         open_ = torch.nonzero(_unsettled(status)).flatten()
         if not len(open_):
             break
-        proven = infeasible(data.rows(open_).widen(len(open_)), y[open_], precision)
+        proven = infeasible(data.rows(open_).widen(len(open_)), candidate[open_], precision)
         status = status.index_fill(0, open_[proven], int(Status.INFEASIBLE))
     return status
 
@@ -598,8 +607,6 @@ def _with_a_feasible_point(call: Call, data: Data, found: _Found) -> _Found:
 
 def _running_off(data: Data, found: _Found) -> _Found:
     """Rows whose infimum is not attained, of those that the polish did not bring to rest."""
-    if data.program.is_polyhedral:  # there an infimum is attained
-        return found
     restless = found.residual > SETTLED
     rows = torch.nonzero(_unsettled(found.status) | ((found.status == Status.SOLVED) & restless)).flatten()
     if not len(rows):

@@ -120,10 +120,10 @@ def _normalised(data: Data) -> tuple[Data, Scaling]:
     if unbounded is not None:
         b = torch.where(unbounded, 0.0, b)
     rho = _reciprocal(_typical(b))
-    q, P = _largest(scaled.q), _largest(scaled.P.flatten(1))
+    q, P = largest(scaled.q), largest(scaled.P.flatten(1))
     # Without a right-hand side the size of x is set by the objective: x ~ q / P.
     rho = torch.where(
-        _largest(b) > 0, rho, torch.where((P > 0) & (q > 0), P / q.clamp(min=torch.finfo(q.dtype).tiny), 1.0)
+        largest(b) > 0, rho, torch.where((P > 0) & (q > 0), P / q.clamp(min=torch.finfo(q.dtype).tiny), 1.0)
     )
     tau = _reciprocal(torch.maximum(q, P / rho))
     if unbounded is not None:
@@ -187,12 +187,12 @@ def _equilibrate(data: Data) -> tuple[Tensor | None, Tensor]:
     bounds = (_row_counts(data, A) == 1) & elementwise
     columns = _column_sizes(data, _times_rows(data, A, torch.where(bounds, 0.0, e)), "A")
     if not columns.shape[1] or bool(
-        (_largest(columns) <= BALANCED * torch.where(columns > 0, columns, torch.inf).amin(1, keepdim=True)).all()
+        (largest(columns) <= BALANCED * torch.where(columns > 0, columns, torch.inf).amin(1, keepdim=True)).all()
     ):
         return None, e
     joint = _times_rows(data, A, (~bounds).to(A.dtype))
     P = data.P.abs()
-    P = P * _reciprocal(_largest(P.flatten(1))).view(-1, *[1] * (P.ndim - 1))
+    P = P * _reciprocal(largest(P.flatten(1))).view(-1, *[1] * (P.ndim - 1))
     c, e = A.new_ones(max(len(A), len(P)), data.program.n), A.new_ones(len(A), data.program.m)
     for _ in range(20):
         now = _times_columns(data, _times_rows(data, joint, e), c, "A")
@@ -263,14 +263,14 @@ def recentre(data: Data, scaling: Scaling, x: Tensor, y: Tensor, seen: Tensor | 
     Where x or y is all but zero, the right-hand side or the objective sets the unit, so that noise does not become of size one;
     where it is absurdly large, it stays so.
     """
-    q, P = _largest(data.q), _largest(data.P.flatten(1))
+    q, P = largest(data.q), largest(data.P.flatten(1))
     # What x would be by the objective alone, if that is less than the right-hand side's 1.
     least = torch.where((q > 0) & (P > 0), (q / P.clamp(min=torch.finfo(P.dtype).tiny)).clamp(1e-6, 1.0), 1e-2)
     felt = x if seen is None or not bool(seen.any()) else x * seen
-    size = torch.maximum(_largest(felt).clamp(max=1e8), least)
+    size = torch.maximum(largest(felt).clamp(max=1e8), least)
     rho = 1 / size
     natural = torch.maximum(q, P * size)
-    tau = _reciprocal(torch.maximum(_largest(y).clamp(max=1e8), natural))
+    tau = _reciprocal(torch.maximum(largest(y).clamp(max=1e8), natural))
     return rescale(data, rho, tau), replace(scaling, rho=scaling.rho * rho, tau=scaling.tau * tau)
 
 
@@ -297,19 +297,19 @@ def term_sizes(operators: Operators, x: Tensor, s: Tensor, y: Tensor, faint: Fai
     if not program.is_elementwise:
         primal = _in_groups(primal, program.on(x.device)["scale_group"], program.m)
     least = largest_of_part(primal, "part_of_y", program)
-    primal = primal + torch.maximum(faint.within * least, faint.apart * _largest(least).clamp(min=1.0))
+    primal = primal + torch.maximum(faint.within * least, faint.apart * largest(least).clamp(min=1.0))
     least = largest_of_part(dual, "part_of_x", program)
     if len(program.P_rows):
         dual = dual + absolute.P(x)
         # An x that is zero beside others of size one is so to their rounding.
-        least = torch.maximum(least, _largest(absolute.data.P.flatten(1)) * largest_of_part(x, "part_of_x", program))
-    return Sizes(dual + torch.maximum(faint.within * least, faint.apart * _largest(least).clamp(min=1.0)), primal)
+        least = torch.maximum(least, largest(absolute.data.P.flatten(1)) * largest_of_part(x, "part_of_x", program))
+    return Sizes(dual + torch.maximum(faint.within * least, faint.apart * largest(least).clamp(min=1.0)), primal)
 
 
 def largest_of_part(sizes: Tensor, part: str, program: Program) -> Tensor:
     """The largest in each entry's own part of the program, (B, k), or (B, 1) where it has one part."""
     if program.parts[2] <= 1:
-        return _largest(sizes)
+        return largest(sizes)
     return _in_groups(sizes, program.on(sizes.device)[part], program.parts[2])
 
 
@@ -343,23 +343,23 @@ def residual(
     data = operators.data
     F1, F2 = operators.P(x) + data.q + operators.At(y), operators.A(x) + s - data.b
     if sizes is None:
-        sizes = Sizes(data.q.abs() + _largest(y).clamp(1e-6, 1.0), data.b.abs() + _largest(x).clamp(1e-6, 1.0))
+        sizes = Sizes(data.q.abs() + largest(y).clamp(1e-6, 1.0), data.b.abs() + largest(x).clamp(1e-6, 1.0))
     return F1, F2, relative_size(F1, F2, sizes)
 
 
 def relative_size(F1: Tensor, F2: Tensor, sizes: Sizes) -> Tensor:
     """(B,) the largest entry relative to its size."""
-    return torch.maximum(_largest(F1 / sizes.dual), _largest(F2 / sizes.primal)).squeeze(1)
+    return torch.maximum(largest(F1 / sizes.dual), largest(F2 / sizes.primal)).squeeze(1)
 
 
-def _largest(values: Tensor) -> Tensor:
+def largest(values: Tensor) -> Tensor:
     """(B, k) -> (B, 1), zero where k is zero."""
     return values.abs().amax(1, keepdim=True) if values.shape[1] else values.new_zeros(len(values), 1)
 
 
 def _typical(sizes: Tensor) -> Tensor:
     """(B, k) -> (B, 1), the geometric mean of the entries that are not zero; zero where all are."""
-    present = sizes > 1e-14 * _largest(sizes)
+    present = sizes > 1e-14 * largest(sizes)
     count = present.sum(1, keepdim=True)
     mean = torch.where(present, sizes, 1.0).log().sum(1, keepdim=True) / count.clamp(min=1)
     return torch.where(count > 0, mean.exp(), 0.0)
