@@ -69,7 +69,7 @@ def judged(zero: Zero, rows: Tensor, sides: Sides) -> Zero:
     v = (zero.y - zero.s)[rows]
     weak, spectrum, known = zero.cones.straddle_dual(v, MARGIN)
     known = known & ~(zero.near & (zero.margin >= MARGIN))[rows]  # near a kink for all that its error tells
-    part = _factorised(zero, rows, spectrum)
+    part = _factorised(zero, rows, spectrum, again=bool(weak.any()))
     unread, unmoved = _unfelt(part, sides.read, None), _unfelt(part, sides.moved, sides.constant)
     released = _released(zero, rows, part, unread & ~unmoved)
     if released is not None:
@@ -83,10 +83,15 @@ def judged(zero: Zero, rows: Tensor, sides: Sides) -> Zero:
     return _acquitted(zero, rows, good, part)
 
 
-def _factorised(zero: Zero, rows: Tensor, spectrum: ProductSpectrum) -> _Part:
+def _factorised(zero: Zero, rows: Tensor, spectrum: ProductSpectrum, *, again: bool = True) -> _Part:
+    """The system of some rows; unless `again`, that of the zero, where it is of just these."""
     assert zero.operators is not None
     operators, units = zero.operators.rows(rows), units_of(zero.units, rows)
-    system = factorise(operators, spectrum, zero.visible, units)
+    system = zero.last
+    if again or system is None or len(rows) < len(zero.x):
+        system = factorise(operators, spectrum, zero.visible, units)
+    else:
+        spectrum = zero.spectrum
     known = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
     if isinstance(system, SparseSystem) and system.dense is not None:
         known[system.dense[0]] = False
