@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from convlayer.cones import ProductSpectrum
+from convlayer.cones import Product, ProductSpectrum
 from convlayer.kkt import DenseSystem, SparseSystem, Visible, factorise
 from convlayer.program import Operators, Program, take_rows
 from convlayer.residual import JUDGING, WORKING, Sizes, largest_of_part, relative_size, residual, rounding, term_sizes
@@ -31,7 +31,7 @@ SHRINK = 0.05  # each aimed at this share of every y s,
 FLOOR = 1e-24  # until they are all below this
 SETTLED = 1e-11  # below this residual, a step that gains less than a digit was the last
 KINK = 1e-11  # |v| below this counts as weakly active: treated as inactive
-MARGIN = 1e-7  # distance from a kink below which a row is flagged
+MARGIN = 1e-7  # distance from a kink below which a row is flagged, or below one more Newton step
 
 
 @dataclass(eq=False)
@@ -53,16 +53,23 @@ class Zero:
     units: Tensor | None
     last: DenseSystem | SparseSystem | None  # the polish's last factor, if it belongs to this very point
     flagged: Tensor  # (B,) singular, or not solved well, as the polish found it
+    near: Tensor  # (B,) at a kink, to the accuracy of the point
+    unfelt: Tensor  # (B,) differentiable all the same, in what parameters move and outputs read
 
     @property
     def weak(self) -> Tensor:
         """(B,) a constraint is weakly active."""
-        return self.margin < MARGIN
+        return self.near & ~self.unfelt
 
     @property
     def degenerate(self) -> Tensor:
         """(B,) differentiated by rule."""
-        return self.weak | self.flagged
+        return (self.near | self.flagged) & ~self.unfelt
+
+    @property
+    def cones(self) -> Product:
+        assert self.operators is not None
+        return self.operators.data.program.cones
 
     def settled(self) -> Zero:
         """Without what its derivative does not need."""
@@ -166,17 +173,18 @@ def polish(
         sizes = term_sizes(operators, best.x, best.s, best.y, JUDGING)
         judged = relative_size(best.F1, best.F2, sizes)
     # Flags and the error estimate want a factor of the faces where the point lies; the derivative, one of the very point.
-    if factor is None or not bool(((factor[1].spectrum.values > 0) == (best.spectrum.values > 0)).all()):
+    if factor is None or not _on_same_faces(factor[1].spectrum.values, best.spectrum.values):
         factor = factorise(operators, best.spectrum, visible, units), best
     system = factor[0]
     # One more Newton step, from a residual of which no more is known than rounding leaves: how far the solution may yet move.
     unsure = rounding(operators, best.s, best.y, sizes)
     F1, F2 = (F + part * _signs(F.shape[1], F.device) for F, part in zip((best.F1, best.F2), unsure, strict=True))
-    dx, _ = newton(operators, best.spectrum, system, F1, F2)
+    dx, dv = newton(operators, best.spectrum, system, F1, F2)
     error = _relative_step(operators.data.program, dx, best.x, visible)
     pivot = system.smallest if isinstance(system, DenseSystem) else None
     last = system if _same(factor[1], best) else None
     margin = operators.data.program.cones.margin(best.v, best.s)
+    near = margin < (dv.abs().amax(1).clamp(min=MARGIN) if dv.shape[1] else MARGIN)
     flagged = system.singular | system.poor
     return Zero(
         operators,
@@ -194,6 +202,8 @@ def polish(
         units,
         last,
         flagged,
+        near,
+        torch.zeros_like(flagged),
     )
 
 
@@ -285,6 +295,10 @@ def _same(old: ResidualPoint, new: ResidualPoint) -> bool:
     """The factor of the old point is that of the new one. Curved cones must not have moved at all: where a slack is tiny, so
     is the step that changes their derivative."""
     return old is new or (old.spectrum.is_diagonal and bool((old.spectrum.values == new.spectrum.values).all()))
+
+
+def _on_same_faces(old: Tensor, new: Tensor) -> bool:
+    return bool((((old > 0) == (new > 0)) & ((old < 1) == (new < 1))).all())
 
 
 def newton(operators: Operators, spectrum: ProductSpectrum, system, F1: Tensor, F2: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,8 @@ import cvxpy as cp
 import numpy as np
 import scipy.sparse as sp
 import torch
+from cvxpy.atoms.elementwise.power import Power
+from cvxpy.atoms.pnorm import Pnorm
 from cvxpy.constraints import PowConeND
 from cvxpy.problems.problem_form import make_problem_form
 from cvxpy.reductions.canonicalization import Canonicalization
@@ -41,6 +43,8 @@ from convlayer.kkt import Visible
 from convlayer.linear_map import LinearMap
 from convlayer.notices import quiet_cvxpy
 from convlayer.program import Program
+
+EVEN, ABSOLUTE = (Power, cp.quad_over_lin, cp.huber), (cp.abs, Pnorm)  # atoms whose kinks may hide in each other
 
 
 class CanonicalisationError(RuntimeError):
@@ -214,6 +218,41 @@ class Canonical:
         return Visible(x, y)
 
     @cached_property
+    def constant(self) -> Tensor:
+        """(m,) equalities whose coefficients no parameter moves."""
+        rows = torch.zeros(self.program.m, dtype=torch.bool)
+        for block in self.program.cones.blocks:
+            if block.name == "zero":
+                rows[block.start : block.start + block.size] = True
+        rows[self.program.indices["A_rows"][self.moving["A"]]] = False
+        return rows
+
+    @cached_property
+    def directions(self) -> list[dict[str, Tensor]]:
+        """How P, q, A, b, d change in a random direction of each parameter, (1, values) each."""
+        generator, like = torch.Generator().manual_seed(0), torch.zeros((), dtype=torch.float64)
+        still = [torch.zeros(1, math.prod(parameter.shape), dtype=torch.float64) for parameter in self.parameters]
+        found = []
+        for k, parameter in enumerate(self.parameters):
+            change = torch.randn(1, *parameter.shape, dtype=torch.float64, generator=generator)
+            moved = ((change + change.mT) / 2 if parameter.symmetric else change).reshape(1, -1)
+            entries = [*still[:k], moved, *still[k + 1 :]]
+            found.append({name: mapping.linear(entries, like) for name, mapping in self.maps.items()})
+        return found
+
+    @cached_property
+    def reading(self) -> tuple[Tensor, Tensor]:
+        """Random cotangents of x (1, n) and y (1, m), through the outputs."""
+        generator = torch.Generator().manual_seed(1)
+        x, y = (torch.zeros(1, size, dtype=torch.float64) for size in (self.program.n, self.program.m))
+        for recovery in self.variables:
+            weights = torch.randn(1, len(recovery.position), dtype=torch.float64, generator=generator)
+            if recovery.coefficient is not None:
+                weights = weights * recovery.coefficient
+            (y if recovery.dual else x).index_add_(1, recovery.position, weights)
+        return x, y
+
+    @cached_property
     def costs(self) -> list[int]:
         """The parameters that enter the linear costs and nothing else."""
         back = {name: set(mapping.back) for name, mapping in self.maps.items()}
@@ -309,7 +348,7 @@ def check(
     owners = check_arguments(problem, parameters, variables)
     copy = problem if gp else _without_parametrised_arguments(problem)
     check_convexity(copy, gp)
-    return owners, copy
+    return owners, copy if gp else _without_hidden_kinks(copy)
 
 
 def _without_parametrised_arguments(problem: cp.Problem) -> cp.Problem:
@@ -334,6 +373,56 @@ def _without_parametrised_arguments(problem: cp.Problem) -> cp.Problem:
 
     objective = type(problem.objective)(rewrite(problem.objective.expr))
     return cp.Problem(objective, [*problem.constraints, *equalities])
+
+
+def _without_hidden_kinks(problem: cp.Problem) -> cp.Problem:
+    """The problem with f(z) in place of f(|z|), f an even power, a sum of squares or a Huber function, and z'z in place of |z|^2.
+
+    CVXPY writes them as f(t), t >= |z|, which has a kink at z = 0 where f(|z|) has none.
+    """
+    rewritten: dict[int, Any] = {}
+
+    def rewrite(expression: Any) -> Any:
+        if not _may_hide_a_kink(expression):
+            return expression
+        if id(expression) not in rewritten:
+            parts = [rewrite(argument) for argument in expression.args]
+            rewritten[id(expression)] = _even(expression.copy(parts))
+        return rewritten[id(expression)]
+
+    objective = type(problem.objective)(rewrite(problem.objective.expr))
+    constraints = [
+        constraint.copy([rewrite(argument) for argument in constraint.args])
+        if any(_may_hide_a_kink(argument) for argument in constraint.args)
+        else constraint
+        for constraint in problem.constraints
+    ]
+    return cp.Problem(objective, constraints)
+
+
+def _may_hide_a_kink(expression: Any) -> bool:
+    atoms = tuple(atom for atom in expression.atoms() if isinstance(atom, type))
+    return all(any(issubclass(atom, kinds) for atom in atoms) for kinds in (EVEN, ABSOLUTE))
+
+
+def _even(expression: Any) -> Any:
+    """The expression without the absolute value or the norm that it squares."""
+    square = isinstance(expression, cp.quad_over_lin)
+    if isinstance(expression, Power):
+        exponent = expression.p.value if isinstance(expression.p, cp.Expression) else expression.p
+        if exponent is None or exponent % 2 or exponent <= 0:
+            return expression
+        square = exponent == 2
+    elif not isinstance(expression, EVEN):
+        return expression
+    inner, *rest = expression.args
+    if isinstance(inner, cp.abs):
+        return expression.copy([inner.args[0], *rest])
+    if square and isinstance(inner, Pnorm) and inner.p == 2 and inner.axis is None and not inner.keepdims:
+        return (
+            cp.sum_squares(inner.args[0]) if isinstance(expression, Power) else expression.copy([inner.args[0], *rest])
+        )
+    return expression
 
 
 def _tensors(cone_program) -> tuple[Program, dict[str, sp.csr_array]]:

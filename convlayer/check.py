@@ -98,12 +98,13 @@ class Check(Shown):
     conflicts: dict[
         tuple[int, ...], Conflict
     ]  # by index into the batch, of the first infeasible rows: what contradicts itself
+    _degenerate: Tensor
     _batch: tuple[int, ...]
 
     @property
     def differentiable(self) -> Tensor:
-        """The rows where the layer's gradient is the derivative of its solution."""
-        return (self.status < Status.INFEASIBLE) & (self.margin >= MARGIN) & ~self.ambiguous
+        """The rows where the layer's gradient is the derivative of its solution, in what parameters move and outputs read."""
+        return (self.status < Status.INFEASIBLE) & ~self._degenerate
 
     def __str__(self) -> str:
         return "\n".join(_told(self))
@@ -117,8 +118,8 @@ class Check(Shown):
 def checked(layer: ConvexLayer, tensors: Sequence[Tensor]) -> Check:
     """Solve the cone program for these parameter values and look at what its derivative rests on, row by row.
 
-    Whatever structure the layer runs, it is the cone program that is looked at: a kernel that knows its constraints to depend on
-    each other, as the marginals of a plan do, has a derivative along consistent parameters where this says there is none across.
+    Whatever structure the layer runs, it is the cone program that is looked at. Equalities with constant coefficients that depend on
+    each other, as the marginals of a plan do, are named where parameters move them; the derivative is that along feasible parameters.
     No row raises: one that failed says so.
     Cost: beside the solve, the eigenvalues of K, row by row; the first call of a problem canonicalises it once more.
     """
@@ -128,7 +129,9 @@ def checked(layer: ConvexLayer, tensors: Sequence[Tensor]) -> Check:
     sources = sources_of(canonical, layer._declared)
     with torch.no_grad(), warnings.catch_warnings(), one_thread():
         warnings.simplefilter("ignore")
-        solution = layer._generic().with_options(on_failure="keep").solve(*tensors)
+        # Of multipliers that are not unique the central ones: an extreme one makes its constraint look weakly active.
+        solver = None if layer._chosen else "clarabel"
+        solution = layer._generic().with_options(on_failure="keep", solver=solver).solve(*tensors)
         status = solution.status.flatten()
         good = torch.nonzero(status < Status.INFEASIBLE).flatten()
         thetas = [
@@ -162,6 +165,7 @@ def checked(layer: ConvexLayer, tensors: Sequence[Tensor]) -> Check:
         adjoint_residual=spread(found["adjoint"]),
         zero_gradient={p.name(): spread(found["zero"][:, k]) for k, p in enumerate(parameters)},
         conflicts={batch_index(row, batch): conflict for row, conflict in contradictions.items()},
+        _degenerate=solution.degenerate,
         _batch=batch,
         **{name: spread(found[name]) for name in rest},
     )
@@ -462,7 +466,8 @@ def _remarks(check: Check, row: int) -> Iterator[str]:
         if conflict is not None:
             yield str(conflict)
         return
-    weak = [part for part in check.constraints if bool(part.weakly_active.flatten()[row])]
+    felt = bool(check._degenerate.flatten()[row])
+    weak = [part for part in check.constraints if felt and bool(part.weakly_active.flatten()[row])]
     for part in weak[:SHOWN]:
         entry = int(part.entry.flatten()[row])
         where = f" at entry {entry}" if entry >= 0 else ""
@@ -482,7 +487,7 @@ def _remarks(check: Check, row: int) -> Iterator[str]:
     if redundant and bool(check.ambiguous.flatten()[row]) and bool(check.unique.flatten()[row]):
         yield (
             f"{'; '.join(redundant[:SHOWN])}: active and dependent on one another, so multipliers can be shifted between them and the "
-            "derivative in their parameters is the least-norm one. Drop what the others imply."
+            "derivative across what they allow is the least-norm one. Drop what the others imply."
         )
     condition, residual = (float(part.flatten()[row]) for part in (check.condition, check.adjoint_residual))
     if condition > ILL or (bool(check.unique.flatten()[row]) and residual > POOR):

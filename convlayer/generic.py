@@ -23,6 +23,7 @@ from convlayer.canon import Canonical
 from convlayer.certificates import infeasible, unbounded
 from convlayer.cone_derivative import WHOLE_ENTRIES, ConeDerivative
 from convlayer.elimination import Eliminated, Elimination
+from convlayer.kinks import Sides, judged
 from convlayer.kkt import Visible, prefers_dense
 from convlayer.phase_one import nearest
 from convlayer.program import DENSE_ENTRIES, Data, Operators, Program
@@ -387,12 +388,13 @@ def _settled(call: Call, data: Data, start: tuple[Tensor, ...] | None) -> _Found
 def _attempt(call: Call, data: Data, place: int, start: tuple[Tensor, ...] | None) -> _Found:
     """One attempt; the first ones on the program without its auxiliary variables, where they can be taken out."""
     if call.elimination is None or place > 0:
-        return _attempt_in_units(call, *normalise(data), place, start, call.canonical.visible)
+        return _attempt_in_units(call, *normalise(data), place, start, call.canonical.visible, None)
     eliminated = call.elimination.enter(data)
     assert eliminated.data is not None
     start = None if start is None else eliminated.enter_point(*start)
     scaled = normalise(eliminated.data.widen(data.batch))
-    return _attempt_in_units(call, *scaled, place, start, call.elimination.visible).lifted(eliminated)
+    found = _attempt_in_units(call, *scaled, place, start, call.elimination.visible, eliminated)
+    return found.lifted(eliminated)
 
 
 @dataclass(frozen=True, eq=False)
@@ -450,7 +452,13 @@ def _rank(status: Tensor, degenerate: Tensor) -> Tensor:
 
 
 def _attempt_in_units(
-    call: Call, data: Data, scaling: Scaling, place: int, start: tuple[Tensor, ...] | None, visible: Visible
+    call: Call,
+    data: Data,
+    scaling: Scaling,
+    place: int,
+    start: tuple[Tensor, ...] | None,
+    visible: Visible,
+    eliminated: Eliminated | None,
 ) -> _Found:
     """Solve normalised data, check certificates, polish, judge."""
     rows, device = data.batch, call.device
@@ -477,7 +485,7 @@ def _attempt_in_units(
     dense = data.dense or prefers_dense(data.program)
     at_once = rows if data.dense else _rows_at_once(data.program, dense)
     if len(refine) == rows <= at_once:
-        found = _refined(call, data, scaling, point.x, point.s, point.y, dense, visible, place)
+        found = _refined(call, data, scaling, point.x, point.s, point.y, dense, visible, place, eliminated)
         status = _refuted(data, scaling, found.status, point.y, found, _precision(call))
         pieces = [Piece(refine, found.zero.settled(), found.scaling, refine)] if call.differentiable else []
         return _Found(
@@ -499,7 +507,9 @@ def _attempt_in_units(
     iterations, pieces = point.iterations.clone(), []
     for part in refine.split(at_once) if len(refine) else ():
         start_x, start_s, start_y = (values[part] for values in (point.x, point.s, point.y))
-        found = _refined(call, data.rows(part), scaling.rows(part), start_x, start_s, start_y, dense, visible, place)
+        inner = None if eliminated is None else eliminated.only(part)
+        units = scaling.rows(part)
+        found = _refined(call, data.rows(part), units, start_x, start_s, start_y, dense, visible, place, inner)
         status[part], residual[part], degenerate[part] = found.status, found.zero.residual, found.zero.degenerate
         margin[part] = found.zero.margin
         x[part], s[part], y[part] = found.x, found.s, found.y
@@ -531,11 +541,13 @@ def _refined(
     dense: bool,
     visible: Visible,
     place: int,
+    eliminated: Eliminated | None,
 ) -> _Refined:
     outer = scaling
     data, inner = recentre(data, scaling, x, y, visible.x)
     started = inner.enter(*outer.leave(x, s, y))
     zero = polish(Operators(data, dense), *started, visible, inner.c, nearby=place != FROM_START)
+    zero = _judged(call, zero, inner, eliminated)
     status = _verdict(zero, call.tolerance)
     seen = zero.x * visible.x * (outer.rho / inner.rho)
     size = seen.abs().amax(1) if zero.x.shape[1] else zero.residual.new_zeros(len(zero.x))
@@ -546,8 +558,7 @@ def _refined(
         # The elimination squared a condition: neither the residual nor the adjoint's check can see what that cost.
         status = torch.where((zero.pivot < SQUARED) & (status < Status.INACCURATE), int(Status.INACCURATE), status)
     if call.selected:
-        # Where the pivots are no larger than the term that selects, it does: the solution is one of many.
-        zero.flagged = zero.flagged | (zero.system.smallest <= 10 * NEGLIGIBLE)
+        zero = _selected(call, zero, inner, eliminated)
     if bool((status == Status.SOLVED).any()):
         # Beside multipliers so large the costs are not seen in the residual: constraints contradict each other by little.
         costs = torch.maximum(largest(data.q), largest(data.P.flatten(1)) * largest(zero.x))
@@ -560,6 +571,51 @@ def _refined(
         # A bound that was taken for infinite and is active after all: this is not the solution.
         status = torch.where((inner.unbounded & (zero.y > 0)).any(1), int(Status.NOT_CONVERGED), status)
     return _Refined(*inner.leave(zero.x, zero.s, zero.y), status, zero, inner)
+
+
+def _judged(call: Call, zero: Zero, scaling: Scaling, eliminated: Eliminated | None) -> Zero:
+    """The zero, its degenerate rows judged by what parameters move and outputs read."""
+    rows = torch.nonzero(zero.degenerate & (zero.residual <= INACCURATE)).flatten()
+    return judged(zero, rows, _sides(call.canonical, zero, scaling, eliminated, rows)) if len(rows) else zero
+
+
+def _selected(call: Call, zero: Zero, scaling: Scaling, eliminated: Eliminated | None) -> Zero:
+    """The zero, flagged where it is one of many solutions, chosen by the negligible term, and parameters move the choice.
+
+    Where the pivots are no larger than the term, it chooses; a direction of the parameters along which the solution moves as fast as the
+    term is small leads from one to another.
+    """
+    chosen = zero.system.smallest <= 10 * NEGLIGIBLE
+    if not bool(chosen.any()):
+        return zero
+    sides = _sides(call.canonical, zero, scaling, eliminated, torch.arange(len(zero.x), device=zero.x.device))
+    w, _ = zero.system.solve(sides.moved[0], zero.spectrum.to_basis(sides.moved[1]))
+    jumps = chosen & ~(w.abs().amax(1) <= NEGLIGIBLE**-0.5)
+    return replace(zero, flagged=zero.flagged | jumps, unfelt=zero.unfelt & ~jumps)
+
+
+def _sides(canonical: Canonical, zero: Zero, scaling: Scaling, eliminated: Eliminated | None, rows: Tensor) -> Sides:
+    """What parameters move and outputs read, in the units of some rows of a zero: every parameter as much as the others."""
+    units = scaling.rows(rows)
+    point = units.leave(zero.x[rows], zero.s[rows], zero.y[rows])
+    part = None if eliminated is None else eliminated.only(rows)
+    x, _, y = point if part is None else part.leave(*point)
+
+    def entered(a: Tensor, c: Tensor) -> Tensor:
+        inner = units.enter_cotangents(*((a, c) if part is None else part.enter_cotangents(a, c)))
+        both = torch.cat(inner, 1)
+        size = both.norm(dim=1, keepdim=True)  # not the largest entry's: two of size one would cancel
+        return both / torch.where(size > 0, size, 1.0)
+
+    a, c = (values.to(x.device).expand(len(rows), -1) for values in canonical.reading)
+    read, moved = entered(a, c), x.new_zeros(len(rows), zero.x.shape[1] + zero.y.shape[1])
+    for direction in canonical.directions:
+        change = {name: value.to(x.device) for name, value in direction.items()}
+        operators = Operators(Data(canonical.program, *(change[name] for name in ("P", "q", "A", "b"))))
+        moved = moved + entered(-(operators.P(x) + operators.At(y) + change["q"]), change["b"] - operators.A(x))
+    constant = canonical.constant if part is None else canonical.constant[torch.from_numpy(part.elimination.rows)]
+    sizes = [zero.x.shape[1], zero.y.shape[1]]
+    return Sides(moved.split(sizes, 1), read.split(sizes, 1), constant.to(x.device))
 
 
 def _claims_checked(data: Data, status: Tensor, x: Tensor, y: Tensor, precision: float) -> Tensor:
@@ -663,7 +719,7 @@ def _report(
     for piece in pieces:
         rows, keep, zero = piece.rows[piece.keep], piece.keep, piece.zero
         poor = zero.system.poor
-        flags = zero.weak, zero.system.singular | (zero.flagged & ~poor), poor
+        flags = zero.weak, (zero.system.singular | (zero.flagged & ~poor)) & ~zero.unfelt, poor
         for mask, flag in zip(causes.values(), flags, strict=True):
             mask[rows] = flag[keep]
         degenerate[rows.cpu()] |= (flags[1] | flags[2])[keep].cpu()  # a solve may have flagged more

@@ -135,9 +135,15 @@ class DenseSystem:
         smallest = self.smallest = pivots.amin(1) if size else pivots.new_ones(batch)
         self.stiff = bool((smallest <= STIFF).any())
         self.projector: _Projector | None = None
-        suspects = torch.nonzero(smallest <= SUSPECT).flatten()
+        suspects = torch.nonzero((smallest <= SUSPECT) | (self._growth() >= 1 / SUSPECT)).flatten()
         if len(suspects):
             self._find_null_space(suspects, visible, units)
+
+    def _growth(self) -> Tensor:
+        """(B,) by how much the factor enlarges a random vector. Where it divides by the shift and cancels again, no pivot is small."""
+        probe = torch.randn(self.K.shape[1], 1, dtype=self.K.dtype, generator=torch.Generator().manual_seed(0))
+        probe = probe.to(self.K.device).expand(len(self.K), -1, -1)
+        return torch.linalg.lu_solve(self.lu, self.pivots, probe).norm(dim=1).squeeze(1)
 
     def solve(self, a: Tensor, c: Tensor, *, refine: bool = True) -> tuple[Tensor, Tensor]:
         """a (B, n), c (B, m) -> w (B, n), e (B, m); without `refine` to the accuracy of the shifted factor, for Newton."""
@@ -303,6 +309,7 @@ class SparseSystem:
         self.singular = (visible.x & ~self.held).any(1)
         self.poor = torch.zeros_like(self.singular)
         self.projector: _Projector | None = None
+        self.active: Tensor | None = None  # all rows stay
         # Pivots tell nothing without pivoting; a null vector shows as a solution of size 1 / shift.
         probe = torch.randn(n + m, 1, dtype=d.dtype, generator=torch.Generator().manual_seed(0)).expand(-1, batch)
         growth = self._back_substitute(probe).norm(dim=0)

@@ -270,6 +270,8 @@ def recentre(data: Data, scaling: Scaling, x: Tensor, y: Tensor, seen: Tensor | 
     size = torch.maximum(largest(felt).clamp(max=1e8), least)
     rho = 1 / size
     natural = torch.maximum(q, P * size)
+    # Without costs y = 0 is a multiplier, and its noise is not to become of size one.
+    natural = torch.where(natural > 0, natural, 1.0)
     tau = _reciprocal(torch.maximum(largest(y).clamp(max=1e8), natural))
     return rescale(data, rho, tau), replace(scaling, rho=scaling.rho * rho, tau=scaling.tau * tau)
 

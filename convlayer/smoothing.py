@@ -70,6 +70,8 @@ def smoothed(
         error=(dx * visible.x).abs().amax(1) / point.x.abs().amax(1).clamp(min=1e-3),
         margin=torch.full_like(point.size, torch.inf),
         flagged=system.singular | system.poor,
+        near=torch.zeros_like(system.singular),
+        unfelt=torch.zeros_like(system.singular),
         steps=steps,
         pivot=system.smallest if isinstance(system, DenseSystem) else None,
         visible=visible,

@@ -148,7 +148,9 @@ class Solution:
     iterations: Tensor  # int64, of the solver
     residual: Tensor  # float64, relative KKT residual after polishing; NaN where there is no iterate
     degenerate: (
-        Tensor  # bool, the derivative there is one-sided (weakly active constraint) or least-norm (singular system)
+        Tensor  # bool, the derivative there is one-sided (weakly active constraint) or least-norm (singular system), for what parameters
+        # move and outputs read. Equalities with constant coefficients that depend on each other are differentiated along the
+        # parameters that leave the problem feasible, and flagged only where a multiplier of theirs is an output
     )
     margin: Tensor  # float64, of strict complementarity: distance from the nearest kink, in units where the solution and its multipliers
     # are of size one; infinite without inequalities, NaN where a kernel does not say (layer.check does)

@@ -112,11 +112,12 @@ def test_redundant_equalities_whose_multiplier_is_an_output_are_flagged():
     assert run(*redundant_equalities(False, True), tensor(0.1, 0.2, 0.9))[2]
 
 
-def test_redundant_equalities_with_parameters_are_flagged_and_differentiated_by_least_norm():
-    """Along (db, dc) = t (1, 2), which keeps the problem feasible, the derivative is that of x; across it, zero."""
+def test_redundant_equalities_with_parameters_are_differentiated_along_feasible_ones():
+    """Along (db, dc) = t (1, 2), which keeps the problem feasible, the derivative is that of x; across it there is no problem."""
     problem, parameters, outputs = redundant_equalities(True, False)
     _, (a_bar, b_bar, c_bar), flagged = run(problem, parameters, outputs, tensor(0.1, 0.2, 0.9), 1.0, 2.0)
-    assert flagged
+    assert not flagged
+    assert run(*redundant_equalities(True, True), tensor(0.1, 0.2, 0.9), 1.0, 2.0)[2], "the multiplier is not unique"
     assert close(a_bar, tensor(0.0, 0.0, 0.0), 1e-8)
     assert float(b_bar + 2 * c_bar) == pytest.approx(1.0, abs=1e-8)
 

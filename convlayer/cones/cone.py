@@ -30,10 +30,12 @@ class Cone(ABC):
                  NaN, and only there; its spectrum is that of a finite stand-in, so that no factorisation downstream
                  meets a NaN of our making.
     At a kink:   within `tolerance` of a point where the projection is not differentiable, `linearise` takes the branch
-                 with the larger derivative, the one that leaves more directions of K free.
+                 with the larger derivative, the one that leaves more directions of K free; with a negative tolerance that with
+                 the smaller one, in the same basis, where the cone is `two_branched`.
     """
 
     name: ClassVar[str]
+    two_branched: ClassVar[bool] = True
     size: int
 
     @abstractmethod
@@ -127,5 +129,9 @@ def split(values: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def lift(eigenvalues: Tensor, tolerance: float) -> Tensor:
-    """Eigenvalues with those in [-tolerance, 0) reflected: the branch with the larger derivative at a kink."""
-    return torch.where(eigenvalues >= -tolerance, eigenvalues.abs(), eigenvalues) if tolerance > 0 else eigenvalues
+    """Eigenvalues with those in [-tolerance, 0) reflected: the branch with the larger derivative at a kink. With a negative tolerance
+    those in [0, -tolerance) are, and none stays zero: the branch with the smaller derivative."""
+    if tolerance >= 0:
+        return torch.where(eigenvalues >= -tolerance, eigenvalues.abs(), eigenvalues) if tolerance else eigenvalues
+    below = -eigenvalues.abs().clamp(min=torch.finfo(eigenvalues.dtype).tiny)
+    return torch.where(eigenvalues < -tolerance, below, eigenvalues)

@@ -69,6 +69,7 @@ class Exponential(Cone):
     """
 
     name: ClassVar[str] = "exponential"
+    two_branched: ClassVar[bool] = False
     size: ClassVar[int] = 3  # type: ignore[misc]
 
     def project(self, v: Tensor) -> Tensor:

@@ -70,6 +70,7 @@ class Power(Cone):
 
     alphas: tuple[float, ...]
     name: ClassVar[str] = "power"
+    two_branched: ClassVar[bool] = False
     size: ClassVar[int] = 3  # type: ignore[misc]
 
     def __init__(self, alphas: float | Sequence[float]) -> None:

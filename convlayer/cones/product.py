@@ -162,6 +162,30 @@ class Product:
         s = self._assemble(v, slack)
         return v + s, s, ProductSpectrum(1 - self._assemble(v, values), bases)
 
+    def straddle_dual(self, v: Tensor, tolerance: float) -> tuple[Tensor, ProductSpectrum, Tensor]:
+        """Both branches of DPi_K* within `tolerance` of a kink: (weak, spectrum, known).
+
+        weak (*batch, m): the directions, in the spectrum's basis, in which y and s may both begin to move: there one branch has the
+        eigenvalue 0 and the other 1. The spectrum has their mean, 1/2.
+        known (*batch,): false where a cone whose branches have no common basis is as near to a kink.
+        """
+        mirrored = -v
+        free, tight = [], []
+        bases: list[tuple[slice | Tensor, Tensor]] = []
+        known = torch.ones(v.shape[:-1], dtype=torch.bool, device=v.device)
+        for group in self._groups:
+            part = group.take(mirrored)
+            p, spectrum = group.cone.linearise(part, tolerance)
+            other = group.cone.linearise(part, -tolerance)[1] if group.cone.two_branched else spectrum
+            if not group.cone.two_branched:
+                known = known & (group.cone.margin(part, p) >= tolerance).all(-1)
+            free.append(spectrum.values.flatten(-2))
+            tight.append(other.values.flatten(-2))
+            if spectrum.basis is not None:
+                bases.append((group.shaped(v.device), spectrum.basis))
+        above, below = 1 - self._assemble(v, tight), 1 - self._assemble(v, free)
+        return above - below > 0.5, ProductSpectrum((above + below) / 2, bases), known
+
     def smooth_dual(self, v: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor, ProductSpectrum]:
         """The smoothed `linearise_dual`: y inside K*, s inside K with y - s = v and y = -kappa grad f(s), and dy/dv.
 
