@@ -41,6 +41,7 @@ from convlayer.kkt import Visible
 from convlayer.linear_map import LinearMap
 from convlayer.notices import quiet_cvxpy
 from convlayer.program import Program
+from convlayer.words import short
 
 
 class CanonicalisationError(RuntimeError):
@@ -465,7 +466,7 @@ def _invert_dual(y: np.ndarray, constraint, reductions, cone_program) -> list[np
         else:
             solution = reduction.invert(solution, inverse)
     if constraint.id not in solution.dual_vars:
-        raise ValueError(f"CVXPY gives no dual variable for constraint `{constraint}`.")
+        raise ValueError(f"CVXPY gives no dual variable for constraint `{short(constraint)}`.")
     before = [dual.value for dual in constraint.dual_variables]
     constraint.save_dual_value(solution.dual_vars[constraint.id])
     values = [
@@ -513,7 +514,7 @@ def _recovery(variable, owner, reductions, cone_program, gp) -> Recovery:
         rtol=1e-9,
         atol=1e-12,
     ):
-        raise CanonicalisationError(f"The map to variable `{variable}` does not reproduce CVXPY's.")
+        raise CanonicalisationError(f"The map to variable `{variable.name()}` does not reproduce CVXPY's.")
     exact, signed = bool(np.all(coefficient == 1.0)), owner is None and not gp
     return Recovery(
         tuple(variable.shape),

@@ -47,6 +47,7 @@ from convlayer.affine import (
     summed_into,
     weigh,
 )
+from convlayer.words import short
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +146,7 @@ def _not_quadratic(problem: cp.Problem) -> str | None:
         if type(constraint) not in (Equality, Zero) and not (
             type(constraint) in (Inequality, NonPos, NonNeg) and constraint.expr.is_pwl()
         ):
-            return f"`{_short(constraint)}` is not a linear constraint"
+            return f"`{short(constraint)}` is not a linear constraint"
     return "a variable is semidefinite"
 
 
@@ -174,7 +175,7 @@ class _Terms:
         try:
             self._add(expression, weight)
         except UnsupportedError as reason:
-            self.others.append(f"`{_short(expression)}` ({reason})")
+            self.others.append(f"`{short(expression)}` ({reason})")
 
     def _add(self, expression: Any, weight: Table) -> None:
         with scopes.dpp_scope():
@@ -187,7 +188,7 @@ class _Terms:
         elif isinstance(expression, NegExpression):
             self.add(expression.args[0], weight.scaled(-1.0))
         elif not isinstance(expression, Atom):
-            self.others.append(f"`{_short(expression)}`")
+            self.others.append(f"`{short(expression)}`")
         elif expression.is_atom_affine():
             table, arguments = self.reader.operator(expression)
             self.linear.append(weigh(weight, table.offset()))
@@ -219,7 +220,7 @@ class _Terms:
         elif isinstance(expression, (rel_entr, kl_div)):
             self._divergence(expression, weight)
         else:
-            self.others.append(f"`{_short(expression)}`")
+            self.others.append(f"`{short(expression)}`")
 
     def _power(self, argument: Any, p: float, weight: Table, expression: Any) -> None:
         if p == 1:
@@ -229,7 +230,7 @@ class _Terms:
         elif p == 2:
             self._square(argument, weight)
         else:
-            self.others.append(f"`{_short(expression)}`")
+            self.others.append(f"`{short(expression)}`")
 
     def _square(self, argument: Any, weight: Table) -> None:
         """sum_i weight_i argument_i^2; under a square an absolute value says nothing."""
@@ -304,7 +305,7 @@ class _Rules:
         kinds |= {NonPos: ("nonnegative", -1.0), NonNeg: ("nonnegative", 1.0), PSD: ("psd", 1.0)}
         kind = kinds.get(type(constraint))
         if kind is None or any(len(a.shape) > 2 for a in constraint.args if kind[0] == "psd"):
-            self.others.append(f"`{_short(constraint)}`")
+            self.others.append(f"`{short(constraint)}`")
             return
         cone, sign = kind
         expression = constraint.args[0] if cone == "psd" else constraint.expr
@@ -315,9 +316,9 @@ class _Rules:
                 raise UnsupportedError("not affine")
             table = self.reader.table(expression).normal
         except UnsupportedError:
-            self.others.append(f"`{_short(constraint)}`")
+            self.others.append(f"`{short(constraint)}`")
             return
-        self.found.append(Constraint(cone, table.scaled(sign), constraint.id, _short(constraint)))
+        self.found.append(Constraint(cone, table.scaled(sign), constraint.id, short(constraint)))
 
     def add_attributes(self, variable: cp.Variable) -> None:
         table = self._attribute_table(variable)
@@ -358,11 +359,6 @@ class _Rules:
             if finite.any():
                 shifted = add([table.scaled(sign), Table.of_constant(np.where(finite, -sign * flat, 0.0))])
                 self.found.append(Constraint("nonnegative", rows_of(shifted, finite), None, text))
-
-
-def _short(item: Any) -> str:
-    text = " ".join(str(item).split())
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _constant(p: Any) -> float | None:
