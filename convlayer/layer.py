@@ -237,7 +237,7 @@ class ConvexLayer(torch.nn.Module):
             outputs = self._run(given, _How(solver_args, ids=ids))[0]
         return outputs[0] if self.squeeze else outputs
 
-    @torch.compiler.disable
+    @compiled.outside_graphs
     def solve(
         self,
         *tensors: Any,
