@@ -12,7 +12,9 @@ probing its own reductions, and checked against CVXPY on random data whenever a 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from types import SimpleNamespace
@@ -30,6 +32,7 @@ from cvxpy.reductions.dgp2dcp.dgp2dcp import Dgp2Dcp
 from cvxpy.reductions.solvers.conic_solvers.clarabel_conif import CLARABEL
 from cvxpy.reductions.solvers.solver_inverse_data import SolverInverseData
 from cvxpy.reductions.solvers.solving_chain import _build_solving_chain
+from cvxpy.utilities import scopes
 from torch import Tensor
 
 from convlayer.cones import Product
@@ -37,6 +40,7 @@ from convlayer.consistency import Dependence
 from convlayer.diagnose import ProblemError, check_arguments, check_convexity
 from convlayer.domain import is_symmetric
 from convlayer.elimination import Elimination
+from convlayer.graph import Contents, arguments_first
 from convlayer.kkt import Visible
 from convlayer.linear_map import LinearMap
 from convlayer.notices import quiet_cvxpy
@@ -258,7 +262,7 @@ def canonicalise(
     Errors: ValueError or TypeError naming the argument or the sub-expression at fault, and the remedy;
     CanonicalisationError if this CVXPY's cone program is not the one our map gives.
     """
-    with quiet_cvxpy():
+    with quiet_cvxpy(), _as_deep_as_it_goes():
         owners, copy = check(problem, parameters, variables, gp)
         copy = cp.Problem(copy.objective, copy.constraints)
         chain = _build_solving_chain(copy, _StandardForm(), make_problem_form(copy, gp, False), gp, enforce_dpp=True)
@@ -307,10 +311,24 @@ def check(
     problem: cp.Problem, parameters: Sequence[cp.Parameter], variables: Sequence[cp.Variable], gp: bool
 ) -> tuple[dict[int, Any], cp.Problem]:
     """Refuse what cannot be a layer. Returns (dual variable id -> its constraint, the problem as it will be canonicalised)."""
-    owners = check_arguments(problem, parameters, variables)
-    copy = problem if gp else _without_parametrised_arguments(problem)
-    check_convexity(copy, gp)
+    with _as_deep_as_it_goes():
+        owners = check_arguments(problem, parameters, variables)
+        copy = problem if gp else _without_parametrised_arguments(problem)
+        check_convexity(copy, gp)
     return owners, copy
+
+
+@contextmanager
+def _as_deep_as_it_goes() -> Iterator[None]:
+    """CVXPY walks expressions by recursion."""
+    try:
+        yield
+    except RecursionError:
+        raise ProblemError(
+            "An expression of the problem has more operations within each other than CVXPY can follow (Python's recursion limit is "
+            f"{sys.getrecursionlimit()}). Give what is computed step by step a variable of its own, as in x[t + 1] == A @ x[t] + B @ u[t], "
+            "or raise the limit by sys.setrecursionlimit."
+        ) from None
 
 
 def _without_parametrised_arguments(problem: cp.Problem) -> cp.Problem:
@@ -318,23 +336,34 @@ def _without_parametrised_arguments(problem: cp.Problem) -> cp.Problem:
 
     (x - p)'K(x - p) is DPP, but its constant is quadratic in p; with y the objective stays quadratic and affine in p.
     """
+    contents, expression = Contents(), problem.objective.expr
+
+    def replaced(part: Any) -> bool:
+        return (
+            isinstance(part, cp.QuadForm)
+            and contents.parameters(part.args[0])
+            and not contents.parameters(part.args[1])
+        )
+
+    parts = arguments_first([expression], lambda part: not _is_affine(part))
+    if not any(replaced(part) for part in parts):
+        return problem
     equalities: list[cp.Constraint] = []
+    new: dict[int, Any] = {}
+    for part in parts:
+        inner = [new.get(id(argument), argument) for argument in part.args]
+        if replaced(part):
+            y = cp.Variable(part.args[0].shape)
+            equalities.append(y == part.args[0])
+            new[id(part)] = part.copy([y, part.args[1]])
+        elif any(now is not before for now, before in zip(inner, part.args, strict=True)):
+            new[id(part)] = part.copy(inner)
+    return cp.Problem(type(problem.objective)(new[id(expression)]), [*problem.constraints, *equalities])
 
-    def rewrite(expression: Any) -> Any:
-        if (
-            isinstance(expression, cp.QuadForm)
-            and expression.args[0].parameters()
-            and not expression.args[1].parameters()
-        ):
-            y = cp.Variable(expression.args[0].shape)
-            equalities.append(y == expression.args[0])
-            return expression.copy([y, expression.args[1]])
-        if not any(isinstance(atom, type) and issubclass(atom, cp.QuadForm) for atom in expression.atoms()):
-            return expression
-        return expression.copy([rewrite(argument) for argument in expression.args])
 
-    objective = type(problem.objective)(rewrite(problem.objective.expr))
-    return cp.Problem(objective, [*problem.constraints, *equalities])
+def _is_affine(part: Any) -> bool:
+    with scopes.dpp_scope():
+        return part.is_affine()
 
 
 def _tensors(cone_program) -> tuple[Program, dict[str, sp.csr_array]]:
