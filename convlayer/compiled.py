@@ -23,7 +23,8 @@ from torch import Tensor
 
 from convlayer.derivative import Local
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Layer(Protocol):

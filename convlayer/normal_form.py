@@ -155,12 +155,12 @@ def _without_affine_parts(expression: Any) -> Any:
     """The same with a variable in place of each affine part: CVXPY looks for squares in those too, and as a tree."""
     new: dict[int, Any] = {}
     for part in arguments_first([expression], lambda part: not part.is_affine()):
-        if part.is_constant():
-            new[id(part)] = part
-        elif part.is_affine():
-            new[id(part)] = cp.Variable(part.shape)
-        else:
-            new[id(part)] = part.copy([new[id(argument)] for argument in part.args])
+        if part.is_affine():
+            new[id(part)] = part if part.is_constant() or not part.args else cp.Variable(part.shape)
+            continue
+        inner = [new[id(argument)] for argument in part.args]
+        same = all(now is before for now, before in zip(inner, part.args, strict=True))
+        new[id(part)] = part if same else part.copy(inner)
     return new[id(expression)]
 
 
