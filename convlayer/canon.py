@@ -37,7 +37,7 @@ from torch import Tensor
 
 from convlayer.cones import Product
 from convlayer.consistency import Dependence
-from convlayer.diagnose import ProblemError, check_arguments, check_convexity
+from convlayer.diagnose import ProblemError, check_arguments, check_attributes, check_convexity
 from convlayer.domain import is_symmetric
 from convlayer.elimination import Elimination
 from convlayer.graph import Contents, arguments_first
@@ -313,6 +313,7 @@ def check(
     """Refuse what cannot be a layer. Returns (dual variable id -> its constraint, the problem as it will be canonicalised)."""
     with _as_deep_as_it_goes():
         owners = check_arguments(problem, parameters, variables)
+        check_attributes(problem)
         copy = problem if gp else _without_parametrised_arguments(problem)
         check_convexity(copy, gp)
     return owners, copy
