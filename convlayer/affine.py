@@ -94,7 +94,7 @@ class Table:
             total = np.add.reduceat(part.coefficient, np.flatnonzero(new))
             # What cancels to rounding cancels.
             noise = np.add.reduceat(np.abs(part.coefficient), np.flatnonzero(new)) * 1e-15
-            part = replace(part.take(new), coefficient=np.where(np.abs(total) <= noise, 0.0, total))
+            part = replace(part.take(new), coefficient=np.where(np.abs(total) < noise, 0.0, total))
         return part if part.coefficient.all() else part.take(part.coefficient != 0)
 
     @cached_property

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,6 +36,7 @@ from cvxpy.reductions.solvers.solving_chain import _build_solving_chain
 from cvxpy.utilities import scopes
 from torch import Tensor
 
+from convlayer.bounds import NO_BOUND, Bounds
 from convlayer.cones import Product
 from convlayer.consistency import Dependence
 from convlayer.diagnose import ProblemError, check_arguments, check_attributes, check_convexity
@@ -134,8 +136,6 @@ class Recovery:
     position: Tensor  # (size,) row-major order of the user's variable
     coefficient: Tensor | None  # (size,), None where all are one
     exp: bool
-    lowest: float | None  # of a variable with a declared sign: rounding must not take it across zero
-    highest: float | None
 
     def _on(self, device: torch.device) -> tuple[Tensor | slice, Tensor | None]:
         """Where the entries stand, as a slice if they stand in order, and their coefficients, on a device."""
@@ -158,8 +158,6 @@ class Recovery:
         if coefficient is not None:
             flat = flat * coefficient
         value = flat.reshape(len(x), *self.shape)
-        if self.lowest is not None or self.highest is not None:
-            value = value.clamp(self.lowest, self.highest)
         return value.exp() if self.exp else value
 
 
@@ -217,6 +215,26 @@ class Canonical:
         x[index["P_rows"][self.moving["P"]]] = True
         x[index["P_cols"][self.moving["P"]]] = True
         return Visible(x, y)
+
+    @cached_property
+    def bounds(self) -> Bounds | None:
+        """Of single variables that an output reads."""
+        shown = np.zeros(self.program.n, dtype=bool)
+        for recovery in self.variables:
+            if not recovery.dual:
+                shown[recovery.position.numpy()] = True
+        return Bounds.of(self.program, *self._constants, shown)
+
+    @cached_property
+    def limits(self) -> list[np.ndarray]:
+        """For each parameter its entries (size,) that are right-hand sides of inequalities alone, where infinity has a meaning."""
+        alone = np.ones(self._matrices["b"].shape[1], dtype=bool)
+        inequalities = self.program.inequalities.numpy()
+        for name, matrix in self._matrices.items():
+            elsewhere = matrix[~inequalities] if name == "b" else matrix
+            alone[np.unique(elsewhere.indices)] = False
+        starts = np.cumsum([ONE + 1, *(math.prod(p.shape) for p in self.parameters)])
+        return [alone[lo:hi] for lo, hi in pairwise(starts)]
 
     @cached_property
     def costs(self) -> list[int]:
@@ -398,8 +416,17 @@ def _tensors(cone_program) -> tuple[Program, dict[str, sp.csr_array]]:
     for tensor in tensors.values():
         tensor.sum_duplicates()
         tensor.eliminate_zeros()
+    in_b, dims = tensors["b"], cone_program.cone_dims
+    row = np.repeat(np.arange(m), np.diff(in_b.indptr))
+    inequality = (row >= dims.zero) & (row < dims.zero + dims.nonneg)
+    infinite = np.isinf(in_b.data) & inequality & (in_b.indices == columns - 1)
+    in_b.data[infinite] = np.sign(in_b.data[infinite]) * NO_BOUND
+    if not all(np.isfinite(tensor.data).all() for tensor in tensors.values()):
+        raise ProblemError(
+            "A constant of the problem holds NaN or infinity. Infinity means `no bound` on the large side of an inequality, as in "
+            "x <= np.inf, and nothing elsewhere."
+        )
 
-    dims = cone_program.cone_dims
     cones = Product.from_dims(
         zero=dims.zero,
         nonnegative=dims.nonneg,
@@ -545,15 +572,13 @@ def _recovery(variable, owner, reductions, cone_program, gp) -> Recovery:
         atol=1e-12,
     ):
         raise CanonicalisationError(f"The map to variable `{variable.name()}` does not reproduce CVXPY's.")
-    exact, signed = bool(np.all(coefficient == 1.0)), owner is None and not gp
+    exact = bool(np.all(coefficient == 1.0))
     return Recovery(
         tuple(variable.shape),
         owner is not None,
         torch.from_numpy(position),
         None if exact else torch.from_numpy(coefficient),
         gp and owner is None,
-        0.0 if signed and variable.is_nonneg() else None,
-        0.0 if signed and variable.is_nonpos() else None,
     )
 
 
@@ -583,12 +608,12 @@ def _self_check(canonical: Canonical, cone_program, parameters, reductions) -> N
     ours_A = sp.csc_array((ours["A"], program.A_rows, program.A_indptr), shape=shape)
     checks = [(ours_A + A, "A"), (ours["q"] - q, "q"), (ours["d"] - d, "offset")]
     if program.m:
-        checks.append((ours["b"] - b, "b"))
+        checks.append((ours["b"] - np.where(np.isinf(b), np.sign(b) * NO_BOUND, b), "b"))
     if quadratic:
         upper = sp.csc_array((ours["P"], program.P_rows, program.P_indptr), shape=(program.n, program.n))
         symmetric = (P + P.T) / 2
         checks.append((upper - sp.triu(symmetric), "P"))
-    scale = 1.0 + max((abs(part).max() for part in (A, q, b) if np.prod(part.shape)), default=0.0)
+    scale = 1.0 + max((abs(part).max() for part in (A, q, b[np.isfinite(b)]) if np.prod(part.shape)), default=0.0)
     for difference, name in checks:
         if np.prod(difference.shape) and abs(difference).max() > 1e-10 * scale:
             raise CanonicalisationError(

@@ -337,11 +337,12 @@ class _Rules:
         try:
             if not _is_affine(expression):
                 raise UnsupportedError("not affine")
-            table = self.reader.table(expression).normal
+            table = self.reader.table(expression).normal.scaled(sign)
         except UnsupportedError:
             self.others.append(f"`{short(constraint)}`")
             return
-        self.found.append(Constraint(cone, table.scaled(sign), constraint.id, short(constraint)))
+        if cone != "nonnegative" or not _is_unlimited(table):
+            self.found.append(Constraint(cone, table, constraint.id, short(constraint)))
 
     def add_attributes(self, variable: cp.Variable) -> None:
         table = self._attribute_table(variable)
@@ -382,6 +383,11 @@ class _Rules:
             if finite.any():
                 shifted = add([table.scaled(sign), Table.of_constant(np.where(finite, -sign * flat, 0.0))])
                 self.found.append(Constraint("nonnegative", rows_of(shifted, finite), None, text))
+
+
+def _is_unlimited(table: Table) -> bool:
+    """An infinite constant makes every row nonnegative: x <= inf is no constraint."""
+    return table.size > 0 and len(np.unique(table.row[table.coefficient == np.inf])) == table.size
 
 
 def _is_affine(expression: Any) -> bool:
