@@ -227,14 +227,17 @@ class Canonical:
 
     @cached_property
     def limits(self) -> list[np.ndarray]:
-        """For each parameter its entries (size,) that are right-hand sides of inequalities alone, where infinity has a meaning."""
+        """For each parameter its entries (size,) that are right-hand sides of inequalities alone, where infinity has a meaning.
+
+        Not in a log-log convex program, whose limits are logarithms within exponentials.
+        """
         alone = np.ones(self._matrices["b"].shape[1], dtype=bool)
         inequalities = self.program.inequalities.numpy()
         for name, matrix in self._matrices.items():
             elsewhere = matrix[~inequalities] if name == "b" else matrix
             alone[np.unique(elsewhere.indices)] = False
         starts = np.cumsum([ONE + 1, *(math.prod(p.shape) for p in self.parameters)])
-        return [alone[lo:hi] for lo, hi in pairwise(starts)]
+        return [alone[lo:hi] & (not self.gp) for lo, hi in pairwise(starts)]
 
     @cached_property
     def costs(self) -> list[int]:
