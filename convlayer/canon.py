@@ -96,15 +96,22 @@ class AffineMap:
 
     def __init__(self, matrix: sp.csr_array, sizes: Sequence[int], moving: np.ndarray | None) -> None:
         """matrix (values, 2 + all parameter entries); sizes of the parameters; moving: the outputs of which cotangents come back."""
-        starts = 2 + np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        self._matrix, self._moving = matrix, moving
+        self._starts = starts = 2 + np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         used = np.zeros(matrix.shape[1], dtype=bool)
         used[matrix.indices] = True
         self.parameters = [k for k in range(len(sizes)) if used[starts[k] : starts[k + 1]].any()]
-        kept = [np.arange(2), *(np.arange(starts[k], starts[k + 1]) for k in self.parameters)]
-        columns = sp.csc_array(matrix)
-        self.forward = LinearMap(sp.csr_array(columns[:, np.concatenate(kept)]), blank=ZERO)
-        back = sp.csc_array(sp.csr_array(matrix)[moving]) if moving is not None else columns
-        self.back = {k: LinearMap(sp.csr_array(back[:, starts[k] : starts[k + 1]].T)) for k in self.parameters}
+        if len(self.parameters) < len(sizes):
+            kept = [np.arange(2), *(np.arange(starts[k], starts[k + 1]) for k in self.parameters)]
+            matrix = sp.csr_array(sp.csc_array(matrix)[:, np.concatenate(kept)])
+        self.forward = LinearMap(matrix, blank=ZERO)
+
+    @cached_property
+    def back(self) -> dict[int, LinearMap]:
+        """For each parameter that it reads, from the outputs' cotangents to the parameter's."""
+        starts, outputs = self._starts, self._matrix if self._moving is None else self._matrix[self._moving]
+        columns = sp.csc_array(outputs)
+        return {k: LinearMap(sp.csr_array(columns[:, starts[k] : starts[k + 1]].T)) for k in self.parameters}
 
     def __call__(self, entries: Sequence[Tensor], like: Tensor) -> Tensor:
         """Entries (B or 1, size) of every parameter -> (B or 1, values): shared where all that it reads is."""
@@ -207,8 +214,9 @@ class Canonical:
         for recovery in self.variables:
             (y if recovery.dual else x)[recovery.position] = True
         for name, seen in (("q", x), ("b", y)):
-            for back in self.maps[name].back.values():
-                seen[torch.from_numpy(back.read)] = True
+            matrix = self._matrices[name]
+            row = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
+            seen[torch.from_numpy(row[matrix.indices > ONE])] = True
         index = self.program.indices
         x[index["A_cols"][self.moving["A"]]] = True
         y[index["A_rows"][self.moving["A"]]] = True
@@ -242,8 +250,8 @@ class Canonical:
     @cached_property
     def costs(self) -> list[int]:
         """The parameters that enter the linear costs and nothing else."""
-        back = {name: set(mapping.back) for name, mapping in self.maps.items()}
-        return sorted(back["q"] - back["P"] - back["A"] - back["b"])
+        read = {name: set(mapping.parameters) for name, mapping in self.maps.items()}
+        return sorted(read["q"] - read["P"] - read["A"] - read["b"])
 
     @cached_property
     def elimination(self) -> Elimination | None:
@@ -276,15 +284,20 @@ class Canonical:
 
 
 def canonicalise(
-    problem: cp.Problem, parameters: Sequence[cp.Parameter], variables: Sequence[cp.Variable], *, gp: bool = False
+    problem: cp.Problem,
+    parameters: Sequence[cp.Parameter],
+    variables: Sequence[cp.Variable],
+    *,
+    gp: bool = False,
+    checked: tuple[dict[int, Any], cp.Problem] | None = None,
 ) -> Canonical:
-    """Canonicalise `problem` once and for all values of its parameters.
+    """Canonicalise `problem` once and for all values of its parameters; `checked`: what `check` has returned for it.
 
     Errors: ValueError or TypeError naming the argument or the sub-expression at fault, and the remedy;
     CanonicalisationError if this CVXPY's cone program is not the one our map gives.
     """
     with quiet_cvxpy(), _as_deep_as_it_goes():
-        owners, copy = check(problem, parameters, variables, gp)
+        owners, copy = checked or check(problem, parameters, variables, gp)
         copy = cp.Problem(copy.objective, copy.constraints)
         chain = _build_solving_chain(copy, _StandardForm(), make_problem_form(copy, gp, False), gp, enforce_dpp=True)
         try:
@@ -449,13 +462,11 @@ def _parameter_maps(
     parameters, reductions, cone_program, tensors
 ) -> tuple[list[ParameterEntries], dict[str, sp.csr_array]]:
     """How each parameter is read, and for each of P, q, A, b, d the matrix (values, 2 + all entries) of its map."""
-    by_column = {name: sp.csc_array(tensor) for name, tensor in tensors.items()}
     final = _final_parameters(parameters, reductions)
-    entries = []
-    pieces = {
-        name: [sp.csc_array((tensor.shape[0], 1)), tensor[:, [tensor.shape[1] - 1]]]
-        for name, tensor in by_column.items()
-    }
+    entries, first = [], ONE + 1
+    target = np.full(
+        cone_program.total_param_size + 1, ONE
+    )  # of each of CVXPY's columns, of which the last is the constant
     for parameter, (canonical, reduced) in zip(parameters, final, strict=True):
         if canonical is not parameter and parameter.id in cone_program.param_id_to_col:
             raise ValueError(
@@ -465,16 +476,19 @@ def _parameter_maps(
         entries.append(
             ParameterEntries(tuple(parameter.shape), is_symmetric(parameter), log=canonical is not parameter)
         )
-        place = sp.csc_array((0, parameter.size))
-        columns = slice(0, 0)
         if reduced.id in cone_program.param_id_to_col:
             read = _positions(canonical, reduced)
             start = cone_program.param_id_to_col[reduced.id]
-            columns = slice(start, start + cone_program.param_id_to_size[reduced.id])
-            place = sp.csc_array((np.ones(len(read)), (np.arange(len(read)), read)), shape=(len(read), parameter.size))
-        for name, tensor in by_column.items():
-            pieces[name].append(tensor[:, columns] @ place)
-    return entries, {name: sp.csr_array(sp.hstack(parts, format="csr")) for name, parts in pieces.items()}
+            target[start : start + len(read)] = first + read
+        first += parameter.size
+    return entries, {name: _relabelled(tensor, target, first) for name, tensor in tensors.items()}
+
+
+def _relabelled(tensor: sp.csr_array, target: np.ndarray, width: int) -> sp.csr_array:
+    """With each column in the place of its target; no two have the same."""
+    matrix = sp.csr_array((tensor.data, target[tensor.indices], tensor.indptr), shape=(tensor.shape[0], width))
+    matrix.sort_indices()
+    return matrix
 
 
 def _positions(canonical: cp.Parameter, reduced: cp.Parameter) -> np.ndarray:

@@ -82,7 +82,11 @@ class Constraint:
     cone: str  # "zero", "nonnegative", "psd"
     table: Table
     origin: int | None  # the constraint's id; None: an attribute of a variable
-    text: str
+    source: Any  # it, or what says which attribute: printed when words are wanted, which takes CVXPY longer than the reading
+
+    @property
+    def text(self) -> str:
+        return short(self.source)
 
 
 @dataclass(frozen=True, eq=False)
@@ -342,7 +346,7 @@ class _Rules:
             self.others.append(f"`{short(constraint)}`")
             return
         if cone != "nonnegative" or not _is_unlimited(table):
-            self.found.append(Constraint(cone, table, constraint.id, short(constraint)))
+            self.found.append(Constraint(cone, table, constraint.id, constraint))
 
     def add_attributes(self, variable: cp.Variable) -> None:
         table = self._attribute_table(variable)
