@@ -94,7 +94,13 @@ class Declaration:
         # Neither our cone program nor CVXPY's own.
         with quiet_cvxpy():
             problem = cp.Problem(self.problem.objective, self.problem.constraints)
-        made = {"problem": problem, "_canonical": None, "_checked": None, "_lock": None, "_next": lin_utils.ID_COUNTER.count}
+        made = {
+            "problem": problem,
+            "_canonical": None,
+            "_checked": None,
+            "_lock": None,
+            "_next": lin_utils.ID_COUNTER.count,
+        }
         return {**self.__dict__, **made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
