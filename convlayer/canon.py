@@ -47,7 +47,7 @@ from convlayer.kkt import Visible
 from convlayer.linear_map import LinearMap
 from convlayer.notices import quiet_cvxpy
 from convlayer.program import Program
-from convlayer.words import short
+from convlayer.spelling import short
 
 
 class CanonicalisationError(RuntimeError):

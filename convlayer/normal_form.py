@@ -48,7 +48,7 @@ from convlayer.affine import (
     weigh,
 )
 from convlayer.graph import arguments_first, uses_first
-from convlayer.words import short
+from convlayer.spelling import short
 
 
 @dataclass(frozen=True, eq=False)

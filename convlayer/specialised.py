@@ -16,9 +16,9 @@ from convlayer.binding import Binding, Kept
 from convlayer.domain import is_symmetric
 from convlayer.kernels.answer import Answer
 from convlayer.normal_form import NormalForm, Weighted
+from convlayer.spelling import short
 from convlayer.structures import Match, MismatchError
 from convlayer.threads import one_thread
-from convlayer.words import short
 
 SMALL = 5e7  # flops, or bytes, of a call up to which the kernel runs on one thread
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from convlayer import ConvexLayer, ProblemError
-from convlayer.words import WIDEST, short
+from convlayer.spelling import LENGTH, short
 
 
 def unprintable():
@@ -27,7 +27,7 @@ def test_a_problem_that_cvxpy_cannot_print_is_a_layer(x, c, problem):
     c.value = value.numpy()
     problem.solve(solver=cp.CLARABEL)
     assert (layer(value)[0] - torch.from_numpy(x.value)).abs().max() < 1e-6
-    for words in (layer.explain(), str(layer.check(value)), *map(short, (problem, *problem.constraints))):
+    for words in (layer.explain(), str(layer.check(value)), *map(short, (problem.objective, *problem.constraints))):
         assert words
 
 
@@ -42,7 +42,7 @@ def test_words_about_a_shared_part_do_not_grow_with_its_uses():
     z = x
     for _ in range(40):  # a million million uses
         z = z - 0.1 * cp.mean(z)
-    assert len(short(cp.sum_squares(z))) <= WIDEST
+    assert len(short(cp.sum_squares(z))) <= LENGTH
 
 
 @pytest.mark.parametrize("leaf", ["Variable", "Parameter"])
