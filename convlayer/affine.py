@@ -33,8 +33,13 @@ from cvxpy.atoms.affine.vstack import Vstack
 from cvxpy.atoms.atom import Atom
 from cvxpy.atoms.elementwise.power import Power
 
+from convlayer.graph import Contents, arguments_first
+
 NONE = -1
 LARGEST_SUM = 2000  # terms of a running sum
+ENTRIES = 10_000_000  # of all tables that a reader makes, or of one product's terms, beyond what is in proportion to its leaves
+PROPORTION = 8
+FEW = 64  # entries among which duplicates do no harm yet
 
 
 class UnsupportedError(Exception):
@@ -80,7 +85,7 @@ class Table:
         part = self
         keys = (self.row, self.variable, self.parameter)
         if not _ascending(keys):
-            part = self.take(np.lexsort(keys[::-1]))
+            part = self.take(_sorting(keys))
             keys = (part.row, part.variable, part.parameter)
         new = np.ones(len(part.row), dtype=bool)
         if len(new) > 1:
@@ -89,7 +94,7 @@ class Table:
             total = np.add.reduceat(part.coefficient, np.flatnonzero(new))
             # What cancels to rounding cancels.
             noise = np.add.reduceat(np.abs(part.coefficient), np.flatnonzero(new)) * 1e-15
-            part = replace(part.take(new), coefficient=np.where(np.abs(total) <= noise, 0.0, total))
+            part = replace(part.take(new), coefficient=np.where(np.abs(total) < noise, 0.0, total))
         return part if part.coefficient.all() else part.take(part.coefficient != 0)
 
     @cached_property
@@ -128,6 +133,16 @@ def _ascending(keys: Sequence[np.ndarray]) -> bool:
             return False
         tied = tied & (step == 0)
     return True
+
+
+def _sorting(keys: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
+    """The order by row, then variable, then parameter."""
+    row, variable, parameter = keys
+    variables, parameters = int(variable.max()) + 2, int(parameter.max()) + 2  # NONE counts
+    if (int(row.max()) + 1) * variables * parameters >= 2**62:
+        return np.lexsort(keys[::-1])
+    # One key for three; what is sorted in runs already takes little time.
+    return np.argsort((row * variables + variable + 1) * parameters + parameter + 1, kind="stable")
 
 
 def _groups(key: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -193,6 +208,8 @@ def _pairs(key: np.ndarray, groups: tuple[np.ndarray, np.ndarray]) -> tuple[np.n
     """Each position in `key` with every member of the group that it names: (positions, members)."""
     order, pointer = groups
     count = np.diff(pointer)[key]
+    if int(count.sum()) > ENTRIES + PROPORTION * (len(key) + len(order)):
+        raise UnsupportedError("its map has too many terms")
     positions = np.repeat(np.arange(len(key)), count)
     within = np.arange(len(positions)) - np.repeat(np.cumsum(count) - count, count)
     return positions, order[within + np.repeat(pointer[key], count)]
@@ -211,56 +228,87 @@ def _one_of_two(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 class Reader:
-    """Reads the tables of a problem's affine expressions."""
+    """Reads the tables of a problem's affine expressions: each part of them once, wherever it is used, arguments first."""
 
     def __init__(self, variables: Sequence[cp.Variable], parameters: Sequence[cp.Parameter]) -> None:
         self._variables = {v.id: start for v, start in zip(variables, starts(variables), strict=False)}
         self._parameters = {p.id: start for p, start in zip(parameters, starts(parameters), strict=False)}
         self._memory: dict[int, tuple[Any, Table]] = {}
+        self._leaves = self._made = 0  # entries of tables
+        self.contents = Contents()
 
     def table(self, expression: Any) -> Table:
-        """The rows of `expression` in column-major order. UnsupportedError: its map cannot be read."""
-        if any(part.is_complex() or part.is_imag() for part in (expression, *expression.args)):
-            raise UnsupportedError("a complex expression")
-        held = self._memory.get(id(expression))
-        if held is None:
-            # The expression is kept with its table: its address is its key.
-            held = self._memory[id(expression)] = (expression, self._read(expression))
-        return held[1]
+        """The rows of `expression` in column-major order. UnsupportedError: its map cannot be read, or not within reason."""
+        if id(expression) not in self._memory:
+            for part in arguments_first([expression], self._is_open):
+                if id(part) not in self._memory:
+                    # The expression is kept with its table: its address is its key.
+                    self._memory[id(part)] = (part, self._counted(part, self._read(part)))
+        return self._memory[id(expression)][1]
+
+    def _is_open(self, part: Any) -> bool:
+        """Whether its table is made of its arguments'."""
+        if id(part) in self._memory or not part.args or self.contents.constant(part):
+            return False
+        if not isinstance(part, _READ) and not _is_identity(part):
+            self._require_affine(part)
+        return True
+
+    def _counted(self, part: Any, table: Table) -> Table:
+        if not part.args:
+            self._leaves += len(table.row)
+            return table
+        if len(table.row) > FEW and not isinstance(part, _MOVING):
+            # Sums of sums would double at each step.
+            table = table.normal
+        self._made += len(table.row)
+        if self._made > ENTRIES + PROPORTION * self._leaves:
+            raise UnsupportedError("its maps have too many terms")
+        return table
 
     def _read(self, expression: Any) -> Table:
+        """From the tables of its arguments."""
         if isinstance(expression, cp.Variable):
             if expression.attributes["diag"] or expression.sparse_idx is not None:
                 raise UnsupportedError(f"Variable `{expression.name()}` has a sparsity pattern")
             return _leaf(self._variables[expression.id], expression.size, variable=True)
         if isinstance(expression, cp.Parameter):
             return _leaf(self._parameters[expression.id], expression.size, variable=False)
-        if not expression.variables() and not expression.parameters():
-            return Table.of_constant(expression.value)
-        if isinstance(expression, Power) and _is_one(expression.p):
-            return self.table(expression.args[0])
+        if self.contents.constant(expression):
+            value = expression.value
+            if np.iscomplexobj(value):
+                raise UnsupportedError("a complex expression")
+            return Table.of_constant(value)
+        tables = [self._memory[id(argument)][1] for argument in expression.args]
+        if _is_identity(expression):
+            return tables[0]
         for kinds, read in _READERS:
             if isinstance(expression, kinds):
-                return read(expression, [self.table(argument) for argument in expression.args])
+                return read(expression, tables)
         return self._by_cvxpy(expression)
 
     def operator(self, expression: Any) -> tuple[Table, list[Any]]:
         """An affine atom as a map of its arguments: (table whose variables are their entries, the arguments that have variables)."""
-        moving = list({id(argument): argument for argument in expression.args if argument.variables()}.values())
+        moving = [argument for argument in expression.args if self.contents.variables(argument)]
+        moving = list({id(argument): argument for argument in moving}.values())
         standins = {id(argument): cp.Variable(argument.shape) for argument in moving}
         inner = Reader(list(standins.values()), [])
         inner._parameters = self._parameters
         return inner.table(expression.copy([standins.get(id(a), a) for a in expression.args])), moving
 
-    def _by_cvxpy(self, expression: Any) -> Table:
-        """Through CVXPY's own matrix of the atom."""
-        bearing = [a for a in expression.args if a.variables() or a.parameters()]
+    def _require_affine(self, expression: Any) -> None:
+        """Of an atom that is read through CVXPY's own matrix of it."""
+        bearing = [a for a in expression.args if not self.contents.constant(a)]
         if not isinstance(expression, Atom) or not expression.is_atom_convex() or not expression.is_atom_concave():
             raise UnsupportedError(f"`{type(expression).__name__}` is not affine")
-        if any(a.parameters() and not a.variables() for a in bearing) and len(bearing) > 1:
+        if len(bearing) > 1 and any(not self.contents.variables(a) for a in bearing):
             raise UnsupportedError(f"`{type(expression).__name__}` of a Parameter and a variable")
         if isinstance(expression, cumsum) and expression.size > LARGEST_SUM:
             raise UnsupportedError("a running sum of many terms, whose matrix is dense")
+
+    def _by_cvxpy(self, expression: Any) -> Table:
+        """Through CVXPY's own matrix of the atom."""
+        bearing = [a for a in expression.args if not self.contents.constant(a)]
         standins = {id(a): cp.Variable(a.shape) for a in bearing}
         copy = expression.copy([standins.get(id(a), a) for a in expression.args])
         random = np.random.default_rng(0)
@@ -284,7 +332,11 @@ class Reader:
         row, column = matrix.row.astype(np.int64), matrix.col.astype(np.int64)
         linear = Table(expression.size, row, column, nothing(len(row)), matrix.data.astype(float))
         first = add([linear, Table.of_constant(np.where(np.abs(offset) <= 1e-13 * (1 + np.abs(here)), 0.0, offset))])
-        return chain(first, stack([self.table(a) for a in bearing]))
+        return chain(first, stack([self._memory[id(a)][1] for a in bearing]))
+
+
+def _is_identity(expression: Any) -> bool:
+    return isinstance(expression, Power) and _is_one(expression.p)
 
 
 def _is_one(p: Any) -> bool:
@@ -390,3 +442,5 @@ _READERS: list[tuple[Any, Callable[[Any, list[Table]], Table]]] = [
     (DivExpression, _divide),
     (MulExpression, _matmul),
 ]
+_READ = tuple(kind for kinds, _ in _READERS for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+_MOVING = (*_GATHERS, NegExpression)  # of which no two entries meet in one

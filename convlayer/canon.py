@@ -12,9 +12,12 @@ probing its own reductions, and checked against CVXPY on random data whenever a 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,19 +35,23 @@ from cvxpy.reductions.dgp2dcp.dgp2dcp import Dgp2Dcp
 from cvxpy.reductions.solvers.conic_solvers.clarabel_conif import CLARABEL
 from cvxpy.reductions.solvers.solver_inverse_data import SolverInverseData
 from cvxpy.reductions.solvers.solving_chain import _build_solving_chain
+from cvxpy.utilities import scopes
 from torch import Tensor
 
+from convlayer.bounds import NO_BOUND, Bounds
 from convlayer.cones import Product
 from convlayer.consistency import Dependence
-from convlayer.diagnose import ProblemError, check_arguments, check_convexity
+from convlayer.diagnose import ProblemError, check_arguments, check_attributes, check_convexity
 from convlayer.domain import is_symmetric
 from convlayer.elimination import Elimination
+from convlayer.graph import Contents, arguments_first
 from convlayer.kkt import Visible
 from convlayer.linear_map import LinearMap
 from convlayer.notices import quiet_cvxpy
 from convlayer.program import Program
+from convlayer.spelling import short
 
-EVEN, ABSOLUTE = (Power, cp.quad_over_lin, cp.huber), (cp.abs, Pnorm)  # atoms whose kinks may hide in each other
+EVEN = (Power, cp.quad_over_lin, cp.huber)  # atoms that may square an absolute value or a norm
 
 
 class CanonicalisationError(RuntimeError):
@@ -93,15 +100,22 @@ class AffineMap:
 
     def __init__(self, matrix: sp.csr_array, sizes: Sequence[int], moving: np.ndarray | None) -> None:
         """matrix (values, 2 + all parameter entries); sizes of the parameters; moving: the outputs of which cotangents come back."""
-        starts = 2 + np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        self._matrix, self._moving = matrix, moving
+        self._starts = starts = 2 + np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         used = np.zeros(matrix.shape[1], dtype=bool)
         used[matrix.indices] = True
         self.parameters = [k for k in range(len(sizes)) if used[starts[k] : starts[k + 1]].any()]
-        kept = [np.arange(2), *(np.arange(starts[k], starts[k + 1]) for k in self.parameters)]
-        columns = sp.csc_array(matrix)
-        self.forward = LinearMap(sp.csr_array(columns[:, np.concatenate(kept)]), blank=ZERO)
-        back = sp.csc_array(sp.csr_array(matrix)[moving]) if moving is not None else columns
-        self.back = {k: LinearMap(sp.csr_array(back[:, starts[k] : starts[k + 1]].T)) for k in self.parameters}
+        if len(self.parameters) < len(sizes):
+            kept = [np.arange(2), *(np.arange(starts[k], starts[k + 1]) for k in self.parameters)]
+            matrix = sp.csr_array(sp.csc_array(matrix)[:, np.concatenate(kept)])
+        self.forward = LinearMap(matrix, blank=ZERO)
+
+    @cached_property
+    def back(self) -> dict[int, LinearMap]:
+        """For each parameter that it reads, from the outputs' cotangents to the parameter's."""
+        starts, outputs = self._starts, self._matrix if self._moving is None else self._matrix[self._moving]
+        columns = sp.csc_array(outputs)
+        return {k: LinearMap(sp.csr_array(columns[:, starts[k] : starts[k + 1]].T)) for k in self.parameters}
 
     def __call__(self, entries: Sequence[Tensor], like: Tensor) -> Tensor:
         """Entries (B or 1, size) of every parameter -> (B or 1, values): shared where all that it reads is."""
@@ -133,8 +147,6 @@ class Recovery:
     position: Tensor  # (size,) row-major order of the user's variable
     coefficient: Tensor | None  # (size,), None where all are one
     exp: bool
-    lowest: float | None  # of a variable with a declared sign: rounding must not take it across zero
-    highest: float | None
 
     def _on(self, device: torch.device) -> tuple[Tensor | slice, Tensor | None]:
         """Where the entries stand, as a slice if they stand in order, and their coefficients, on a device."""
@@ -157,8 +169,6 @@ class Recovery:
         if coefficient is not None:
             flat = flat * coefficient
         value = flat.reshape(len(x), *self.shape)
-        if self.lowest is not None or self.highest is not None:
-            value = value.clamp(self.lowest, self.highest)
         return value.exp() if self.exp else value
 
 
@@ -208,8 +218,9 @@ class Canonical:
         for recovery in self.variables:
             (y if recovery.dual else x)[recovery.position] = True
         for name, seen in (("q", x), ("b", y)):
-            for back in self.maps[name].back.values():
-                seen[torch.from_numpy(back.read)] = True
+            matrix = self._matrices[name]
+            row = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
+            seen[torch.from_numpy(row[matrix.indices > ONE])] = True
         index = self.program.indices
         x[index["A_cols"][self.moving["A"]]] = True
         y[index["A_rows"][self.moving["A"]]] = True
@@ -253,10 +264,33 @@ class Canonical:
         return x, y
 
     @cached_property
+    def bounds(self) -> Bounds | None:
+        """Of single variables that an output reads."""
+        shown = np.zeros(self.program.n, dtype=bool)
+        for recovery in self.variables:
+            if not recovery.dual:
+                shown[recovery.position.numpy()] = True
+        return Bounds.of(self.program, *self._constants, shown)
+
+    @cached_property
+    def limits(self) -> list[np.ndarray]:
+        """For each parameter its entries (size,) that are right-hand sides of inequalities alone, where infinity has a meaning.
+
+        Not in a log-log convex program, whose limits are logarithms within exponentials.
+        """
+        alone = np.ones(self._matrices["b"].shape[1], dtype=bool)
+        inequalities = self.program.inequalities.numpy()
+        for name, matrix in self._matrices.items():
+            elsewhere = matrix[~inequalities] if name == "b" else matrix
+            alone[np.unique(elsewhere.indices)] = False
+        starts = np.cumsum([ONE + 1, *(math.prod(p.shape) for p in self.parameters)])
+        return [alone[lo:hi] & (not self.gp) for lo, hi in pairwise(starts)]
+
+    @cached_property
     def costs(self) -> list[int]:
         """The parameters that enter the linear costs and nothing else."""
-        back = {name: set(mapping.back) for name, mapping in self.maps.items()}
-        return sorted(back["q"] - back["P"] - back["A"] - back["b"])
+        read = {name: set(mapping.parameters) for name, mapping in self.maps.items()}
+        return sorted(read["q"] - read["P"] - read["A"] - read["b"])
 
     @cached_property
     def elimination(self) -> Elimination | None:
@@ -289,15 +323,20 @@ class Canonical:
 
 
 def canonicalise(
-    problem: cp.Problem, parameters: Sequence[cp.Parameter], variables: Sequence[cp.Variable], *, gp: bool = False
+    problem: cp.Problem,
+    parameters: Sequence[cp.Parameter],
+    variables: Sequence[cp.Variable],
+    *,
+    gp: bool = False,
+    checked: tuple[dict[int, Any], cp.Problem] | None = None,
 ) -> Canonical:
-    """Canonicalise `problem` once and for all values of its parameters.
+    """Canonicalise `problem` once and for all values of its parameters; `checked`: what `check` has returned for it.
 
     Errors: ValueError or TypeError naming the argument or the sub-expression at fault, and the remedy;
     CanonicalisationError if this CVXPY's cone program is not the one our map gives.
     """
-    with quiet_cvxpy():
-        owners, copy = check(problem, parameters, variables, gp)
+    with quiet_cvxpy(), _as_deep_as_it_goes():
+        owners, copy = checked or check(problem, parameters, variables, gp)
         copy = cp.Problem(copy.objective, copy.constraints)
         chain = _build_solving_chain(copy, _StandardForm(), make_problem_form(copy, gp, False), gp, enforce_dpp=True)
         try:
@@ -345,10 +384,25 @@ def check(
     problem: cp.Problem, parameters: Sequence[cp.Parameter], variables: Sequence[cp.Variable], gp: bool
 ) -> tuple[dict[int, Any], cp.Problem]:
     """Refuse what cannot be a layer. Returns (dual variable id -> its constraint, the problem as it will be canonicalised)."""
-    owners = check_arguments(problem, parameters, variables)
-    copy = problem if gp else _without_parametrised_arguments(problem)
-    check_convexity(copy, gp)
-    return owners, copy if gp else _without_hidden_kinks(copy)
+    with _as_deep_as_it_goes():
+        owners = check_arguments(problem, parameters, variables)
+        check_attributes(problem)
+        copy = problem if gp else _without_parametrised_arguments(problem)
+        check_convexity(copy, gp)
+        return owners, copy if gp else _without_hidden_kinks(copy)
+
+
+@contextmanager
+def _as_deep_as_it_goes() -> Iterator[None]:
+    """CVXPY walks expressions by recursion."""
+    try:
+        yield
+    except RecursionError:
+        raise ProblemError(
+            "An expression of the problem has more operations within each other than CVXPY can follow (Python's recursion limit is "
+            f"{sys.getrecursionlimit()}). Give what is computed step by step a variable of its own, as in x[t + 1] == A @ x[t] + B @ u[t], "
+            "or raise the limit by sys.setrecursionlimit."
+        ) from None
 
 
 def _without_parametrised_arguments(problem: cp.Problem) -> cp.Problem:
@@ -356,23 +410,49 @@ def _without_parametrised_arguments(problem: cp.Problem) -> cp.Problem:
 
     (x - p)'K(x - p) is DPP, but its constant is quadratic in p; with y the objective stays quadratic and affine in p.
     """
+    contents, expression = Contents(), problem.objective.expr
+
+    def replaced(part: Any) -> bool:
+        return (
+            isinstance(part, cp.QuadForm)
+            and contents.parameters(part.args[0])
+            and not contents.parameters(part.args[1])
+        )
+
     equalities: list[cp.Constraint] = []
 
-    def rewrite(expression: Any) -> Any:
-        if (
-            isinstance(expression, cp.QuadForm)
-            and expression.args[0].parameters()
-            and not expression.args[1].parameters()
-        ):
-            y = cp.Variable(expression.args[0].shape)
-            equalities.append(y == expression.args[0])
-            return expression.copy([y, expression.args[1]])
-        if not any(isinstance(atom, type) and issubclass(atom, cp.QuadForm) for atom in expression.atoms()):
-            return expression
-        return expression.copy([rewrite(argument) for argument in expression.args])
+    def given(part: Any, arguments: list[Any]) -> Any:
+        if not replaced(part):
+            return None
+        y = cp.Variable(part.args[0].shape)
+        equalities.append(y == part.args[0])
+        return part.copy([y, part.args[1]])
 
-    objective = type(problem.objective)(rewrite(problem.objective.expr))
-    return cp.Problem(objective, [*problem.constraints, *equalities])
+    new = _rewritten([expression], given)
+    if id(expression) not in new:
+        return problem
+    return cp.Problem(type(problem.objective)(new[id(expression)]), [*problem.constraints, *equalities])
+
+
+def _rewritten(roots: Sequence[Any], rule: Callable[[Any, list[Any]], Any]) -> dict[int, Any]:
+    """By id, what stands in the place of each part that a rule replaces, or that holds one that it does.
+
+    rule: a part that is not affine, and its arguments as they now are -> what it becomes, None if it stays as it is.
+    """
+    new: dict[int, Any] = {}
+    for part in arguments_first(roots, lambda part: not _is_affine(part)):
+        inner = [new.get(id(argument), argument) for argument in part.args]
+        changed = rule(part, inner)
+        if changed is None and any(now is not before for now, before in zip(inner, part.args, strict=True)):
+            changed = part.copy(inner)
+        if changed is not None:
+            new[id(part)] = changed
+    return new
+
+
+def _is_affine(part: Any) -> bool:
+    with scopes.dpp_scope():
+        return part.is_affine()
 
 
 def _without_hidden_kinks(problem: cp.Problem) -> cp.Problem:
@@ -380,49 +460,38 @@ def _without_hidden_kinks(problem: cp.Problem) -> cp.Problem:
 
     CVXPY writes them as f(t), t >= |z|, which has a kink at z = 0 where f(|z|) has none.
     """
-    rewritten: dict[int, Any] = {}
-
-    def rewrite(expression: Any) -> Any:
-        if not _may_hide_a_kink(expression):
-            return expression
-        if id(expression) not in rewritten:
-            parts = [rewrite(argument) for argument in expression.args]
-            rewritten[id(expression)] = _even(expression.copy(parts))
-        return rewritten[id(expression)]
-
-    objective = type(problem.objective)(rewrite(problem.objective.expr))
+    objective = problem.objective.expr
+    arguments = [argument for constraint in problem.constraints for argument in constraint.args]
+    new = _rewritten([objective, *arguments], _even)
+    if not new:
+        return problem
     constraints = [
-        constraint.copy([rewrite(argument) for argument in constraint.args])
-        if any(_may_hide_a_kink(argument) for argument in constraint.args)
+        constraint.copy([new.get(id(argument), argument) for argument in constraint.args])
+        if any(id(argument) in new for argument in constraint.args)
         else constraint
         for constraint in problem.constraints
     ]
-    return cp.Problem(objective, constraints)
+    return cp.Problem(type(problem.objective)(new.get(id(objective), objective)), constraints)
 
 
-def _may_hide_a_kink(expression: Any) -> bool:
-    atoms = tuple(atom for atom in expression.atoms() if isinstance(atom, type))
-    return all(any(issubclass(atom, kinds) for atom in atoms) for kinds in (EVEN, ABSOLUTE))
-
-
-def _even(expression: Any) -> Any:
-    """The expression without the absolute value or the norm that it squares."""
+def _even(expression: Any, arguments: list[Any]) -> Any:
+    """The expression without the absolute value or the norm that it squares; None: it squares none."""
+    if not isinstance(expression, EVEN):
+        return None
     square = isinstance(expression, cp.quad_over_lin)
     if isinstance(expression, Power):
         exponent = expression.p.value if isinstance(expression.p, cp.Expression) else expression.p
         if exponent is None or exponent % 2 or exponent <= 0:
-            return expression
+            return None
         square = exponent == 2
-    elif not isinstance(expression, EVEN):
-        return expression
-    inner, *rest = expression.args
+    inner, *rest = arguments
     if isinstance(inner, cp.abs):
         return expression.copy([inner.args[0], *rest])
     if square and isinstance(inner, Pnorm) and inner.p == 2 and inner.axis is None and not inner.keepdims:
         return (
             cp.sum_squares(inner.args[0]) if isinstance(expression, Power) else expression.copy([inner.args[0], *rest])
         )
-    return expression
+    return None
 
 
 def _tensors(cone_program) -> tuple[Program, dict[str, sp.csr_array]]:
@@ -456,8 +525,17 @@ def _tensors(cone_program) -> tuple[Program, dict[str, sp.csr_array]]:
     for tensor in tensors.values():
         tensor.sum_duplicates()
         tensor.eliminate_zeros()
+    in_b, dims = tensors["b"], cone_program.cone_dims
+    row = np.repeat(np.arange(m), np.diff(in_b.indptr))
+    inequality = (row >= dims.zero) & (row < dims.zero + dims.nonneg)
+    infinite = np.isinf(in_b.data) & inequality & (in_b.indices == columns - 1)
+    in_b.data[infinite] = np.sign(in_b.data[infinite]) * NO_BOUND
+    if not all(np.isfinite(tensor.data).all() for tensor in tensors.values()):
+        raise ProblemError(
+            "A constant of the problem holds NaN or infinity. Infinity means `no bound` on the large side of an inequality, as in "
+            "x <= np.inf, and nothing elsewhere."
+        )
 
-    dims = cone_program.cone_dims
     cones = Product.from_dims(
         zero=dims.zero,
         nonnegative=dims.nonneg,
@@ -477,13 +555,11 @@ def _parameter_maps(
     parameters, reductions, cone_program, tensors
 ) -> tuple[list[ParameterEntries], dict[str, sp.csr_array]]:
     """How each parameter is read, and for each of P, q, A, b, d the matrix (values, 2 + all entries) of its map."""
-    by_column = {name: sp.csc_array(tensor) for name, tensor in tensors.items()}
     final = _final_parameters(parameters, reductions)
-    entries = []
-    pieces = {
-        name: [sp.csc_array((tensor.shape[0], 1)), tensor[:, [tensor.shape[1] - 1]]]
-        for name, tensor in by_column.items()
-    }
+    entries, first = [], ONE + 1
+    target = np.full(
+        cone_program.total_param_size + 1, ONE
+    )  # of each of CVXPY's columns, of which the last is the constant
     for parameter, (canonical, reduced) in zip(parameters, final, strict=True):
         if canonical is not parameter and parameter.id in cone_program.param_id_to_col:
             raise ValueError(
@@ -493,16 +569,19 @@ def _parameter_maps(
         entries.append(
             ParameterEntries(tuple(parameter.shape), is_symmetric(parameter), log=canonical is not parameter)
         )
-        place = sp.csc_array((0, parameter.size))
-        columns = slice(0, 0)
         if reduced.id in cone_program.param_id_to_col:
             read = _positions(canonical, reduced)
             start = cone_program.param_id_to_col[reduced.id]
-            columns = slice(start, start + cone_program.param_id_to_size[reduced.id])
-            place = sp.csc_array((np.ones(len(read)), (np.arange(len(read)), read)), shape=(len(read), parameter.size))
-        for name, tensor in by_column.items():
-            pieces[name].append(tensor[:, columns] @ place)
-    return entries, {name: sp.csr_array(sp.hstack(parts, format="csr")) for name, parts in pieces.items()}
+            target[start : start + len(read)] = first + read
+        first += parameter.size
+    return entries, {name: _relabelled(tensor, target, first) for name, tensor in tensors.items()}
+
+
+def _relabelled(tensor: sp.csr_array, target: np.ndarray, width: int) -> sp.csr_array:
+    """With each column in the place of its target; no two have the same."""
+    matrix = sp.csr_array((tensor.data, target[tensor.indices], tensor.indptr), shape=(tensor.shape[0], width))
+    matrix.sort_indices()
+    return matrix
 
 
 def _positions(canonical: cp.Parameter, reduced: cp.Parameter) -> np.ndarray:
@@ -554,7 +633,7 @@ def _invert_dual(y: np.ndarray, constraint, reductions, cone_program) -> list[np
         else:
             solution = reduction.invert(solution, inverse)
     if constraint.id not in solution.dual_vars:
-        raise ValueError(f"CVXPY gives no dual variable for constraint `{constraint}`.")
+        raise ValueError(f"CVXPY gives no dual variable for constraint `{short(constraint)}`.")
     before = [dual.value for dual in constraint.dual_variables]
     constraint.save_dual_value(solution.dual_vars[constraint.id])
     values = [
@@ -602,16 +681,14 @@ def _recovery(variable, owner, reductions, cone_program, gp) -> Recovery:
         rtol=1e-9,
         atol=1e-12,
     ):
-        raise CanonicalisationError(f"The map to variable `{variable}` does not reproduce CVXPY's.")
-    exact, signed = bool(np.all(coefficient == 1.0)), owner is None and not gp
+        raise CanonicalisationError(f"The map to variable `{variable.name()}` does not reproduce CVXPY's.")
+    exact = bool(np.all(coefficient == 1.0))
     return Recovery(
         tuple(variable.shape),
         owner is not None,
         torch.from_numpy(position),
         None if exact else torch.from_numpy(coefficient),
         gp and owner is None,
-        0.0 if signed and variable.is_nonneg() else None,
-        0.0 if signed and variable.is_nonpos() else None,
     )
 
 
@@ -641,12 +718,12 @@ def _self_check(canonical: Canonical, cone_program, parameters, reductions) -> N
     ours_A = sp.csc_array((ours["A"], program.A_rows, program.A_indptr), shape=shape)
     checks = [(ours_A + A, "A"), (ours["q"] - q, "q"), (ours["d"] - d, "offset")]
     if program.m:
-        checks.append((ours["b"] - b, "b"))
+        checks.append((ours["b"] - np.where(np.isinf(b), np.sign(b) * NO_BOUND, b), "b"))
     if quadratic:
         upper = sp.csc_array((ours["P"], program.P_rows, program.P_indptr), shape=(program.n, program.n))
         symmetric = (P + P.T) / 2
         checks.append((upper - sp.triu(symmetric), "P"))
-    scale = 1.0 + max((abs(part).max() for part in (A, q, b) if np.prod(part.shape)), default=0.0)
+    scale = 1.0 + max((abs(part).max() for part in (A, q, b[np.isfinite(b)]) if np.prod(part.shape)), default=0.0)
     for difference, name in checks:
         if np.prod(difference.shape) and abs(difference).max() > 1e-10 * scale:
             raise CanonicalisationError(

@@ -354,7 +354,7 @@ class Relaxation:
             "b": sp.csr_array(sp.vstack([matrices["b"], blank])),
             "d": sp.csr_array((1, width)),
         }
-        read = [Recovery((k,), False, torch.from_numpy(columns), None, False, None, None)]
+        read = [Recovery((k,), False, torch.from_numpy(columns), None, False)]
         return _Stage.of(relaxed, maps, self.sizes, read, torch.zeros(m + k, dtype=torch.bool))
 
     @cached_property

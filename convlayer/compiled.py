@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from convlayer.derivative import Local
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Layer(Protocol):
@@ -154,6 +158,18 @@ def _backward(ctx: Any, bars: Sequence[Tensor]) -> tuple:
 
 
 _solve.register_autograd(_backward, setup_context=_save)
+
+
+def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
+    """torch.compiler.disable, asked for when there is something to compile: as a decorator it loads the compiler at import."""
+
+    @wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        return torch.compiler.disable(function)(*args, **kwargs)
+
+    return guarded
 
 
 def outputs(thetas: Sequence[Tensor], ids: Tensor | None, layer: str) -> tuple[Tensor, ...]:

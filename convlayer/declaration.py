@@ -37,6 +37,7 @@ class Declaration:
     ) -> None:
         self.problem, self.parameters, self.variables, self.gp, self.owners = problem, parameters, variables, gp, owners
         self.weight = weight
+        self._checked: tuple[dict[int, Any], cp.Problem] | None = None  # the problem as it will be canonicalised
         self._canonical: Canonical | None = None
         self._digest: str | None = None
         self._lock = threading.Lock()
@@ -47,8 +48,10 @@ class Declaration:
     ) -> Declaration:
         """ProblemError or TypeError: what cannot be a layer."""
         with quiet_cvxpy():
-            owners, _ = check(problem, parameters, variables, gp)
-        return cls(problem, list(parameters), list(variables), gp, owners)
+            owners, rewritten = check(problem, parameters, variables, gp)
+        declared = cls(problem, list(parameters), list(variables), gp, owners)
+        declared._checked = owners, rewritten
+        return declared
 
     def least_norm(self) -> Declaration:
         """The same with a small proximal term, whose weight is set at each call."""
@@ -72,7 +75,8 @@ class Declaration:
                 problem, parameters = self.problem, self.parameters
                 if self.weight is not None:
                     problem, parameters = with_proximal_term(problem, self.weight), [*parameters, self.weight]
-                self._canonical = canonicalise(problem, parameters, self.variables, gp=self.gp)
+                self._canonical = canonicalise(problem, parameters, self.variables, gp=self.gp, checked=self._checked)
+                self._checked = None
             return self._canonical
 
     @property
@@ -90,7 +94,13 @@ class Declaration:
         # Neither our cone program nor CVXPY's own.
         with quiet_cvxpy():
             problem = cp.Problem(self.problem.objective, self.problem.constraints)
-        made = {"problem": problem, "_canonical": None, "_lock": None, "_next": lin_utils.ID_COUNTER.count}
+        made = {
+            "problem": problem,
+            "_canonical": None,
+            "_checked": None,
+            "_lock": None,
+            "_next": lin_utils.ID_COUNTER.count,
+        }
         return {**self.__dict__, **made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -75,6 +75,21 @@ def check_arguments(
     return owners
 
 
+def check_attributes(problem: cp.Problem) -> None:
+    """Refuse attributes that were set on a variable or a parameter after it was made: CVXPY reads them then, and drops these."""
+    for leaf in (*problem.variables(), *problem.parameters()):
+        kind = "Variable" if isinstance(leaf, cp.Variable) else "Parameter"
+        late = [name for name in leaf.attributes if name != "bounds" and name in vars(leaf)]
+        if leaf.bounds is not leaf.attributes["bounds"]:
+            late.append("bounds")
+        if late:
+            name = late[0]
+            raise ProblemError(
+                f"`{name}` of {kind} `{leaf.name()}` was set after it was made, where CVXPY drops it without a word. Give it at once, as in "
+                f"{kind}({tuple(leaf.shape)}, {name}=...), or write constraints."
+            )
+
+
 def check_convexity(problem: cp.Problem, gp: bool) -> None:
     """Refuse what is not a parametrised convex problem, naming the first sub-expression at fault."""
     for variable in problem.variables():

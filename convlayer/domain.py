@@ -44,7 +44,7 @@ def violations(parameter: cp.Parameter, value: Tensor) -> Iterator[tuple[Tensor,
     flat = value.unsqueeze(-1).flatten(1)
     if not flat.shape[1]:
         return
-    slack = relative(value.dtype) * flat.abs().amax(1)
+    slack = relative(value.dtype) * torch.where(torch.isfinite(flat), flat, 0.0).abs().amax(1)
 
     def report(bad: Tensor, problem: str, remedy: str) -> Iterator[tuple[Tensor, str]]:
         if bool(bad.any()):

@@ -56,6 +56,8 @@ class Elimination:
             return None
         t, r = program.A_cols[entry], program.A_rows[entry]
         n, m = program.n - len(t), program.m - len(r)
+        if not n:
+            return None  # equalities give every variable: there is nothing left to solve
         if n * (n + m) > DENSE_ENTRIES:
             return None  # L'L could have more entries than there is room for
         left = _left(program, t, r)

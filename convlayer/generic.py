@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from convlayer.adjoint import SETTLED, Zero, adjoint, polish
+from convlayer.bounds import impossible, without_infinity
 from convlayer.canon import Canonical
 from convlayer.certificates import infeasible, unbounded
 from convlayer.cone_derivative import WHOLE_ENTRIES, ConeDerivative
@@ -126,6 +127,7 @@ def evaluate(canonical: Canonical, entries: Sequence[Tensor], dense: bool, like:
         n, m = canonical.program.n, canonical.program.m
         values["P"], values["A"] = (values[name].view(len(values[name]), k, n) for name, k in (("P", n), ("A", m)))
     d = values.pop("d")
+    values["b"] = without_infinity(canonical.program, values["b"])
     return Data(canonical.program, **values), d
 
 
@@ -174,6 +176,8 @@ class Solve(torch.autograd.Function):
         call.agreement = _agreement(call, entries, data.b, batch)
         data = _agreed(call.canonical, data)
         x, s, y, pieces = _solve(call, data, d, batch)
+        if call.canonical.bounds is not None:
+            x = call.canonical.bounds.hold(x, data.b)
         value = _objective(Operators(data), x, d)
         # A failed row's iterate may hold anything; behind the outputs its zero cotangents must stay zeros.
         good = math.isfinite((x.sum() + y.sum() + value.sum()).item())
@@ -303,6 +307,9 @@ def _solve(call: Call, data: Data, d: Tensor, batch: int) -> tuple[Tensor, Tenso
             finite = finite & torch.isfinite(part.flatten(1)).all(1)
         good = torch.nonzero(finite).flatten()
     refuted = None if call.agreement is None else call.agreement.refuted.to(device)
+    nowhere = impossible(program, data.b)
+    if nowhere is not None:
+        refuted = nowhere.expand(batch) if refuted is None else refuted | nowhere
     if refuted is not None:
         good = good[~refuted[good]]
     everything = len(good) == batch

@@ -237,7 +237,7 @@ class ConvexLayer(torch.nn.Module):
             outputs = self._run(given, _How(solver_args, ids=ids))[0]
         return outputs[0] if self.squeeze else outputs
 
-    @torch.compiler.disable
+    @compiled.outside_graphs
     def solve(
         self,
         *tensors: Any,
@@ -732,9 +732,14 @@ class ConvexLayer(torch.nn.Module):
                 look = declared - {"PSD"} | {"symmetric"} if k in vouched else declared
                 if domain.plainly_inside(look if self.validate else frozenset(), value):
                     continue
-                finite = torch.isfinite(value.unsqueeze(-1).flatten(1)).all(1)
+                flat = value.unsqueeze(-1).flatten(1)
+                finite = torch.isfinite(flat).all(1)
                 if not bool(finite.all()):
-                    found.append((~finite, f"Parameter `{parameter.name()}` holds NaN or infinity."))
+                    # As the right-hand side of an inequality infinity says that there is no bound.
+                    limits = torch.from_numpy(self._canonical.limits[k]).to(value.device)
+                    finite = (torch.isfinite(flat) | torch.isinf(flat) & limits).all(1)
+                if not bool(finite.all()):
+                    found.append((~finite, f"Parameter `{parameter.name()}` holds {_not_a_number(flat)}."))
                 if declared and self.validate:
                     found += [(rows & finite, reason) for rows, reason in domain.violations(parameter, value)]
         if not found:
@@ -869,6 +874,12 @@ def _in_words(agreement: Agreement | None, dtype: torch.dtype) -> dict[int, str]
         "them agree before the layer, as in b / b.sum() * a.sum()."
         for row in torch.nonzero(agreement.refuted).flatten().tolist()
     }
+
+
+def _not_a_number(values: Tensor) -> str:
+    if bool(torch.isnan(values).any()):
+        return "NaN or infinity"
+    return "infinity, which is `no bound` on the large side of an inequality and has no meaning elsewhere"
 
 
 def _tolerance(options: dict[str, Any]) -> float:

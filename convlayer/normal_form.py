@@ -47,6 +47,8 @@ from convlayer.affine import (
     summed_into,
     weigh,
 )
+from convlayer.graph import arguments_first, uses_first
+from convlayer.spelling import short
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +82,11 @@ class Constraint:
     cone: str  # "zero", "nonnegative", "psd"
     table: Table
     origin: int | None  # the constraint's id; None: an attribute of a variable
-    text: str
+    source: Any  # it, or what says which attribute: printed when words are wanted, which takes CVXPY longer than the reading
+
+    @property
+    def text(self) -> str:
+        return short(self.source)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +118,7 @@ def normal_form(problem: cp.Problem, parameters: Sequence[cp.Parameter]) -> Norm
     variables = problem.variables()
     maximise = isinstance(problem.objective, cp.Maximize)
     terms = _Terms(Reader(variables, parameters))
-    terms.add(problem.objective.args[0], Table.of_constant([-1.0 if maximise else 1.0]))
+    terms.read(problem.objective.args[0], Table.of_constant([-1.0 if maximise else 1.0]))
     rules = _Rules(terms.reader, terms.others)
     for constraint in problem.constraints:
         rules.add(constraint)
@@ -137,23 +143,40 @@ def normal_form(problem: cp.Problem, parameters: Sequence[cp.Parameter]) -> Norm
 
 
 def _not_quadratic(problem: cp.Problem) -> str | None:
-    if problem.is_qp():
-        return None
-    if not problem.objective.args[0].is_qpwa():
+    if not _without_affine_parts(problem.objective.args[0]).is_qpwa():
         return "its objective is not quadratic or piecewise affine"
     for constraint in problem.constraints:
         if type(constraint) not in (Equality, Zero) and not (
-            type(constraint) in (Inequality, NonPos, NonNeg) and constraint.expr.is_pwl()
+            type(constraint) in (Inequality, NonPos, NonNeg) and _without_affine_parts(constraint.expr).is_pwl()
         ):
-            return f"`{_short(constraint)}` is not a linear constraint"
-    return "a variable is semidefinite"
+            return f"`{short(constraint)}` is not a linear constraint"
+    if any(variable.attributes[name] for variable in problem.variables() for name in ("PSD", "NSD", "hermitian")):
+        return "a variable is semidefinite"
+    return None
+
+
+def _without_affine_parts(expression: Any) -> Any:
+    """The same with a variable in place of each affine part: CVXPY looks for squares in those too, and as a tree."""
+    new: dict[int, Any] = {}
+    for part in arguments_first([expression], lambda part: not part.is_affine()):
+        if part.is_affine():
+            new[id(part)] = part if part.is_constant() or not part.args else cp.Variable(part.shape)
+            continue
+        inner = [new[id(argument)] for argument in part.args]
+        same = all(now is before for now, before in zip(inner, part.args, strict=True))
+        new[id(part)] = part if same else part.copy(inner)
+    return new[id(expression)]
 
 
 class _Terms:
-    """The objective, taken apart from its root: an expression and the weights of its entries."""
+    """The objective, taken apart from its root: an expression and the weights of its entries.
+
+    A part is taken when all that use it have been, with the sum of the weights that they gave it.
+    """
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
+        self._given: dict[int, list[Table]] = {}
         self.found: dict[str, list[Weighted]] = {"square": [], "absolute": [], "entropy": []}
         self.quadratics: list[Quadratic] = []
         self.linear: list[Table] = []
@@ -169,17 +192,24 @@ class _Terms:
         used[weight.row] = True
         return Weighted(weight, argument) if used.all() else Weighted(rows_of(weight, used), rows_of(argument, used))
 
-    def add(self, expression: Any, weight: Table) -> None:
-        """Add sum_i weight_i expression_i. UnsupportedError never leaves: what is not read becomes one of the others."""
-        try:
-            self._add(expression, weight)
-        except UnsupportedError as reason:
-            self.others.append(f"`{_short(expression)}` ({reason})")
+    def read(self, objective: Any, weight: Table) -> None:
+        """Take sum_i weight_i objective_i. UnsupportedError never leaves: what is not read becomes one of the others."""
+        self.add(objective, weight)
+        for expression in uses_first(objective, lambda part: not _is_affine(part)):
+            given = self._given.pop(id(expression), None)
+            if given is None:
+                continue
+            try:
+                self._take(expression, add(given).normal if len(given) > 1 else given[0])
+            except UnsupportedError as reason:
+                self.others.append(f"`{short(expression)}` ({reason})")
 
-    def _add(self, expression: Any, weight: Table) -> None:
-        with scopes.dpp_scope():
-            affine = expression.is_affine()
-        if affine:
+    def add(self, expression: Any, weight: Table) -> None:
+        """Have sum_i weight_i expression_i taken in its turn."""
+        self._given.setdefault(id(expression), []).append(weight)
+
+    def _take(self, expression: Any, weight: Table) -> None:
+        if _is_affine(expression):
             self.linear.append(weigh(weight, self.reader.table(expression)))
         elif isinstance(expression, AddExpression) and all(a.shape == expression.shape for a in expression.args):
             for argument in expression.args:
@@ -187,7 +217,7 @@ class _Terms:
         elif isinstance(expression, NegExpression):
             self.add(expression.args[0], weight.scaled(-1.0))
         elif not isinstance(expression, Atom):
-            self.others.append(f"`{_short(expression)}`")
+            self.others.append(f"`{short(expression)}`")
         elif expression.is_atom_affine():
             table, arguments = self.reader.operator(expression)
             self.linear.append(weigh(weight, table.offset()))
@@ -219,7 +249,7 @@ class _Terms:
         elif isinstance(expression, (rel_entr, kl_div)):
             self._divergence(expression, weight)
         else:
-            self.others.append(f"`{_short(expression)}`")
+            self.others.append(f"`{short(expression)}`")
 
     def _power(self, argument: Any, p: float, weight: Table, expression: Any) -> None:
         if p == 1:
@@ -229,7 +259,7 @@ class _Terms:
         elif p == 2:
             self._square(argument, weight)
         else:
-            self.others.append(f"`{_short(expression)}`")
+            self.others.append(f"`{short(expression)}`")
 
     def _square(self, argument: Any, weight: Table) -> None:
         """sum_i weight_i argument_i^2; under a square an absolute value says nothing."""
@@ -268,7 +298,7 @@ class _Terms:
     def _divergence(self, expression: Any, weight: Table) -> None:
         """x log(x / y), and - x + y in kl_div, with a positive number y: -entr(x) - x log y."""
         x, y = expression.args
-        if y.variables() or y.parameters():
+        if not self.reader.contents.constant(y):
             raise UnsupportedError("its second argument is not a constant")
         value = np.broadcast_to(np.asarray(y.value, dtype=float), expression.shape).ravel(order="F")
         if (value <= 0).any():
@@ -304,20 +334,19 @@ class _Rules:
         kinds |= {NonPos: ("nonnegative", -1.0), NonNeg: ("nonnegative", 1.0), PSD: ("psd", 1.0)}
         kind = kinds.get(type(constraint))
         if kind is None or any(len(a.shape) > 2 for a in constraint.args if kind[0] == "psd"):
-            self.others.append(f"`{_short(constraint)}`")
+            self.others.append(f"`{short(constraint)}`")
             return
         cone, sign = kind
         expression = constraint.args[0] if cone == "psd" else constraint.expr
-        with scopes.dpp_scope():
-            affine = expression.is_affine()
         try:
-            if not affine:
+            if not _is_affine(expression):
                 raise UnsupportedError("not affine")
-            table = self.reader.table(expression).normal
+            table = self.reader.table(expression).normal.scaled(sign)
         except UnsupportedError:
-            self.others.append(f"`{_short(constraint)}`")
+            self.others.append(f"`{short(constraint)}`")
             return
-        self.found.append(Constraint(cone, table.scaled(sign), constraint.id, _short(constraint)))
+        if cone != "nonnegative" or not _is_unlimited(table):
+            self.found.append(Constraint(cone, table, constraint.id, constraint))
 
     def add_attributes(self, variable: cp.Variable) -> None:
         table = self._attribute_table(variable)
@@ -360,9 +389,15 @@ class _Rules:
                 self.found.append(Constraint("nonnegative", rows_of(shifted, finite), None, text))
 
 
-def _short(item: Any) -> str:
-    text = " ".join(str(item).split())
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _is_unlimited(table: Table) -> bool:
+    """An infinite constant makes every row nonnegative: x <= inf is no constraint."""
+    return table.size > 0 and len(np.unique(table.row[table.coefficient == np.inf])) == table.size
+
+
+def _is_affine(expression: Any) -> bool:
+    """In variables and parameters each."""
+    with scopes.dpp_scope():
+        return expression.is_affine()
 
 
 def _constant(p: Any) -> float | None:

@@ -21,6 +21,7 @@ INFINITE = 1e15  # an inequality's right-hand side beyond this (A having size on
 FARTHEST = 1e3  # an entry of x, s or y beyond this, in units where they are of size one, is measured as this
 ROUNDING = 2e-16  # of a sum, relative to its terms
 MILD = 1e2  # units within this factor of one are left as they are
+BEYOND = 1e8  # the bound that takes its place, in units where x is of size one
 BALANCED = 1e3  # columns of the row-normalised matrix within this factor of each other need no scaling
 
 
@@ -127,7 +128,10 @@ def _normalised(data: Data) -> tuple[Data, Scaling]:
     )
     tau = _reciprocal(torch.maximum(q, P / rho))
     if unbounded is not None:
-        scaled = replace(scaled, b=torch.where(unbounded, 1e8 / rho, scaled.b))
+        # The row in units of its bound, so that it brings no large number, nor its rounding, beside those of the others.
+        units = torch.where(unbounded, 1 / BEYOND, 1.0)
+        e, b = e * units, torch.where(unbounded, 1 / rho, scaled.b)
+        scaled = replace(scaled, A=_times_rows(data, scaled.A, units), b=b)
     scaling = Scaling(c, e, rho.expand(batch, 1), tau.expand(batch, 1), unbounded)
     return rescale(scaled, scaling.rho, scaling.tau), scaling
 

@@ -16,6 +16,7 @@ from convlayer.binding import Binding, Kept
 from convlayer.domain import is_symmetric
 from convlayer.kernels.answer import Answer
 from convlayer.normal_form import NormalForm, Weighted
+from convlayer.spelling import short
 from convlayer.structures import Match, MismatchError
 from convlayer.threads import one_thread
 
@@ -201,7 +202,7 @@ def outputs_of(form: NormalForm, match: Match, variables: Sequence[cp.Variable],
             continue
         dual = match.duals.get(by_origin.get(owner.id, -1))
         if dual is None:
-            raise MismatchError(f"its kernel gives no multiplier of `{owner}`")
+            raise MismatchError(f"its kernel gives no multiplier of `{short(owner)}`")
         shape = variable.shape
         place, scale = (part.reshape(shape, order="F").ravel() for part in (dual.position, dual.coefficient))
         found.append(_output(shape, dual.output, place, scale, -1))

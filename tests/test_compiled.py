@@ -308,3 +308,17 @@ def test_ids_are_taken_as_a_tensor_and_start_where_their_samples_ended():
     other(*tensors, ids=ids)
     expected = other(*(t + 1e-3 for t in tensors), ids=ids)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("structure", ["auto", "generic"])
+def test_solve_in_a_compiled_function_is_left_out_of_its_graph(structure):
+    x, p = cp.Variable(3), cp.Parameter(3)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - p)), [x >= 0, cp.sum(x) <= 1])
+    layer = ConvexLayer(problem, [p], [x], structure=structure)
+    theta = torch.tensor([[2.0, 1.7, 0.4]], dtype=torch.float64, requires_grad=True)
+    plain = layer.solve(2 * theta).variables[0]
+    compiled = torch.compile(lambda value: layer.solve(2 * value).variables[0], backend="eager")(theta)
+    assert torch.equal(compiled, plain)
+    bar = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64)
+    found, wanted = (torch.autograd.grad(answer, theta, bar)[0] for answer in (compiled, plain))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)

@@ -1,0 +1,71 @@
+"""Bounds: those on single variables hold exactly in the solution, and infinite ones are none.
+
+A row  a x_j + s = b_i,  s >= 0,  with a fixed coefficient a says x_j <= b_i / a or x_j >= b_i / a. A solver, and Newton's method
+after it, meet it to rounding; a logarithm or a root of x_j wants it to the last bit. The derivative is that of the solution: moving
+x_j by a rounding onto its bound has none of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convlayer.program import Program
+
+NO_BOUND = (
+    1e100  # what stands for an infinite right-hand side of an inequality: beyond `residual.INFINITE` in all units
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Bounds:
+    """The rows of a program that bound a single variable each."""
+
+    rows: Tensor  # (k,)
+    columns: Tensor  # (k,)
+    coefficients: Tensor  # (k,)
+
+    @classmethod
+    def of(cls, program: Program, fixed: np.ndarray, values: np.ndarray, shown: np.ndarray) -> Bounds | None:
+        """fixed (nnz(A),): entries that no parameter moves, with their values; shown (n,): the variables that matter."""
+        scalar = program.inequalities.numpy().copy()
+        for block in program.cones.blocks:
+            if block.name in ("second_order", "psd") and block.size == 1:
+                scalar[block.start] = True
+        alone = np.bincount(program.A_rows, minlength=program.m) == 1
+        mine = np.flatnonzero(fixed & (values != 0) & (scalar & alone)[program.A_rows] & shown[program.A_cols])
+        if not len(mine):
+            return None
+        return cls(*(torch.from_numpy(part[mine].copy()) for part in (program.A_rows, program.A_cols, values)))
+
+    def hold(self, x: Tensor, b: Tensor) -> Tensor:
+        """x (B, n), where it is outside them moved onto its bounds; b (B or 1, m)."""
+        rows, columns, coefficients = (part.to(x.device) for part in (self.rows, self.columns, self.coefficients))
+        limits = b[:, rows] / coefficients
+        above, below = coefficients > 0, coefficients < 0
+        for which, reduce, unlimited in ((above, "amin", torch.inf), (below, "amax", -torch.inf)):
+            index = columns[which].expand(len(limits), -1)
+            limit = limits.new_full((len(limits), x.shape[1]), unlimited)
+            limit = limit.scatter_reduce_(1, index, limits[:, which], reduce)
+            # A bound that is NaN, as in rows that are left out, says nothing.
+            x = torch.where(x > limit if reduce == "amin" else x < limit, limit, x)
+        return x
+
+
+def without_infinity(program: Program, b: Tensor) -> Tensor:
+    """b (B or 1, m) with a number in place of infinity where it stands in an inequality."""
+    if math.isfinite(b.sum().item()):
+        return b
+    infinite = torch.isinf(b) & program.on(b.device)["inequalities"]
+    return torch.where(infinite, b.sign() * NO_BOUND, b)
+
+
+def impossible(program: Program, b: Tensor) -> Tensor | None:
+    """(B or 1,) where an inequality asks for less than minus infinity; None: nowhere."""
+    if not b.numel() or b.amin().item() > -NO_BOUND:
+        return None
+    return ((b <= -NO_BOUND) & program.on(b.device)["inequalities"]).any(1)
