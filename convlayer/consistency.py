@@ -51,6 +51,7 @@ class Dependence:
         filled[program.A_rows[(values != 0) | ~fixed]] = True
         empty = np.flatnonzero(program.inequalities.numpy() & ~filled)
         matrix = sp.csr_array((values, (program.A_rows, program.A_cols)), shape=(program.m, program.n))
+        matrix.eliminate_zeros()
         null = _left_null(matrix[equalities])
         touched = (np.abs(null) > TRACE).any(1)
         if not len(empty) and not touched.any():
@@ -101,10 +102,35 @@ class Dependence:
 
 def _left_null(matrix: sp.csr_array) -> np.ndarray:
     """An orthonormal basis of the vectors n with n'E = 0, (rows, k)."""
+    rows = _entangled(matrix)
+    linked = sp.csr_array((np.ones(matrix.nnz), matrix.indices, matrix.indptr), shape=matrix.shape)[rows]
+    _, part = connected_components(linked @ linked.T, directed=False)
+    found = [np.zeros((matrix.shape[0], 0))]
+    for k in np.unique(part):
+        mine = rows[part == k]
+        if len(mine) <= LARGE:
+            null = _left_null_densely(matrix[mine])
+            found.append(np.zeros((matrix.shape[0], null.shape[1])))
+            found[-1][mine] = null
+    return np.hstack(found)
+
+
+def _entangled(matrix: sp.csr_array) -> np.ndarray:
+    """The rows without those that depend on no other, having a variable for themselves, or once such rows are gone."""
+    rows = np.arange(matrix.shape[0])
+    while True:
+        part = sp.csr_array(matrix[rows])
+        alone = np.bincount(part.indices, minlength=part.shape[1])[part.indices] == 1
+        own = np.zeros(len(rows), dtype=bool)
+        own[np.repeat(np.arange(len(rows)), np.diff(part.indptr))[alone]] = True
+        if not own.any():
+            return rows
+        rows = rows[~own]
+
+
+def _left_null_densely(matrix: sp.csr_array) -> np.ndarray:
     rows = matrix.shape[0]
     nothing = np.zeros((rows, 0))
-    if not rows or rows > LARGE:
-        return nothing
     size = np.sqrt(np.asarray(matrix.multiply(matrix).sum(axis=1)).ravel())
     scale = 1 / np.where(size > 0, size, 1.0)
     scaled = sp.csr_array(sp.diags_array(scale) @ matrix)

@@ -42,6 +42,7 @@ MEANINGLESS = 1e-2  # above this it is no solution at all
 NEGLIGIBLE = 1e-6  # weight of a term that only chooses among solutions
 NOTHING = 1e-10  # a derivative below this, relative to solution and costs, is zero
 RUNAWAY = 1e6  # nor is an x that many times the size which the data suggest solved: it may be on its way to infinity
+FAINT = 1e-3  # multipliers that are noise are smaller, in units where multipliers or costs are of size one
 BEYOND = 100 * math.log(10.0)  # of a unit's logarithm: beyond it products overflow
 SQUARED = 1e-7  # a pivot below this, and a row is not trusted to the program without its auxiliary variables
 ROUNDING = 1e-12  # a relative disagreement below this is not worth a word
@@ -569,7 +570,7 @@ def _refined(
     if bool((status == Status.SOLVED).any()):
         # Beside multipliers so large the costs are not seen in the residual: constraints contradict each other by little.
         costs = torch.maximum(largest(data.q), largest(data.P.flatten(1)) * largest(zero.x))
-        swamped = ((largest(zero.y) > RUNAWAY * costs) & (costs > 0)).squeeze(1)
+        swamped = ((largest(zero.y) > (RUNAWAY * costs).clamp(min=FAINT)) & (costs > 0)).squeeze(1)
         # And products of numbers of this size overflow.
         lost = torch.cat([inner.rho, inner.tau], 1).log().abs().amax(1) > BEYOND
         status = torch.where(swamped, status.clamp(min=int(Status.INACCURATE)), status)
