@@ -288,7 +288,7 @@ def _same(old: ResidualPoint, new: ResidualPoint) -> bool:
 
 
 def newton(operators: Operators, spectrum: ProductSpectrum, system, F1: Tensor, F2: Tensor) -> tuple[Tensor, Tensor]:
-    dx, e = system.solve(-F1, -spectrum.to_basis(F2), refine=system.stiff)
+    dx, e = system.solve(-F1, -spectrum.to_basis(F2), newton=True)
     return dx, operators.A(dx) + F2 + spectrum.from_basis(e)
 
 

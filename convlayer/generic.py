@@ -42,7 +42,7 @@ NOTHING = 1e-10  # a derivative below this, relative to solution and costs, is z
 RUNAWAY = 1e6  # nor is an x that many times the size which the data suggest solved: it may be on its way to infinity
 BEYOND = 100 * math.log(10.0)  # of a unit's logarithm: beyond it products overflow
 SQUARED = 1e-7  # a pivot below this, and a row is not trusted to the program without its auxiliary variables
-ROUNDING = 1e-12  # a relative disagreement below this is not worth a word
+ROUNDING = 1e-12  # a relative residual, or disagreement, below this says nothing
 LARGE = 1_000_000  # numbers in dense matrices of a batch from which it is worked off in pieces,
 PIECE = 500_000  # of about so many (4 MB)
 FROM_START = -1  # the attempt before the first: Newton's method from a warm start, without a solver
@@ -425,7 +425,9 @@ class _Found:
     def improved(self, rows: Tensor, other: _Found) -> _Found:
         """With another attempt at some rows, where it did better."""
         rank, other_rank = _rank(self.status[rows], self.degenerate[rows]), _rank(other.status, other.degenerate)
-        better = (other_rank < rank) | ((other_rank == rank) & (other.residual < self.residual[rows]))
+        # Of two that are solved the later one, which is no vertex, and not by a toss between their rounding errors.
+        closer = other.residual <= self.residual[rows].clamp(min=ROUNDING)
+        better = (other_rank < rank) | ((other_rank == rank) & closer)
         won, mine = rows[better], torch.ones_like(self.degenerate)
         mine[won] = False
         kept = {
