@@ -134,20 +134,20 @@ def polish(
     visible: Visible,
     units: Tensor | None,
     *,
-    nearby: bool = True,
+    last: bool = True,
 ) -> Zero:
     """The zero of the residual map near a solver's (x, s, y).
 
-    Newton's method settles it at once where the active set is right. Rows where it is not follow the central path from the
-    solver's point a little further, and try again.
+    Newton's method settles it at once where the active set is right. Rows where it is not follow, if no other attempt comes after
+    this one, the central path from the solver's point a little further, and try again.
 
     visible: where a solution or multiplier that is not unique is flagged.
     units:   (B or 1, n) of x, in which norms of null vectors are taken; None for ones.
-    nearby:  (x, s, y) is a solver's answer, and worth a second effort.
+    last:    no other attempt comes after this one.
     """
     best, factor, steps = _settle(operators, ResidualPoint.at(operators, x, y - s), visible, units)
     rows = torch.nonzero(best.size > STUCK).flatten()
-    if nearby and len(rows) and bool(operators.data.program.inequalities.any()):
+    if last and len(rows) and bool(operators.data.program.inequalities.any()):
         part, part_units = operators.rows(rows), units_of(units, rows)
         start = _follow(part, x[rows], s[rows], y[rows], visible, part_units)
         again, _, _ = _settle(part, start, visible, part_units)

@@ -533,7 +533,8 @@ def _refined(
     outer = scaling
     data, inner = recentre(data, scaling, x, y, visible.x)
     started = inner.enter(*outer.leave(x, s, y))
-    zero = polish(Operators(data, dense), *started, visible, inner.c, nearby=place != FROM_START)
+    # Where another attempt follows, that is the cheaper second effort.
+    zero = polish(Operators(data, dense), *started, visible, inner.c, last=place == len(call.attempts) - 1)
     status = _verdict(zero, call.tolerance)
     seen = zero.x * visible.x * (outer.rho / inner.rho)
     size = seen.abs().amax(1) if zero.x.shape[1] else zero.residual.new_zeros(len(zero.x))

@@ -46,6 +46,7 @@ CLEAN = 1e-15  # |K z| below this share of |z|: z holds nothing else that matter
 NOTHING = 1e-14  # a part in the null space below this share of a vector is rounding
 WIDEST = 256  # null vectors in a sparse system's basis
 REFINEMENTS = 6
+EXACT = 1e-15  # relative residual at which a solve needs no further one
 STIFF = 1e-5  # a pivot, or the inverse of a probe's growth, below this: even Newton's solves are refined
 GMRES_CYCLES, GMRES_STEPS = 3, 20
 CERTIFIED = 1e-10  # relative residual that a solve must reach, or the row is flagged;
@@ -279,7 +280,7 @@ class DenseSystem(_System):
             before, after = error.abs().amax(1, keepdim=True), trial_error.abs().amax(1, keepdim=True)
             better = after < before
             solution, error = torch.where(better, trial, solution), torch.where(better, trial_error, error)
-            if not bool((better & (after < 0.5 * before) & (after > 1e-15 * goal)).any()):
+            if not bool((better & (after < 0.5 * before) & (after > EXACT * goal)).any()):
                 break
         self.poor |= ~_solved_well(error.abs().amax(1), solution.abs().amax(1), goal.squeeze(1)).squeeze(1)
         return solution
@@ -418,13 +419,12 @@ class SparseSystem(_System):
             self._look_for_null_vectors(suspects, visible)
 
     def solve(self, a: Tensor, c: Tensor, *, newton: bool = False) -> tuple[Tensor, Tensor]:
-        """a (B, n), c (B, m) -> w (B, n), e (B, m); for a step of Newton's method to six digits, and not of least norm in the
-        user's units."""
+        """a (B, n), c (B, m) -> w (B, n), e (B, m); for a step of Newton's method to six digits, unless it is stiff, and not of
+        least norm in the user's units."""
         right = self._entering(torch.cat([a * self.held, self.root * c], 1), newton)
         scaled = right.mT * self.scale
         if self.stiff or not newton:
-            accuracy = 1e-6 if newton else 1e-15
-            solution, poor = self._refined(scaled, accuracy)
+            solution, poor = self._refined(scaled)
             for row in torch.nonzero(poor & ~self.broken).flatten().tolist():
                 found, good = _gmres(self._matrix(row), self.factors[row].solve, scaled[:, row].numpy())
                 solution[:, row], poor[row] = torch.from_numpy(found), not good
@@ -434,14 +434,14 @@ class SparseSystem(_System):
         w, e = solution[:, : self.n], solution[:, self.n :] * self.root
         return self._pivoted(torch.nonzero(poor).flatten(), a, c, w, e, newton) if bool(poor.any()) else (w, e)
 
-    def _refined(self, right: Tensor, accuracy: float) -> tuple[Tensor, Tensor]:
+    def _refined(self, right: Tensor) -> tuple[Tensor, Tensor]:
         """Iterative refinement against K itself: the solution, (size, B), and which rows stay inaccurate."""
         goal = right.abs().amax(0) if len(right) else right.new_zeros(right.shape[1])
         solution = self._back_substitute(right)
         error = right - self._product(solution)
         for _ in range(5 * REFINEMENTS):
             before = error.abs().amax(0) if len(right) else goal
-            if not bool((before > accuracy * goal).any()):
+            if not bool((before > EXACT * goal).any()):
                 break
             trial = solution + self._back_substitute(error)
             trial_error = right - self._product(trial)
@@ -453,7 +453,7 @@ class SparseSystem(_System):
         if not len(right):
             return solution, self.broken
         size = error.abs().amax(0)
-        return solution, ~((size <= accuracy * goal) | _solved_well(size, solution.abs().amax(0), goal)) | self.broken
+        return solution, ~((size <= EXACT * goal) | _solved_well(size, solution.abs().amax(0), goal)) | self.broken
 
     def _matrix(self, row: int) -> sp.csr_array:
         """K of one row, both triangles."""
