@@ -77,6 +77,7 @@ class Call:
     exact: ConeDerivative = field(init=False)
     blank: Tensor = field(init=False)  # (B,) rows without any iterate
     agreement: Agreement | None = field(init=False, default=None)
+    stopped: Tensor | None = field(init=False, default=None)  # (B,) rows that a time limit ended; None: no row
 
     @cached_property
     def derivative(self) -> ConeDerivative:
@@ -333,6 +334,7 @@ def _solve(call: Call, data: Data, d: Tensor, batch: int) -> tuple[Tensor, Tenso
     call.iterations, call.attempt = spread(found.iterations, 0).cpu(), spread(found.attempt, 0).cpu()
     call.residual, call.degenerate = spread(found.residual, torch.nan).cpu(), spread(found.degenerate, False).cpu()
     call.margin = spread(found.margin, torch.nan).cpu()
+    call.stopped = spread(found.stopped, False).cpu() if bool(found.stopped.any()) else None
     return spread(found.x, 0.0), spread(found.s, 0.0), spread(found.y, 0.0), pieces
 
 
@@ -363,10 +365,10 @@ def _settled(call: Call, data: Data, start: tuple[Tensor, ...] | None) -> _Found
             found = _attempt(call, data, place, start)
             continue
         # What the polish could not settle may need a sharper start: a face is not told from its neighbours yet.
-        unsettled = _unsettled(found.status)
+        unsettled = _unsettled(found.status) & ~found.stopped
         if place - 1 == FROM_START or call.attempts[place - 1].solver.at_vertex:
             # A redundant constraint looks weakly active there, and is not where the multipliers are shared out.
-            unsettled = unsettled | found.degenerate
+            unsettled = unsettled | (found.degenerate & ~found.stopped)
         again = torch.nonzero(unsettled).flatten()
         if not len(again):
             break
@@ -404,6 +406,7 @@ class _Found:
     degenerate: Tensor
     margin: Tensor
     attempt: Tensor
+    stopped: Tensor  # by a time limit
     pieces: list[Piece]
 
     @classmethod
@@ -437,7 +440,8 @@ class _Found:
         pieces = [piece.only(mine) for piece in self.pieces]
         pieces += [replace(piece.only(better), rows=rows[piece.rows]) for piece in other.pieces]
         iterations = self.iterations.index_add(0, rows, other.iterations)
-        return _Found(**kept, iterations=iterations, pieces=[piece for piece in pieces if len(piece.keep)])
+        stopped = self.stopped.index_put((rows,), other.stopped)
+        return _Found(**kept, iterations=iterations, stopped=stopped, pieces=[piece for piece in pieces if len(piece.keep)])
 
 
 def _rank(status: Tensor, degenerate: Tensor) -> Tensor:
@@ -461,10 +465,12 @@ def _attempt_in_units(
     else:
         point = solve_batch(*call.attempts[place], data, start, call.executor)
     status = point.status
-    usable = None
+    stopped = point.stopped
+    usable = None if stopped is None else ~stopped
     if not math.isfinite((point.x.sum() + point.s.sum() + point.y.sum()).item()):
-        usable = torch.isfinite(torch.cat([point.x, point.s, point.y], 1)).all(1)
-        status = torch.where(~usable & (status < Status.INFEASIBLE), int(Status.NOT_CONVERGED), status)
+        finite = torch.isfinite(torch.cat([point.x, point.s, point.y], 1)).all(1)
+        usable = finite if usable is None else finite & usable
+        status = torch.where(~finite & (status < Status.INFEASIBLE), int(Status.NOT_CONVERGED), status)
     hopeless = (status == Status.INFEASIBLE) | (status == Status.UNBOUNDED)
     refine = torch.arange(rows, device=device)
     if bool(hopeless.any()) or usable is not None:
@@ -488,6 +494,7 @@ def _attempt_in_units(
             found.zero.degenerate,
             found.zero.margin,
             attempt,
+            torch.zeros_like(found.zero.degenerate),
             pieces,
         )
     x, s, y = scaling.leave(point.x, point.s, point.y)
@@ -505,7 +512,8 @@ def _attempt_in_units(
         if call.differentiable:
             pieces.append(Piece(part, found.zero.settled(), found.scaling, torch.arange(len(part), device=device)))
     status = _refuted(data, status, (point.y, scaling.enter(x, s, y)[2]), _precision(call))
-    return _Found(x, s, y, status, iterations, residual, degenerate, margin, attempt, pieces)
+    stopped = torch.zeros_like(degenerate) if stopped is None else stopped
+    return _Found(x, s, y, status, iterations, residual, degenerate, margin, attempt, stopped, pieces)
 
 
 class _Refined(NamedTuple):
@@ -588,7 +596,7 @@ def _with_a_feasible_point(call: Call, data: Data, found: _Found) -> _Found:
 
     Only with one is a row unbounded, along whose directions the objective falls; and costs hide a proof of infeasibility.
     """
-    rows = torch.nonzero(_unsettled(found.status) | (found.status == Status.UNBOUNDED)).flatten()
+    rows = torch.nonzero((_unsettled(found.status) & ~found.stopped) | (found.status == Status.UNBOUNDED)).flatten()
     if not len(rows):
         return found
     part, _ = normalise(data.rows(rows).widen(len(rows)))
@@ -604,7 +612,8 @@ def _running_off(data: Data, found: _Found) -> _Found:
     if data.program.is_polyhedral:  # there an infimum is attained
         return found
     restless = found.residual > SETTLED
-    rows = torch.nonzero(_unsettled(found.status) | ((found.status == Status.SOLVED) & restless)).flatten()
+    unsettled = _unsettled(found.status) & ~found.stopped
+    rows = torch.nonzero(unsettled | ((found.status == Status.SOLVED) & restless)).flatten()
     if not len(rows):
         return found
     part, scaling = normalise(data.rows(rows).widen(len(rows)))

@@ -580,7 +580,7 @@ class ConvexLayer(torch.nn.Module):
             call.iterate,
             [*_notes(attempts, call.attempt), *_put_together(call.agreement)],
             warned=True,
-            details=_in_words(call.agreement, coarsest),
+            details={**_in_words(call.agreement, coarsest), **_stopped(call)},
         )
 
     def _thetas(self, values: Sequence[Tensor], device: torch.device) -> list[Tensor]:
@@ -857,6 +857,13 @@ def _put_together(agreement: Agreement | None) -> list[tuple[Tensor, str]]:
         "equalities that depend on each other differed by rounding; solved with the least change that makes them agree"
     )
     return [(rows, what)] if len(rows) else []
+
+
+def _stopped(call: Call) -> dict[int, str]:
+    """Why rows have not converged that were not given the time."""
+    rows = [] if call.stopped is None else torch.nonzero(call.stopped & (call.status == Status.NOT_CONVERGED)).flatten().tolist()
+    what = "The solver's time limit ended it before it had converged; it was not tried again, and its last point was not improved."
+    return dict.fromkeys(rows, what)
 
 
 def _in_words(agreement: Agreement | None, dtype: torch.dtype) -> dict[int, str]:
