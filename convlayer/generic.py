@@ -27,7 +27,7 @@ from convlayer.kkt import Visible, prefers_dense
 from convlayer.phase_one import nearest
 from convlayer.program import DENSE_ENTRIES, Data, Operators, Program
 from convlayer.recession import recedes
-from convlayer.residual import Scaling, normalise, recentre
+from convlayer.residual import Scaling, normalise, recentre, residual, term_sizes
 from convlayer.smoothing import smoothed as smoothed_zero
 from convlayer.solution import Cause, Status
 from convlayer.solvers.solver import Attempt, Inline, Points, in_threads, solve_batch
@@ -498,22 +498,36 @@ def _attempt_in_units(
             pieces,
         )
     x, s, y = scaling.leave(point.x, point.s, point.y)
-    residual = torch.full((rows,), torch.nan, dtype=x.dtype, device=device)
+    sizes = torch.full((rows,), torch.nan, dtype=x.dtype, device=device)
     degenerate, status = torch.zeros(rows, dtype=torch.bool, device=device), status.clone()
-    margin = torch.full_like(residual, torch.nan)
+    margin = torch.full_like(sizes, torch.nan)
     iterations, pieces = point.iterations.clone(), []
     for part in refine.split(at_once) if len(refine) else ():
         start_x, start_s, start_y = (values[part] for values in (point.x, point.s, point.y))
         found = _refined(call, data.rows(part), scaling.rows(part), start_x, start_s, start_y, dense, visible, place)
-        status[part], residual[part], degenerate[part] = found.status, found.zero.residual, found.zero.degenerate
+        status[part], sizes[part], degenerate[part] = found.status, found.zero.residual, found.zero.degenerate
         margin[part] = found.zero.margin
         x[part], s[part], y[part] = found.x, found.s, found.y
         iterations[part] += found.zero.steps if place == FROM_START else 0
         if call.differentiable:
             pieces.append(Piece(part, found.zero.settled(), found.scaling, torch.arange(len(part), device=device)))
-    status = _refuted(data, status, (point.y, scaling.enter(x, s, y)[2]), _precision(call))
-    stopped = torch.zeros_like(degenerate) if stopped is None else stopped
-    return _Found(x, s, y, status, iterations, residual, degenerate, margin, attempt, stopped, pieces)
+    if stopped is None:
+        stopped = torch.zeros_like(degenerate)
+        status = _refuted(data, status, (point.y, scaling.enter(x, s, y)[2]), _precision(call))
+    else:
+        halted, going = (torch.nonzero(mask).flatten() for mask in (stopped, ~stopped))
+        sizes[halted] = _residual_of(data.rows(halted), scaling.rows(halted), *(part[halted] for part in (x, s, y)))
+        candidates = [part[going] for part in (point.y, scaling.enter(x, s, y)[2])]
+        status[going] = _refuted(data.rows(going).widen(len(going)), status[going], candidates, _precision(call))
+    return _Found(x, s, y, status, iterations, sizes, degenerate, margin, attempt, stopped, pieces)
+
+
+def _residual_of(data: Data, scaling: Scaling, x: Tensor, s: Tensor, y: Tensor) -> Tensor:
+    """(rows,) relative KKT residual of points as a solver left them, in the original units; `data` in the scaling's."""
+    start = scaling.enter(x, s, y)
+    data, inner = recentre(data.widen(len(x)), scaling, start[0], start[2])
+    operators, point = Operators(data), inner.enter(x, s, y)
+    return residual(operators, *point, term_sizes(operators, *point))[2]
 
 
 class _Refined(NamedTuple):
