@@ -134,7 +134,7 @@ def polish(
     visible: Visible,
     units: Tensor | None,
     *,
-    last: bool = True,
+    is_last: bool = True,
 ) -> Zero:
     """The zero of the residual map near a solver's (x, s, y).
 
@@ -143,11 +143,11 @@ def polish(
 
     visible: where a solution or multiplier that is not unique is flagged.
     units:   (B or 1, n) of x, in which norms of null vectors are taken; None for ones.
-    last:    no other attempt comes after this one.
+    is_last: no other attempt comes after this one.
     """
     best, factor, steps = _settle(operators, ResidualPoint.at(operators, x, y - s), visible, units)
     rows = torch.nonzero(best.size > STUCK).flatten()
-    if last and len(rows) and bool(operators.data.program.inequalities.any()):
+    if is_last and len(rows) and bool(operators.data.program.inequalities.any()):
         part, part_units = operators.rows(rows), units_of(units, rows)
         start = _follow(part, x[rows], s[rows], y[rows], visible, part_units)
         again, _, _ = _settle(part, start, visible, part_units)

@@ -556,7 +556,7 @@ def _refined(
     data, inner = recentre(data, scaling, x, y, visible.x)
     started = inner.enter(*outer.leave(x, s, y))
     # Where another attempt follows, that is the cheaper second effort.
-    zero = polish(Operators(data, dense), *started, visible, inner.c, last=place == len(call.attempts) - 1)
+    zero = polish(Operators(data, dense), *started, visible, inner.c, is_last=place == len(call.attempts) - 1)
     status = _verdict(zero, call.tolerance)
     seen = zero.x * visible.x * (outer.rho / inner.rho)
     size = seen.abs().amax(1) if zero.x.shape[1] else zero.residual.new_zeros(len(zero.x))
