@@ -401,10 +401,11 @@ for _kind in (_Solved, _Tangent, _Cotangent, _Second, _Mixed):
 
 def _apart(parts: Tensors) -> tuple[Tensor, ...]:
     """Each in memory of its own, which forward mode needs: a tangent is laid out as what it is the tangent of."""
-    return tuple(
-        part.clone(memory_format=torch.contiguous_format) if part._is_view() or not part.is_contiguous() else part
-        for part in parts
-    )
+    with few_threads_to_differentiate(parts):
+        return tuple(
+            part.clone(memory_format=torch.contiguous_format) if part._is_view() or not part.is_contiguous() else part
+            for part in parts
+        )
 
 
 def _is_reached(tensor: Tensor) -> bool:

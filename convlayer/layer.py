@@ -503,11 +503,11 @@ class ConvexLayer(torch.nn.Module):
             if self.on_failure in CLOSEST and rows.status is not None:
                 self._relax(rows, values, size, how.everything)
             rows.outputs = [shaped(o, dtype, device, batch, size) for o in rows.outputs]
-        details = {**rows.details, **details}
-        rows.batch, rows.dtype, rows.device = batch, dtype, device
-        rows.leaves, rows.parameters = tensors, self._declared.parameters
-        rows.versions = tuple(output._version for output in rows.outputs if output.requires_grad)
-        self._judge(rows, details)
+            details = {**rows.details, **details}
+            rows.batch, rows.dtype, rows.device = batch, dtype, device
+            rows.leaves, rows.parameters = tensors, self._declared.parameters
+            rows.versions = tuple(output._version for output in rows.outputs if output.requires_grad)
+            self._judge(rows, details)
         return rows
 
     def _operations(self, values: list[Tensor]) -> float:
