@@ -56,6 +56,7 @@ BACKWARD, GROWTH = (
 )  # or this share of the solution, provided that the solution is not larger than the right-hand side by GROWTH
 DENSE_RATE, DENSE_CALL = 5e9, 1e-5  # flops a second of batched LU, and seconds a row beside them; measured
 SPARSE_RATE, SPARSE_CALL = 1e9, 4e-5  # the same of sparse LDL'
+PIVOTED = 20  # so many sparse factorisations a step of Newton's method may cost, where they are not accurate
 
 
 class Visible(NamedTuple):
@@ -76,15 +77,17 @@ def dense_seconds(program: Program) -> float:
 def prefers_dense(program: Program) -> bool:
     """Whether dense batched LU is expected to cost less than sparse LDL'."""
     dense = dense_seconds(program)
-    return dense <= SPARSE_CALL or (
-        dense < math.inf and dense <= SPARSE_CALL + kkt_pattern(program).flops / SPARSE_RATE
-    )
+    return dense <= SPARSE_CALL or (dense < math.inf and dense <= _sparse_seconds(program))
 
 
 def system_seconds(program: Program) -> float:
     """Of a factorisation by the cheaper of the two, a row."""
     dense = dense_seconds(program)
-    return dense if dense <= SPARSE_CALL else min(dense, SPARSE_CALL + kkt_pattern(program).flops / SPARSE_RATE)
+    return dense if dense <= SPARSE_CALL else min(dense, _sparse_seconds(program))
+
+
+def _sparse_seconds(program: Program) -> float:
+    return SPARSE_CALL + kkt_pattern(program).flops / SPARSE_RATE
 
 
 def factorise(
@@ -431,6 +434,8 @@ class SparseSystem(_System):
         else:
             solution, poor = self._back_substitute(scaled), self.broken
         solution = self._leaving((solution * self.scale).mT, newton)
+        if newton and dense_seconds(self.data.program) > PIVOTED * _sparse_seconds(self.data.program):
+            poor = self.broken  # as good a step as there is: the residual judges where it leads
         w, e = solution[:, : self.n], solution[:, self.n :] * self.root
         return self._pivoted(torch.nonzero(poor).flatten(), a, c, w, e, newton) if bool(poor.any()) else (w, e)
 
