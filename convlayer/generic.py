@@ -27,7 +27,7 @@ from convlayer.kkt import Visible, prefers_dense
 from convlayer.phase_one import nearest
 from convlayer.program import DENSE_ENTRIES, Data, Operators, Program
 from convlayer.recession import recedes
-from convlayer.residual import Scaling, normalise, recentre, residual, term_sizes
+from convlayer.residual import JUDGING, Scaling, normalise, recentre, residual, term_sizes
 from convlayer.smoothing import smoothed as smoothed_zero
 from convlayer.solution import Cause, Status
 from convlayer.solvers.solver import Attempt, Inline, Points, in_threads, solve_batch
@@ -522,12 +522,18 @@ def _attempt_in_units(
     return _Found(x, s, y, status, iterations, sizes, degenerate, margin, attempt, stopped, pieces)
 
 
+def _is_sharpest(call: Call, place: int) -> bool:
+    """No attempt is left that would start the polish nearer."""
+    solver, tolerance, _ = call.attempts[place]
+    return place == len(call.attempts) - 1 or (place > 0 and tolerance == solver.finest)
+
+
 def _residual_of(data: Data, scaling: Scaling, x: Tensor, s: Tensor, y: Tensor) -> Tensor:
     """(rows,) relative KKT residual of points as a solver left them, in the original units; `data` in the scaling's."""
     start = scaling.enter(x, s, y)
     data, inner = recentre(data.widen(len(x)), scaling, start[0], start[2])
     operators, point = Operators(data), inner.enter(x, s, y)
-    return residual(operators, *point, term_sizes(operators, *point))[2]
+    return residual(operators, *point, term_sizes(operators, *point, JUDGING))[2]
 
 
 class _Refined(NamedTuple):
@@ -555,8 +561,8 @@ def _refined(
     outer = scaling
     data, inner = recentre(data, scaling, x, y, visible.x)
     started = inner.enter(*outer.leave(x, s, y))
-    # Where another attempt follows, that is the cheaper second effort.
-    zero = polish(Operators(data, dense), *started, visible, inner.c, is_last=place == len(call.attempts) - 1)
+    # Where a sharper attempt is left, that is the cheaper second effort.
+    zero = polish(Operators(data, dense), *started, visible, inner.c, follow=_is_sharpest(call, place))
     status = _verdict(zero, call.tolerance)
     seen = zero.x * visible.x * (outer.rho / inner.rho)
     size = seen.abs().amax(1) if zero.x.shape[1] else zero.residual.new_zeros(len(zero.x))

@@ -95,5 +95,5 @@ class Clarabel(Solver):
 def _iterate(result, time_limit: float) -> Iterate:
     status = STATUS.get(str(result.status), Status.NOT_CONVERGED)
     stopped = status in (Status.INACCURATE, Status.NOT_CONVERGED) and result.solve_time >= time_limit
-    point = (np.array(part) for part in (result.x, result.s, result.z))
-    return Iterate(*point, Status.NOT_CONVERGED if stopped else status, int(result.iterations), stopped)
+    x, s, y = (np.array(part) for part in (result.x, result.s, result.z))
+    return Iterate(x, s, y, Status.NOT_CONVERGED if stopped else status, int(result.iterations), stopped)
