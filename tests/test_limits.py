@@ -123,4 +123,5 @@ os._exit(0)
 def test_ctrl_c_is_heard_while_a_solver_runs_and_leaves_the_layers_usable(rows, module, kind, solver, n, args):
     code = LONG.format(module=module, kind=kind, solver=solver, n=n, args=args)
     run = subprocess.run([sys.executable, "-c", code, str(rows)], capture_output=True, text=True, timeout=100, check=False)
-    assert run.stdout.split()[-4:] == ["heard", "True", "usable", "True"], run.stdout + run.stderr[-2000:]
+    lines = [line for line in run.stdout.splitlines() if "interrupted" not in line]  # SCS says so itself
+    assert lines == ["heard True", "usable True"], run.stdout + run.stderr[-2000:]
