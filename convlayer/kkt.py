@@ -178,9 +178,11 @@ class _System(ABC):
     def _entering(self, right: Tensor, newton: bool) -> Tensor:
         """A right-hand side (B, size) in x's own units, without what no solution can meet."""
         right = _off_null(self.projector, right, -1)
-        if newton:
-            return right if self.null_space is None else self.null_space.off(right * self._all_scales) / self._all_scales
-        return _off_null(self._projector(), right, -1)
+        if not newton:
+            return _off_null(self._projector(), right, -1)
+        if self.null_space is None:
+            return right
+        return self.null_space.off(right * self._all_scales) / self._all_scales
 
     def _leaving(self, solution: Tensor, newton: bool) -> Tensor:
         """A solution (B, size) in x's own units, without what no right-hand side determines, where that matters."""
@@ -465,9 +467,7 @@ class SparseSystem(_System):
         upper = self.pattern.matrix(self.K[:, row].numpy().copy())
         return sp.csr_array(upper + sp.triu(upper, 1).T)
 
-    def _pivoted(
-        self, rows: Tensor, a: Tensor, c: Tensor, w: Tensor, e: Tensor, newton: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _pivoted(self, rows: Tensor, a: Tensor, c: Tensor, w: Tensor, e: Tensor, newton: bool) -> tuple[Tensor, Tensor]:
         """Rows for which LDL' without pivoting is not accurate enough: dense LU, if that fits; otherwise flagged."""
         if (self.n + self.data.program.m) ** 2 > 4 * DENSE_ENTRIES:
             self.poor[rows] = True
@@ -517,9 +517,7 @@ class SparseSystem(_System):
             k = int(rows[row])
             return torch.from_numpy(_gmres(self._matrix(k), self.factors[k].solve, right.numpy())[0])
 
-        return _NullSpace(
-            rows, shift, lambda x: self._image(rows, x), lambda x: self._solve_columns(rows, x), exact
-        )
+        return _NullSpace(rows, shift, lambda x: self._image(rows, x), lambda x: self._solve_columns(rows, x), exact)
 
     @property
     def _size(self) -> int:
@@ -561,7 +559,7 @@ class _NullSpace:
         shift: Tensor,  # (size, 1) delta J
         image: Callable[[Tensor], Tensor],  # K x, for x (rows, size, k)
         solve: Callable[[Tensor], Tensor],  # (K + delta J)^-1 x
-        exact: Callable[[int, Tensor], Tensor] | None = None,  # K^+ of a vector in K's range, for one of the rows, if that is hard
+        exact: Callable[[int, Tensor], Tensor] | None = None,  # K^+ in K's range, of one row
     ):
         self.rows, self.size = rows, len(shift)
         self._shift, self._image, self._solve, self._exact = shift, image, solve, exact

@@ -231,7 +231,9 @@ def put(outputs: Sequence[Tensor], rows: Tensor, theirs: Sequence[Tensor], size:
 def leaves_of(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The same tensors as leaves of a graph of the layer's own, to be differentiated as they are."""
     recorded = torch.is_grad_enabled()
-    return tuple(t.detach().requires_grad_(recorded and t.requires_grad) if isinstance(t, Tensor) else t for t in tensors)
+    return tuple(
+        t.detach().requires_grad_(recorded and t.requires_grad) if isinstance(t, Tensor) else t for t in tensors
+    )
 
 
 class _Gate(torch.autograd.Function):

@@ -253,7 +253,8 @@ def solve_batch(
     # The main thread hears no interrupt while compiled code holds it: what may take long is another's.
     long = data.program.n + data.program.m > SHORT and threading.current_thread() is threading.main_thread()
     inline = threads and brief and not long
-    pieces = 1 if inline or (batch < 4 and not (threads and long)) else min(batch, workers if batch < FEW * workers else 2 * workers)
+    whole = inline or (batch < 4 and not (threads and long))
+    pieces = 1 if whole else min(batch, workers if batch < FEW * workers else 2 * workers)
     bounds = np.linspace(0, batch, pieces + 1).astype(int)
     P, A = (host.P, host.A) if solver.dense and host.dense else (host.P_entries, host.A_entries)
     tasks = [
