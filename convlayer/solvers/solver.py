@@ -279,8 +279,7 @@ def solve_batch(
     points = Points.stacked(iterates, data.program)
     if data.q.device.type == "cpu":
         return points
-    moved = (part.to(data.q.device) for part in points[:5])
-    return Points(*moved, None if points.stopped is None else points.stopped.to(data.q.device))
+    return Points._make(None if part is None else part.to(data.q.device) for part in points)
 
 
 def _iterates(start: Sequence[Tensor], lo: int, hi: int) -> list[Iterate | None]:
