@@ -26,8 +26,8 @@ REUSE = 1e-3  # a factor serves another step while every row's residual falls to
 STEPS = 20  # of Newton, at most
 PATIENCE = 4  # steps without a new best before a row gives up
 STUCK = 1e-9  # rows above this after Newton follow the central path
-PATH = 40  # at most this many steps,
-SHRINK = 0.05  # each aimed at this share of every y s,
+PATH, STRIDE = 40, 8  # at most this many steps, and after so many Newton's method tries again;
+SHRINK = 0.05  # they are aimed at this share of every y s,
 FLOOR = 1e-24  # until they are all below this
 SETTLED = 1e-11  # below this residual, a step that gains less than a digit was the last
 KINK = 1e-11  # |v| below this counts as weakly active: treated as inactive
@@ -141,26 +141,32 @@ def polish(
     visible: Visible,
     units: Tensor | None,
     *,
-    nearby: bool = True,
+    follow: bool = True,
 ) -> Zero:
     """The zero of the residual map near a solver's (x, s, y).
 
-    Newton's method settles it at once where the active set is right. Rows where it is not follow the central path from the
+    Newton's method settles it at once where the active set is right. Rows where it is not may follow the central path from the
     solver's point a little further, and try again.
 
     visible: where a solution or multiplier that is not unique is flagged.
     units:   (B or 1, n) of x, in which norms of null vectors are taken; None for ones.
-    nearby:  (x, s, y) is a solver's answer, and worth a second effort.
+    follow:  no sharper point is to be had from a solver.
     """
     best, factor, steps = _settle(operators, ResidualPoint.at(operators, x, y - s), visible, units)
     rows = torch.nonzero(best.size > STUCK).flatten()
-    if nearby and len(rows) and bool(operators.data.program.inequalities.any()):
-        part, part_units = operators.rows(rows), units_of(units, rows)
-        start = _follow(part, x[rows], s[rows], y[rows], visible, part_units)
-        again, _, _ = _settle(part, start, visible, part_units)
-        won = again.size < best.size[rows]
-        if bool(won.any()):
-            best, factor = best.put(rows[won], again.rows(torch.nonzero(won).flatten())), None
+    if follow and len(rows) and bool(operators.data.program.inequalities.any()):
+        inside = _interior(operators.rows(rows), x[rows], s[rows], y[rows])
+        for _ in range(PATH // STRIDE):
+            part, part_units = operators.rows(rows), units_of(units, rows)
+            inside, ended = _follow(part, inside, visible, part_units)
+            again, _, _ = _settle(part, ResidualPoint.at(part, inside.x, inside.v), visible, part_units)
+            won = again.size < best.size[rows]
+            if bool(won.any()):
+                best, factor = best.put(rows[won], again.rows(torch.nonzero(won).flatten())), None
+            left = torch.nonzero(again.size > SETTLED).flatten()
+            if ended or not len(left):
+                break
+            rows, inside = rows[left], inside.rows(left)
     sizes = term_sizes(operators, best.x, best.s, best.y, JUDGING)
     judged = relative_size(best.F1, best.F2, sizes)
     hidden = torch.nonzero((best.size <= STUCK) & (judged > STUCK)).flatten()
@@ -222,19 +228,26 @@ def _relative_step(program: Program, dx: Tensor, x: Tensor, visible: Visible) ->
     return (step / largest_of_part(seen, "part_of_x", program).clamp(min=1e-3)).amax(1)
 
 
-def _follow(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visible, units: Tensor | None) -> ResidualPoint:
-    """Primal-dual interior-point steps from a solver's point, towards y s = 0 for every inequality.
+def _interior(operators: Operators, x: Tensor, s: Tensor, y: Tensor) -> ResidualPoint:
+    """A solver's point, inside every inequality."""
+    rows = operators.data.program.on(x.device)["inequalities"]
+    y, s = (torch.where(rows, part.clamp(min=FLOOR), part) for part in (y, s))
+    return ResidualPoint.inside(operators, x, s, y)
+
+
+def _follow(
+    operators: Operators, point: ResidualPoint, visible: Visible, units: Tensor | None
+) -> tuple[ResidualPoint, bool]:
+    """Primal-dual interior-point steps, a STRIDE of them, towards y s = 0 for every inequality; and whether the path has ended.
 
     Newton on F and on y s = target, the target a share of what it is now for each inequality:
         s dy + y ds = r,   so   dy = D dv + r/(y + s),   ds = (D - I) dv + r/(y + s),   D = y/(y + s).
     """
-    rows = operators.data.program.on(x.device)["inequalities"]
-    y, s = (torch.where(rows, part.clamp(min=FLOOR), part) for part in (y, s))
-    point = ResidualPoint.inside(operators, x, s, y)
-    for _ in range(PATH):
+    rows = operators.data.program.on(point.x.device)["inequalities"]
+    for _ in range(STRIDE):
         product = torch.where(rows, point.y * point.s, 0.0)
         if bool((product.amax(1) <= FLOOR).all()):
-            break
+            return point, True
         share = torch.where(rows, (SHRINK - 1) * product / torch.where(rows, point.y + point.s, 1.0), 0.0)
         system = factorise(operators, point.spectrum, visible, units)
         dx, dv = newton(operators, point.spectrum, system, point.F1 + operators.At(share), point.F2 + share)
@@ -245,7 +258,7 @@ def _follow(operators: Operators, x: Tensor, s: Tensor, y: Tensor, visible: Visi
         length = (0.99 / ratio.clamp(min=0.99)).nan_to_num(0.0).unsqueeze(1)
         dx, dy, ds = (step.nan_to_num(0.0) * length for step in (dx, dy, ds))
         point = ResidualPoint.inside(operators, point.x + dx, point.s + ds, point.y + dy)
-    return ResidualPoint.at(operators, point.x, point.v)
+    return point, False
 
 
 def _settle(
@@ -302,7 +315,7 @@ def _on_same_faces(old: Tensor, new: Tensor) -> bool:
 
 
 def newton(operators: Operators, spectrum: ProductSpectrum, system, F1: Tensor, F2: Tensor) -> tuple[Tensor, Tensor]:
-    dx, e = system.solve(-F1, -spectrum.to_basis(F2), refine=system.stiff)
+    dx, e = system.solve(-F1, -spectrum.to_basis(F2), newton=True)
     return dx, operators.A(dx) + F2 + spectrum.from_basis(e)
 
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import wraps
 from typing import Any
 
@@ -28,10 +27,9 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.autograd import Function
 
-from convlayer.threads import one_thread
+from convlayer.threads import few_threads_to_differentiate
 
 Tensors = Sequence[Tensor]
-SMALL = 1_000_000  # numbers in the parameters up to which derivatives run on one thread
 THIRD = "ConvexLayer can be differentiated twice, not three times: a third derivative is not implemented, and would be wrong."
 
 
@@ -61,8 +59,7 @@ def _on_one_thread(method: Callable[..., list[Tensor]]) -> Callable[..., list[Te
 
     @wraps(method)
     def guarded(self: Any, thetas: Tensors, *arguments: Any) -> list[Tensor]:
-        small = sum(theta.numel() for theta in thetas) < SMALL
-        with one_thread() if small else nullcontext():
+        with few_threads_to_differentiate(thetas):
             return method(self, thetas, *arguments)
 
     return guarded
@@ -81,13 +78,14 @@ class Recorded(Local):
     ) -> None:
         self.leaves, self.outputs, self.again, self.guard, self.spoil = leaves, outputs, again, guard, spoil
 
+    @_on_one_thread
     def cotangent(self, thetas: Tensors, bars: Tensors, needed: Sequence[bool]) -> list[Tensor]:
         bars = self.guard(bars)
         if all(theta.shape == leaf.shape for theta, leaf in zip(thetas, self.leaves, strict=True)):
-            return _pulled(self.outputs, _only(self.leaves, needed), bars, retain_graph=True)
+            return pulled(self.outputs, _only(self.leaves, needed), bars, retain_graph=True)
         with torch.enable_grad():
             leaves = _leaves(thetas)
-            return _pulled(self.again(*leaves), _only(leaves, needed), bars)
+            return pulled(self.again(*leaves), _only(leaves, needed), bars)
 
     @_on_one_thread
     def tangent(self, thetas: Tensors, a: Tensors) -> list[Tensor]:
@@ -97,7 +95,7 @@ class Recorded(Local):
             leaves = _leaves(thetas)
             outputs = self.again(*leaves)
             c = [torch.zeros_like(output, requires_grad=True) for output in outputs]
-            return self.spoil(_pulled(_pulled(outputs, leaves, c, create_graph=True), c, a))
+            return self.spoil(pulled(pulled(outputs, leaves, c, create_graph=True), c, a))
 
     @_on_one_thread
     def second(self, thetas: Tensors, a: Tensors, b: Tensors) -> list[Tensor]:
@@ -110,8 +108,8 @@ class Recorded(Local):
     def mixed(self, thetas: Tensors, bars: Tensors, a: Tensors, needed: Sequence[bool]) -> list[Tensor]:
         with torch.enable_grad():
             leaves = _leaves(thetas)
-            pulled = _pulled(self.again(*leaves), leaves, self.guard(bars), create_graph=True)
-            return _pulled(pulled, _only(leaves, needed), a)
+            found = pulled(self.again(*leaves), leaves, self.guard(bars), create_graph=True)
+            return pulled(found, _only(leaves, needed), a)
 
 
 def _leaves(thetas: Tensors) -> list[Tensor]:
@@ -122,9 +120,10 @@ def _only(tensors: Tensors, needed: Sequence[bool]) -> list[Tensor]:
     return [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
 
 
-def _pulled(outputs: Tensors, inputs: Tensors, bars: Tensors, **options: bool) -> list[Tensor]:
-    """torch.autograd.grad, with zeros where no way leads from an output to an input."""
-    pairs = [(output, bar) for output, bar in zip(outputs, bars, strict=True) if output.requires_grad]
+def pulled(outputs: Tensors, inputs: Tensors, bars: Sequence[Tensor | None], **options: bool) -> list[Tensor]:
+    """torch.autograd.grad, with zeros where no way leads from an output to an input; a cotangent of zero may be None."""
+    both = zip(outputs, bars, strict=True)
+    pairs = [(output, bar) for output, bar in both if output.requires_grad and bar is not None]
     if not pairs or not inputs:
         return [torch.zeros_like(x) for x in inputs]
     ends, starts = zip(*pairs, strict=True)
@@ -402,10 +401,11 @@ for _kind in (_Solved, _Tangent, _Cotangent, _Second, _Mixed):
 
 def _apart(parts: Tensors) -> tuple[Tensor, ...]:
     """Each in memory of its own, which forward mode needs: a tangent is laid out as what it is the tangent of."""
-    return tuple(
-        part.clone(memory_format=torch.contiguous_format) if part._is_view() or not part.is_contiguous() else part
-        for part in parts
-    )
+    with few_threads_to_differentiate(parts):
+        return tuple(
+            part.clone(memory_format=torch.contiguous_format) if part._is_view() or not part.is_contiguous() else part
+            for part in parts
+        )
 
 
 def _is_reached(tensor: Tensor) -> bool:

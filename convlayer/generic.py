@@ -29,7 +29,7 @@ from convlayer.kkt import Visible, prefers_dense
 from convlayer.phase_one import nearest
 from convlayer.program import DENSE_ENTRIES, Data, Operators, Program
 from convlayer.recession import recedes
-from convlayer.residual import Scaling, largest, normalise, recentre
+from convlayer.residual import JUDGING, Scaling, largest, normalise, recentre, residual, term_sizes
 from convlayer.smoothing import smoothed as smoothed_zero
 from convlayer.solution import Cause, Status
 from convlayer.solvers.solver import Attempt, Inline, Points, in_threads, solve_batch
@@ -45,7 +45,7 @@ RUNAWAY = 1e6  # nor is an x that many times the size which the data suggest sol
 FAINT = 1e-3  # multipliers that are noise are smaller, in units where multipliers or costs are of size one
 BEYOND = 100 * math.log(10.0)  # of a unit's logarithm: beyond it products overflow
 SQUARED = 1e-7  # a pivot below this, and a row is not trusted to the program without its auxiliary variables
-ROUNDING = 1e-12  # a relative disagreement below this is not worth a word
+ROUNDING = 1e-12  # a relative residual, or disagreement, below this says nothing
 LARGE = 1_000_000  # numbers in dense matrices of a batch from which it is worked off in pieces,
 PIECE = 500_000  # of about so many (4 MB)
 FROM_START = -1  # the attempt before the first: Newton's method from a warm start, without a solver
@@ -80,6 +80,7 @@ class Call:
     exact: ConeDerivative = field(init=False)
     blank: Tensor = field(init=False)  # (B,) rows without any iterate
     agreement: Agreement | None = field(init=False, default=None)
+    stopped: Tensor | None = field(init=False, default=None)  # (B,) rows that a time limit ended; None: no row
 
     @cached_property
     def derivative(self) -> ConeDerivative:
@@ -342,6 +343,7 @@ def _solve(call: Call, data: Data, d: Tensor, batch: int) -> tuple[Tensor, Tenso
     call.iterations, call.attempt = spread(found.iterations, 0).cpu(), spread(found.attempt, 0).cpu()
     call.residual, call.degenerate = spread(found.residual, torch.nan).cpu(), spread(found.degenerate, False).cpu()
     call.margin = spread(found.margin, torch.nan).cpu()
+    call.stopped = spread(found.stopped, False).cpu() if bool(found.stopped.any()) else None
     return spread(found.x, 0.0), spread(found.s, 0.0), spread(found.y, 0.0), pieces
 
 
@@ -372,10 +374,10 @@ def _settled(call: Call, data: Data, start: tuple[Tensor, ...] | None) -> _Found
             found = _attempt(call, data, place, start)
             continue
         # What the polish could not settle may need a sharper start: a face is not told from its neighbours yet.
-        unsettled = _unsettled(found.status)
+        unsettled = _unsettled(found.status) & ~found.stopped
         if place - 1 == FROM_START or call.attempts[place - 1].solver.at_vertex:
             # A redundant constraint looks weakly active there, and is not where the multipliers are shared out.
-            unsettled = unsettled | found.degenerate
+            unsettled = unsettled | (found.degenerate & ~found.stopped)
         again = torch.nonzero(unsettled).flatten()
         if not len(again):
             break
@@ -418,6 +420,7 @@ class _Found:
     degenerate: Tensor
     margin: Tensor
     attempt: Tensor
+    stopped: Tensor  # by a time limit
     pieces: list[Piece]
 
     @classmethod
@@ -439,7 +442,9 @@ class _Found:
     def improved(self, rows: Tensor, other: _Found) -> _Found:
         """With another attempt at some rows, where it did better."""
         rank, other_rank = _rank(self.status[rows], self.degenerate[rows]), _rank(other.status, other.degenerate)
-        better = (other_rank < rank) | ((other_rank == rank) & (other.residual < self.residual[rows]))
+        # Of two that are solved the later one, which is no vertex, and not by a toss between their rounding errors.
+        closer = other.residual <= self.residual[rows].clamp(min=ROUNDING)
+        better = (other_rank < rank) | ((other_rank == rank) & closer)
         won, mine = rows[better], torch.ones_like(self.degenerate)
         mine[won] = False
         kept = {
@@ -449,7 +454,8 @@ class _Found:
         pieces = [piece.only(mine) for piece in self.pieces]
         pieces += [replace(piece.only(better), rows=rows[piece.rows]) for piece in other.pieces]
         iterations = self.iterations.index_add(0, rows, other.iterations)
-        return _Found(**kept, iterations=iterations, pieces=[piece for piece in pieces if len(piece.keep)])
+        stopped = self.stopped.index_put((rows,), other.stopped)
+        return _Found(**kept, iterations=iterations, stopped=stopped, pieces=[piece for piece in pieces if len(piece.keep)])
 
 
 def _rank(status: Tensor, degenerate: Tensor) -> Tensor:
@@ -479,10 +485,12 @@ def _attempt_in_units(
     else:
         point = solve_batch(*call.attempts[place], data, start, call.executor)
     status = point.status
-    usable = None
+    stopped = point.stopped
+    usable = None if stopped is None else ~stopped
     if not math.isfinite((point.x.sum() + point.s.sum() + point.y.sum()).item()):
-        usable = torch.isfinite(torch.cat([point.x, point.s, point.y], 1)).all(1)
-        status = torch.where(~usable & (status < Status.INFEASIBLE), int(Status.NOT_CONVERGED), status)
+        finite = torch.isfinite(torch.cat([point.x, point.s, point.y], 1)).all(1)
+        usable = finite if usable is None else finite & usable
+        status = torch.where(~finite & (status < Status.INFEASIBLE), int(Status.NOT_CONVERGED), status)
     hopeless = (status == Status.INFEASIBLE) | (status == Status.UNBOUNDED)
     refine = torch.arange(rows, device=device)
     if bool(hopeless.any()) or usable is not None:
@@ -506,26 +514,46 @@ def _attempt_in_units(
             found.zero.degenerate,
             found.zero.margin,
             attempt,
+            torch.zeros_like(found.zero.degenerate),
             pieces,
         )
     x, s, y = scaling.leave(point.x, point.s, point.y)
-    residual = torch.full((rows,), torch.nan, dtype=x.dtype, device=device)
+    sizes = torch.full((rows,), torch.nan, dtype=x.dtype, device=device)
     degenerate, status = torch.zeros(rows, dtype=torch.bool, device=device), status.clone()
-    margin = torch.full_like(residual, torch.nan)
+    margin = torch.full_like(sizes, torch.nan)
     iterations, pieces = point.iterations.clone(), []
     for part in refine.split(at_once) if len(refine) else ():
         start_x, start_s, start_y = (values[part] for values in (point.x, point.s, point.y))
         inner = None if eliminated is None else eliminated.only(part)
         units = scaling.rows(part)
         found = _refined(call, data.rows(part), units, start_x, start_s, start_y, dense, visible, place, inner)
-        status[part], residual[part], degenerate[part] = found.status, found.zero.residual, found.zero.degenerate
+        status[part], sizes[part], degenerate[part] = found.status, found.zero.residual, found.zero.degenerate
         margin[part] = found.zero.margin
         x[part], s[part], y[part] = found.x, found.s, found.y
         iterations[part] += found.zero.steps if place == FROM_START else 0
         if call.differentiable:
             pieces.append(Piece(part, found.zero.settled(), found.scaling, torch.arange(len(part), device=device)))
-    whole = _Found(x, s, y, status, iterations, residual, degenerate, margin, attempt, pieces)
-    return replace(whole, status=_refuted(data, scaling, status, point.y, whole, _precision(call)))
+    if stopped is None:
+        stopped = torch.zeros_like(degenerate)
+    else:
+        halted = torch.nonzero(stopped).flatten()
+        sizes[halted] = _residual_of(data.rows(halted), scaling.rows(halted), *(part[halted] for part in (x, s, y)))
+    whole = _Found(x, s, y, status, iterations, sizes, degenerate, margin, attempt, stopped, pieces)
+    return replace(whole, status=_refuted(data, scaling, status, point.y, whole, _precision(call), stopped))
+
+
+def _is_sharpest(call: Call, place: int) -> bool:
+    """No attempt is left that would start the polish nearer."""
+    solver, tolerance, _ = call.attempts[place]
+    return place == len(call.attempts) - 1 or (place > 0 and tolerance == solver.finest)
+
+
+def _residual_of(data: Data, scaling: Scaling, x: Tensor, s: Tensor, y: Tensor) -> Tensor:
+    """(rows,) relative KKT residual of points as a solver left them, in the original units; `data` in the scaling's."""
+    start = scaling.enter(x, s, y)
+    data, inner = recentre(data.widen(len(x)), scaling, start[0], start[2])
+    operators, point = Operators(data), inner.enter(x, s, y)
+    return residual(operators, *point, term_sizes(operators, *point, JUDGING))[2]
 
 
 class _Refined(NamedTuple):
@@ -554,7 +582,8 @@ def _refined(
     outer = scaling
     data, inner = recentre(data, scaling, x, y, visible.x)
     started = inner.enter(*outer.leave(x, s, y))
-    zero = polish(Operators(data, dense), *started, visible, inner.c, nearby=place != FROM_START)
+    # Where a sharper attempt is left, that is the cheaper second effort.
+    zero = polish(Operators(data, dense), *started, visible, inner.c, follow=_is_sharpest(call, place))
     zero = _judged(call, zero, inner, eliminated)
     status = _verdict(zero, call.tolerance)
     seen = zero.x * visible.x * (outer.rho / inner.rho)
@@ -639,17 +668,24 @@ def _claims_checked(data: Data, status: Tensor, x: Tensor, y: Tensor, precision:
 
 
 def _refuted(
-    data: Data, scaling: Scaling, status: Tensor, y: Tensor, found: _Found | _Refined, precision: float
+    data: Data,
+    scaling: Scaling,
+    status: Tensor,
+    y: Tensor,
+    found: _Found | _Refined,
+    precision: float,
+    stopped: Tensor | None = None,
 ) -> Tensor:
     """Rows that did not settle, INFEASIBLE where the multipliers that they ran off with prove it: the solver's y, or the polish's."""
     if not bool(status.any()):
         return status
     for candidate in (y, scaling.enter(found.x, found.s, found.y)[2]):
-        open_ = torch.nonzero(_unsettled(status)).flatten()
-        if not len(open_):
+        unsettled = _unsettled(status) if stopped is None else _unsettled(status) & ~stopped
+        rows = torch.nonzero(unsettled).flatten()
+        if not len(rows):
             break
-        proven = infeasible(data.rows(open_).widen(len(open_)), candidate[open_], precision)
-        status = status.index_fill(0, open_[proven], int(Status.INFEASIBLE))
+        proven = infeasible(data.rows(rows).widen(len(rows)), candidate[rows], precision)
+        status = status.index_fill(0, rows[proven], int(Status.INFEASIBLE))
     return status
 
 
@@ -658,7 +694,7 @@ def _with_a_feasible_point(call: Call, data: Data, found: _Found) -> _Found:
 
     Only with one is a row unbounded, along whose directions the objective falls; and costs hide a proof of infeasibility.
     """
-    rows = torch.nonzero(_unsettled(found.status) | (found.status == Status.UNBOUNDED)).flatten()
+    rows = torch.nonzero((_unsettled(found.status) & ~found.stopped) | (found.status == Status.UNBOUNDED)).flatten()
     if not len(rows):
         return found
     part, _ = normalise(data.rows(rows).widen(len(rows)))
@@ -672,7 +708,8 @@ def _with_a_feasible_point(call: Call, data: Data, found: _Found) -> _Found:
 def _running_off(data: Data, found: _Found) -> _Found:
     """Rows whose infimum is not attained, of those that the polish did not bring to rest."""
     restless = found.residual > SETTLED
-    rows = torch.nonzero(_unsettled(found.status) | ((found.status == Status.SOLVED) & restless)).flatten()
+    unsettled = _unsettled(found.status) & ~found.stopped
+    rows = torch.nonzero(unsettled | ((found.status == Status.SOLVED) & restless)).flatten()
     if not len(rows):
         return found
     part, scaling = normalise(data.rows(rows).widen(len(rows)))

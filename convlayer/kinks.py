@@ -95,6 +95,8 @@ def _factorised(zero: Zero, rows: Tensor, spectrum: ProductSpectrum, *, again: b
     known = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
     if isinstance(system, SparseSystem) and system.dense is not None:
         known[system.dense[0]] = False
+    if system.null_space is not None:
+        known[system.null_space.rows] = False
     n, m = zero.x.shape[1], zero.y.shape[1]
     # A variable that nothing holds is a null vector by itself.
     loose = torch.nonzero((~system.held).any(0)).flatten()

@@ -8,16 +8,20 @@ With DPi_K*(v) = U diag(d) U', the Jacobian of F reduces to
 Rows with d = 0 (inactive) leave the system, rows with d = 1 are equalities. `solve(a, c)` returns (w, e) with
 K (w, eta) = (a, sqrt(d) c) and e = sqrt(d) eta, both in U's coordinates: what Newton and the adjoint need of it.
 
-What is factored is K + delta diag(1, -1), which is quasidefinite and so never singular; iterative refinement against K removes
-the shift again. Where K itself is singular, its null space is found by inverse iteration with that factor, and the solution is the
-least-norm least-squares one. Such a row is flagged, unless the null space touches nothing that the user sees or moves (`Visible`):
-canonical auxiliaries that are free, or constraints that are redundant whatever the parameters, do no harm.
+What is factored is K + delta J with J = diag(1, -1), which is quasidefinite and so never singular; iterative refinement against K
+removes the shift again. Where K itself is singular, a right-hand side is taken out of the null space, and so is the solution. That
+needs no basis: K (x, y) = 0 means Px = 0, Bx = 0, B'y = 0 and (1 - d) y = 0, so that the null space is one of x beside one of y, and
+delta (K + delta J)^-1 J is one on it and shrinks all else. Whether a null vector touches something that the user sees or moves
+(`Visible`) two random vectors taken into the null space tell with probability one: canonical auxiliaries that are free, or constraints
+that are redundant whatever the parameters, do no harm. Any other such row is flagged, and its derivative is the least-norm
+least-squares one in the user's units: for that alone a basis is found, by inverse iteration, when it is asked for.
 """
 
 from __future__ import annotations
 
 import math
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -35,7 +39,14 @@ SHIFT = 1e-11  # delta, relative to the equilibrated matrix
 SPARSE_SHIFT = 1e-7  # without pivoting it must exceed the square root of the rounding error; refinement removes it
 SUSPECT = 1e-9  # a pivot below this may be the sign of a null vector
 NULL = 1e-12  # |K z| below this share of |z| (times the size) makes z one
+FEW = 16  # null vectors fewer than this are all found; of more,
+PROBES = 2  # so many random ones
+TOUCHED = 1e-7  # what an entry of a unit null vector above this stands for is not unique
+CLEAN = 1e-15  # |K z| below this share of |z|: z holds nothing else that matters
+NOTHING = 1e-14  # a part in the null space below this share of a vector is rounding
+WIDEST = 256  # null vectors in a sparse system's basis
 REFINEMENTS = 6
+EXACT = 1e-15  # relative residual at which a solve needs no further one
 STIFF = 1e-5  # a pivot, or the inverse of a probe's growth, below this: even Newton's solves are refined
 GMRES_CYCLES, GMRES_STEPS = 3, 20
 CERTIFIED = 1e-10  # relative residual that a solve must reach, or the row is flagged;
@@ -45,6 +56,7 @@ BACKWARD, GROWTH = (
 )  # or this share of the solution, provided that the solution is not larger than the right-hand side by GROWTH
 DENSE_RATE, DENSE_CALL = 5e9, 1e-5  # flops a second of batched LU, and seconds a row beside them; measured
 SPARSE_RATE, SPARSE_CALL = 1e9, 4e-5  # the same of sparse LDL'
+PIVOTED = 20  # so many sparse factorisations a step of Newton's method may cost, where they are not accurate
 
 
 class Visible(NamedTuple):
@@ -65,15 +77,17 @@ def dense_seconds(program: Program) -> float:
 def prefers_dense(program: Program) -> bool:
     """Whether dense batched LU is expected to cost less than sparse LDL'."""
     dense = dense_seconds(program)
-    return dense <= SPARSE_CALL or (
-        dense < math.inf and dense <= SPARSE_CALL + kkt_pattern(program).flops / SPARSE_RATE
-    )
+    return dense <= SPARSE_CALL or (dense < math.inf and dense <= _sparse_seconds(program))
 
 
 def system_seconds(program: Program) -> float:
     """Of a factorisation by the cheaper of the two, a row."""
     dense = dense_seconds(program)
-    return dense if dense <= SPARSE_CALL else min(dense, SPARSE_CALL + kkt_pattern(program).flops / SPARSE_RATE)
+    return dense if dense <= SPARSE_CALL else min(dense, _sparse_seconds(program))
+
+
+def _sparse_seconds(program: Program) -> float:
+    return SPARSE_CALL + kkt_pattern(program).flops / SPARSE_RATE
 
 
 def factorise(
@@ -85,7 +99,115 @@ def factorise(
     return SparseSystem(operators.data, spectrum, visible, units)
 
 
-class DenseSystem:
+class _System(ABC):
+    """What the dense and the sparse system do alike about null vectors."""
+
+    n: int
+    m: int
+    scale: Tensor  # of the equilibrated matrix
+    root: Tensor
+    spectrum: ProductSpectrum
+    units: Tensor | None
+    singular: Tensor  # (B,) a null vector touches what the user sees or moves
+    projector: _Projector | None = None  # of rows with few null vectors
+    null_space: _NullSpace | None = None  # of rows with many,
+    _ambiguous: tuple[Tensor, int] | None = None  # and those where one is visible, with about how many they have
+    _least_norm: _Projector | None = None
+
+    @property
+    @abstractmethod
+    def _size(self) -> int:
+        """Of the matrix."""
+
+    @property
+    @abstractmethod
+    def _all_scales(self) -> Tensor:
+        """(B, size) of the equilibrated matrix."""
+
+    def _scales(self, rows: Tensor) -> Tensor:
+        return self._all_scales[rows]
+
+    @abstractmethod
+    def _near(self, rows: Tensor) -> _NullSpace:
+        """What takes vectors of these rows into the null space."""
+
+    @abstractmethod
+    def _dual(self, rows: Tensor, eta: Tensor) -> Tensor:
+        """Null vectors' dual parts as the system holds them, (rows, ., k) -> those of y's rows, (rows, m, k), without the basis U."""
+
+    @abstractmethod
+    def _null_vectors(self, rows: Tensor, width: int) -> Tensor:
+        """Orthonormal null vectors of K among `width` Ritz vectors of inverse iteration, (rows, size, width); other columns are zero."""
+
+    def _look_for_null_vectors(self, suspects: Tensor, visible: Visible) -> None:
+        """Null vectors of the matrix for these rows: all of them where they are few."""
+        width = 1
+        while True:
+            width *= 4
+            vectors = self._null_vectors(suspects, min(width, self._size))
+            many = (vectors.abs().amax(1) > 0).all(1) & (width < self._size)
+            if width >= FEW or not bool(many.any()):
+                break
+        rows = suspects[~many]
+        if len(rows):
+            self.projector = _Projector(rows, self._scales(rows).unsqueeze(-1) * vectors[~many], self.units)
+            self.singular[rows] |= self._harmful(rows, self.projector.unit, visible)
+        if bool(many.any()):
+            self._look_beyond(suspects[many], visible)
+
+    def _look_beyond(self, rows: Tensor, visible: Visible) -> None:
+        """Whether one of many null vectors is visible."""
+        self.null_space = self._near(rows)
+        probe = torch.randn(self._size, PROBES, dtype=self.scale.dtype, generator=torch.Generator().manual_seed(0))
+        vectors, clean = self.null_space.part(probe.to(rows.device).expand(len(rows), -1, -1))
+        vectors = vectors * clean.unsqueeze(1)
+        unit = _normalised(self._scales(rows).unsqueeze(-1) * vectors, rows, self.units)
+        harmful = self._harmful(rows, unit, visible) | ~clean.any(1)
+        self.singular[rows] |= harmful
+        if bool(harmful.any()):
+            # A random vector's part in k dimensions has length sqrt(k).
+            self._ambiguous = rows[harmful], int(vectors[harmful].square().sum(1).max().item())
+
+    def _harmful(self, rows: Tensor, unit: Tensor, visible: Visible) -> Tensor:
+        """(rows,) whether unit null vectors (rows, size, k) touch what the user sees or moves."""
+        dual = self.spectrum.index_select(rows).from_basis(self._dual(rows, unit[:, self.n :]), columns=True)
+        primal = unit[:, : self.n]
+        parts = [primal[:, visible.x].flatten(1), dual[:, visible.y].flatten(1), primal.new_zeros(len(primal), 1)]
+        return torch.cat(parts, 1).abs().amax(1) > TOUCHED
+
+    def _entering(self, right: Tensor, newton: bool) -> Tensor:
+        """A right-hand side (B, size) in x's own units, without what no solution can meet."""
+        right = _off_null(self.projector, right, -1)
+        if not newton:
+            return _off_null(self._projector(), right, -1)
+        if self.null_space is None:
+            return right
+        return self.null_space.off(right * self._all_scales) / self._all_scales
+
+    def _leaving(self, solution: Tensor, newton: bool) -> Tensor:
+        """A solution (B, size) in x's own units, without what no right-hand side determines, where that matters."""
+        solution = _off_null(self.projector, solution, 1)
+        return solution if newton else _off_null(self._projector(), solution, 1)
+
+    def _projector(self) -> _Projector | None:
+        """Onto the complement of the null space, for rows of many null vectors of which some are visible."""
+        if self._least_norm is None and self._ambiguous is not None:
+            rows, dimension = self._ambiguous
+            limit, width = self._widest(), 2 * dimension + 8
+            while True:
+                width = min(width, limit)
+                vectors = self._null_vectors(rows, width)
+                if width == limit or not bool((vectors.abs().amax(1) > 0).all(1).any()):
+                    break
+                width *= 4
+            self._least_norm = _Projector(rows, self._scales(rows).unsqueeze(-1) * vectors, self.units)
+        return self._least_norm
+
+    def _widest(self) -> int:
+        return self._size
+
+
+class DenseSystem(_System):
     """Batched LU of the equilibrated matrix."""
 
     def __init__(self, operators: Operators, spectrum: ProductSpectrum, visible: Visible, units: Tensor | None):
@@ -98,7 +220,7 @@ class DenseSystem:
             if not spectrum.is_diagonal
             else A.expand(batch, -1, -1)
         )
-        self.n, self.m, self.spectrum = n, m, spectrum
+        self.n, self.m, self.spectrum, self.units = n, m, spectrum, units
         # The rows with d > 0, gathered to the front; a batch row with fewer is padded by rows with d = 0, which are decoupled.
         self.active = None if active == m else torch.topk((d > 0).to(torch.uint8), active, dim=1, sorted=True).indices
         if self.active is not None:
@@ -134,10 +256,9 @@ class DenseSystem:
         pivots = self.lu.diagonal(dim1=1, dim2=2).abs()
         smallest = self.smallest = pivots.amin(1) if size else pivots.new_ones(batch)
         self.stiff = bool((smallest <= STIFF).any())
-        self.projector: _Projector | None = None
         suspects = torch.nonzero((smallest <= SUSPECT) | (self._growth() >= 1 / SUSPECT)).flatten()
         if len(suspects):
-            self._find_null_space(suspects, visible, units)
+            self._look_for_null_vectors(suspects, visible)
 
     def _growth(self) -> Tensor:
         """(B,) by how much the factor enlarges a random vector. Where it divides by the shift and cancels again, no pivot is small."""
@@ -145,15 +266,16 @@ class DenseSystem:
         probe = probe.to(self.K.device).expand(len(self.K), -1, -1)
         return torch.linalg.lu_solve(self.lu, self.pivots, probe).norm(dim=1).squeeze(1)
 
-    def solve(self, a: Tensor, c: Tensor, *, refine: bool = True) -> tuple[Tensor, Tensor]:
-        """a (B, n), c (B, m) -> w (B, n), e (B, m); without `refine` to the accuracy of the shifted factor, for Newton."""
+    def solve(self, a: Tensor, c: Tensor, *, newton: bool = False) -> tuple[Tensor, Tensor]:
+        """a (B, n), c (B, m) -> w (B, n), e (B, m); for a step of Newton's method to the accuracy of the shifted factor, unless it is
+        stiff, and not of least norm in the user's units."""
         c_active = c if self.active is None else c.gather(1, self.active)
-        right = _off_null(self.projector, torch.cat([a * self.held, self.root * c_active], 1), -1)
+        right = self._entering(torch.cat([a * self.held, self.root * c_active], 1), newton)
         scaled = (right * self.scale).unsqueeze(-1)
         solution = torch.linalg.lu_solve(self.lu, self.pivots, scaled)
-        if refine and scaled.numel():
+        if scaled.numel() and (self.stiff or not newton):
             solution = self._refined(scaled, solution)
-        solution = _off_null(self.projector, solution.squeeze(-1) * self.scale, 1)
+        solution = self._leaving(solution.squeeze(-1) * self.scale, newton)
         w, eta = solution[:, : self.n], solution[:, self.n :] * self.root
         if self.active is not None:
             eta = c.new_zeros(len(c), self.m).scatter_(1, self.active, eta)
@@ -169,7 +291,7 @@ class DenseSystem:
             before, after = error.abs().amax(1, keepdim=True), trial_error.abs().amax(1, keepdim=True)
             better = after < before
             solution, error = torch.where(better, trial, solution), torch.where(better, trial_error, error)
-            if not bool((better & (after < 0.5 * before) & (after > 1e-15 * goal)).any()):
+            if not bool((better & (after < 0.5 * before) & (after > EXACT * goal)).any()):
                 break
         self.poor |= ~_solved_well(error.abs().amax(1), solution.abs().amax(1), goal.squeeze(1)).squeeze(1)
         return solution
@@ -178,26 +300,29 @@ class DenseSystem:
         """K x for x (B, size, k)."""
         return self.K @ x - self.shift.unsqueeze(-1) * x
 
-    def _find_null_space(self, rows: Tensor, visible: Visible, units: Tensor | None) -> None:
-        """Null vectors of the matrix in x's own units, for these rows."""
-        size, width = self.K.shape[1], 4
-        while True:
-            width = min(width, size)
-            vectors = self._null_vectors(rows, width)
-            if width == size or not bool((vectors.abs().amax(1) > 0).all(1).any()):
-                break
-            width *= 4
-        self.projector = _Projector(rows, self.scale[rows].unsqueeze(-1) * vectors, units)
-        unit = self.projector.unit
-        dual = unit[:, self.n :] * self.root[rows].unsqueeze(-1)
-        if self.active is not None:
-            place = self.active[rows].unsqueeze(-1).expand_as(dual)
-            dual = dual.new_zeros(len(rows), self.m, dual.shape[2]).scatter_(1, place, dual)
-        dual = self.spectrum.index_select(rows).from_basis(dual, columns=True)
-        self.singular[rows] |= _harmful(unit[:, : self.n], dual, visible)
+    def _near(self, rows: Tensor) -> _NullSpace:
+        K, lu, pivots = (part if len(rows) == len(part) else part[rows] for part in (self.K, self.lu, self.pivots))
+        shift = self.shift.unsqueeze(-1)
+        return _NullSpace(
+            rows, shift, lambda x: K @ x - shift * x, lambda x: torch.linalg.lu_solve(lu, pivots, x.contiguous())
+        )
+
+    @property
+    def _size(self) -> int:
+        return self.K.shape[1]
+
+    @property
+    def _all_scales(self) -> Tensor:
+        return self.scale
+
+    def _dual(self, rows: Tensor, eta: Tensor) -> Tensor:
+        dual = eta * self.root[rows].unsqueeze(-1)
+        if self.active is None:
+            return dual
+        place = self.active[rows].unsqueeze(-1).expand_as(dual)
+        return dual.new_zeros(len(rows), self.m, dual.shape[2]).scatter_(1, place, dual)
 
     def _null_vectors(self, rows: Tensor, width: int) -> Tensor:
-        """Orthonormal null vectors of K among `width` Ritz vectors of inverse iteration, (rows, size, width); other columns are zero."""
         K, lu, pivots = self.K[rows], self.lu[rows], self.pivots[rows]
         size = K.shape[1]
         basis = torch.randn(size, width, dtype=K.dtype, generator=torch.Generator().manual_seed(0))
@@ -255,15 +380,7 @@ def _solved_well(error: Tensor, solution: Tensor, right: Tensor) -> Tensor:
     return (error <= CERTIFIED * right) | stable
 
 
-def _harmful(primal: Tensor, dual: Tensor, visible: Visible) -> Tensor:
-    """(rows,) whether unit null vectors, (rows, n, k) and (rows, m, k), touch what the user sees or moves."""
-    touched = torch.cat(
-        [primal[:, visible.x].flatten(1), dual[:, visible.y].flatten(1), primal.new_zeros(len(primal), 1)], 1
-    )
-    return touched.abs().amax(1) > 1e-7
-
-
-class SparseSystem:
+class SparseSystem(_System):
     """Sparse LDL' of the equilibrated matrix, a factor for each row; the fill-reducing ordering is found once a program.
 
     All m rows of A stay in the pattern: inactive ones have a zero coupling and -1 on the diagonal.
@@ -273,14 +390,8 @@ class SparseSystem:
         pattern = kkt_pattern(data.program)
         d = spectrum.values
         batch, n, m = len(d), data.program.n, data.program.m
-        self.n, self.data, self.spectrum, self.visible, self.units, self.pattern = (
-            n,
-            data,
-            spectrum,
-            visible,
-            units,
-            pattern,
-        )
+        self.n, self.m, self.data, self.spectrum, self.pattern = n, m, data, spectrum, pattern
+        self.visible, self.units = visible, units
         self.dense: tuple[Tensor, DenseSystem] | None = None  # rows that need pivoting, and their system
         self.root = d.clamp(min=0).sqrt()
         E = pattern.rotated(data.A, spectrum) * self.root[:, pattern.E_rows]
@@ -308,7 +419,6 @@ class SparseSystem:
         weakref.finalize(self, pattern.release, self.factors).atexit = False
         self.singular = (visible.x & ~self.held).any(1)
         self.poor = torch.zeros_like(self.singular)
-        self.projector: _Projector | None = None
         self.active: Tensor | None = None  # all rows stay
         # Pivots tell nothing without pivoting; a null vector shows as a solution of size 1 / shift.
         probe = torch.randn(n + m, 1, dtype=d.dtype, generator=torch.Generator().manual_seed(0)).expand(-1, batch)
@@ -318,32 +428,34 @@ class SparseSystem:
         self.stiff = not bool((growth < 1 / STIFF).all())
         suspects = torch.nonzero(grows & ~self.broken).flatten()
         if len(suspects):
-            self._find_null_space(suspects, visible)
+            self._look_for_null_vectors(suspects, visible)
 
-    def solve(self, a: Tensor, c: Tensor, *, refine: bool = True) -> tuple[Tensor, Tensor]:
-        """a (B, n), c (B, m) -> w (B, n), e (B, m); without `refine` to six digits, for Newton."""
-        right = _off_null(self.projector, torch.cat([a * self.held, self.root * c], 1), -1)
+    def solve(self, a: Tensor, c: Tensor, *, newton: bool = False) -> tuple[Tensor, Tensor]:
+        """a (B, n), c (B, m) -> w (B, n), e (B, m); for a step of Newton's method to six digits, unless it is stiff, and not of
+        least norm in the user's units."""
+        right = self._entering(torch.cat([a * self.held, self.root * c], 1), newton)
         scaled = right.mT * self.scale
-        if refine or self.stiff:
-            accuracy = 1e-15 if refine else 1e-6
-            solution, poor = self._refined(scaled, accuracy)
+        if self.stiff or not newton:
+            solution, poor = self._refined(scaled)
             for row in torch.nonzero(poor & ~self.broken).flatten().tolist():
                 found, good = _gmres(self._matrix(row), self.factors[row].solve, scaled[:, row].numpy())
                 solution[:, row], poor[row] = torch.from_numpy(found), not good
         else:
             solution, poor = self._back_substitute(scaled), self.broken
-        solution = _off_null(self.projector, (solution * self.scale).mT, 1)
+        solution = self._leaving((solution * self.scale).mT, newton)
+        if newton and dense_seconds(self.data.program) > PIVOTED * _sparse_seconds(self.data.program):
+            poor = self.broken  # as good a step as there is: the residual judges where it leads
         w, e = solution[:, : self.n], solution[:, self.n :] * self.root
-        return self._pivoted(torch.nonzero(poor).flatten(), a, c, w, e) if bool(poor.any()) else (w, e)
+        return self._pivoted(torch.nonzero(poor).flatten(), a, c, w, e, newton) if bool(poor.any()) else (w, e)
 
-    def _refined(self, right: Tensor, accuracy: float) -> tuple[Tensor, Tensor]:
+    def _refined(self, right: Tensor) -> tuple[Tensor, Tensor]:
         """Iterative refinement against K itself: the solution, (size, B), and which rows stay inaccurate."""
         goal = right.abs().amax(0) if len(right) else right.new_zeros(right.shape[1])
         solution = self._back_substitute(right)
         error = right - self._product(solution)
         for _ in range(5 * REFINEMENTS):
             before = error.abs().amax(0) if len(right) else goal
-            if not bool((before > accuracy * goal).any()):
+            if not bool((before > EXACT * goal).any()):
                 break
             trial = solution + self._back_substitute(error)
             trial_error = right - self._product(trial)
@@ -355,14 +467,14 @@ class SparseSystem:
         if not len(right):
             return solution, self.broken
         size = error.abs().amax(0)
-        return solution, ~((size <= accuracy * goal) | _solved_well(size, solution.abs().amax(0), goal)) | self.broken
+        return solution, ~((size <= EXACT * goal) | _solved_well(size, solution.abs().amax(0), goal)) | self.broken
 
     def _matrix(self, row: int) -> sp.csr_array:
         """K of one row, both triangles."""
         upper = self.pattern.matrix(self.K[:, row].numpy().copy())
         return sp.csr_array(upper + sp.triu(upper, 1).T)
 
-    def _pivoted(self, rows: Tensor, a: Tensor, c: Tensor, w: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+    def _pivoted(self, rows: Tensor, a: Tensor, c: Tensor, w: Tensor, e: Tensor, newton: bool) -> tuple[Tensor, Tensor]:
         """Rows for which LDL' without pivoting is not accurate enough: dense LU, if that fits; otherwise flagged."""
         if (self.n + self.data.program.m) ** 2 > 4 * DENSE_ENTRIES:
             self.poor[rows] = True
@@ -371,7 +483,7 @@ class SparseSystem:
             units = None if self.units is None else take_rows(self.units, rows)
             operators = Operators(self.data.rows(rows), dense=True)
             self.dense = rows, DenseSystem(operators, self.spectrum.index_select(rows), self.visible, units)
-        w_rows, e_rows = self.dense[1].solve(a[rows], c[rows])
+        w_rows, e_rows = self.dense[1].solve(a[rows], c[rows], newton=newton)
         self.singular[rows], self.poor[rows] = self.dense[1].singular, self.dense[1].poor
         return w.index_copy(0, rows, w_rows), e.index_copy(0, rows, e_rows)
 
@@ -404,32 +516,105 @@ class SparseSystem:
         ]
         return torch.from_numpy(np.array(solved)).mT
 
-    def _find_null_space(self, suspects: Tensor, visible: Visible) -> None:
-        """Null vectors of the matrix in x's own units, for these rows."""
-        size, count, width = len(self.scale), len(suspects), 4
-        generator = torch.Generator().manual_seed(0)
-        while True:
-            width = min(width, size)
-            basis = torch.randn(size, width, dtype=torch.float64, generator=generator).expand(count, -1, -1)
-            basis = self._solve_columns(suspects, basis)
-            for _ in range(3):
-                # z - (K + shift)^-1 K z takes z's other parts away: inverse iteration that corrects its own rounding.
-                basis, _ = torch.linalg.qr(basis)
-                basis = basis - self._solve_columns(suspects, self._image(suspects, basis))
+    def _near(self, rows: Tensor) -> _NullSpace:
+        shift = torch.full((len(self.scale), 1), SPARSE_SHIFT, dtype=self.scale.dtype)
+        shift[self.n :] = -SPARSE_SHIFT
+
+        def exact(row: int, right: Tensor) -> Tensor:
+            k = int(rows[row])
+            return torch.from_numpy(_gmres(self._matrix(k), self.factors[k].solve, right.numpy())[0])
+
+        return _NullSpace(rows, shift, lambda x: self._image(rows, x), lambda x: self._solve_columns(rows, x), exact)
+
+    @property
+    def _size(self) -> int:
+        return len(self.scale)
+
+    @property
+    def _all_scales(self) -> Tensor:
+        return self.scale.mT
+
+    def _dual(self, rows: Tensor, eta: Tensor) -> Tensor:
+        return self.root[rows].unsqueeze(-1) * eta
+
+    def _widest(self) -> int:
+        return min(self._size, WIDEST)
+
+    def _null_vectors(self, rows: Tensor, width: int) -> Tensor:
+        size = len(self.scale)
+        basis = torch.randn(size, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        basis = self._solve_columns(rows, basis.expand(len(rows), -1, -1))
+        for _ in range(3):
+            # z - (K + shift)^-1 K z takes z's other parts away: inverse iteration that corrects its own rounding.
             basis, _ = torch.linalg.qr(basis)
-            _, values, mixing = torch.linalg.svd(self._image(suspects, basis), full_matrices=False)
-            zero = values <= NULL * size**0.5
-            if width == size or width >= 256 or not bool(zero.all(1).any()):
+            basis = basis - self._solve_columns(rows, self._image(rows, basis))
+        basis, _ = torch.linalg.qr(basis)
+        _, values, mixing = torch.linalg.svd(self._image(rows, basis), full_matrices=False)
+        zero = values <= NULL * size**0.5
+        return torch.where(zero.unsqueeze(1), basis @ mixing.mT, 0.0)
+
+
+class _NullSpace:
+    """The null space of K for some rows of a batch, without a basis.
+
+    With J = diag(1, -1) the map  delta (K + delta J)^-1 J = 1 - (K + delta J)^-1 K  is one on it and shrinks every other part.
+    """
+
+    def __init__(
+        self,
+        rows: Tensor,
+        shift: Tensor,  # (size, 1) delta J
+        image: Callable[[Tensor], Tensor],  # K x, for x (rows, size, k)
+        solve: Callable[[Tensor], Tensor],  # (K + delta J)^-1 x
+        exact: Callable[[int, Tensor], Tensor] | None = None,  # K^+ in K's range, of one row
+    ):
+        self.rows, self.size = rows, len(shift)
+        self._shift, self._image, self._solve, self._exact = shift, image, solve, exact
+
+    def part(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(the part of x (rows, size, k) in the null space, which of its columns (rows, k) are nothing but null vectors)."""
+        least = NOTHING * x.norm(dim=1)
+        part = self._solve(self._shift * x)
+        image = self._image(part)
+        for _ in range(5 * REFINEMENTS):
+            before = image.norm(dim=1)
+            if bool(((before <= CLEAN * part.norm(dim=1)) | (part.norm(dim=1) <= least)).all()):
                 break
-            width *= 4
-        self.singular[suspects] |= zero.all(1) & (width < size)  # more of them than were looked for
-        vectors = torch.where(zero.unsqueeze(1), basis @ mixing.mT, 0.0)
-        self.projector = _Projector(suspects, self.scale.mT[suspects].unsqueeze(-1) * vectors, self.units)
-        null = self.projector.unit
-        dual = self.spectrum.index_select(suspects).from_basis(
-            self.root[suspects].unsqueeze(-1) * null[:, self.n :], columns=True
-        )
-        self.singular[suspects] |= _harmful(null[:, : self.n], dual, visible)
+            trial = part - self._solve(image)
+            trial_image = self._image(trial)
+            better = trial_image.norm(dim=1) < 0.9 * before
+            if not bool(better.any()):
+                break
+            part, image = (
+                torch.where(better.unsqueeze(1), new, old) for new, old in ((trial, part), (trial_image, image))
+            )
+        clean = self._is_clean(part, image)
+        if self._exact is not None:
+            for row, column in torch.nonzero(~clean & (part.norm(dim=1) > least)).tolist():
+                part[row, :, column] -= self._exact(row, image[row, :, column])
+            clean = clean if bool(clean.all()) else self._is_clean(part, self._image(part))
+        return part, clean & (part.norm(dim=1) > least)
+
+    def off(self, vector: Tensor) -> Tensor:
+        """(B, size) without these rows' parts in the null space."""
+        rest = vector[self.rows].unsqueeze(-1)
+        for _ in range(3):  # what rounding leaves of a part, the factor of the shifted matrix would make large again
+            part, clean = self.part(rest)
+            if not bool(clean.any()):
+                break
+            rest = rest - part * clean.unsqueeze(1)
+        return vector.index_copy(0, self.rows, rest.squeeze(-1))
+
+    def _is_clean(self, part: Tensor, image: Tensor) -> Tensor:
+        return image.norm(dim=1) <= NULL * self.size**0.5 * part.norm(dim=1)
+
+
+def _normalised(vectors: Tensor, rows: Tensor, units: Tensor | None) -> Tensor:
+    """Vectors (rows, size, k) in x's own units as unit vectors in the user's; zeros stay zeros."""
+    if units is not None:
+        vectors = vectors.clone()
+        vectors[:, : units.shape[1]] *= take_rows(units, rows).unsqueeze(-1)
+    return vectors / vectors.norm(dim=1, keepdim=True).clamp(min=1e-300)
 
 
 class _Projector:
@@ -442,8 +627,7 @@ class _Projector:
         self.units = null.new_ones(null.shape[:2])
         if units is not None:
             self.units[:, : units.shape[1]] = take_rows(units, rows)
-        null = self.units.unsqueeze(-1) * null
-        self.unit = null / null.norm(dim=1, keepdim=True).clamp(min=1e-300)
+        self.unit = _normalised(null, rows, units)
         self.dual = self.unit @ torch.linalg.pinv(self.unit.mT @ self.unit, hermitian=True)
 
     def __call__(self, vector: Tensor, power: int) -> Tensor:

@@ -7,7 +7,6 @@ import math
 import threading
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,7 +32,7 @@ from convlayer.hashing import digest
 from convlayer.normal_form import normal_form
 from convlayer.notices import tell
 from convlayer.program import take_rows
-from convlayer.rows import Rows, aliases, flatten_batch, no_autocast, put, shaped, spread
+from convlayer.rows import Rows, flatten_batch, leaves_of, no_autocast, put, shaped, spread
 from convlayer.shifts import Shifts
 from convlayer.solution import (
     AccuracyWarning,
@@ -49,13 +48,11 @@ from convlayer.solvers import SOLVERS, Attempt, Solver
 from convlayer.specialised import Specialised
 from convlayer.starts import Starts
 from convlayer.structures import STRUCTURES
-from convlayer.threads import one_thread
+from convlayer.threads import few_threads, one_thread
 from convlayer.verification import Verification, not_compared, verify
 
 TOLERANCE = 1e-8
 ROUNDINGS, COARSEST = 8, 1e-6  # the tolerance is at least so many roundings of the parameters, up to this
-TINY = 2_000  # numbers for which torch takes one thread of itself
-SMALL = 50_000_000  # numbers that one thread checks in less time than a second one may take to come
 _warning = threading.Lock()
 BY_SOLVER = "you named a solver, or its options"
 NO_SCRIPT = (
@@ -458,7 +455,7 @@ class ConvexLayer(torch.nn.Module):
     def _run(self, tensors: tuple[Tensor, ...], how: _How) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Rows]:
         """The outputs; with `everything` the objective too, and status, iterations, residual, degenerate and margin of the rows."""
         if not is_transformed(tensors):
-            rows = self._solved(aliases(tensors), how)
+            rows = self._solved(leaves_of(tensors), how)
             return rows.leave(tensors), rows.table() if how.everything else (), rows
         if how.ids is not None or how.warm_start is not None:
             raise RuntimeError(
@@ -487,8 +484,8 @@ class ConvexLayer(torch.nn.Module):
         """Check, and solve on the chosen path."""
         dtype, device, batch = self._check_tensors(tensors)
         size = math.prod(batch)
-        with no_autocast(device):
-            values = [flatten_batch(t, p, batch) for t, p in zip(tensors, self._declared.parameters, strict=True)]
+        values = [flatten_batch(t, p, batch) for t, p in zip(tensors, self._declared.parameters, strict=True)]
+        with no_autocast(device), few_threads(self._operations(values)):
             vouched = frozenset() if self._specialised is None else self._specialised.match.vouches
             bad, details = self._checked(values, size, batch, vouched)
             keys = None if how.ids is None else _keys(how.ids, batch)
@@ -506,12 +503,18 @@ class ConvexLayer(torch.nn.Module):
             if self.on_failure in CLOSEST and rows.status is not None:
                 self._relax(rows, values, size, how.everything)
             rows.outputs = [shaped(o, dtype, device, batch, size) for o in rows.outputs]
-        details = {**rows.details, **details}
-        rows.batch, rows.dtype, rows.device = batch, dtype, device
-        rows.leaves, rows.parameters = tensors, self._declared.parameters
-        rows.versions = tuple(output._version for output in rows.outputs if output.requires_grad)
-        self._judge(rows, details)
+            details = {**rows.details, **details}
+            rows.batch, rows.dtype, rows.device = batch, dtype, device
+            rows.leaves, rows.parameters = tensors, self._declared.parameters
+            rows.versions = tuple(output._version for output in rows.outputs if output.requires_grad)
+            self._judge(rows, details)
         return rows
+
+    def _operations(self, values: list[Tensor]) -> float:
+        """Of a call, but for what the cone program does on its own threads."""
+        numbers = float(sum(value.numel() for value in values))
+        rows = max((value.shape[0] for value in values), default=1)
+        return numbers if self._specialised is None else numbers + self._specialised.operations(rows)
 
     def _solve_generic(
         self,
@@ -580,7 +583,7 @@ class ConvexLayer(torch.nn.Module):
             call.iterate,
             [*_notes(attempts, call.attempt), *_put_together(call.agreement)],
             warned=True,
-            details=_in_words(call.agreement, coarsest),
+            details={**_in_words(call.agreement, coarsest), **_stopped(call)},
         )
 
     def _thetas(self, values: Sequence[Tensor], device: torch.device) -> list[Tensor]:
@@ -725,8 +728,7 @@ class ConvexLayer(torch.nn.Module):
         Of those `vouched` for, the kernel sees whether they are semidefinite.
         """
         found: list[tuple[Tensor, str]] = []
-        numbers = sum(value.numel() for value in values)
-        with torch.no_grad(), one_thread() if TINY < numbers <= SMALL else nullcontext():
+        with torch.no_grad(), few_threads(sum(value.numel() for value in values)):
             for k, (value, parameter) in enumerate(zip(values, self._declared.parameters, strict=True)):
                 declared = self._domains[k]
                 look = declared - {"PSD"} | {"symmetric"} if k in vouched else declared
@@ -862,6 +864,13 @@ def _put_together(agreement: Agreement | None) -> list[tuple[Tensor, str]]:
         "equalities that depend on each other differed by rounding; solved with the least change that makes them agree"
     )
     return [(rows, what)] if len(rows) else []
+
+
+def _stopped(call: Call) -> dict[int, str]:
+    """Why rows have not converged that were not given the time."""
+    rows = [] if call.stopped is None else torch.nonzero(call.stopped & (call.status == Status.NOT_CONVERGED)).flatten().tolist()
+    what = "The solver's time limit ended it before it had converged; it was not tried again, and its last point was not improved."
+    return dict.fromkeys(rows, what)
 
 
 def _in_words(agreement: Agreement | None, dtype: torch.dtype) -> dict[int, str]:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from convlayer.threads import one_thread
-
-SMALL = 1_000_000  # numbers that a backward reads, up to which it runs on one thread
+from convlayer.threads import few_threads_to_differentiate
 
 
 class Once(torch.autograd.Function):
@@ -49,8 +46,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(backward)
     def guarded(ctx: Any, *bars: Tensor | None) -> Any:
         ctx = _Read(ctx)
-        small = sum(saved.numel() for saved in ctx.saved_tensors if saved is not None) < SMALL
-        with torch.no_grad(), one_thread() if small else nullcontext():
+        with torch.no_grad(), few_threads_to_differentiate(ctx.saved_tensors):
             results = backward(ctx, *bars)
         sources = [bar for bar in bars if bar is not None and bar.requires_grad]
         if not torch.is_grad_enabled() or not sources:

@@ -17,11 +17,12 @@ import cvxpy as cp
 import torch
 from torch import Tensor
 
-from convlayer.derivative import Local, Point, Recorded, is_transformed, pulled_back
+from convlayer.derivative import Local, Point, Recorded, is_transformed, pulled, pulled_back
 from convlayer.kernels.answer import Answer
 from convlayer.shifts import Shifts
 from convlayer.solution import Cause, Status
 from convlayer.specialised import without
+from convlayer.threads import few_threads_to_differentiate
 
 
 @dataclass(eq=False)
@@ -66,7 +67,7 @@ class Rows:
     def leave(self, thetas: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The outputs, through the gate if they are differentiable."""
         if any(output.requires_grad for output in self.outputs):
-            return _Gate.apply(self, len(self.outputs), *self.outputs, *thetas)
+            return _Gate.apply(self, *thetas)
         return tuple(self.filled)
 
     def table(self) -> tuple[Tensor, ...]:
@@ -227,42 +228,27 @@ def put(outputs: Sequence[Tensor], rows: Tensor, theirs: Sequence[Tensor], size:
     ]
 
 
-def aliases(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The same tensors, none of which leads back to another: a parameter may have been made from another one.
-
-    And every output depends on every parameter, if with a gradient of zero.
-    """
-    if not torch.is_grad_enabled():
-        return tensors
-    wanted = [isinstance(t, Tensor) and t.requires_grad for t in tensors]
-    if not any(wanted):
-        return tensors
-    aliases = iter(_Alias.apply(*(t for t, want in zip(tensors, wanted, strict=True) if want)))
-    return tuple(next(aliases) if want else t for t, want in zip(tensors, wanted, strict=True))
-
-
-class _Alias(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *tensors: Tensor):
-        return tuple(t.view_as(t) for t in tensors)
-
-    @staticmethod
-    def backward(ctx, *bars: Tensor):
-        return bars
+def leaves_of(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The same tensors as leaves of a graph of the layer's own, to be differentiated as they are."""
+    recorded = torch.is_grad_enabled()
+    return tuple(
+        t.detach().requires_grad_(recorded and t.requires_grad) if isinstance(t, Tensor) else t for t in tensors
+    )
 
 
 class _Gate(torch.autograd.Function):
-    """(rows, how many outputs, *outputs, *parameters) -> the outputs, NaN in rows that are to be empty.
+    """(rows, *parameters) -> the outputs, NaN in rows that are to be empty.
 
-    Cotangents pass to the outputs as `Rows.guard` lets them. Where their own derivative is wanted (create_graph=True) they are pulled
-    back to the parameters here, by a function that has one; then nothing passes.
+    Cotangents pass as `Rows.guard` lets them into the graph that was recorded between leaves and outputs, which is of the layer's own
+    so that all of it can run on one thread. Where their own derivative is wanted (create_graph=True) they are pulled back by a
+    function that has one.
     """
 
     @staticmethod
-    def forward(ctx, rows: Rows, count: int, *tensors: Tensor):
-        ctx.rows, ctx.count = rows, count
+    def forward(ctx, rows: Rows, *thetas: Tensor):
+        ctx.rows = rows
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors[count:])
+        ctx.save_for_backward(*thetas)
         return tuple(rows.filled)
 
     @staticmethod
@@ -272,15 +258,18 @@ class _Gate(torch.autograd.Function):
                 "A layer does not take torch's old vmap (is_grads_batched=True, vectorize=True, check_batched_grad=True): use torch.func.jacrev, "
                 "or torch.func.vmap over torch.autograd.grad."
             )
-        rows, thetas = ctx.rows, ctx.saved_tensors
-        if not (torch.is_grad_enabled() or is_transformed(bars)) or not thetas:
-            return None, None, *rows.guard(bars), *(None for _ in thetas)
+        rows, thetas, needed = ctx.rows, ctx.saved_tensors, ctx.needs_input_grad[1:]
+        if not (torch.is_grad_enabled() or is_transformed(bars)):
+            wanted = [leaf for leaf, need in zip(rows.leaves, needed, strict=True) if need]
+            keep = torch._C._autograd._get_current_graph_task_keep_graph()
+            with few_threads_to_differentiate([*thetas, *rows.outputs]):
+                found = iter(pulled(rows.outputs, wanted, rows.guard(bars), retain_graph=keep))
+            return None, *(next(found) if need else None for need in needed)
         given = [
             torch.zeros_like(output) if bar is None else bar for bar, output in zip(bars, rows.outputs, strict=True)
         ]
         point = Point([len(p.shape) for p in rows.parameters], local=rows.local)
-        needed = ctx.needs_input_grad[2 + ctx.count :]
-        return None, None, *(None for _ in bars), *pulled_back(point, thetas, rows.filled[0], given, needed)
+        return None, *pulled_back(point, thetas, rows.filled[0], given, needed)
 
 
 def flatten_batch(tensor: Tensor, parameter: cp.Parameter, batch: tuple[int, ...]) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import cvxpy as cp
@@ -18,9 +17,6 @@ from convlayer.kernels.answer import Answer
 from convlayer.normal_form import NormalForm, Weighted
 from convlayer.spelling import short
 from convlayer.structures import Match, MismatchError
-from convlayer.threads import one_thread
-
-SMALL = 5e7  # flops, or bytes, of a call up to which the kernel runs on one thread
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,12 +70,14 @@ class Specialised:
         if bad is not None:
             values = list(_Replaced.apply(bad, *values))
         values = self._entering(values, dtype)
-        cost, rows = self.match.cost, max((v.shape[0] for v in values), default=1)
-        small = cost is None or rows * max(cost.flops, cost.bytes) < SMALL
-        with one_thread() if small else nullcontext():
-            answer = self._run(values, _like(values, dtype))
+        answer = self._run(values, _like(values, dtype))
         outputs = [output.value(answer.outputs, self._kept) for output in self._outputs]
         return answer, [_attached(output, values) for output in outputs], values
+
+    def operations(self, rows: int) -> float:
+        """Flops, or bytes moved, of so many rows."""
+        cost = self.match.cost
+        return 0.0 if cost is None else rows * max(cost.flops, cost.bytes)
 
     def again(self, values: list[Tensor], answer: Answer, dtype: torch.dtype, everything: bool) -> list[Tensor]:
         """The variables, and the objective with `everything`, as functions of the values that are twice differentiable."""

@@ -7,6 +7,7 @@ ends (torch 2.13 with MKL). OpenMP's own setting is the calling thread's, and co
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
@@ -14,6 +15,8 @@ import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
+SMALL = 5e7  # operations of a call up to which it runs on one thread: less time than a second one may take to come
+A_NUMBER = 50  # operations, at most, of a derivative for each number that it reads
 WORTH_SHARING = 1e9  # flops of one operation from which more than one torch thread pays
 _own = threading.local()  # .counts: what one_thread found
 
@@ -41,6 +44,16 @@ class one_thread:  # noqa: N801
         _own.counts = self._outer
         for library, count in zip(_libraries(), self._before, strict=True):
             library.set_num_threads(count)
+
+
+def few_threads(operations: float) -> AbstractContextManager:
+    """One thread for work of no more than SMALL operations: flops, or numbers read. The whole of the library's measure of that."""
+    return one_thread() if operations <= SMALL else nullcontext()
+
+
+def few_threads_to_differentiate(tensors: Iterable[Tensor | None]) -> AbstractContextManager:
+    """The same for a derivative that reads these."""
+    return few_threads(A_NUMBER * sum(tensor.numel() for tensor in tensors if tensor is not None))
 
 
 class _Shared:

@@ -15,7 +15,7 @@ import scipy.sparse as sp
 
 from convlayer.program import Program
 from convlayer.solution import Status
-from convlayer.solvers.solver import Iterate, Solver, Task
+from convlayer.solvers.solver import SHORT, Iterate, Solver, Task, interrupted
 
 STATUS = {
     "Solved": Status.SOLVED,
@@ -58,7 +58,7 @@ class Clarabel(Solver):
         solver, iterates = None, []
         for row in range(len(task)):
             solver = self._load(solver, task, row, cones, settings)
-            iterates.append(_iterate(solver.solve(), task.program))
+            iterates.append(_iterate(solver.solve(), settings.time_limit))
         return iterates
 
     def _settings(self, tolerance: float, options: Mapping[str, Any]) -> clarabel.DefaultSettings:
@@ -86,9 +86,14 @@ class Clarabel(Solver):
             else:
                 solver.update(P=P, q=q, A=A, b=b)
             return solver
-        return clarabel.DefaultSolver(*task.matrices(row), cones, settings)
+        solver = clarabel.DefaultSolver(*task.matrices(row), cones, settings)
+        if task.program.n + task.program.m > SHORT:
+            solver.set_termination_callback(lambda _: interrupted())
+        return solver
 
 
-def _iterate(result, program: Program) -> Iterate:
+def _iterate(result, time_limit: float) -> Iterate:
     status = STATUS.get(str(result.status), Status.NOT_CONVERGED)
-    return Iterate(np.array(result.x), np.array(result.s), np.array(result.z), status, int(result.iterations))
+    stopped = status in (Status.INACCURATE, Status.NOT_CONVERGED) and result.solve_time >= time_limit
+    x, s, y = (np.array(part) for part in (result.x, result.s, result.z))
+    return Iterate(x, s, y, Status.NOT_CONVERGED if stopped else status, int(result.iterations), stopped)

@@ -93,7 +93,8 @@ def _blank(batch: int, n: int, m: int, device: torch.device) -> Points:
 
 def _put(answer: Points, index: Tensor, other: Points) -> None:
     for kept, part in zip(answer, other, strict=True):
-        kept[index] = part
+        if kept is not None and part is not None:
+            kept[index] = part
 
 
 def solve_data(data: Data, tolerance: float, limit: int = ITERATIONS) -> Points:

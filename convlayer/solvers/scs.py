@@ -99,4 +99,7 @@ def _iterate(result: dict[str, Any], order: np.ndarray) -> Iterate:
     s, y = np.empty_like(result["s"]), np.empty_like(result["y"])
     s[order], y[order] = result["s"], result["y"]
     info = result["info"]
-    return Iterate(result["x"], s, y, STATUS.get(info["status_val"], Status.NOT_CONVERGED), int(info["iter"]))
+    if info["status_val"] == scs.SIGINT:  # it hears Ctrl-C itself, and Python does not
+        raise KeyboardInterrupt
+    status, stopped = STATUS.get(info["status_val"], Status.NOT_CONVERGED), "time_limit" in info["status"]
+    return Iterate(result["x"], s, y, Status.NOT_CONVERGED if stopped else status, int(info["iter"]), stopped)

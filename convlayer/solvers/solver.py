@@ -7,6 +7,7 @@ It must be picklable if the executor's workers are other processes or machines.
 from __future__ import annotations
 
 import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor
@@ -24,6 +25,7 @@ from convlayer.program import Data, Program
 from convlayer.solution import Status
 from convlayer.threads import one_thread
 
+SHORT = 300  # unknowns and rows of a program up to which a solve is over before an interrupt could be heard
 FEW = 32  # rows a worker, below which setting up a second task costs more than it balances
 
 
@@ -40,6 +42,7 @@ class Iterate:
     y: np.ndarray  # (m,) in K*
     status: Status
     iterations: int
+    stopped: bool = False  # by a time limit: the row is not tried again
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +141,39 @@ class Inline(Executor):
         return map(function, *iterables)
 
 
+_own = threading.local()  # .interrupted: set where the caller of this thread's work no longer waits for it
+
+
+def interrupted() -> bool:
+    """Whether whoever waits for this thread's work has stopped to: a solver that is asked between iterations may end."""
+    event = getattr(_own, "interrupted", None)
+    return event is not None and event.is_set()
+
+
+def _watched(event: threading.Event, function: Callable[[Any], Any], item: Any) -> Any:
+    _own.interrupted = event
+    try:
+        return function(item)
+    finally:
+        _own.interrupted = None
+
+
+def _in_pool(executor: ThreadPoolExecutor, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """The function of every item, by the pool's threads. The calling one waits, and so it hears Ctrl-C at once, where compiled code
+    would keep it from that; the work is then told to stop, and a pool of ours that is still busy with it is left to itself."""
+    event = threading.Event()
+    futures = [executor.submit(_watched, event, function, item) for item in items]
+    try:
+        return [future.result() for future in futures]
+    except BaseException as error:
+        event.set()
+        for future in futures:
+            future.cancel()
+        if isinstance(error, KeyboardInterrupt) and executor is default_executor():
+            default_executor.cache_clear()
+        raise
+
+
 def in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
     """Small torch work on each item, one torch thread each, on all cores."""
 
@@ -145,7 +181,7 @@ def in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any
         with torch.no_grad(), one_thread():
             return function(item)
 
-    return list(map(alone, items)) if len(items) < 2 else list(default_executor().map(alone, items))
+    return list(map(alone, items)) if len(items) < 2 else _in_pool(default_executor(), alone, items)
 
 
 def workers_of(executor: Executor) -> int:
@@ -158,6 +194,8 @@ def workers_of(executor: Executor) -> int:
 def _dealt(executor: Executor, solver: Solver, tasks: Sequence[Task]) -> list[list[Iterate]]:
     """Every task solved by the executor's workers, in order."""
     try:
+        if isinstance(executor, ThreadPoolExecutor):
+            return _in_pool(executor, solver.solve, tasks)
         return list(executor.map(solver.solve, tasks))
     except BrokenExecutor as error:
         raise BrokenExecutor(
@@ -180,6 +218,7 @@ class Points(NamedTuple):
     y: Tensor  # (B, m)
     status: Tensor  # (B,)
     iterations: Tensor  # (B,)
+    stopped: Tensor | None = None  # (B,) by a time limit; None: no row
 
     @classmethod
     def stacked(cls, iterates: list[Iterate], program: Program) -> Points:
@@ -190,7 +229,8 @@ class Points(NamedTuple):
             for name, size in (("x", program.n), ("s", program.m), ("y", program.m))
         )
         status, iterations = (torch.tensor([int(getattr(it, k)) for it in iterates]) for k in ("status", "iterations"))
-        return cls(x, s, y, status, iterations)
+        stopped = torch.tensor([it.stopped for it in iterates], dtype=torch.bool)
+        return cls(x, s, y, status, iterations, stopped if bool(stopped.any()) else None)
 
 
 def solve_batch(
@@ -209,8 +249,12 @@ def solve_batch(
     executor = executor or default_executor()
     workers = workers_of(executor)
     # A task reuses its solver from row to row; of many rows two tasks a worker, for balance.
-    inline = isinstance(executor, ThreadPoolExecutor) and solver.is_brief(data.program, batch)
-    pieces = 1 if inline or batch < 4 else min(batch, workers if batch < FEW * workers else 2 * workers)
+    threads, brief = isinstance(executor, ThreadPoolExecutor), solver.is_brief(data.program, batch)
+    # The main thread hears no interrupt while compiled code holds it: what may take long is another's.
+    long = data.program.n + data.program.m > SHORT and threading.current_thread() is threading.main_thread()
+    inline = threads and brief and not long
+    whole = inline or (batch < 4 and not (threads and long))
+    pieces = 1 if whole else min(batch, workers if batch < FEW * workers else 2 * workers)
     bounds = np.linspace(0, batch, pieces + 1).astype(int)
     P, A = (host.P, host.A) if solver.dense and host.dense else (host.P_entries, host.A_entries)
     tasks = [
@@ -233,7 +277,9 @@ def solve_batch(
             f"Solver {solver.name} returned {len(iterates)} iterates for {batch} rows; it must return one for each."
         )
     points = Points.stacked(iterates, data.program)
-    return points if data.q.device.type == "cpu" else Points(*(part.to(data.q.device) for part in points))
+    if data.q.device.type == "cpu":
+        return points
+    return Points._make(None if part is None else part.to(data.q.device) for part in points)
 
 
 def _iterates(start: Sequence[Tensor], lo: int, hi: int) -> list[Iterate | None]:

@@ -1,0 +1,127 @@
+"""A time limit ends a row's work; Ctrl-C is heard while compiled code solves."""
+
+import subprocess
+import sys
+
+import cvxpy as cp
+import numpy as np
+import pytest
+import torch
+
+import convlayer.generic
+from convlayer import ConvexLayer, SolverError, Status
+
+AT_ONCE = {"clarabel": {"time_limit": 1e-9}, "scs": {"time_limit_secs": 1e-9, "tolerance": 1e-12}}
+
+
+def correlation(n, **options):
+    C, X = cp.Parameter((n, n), symmetric=True, name="C"), cp.Variable((n, n), PSD=True, name="X")
+    return ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(X - C)), [cp.diag(X) == 1]), [C], [X], **options)
+
+
+def symmetric(n, *batch):
+    matrix = np.random.default_rng(0).standard_normal((*batch, n, n))
+    return torch.from_numpy(matrix + matrix.swapaxes(-1, -2))
+
+
+@pytest.mark.parametrize("solver", AT_ONCE)
+@pytest.mark.parametrize("named", [True, False])
+def test_a_row_that_its_time_limit_ended_is_neither_tried_again_nor_polished(solver, named, monkeypatch):
+    """Whether the solver is named, or the layer's own first choice."""
+    if not named and solver != "clarabel":
+        pytest.skip("only Clarabel is the layer's own choice")
+    tried = []
+    kind = type(correlation(4, solver=solver)._solver)
+    original = kind.solve
+    monkeypatch.setattr(kind, "solve", lambda self, task: tried.append(len(task)) or original(self, task))
+    monkeypatch.setattr(convlayer.generic, "polish", lambda *_, **__: pytest.fail("polished"))
+    layer = correlation(8, on_failure="keep", solver_args=AT_ONCE[solver], **({"solver": solver} if named else {}))
+    solution = layer.solve(symmetric(8))
+    assert int(solution.status) == Status.NOT_CONVERGED
+    assert tried == [1]
+    assert solution.variables[0].isfinite().all()
+    assert float(solution.residual) > 1e-3
+    with pytest.raises(SolverError, match="time limit"):
+        layer.with_options(on_failure="raise")(symmetric(8))
+
+
+def test_a_row_within_its_time_limit_is_solved_beside_one_that_is_not(monkeypatch):
+    """Of two rows the solver says of one that time is up."""
+    layer = correlation(6, on_failure="keep", solver="clarabel")
+    kind = type(layer._solver)
+    original = kind.solve
+
+    def first_is_late(self, task):
+        iterates = original(self, task)
+        late = iterates[0].__class__(*(getattr(iterates[0], k) for k in ("x", "s", "y")), Status.NOT_CONVERGED, 3, True)
+        return [late, *iterates[1:]]
+
+    values = symmetric(6, 3)
+    right = layer.solve(values)
+    monkeypatch.setattr(kind, "solve", first_is_late)
+    values.requires_grad_()
+    solution = layer.solve(values)
+    assert solution.status.tolist() == [Status.NOT_CONVERGED, Status.SOLVED, Status.SOLVED]
+    assert torch.allclose(solution.variables[0][1:], right.variables[0][1:], atol=1e-9)
+    (bar,) = torch.autograd.grad(solution.variables[0][1:].square().sum(), values)
+    assert bar.isfinite().all()
+    assert bool((bar[0] == 0).all())
+
+
+def test_an_iteration_limit_is_no_time_limit():
+    """Where the polish finds the solution from there, the row is solved."""
+    x, a = cp.Variable(3), cp.Parameter(3)
+    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [x >= 0]), [a], [x], solver="clarabel", solver_args={"max_iter": 3})
+    solution = layer.solve(torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64))
+    assert int(solution.status) == Status.SOLVED
+
+
+# Ctrl-C ---------------------------------------------------------------------------------------------------------------------
+
+LONG = """
+import os, signal, sys, threading, time
+import cvxpy as cp, numpy as np, torch
+from convlayer import ConvexLayer
+from convlayer.solvers.{module} import {kind} as Kind
+
+rows, solver = int(sys.argv[1]), "{solver}"
+n = {n}
+C, X = cp.Parameter((n, n), symmetric=True), cp.Variable((n, n), PSD=True)
+problem = cp.Problem(cp.Minimize(cp.sum_squares(X - C)), [cp.diag(X) == 1])
+small_C, small_X = cp.Parameter((3, 3), symmetric=True), cp.Variable((3, 3), PSD=True)
+small = cp.Problem(cp.Minimize(cp.sum_squares(small_X - small_C)))
+layer = ConvexLayer(problem, [C], [X], solver=solver, solver_args={args})
+layer._canonical
+original, sent = Kind.solve, []
+
+def solve(self, task):
+    if not sent:
+        sent.append(True)
+        threading.Timer(0.3, lambda: (sent.append(time.monotonic()), os.kill(os.getpid(), signal.SIGINT))).start()
+    return original(self, task)
+
+Kind.solve = solve
+M = torch.from_numpy(np.random.default_rng(0).standard_normal((rows, n, n)))
+try:
+    layer(M + M.mT)
+    print("never heard")
+except KeyboardInterrupt:
+    print("heard", time.monotonic() - sent[1] < 2)
+Y = ConvexLayer(small, [small_C], [small_X], structure="generic")(torch.eye(3, dtype=torch.float64).expand(40, 3, 3))[0]
+print("usable", bool((Y - torch.eye(3, dtype=torch.float64)).abs().max() < 1e-6), flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("rows", "module", "kind", "solver", "n", "args"),
+    [
+        (1, "clarabel", "Clarabel", "clarabel", 40, {}),
+        (4, "scs", "SCS", "scs", 20, {"tolerance": 1e-15, "max_iters": 10**7}),
+    ],
+)
+def test_ctrl_c_is_heard_while_a_solver_runs_and_leaves_the_layers_usable(rows, module, kind, solver, n, args):
+    code = LONG.format(module=module, kind=kind, solver=solver, n=n, args=args)
+    run = subprocess.run([sys.executable, "-c", code, str(rows)], capture_output=True, text=True, timeout=100, check=False)
+    lines = [line for line in run.stdout.splitlines() if "interrupted" not in line]  # SCS says so itself
+    assert lines == ["heard True", "usable True"], run.stdout + run.stderr[-2000:]
