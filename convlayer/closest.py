@@ -87,9 +87,12 @@ class Closest:
     again: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]  # entries -> (x, y, value, shift), in any transform
 
 
-def closest(relaxation: Relaxation, entries: Sequence[Tensor], tolerance: float, few: bool = False) -> Closest:
+def closest(
+    relaxation: Relaxation, entries: Sequence[Tensor], tolerance: float, few: bool = False, least: float | None = None
+) -> Closest:
     """Both programs for R infeasible rows.
 
+    least:   relative size of a shift from which on it is told from none, the tolerance by default.
     few:     the shift of least (weighted) one-norm, not of least two-norm.
     entries: of each parameter, (R, size) or shared (1, size), as its ParameterEntries reads them; R = 1 without parameters.
     Status:  INFEASIBLE if what may not give way is infeasible; UNBOUNDED if the second program is; NOT_CONVERGED if one of them
@@ -104,7 +107,7 @@ def closest(relaxation: Relaxation, entries: Sequence[Tensor], tolerance: float,
     status, iterations, residual, degenerate, margin = (
         part.clone() for part in (first.status, first.iterations, first.residual, first.degenerate, first.margin)
     )
-    doubted = ~_certified(first, program.n, pattern, shift, tolerance)
+    doubted = ~_certified(first, program.n, pattern, shift, tolerance if least is None else least)
     status[(status < Status.INFEASIBLE) & doubted] = int(Status.NOT_CONVERGED)
     going = torch.nonzero(status < Status.INFEASIBLE).flatten()
     patterns, which = torch.unique(pattern[going], dim=0, return_inverse=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from torch import Tensor
 from convlayer import arguments, compiled, domain
 from convlayer.canon import Canonical
 from convlayer.check import Check, checked
-from convlayer.closest import applies, closest, relaxed
+from convlayer.closest import Closest, Relaxation, applies, closest, relaxed
 from convlayer.conflict import conflicts
 from convlayer.declaration import Declaration, with_proximal_term
 from convlayer.derivative import Local, Point, Recorded, anew, is_transformed, known, solved
@@ -52,6 +52,7 @@ from convlayer.threads import few_threads, one_thread
 from convlayer.verification import Verification, not_compared, verify
 
 TOLERANCE = 1e-8
+REAL = 1e-13  # a relative shift from which on constraints do contradict each other
 ROUNDINGS, COARSEST = 8, 1e-6  # the tolerance is at least so many roundings of the parameters, up to this
 _warning = threading.Lock()
 BY_SOLVER = "you named a solver, or its options"
@@ -500,8 +501,10 @@ class ConvexLayer(torch.nn.Module):
                 rows = self._solve_specialised(values, size, bad, batch, dtype, how, details)
                 if rows.status is not None and not how.solver_args:
                     self._rescue(rows, values, size, how.everything)
-            if self.on_failure in CLOSEST and rows.status is not None:
-                self._relax(rows, values, size, how.everything)
+            if rows.status is not None and bool(rows.status.any()):
+                self._reconcile(rows, values, size, how.everything)
+                if self.on_failure in CLOSEST:
+                    self._relax(rows, values, size, how.everything)
             rows.outputs = [shaped(o, dtype, device, batch, size) for o in rows.outputs]
             details = {**rows.details, **details}
             rows.batch, rows.dtype, rows.device = batch, dtype, device
@@ -534,7 +537,7 @@ class ConvexLayer(torch.nn.Module):
             self._solver.check(canonical.program, options)
         device = values[0].device if values else torch.device("cpu")
         attempts = self._attempts(size, tolerance, options, device)
-        coarsest = max((v.dtype for v in values), key=domain.relative, default=torch.float64)
+        coarsest = _coarsest(values)
         precision = domain.relative(coarsest)
         # No answer is wanted beyond the rounding of what it is made of.
         tolerance = max(tolerance, min(ROUNDINGS * torch.finfo(coarsest).eps, COARSEST))
@@ -584,6 +587,7 @@ class ConvexLayer(torch.nn.Module):
             [*_notes(attempts, call.attempt), *_put_together(call.agreement)],
             warned=True,
             details={**_in_words(call.agreement, coarsest), **_stopped(call)},
+            stopped=call.stopped,
         )
 
     def _thetas(self, values: Sequence[Tensor], device: torch.device) -> list[Tensor]:
@@ -665,38 +669,86 @@ class ConvexLayer(torch.nn.Module):
         note = "the kernel did not settle them; solved as a cone program"
         rows.notes = [(which, note), *((which[part], what) for part, what in other.notes)]
 
+    def _reconcile(self, rows: Rows, values: list[Tensor], size: int, everything: bool) -> None:
+        """Rows that did not settle because constraints contradict each other by rounding: with the least shift that ends it."""
+        assert rows.status is not None
+        unsettled = (rows.status == Status.NOT_CONVERGED) | (rows.status == Status.INACCURATE)
+        if rows.stopped is not None:
+            unsettled &= ~rows.stopped
+        which = torch.nonzero(unsettled).flatten()
+        if not len(which) or self._gradient.name != "exact" or applies(self._canonical) is not None:
+            return
+        precision = max(domain.relative(_coarsest(values)), self._tolerance)
+        relaxation, entries = self._relaxation(values, which)
+        with one_thread():
+            found = closest(relaxation, entries(values), self._tolerance, least=REAL)
+        sizes = self._canonical.sizes_of_b(entries(values))
+        little = (found.shift.detach().abs() <= precision * sizes.amax(1, keepdim=True)).all(1)
+        good = torch.nonzero((found.status == Status.SOLVED) & little).flatten()
+        if len(good):
+            self._answer(rows, which[good], relaxation, found, good, entries, size, everything)
+            what = "constraints contradict each other by rounding alone; solved with the least shift that ends it"
+            rows.notes.append((which[good], what))
+
     def _relax(self, rows: Rows, values: list[Tensor], size: int, everything: bool) -> None:
         """The closest feasible problem for the infeasible rows, and for those alone."""
         assert rows.status is not None
         which = torch.nonzero(rows.status == Status.INFEASIBLE).flatten()
         if not len(which):
             return
-        canonical, relaxation, before = self._canonical, relaxed(self._declared), rows.again
-
-        def entries(values: list[Tensor]) -> list[Tensor]:
-            part = [take_rows(v, which.to(v.device)) for v in values]
-            thetas = self._thetas(part, torch.device("cpu"))
-            return [reader.read(theta) for reader, theta in zip(canonical.parameters, thetas, strict=True)]
-
-        def answered(outputs: list[Tensor], x: Tensor, y: Tensor, value: Tensor) -> list[Tensor]:
-            theirs = [recovery.value(x, y) for recovery in canonical.variables]
-            return put(outputs, which, [*theirs, canonical.objective(value)] if everything else theirs, size)
-
+        relaxation, entries = self._relaxation(values, which)
         with one_thread():
             found = closest(relaxation, entries(values), self._tolerance, self.on_failure == "closest_few")
-        rows.outputs = answered(rows.outputs, found.x, found.y, found.value)
-        rows.again = lambda values: answered(before(values), *found.again(entries(values))[:3])
-        for name in ("status", "iterations", "residual", "degenerate", "margin"):
-            setattr(rows, name, getattr(rows, name).index_copy(0, which, getattr(found, name)))
-        rows.iterate = None
-        if bool(found.degenerate.any()):
-            rows.ruled = torch.zeros(size, dtype=torch.bool).index_copy(0, which, found.degenerate)
+        self._answer(rows, which, relaxation, found, torch.arange(len(which)), entries, size, everything)
         good = found.status < Status.INFEASIBLE
         parts = relaxation.by_constraint(found.shift.detach())
         if bool(good.any()):
             how = Shifts.of([_taken(part, good) for part in parts], relaxation.names)
             rows.notes.append((which[good], f"infeasible; solved as the closest feasible problem. {how}"))
         rows.shift = Shifts.of([spread(part, which, size) for part in parts], relaxation.names)
+
+    def _relaxation(
+        self, values: list[Tensor], which: Tensor
+    ) -> tuple[Relaxation, Callable[[list[Tensor]], list[Tensor]]]:
+        """The problem whose constraints may give way, and the entries of the parameters of these rows, as a function of all values."""
+
+        def entries(values: list[Tensor]) -> list[Tensor]:
+            part = [take_rows(v, which.to(v.device)) for v in values]
+            thetas = self._thetas(part, torch.device("cpu"))
+            return [reader.read(theta) for reader, theta in zip(self._canonical.parameters, thetas, strict=True)]
+
+        return relaxed(self._declared), entries
+
+    def _answer(
+        self,
+        rows: Rows,
+        which: Tensor,
+        relaxation: Relaxation,
+        found: Closest,
+        good: Tensor,  # of the rows that were found those that stand at `which`
+        entries: Callable[[list[Tensor]], list[Tensor]],
+        size: int,
+        everything: bool,
+    ) -> None:
+        """Put the closest feasible problem's answer in the place of these rows'."""
+        canonical, before = relaxation.canonical, rows.again
+
+        def answered(outputs: list[Tensor], x: Tensor, y: Tensor, value: Tensor) -> list[Tensor]:
+            x, y, value = (take_rows(part, good) for part in (x, y, value))
+            theirs = [recovery.value(x, y) for recovery in canonical.variables]
+            return put(outputs, which, [*theirs, canonical.objective(value)] if everything else theirs, size)
+
+        rows.outputs = answered(rows.outputs, found.x, found.y, found.value)
+        rows.again = lambda values: answered(before(values), *found.again(entries(values))[:3])
+        for name in ("status", "iterations", "residual", "degenerate", "margin"):
+            setattr(rows, name, getattr(rows, name).index_copy(0, which, getattr(found, name)[good]))
+        if rows.blank is not None:
+            rows.blank = rows.blank.index_fill(0, which.to(rows.blank.device), False)
+        rows.iterate = None
+        degenerate = found.degenerate[good]
+        if bool(degenerate.any()):
+            ruled = torch.zeros(size, dtype=torch.bool) if rows.ruled is None else rows.ruled
+            rows.ruled = ruled.index_copy(0, which, degenerate)
 
     def _taken(self, given: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, ...]:
         """One value for each parameter, in order, as tensors where that is harmless."""
@@ -853,6 +905,11 @@ def _notes(attempts: Sequence[Attempt], taken: Tensor) -> list[tuple[Tensor, str
                 how = "sharper" if name == first else f"{first} did not settle them"
                 notes.append((rows, f"{how}; solved by {name}"))
     return notes
+
+
+def _coarsest(values: Sequence[Tensor]) -> torch.dtype:
+    """The dtype of least precision."""
+    return max((v.dtype for v in values), key=domain.relative, default=torch.float64)
 
 
 def _put_together(agreement: Agreement | None) -> list[tuple[Tensor, str]]:

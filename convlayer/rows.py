@@ -46,6 +46,7 @@ class Rows:
     shift: Shifts | None = None  # of each constraint, (B, ...), where one was shifted
     warned: bool = False  # the path itself tells at backward which rows were differentiated by rule
     batch: tuple[int, ...] = ()
+    stopped: Tensor | None = None  # rows that a time limit ended, if one did
     details: dict[int, str] = field(default_factory=dict)  # of rows that failed
     leaves: tuple[Tensor, ...] = ()  # the parameters as they were given
     parameters: Sequence[cp.Parameter] = ()

@@ -130,3 +130,13 @@ def test_a_proof_is_worth_more_than_a_point_that_is_not_quite_a_solution():
     assert not solution.degenerate[[0, 2]].any()
     (grad,) = torch.autograd.grad(solution.variables[0][1].sum(), t)
     assert grad[[0, 2]].tolist() == [0.0, 0.0]
+
+
+def test_a_small_cost_is_none_the_less_one():
+    """A plan with entropy has a solution however small its weight: the feasible set is bounded."""
+    Z, M = cp.Variable((3, 3)), cp.Parameter((3, 3))
+    rules = [cp.sum(Z, axis=0) == np.ones(3) / 3, cp.sum(Z, axis=1) == np.ones(3) / 3]
+    problem = cp.Problem(cp.Minimize(cp.sum(cp.multiply(M, Z)) - 1e-10 * cp.sum(cp.entr(Z))), rules)
+    layer = ConvexLayer(problem, [M], [Z], structure="generic", on_failure="keep")
+    status = layer.solve(torch.rand(6, 3, 3, dtype=D, generator=torch.Generator().manual_seed(0))).status.tolist()
+    assert not set(status) & {Status.UNATTAINED, Status.UNBOUNDED, Status.INFEASIBLE}

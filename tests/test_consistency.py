@@ -122,3 +122,38 @@ def test_right_hand_sides_that_cancel_are_weighed_by_what_they_are_made_of():
     layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x)), rules), [a, b], [x], on_failure="keep")
     rows = torch.tensor([[1e6 + 0.3, 2e6]], dtype=torch.float32), torch.tensor([[1e6 + 1.7, 2e6 + 0.9]], dtype=torch.float32)
     assert layer.solve(*rows).status.tolist() == [Status.SOLVED]
+
+
+@pytest.mark.parametrize("square", [0.0, 0.1], ids=["linear", "quadratic"])
+def test_caps_that_sum_to_one_but_for_rounding_leave_a_point(square):
+    """sum(w) == 1, w <= cap with sum(cap) == 1 in single precision: infeasible by rounding in every second row."""
+    w, cap, mu = cp.Variable(3), cp.Parameter(3), cp.Parameter(3)
+    problem = cp.Problem(cp.Maximize(mu @ w - square * cp.sum_squares(w)), [cp.sum(w) == 1, w <= cap, w >= 0])
+    layer = ConvexLayer(problem, [cap, mu], [w])
+    g = torch.Generator().manual_seed(0)
+    caps, mus = torch.softmax(torch.randn(60, 3, generator=g), -1), torch.randn(60, 3, generator=g)
+    assert (caps.double().sum(1) < 1 - 1e-9).any()
+    solution = layer.solve(caps, mus)
+    assert solution.status.tolist() == [Status.SOLVED] * 60
+    torch.testing.assert_close(solution.variables[0], caps, rtol=0, atol=1e-6)
+    assert any("by rounding alone" in note for note in solution.notes)
+
+
+@pytest.mark.parametrize("cost", ["linear", "quadratic", "norm"])
+def test_rows_of_a_matrix_parameter_that_depend_on_each_other(cost):
+    """No pattern tells of these: the right-hand sides agree to 1e-8, and each row has the solution of those that agree."""
+    x, A, b, c = cp.Variable(16, nonneg=True), cp.Parameter((8, 16)), cp.Parameter(8), cp.Parameter(16)
+    more = {"linear": 0.0, "quadratic": 0.1 * cp.sum_squares(x), "norm": 0.1 * cp.norm(x)}[cost]
+    layer = ConvexLayer(cp.Problem(cp.Minimize(c @ x + more), [A @ x == b]), [A, b, c], [x], on_failure="keep")
+    g = np.random.default_rng(0)
+    M = np.vstack([np.kron(np.eye(4), np.ones((1, 4))), np.kron(np.ones((1, 4)), np.eye(4))])
+    left, right, costs = (g.dirichlet(np.ones(4), 12), g.dirichlet(np.ones(4), 12), g.uniform(size=(12, 16)))
+
+    def solved(apart):
+        values = np.concatenate([left, right * (1 + apart)], 1)
+        return layer.solve(*(torch.from_numpy(part) for part in (M, values, costs)))
+
+    exact, near = solved(0.0), solved(1e-8)
+    assert near.status.tolist() == [Status.SOLVED] * 12
+    torch.testing.assert_close(near.objective, exact.objective, rtol=1e-6, atol=0)
+    assert solved(1e-4).status.tolist() == [Status.INFEASIBLE] * 12
