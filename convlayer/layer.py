@@ -506,8 +506,9 @@ class ConvexLayer(torch.nn.Module):
             details = {**rows.details, **details}
             rows.batch, rows.dtype, rows.device = batch, dtype, device
             rows.leaves, rows.parameters = tensors, self._declared.parameters
-            rows.versions = tuple(output._version for output in rows.outputs if output.requires_grad)
             self._judge(rows, details)
+            rows.fence(values)
+            rows.versions = tuple(output._version for output in rows.outputs if output.requires_grad)
         return rows
 
     def _operations(self, values: list[Tensor]) -> float:

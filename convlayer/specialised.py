@@ -233,8 +233,7 @@ def _mask(parameter: cp.Parameter) -> np.ndarray | None:
 
 
 class _Replaced(torch.autograd.Function):
-    """The values of a good row in the place of bad ones. Backwards nothing changes: a bad row that no loss uses has the cotangent
-    zero, one that a loss uses NaN."""
+    """The values of a good row in the place of bad ones. Backwards nothing changes: a bad row has the cotangent zero."""
 
     @staticmethod
     def forward(ctx, bad: Tensor, *values: Tensor):

@@ -459,7 +459,12 @@ def _again(
 
 def _laid(z: _Pair, factors: int) -> _Pair:
     """Rows of the whole batch as those of so many matrices."""
-    return _Pair(*(t if len(t) == factors else t.reshape(factors, -1, t.shape[2]) for t in z))
+    return _Pair(*(t if len(t) == factors else _regrouped(t, factors) for t in z))
+
+
+def _regrouped(rows: Tensor, factors: int) -> Tensor:
+    """(F, k, .) -> (factors, ., .), of rows without entries too."""
+    return rows.reshape(factors, len(rows) * rows.shape[1] // factors if factors else 0, rows.shape[2])
 
 
 def _regular(problem: _Problem, here: _Problem, factor: _Factor, z: _Pair) -> _Pair:

@@ -436,7 +436,9 @@ def _again(
 
 def _laid(rows: Tensor, factors: int) -> Tensor:
     """Rows of the whole batch as those of so many matrices."""
-    return rows if len(rows) == factors else rows.reshape(factors, -1, rows.shape[2])
+    if len(rows) == factors:
+        return rows
+    return rows.reshape(factors, len(rows) * rows.shape[1] // factors if factors else 0, rows.shape[2])
 
 
 def _regular(problem: _Problem, here: _Problem, factor: _Factor, x: Tensor, y: Tensor) -> Tensor:
