@@ -14,7 +14,7 @@ from convlayer.kernels.answer import answered
 from convlayer.kernels.least_squares import least_squares
 from convlayer.normal_form import NormalForm, Quadratic, Weighted
 from convlayer.structures.reading import binding, no_cones, only, require, rows_binding, words
-from convlayer.structures.structure import Cost, Declaration, Match, MismatchError, Structure, normal, uniform
+from convlayer.structures.structure import Cost, Declaration, Match, MismatchError, Structure, Wanted, normal, uniform
 
 LARGEST_CONSTANT = 2000  # of a constant quadratic form that is factored when the layer is built
 
@@ -64,7 +64,7 @@ class LeastSquares(Structure):
         m, n, k = blocks.rows.size // blocks.k, blocks.n, blocks.k
         level = _level(blocks.rows.weight, blocks.rows.size)
 
-        def build(duals: bool):
+        def build(wanted: Wanted):
             argument = blocks.rows.argument
             linear, offset = argument.linear(), argument.offset()
             own = linear.row < m
