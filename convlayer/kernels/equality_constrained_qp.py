@@ -323,15 +323,14 @@ def _relative(units: Tensor, error: _Pair, z: _Pair, right: _Pair) -> Tensor:
     return error_size / (right_size + z_size).clamp(min=torch.finfo(z_size.dtype).tiny)
 
 
-def _error(
-    problem: _Problem, factor: _Factor, right: _Pair, z: _Pair, gap: _Pair, visible: Tensor | None
-) -> Tensor:
+def _error(problem: _Problem, factor: _Factor, right: _Pair, z: _Pair, gap: _Pair, visible: Tensor | None) -> Tensor:
     """(F, k) how far z may be off, in K's equilibrated units, by one more solve from a residual, right - K z = `gap`, of which no more
     is known than rounding leaves; the larger of x's, relative to x, and nu's."""
     sizes, terms = (z.x.shape[2], z.nu.shape[2]), problem.terms(right, z)
-    signs = _probe(sum(sizes), z.x.device).sign().split(sizes)
-    step = factor.solve(problem, _Pair(*(g + ROUNDING * sign * t for g, sign, t in zip(gap, signs, terms, strict=True))))
-    off, at = (torch.cat(pair, 2) * factor.units for pair in (step, z))
+    waves = _waves(sum(sizes), z.x.device).split(sizes, 1)
+    doubtful = (_doubtful(g, t, wave) for g, t, wave in zip(gap, terms, waves, strict=True))
+    step, at = (torch.cat(pair, 2) * factor.units for pair in (factor.solve(problem, _Pair(*doubtful)), z))
+    off = step.abs().unflatten(1, (2, -1)).amax(1)
     if visible is not None:
         off = off * visible.to(off)
     data = FLOOR * _largest(torch.cat(right, 2) / factor.units)
@@ -340,6 +339,18 @@ def _error(
         for moved, here in zip(off.split(sizes, 2), at.split(sizes, 2), strict=True)
     ]
     return torch.maximum(*parts)
+
+
+def _doubtful(gap: Tensor, terms: Tensor, waves: Tensor) -> Tensor:
+    """(F, k, .) -> (F, 2 k, .): the residual with two samples of its rounding."""
+    return (gap.unsqueeze(1) + ROUNDING * terms.unsqueeze(1) * waves.unsqueeze(1)).flatten(1, 2)
+
+
+@lru_cache(maxsize=64)
+def _waves(n: int, device: torch.device) -> Tensor:
+    """(2, n) in which no two columns, and so no two rows of a matrix, are alike."""
+    phase = torch.arange(n, dtype=torch.float64, device=device).square()
+    return 2**0.5 * torch.stack((phase.cos(), phase.sin()))
 
 
 def _largest(rows: Tensor) -> Tensor:
