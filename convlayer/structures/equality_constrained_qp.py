@@ -96,6 +96,7 @@ class EqualityConstrainedQP(Structure):
             A = binding(form, (table.size, n), target, linear.parameter, linear.coefficient)
             b = rows_binding(form, replace(offset, coefficient=-offset.coefficient))
             seen, kept = _seen(form, wanted, table, layout, found), Kept()
+            everything = bool(seen.all())
 
             def run(values, like, at=None):
                 P, q = None, slope(values, like)
@@ -103,7 +104,7 @@ class EqualityConstrainedQP(Structure):
                     more, slant = term(values, like)
                     P = more if P is None else P + more
                     q = q if slant is None else q + slant
-                visible = None if seen.all() else kept.tensor("seen", seen, like)
+                visible = None if everything else kept.tensor("seen", seen, like)
                 kernel = partial(equality_constrained_qp, visible=visible)
                 return answered(at, kernel, P, q, A(values, like), b(values, like))
 

@@ -81,9 +81,10 @@ class LeastSquares(Structure):
             x[moved(rows.argument)] = x[ridge.row[ridge.parameter != NONE]] = True
             seen, kept = np.zeros((n, k)), Kept()
             seen.ravel()[blocks.position] = x
+            everything = bool(seen.all())
 
             def run(values, like, at=None):
-                visible = None if seen.all() else kept.tensor("seen", seen, like)
+                visible = None if everything else kept.tensor("seen", seen, like)
                 return answered(
                     at,
                     partial(least_squares, visible=visible),
