@@ -9,7 +9,7 @@ import cvxpy as cp
 import numpy as np
 import pytest
 import torch
-from cases import close, leaves, relative
+from cases import close, leaves
 from structures import SPELLINGS
 
 from convlayer import ConvexLayer, ProblemError, Status
@@ -142,7 +142,7 @@ def test_per_sample_gradients_equal_a_loop_whatever_is_shared(which):
     generator = torch.Generator().manual_seed(2)
 
     def draw(parameter, *batch):
-        value = torch.rand(*batch, *parameter.shape, generator=generator, dtype=D) + 0.5
+        value = torch.rand((*batch, *parameter.shape), generator=generator, dtype=D) + 0.5
         return torch.eye(2, dtype=D) + value @ value.mT if parameter.is_psd() and parameter.ndim == 2 else value
 
     def loss(*at):

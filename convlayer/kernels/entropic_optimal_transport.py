@@ -565,7 +565,7 @@ def _judged(task: _Task, plan: _Plan) -> tuple[_Plan, Tensor]:
     status = torch.where(plan.residual <= SOLVED, int(Status.SOLVED), status)
     base = task.base.abs() / task.eps
     if float((task.spread + base.amax(2, keepdim=True)).max()) > SHARP:
-        error = UNIT * torch.where(plan.P > UNIT * task.total, task.C + base, 0.0).amax((1, 2))
+        error = UNIT * torch.where(plan.P.gt(UNIT * task.total), task.C + base, 0.0).amax((1, 2))
         plan = replace(plan, degenerate=plan.degenerate | (error > SENSITIVE))
         status = torch.where(error > MEANINGLESS, int(Status.NOT_CONVERGED), status)
     if task.status is not None:
