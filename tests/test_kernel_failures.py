@@ -323,7 +323,9 @@ def test_a_kernel_flags_what_is_not_unique_where_the_cone_program_does(which):
         assert kernel.structure in ("least_squares", "equality_constrained_qp")
         values = [torch.full((), 0.7 + k, dtype=D, requires_grad=True) for k in range(len(parameters))]
         ours, theirs = kernel.solve(*values), cone.solve(*values)
-        assert bool(ours.degenerate) == bool(theirs.degenerate)
+        # A kernel errs on the side of flagging: it asks which variables a parameter's cost reaches, not what of them is felt.
+        errs = which == "a cost that a parameter moves"
+        assert bool(ours.degenerate) == (bool(theirs.degenerate) or errs)
         if not bool(ours.degenerate):
             for mine, other in zip(*(torch.autograd.grad(s.variables[0].sum(), values) for s in (ours, theirs)), strict=True):
                 assert abs(float(mine - other)) < 1e-8
