@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ import cvxpy as cp
 import numpy as np
 import scipy.sparse as sp
 import torch
+from cvxpy.atoms.atom import Atom
 from cvxpy.atoms.elementwise.power import Power
 from cvxpy.atoms.pnorm import Pnorm
 from cvxpy.constraints import PowConeND
@@ -322,6 +324,22 @@ class Canonical:
         return self.sign * value if not self.gp else (self.sign * value).exp()
 
 
+def _not_canonicalised(error: Exception) -> ProblemError:
+    """What CVXPY could not turn into cones, in the user's terms: the innermost atom that it was at when the error was raised."""
+    atoms = []
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        atom = frame.f_locals.get("expr")
+        if isinstance(atom, Atom) and frame.f_code.co_name.startswith("canonicalize"):
+            atoms.append(atom)
+    if isinstance(error, NotImplementedError):
+        reason = "it has an atom inside another that takes no such argument"
+    else:
+        reason = f"its own code fails with {type(error).__name__}: {error}".rstrip(".")
+    if not atoms:
+        return ProblemError(f"CVXPY cannot canonicalise this problem: {reason}.")
+    return ProblemError(f"CVXPY cannot canonicalise `{short(atoms[-1])}`: {reason}. Write it with other atoms.")
+
+
 def canonicalise(
     problem: cp.Problem,
     parameters: Sequence[cp.Parameter],
@@ -338,13 +356,15 @@ def canonicalise(
     with quiet_cvxpy(), _as_deep_as_it_goes():
         owners, copy = checked or check(problem, parameters, variables, gp)
         copy = cp.Problem(copy.objective, copy.constraints)
-        chain = _build_solving_chain(copy, _StandardForm(), make_problem_form(copy, gp, False), gp, enforce_dpp=True)
         try:
+            chain = _build_solving_chain(
+                copy, _StandardForm(), make_problem_form(copy, gp, False), gp, enforce_dpp=True
+            )
             data, inverse = chain.apply(copy)
-        except NotImplementedError as error:
-            raise ProblemError(
-                "CVXPY cannot canonicalise this problem: it has an atom inside another that takes no such argument."
-            ) from error
+        except RecursionError:
+            raise
+        except Exception as error:
+            raise _not_canonicalised(error) from error
     inverse[-1] = SolverInverseData(inverse[-1], chain.solver, {})
     cone_program = data[cp.settings.PARAM_PROB]
     if (

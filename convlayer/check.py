@@ -37,6 +37,7 @@ from convlayer.program import DENSE_ENTRIES, Data, Operators
 from convlayer.residual import Scaling, normalise, recentre
 from convlayer.solution import Status, batch_index, rows_in_words
 from convlayer.sources import Source, sources_of
+from convlayer.structures import Wanted
 from convlayer.threads import one_thread
 
 if TYPE_CHECKING:
@@ -416,7 +417,7 @@ def _gap_at_cut(layer: ConvexLayer, thetas: list[Tensor]) -> Tensor:
     assert path is not None
     assert path.match.build is not None
     values = path._entering(thetas, torch.float64)
-    answer = path.match.build(True)(values, values[0])
+    answer = path.match.build(Wanted())(values, values[0])
     _, edge, slack = (
         answer.outputs
     )  # of slack = edge I - matrix, or its negative, the eigenvalues beyond the cut are positive

@@ -45,7 +45,7 @@ from convlayer.solution import (
     rows_in_words,
 )
 from convlayer.solvers import SOLVERS, Attempt, Solver
-from convlayer.specialised import Specialised
+from convlayer.specialised import Specialised, without
 from convlayer.starts import Starts
 from convlayer.structures import STRUCTURES
 from convlayer.threads import few_threads, one_thread
@@ -509,8 +509,9 @@ class ConvexLayer(torch.nn.Module):
             details = {**rows.details, **details}
             rows.batch, rows.dtype, rows.device = batch, dtype, device
             rows.leaves, rows.parameters = tensors, self._declared.parameters
-            rows.versions = tuple(output._version for output in rows.outputs if output.requires_grad)
             self._judge(rows, details)
+            rows.fence(values)
+            rows.versions = tuple(output._version for output in rows.outputs if output.requires_grad)
         return rows
 
     def _operations(self, values: list[Tensor]) -> float:
@@ -658,14 +659,23 @@ class ConvexLayer(torch.nn.Module):
         rows.iterate = None
 
         def solve(values: Sequence[Tensor], _: bool) -> tuple[list[Tensor], tuple, Local]:
-            # The kernel's own function knows nothing of these rows: all are solved as a cone program.
             leaves = [value.detach().requires_grad_() for value in values]
             with torch.enable_grad(), one_thread():
-                whole = generic._solve_generic(leaves, size, None, (size,), None, None, everything)
-            local = Recorded(leaves, whole.outputs, lambda *values: whole.again(list(values)), tuple, list)
-            return [output.detach() for output in whole.outputs], (), local
+                theirs = generic._solve_generic(leaves, len(rescued), None, (len(rescued),), None, None, everything)
+            local = Recorded(leaves, theirs.outputs, lambda *values: theirs.again(list(values)), tuple, list)
+            return [output.detach() for output in theirs.outputs], (), local
 
-        rows.again = lambda values: list(anew(solve, values))
+        before, outputs = rows.again, [output.detach() for output in rows.outputs]
+        rescued = which[rows.status[which] < Status.INFEASIBLE]
+
+        def again(values: list[Tensor]) -> list[Tensor]:
+            # The kernel's own function knows nothing of these rows: it gets the values of others there.
+            settled = outputs if bool(unsettled.all()) else before([without(value, unsettled) for value in values])
+            if not len(rescued):
+                return settled
+            return put(settled, rescued, anew(solve, [take_rows(v, rescued.to(v.device)) for v in values]), size)
+
+        rows.again = again
         note = "the kernel did not settle them; solved as a cone program"
         rows.notes = [(which, note), *((which[part], what) for part, what in other.notes)]
 

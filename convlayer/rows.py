@@ -114,7 +114,7 @@ class Rows:
         used = torch.zeros_like(self.ruled)
         for part in parts:
             if part is not None:
-                used |= (part.reshape(len(used), -1) != 0).any(1).cpu()
+                used |= _used(part, self.batch).cpu()
         if bool((used & self.ruled).any()):
             self.warn(torch.nonzero(used & self.ruled).flatten(), self.cause)
 
@@ -133,6 +133,12 @@ class Rows:
         if self.warn is not None:
             self.warn(torch.nonzero(spoilt).flatten(), Cause.LOSS)
         return spoilt.view(self.batch)
+
+    def fence(self, values: Sequence[Tensor]) -> None:
+        """Keep rows that failed from the path's own derivative; the values are the parameters, (B or 1, *shape) each."""
+        if self.failed is not None and any(value.requires_grad for value in values):
+            fenced = _Fence.apply(self.failed, len(self.outputs), *self.outputs, *values)
+            self.outputs = list(fenced)
 
     @property
     def local(self) -> Local:
@@ -153,10 +159,14 @@ class Rows:
             else:
                 failed = self.failed.flatten()
                 squares = torch.stack(
-                    [v.nan_to_num().unsqueeze(-1).flatten(1).square().sum(1).expand(size) for v in values]
+                    [v.nan_to_num(0.0, 0.0, 0.0).unsqueeze(-1).flatten(1).square().sum(1).expand(size) for v in values]
                 ).sum(0)
-                outputs = self.again([without(value, failed) for value in values])
-                outputs = [_where(failed, squares, output) for output in outputs]
+                if bool(failed.all()):  # there are no values at which the path could be asked
+                    shapes = [output.shape[len(self.batch) :] for output in self.outputs]
+                    flat = [o.detach().reshape(size, *shape) for o, shape in zip(self.outputs, shapes, strict=True)]
+                else:
+                    flat = self.again([without(value, failed) for value in values])
+                outputs = [_where(failed, squares, output) for output in flat]
             return [shaped(output, self.dtype, self.device, self.batch, size) for output in outputs]
 
     @classmethod
@@ -196,9 +206,53 @@ class Rows:
         return cls(outputs, again, status, iterations, residual, degenerate, margin, failed)
 
 
+class _Fence(torch.autograd.Function):
+    """(failed (*batch,), how many outputs, *outputs (*batch, ...), *parameters (B or 1, *shape)) -> the outputs.
+
+    Of a row that failed no cotangent reaches the path, whose formulas hold for solutions only. Instead every parameter of the row
+    gets NaN if the cotangent is not zero, a shared one if that of any row is not.
+    """
+
+    @staticmethod
+    def forward(ctx, failed: Tensor, count: int, *tensors: Tensor):
+        ctx.failed, ctx.count = failed, count
+        ctx.shapes = [(value.shape, value.dtype, value.device) for value in tensors[count:]]
+        ctx.set_materialize_grads(False)
+        return tuple(output.view_as(output) for output in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *bars: Tensor | None):
+        used = torch.zeros_like(ctx.failed).flatten()
+        passed: list[Tensor | None] = []
+        for bar in bars:
+            if bar is not None:
+                used |= _used(bar, ctx.failed.shape).cpu()
+                bar = bar.masked_fill(_beside(ctx.failed, bar), 0.0)
+            passed.append(bar)
+        used &= ctx.failed.flatten()
+        if not bool(used.any()):
+            return None, None, *passed, *(None for _ in ctx.shapes)
+        spoilt = []
+        for (shape, dtype, device), needed in zip(ctx.shapes, ctx.needs_input_grad[2 + ctx.count :], strict=True):
+            rows = used if shape[0] == len(used) else used.any().unsqueeze(0)
+            zeros = torch.zeros(shape, dtype=dtype, device=device) if needed else None
+            spoilt.append(None if zeros is None else zeros.masked_fill_(_beside(rows, zeros), torch.nan))
+        return None, None, *passed, *spoilt
+
+
+def _used(bar: Tensor, batch: Sequence[int]) -> Tensor:
+    """(B,) rows whose cotangent, (*batch, ...), is not zero."""
+    return (bar.unsqueeze(-1).flatten(len(batch)) != 0).any(-1).flatten()
+
+
+def _beside(rows: Tensor, output: Tensor) -> Tensor:
+    """(*batch,) as it broadcasts over (*batch, ...)."""
+    return rows.to(output.device).view(rows.shape + (1,) * (output.ndim - rows.ndim))
+
+
 def _filled(output: Tensor, rows: Tensor) -> Tensor:
     """NaN in these rows, (*batch,) of (*batch, ...)."""
-    return output.masked_fill(rows.to(output.device).view(rows.shape + (1,) * (output.ndim - rows.ndim)), torch.nan)
+    return output.masked_fill(_beside(rows, output), torch.nan)
 
 
 def _where(rows: Tensor, then: Tensor, output: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from convlayer.domain import is_symmetric
 from convlayer.kernels.answer import Answer
 from convlayer.normal_form import NormalForm, Weighted
 from convlayer.spelling import short
-from convlayer.structures import Match, MismatchError
+from convlayer.structures import Match, MismatchError, Wanted
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ class Specialised:
         self._variables, self._owners = variables, owners
         self._outputs = outputs_of(form, match, variables, owners)
         assert match.build is not None
-        self._run = match.build(any(v.id in owners for v in variables))
+        self._run = match.build(wanted(form, variables, owners))
         self._tied = [k for k, p in enumerate(form.parameters) if is_symmetric(p) and not match.symmetrises]
         self._masks = [(k, mask) for k, p in enumerate(form.parameters) if (mask := _mask(p)) is not None]
         self._kept = Kept()
@@ -207,6 +207,16 @@ def outputs_of(form: NormalForm, match: Match, variables: Sequence[cp.Variable],
     return found
 
 
+def wanted(form: NormalForm, variables: Sequence[cp.Variable], owners: dict) -> Wanted:
+    """What of a solution these variables, and multipliers, are."""
+    seen, ids = np.zeros(form.n, dtype=bool), {v.id for v in variables}
+    for variable, start in zip(form.variables, form.variable_starts, strict=False):
+        seen[start : start + variable.size] = variable.id in ids
+    constraints = {owners[v.id].id for v in variables if v.id in owners}
+    places = frozenset(k for k, constraint in enumerate(form.constraints) if constraint.origin in constraints)
+    return Wanted(bool(constraints), seen, places)
+
+
 def _output(shape, output: int | None, place: np.ndarray, scale: np.ndarray | None, size: int) -> Output:
     whole = len(place) == size and np.array_equal(place, np.arange(size))
     plain = scale is None or bool((scale == 1.0).all())
@@ -233,8 +243,7 @@ def _mask(parameter: cp.Parameter) -> np.ndarray | None:
 
 
 class _Replaced(torch.autograd.Function):
-    """The values of a good row in the place of bad ones. Backwards nothing changes: a bad row that no loss uses has the cotangent
-    zero, one that a loss uses NaN."""
+    """The values of a good row in the place of bad ones. Backwards nothing changes: a bad row has the cotangent zero."""
 
     @staticmethod
     def forward(ctx, bad: Tensor, *values: Tensor):

@@ -15,7 +15,7 @@ from convlayer.kernels.sparsemax import sparsemax
 from convlayer.kernels.total_variation import total_variation
 from convlayer.normal_form import normal_form
 from convlayer.solution import Status
-from convlayer.structures import STRUCTURES
+from convlayer.structures import STRUCTURES, Wanted
 
 D = torch.float64
 NAMES = ("softmax", "sparsemax", "total_variation", "leading_eigenspace")
@@ -43,7 +43,7 @@ class Of:
     @classmethod
     def spelling(cls, spelling):
         problem, parameters, _ = spelling.declare()
-        run = STRUCTURES[spelling.structure].match(normal_form(problem, parameters)).build(True)
+        run = STRUCTURES[spelling.structure].match(normal_form(problem, parameters)).build(Wanted())
         of = cls(lambda *inputs: run(list(inputs), inputs[0]))
         of.again = lambda at, *inputs: run(list(inputs), inputs[0], at).outputs
         return of

@@ -20,7 +20,7 @@ from convlayer.kernels.equality_constrained_qp import equality_constrained_qp
 from convlayer.kernels.least_squares import least_squares
 from convlayer.normal_form import normal_form
 from convlayer.solution import Status
-from convlayer.structures import STRUCTURES
+from convlayer.structures import STRUCTURES, Wanted
 
 
 @dataclass(frozen=True)
@@ -446,7 +446,7 @@ OURS = ("least_squares", "equality_constrained_qp", "entropic_optimal_transport"
 @pytest.mark.parametrize("spelling", [s for s in SPELLINGS if s.structure in OURS], ids=repr)
 def test_a_structure_says_its_answer_again(spelling):
     problem, parameters, _ = spelling.declare()
-    run = STRUCTURES[spelling.structure].match(normal_form(problem, parameters)).build(True)
+    run = STRUCTURES[spelling.structure].match(normal_form(problem, parameters)).build(Wanted())
     leaves = [t.requires_grad_() for t in spelling.sample((2,), seed=3)]
     at = run(leaves, leaves[0])
     again = run(leaves, leaves[0], at)

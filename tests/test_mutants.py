@@ -1,6 +1,7 @@
 """Mutants: a fault is planted in the package, and a law of this suite must catch it."""
 
 import dataclasses
+import math
 
 import cvxpy as cp
 import numpy as np
@@ -21,6 +22,7 @@ import convlayer.declaration
 import convlayer.elimination
 import convlayer.generic
 import convlayer.residual
+import convlayer.rows
 import convlayer.solvers.scs
 from convlayer import AccuracyWarning, GradientWarning
 from convlayer.cone_derivative import ConeDerivative
@@ -247,13 +249,11 @@ def test_an_absolute_zero_test_of_a_small_loss_is_caught(monkeypatch):
 
 
 def test_a_failed_row_with_a_gradient_of_zero_is_caught(monkeypatch):
-    original = ConeDerivative.cotangent
-
-    def mutant(self, entries, bars, needed, failed):
-        return original(self, entries, [bar.nan_to_num(0.0) for bar in bars], needed)
+    def mutant(bar, batch):
+        return torch.zeros(math.prod(batch), dtype=torch.bool)
 
     caught(lambda: test_failure.test_a_failed_row_that_the_loss_uses_has_a_gradient_of_nan("nan", "variable", "infeasible"),
-           lambda patch: patch.setattr(ConeDerivative, "cotangent", mutant), monkeypatch)
+           lambda patch: patch.setattr(convlayer.rows, "_used", mutant), monkeypatch)
 
 
 def test_a_failed_row_that_is_called_solved_is_caught(monkeypatch):

@@ -80,7 +80,7 @@ def test_a_matcher_that_agrees_too_easily_is_caught(mutant, monkeypatch):
 def changed_kernel(module, name, change):
     def plant(patch):
         original = getattr(module, name)
-        patch.setattr(module, name, lambda *arguments: change(original(*arguments)))
+        patch.setattr(module, name, lambda *arguments, **options: change(original(*arguments, **options)))
 
     return plant
 

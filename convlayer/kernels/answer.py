@@ -21,7 +21,8 @@ class Answer:
     residual: Tensor | None = None  # (B,) float64, relative residual of the optimality conditions; None: rounding, 0
     degenerate: Tensor | None = None  # (B,) bool, rows differentiated one-sidedly or least-norm; None: nowhere
     definite: bool = False  # the kernel has found its matrices positive definite, all of them
-    local: Callable[..., tuple[Tensor, ...]] | None = None  # `outputs` again, see `again`; None: nothing is to be differentiated
+    local: Callable[..., tuple[Tensor, ...]] | None = None  # `outputs` again, see `again`; None: no input is to be differentiated
+    constant: tuple[Tensor, ...] | None = None  # without `local`: the kernel's outputs, from which `outputs` were made
 
     def unsettled(self, rows: Tensor | None) -> Answer:
         """With these rows (B or 1,) bool, if any, left to the cone program."""
@@ -38,13 +39,16 @@ class Answer:
 
     def again(self, *inputs: Tensor | None) -> Answer:
         """The same answer for the same inputs, in plain torch operations with the kernel's own factor: its first and second
-        derivatives are those of the solution, in forward and in reverse mode. A third is not."""
-        assert self.local is not None
-        return replace(self, outputs=self.local(*inputs))
+        derivatives are those of the solution, in forward and in reverse mode. A third is not.
+
+        Where no input was to be differentiated, what is made of the outputs may be: they are constants."""
+        if self.local is not None:
+            return replace(self, outputs=self.local(*inputs))
+        return self if self.constant is None else replace(self, outputs=self.constant, constant=None)
 
     def with_outputs(self, *outputs: Tensor) -> Answer:
         """The same rows with other outputs made from these."""
-        return replace(self, outputs=outputs)
+        return replace(self, outputs=outputs, constant=self.outputs if self.local is None else None)
 
 
 def answered(at: Answer | None, kernel: Callable[..., Answer], *inputs: Tensor | None) -> Answer:

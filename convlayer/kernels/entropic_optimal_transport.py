@@ -7,7 +7,7 @@ batched product than a matrix times a column.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, log
 from typing import Any, NamedTuple
@@ -32,6 +32,9 @@ SMALL, RENEW = 50, 1e-4  # up to this size a new one costs less than the steps i
 EXACT = 1e-14  # predicted error of the potentials / eps at which Newton ends
 ROUNDING = 1e-11  # a residual below this that stops falling is rounding
 SOLVED, INACCURATE = 1e-10, 1e-6  # relative residual of the marginals
+SHARP = 1e8  # costs / eps up to which their rounding moves no entry of a plan by as much as SENSITIVE
+SENSITIVE, MEANINGLESS = 3e-8, 1e-2  # relative errors above which a row is flagged, and no solution
+UNIT = 2e-16  # the rounding of costs / eps
 SINGULAR = 1e-10  # a pivot of the Schur complement, scaled to diagonal at most 2, below this is flagged,
 SHIFT = 1e-12  # and this is added to the diagonal: steps along links that rounding hides stay bounded
 DENSE = 512  # the shorter side up to which the Schur complement is factorised
@@ -75,7 +78,8 @@ def entropic_optimal_transport(
                  with some allowed P_ij = 0, the duals do not exist: P is right, f and g are finite, the row is flagged.
     At a kink:   there is none; but where a plan falls apart into blocks whose links carry less than 1e-10 of their mass
                  (a permutation, at small eps), the links are below rounding: P and dM are right in absolute terms,
-                 f, g, dr and dc only inside each block, and the row is flagged.
+                 f, g, dr and dc only inside each block, and the row is flagged. So is one whose costs / eps are so large that
+                 their rounding moves P by more than 3e-8 of itself.
     Errors:      eps <= 0, a negative or infinite marginal, a cost of -inf: BAD_INPUT; sum r and sum c further apart than
                  1e-9 of the total (float32: 1e-5): INFEASIBLE, nearer ones are made equal by scaling c.
     Source:      Cuturi (2013); Schmitzer (2019) for the stabilised kernel; Brauer, Clason, Lorenz and Wirth (2017) for
@@ -559,6 +563,11 @@ def _judged(task: _Task, plan: _Plan) -> tuple[_Plan, Tensor]:
     """The status of each row, and the plan with zeros where it failed."""
     status = torch.where(plan.residual <= INACCURATE, int(Status.INACCURATE), int(Status.NOT_CONVERGED))
     status = torch.where(plan.residual <= SOLVED, int(Status.SOLVED), status)
+    base = task.base.abs() / task.eps
+    if float((task.spread + base.amax(2, keepdim=True)).max()) > SHARP:
+        error = UNIT * torch.where(plan.P.gt(UNIT * task.total), task.C + base, 0.0).amax((1, 2))
+        plan = replace(plan, degenerate=plan.degenerate | (error > SENSITIVE))
+        status = torch.where(error > MEANINGLESS, int(Status.NOT_CONVERGED), status)
     if task.status is not None:
         status = torch.where(task.status == Status.SOLVED, status, task.status)
     failed = status >= Status.INFEASIBLE

@@ -18,6 +18,12 @@ CORRECTIONS = ((1e4, 0), (1e7, 1), (SAFE, 2))  # below each such product, that m
 RANK = 1e-12  # singular values and curvatures below this share of the largest are zero (float32: 8 of its roundings)
 CONSISTENT = 1e-9  # share of its terms to which a dependent row of Ax = b, or a slope without curvature, must vanish
 ACCURATE = 1e-8  # residual above which a row is INACCURATE
+DOUBTFUL = 1e6  # product as in SAFE up to which rounding cannot move the solution by as much as SENSITIVE
+SENSITIVE = 3e-8  # relative error of the solution, estimated by one more solve, above which a row is INACCURATE,
+MEANINGLESS = 1e-2  # and above which it is none
+ROUNDING = 2e-16  # of an entry of the residual, relative to the terms that it is the sum of
+FLOOR = 1e-3  # a solution smaller than this share of the data is measured by them
+HIDDEN = 1e-7  # an entry of a unit null vector up to which it is zero
 SWEEPS = 8  # of equilibration before the null-space method
 
 
@@ -26,6 +32,7 @@ def equality_constrained_qp(
     q: Tensor,  # (B or 1, n)
     A: Tensor,  # (B or 1, p, n), p >= 0
     b: Tensor,  # (B or 1, p)
+    visible: Tensor | None = None,  # (n + p,) one where (x, nu) is looked at or moved, zero elsewhere; None for ones
 ) -> Answer:
     """Quadratic program with equality constraints only.
 
@@ -45,13 +52,16 @@ def equality_constrained_qp(
                  Kept for backward: n^2 + n p + p^2 numbers a row, and 2 (n + p)^2 for rows of the null-space method.
     Accuracy:    float64 whatever the dtype. Tested row by row: Cholesky of P and of A P^-1 A'; else of P + A'RA for P; else
                  the null-space method by orthogonal factors of the equilibrated K. All corrected with residuals of K.
-                 `residual` is that of K in the units of its equilibrated rows and columns, relative to their terms.
-    At a kink:   a singular K is flagged as degenerate: a change of rank is a discontinuity.
+                 `residual` is that of K in the units of its equilibrated rows and columns, relative to their terms. Where K is
+                 nearly singular, one more solve with the residual and its own rounding tells how far the solution may be off:
+                 INACCURATE above 3e-8, NOT_CONVERGED above 1e-2, in what is visible.
+    At a kink:   a singular K is flagged as degenerate, unless its null vectors are zero in what is visible: a change of rank is a
+                 discontinuity.
     Second derivative: by two steps of the chord method from the solution with the factor above; at constant rank likewise.
     Source:      Nocedal and Wright (2006), chapter 16; Golub and Pereyra (1973) for the derivative at constant rank.
     """
     with torch.no_grad():
-        solved = _solve(_Problem.of(P, q, A, b))
+        solved = _solve(_Problem.of(P, q, A, b), visible)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (P, q, A, b)):
         x, nu = _Differentiable.apply(solved, P, q, A, b)
         local = partial(_again, solved.factor, solved.failed, x, nu)
@@ -116,6 +126,14 @@ class _Problem:
         if not self.A.shape[1]:
             return _Pair(x, right.nu)
         return _Pair(x - _mm(z.nu, self.A), right.nu - _mm(z.x, self.A.mT))
+
+    def terms(self, right: _Pair, z: _Pair) -> _Pair:
+        """The sizes of what `residual` adds up."""
+        x, nu = z.x.abs(), z.nu.abs()
+        rows = right.x.abs() + _mm(x, self.P.abs())
+        if not self.A.shape[1]:
+            return _Pair(rows, right.nu)
+        return _Pair(rows + _mm(nu, self.A.abs()), right.nu.abs() + _mm(x, self.A.abs().mT))
 
     def take(self, index: Tensor) -> _Problem:
         """The problem of some rows of the batch of matrices."""
@@ -214,7 +232,7 @@ class _Solved:
     definite: bool  # every P is positive definite
 
 
-def _solve(problem: _Problem) -> _Solved:
+def _solve(problem: _Problem, visible: Tensor | None) -> _Solved:
     P, A, right = problem.P, problem.A, problem.right
     factor, hard = _factorise(problem, None)
     worst = float(hard.max()) if len(hard) else 0.0
@@ -236,14 +254,21 @@ def _solve(problem: _Problem) -> _Solved:
         status = torch.zeros(right.x.shape[:2], dtype=torch.int64, device=A.device).index_copy_(0, index, found)
         failed = status > 0
     z = factor.solve(problem, right)
-    residual = _relative(factor.units, problem.residual(right, z), z, right)
-    limit = max(ACCURATE, 10 * problem.rank)
-    accuracy = torch.where(residual <= limit, int(Status.SOLVED), int(Status.INACCURATE))
+    gap = problem.residual(right, z)
+    residual = _relative(factor.units, gap, z, right)
+    accurate = residual <= max(ACCURATE, 10 * problem.rank)
+    accuracy = torch.where(accurate, int(Status.SOLVED), int(Status.INACCURATE))
+    if not worst <= DOUBTFUL:
+        error = _error(problem, factor, right, z, gap, visible)
+        sure = error <= max(SENSITIVE, 10 * problem.rank)
+        accuracy = torch.where(accurate & sure, int(Status.SOLVED), int(Status.INACCURATE))
+        accuracy = torch.where(error <= MEANINGLESS, accuracy, int(Status.NOT_CONVERGED))
     degenerate = torch.zeros_like(accuracy, dtype=torch.bool)
     if failed is None:
         status = accuracy
     else:
-        singular = torch.any(null != 0, 2).any(1)
+        shown = null if visible is None else null * visible.to(null).unsqueeze(1)
+        singular = torch.any(shown.abs() > HIDDEN, 2).any(1)
         degenerate[index] = singular.unsqueeze(1) & ~failed[index]
         z = _Pair(*(t.masked_fill(failed.unsqueeze(2), 0.0) for t in z))
         status, residual = torch.where(failed, status, accuracy), residual.masked_fill(failed, torch.nan)
@@ -296,6 +321,41 @@ def _relative(units: Tensor, error: _Pair, z: _Pair, right: _Pair) -> Tensor:
     terms = torch.cat(error, 2) / units, torch.cat(right, 2) / units, torch.cat(z, 2) * units
     error_size, right_size, z_size = (torch.linalg.vector_norm(t, dim=2) for t in terms)
     return error_size / (right_size + z_size).clamp(min=torch.finfo(z_size.dtype).tiny)
+
+
+def _error(problem: _Problem, factor: _Factor, right: _Pair, z: _Pair, gap: _Pair, visible: Tensor | None) -> Tensor:
+    """(F, k) how far z may be off, in K's equilibrated units, by one more solve from a residual, right - K z = `gap`, of which no more
+    is known than rounding leaves; the larger of x's, relative to x, and nu's."""
+    sizes, terms = (z.x.shape[2], z.nu.shape[2]), problem.terms(right, z)
+    waves = _waves(sum(sizes), z.x.device).split(sizes, 1)
+    doubtful = (_doubtful(g, t, wave) for g, t, wave in zip(gap, terms, waves, strict=True))
+    step, at = (torch.cat(pair, 2) * factor.units for pair in (factor.solve(problem, _Pair(*doubtful)), z))
+    off = step.abs().unflatten(1, (2, -1)).amax(1)
+    if visible is not None:
+        off = off * visible.to(off)
+    data = FLOOR * _largest(torch.cat(right, 2) / factor.units)
+    parts = [
+        _largest(moved) / torch.maximum(_largest(here), data).clamp(min=torch.finfo(data.dtype).tiny)
+        for moved, here in zip(off.split(sizes, 2), at.split(sizes, 2), strict=True)
+    ]
+    return torch.maximum(*parts)
+
+
+def _doubtful(gap: Tensor, terms: Tensor, waves: Tensor) -> Tensor:
+    """(F, k, .) -> (F, 2 k, .): the residual with two samples of its rounding."""
+    return (gap.unsqueeze(1) + ROUNDING * terms.unsqueeze(1) * waves.unsqueeze(1)).flatten(1, 2)
+
+
+@lru_cache(maxsize=64)
+def _waves(n: int, device: torch.device) -> Tensor:
+    """(2, n) in which no two columns, and so no two rows of a matrix, are alike."""
+    phase = torch.arange(n, dtype=torch.float64, device=device).square()
+    return 2**0.5 * torch.stack((phase.cos(), phase.sin()))
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """(F, k, .) -> (F, k), zero of none."""
+    return rows.abs().amax(2) if rows.shape[2] else rows.new_zeros(rows.shape[:2])
 
 
 def _null_space(problem: _Problem, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -459,7 +519,12 @@ def _again(
 
 def _laid(z: _Pair, factors: int) -> _Pair:
     """Rows of the whole batch as those of so many matrices."""
-    return _Pair(*(t if len(t) == factors else t.reshape(factors, -1, t.shape[2]) for t in z))
+    return _Pair(*(t if len(t) == factors else _regrouped(t, factors) for t in z))
+
+
+def _regrouped(rows: Tensor, factors: int) -> Tensor:
+    """(F, k, .) -> (factors, ., .), of rows without entries too."""
+    return rows.reshape(factors, len(rows) * rows.shape[1] // factors if factors else 0, rows.shape[2])
 
 
 def _regular(problem: _Problem, here: _Problem, factor: _Factor, z: _Pair) -> _Pair:

@@ -13,6 +13,7 @@ from convlayer.kernels.answer import Answer
 from convlayer.once import once_differentiable
 
 TIE = 8.0  # in units of eps n |X|: the eigenvalues that rounding alone can part
+NEAR = 0.5  # in units of sqrt(eps) n |X|: eigenvalues whose vectors rounding mixes in the last half of their digits
 
 
 def leading_eigenspace(
@@ -35,7 +36,8 @@ def leading_eigenspace(
     Cost:        one eigendecomposition, about 9 n^3 flops, and 2 n^2 k; backward 2 n^2 (5 k) flops.
     At a kink:   l_k - l_{k+1} <= 8 eps n |X|: a face solves. Z is its point of least norm, the projector above the
                  tie plus (k - above) / tied times that of the tied; the pairs that are not tied are differentiated;
-                 flagged. Eigenvalues repeated inside the block are harmless.
+                 flagged. So is a gap of up to sqrt(eps) n |X| / 2, where Z is known to half of its digits and less.
+                 Eigenvalues repeated inside the block are harmless.
     Errors:      ValueError unless 1 <= k <= n; k = n gives Z = I, of derivative zero.
     Source:      Overton and Womersley (1992); Daleckii and Krein (1965).
     """
@@ -43,9 +45,9 @@ def leading_eigenspace(
     if not 1 <= k <= n:
         raise ValueError(f"The number of eigenvectors is k = {k}; expected 1 <= k <= {n} for a {n} x {n} matrix.")
     kept: list[Any] = []
-    Z, eigenvalue, tied = _Eigenspace.apply(X, k, largest, kept)
+    Z, eigenvalue, near, tied = _Eigenspace.apply(X, k, largest, kept)
     local = partial(_perturbed, k, largest, Z, eigenvalue, tied, *kept) if Z.requires_grad else None
-    return Answer((Z, eigenvalue), degenerate=tied, local=local)
+    return Answer((Z, eigenvalue), degenerate=near, local=local)
 
 
 def eigenvector(
@@ -115,35 +117,42 @@ def _bent(zero: Tensor, rows: Tensor) -> Tensor:
 
 class _Eigenspace(Function):
     @staticmethod
-    def forward(ctx: Any, X: Tensor, k: int, largest: bool, kept: list[Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(
+        ctx: Any, X: Tensor, k: int, largest: bool, kept: list[Any]
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         ctx.set_materialize_grads(False)
         n = X.shape[-1]
         half = 0.5 * X  # halved first: the sum of two huge entries would overflow
         l, U = torch.linalg.eigh(half + half.mT)
         ctx.block, ctx.rest, ctx.cut = _sides(n, k, largest)
         at_cut = l.select(1, ctx.cut).clone()
-        weight = tied = None
+        weight = tied = near = None
         if k == n:
             Z = torch.eye(n, dtype=X.dtype, device=X.device).repeat(len(X), 1, 1)
         else:
             below = n - k - 1 if largest else k - 1
-            tied = l.select(1, below + 1) - l.select(1, below) <= _tie(l)
-            if tied.any():
+            gap, tie = l.select(1, below + 1) - l.select(1, below), _tie(l)
+            near = gap <= tie * (NEAR / (TIE * torch.finfo(l.dtype).eps ** 0.5))
+            if near.any():
+                tied = gap <= tie
+                ctx.mark_non_differentiable(near, tied)
+            else:
+                near = None
+            if tied is not None and tied.any():
                 weight = _weights(l, at_cut, k, largest)
                 Z = torch.bmm(U * weight.unsqueeze(-2), U.mT)
-                ctx.mark_non_differentiable(tied)
             else:
                 tied = None
                 Uk = U[..., ctx.block]
                 Z = Uk * Uk.mT if k == 1 else torch.bmm(Uk, Uk.mT)
         kept += l, U, weight
         ctx.save_for_backward(l, U, weight)
-        return Z, at_cut, tied
+        return Z, at_cut, near, tied
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, Z_bar: Tensor | None, l_bar: Tensor | None, _: None
+        ctx: Any, Z_bar: Tensor | None, l_bar: Tensor | None, *_: None
     ) -> tuple[Tensor | None, None, None, None]:
         l, U, weight = ctx.saved_tensors
         # X_bar = left U_a' + U_a left', with a the block, or everything where some row has a tie at the cut

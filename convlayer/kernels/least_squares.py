@@ -16,6 +16,12 @@ SAFE = 1e10  # |(S'S)^-1| in equilibrated columns above which a row is solved wi
 CORRECTIONS = ((1e4, 0), (1e6, 1), (SAFE, 3))  # below each such size, that many leave at most 1e-12
 RANK = 1e-12  # singular values of S in equilibrated columns below this share of the largest are zero
 ACCURATE = 1e-8  # residual above which a row is INACCURATE
+DOUBTFUL = 1e6  # size as in SAFE up to which rounding cannot move the solution by as much as SENSITIVE
+SENSITIVE = 3e-8  # relative error of the solution, estimated by one more solve, above which a row is INACCURATE,
+MEANINGLESS = 1e-2  # and above which it is none
+ROUNDING = 2e-16  # of an entry of a residual, relative to the terms that it is the sum of
+FLOOR = 1e-3  # a solution smaller than this share of the data is measured by them
+HIDDEN = 1e-7  # an entry of a unit null vector up to which it is zero
 BLOCK = 256  # columns of a block of a large Gram matrix: blocks above the diagonal are not computed
 
 
@@ -24,6 +30,7 @@ def least_squares(
     b: Tensor,  # (B or 1, m, k)
     w: Tensor | None = None,  # (B or 1, m), nonnegative; None for ones
     ridge: Tensor | None = None,  # (B or 1, n), nonnegative; None for zeros
+    visible: Tensor | None = None,  # (n, k) one where x is looked at or what it meets moved, zero elsewhere; None for ones
 ) -> Answer:
     """Least squares with row weights, a ridge, and k right-hand sides that share the matrix.
 
@@ -42,13 +49,15 @@ def least_squares(
     Accuracy:    float64 whatever the dtype. The Gram matrix's Cholesky factor is corrected with residuals of A itself, which is
                  as accurate as QR while cond(S)^2 < SAFE (columns equilibrated); rows beyond that, tested one by one, take a
                  QR of S, and if S is rank deficient (RANK) its SVD. `residual` is the cosine between S's columns and the
-                 residual, in units of b.
-    At a kink:   rank below n is flagged as degenerate: a change of rank is a discontinuity.
+                 residual, in units of b. Where that size exceeds DOUBTFUL, one more solve with the residual and its own rounding
+                 tells how far x may be off: INACCURATE above 3e-8, NOT_CONVERGED above 1e-2, in what is visible.
+    At a kink:   rank below n is flagged as degenerate, unless the null vectors of S are zero in what is visible: a change of rank
+                 is a discontinuity.
     Second derivative: by two steps of the chord method from the solution with the factor above; at constant rank likewise.
     Source:      Bjorck (1996), sections 2.4 and 2.9; Golub and Pereyra (1973) for the derivative at constant rank.
     """
     with torch.no_grad():
-        solved = _solve(_Problem.of(A, b, w, ridge))
+        solved = _solve(_Problem.of(A, b, w, ridge), visible)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (A, b, w, ridge)):
         x = _Differentiable.apply(solved, A, b, w, ridge)
         local = partial(_again, solved.factor, x, solved.y)
@@ -154,7 +163,7 @@ class _Solved:
     degenerate: Tensor  # (B,)
 
 
-def _solve(problem: _Problem) -> _Solved:
+def _solve(problem: _Problem, visible: Tensor | None) -> _Solved:
     tall, wide, b = problem.tall, problem.wide, problem.b
     gram = _gram(tall, problem.factors)
     L, info = torch.linalg.cholesky_ex(gram)
@@ -185,7 +194,14 @@ def _solve(problem: _Problem) -> _Solved:
         error, size = problem.penalise(_mm(y, problem.A), x), b if problem.w is None else b * problem.w.sqrt()
     residual = _relative(error / scale, size)
     degenerate = torch.full_like(info, wide and problem.ridge is None, dtype=torch.bool)
-    orthogonal = None
+    if visible is not None and wide and problem.ridge is None:
+        degenerate = _sees_beyond(problem, L, visible)
+    orthogonal, off = None, None
+    if not worst <= DOUBTFUL:
+        if wide:
+            off = _off(tall, L, b, x, y, corrections)
+        else:
+            off, _ = _span(problem, L, _doubtful(problem, x, r), corrections=corrections)
     if not worst <= SAFE:
         index = torch.nonzero(~(hard <= SAFE)).flatten()
         part = problem.take(index)
@@ -193,13 +209,71 @@ def _solve(problem: _Problem) -> _Solved:
         x_part, r_part, residual[index] = orthogonal.fit(part)
         x, r = x.index_copy(0, index, x_part), r.index_copy(0, index, r_part)
         y = y.index_copy(0, index, part.weigh(r_part))
-        degenerate[index] = orthogonal.deficient
+        degenerate[index] = orthogonal.deficient if visible is None else orthogonal.is_seen(visible)
+        assert off is not None
+        off = off.index_copy(0, index, orthogonal.off(part, x_part, r_part))
     residual = residual.reshape(problem.shape).amax(1)
     status = torch.where(residual <= ACCURATE, int(Status.SOLVED), int(Status.INACCURATE))
+    if off is not None:
+        error = _relative_error(problem, off, x, visible)
+        status = status.masked_fill(~(error <= SENSITIVE), int(Status.INACCURATE))
+        status = status.masked_fill(~(error <= MEANINGLESS), int(Status.NOT_CONVERGED))
     if bad is not None:
         status, residual = status.masked_fill(bad, int(Status.BAD_INPUT)), residual.masked_fill(bad, torch.nan)
     factor = _Factor(L, corrections, orthogonal)
     return _Solved(_columns(x, problem.shape), r, y, factor, status, residual, degenerate.expand(problem.shape[0]))
+
+
+@lru_cache(maxsize=64)
+def _waves(n: int, device: torch.device) -> Tensor:
+    """(2, 1, n) in which no two columns, and so no two rows of a matrix, are alike."""
+    phase = torch.arange(n, dtype=torch.float64, device=device).square()
+    return 2**0.5 * torch.stack((phase.cos(), phase.sin())).unsqueeze(1)
+
+
+def _rounded(terms: Tensor) -> Tensor:
+    """(F, k, .) -> (F, 2, k, .): two samples of what rounding may make of sums of these sizes."""
+    return ROUNDING * terms.unsqueeze(1) * _waves(terms.shape[2], terms.device)
+
+
+def _doubtful(problem: _Problem, x: Tensor, r: Tensor) -> Tensor:
+    """A'W r - ridge x with two samples of its rounding, and of that of r = b - A x, (F, 2 k, n)."""
+    size = problem.A.abs()
+    inner = r.unsqueeze(1) + _rounded(problem.b.abs() + _mm(x.abs(), size.mT))
+    terms = problem.weigh(r.abs()) @ size
+    terms = terms if problem.ridge is None else terms + problem.ridge * x.abs()
+    whole = _gradient(problem, inner.flatten(1, 2), x.repeat(1, 2, 1))
+    return whole + _rounded(terms).flatten(1, 2)
+
+
+def _off(problem: _Problem, L: Tensor, b: Tensor, x: Tensor, y: Tensor, corrections: int) -> Tensor:
+    """How far x may be off, (F, 2 k, .), by one more solve of the dual problem, A'W A y + ridge y = b and x = W A y."""
+    size = problem.A.abs()
+    left, terms = b - _mm(x, problem.A), b.abs() + _mm(x.abs(), size)
+    if problem.ridge is not None:
+        left, terms = left - problem.ridge * y, terms + problem.ridge * y.abs()
+    step = _span(problem, L, (left.unsqueeze(1) + _rounded(terms)).flatten(1, 2), corrections=corrections)[1]
+    return step + _rounded(problem.weigh(_mm(y.abs(), size.mT))).flatten(1, 2)
+
+
+def _relative_error(problem: _Problem, off: Tensor, x: Tensor, visible: Tensor | None) -> Tensor:
+    """(B,) the largest entry of x's error that is seen, relative to x, in units of S's columns."""
+    units = problem.A.square() if problem.w is None else problem.A.square() * problem.w.mT
+    units = units.sum(1, keepdim=True) if problem.ridge is None else units.sum(1, keepdim=True) + problem.ridge
+    data = problem.b if problem.w is None else problem.b * problem.w.sqrt()
+    units, data = units.sqrt(), FLOOR * torch.linalg.vector_norm(data, dim=2)
+    off, size = (off * units).abs().unflatten(1, (2, -1)).amax(1), (x * units).abs().amax(2)
+    off, size = (t.expand(len(x), -1, *t.shape[2:]).reshape(*problem.shape, *t.shape[2:]) for t in (off, size))
+    if visible is not None:
+        off = off * visible.to(off).mT
+    data = data.expand(len(x), -1).reshape(problem.shape)
+    return (off.amax(2) / torch.maximum(size, data).clamp(min=torch.finfo(off.dtype).tiny)).amax(1)
+
+
+def _sees_beyond(problem: _Problem, L: Tensor, visible: Tensor) -> Tensor:
+    """(F,) whether a visible entry of x has a part outside the row space of A, of full rank and factored as A A' = LL'."""
+    half = torch.linalg.solve_triangular(L, problem.A.expand(len(L), -1, -1), upper=False)
+    return ((1 - half.square().sum(1) > RANK) & (visible > 0).any(1)).any(1)
 
 
 @lru_cache(maxsize=64)
@@ -259,8 +333,11 @@ def _fit(problem: _Problem, L: Tensor, b: Tensor, x: Tensor, corrections: int) -
     return x, b - _mm(x, problem.A.mT)
 
 
-def _span(problem: _Problem, L: Tensor, v: Tensor, z: Tensor, corrections: int) -> tuple[Tensor, Tensor]:
+def _span(
+    problem: _Problem, L: Tensor, v: Tensor, z: Tensor | None = None, corrections: int = 0
+) -> tuple[Tensor, Tensor]:
     """(z, W A z) with A'W A z + ridge z = v, from a first z."""
+    z = _substitute(L, v) if z is None else z
     u = problem.weigh(_mm(z, problem.A.mT))
     for _ in range(corrections):
         z = z + _substitute(L, problem.penalise(v - _mm(u, problem.A), z))
@@ -333,6 +410,16 @@ class _Orthogonal:
         scaled = problem.b if self.root_w is None else problem.b * self.root_w
         return x, r, _relative(_gradient(problem, r, x) / self.size, scaled.expand(len(x), -1, -1))
 
+    def off(self, problem: _Problem, x: Tensor, r: Tensor) -> Tensor:
+        """How far x may be off, (R, 2 k, n), by one more solve."""
+        return self.span(problem, _doubtful(problem, x, r))[0]
+
+    def is_seen(self, visible: Tensor) -> Tensor:
+        """(R,) whether a null vector of S, of unit length, is not zero in what is visible, (n, k)."""
+        if self.null is None:
+            return self.deficient
+        return (self.null * (visible.to(self.null) > 0).any(1, keepdim=True)).abs().amax((1, 2)) > HIDDEN
+
     def span(self, problem: _Problem, v: Tensor) -> tuple[Tensor, Tensor]:
         """(z, W A z) with z = (S'S)^+ v."""
         v = v if self.null is None else v - v @ self.null @ self.null.mT
@@ -373,7 +460,7 @@ def _pull_back(
         u, s = _fit(tall, factor.L, v, _substitute(factor.L, tall.weigh(v) @ A.mT), factor.corrections)
         z = tall.weigh(s)
     else:
-        z, u = _span(tall, factor.L, v, _substitute(factor.L, v), factor.corrections)
+        z, u = _span(tall, factor.L, v, corrections=factor.corrections)
     if orthogonal is not None:
         index, part = orthogonal.index, problem.take(orthogonal.index)
         z_part, u_part = orthogonal.span(part, v[index])
@@ -436,7 +523,9 @@ def _again(
 
 def _laid(rows: Tensor, factors: int) -> Tensor:
     """Rows of the whole batch as those of so many matrices."""
-    return rows if len(rows) == factors else rows.reshape(factors, -1, rows.shape[2])
+    if len(rows) == factors:
+        return rows
+    return rows.reshape(factors, len(rows) * rows.shape[1] // factors if factors else 0, rows.shape[2])
 
 
 def _regular(problem: _Problem, here: _Problem, factor: _Factor, x: Tensor, y: Tensor) -> Tensor:
@@ -445,7 +534,7 @@ def _regular(problem: _Problem, here: _Problem, factor: _Factor, x: Tensor, y: T
 
     def solve(rows: Tensor) -> Tensor:
         v = _laid(rows, len(L))
-        return _laid(_span(fixed, L, v, _substitute(L, v), factor.corrections)[0], len(rows))
+        return _laid(_span(fixed, L, v, corrections=factor.corrections)[0], len(rows))
 
     for _ in range(2):
         if problem.wide:

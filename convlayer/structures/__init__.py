@@ -6,7 +6,7 @@ import inspect
 from importlib import import_module
 from pkgutil import iter_modules
 
-from convlayer.structures.structure import Cost, Declaration, Match, MismatchError, Structure
+from convlayer.structures.structure import Cost, Declaration, Match, MismatchError, Structure, Wanted
 
 
 def _found() -> dict[str, Structure]:
@@ -27,4 +27,4 @@ def _found() -> dict[str, Structure]:
 
 STRUCTURES: dict[str, Structure] = _found()
 
-__all__ = ["STRUCTURES", "Cost", "Declaration", "Match", "MismatchError", "Structure"]
+__all__ = ["STRUCTURES", "Cost", "Declaration", "Match", "MismatchError", "Structure", "Wanted"]

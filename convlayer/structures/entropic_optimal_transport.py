@@ -30,7 +30,7 @@ from convlayer.structures.reading import (
     words,
     zero_duals,
 )
-from convlayer.structures.structure import Cost, Declaration, Dual, Match, Structure, uniform
+from convlayer.structures.structure import Cost, Declaration, Dual, Match, Structure, Wanted, uniform
 
 
 class EntropicOptimalTransport(Structure):
@@ -84,7 +84,7 @@ class EntropicOptimalTransport(Structure):
             stack([row.offset.scaled(-1.0 / row.coefficient[0]) for row in side]) for side in (grid.rows, grid.columns)
         )
 
-        def build(duals: bool):
+        def build(wanted: Wanted):
             M = layout.binding(form, cost)
             r, c, eps = rows_binding(form, first), rows_binding(form, second), rows_binding(form, temperature)
 
@@ -92,7 +92,7 @@ class EntropicOptimalTransport(Structure):
                 inputs = M(values, like), r(values, like), c(values, like), eps(values, like)[:, 0]
                 answer = answered(at, entropic_optimal_transport, *inputs)
                 # Its multipliers are known up to a constant moved from one marginal to the other: those of least norm.
-                return answer.flagged() if duals else answer
+                return answer.flagged() if wanted.duals else answer
 
             return run
 

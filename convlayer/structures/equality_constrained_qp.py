@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import cvxpy as cp
 import numpy as np
@@ -11,6 +12,7 @@ from scipy.linalg import qr
 from torch import Tensor
 
 from convlayer.affine import NONE, Table, rows_of, stack
+from convlayer.binding import Kept
 from convlayer.kernels.answer import answered
 from convlayer.kernels.equality_constrained_qp import equality_constrained_qp
 from convlayer.normal_form import NormalForm, Quadratic
@@ -21,13 +23,14 @@ from convlayer.structures.reading import (
     in_cone,
     is_whole_parameter,
     linear_cost,
+    moved,
     no_cones,
     only,
     require,
     rows_binding,
     words,
 )
-from convlayer.structures.structure import Cost, Declaration, Dual, Match, MismatchError, Structure, normal
+from convlayer.structures.structure import Cost, Declaration, Dual, Match, MismatchError, Structure, Wanted, normal
 
 LARGEST_CONSTANT = 2000  # constraint rows that are looked through for repetitions when the layer is built
 
@@ -80,10 +83,10 @@ class EqualityConstrainedQP(Structure):
             require(bool(moving.all()), f"`{rule.text}` constrains no variable")
         table = stack([rule.table for _, rule in rules]).normal
 
-        def build(duals: bool):
-            return bound(table if duals else _independent(table, n))
+        def build(wanted: Wanted):
+            return bound(wanted, table if wanted.duals else _independent(table, n))
 
-        def bound(table: Table):
+        def bound(wanted: Wanted, table: Table):
             terms = [_quadratic_term(form, quadratic, layout) for quadratic in form.quadratics]
             if form.squares.size:
                 terms.append(_squares_term(form, layout))
@@ -92,6 +95,8 @@ class EqualityConstrainedQP(Structure):
             target = linear.row * n + layout.position[linear.variable]
             A = binding(form, (table.size, n), target, linear.parameter, linear.coefficient)
             b = rows_binding(form, replace(offset, coefficient=-offset.coefficient))
+            seen, kept = _seen(form, wanted, table, layout, found), Kept()
+            everything = bool(seen.all())
 
             def run(values, like, at=None):
                 P, q = None, slope(values, like)
@@ -99,7 +104,9 @@ class EqualityConstrainedQP(Structure):
                     more, slant = term(values, like)
                     P = more if P is None else P + more
                     q = q if slant is None else q + slant
-                return answered(at, equality_constrained_qp, P, q, A(values, like), b(values, like))
+                visible = None if everything else kept.tensor("seen", seen, like)
+                kernel = partial(equality_constrained_qp, visible=visible)
+                return answered(at, kernel, P, q, A(values, like), b(values, like))
 
             return run
 
@@ -128,6 +135,33 @@ class EqualityConstrainedQP(Structure):
             vouches=_vouches(form),
             symmetrises=_symmetrises(form),
         )
+
+
+def _seen(form: NormalForm, wanted: Wanted, table: Table, layout: Layout, duals: dict[int, Dual]) -> np.ndarray:
+    """(n + p,) one where an output reads an entry of the kernel's (x, nu) or a Parameter moves what it enters, else zero.
+
+    A quadratic form of an argument or a weighted square of it does not change along what is not unique, nor does its weight's gradient.
+    """
+    x = np.ones(form.n, dtype=bool) if wanted.x is None else wanted.x.copy()
+    nu = np.zeros(table.size, dtype=bool)
+    x[moved(form.linear)] = x[moved(table)] = True
+    nu[table.row[table.parameter != NONE]] = True
+    for argument in (form.squares.argument, *(quadratic.argument for quadratic in form.quadratics)):
+        x[moved(argument)] = True
+    for quadratic in form.quadratics:
+        entry = quadratic.matrix.row[quadratic.matrix.parameter != NONE]
+        size, argument = quadratic.argument.size, quadratic.argument.linear()
+        read = np.zeros(size, dtype=bool)
+        read[entry % size] = read[entry // size] = True
+        x[argument.variable[read[argument.row]]] = True
+    if wanted.duals:
+        for k, dual in duals.items():
+            if wanted.constraints is None or k in wanted.constraints:
+                nu[dual.position] = True
+    seen = np.zeros(form.n + table.size)
+    seen[layout.position] = x
+    seen[form.n :] = nu
+    return seen
 
 
 def _vouches(form: NormalForm) -> frozenset[int]:

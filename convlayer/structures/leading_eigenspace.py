@@ -24,7 +24,7 @@ from convlayer.structures.reading import (
     rows_binding,
     words,
 )
-from convlayer.structures.structure import Cost, Declaration, Dual, Match, Structure, normal
+from convlayer.structures.structure import Cost, Declaration, Dual, Match, Structure, Wanted, normal
 
 
 class LeadingEigenspace(Structure):
@@ -79,21 +79,21 @@ class LeadingEigenspace(Structure):
         require(not fixed or unit.coefficient.sum() > 0, "the trace is not positive")
         plain = fixed and float(unit.coefficient.sum()) == 1.0
 
-        def build(duals: bool):
+        def build(wanted: Wanted):
             X = layout.binding(form, cost.scaled(-1.0) if leading else cost)
             size = rows_binding(form, unit)
 
             def run(values, like, at=None):
                 matrix = X(values, like)
                 answer = answered(at, lambda matrix: leading_eigenspace(matrix, k, leading), matrix)
-                if plain and not duals:
+                if plain and not wanted.duals:
                     return answer
                 Z, edge = answer.outputs
                 if not plain:
                     scale = size(values, like)
                     answer = answer.unsettled(scale[:, 0] < 0)
                     Z = Z * scale[..., None]
-                if not duals:
+                if not wanted.duals:
                     return answer.with_outputs(Z)
                 sign = 1.0 if leading else -1.0
                 identity = torch.eye(n, dtype=Z.dtype, device=Z.device)

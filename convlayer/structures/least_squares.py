@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import cvxpy as cp
 import numpy as np
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor
 
 from convlayer.affine import NONE, Table, chain, nothing, rows_of, stack
+from convlayer.binding import Kept
 from convlayer.kernels.answer import answered
 from convlayer.kernels.least_squares import least_squares
 from convlayer.normal_form import NormalForm, Quadratic, Weighted
-from convlayer.structures.reading import binding, no_cones, only, require, rows_binding, words
-from convlayer.structures.structure import Cost, Declaration, Match, MismatchError, Structure, normal, uniform
+from convlayer.structures.reading import binding, moved, no_cones, only, require, rows_binding, words
+from convlayer.structures.structure import Cost, Declaration, Match, MismatchError, Structure, Wanted, normal, uniform
 
 LARGEST_CONSTANT = 2000  # of a constant quadratic form that is factored when the layer is built
 
@@ -64,7 +66,7 @@ class LeastSquares(Structure):
         m, n, k = blocks.rows.size // blocks.k, blocks.n, blocks.k
         level = _level(blocks.rows.weight, blocks.rows.size)
 
-        def build(duals: bool):
+        def build(wanted: Wanted):
             argument = blocks.rows.argument
             linear, offset = argument.linear(), argument.offset()
             own = linear.row < m
@@ -75,11 +77,17 @@ class LeastSquares(Structure):
             weight = blocks.rows.weight
             w = None if level is not None else rows_binding(form, replace(weight.take(weight.row < m), size=m))
             penalty = rows_binding(form, blocks.ridge.scaled(1.0 / (level or 1.0))) if len(blocks.ridge.row) else None
+            x = np.ones(form.n, dtype=bool) if wanted.x is None else wanted.x.copy()
+            x[moved(rows.argument)] = x[ridge.row[ridge.parameter != NONE]] = True
+            seen, kept = np.zeros((n, k)), Kept()
+            seen.ravel()[blocks.position] = x
+            everything = bool(seen.all())
 
             def run(values, like, at=None):
+                visible = None if everything else kept.tensor("seen", seen, like)
                 return answered(
                     at,
-                    least_squares,
+                    partial(least_squares, visible=visible),
                     A(values, like),
                     b(values, like),
                     # Declared nonnegative, but let pass with a rounding below zero.

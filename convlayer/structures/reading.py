@@ -36,6 +36,11 @@ def linear_cost(form: NormalForm) -> Table:
     return Table(form.n, part.variable, nothing(len(part.row)), part.parameter, part.coefficient)
 
 
+def moved(table: Table) -> np.ndarray:
+    """The variables that a Parameter multiplies in a table."""
+    return table.variable[(table.variable != NONE) & (table.parameter != NONE)]
+
+
 def one_value(table: Table, size: int, reason: str) -> Table:
     """The single row that every one of `size` rows of a table without variables equals."""
     table = table.normal

@@ -25,7 +25,7 @@ from convlayer.structures.reading import (
     words,
     zero_duals,
 )
-from convlayer.structures.structure import Cost, Declaration, Dual, Match, Structure, normal, uniform
+from convlayer.structures.structure import Cost, Declaration, Dual, Match, Structure, Wanted, normal, uniform
 
 
 class Softmax(Structure):
@@ -70,14 +70,14 @@ class Softmax(Structure):
         layout = Layout.of(form)
         scores = linear_cost(form).scaled(-1.0)
 
-        def build(duals: bool):
+        def build(wanted: Wanted):
             theta = layout.binding(form, scores)
             tau, r = (None if is_one(table) else rows_binding(form, table) for table in (temperature, total.right))
 
             def run(values, like, at=None):
                 return answered(
                     at,
-                    lambda *inputs: softmax(*inputs, duals),
+                    lambda *inputs: softmax(*inputs, wanted.duals),
                     theta(values, like),
                     None if tau is None else tau(values, like)[:, 0],
                     None if r is None else r(values, like)[:, 0],

@@ -26,7 +26,7 @@ from convlayer.structures.reading import (
     simplex,
     words,
 )
-from convlayer.structures.structure import Cost, Declaration, Dual, Match, Structure, normal, uniform
+from convlayer.structures.structure import Cost, Declaration, Dual, Match, Structure, Wanted, normal, uniform
 
 
 class Sparsemax(Structure):
@@ -71,14 +71,14 @@ class Sparsemax(Structure):
         require(bool(sign_rows.nonnegative.all()), "not every variable is nonnegative")
         layout = Layout.of(form)
 
-        def build(duals: bool):
+        def build(wanted: Wanted):
             point = over(form, curvature, partial(layout.binding, form), parts.slope.scaled(-1.0))
             h, r = rows_binding(form, curvature), rows_binding(form, total.right)
 
             def run(values, like, at=None):
                 y, flat = point(values, like)
                 answer = answered(at, sparsemax, y, r(values, like)[:, 0]).unsettled(flat)
-                if not duals:
+                if not wanted.duals:
                     return answer
                 x, tau = answer.outputs
                 weight = h(values, like)

@@ -22,7 +22,6 @@ Declaration = tuple[cp.Problem, Sequence[cp.Parameter], Sequence[cp.Variable]]
 BANDWIDTH = 8e9  # bytes a second that one core moves
 
 Run = Callable[..., Answer]  # (values of the parameters, a tensor of their dtype and device, at=None: see `answered`) -> Answer
-Builder = Callable[[bool], Run]  # whether multipliers are wanted -> the bound kernel
 
 
 class MismatchError(Exception):
@@ -51,6 +50,18 @@ class Dual:
     output: int | None
     position: np.ndarray  # (rows of the constraint's table,)
     coefficient: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """What a layer returns of a solution."""
+
+    duals: bool = True  # multipliers among it
+    x: np.ndarray | None = None  # (n,) bool, of the stacked variables; None: all of them
+    constraints: frozenset[int] | None = None  # whose multipliers, by position among the normal form's; None: all of them
+
+
+Builder = Callable[[Wanted], Run]  # -> the bound kernel
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,7 @@ from convlayer.structures.reading import (
     separable,
     words,
 )
-from convlayer.structures.structure import Cost, Declaration, Match, Structure, normal, uniform
+from convlayer.structures.structure import Cost, Declaration, Match, Structure, Wanted, normal, uniform
 
 
 class TotalVariation(Structure):
@@ -81,7 +81,7 @@ class TotalVariation(Structure):
         step = one_value(_steps(form), form.n - 1, "the steps have unequal weights")
         layout = Layout.along(order)
 
-        def build(duals: bool):
+        def build(wanted: Wanted):
             point = over(form, curvature, partial(layout.binding, form), parts.slope.scaled(-1.0))
             lam = over(form, curvature, partial(rows_binding, form), step)
 
