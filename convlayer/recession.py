@@ -21,7 +21,7 @@ from convlayer.solvers.clarabel import Clarabel
 from convlayer.solvers.solver import Task
 
 TOLERANCE = 1e-9
-FLAT = 1e-6  # share of its terms below which q'd is rounding
+FLAT = 1e-6  # share of its terms below which q'd is rounding, and entry of d below which it is none
 FAR = 1e-2  # a share of the way that the last point lies, below which d is rounding
 
 
@@ -64,7 +64,7 @@ def _recedes(program: Program, P: np.ndarray, q: np.ndarray, A: np.ndarray, x: n
     wanted = -x / np.linalg.norm(x)
     task = Task(form, np.zeros((1, 0)), wanted[None], stacked.data[None], right[None], TOLERANCE)
     (iterate,) = Clarabel().solve(task)
-    d = iterate.x
+    d = np.where(np.abs(iterate.x) > FLAT, iterate.x, 0.0)
     # A cost that is small beside the others is none the less one.
     rises = q @ d > FLAT * (np.abs(q) @ np.abs(d))
     return iterate.status <= Status.INACCURATE and bool(-wanted @ d > FAR) and not rises

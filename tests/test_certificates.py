@@ -132,6 +132,7 @@ def test_a_proof_is_worth_more_than_a_point_that_is_not_quite_a_solution():
     assert grad[[0, 2]].tolist() == [0.0, 0.0]
 
 
+@pytest.mark.filterwarnings("ignore::convlayer.AccuracyWarning")
 def test_a_small_cost_is_none_the_less_one():
     """A plan with entropy has a solution however small its weight: the feasible set is bounded."""
     Z, M = cp.Variable((3, 3)), cp.Parameter((3, 3))

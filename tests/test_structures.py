@@ -354,7 +354,7 @@ def test_a_structure_with_a_multiplier_it_does_not_give_is_refused_with_the_cons
     problem = cp.Problem(cp.Maximize(cp.trace(X @ Z)), rules)
     outputs = [Z, rules[0].dual_variables[0]]
     assert ConvexLayer(problem, [X], outputs).structure == "cone_program"
-    with pytest.raises(ProblemError, match="gives no multiplier of `Trace"):
+    with pytest.raises(ProblemError, match="gives no multiplier of `trace"):
         ConvexLayer(problem, [X], outputs, structure="leading_eigenspace")
 
 
