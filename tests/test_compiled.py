@@ -94,6 +94,7 @@ def test_shared_parameters_and_two_batch_dimensions(model):
     assert the_same(whole(model), model, (A, many, lam))
 
 
+@pytest.mark.long
 def test_a_model_compiled_by_inductor_agrees(model, tensors):
     try:
         torch.compile(lambda x: x.sin() + 1, backend="inductor")(torch.ones(4))

@@ -93,6 +93,7 @@ def test_two_processes_have_the_gradient_of_one():
         assert float(own) > 1e-2  # so that it took both
 
 
+@pytest.mark.long
 @needs_gloo
 def test_the_example_learns_on_two_processes_what_it_learns_on_one(capsys):
     def losses(said: str) -> list[float]:
