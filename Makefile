@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 PY := .venv/bin/python
-PARALLEL := -q --numprocesses 2 --dist worksteal
+PARALLEL := --numprocesses 2 --dist worksteal
 INSTALL := $(PY) -m pip install --constraint constraints.txt
 
 .PHONY: help demo test test-all bench lint clean

@@ -35,6 +35,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "dear: a law of a second or so a case, which meets a third of them however few they are")
     config.addinivalue_line(
         "markers", "long: takes ten CPU-seconds or so, for what shorter tests hold too; with --all only"
     )
@@ -65,11 +66,12 @@ def outside_the_square(combinations: list[pytest.Function], turn: int) -> list[p
 
     So whatever the other coordinates are, some value on that axis is taken with them.
     """
-    if len(combinations) < MANY:
+    dear = combinations[0].get_closest_marker("dear") is not None
+    if len(combinations) < MANY and not dear:
         return []
     places = [coordinates(item) for item in combinations]
     longest = max(map(len, map(set, zip(*places, strict=True))))
-    step = min(len(combinations) // ENOUGH, longest)
+    step = min(max(len(combinations) // ENOUGH, 3 if dear else 1), longest)
     return [item for item, place in zip(combinations, places, strict=True) if (sum(place) - turn) % step]
 
 

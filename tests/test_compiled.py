@@ -71,6 +71,7 @@ def tensors():
     return CASES["lasso"].sample(3)
 
 
+@pytest.mark.dear
 @pytest.mark.parametrize("name", [*GENERIC, *STRUCTURES])
 def test_a_compiled_model_is_the_eager_one_bit_for_bit_at_every_batch_size_from_a_graph_or_two(name):
     generic = name in GENERIC
