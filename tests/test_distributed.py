@@ -161,6 +161,7 @@ def client():
         yield client
 
 
+@pytest.mark.long
 def test_a_cluster_gives_the_same_answers(client, monkeypatch):
     executor = client.get_executor()
     with monkeypatch.context() as elsewhere:
@@ -169,6 +170,7 @@ def test_a_cluster_gives_the_same_answers(client, monkeypatch):
     same_for(executor)
 
 
+@pytest.mark.long
 def test_a_cluster_that_loses_a_worker_gives_the_same_answers(client, tmp_path):
     case = CASES["quadratic_program"]
     tensors = case.sample(ROWS, seed=4)
