@@ -17,8 +17,8 @@ import torch
 torch.set_num_threads(1)  # the tensors here are small, and threads that share a core spin
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-LENGTHS = {False: "about 4 CPU-minutes, 2 on two cores; `make test-all` for every law over every case: 9, or 5 on two cores",
-           True: "every law over every case: about 9 CPU-minutes, 5 on two cores"}  # fmt: skip
+LENGTHS = {False: "about 5 CPU-minutes, 3 minutes on two cores; `make test-all` for every law over every case: 9, or 5 on two cores",
+           True: "every law over every case: about 9 CPU-minutes, 5 minutes on two cores"}  # fmt: skip
 MANY, ENOUGH = 24, 8  # a law over so many combinations is thinned to about so many
 WHOLE = (
     "test_gradient.py",  # residual, solution and gradient against CVXPY and differences: every case
@@ -35,7 +35,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "dear: a law of a second or so a case, which meets a third of them however few they are")
+    config.addinivalue_line(
+        "markers", "dear: a law of a second or so a case, which meets a third of them however few they are"
+    )
     config.addinivalue_line(
         "markers", "long: takes ten CPU-seconds or so, for what shorter tests hold too; with --all only"
     )
