@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
 from convlayer import doctor
 from convlayer.__main__ import main

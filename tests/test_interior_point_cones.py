@@ -108,7 +108,15 @@ def test_clarabel_agrees_on_normalised_programs(kind, name):
     answer = solve_data(scaled, 1e-8)
     others = Clarabel().solve(task_of(scaled, 1e-10))
     assert (answer.status == Status.SOLVED).all()
-    agree(scaled, answer.x, torch.tensor(np.array([other.x for other in others])), 1e-7)
+    # Clarabel gives up on one power cone or another, and says so; the planted optimum is asked for above.
+    told = torch.tensor([other.status == Status.SOLVED for other in others])
+    assert int(told.sum()) >= BATCH - 2
+    agree(
+        scaled.rows(told.nonzero().flatten()),
+        answer.x[told],
+        torch.tensor(np.array([other.x for other in others]))[told],
+        1e-7,
+    )
 
 
 @pytest.mark.parametrize("name", CONES)
