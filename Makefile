@@ -2,20 +2,24 @@
 
 PYTHON ?= python3
 PY := .venv/bin/python
+PARALLEL := --numprocesses 2 --dist worksteal
 INSTALL := $(PY) -m pip install --constraint constraints.txt
 
-.PHONY: help demo test bench lint clean
+.PHONY: help demo test test-all bench lint clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 8
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 8
 
 demo: .venv/examples  ## learn on real data, then kernels against the cone program: tables, and pictures in out/
 	$(PY) examples/demo.py
 	$(PY) examples/shortest_path.py
 	$(PY) -m convlayer compare
 
-test: lint  ## lint, types and all tests
-	$(PY) -m pytest -q --numprocesses 2 --dist worksteal
+test: lint  ## lint, types and tests: every law, over all cases or a Latin square of them
+	$(PY) -m pytest $(PARALLEL)
+
+test-all: lint  ## the same with every law over every case, and the tests that take long
+	$(PY) -m pytest $(PARALLEL) --all
 
 bench: .venv/benchmarks  ## us against the peers, side by side: the cone program, then the structures
 	$(PY) -m benchmarks

@@ -1,7 +1,6 @@
 """A batch equals a loop, whatever its dimensions, whatever is shared, wherever its rows run."""
 
-import multiprocessing
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
 import cvxpy as cp
 import pytest
@@ -174,18 +173,6 @@ def test_a_users_executor_gives_the_same_answers(case):
             assert all(close(a, b, 1e-9) for a, b in zip(again, outputs, strict=True))
             assert all(relative(a, b) < 1e-8 for a, b in zip(again_gradients, gradients, strict=True))
     assert counting.tasks > 0
-
-
-def test_a_process_pool_gives_the_same_answers():
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, mp_context=context) as pool:
-        for name in ("quadratic_program", "every_cone"):
-            case = CASES[name]
-            tensors = case.sample(4, seed=6)
-            outputs, gradients = per_row(case, tensors, (4,))
-            again, again_gradients = per_row(case, tensors, (4,), executor=pool)
-            assert all(close(a, b, 1e-9) for a, b in zip(again, outputs, strict=True))
-            assert all(relative(a, b) < 1e-8 for a, b in zip(again_gradients, gradients, strict=True))
 
 
 @every_case

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import runpy
 import subprocess
 import sys
 import tomllib
@@ -57,14 +56,6 @@ def model(tmp_path):
     return path
 
 
-@pytest.fixture
-def torch_as_it_was():
-    """Scripts set the default dtype of their process."""
-    before = torch.get_default_dtype()
-    yield
-    torch.set_default_dtype(before)
-
-
 def command(*arguments, cwd):
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
@@ -76,14 +67,12 @@ def command(*arguments, cwd):
     )
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [("float64", 1e-6), ("float32", 1e-3)])
-def test_the_comparison_writes_a_picture_and_its_figures_and_both_paths_agree(dtype, bound, tmp_path):
+@pytest.mark.parametrize(("dtype", "bound"), [("float64", 1e-6), pytest.param("float32", 1e-3, marks=pytest.mark.long)])
+def test_the_comparison_writes_a_picture_and_its_figures_and_both_paths_agree(dtype, bound, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="the comparison draws")
     pytest.importorskip("tqdm", reason="the comparison shows its progress")
-    run = command(
-        "-m", "convlayer", "compare", "--quick", "--dtype", dtype, "--out", tmp_path / "new" / "folder", cwd=tmp_path
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
+    assert main(["compare", "--quick", "--dtype", dtype, "--out", str(tmp_path / "new" / "folder")]) == 0
+    said = capsys.readouterr().out
     figures = json.loads((tmp_path / "new" / "folder" / "compare.json").read_text())
     assert (tmp_path / "new" / "folder" / "compare.png").stat().st_size > 10_000
     assert [row["structure"] for row in figures["problems"]] == [
@@ -91,7 +80,7 @@ def test_the_comparison_writes_a_picture_and_its_figures_and_both_paths_agree(dt
     ]  # fmt: skip
     for row in figures["problems"]:
         assert max(row["value"], row["gradient"]) < bound, row
-        assert row["title"] in run.stdout
+        assert row["title"] in said
     assert all(len(curve["specialised"]) == len(curve["sizes"]) for curve in figures["scaling"])
 
 
@@ -202,12 +191,9 @@ def test_the_command_is_installed_and_tells_its_version(capsys):
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_runs_agrees_with_the_cone_program_and_draws(name, tmp_path, torch_as_it_was, monkeypatch, capsys):
+def test_an_example_runs_agrees_with_the_cone_program_and_draws(name, run_example, tmp_path):
     pytest.importorskip("matplotlib", reason="examples draw")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(ROOT / "examples")  # as for a script, which imports its neighbours
-    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
-    said = capsys.readouterr().out
+    said = run_example(name)
     assert f"{name}: " in said
     assert "rows: agree." in said
     assert (tmp_path / "out" / f"{name}.png").stat().st_size > 10_000

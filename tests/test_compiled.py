@@ -71,6 +71,7 @@ def tensors():
     return CASES["lasso"].sample(3)
 
 
+@pytest.mark.dear
 @pytest.mark.parametrize("name", [*GENERIC, *STRUCTURES])
 def test_a_compiled_model_is_the_eager_one_bit_for_bit_at_every_batch_size_from_a_graph_or_two(name):
     generic = name in GENERIC
@@ -94,6 +95,7 @@ def test_shared_parameters_and_two_batch_dimensions(model):
     assert the_same(whole(model), model, (A, many, lam))
 
 
+@pytest.mark.long
 def test_a_model_compiled_by_inductor_agrees(model, tensors):
     try:
         torch.compile(lambda x: x.sin() + 1, backend="inductor")(torch.ones(4))

@@ -93,6 +93,7 @@ def test_two_processes_have_the_gradient_of_one():
         assert float(own) > 1e-2  # so that it took both
 
 
+@pytest.mark.long
 @needs_gloo
 def test_the_example_learns_on_two_processes_what_it_learns_on_one(capsys):
     def losses(said: str) -> list[float]:
@@ -160,6 +161,7 @@ def client():
         yield client
 
 
+@pytest.mark.long
 def test_a_cluster_gives_the_same_answers(client, monkeypatch):
     executor = client.get_executor()
     with monkeypatch.context() as elsewhere:
@@ -168,6 +170,7 @@ def test_a_cluster_gives_the_same_answers(client, monkeypatch):
     same_for(executor)
 
 
+@pytest.mark.long
 def test_a_cluster_that_loses_a_worker_gives_the_same_answers(client, tmp_path):
     case = CASES["quadratic_program"]
     tensors = case.sample(ROWS, seed=4)

@@ -1,9 +1,6 @@
 """What the documents show runs: the README's code, the example."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -32,20 +29,14 @@ def test_files_that_a_document_names_are_there(path):
     assert not [name for name in named if not (ROOT / name).exists()]
 
 
-def test_the_example_learns_and_checks_its_gradient(tmp_path):
+def test_the_example_learns_and_checks_its_gradient(run_example, tmp_path):
     pytest.importorskip("sklearn", reason="the example's data come with scikit-learn")
-    run = subprocess.run([sys.executable, ROOT / "examples" / "demo.py"], cwd=tmp_path, capture_output=True, text=True, check=False,
-                         env={**os.environ, "MPLBACKEND": "Agg"})
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert "gradient check passed" in run.stdout
+    assert "gradient check passed" in run_example("demo")
     assert (tmp_path / "out" / "demo.png").stat().st_size > 10_000
 
 
-def test_the_sudoku_example_runs(tmp_path):
+def test_the_sudoku_example_runs(run_example, tmp_path):
     for needed in ("matplotlib", "tqdm"):
         pytest.importorskip(needed, reason="the example draws a picture and shows its progress")
-    run = subprocess.run([sys.executable, ROOT / "examples" / "sudoku.py", "--quick"], cwd=tmp_path, capture_output=True, text=True,
-                         check=False, env={**os.environ, "MPLBACKEND": "Agg"})
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert "quadratic program, 40 learnt constraints" in run.stdout
+    assert "quadratic program, 40 learnt constraints" in run_example("sudoku", "--quick")
     assert (tmp_path / "out" / "sudoku.png").stat().st_size > 10_000

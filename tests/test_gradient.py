@@ -55,9 +55,16 @@ def test_the_value_is_the_users_objective_at_the_users_variables(case):
     assert float(solution.objective) == pytest.approx(expected, rel=1e-10, abs=1e-10)
 
 
-def directional(function, tensors, directions, step):
-    return sum(c * function([t + k * step * d for t, d in zip(tensors, directions, strict=True)])
-               for k, c in FIVE_POINT.items()) / step
+def differences(layer, cotangents, tensors, moves, step):
+    """Five-point differences (len(moves),) along moves, each of (parameter, direction); all the points are one batch."""
+    values = [t.expand(len(moves), len(FIVE_POINT), *t.shape).clone() for t in tensors]
+    places = torch.tensor(list(FIVE_POINT), dtype=torch.float64)
+    for row, (k, direction) in enumerate(moves):
+        values[k][row] += step * places.view(-1, *[1] * direction.dim()) * direction
+    with torch.no_grad():
+        outputs = outputs_of(layer, values)
+    found = sum((w * o).reshape(*o.shape[:2], -1).sum(2) for w, o in zip(cotangents, outputs, strict=True))
+    return (found @ torch.tensor(list(FIVE_POINT.values()), dtype=torch.float64) / step).tolist()
 
 
 @every_case
@@ -71,16 +78,10 @@ def test_the_gradient_of_variables_duals_and_value_is_that_of_five_point_differe
         outputs = outputs_of(layer, inputs)
         cotangents = weights(outputs)
         gradients = torch.autograd.grad(outputs, inputs, cotangents)
-
-        def functional(values, cotangents=cotangents):
-            with torch.no_grad():
-                return float(sum((w * o).sum() for w, o in zip(cotangents, outputs_of(layer, values), strict=True)))
-
         moves = [b - a for a, b in zip(tensors, others, strict=True)]
         size = max(float(g.norm() * d.norm()) for g, d in zip(gradients, moves, strict=True))
-        for k, (gradient, move) in enumerate(zip(gradients, moves, strict=True)):
-            directions = [move if i == k else torch.zeros_like(t) for i, t in enumerate(tensors)]
-            wide, narrow = (directional(functional, tensors, directions, h) for h in (STEP, STEP / 2))
+        wides, narrows = (differences(layer, cotangents, tensors, list(enumerate(moves)), h) for h in (STEP, STEP / 2))
+        for k, (gradient, move, wide, narrow) in enumerate(zip(gradients, moves, wides, narrows, strict=True)):
             unit = max(abs(narrow), 1e-2 * float(gradient.norm() * move.norm()), 1e-3 * size)
             assert abs(wide - narrow) <= 1e-6 * unit, f"parameter {k}, seed {seed}: differences do not converge here"
             got = float((gradient * move).sum())
@@ -115,23 +116,19 @@ def test_a_symmetric_parameter_has_a_symmetric_gradient_that_is_right_along_ever
     gradients = torch.autograd.grad(outputs, inputs, cotangents)
     size = max(float(g.norm()) for g in gradients)
 
-    def functional(values):
-        with torch.no_grad():
-            return float(sum((w * o).sum() for w, o in zip(cotangents, outputs_of(layer, values), strict=True)))
-
     for k, (parameter, gradient) in enumerate(zip(declared.parameters, gradients, strict=True)):
         if not any(parameter.attributes[a] for a in ("symmetric", "PSD", "NSD")):
             continue
         assert torch.equal(gradient, gradient.mT)
         n = parameter.shape[0]
-        for i in range(n):
-            for j in range(i + 1):
-                direction = torch.zeros(n, n, dtype=torch.float64)
-                direction[i, j] = direction[j, i] = 1.0
-                directions = [direction if m == k else torch.zeros_like(t) for m, t in enumerate(tensors)]
-                expected = directional(functional, tensors, directions, 5e-4)
-                got = float((gradient * direction).sum())
-                assert abs(got - expected) <= 1e-6 * max(abs(expected), float(gradient.norm()), 1e-3 * size)
+        directions = torch.zeros(n * (n + 1) // 2, n, n, dtype=torch.float64)
+        i, j = torch.tril_indices(n, n)
+        row = torch.arange(len(directions))
+        directions[row, i, j] = directions[row, j, i] = 1.0
+        moves = [(k, direction) for direction in directions]
+        for direction, expected in zip(directions, differences(layer, cotangents, tensors, moves, 5e-4), strict=True):
+            got = float((gradient * direction).sum())
+            assert abs(got - expected) <= 1e-6 * max(abs(expected), float(gradient.norm()), 1e-3 * size)
 
 
 @every_case

@@ -100,16 +100,28 @@ def test_a_planted_optimum_is_found(kind, name):
 @pytest.mark.parametrize("name", CONES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_clarabel_agrees_on_normalised_programs(kind, name):
+    """At 1e-8: there no row of 9,600 stalls. At 1e-9 one in two hundred does under a cost that is linear, and which one is
+    rounding's choice: moved by 1e-15, or under other vector instructions, it is another. Newton's matrix is then 1e13 times
+    as large as its least eigenvalue, and a step's equations are met to 1e-9."""
     parts, _ = planted(kind, CONES[name], seed=1)
     scaled, _ = normalise(data_of(CONES[name], *parts))
-    answer = solve_data(scaled, 1e-9)
+    answer = solve_data(scaled, 1e-8)
     others = Clarabel().solve(task_of(scaled, 1e-10))
     assert (answer.status == Status.SOLVED).all()
-    agree(scaled, answer.x, torch.tensor(np.array([other.x for other in others])), 1e-7)
+    # Clarabel gives up on one power cone or another, and says so; the planted optimum is asked for above.
+    told = torch.tensor([other.status == Status.SOLVED for other in others])
+    assert int(told.sum()) >= BATCH - 2
+    agree(
+        scaled.rows(told.nonzero().flatten()),
+        answer.x[told],
+        torch.tensor(np.array([other.x for other in others]))[told],
+        1e-7,
+    )
 
 
 @pytest.mark.parametrize("name", CONES)
 def test_a_finer_tolerance_is_reached(name):
+    """Where the objective is strongly convex, no row of 3,200 stalls above it."""
     parts, _ = planted("definite", CONES[name], seed=2)
     data = data_of(CONES[name], *parts)
     answer = solve_data(data, 1e-9)
@@ -366,3 +378,14 @@ def test_entropy_with_tiny_entries_has_softmax_for_its_solution():
     answer = solve_data(data, 1e-8)
     assert (answer.status == Status.SOLVED).all()
     assert float((answer.x[:, :n] - torch.softmax(-c, 1)).abs().max()) <= 1e-4
+
+
+def test_how_a_row_ends_is_not_roundings_choice():
+    """At the tolerance of a layer, whatever the last digit of the data: linear costs over every product of cones."""
+    g = torch.Generator().manual_seed(11)
+    for name, cones in CONES.items():
+        parts, _ = planted("linear", cones, seed=13)
+        noisy = [part.repeat(20, *[1] * (part.dim() - 1)) for part in parts]
+        noisy = [part * (1 + 1e-15 * normal(g, *part.shape)) for part in noisy]
+        scaled, _ = normalise(data_of(cones, *noisy))
+        assert (solve_data(scaled, 1e-8).status == Status.SOLVED).all(), name

@@ -221,7 +221,7 @@ class Solved(torch.utils.data.Dataset):
         return self.layer(*(t[k] for t in self.tensors))[0]
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.long)])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_loaders_workers_solve(case, context):
     if context not in torch.multiprocessing.get_all_start_methods():

@@ -1,8 +1,5 @@
 """The example of shortest paths: the exact gradient says nothing, the others learn."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -55,17 +52,10 @@ def test_the_other_gradients_learn(compared, kind):
     assert learnt["exact"].regrets[-1] == pytest.approx(before)
 
 
-def test_the_script_prints_its_table_and_draws(tmp_path):
+def test_the_script_prints_its_table_and_draws(run_example, tmp_path):
     pytest.importorskip("matplotlib", reason="the example draws a picture")
-    run = subprocess.run(
-        [sys.executable, EXAMPLES / "shortest_path.py", "--quick"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "MPLBACKEND": "Agg"},
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert "gradient='blackbox'" in run.stdout
-    assert run.stderr.count("structurally zero") == 1
+    with pytest.warns(GradientWarning) as caught:
+        said = run_example("shortest_path", "--quick")
+    assert "gradient='blackbox'" in said
+    assert [w.message.cause for w in caught if w.category is GradientWarning].count(Cause.ZERO) == 1
     assert (tmp_path / "out" / "shortest_path.png").stat().st_size > 10_000

@@ -1,9 +1,8 @@
 """Whichever solver runs, the answer is the same: x, s, y and the gradient; and what a solver is told is what it does."""
 
-import multiprocessing
+import pickle
 import warnings
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any, ClassVar
 
 import clarabel
@@ -18,6 +17,7 @@ from convlayer import AccuracyWarning, ConvexLayer, Iterate, Solver, SolverError
 from convlayer.program import Program
 from convlayer.solvers.clarabel import Clarabel
 from convlayer.solvers.scs import SCS
+from convlayer.solvers.solver import Inline
 
 FOR_SCS = names(lambda case: case.scs and case.shared._canonical.program.m > 0)
 OPTIONS = {"max_iters": 100_000, "acceleration_lookback": 0}
@@ -255,6 +255,14 @@ def test_a_failed_row_does_not_spoil_the_solver_for_the_next(solver, name):
         assert close(solution.variables[0][row], layer(b_t[row], c_t[row])[0], 1e-8)
 
 
+class Pickling(Inline):
+    """What processes do to a task and to its answer, in one."""
+
+    def map(self, function, tasks):
+        again = lambda value: pickle.loads(pickle.dumps(value))  # noqa: E731
+        return [again(again(function)(again(task))) for task in tasks]
+
+
 class Unpolished(Solver):
     """A solver of a user's own: Clarabel called by hand, only linear-quadratic programs, one option."""
 
@@ -289,8 +297,7 @@ def test_a_solver_of_ones_own():
         case.layer(solver=Unpolished(), solver_args={"strides": 40})
     with pytest.raises(ValueError, match="linear constraints only"):
         CASES["norm_ball"].layer(solver=Unpolished())
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        same(answers(case.layer(solver=Unpolished(), executor=pool), tensors), expected)
+    same(answers(case.layer(solver=Unpolished(), executor=Pickling()), tensors), expected)
 
 
 class Liar(Solver):

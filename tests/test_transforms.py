@@ -204,6 +204,7 @@ def test_the_second_derivative_is_that_of_central_differences_in_every_combinati
     assert agree(grad(tangent, tuple(range(len(tensors))))(*tensors), second, 1e-8)
 
 
+@pytest.mark.dear
 @every_kind
 def test_the_hessian_of_a_loss_agrees_with_a_loop_of_double_backward_and_is_symmetric(path):
     tensors = path.sample()
@@ -221,6 +222,7 @@ def test_the_hessian_of_a_loss_agrees_with_a_loop_of_double_backward_and_is_symm
     assert relative(jacrev(jacrev(loss))(point), loop) < 1e-8
 
 
+@pytest.mark.dear
 @every_kind
 def test_gradcheck_in_both_modes_and_gradgradcheck(path):
     inputs = leaves(path.sample(1))

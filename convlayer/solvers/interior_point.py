@@ -44,7 +44,8 @@ from convlayer.solvers.solver import Iterate, Points, Solver, Task
 from convlayer.threads import one_thread
 
 SHIFT = 1e-10  # on K's diagonal, against singularity; proximal: it slows the last digits down, and moves no solution;
-CONE_SHIFT = 1e-8  # with cones, whose H^-1 is not diagonal and blurs the rest of K
+CONE_SHIFT = 1e-8  # with cones, whose H^-1 is not diagonal and blurs the rest of K:
+BLUR = 1e-16  # and no less than this share of K's largest entry, below which LU sees nothing of it
 START_SHIFT = 1e-4  # the same for the starting point, which is to be of moderate size
 PIVOTS = 1e-3  # least pivot of P's Cholesky factor, as a share of the largest, for the dual to be solved instead
 GROWTH = 1e2  # and the most by which P^-1 may blow up the right-hand side
@@ -56,7 +57,6 @@ SURE, LOOSE = 1e8, 5e-5  # this is enough where kappa is above so many tau
 HOPELESS = 1e15  # and without a certificate by then, there will be none
 ALMOST = 1e-5  # relative error up to which a point that is not accurate is still some solution
 STALLED = 1e-5  # a step shorter than this is its row's last
-EARLY = 10.0  # cones: a point is worth keeping from so many tolerances on, since later ones may be worse
 WORSE = 1e2  # than the best one by this factor: rounding has taken over
 JAMMED, CENTRING = 0.1, 0.5  # after a step this short, where cones are not symmetric, sigma is at least so much
 COMPACT = 0.875  # finished rows leave the batch when the others are at most this share of it
@@ -430,7 +430,7 @@ def _embedding(form: _Form, tolerance: float, limit: int) -> list[Tensor]:
     K = form.c.new_empty(batch, N, N)
     v, Y, S = _start(form, K)
     length = v.new_ones(batch, 1)
-    near = tolerance * (EARLY if form.cones.rows else 1.0)
+    near = ALMOST if form.cones.rows else tolerance  # with cones a later point may be worse, and every one is looked at
     for iteration in range(limit + 1):
         r = _residual(form, v, Y, S)
         stuck = (length <= STALLED) | (S[:, l:] > HOPELESS * Y[:, l:])
@@ -466,7 +466,9 @@ def _embedding(form: _Form, tolerance: float, limit: int) -> list[Tensor]:
                     record = [part[left] for part in record]
                     r = _Residual._make(None if part is None else part[left] for part in r)
         dv, dY, dS, length = _direction(form, r, v, Y, S, K, length, lost if some else None)
-        v, Y, S = (torch.addcmul(part, length, step) for part, step in ((v, dv), (Y, dY), (S, dS)))
+        # A row that stalls stays where it is: a direction that allows no step is rounding, and may be of any size.
+        taken = length.masked_fill(length <= STALLED, 0.0)
+        v, Y, S = (torch.addcmul(part, taken, step) for part, step in ((v, dv), (Y, dY), (S, dS)))
     _file(answer, live, record)
     return answer
 
@@ -485,8 +487,7 @@ def _direction(
     inner_Y, inner_S = (Y[:, g:], S[:, g:]) if g else (Y, S)  # the orthant, tau and kappa
     point = form.cones.at(s[:, :g], y[:, :g]) if g else None
     weight = Weight(inner_Y[:, :-1] / inner_S[:, :-1], point)
-    delta = CONE_SHIFT if g else SHIFT
-    lu, pivots = _factorise(form, weight, K, delta)
+    lu, pivots, delta = _factorise(form, weight, K, CONE_SHIFT if g else SHIFT)
 
     def reduced(a: Tensor, r_s: Tensor, ky: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(v, y, Av + r_s) of  base v + A'y = a,  Av + r_s = H (y + ky),  each (B, k, .), by K: ky = H^-1 s is not left to H^-1,
@@ -512,7 +513,7 @@ def _direction(
     inner_product = product[:, g:] if g else product
     mirrored = along_v if form.c.shape[1] == n else torch.cat([along_v[:, :n], -along_v[:, n:]], 1)
     # K's shift counts as curvature: the equations of the ray hold with it.
-    bend = (along_v + turn).mul_(delta)
+    bend = (along_v + turn) * delta
     inner_along = along_y[:, g:]
     # The Schur complement of tau: kappa/tau + |ray|_P^2 + |y / tau + ray_y|_H^2.
     least = kappa / tau
@@ -589,29 +590,35 @@ def _direction(
     return dv, dY, dS, length
 
 
-def _factorise(form: _Form, weight: Weight, K: Tensor, shift: float) -> tuple[Tensor, Tensor]:
-    """LU of K (B, N, N), made quasidefinite by `shift`, in K's own memory: fresh pages cost more than the arithmetic."""
-    _assemble(form, weight, K, shift)
+def _factorise(form: _Form, weight: Weight, K: Tensor, least: float) -> tuple[Tensor, Tensor, float | Tensor]:
+    """LU of K (B, N, N), made quasidefinite by a shift of at least `least`, and the shift, a number or (B, 1).
+
+    In K's own memory: fresh pages cost more than the arithmetic.
+    """
+    shift = _assemble(form, weight, K, least)
     # K is symmetric, and its transpose in the column order that LAPACK wants.
     lu = K.mT
     pivots, info = (torch.empty(shape, dtype=torch.int32, device=K.device) for shape in (lu.shape[:2], lu.shape[:1]))
     torch.linalg.lu_factor_ex(lu, out=(lu, pivots, info))
     if lu.is_cpu and pivots.numel() and int(pivots.min()) < 1:  # see `lu_factor`
-        _assemble(form, weight, K, shift)
+        _assemble(form, weight, K, least)
         with one_thread():
             torch.linalg.lu_factor_ex(lu, out=(lu, pivots, info))
-    return lu, pivots
+    return lu, pivots, shift
 
 
-def _assemble(form: _Form, weight: Weight, K: Tensor, shift: float) -> None:
+def _assemble(form: _Form, weight: Weight, K: Tensor, least: float) -> float | Tensor:
+    """Fills K and returns the shift of its diagonal."""
     K.copy_(form.base)
     form.add_weighted(K, weight)
     diagonal = K.diagonal(dim1=1, dim2=2)
+    shift = (BLUR * diagonal.amax(1, keepdim=True)).clamp(min=least) if form.cones.rows else least
     if form.n == K.shape[1]:
         diagonal += shift
     else:
         diagonal[:, : form.n] += shift
         diagonal[:, form.n :] -= shift
+    return shift
 
 
 def _start(form: _Form, K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -621,7 +628,7 @@ def _start(form: _Form, K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         centre = torch.cat([form.cones.unit(form.b), torch.ones_like(form.b[:, form.cones.rows :]), one], 1)
         return torch.zeros_like(form.c), centre, centre.clone()
     point = form.cones.at_unit(form.b) if form.cones.rows else None
-    lu, pivots = _factorise(form, Weight(torch.ones_like(form.b[:, form.cones.rows :]), point), K, START_SHIFT)
+    lu, pivots, _ = _factorise(form, Weight(torch.ones_like(form.b[:, form.cones.rows :]), point), K, START_SHIFT)
     right = form.At_times(form.b.unsqueeze(1)).squeeze(1) - form.c
     v = torch.linalg.lu_solve(lu, pivots, right.unsqueeze(2)).squeeze(2)
     y = form.A_times(v.unsqueeze(1)).squeeze(1) - form.b
