@@ -309,3 +309,19 @@ def test_a_feasibility_problem_with_room_is_solved(solver):
     gap = torch.linalg.eigvalsh(solution.variables[0] - value)
     assert gap.min() >= -1e-8
     assert gap.max() <= 1 + 1e-8
+
+
+@pytest.mark.parametrize("structure", ["auto", "generic"])
+def test_constant_equalities_that_depend_on_each_other_are_flagged_on_neither_path(structure):
+    """Both marginals of a table, without its sign: the kernel and the cone program say the same."""
+    Z, M, r, c = cp.Variable((3, 3)), cp.Parameter((3, 3)), cp.Parameter(3), cp.Parameter(3)
+    rules = [cp.sum(Z, axis=1) == r, cp.sum(Z, axis=0) == c]
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(Z - M)), rules)
+    g = torch.Generator().manual_seed(0)
+    values = torch.randn(4, 3, 3, dtype=torch.float64, generator=g), *(
+        torch.softmax(torch.randn(4, 3, dtype=torch.float64, generator=g), -1) for _ in "rc"
+    )
+    layer = ConvexLayer(problem, [M, r, c], [Z], structure=structure)
+    assert not layer.solve(*values).degenerate.any()
+    duals = ConvexLayer(problem, [M, r, c], [Z, rules[0].dual_variables[0]], structure=structure)
+    assert duals.solve(*values).degenerate.all()

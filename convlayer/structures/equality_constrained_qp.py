@@ -141,11 +141,13 @@ def _seen(form: NormalForm, wanted: Wanted, table: Table, layout: Layout, duals:
     """(n + p,) one where an output reads an entry of the kernel's (x, nu) or a Parameter moves what it enters, else zero.
 
     A quadratic form of an argument or a weighted square of it does not change along what is not unique, nor does its weight's gradient.
+    Rows whose coefficients no parameter moves are differentiated along right-hand sides that agree, as in the cone program.
     """
     x = np.ones(form.n, dtype=bool) if wanted.x is None else wanted.x.copy()
     nu = np.zeros(table.size, dtype=bool)
     x[moved(form.linear)] = x[moved(table)] = True
-    nu[table.row[table.parameter != NONE]] = True
+    linear = table.linear()
+    nu[linear.row[linear.parameter != NONE]] = True
     for argument in (form.squares.argument, *(quadratic.argument for quadratic in form.quadratics)):
         x[moved(argument)] = True
     for quadratic in form.quadratics:
