@@ -18,6 +18,7 @@ from convlayer.residual import INFINITE
 
 CERTIFICATE = 1e-4  # of the gain: what A'y may still be, times the size of the right-hand sides
 VANISHING = 1e-11  # share of its terms below which an entry of A'y is rounding
+NEARLY = 1e-2  # the same of all entries' sum: below this y may be made a proof
 SUPPORT = 1e-7  # share of the largest multiplier below which one is none
 FLAT = 1e-5  # share of a row of |P| below which an entry of Px, |x| <= 1, is none
 LARGEST = 2000  # unknowns or rows of the support beyond which y is taken as it is
@@ -27,23 +28,26 @@ TURNS = 3  # of making A'y zero and of going back into the cone
 def infeasible(data: Data, y: Tensor, precision: float) -> Tensor:
     """(B,) whether y (B, m) proves that the row has no feasible point, by more than its data's relative `precision`."""
     y = data.program.cones.project_dual(y.nan_to_num(0.0, 0.0, 0.0))
-    proven = _proves(data, y, precision)
-    left = torch.nonzero(~proven & (y != 0).any(1)).flatten()
+    proven, nearly = _proves(data, y, precision)
+    left = torch.nonzero(~proven & nearly).flatten()
     if len(left):
         part = data.rows(left).widen(len(left))
-        proven[left] = _proves(part, _sharpened(part, y[left]), precision)
+        proven[left], _ = _proves(part, _sharpened(part, y[left]), precision)
     return proven
 
 
-def _proves(data: Data, y: Tensor, precision: float) -> Tensor:
+def _proves(data: Data, y: Tensor, precision: float) -> tuple[Tensor, Tensor]:
+    """(B,) whether y is a proof, and whether it is nearly one."""
     operators = Operators(data)
     bounds = torch.where(data.b.abs() < INFINITE, data.b.abs(), 0.0)
     gain, terms = -(data.b * y).sum(1), (bounds * y.abs()).sum(1)
     image = operators.At(y).abs()
     size = bounds.sum(1).clamp(min=1.0)
     small = image.sum(1) * size <= CERTIFICATE * gain
-    nothing = (image <= VANISHING * _absolute(data).At(y.abs())).all(1)
-    return (gain > precision * terms) & (gain > 0) & (small | nothing)
+    terms_of_image = _absolute(data).At(y.abs())
+    nothing = (image <= VANISHING * terms_of_image).all(1)
+    gains = (gain > precision * terms) & (gain > 0)
+    return gains & (small | nothing), gains & (image.sum(1) <= NEARLY * terms_of_image.sum(1))
 
 
 def _absolute(data: Data) -> Operators:

@@ -23,6 +23,7 @@ import math
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -46,6 +47,9 @@ CLEAN = 1e-15  # |K z| below this share of |z|: z holds nothing else that matter
 NOTHING = 1e-14  # a part in the null space below this share of a vector is rounding
 WIDEST = 256  # null vectors in a sparse system's basis
 REFINEMENTS = 6
+LARGE = 96  # unknowns from which on variables are taken out of a dense system that active bounds determine,
+WORTH = 0.25  # if they and their bounds are this share of it,
+FIRM = 0.1  # and the bounds' equilibrated entries are no smaller
 EXACT = 1e-15  # relative residual at which a solve needs no further one
 STIFF = 1e-5  # a pivot, or the inverse of a probe's growth, below this: even Newton's solves are refined
 GMRES_CYCLES, GMRES_STEPS = 3, 20
@@ -207,6 +211,99 @@ class _System(ABC):
         return self._size
 
 
+class _Pinned(NamedTuple):
+    """Variables, as many in each row of the batch, that an active row of A with no other entry determines."""
+
+    variables: Tensor  # (B, p) their places in K,
+    rows: Tensor  # (B, p) and those of the rows
+
+
+def _pinned(program: Program, B: Tensor, d: Tensor, active: Tensor | None) -> _Pinned | None:
+    """What may leave the system, if that makes it much smaller. B (B, active, n) equilibrated."""
+    batch, rows, n = B.shape
+    if n + rows < LARGE or not program.has_single_entries:
+        return None
+    column = program.on(B.device)["single_entry"].expand(batch, -1)
+    column = column if active is None else column.gather(1, active)
+    entry = B.gather(2, column.clamp(min=0).unsqueeze(2)).squeeze(2).abs()
+    usable = (column >= 0) & (d == 1) & (entry >= FIRM)
+    place = torch.arange(rows, device=B.device).expand(batch, -1)
+    owner = torch.full((batch, n + 1), -1, device=B.device)
+    owner = owner.scatter_reduce(1, torch.where(usable, column, n), place, "amax")[:, :n]
+    held = owner >= 0
+    count = int(held.sum(1).min())
+    if 2 * count < WORTH * (n + rows):
+        return None
+    held &= held.cumsum(1) <= count
+    variables = torch.nonzero(held)[:, 1].view(batch, count)
+    return _Pinned(variables, n + owner.gather(1, variables))
+
+
+@dataclass(frozen=True, eq=False)
+class _Factor:
+    """Batched LU of K with its shift."""
+
+    lu: Tensor
+    pivots: Tensor
+
+    @classmethod
+    def of(cls, K: Tensor) -> _Factor:
+        return cls(*lu_factor(K))
+
+    def solve(self, right: Tensor) -> Tensor:
+        """(B, size, k)"""
+        return torch.linalg.lu_solve(self.lu, self.pivots, right.contiguous())
+
+    def rows(self, index: Tensor) -> _Factor:
+        return _Factor(self.lu[index], self.pivots[index])
+
+
+@dataclass(frozen=True, eq=False)
+class _FactorOfRest(_Factor):
+    """The same after pinned variables j and their rows i are eliminated, whose block [p b; b -delta] has the determinant -D:
+
+        K_rest - K_rest,j (delta / D) K_j,rest,   x_j = (b r_i + delta r_j) / D.
+
+    Of P between pinned variables only the diagonal is in the block: beside b/delta the rest is nothing.
+    """
+
+    pinned: _Pinned
+    rest: Tensor  # (B, size - 2 p)
+    beside: Tensor  # (B, size - 2 p, p) K_rest,j
+    inner: Tensor  # (B, p, p) K_jj
+    b: Tensor  # (B, p, 1)
+    D: Tensor  # (B, p, 1)
+
+    @classmethod
+    def without(cls, K: Tensor, pinned: _Pinned) -> _FactorOfRest:
+        batch, size, _ = K.shape
+        left = torch.ones(batch, size, dtype=torch.bool, device=K.device)
+        left.scatter_(1, pinned.variables, False).scatter_(1, pinned.rows, False)
+        rest = torch.nonzero(left)[:, 1].view(batch, -1)
+        row = torch.arange(batch, device=K.device).view(-1, 1, 1)
+        j, r = pinned.variables, rest
+        part, beside, inner = (K[row, i.unsqueeze(2), k.unsqueeze(1)] for i, k in ((r, r), (r, j), (j, j)))
+        b = K[row.squeeze(2), pinned.rows, j].unsqueeze(2)
+        D = b.square() + SHIFT * inner.diagonal(dim1=1, dim2=2).unsqueeze(2)
+        part = torch.baddbmm(part, beside, (beside / D.mT).mT, alpha=-SHIFT)
+        return cls(*lu_factor(part), pinned, rest, beside, inner, b, D)
+
+    def solve(self, right: Tensor) -> Tensor:
+        j, i, rest = (part.unsqueeze(2).expand(-1, -1, right.shape[2]) for part in (*self.pinned, self.rest))
+        first, second = right.gather(1, j), right.gather(1, i)
+        x_j = (self.b * second + SHIFT * first) / self.D
+        x_rest = super().solve(right.gather(1, rest) - self.beside @ x_j)
+        first = first - self.beside.mT @ x_rest
+        x_j = (self.b * second + SHIFT * first) / self.D
+        x_i = (first - self.inner @ x_j) / self.b
+        return torch.empty_like(right).scatter_(1, rest, x_rest).scatter_(1, j, x_j).scatter_(1, i, x_i)
+
+    def rows(self, index: Tensor) -> _FactorOfRest:
+        pinned = _Pinned(*(part[index] for part in self.pinned))
+        parts = (part[index] for part in (self.rest, self.beside, self.inner, self.b, self.D))
+        return _FactorOfRest(self.lu[index], self.pivots[index], pinned, *parts)
+
+
 class DenseSystem(_System):
     """Batched LU of the equilibrated matrix."""
 
@@ -238,8 +335,9 @@ class DenseSystem(_System):
         self.scale = torch.where(largest > 0, largest.rsqrt(), 1.0)
         primal, dual = self.scale[:, :n], self.scale[:, n:]
         B = B * dual.unsqueeze(2) * primal.unsqueeze(1)
+        pinned = _pinned(operators.data.program, B, d, self.active)
         # K is kept with the shift on its diagonal; `_product` takes it off again.
-        self.shift = torch.cat([P.new_full((n,), SHIFT), P.new_full((active,), -SHIFT)])
+        self.shift = torch.cat([P.new_full((1, n), SHIFT), P.new_full((1, active), -SHIFT)], 1)
         K = P.new_zeros(batch, size, size)
         K[:, :n, :n] = P * primal.unsqueeze(1) * primal.unsqueeze(2)
         K[:, n:, :n] = B
@@ -250,11 +348,11 @@ class DenseSystem(_System):
         K.diagonal(dim1=1, dim2=2)[:, :n] += ~self.held
         K.diagonal(dim1=1, dim2=2).add_(self.shift)
         self.K = K
-        self.lu, self.pivots = lu_factor(K)
+        self.factor = _Factor.of(K) if pinned is None else _FactorOfRest.without(K, pinned)
         self.singular = (visible.x & ~self.held).any(1)
         self.poor = torch.zeros_like(self.singular)  # rows of which a solve could not be certified
-        pivots = self.lu.diagonal(dim1=1, dim2=2).abs()
-        smallest = self.smallest = pivots.amin(1) if size else pivots.new_ones(batch)
+        pivots = self.factor.lu.diagonal(dim1=1, dim2=2).abs()
+        smallest = self.smallest = pivots.amin(1) if pivots.shape[1] else pivots.new_ones(batch)
         self.stiff = bool((smallest <= STIFF).any())
         suspects = torch.nonzero((smallest <= SUSPECT) | (self._growth() >= 1 / SUSPECT)).flatten()
         if len(suspects):
@@ -264,7 +362,7 @@ class DenseSystem(_System):
         """(B,) by how much the factor enlarges a random vector. Where it divides by the shift and cancels again, no pivot is small."""
         probe = torch.randn(self.K.shape[1], 1, dtype=self.K.dtype, generator=torch.Generator().manual_seed(0))
         probe = probe.to(self.K.device).expand(len(self.K), -1, -1)
-        return torch.linalg.lu_solve(self.lu, self.pivots, probe).norm(dim=1).squeeze(1)
+        return self.factor.solve(probe).norm(dim=1).squeeze(1)
 
     def solve(self, a: Tensor, c: Tensor, *, newton: bool = False) -> tuple[Tensor, Tensor]:
         """a (B, n), c (B, m) -> w (B, n), e (B, m); for a step of Newton's method to the accuracy of the shifted factor, unless it is
@@ -272,7 +370,7 @@ class DenseSystem(_System):
         c_active = c if self.active is None else c.gather(1, self.active)
         right = self._entering(torch.cat([a * self.held, self.root * c_active], 1), newton)
         scaled = (right * self.scale).unsqueeze(-1)
-        solution = torch.linalg.lu_solve(self.lu, self.pivots, scaled)
+        solution = self.factor.solve(scaled)
         if scaled.numel() and (self.stiff or not newton):
             solution = self._refined(scaled, solution)
         solution = self._leaving(solution.squeeze(-1) * self.scale, newton)
@@ -286,7 +384,7 @@ class DenseSystem(_System):
         goal = right.abs().amax(1, keepdim=True)
         error = right - self._product(solution)
         for _ in range(REFINEMENTS):
-            trial = solution + torch.linalg.lu_solve(self.lu, self.pivots, error)
+            trial = solution + self.factor.solve(error)
             trial_error = right - self._product(trial)
             before, after = error.abs().amax(1, keepdim=True), trial_error.abs().amax(1, keepdim=True)
             better = after < before
@@ -301,11 +399,10 @@ class DenseSystem(_System):
         return self.K @ x - self.shift.unsqueeze(-1) * x
 
     def _near(self, rows: Tensor) -> _NullSpace:
-        K, lu, pivots = (part if len(rows) == len(part) else part[rows] for part in (self.K, self.lu, self.pivots))
-        shift = self.shift.unsqueeze(-1)
-        return _NullSpace(
-            rows, shift, lambda x: K @ x - shift * x, lambda x: torch.linalg.lu_solve(lu, pivots, x.contiguous())
-        )
+        K = self.K if len(rows) == len(self.K) else self.K[rows]
+        factor = self.factor if len(rows) == len(self.K) else self.factor.rows(rows)
+        shift = take_rows(self.shift, rows).unsqueeze(-1)
+        return _NullSpace(rows, shift, lambda x: K @ x - shift * x, factor.solve)
 
     @property
     def _size(self) -> int:
@@ -323,13 +420,13 @@ class DenseSystem(_System):
         return dual.new_zeros(len(rows), self.m, dual.shape[2]).scatter_(1, place, dual)
 
     def _null_vectors(self, rows: Tensor, width: int) -> Tensor:
-        K, lu, pivots = self.K[rows], self.lu[rows], self.pivots[rows]
+        K, factor, shift = self.K[rows], self.factor.rows(rows), take_rows(self.shift, rows).unsqueeze(-1)
         size = K.shape[1]
         basis = torch.randn(size, width, dtype=K.dtype, generator=torch.Generator().manual_seed(0))
         basis = basis.to(K.device).expand(len(K), -1, -1)
         for _ in range(2):
-            basis, _ = torch.linalg.qr(torch.linalg.lu_solve(lu, pivots, basis))
-        image = K @ basis - self.shift.unsqueeze(-1) * basis
+            basis, _ = torch.linalg.qr(factor.solve(basis))
+        image = K @ basis - shift * basis
         _, values, mixing = torch.linalg.svd(image, full_matrices=False)
         zero = values <= NULL * size**0.5
         return torch.where(zero.unsqueeze(1), basis @ mixing.mT, 0.0)
@@ -563,12 +660,12 @@ class _NullSpace:
     def __init__(
         self,
         rows: Tensor,
-        shift: Tensor,  # (size, 1) delta J
+        shift: Tensor,  # (size, 1) or (rows, size, 1) delta J
         image: Callable[[Tensor], Tensor],  # K x, for x (rows, size, k)
         solve: Callable[[Tensor], Tensor],  # (K + delta J)^-1 x
         exact: Callable[[int, Tensor], Tensor] | None = None,  # K^+ in K's range, of one row
     ):
-        self.rows, self.size = rows, len(shift)
+        self.rows, self.size = rows, shift.shape[-2]
         self._shift, self._image, self._solve, self._exact = shift, image, solve, exact
 
     def part(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -82,6 +82,7 @@ class Program:
                 "inequalities": self.inequalities,
                 "elementwise": self.elementwise,
                 "scale_group": self.scale_group,
+                "single_entry": self.single_entry,
                 "part_of_x": self.parts[0],
                 "part_of_y": self.parts[1],
             }
@@ -144,6 +145,18 @@ class Program:
         )
         part = torch.from_numpy(part.astype(np.int64))
         return part[: self.n], part[self.n :], count
+
+    @cached_property
+    def single_entry(self) -> Tensor:
+        """(m,) the column of the only entry of each zero or nonnegative row that has one, -1 for the others."""
+        column = np.full(self.m, -1)
+        column[self.A_rows] = self.A_cols
+        alone = (np.bincount(self.A_rows, minlength=self.m) == 1) & self.elementwise.numpy()
+        return torch.from_numpy(np.where(alone, column, -1))
+
+    @cached_property
+    def has_single_entries(self) -> bool:
+        return bool((self.single_entry >= 0).any())
 
     @cached_property
     def logarithms(self) -> Logarithms | None:
