@@ -686,7 +686,10 @@ class ConvexLayer(torch.nn.Module):
         if rows.stopped is not None:
             unsettled &= ~rows.stopped
         which = torch.nonzero(unsettled).flatten()
-        if not len(which) or self._gradient.name != "exact" or applies(self._canonical) is not None:
+        constraints = self._declared.problem.constraints
+        if not len(which) or self._gradient.name != "exact" or not any(c.dual_variables for c in constraints):
+            return
+        if applies(self._canonical) is not None:
             return
         precision = max(domain.relative(_coarsest(values)), self._tolerance)
         relaxation, entries = self._relaxation(values, which)

@@ -264,13 +264,17 @@ def test_a_failed_row_that_is_called_solved_is_caught(monkeypatch):
 
 def test_a_kink_that_is_not_flagged_is_caught(monkeypatch):
     caught(test_degenerate.test_a_weakly_active_bound_is_flagged_and_counts_as_inactive,
-           lambda patch: patch.setattr(convlayer.adjoint, "MARGIN", 0.0), monkeypatch)
+           lambda patch: patch.setattr(convlayer.generic, "judged",
+                                       lambda zero, *rest: dataclasses.replace(zero, unfelt=torch.ones_like(zero.unfelt))),
+           monkeypatch)
 
 
 def test_a_flag_on_what_is_harmless_is_caught(monkeypatch):
-    caught(test_degenerate.test_redundant_equalities_without_parameters_are_harmless,
-           lambda patch: patch.setattr(convlayer.kkt, "_harmful", lambda primal, *rest: torch.ones(len(primal), dtype=torch.bool)),
-           monkeypatch)
+    def plant(patch):
+        patch.setattr(convlayer.kkt._System, "_harmful", lambda self, rows, *rest: torch.ones(len(rows), dtype=torch.bool))
+        patch.setattr(convlayer.generic, "judged", lambda zero, *rest: zero)
+
+    caught(test_degenerate.test_redundant_equalities_without_parameters_are_harmless, plant, monkeypatch)
 
 
 def test_a_recovery_in_the_wrong_order_is_caught(monkeypatch):
@@ -290,6 +294,7 @@ def test_a_constraint_that_is_dropped_is_caught(monkeypatch):
         original = convlayer.canon.canonicalise
 
         def mutant(problem, *arguments, **named):
+            named["checked"] = None
             return original(cp.Problem(problem.objective, problem.constraints[:-1]), *arguments, **named)
 
         patch.setattr(convlayer.declaration, "canonicalise", mutant)

@@ -50,8 +50,10 @@ def test_cotangents_of_x_y_and_s_are_pulled_back_as_diffcp_does(name, monkeypatc
     class Recorder:
         @staticmethod
         def apply(*arguments):
-            seen[:] = convlayer.generic.Solve.apply(*arguments)
-            return tuple(seen)
+            # The layer records a graph of its own, from the parameters as the cone program takes them.
+            found = convlayer.generic.Solve.apply(*arguments)
+            seen[:] = [*found, arguments[1:]]
+            return found
 
     monkeypatch.setattr(convlayer.layer, "Solve", Recorder)
     layer, declared = case.layer(), case.declare()
@@ -59,7 +61,7 @@ def test_cotangents_of_x_y_and_s_are_pulled_back_as_diffcp_does(name, monkeypatc
         tensors, others = case.sample(seed=seed), case.sample(seed=seed + 100)
         inputs = leaves(tensors)
         solution = layer.solve(*inputs)
-        x, y, _ = seen
+        x, y, _, thetas = seen
         program = cone_program(case, declared, tensors)
         moves = [b - a for a, b in zip(tensors, others, strict=True)]
         moved = cone_program(case, declared, [a + d for a, d in zip(tensors, moves, strict=True)])
@@ -69,7 +71,8 @@ def test_cotangents_of_x_y_and_s_are_pulled_back_as_diffcp_does(name, monkeypatc
         gx, gy, gs = rng.standard_normal(len(program.q)), rng.standard_normal(len(program.b)), rng.standard_normal(len(program.b))
         # s = b - A x: its cotangent reaches x, and b and A directly.
         x_bar, y_bar = torch.from_numpy(gx - program.A.T @ gs)[None], torch.from_numpy(gy)[None]
-        bars = torch.autograd.grad((x, y), inputs, (x_bar, y_bar))
+        found = torch.autograd.grad((x, y), thetas, (x_bar, y_bar))
+        bars = [bar.reshape(move.shape) for bar, move in zip(found, moves, strict=True)]
         point = x[0].detach().numpy()
         got = sum(float((b * d).sum()) for b, d in zip(bars, moves, strict=True)) + gs @ (db - dA @ point)
 
