@@ -173,6 +173,7 @@ def _solved(stage: _Stage, entries: Sequence[Tensor], tolerance: float) -> Call:
         bad=torch.zeros(rows, dtype=torch.bool),
         start=None,
         differentiable=True,
+        judged=True,
         selected=False,
         precision=PRECISION,
         gradient=Exact(),

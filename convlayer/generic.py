@@ -64,6 +64,7 @@ class Call:
     bad: Tensor  # (B,) on the host: rows whose parameters are not to be used
     start: tuple[Tensor, ...] | None  # canonical (x, s, y), (B, .) each, NaN in rows that have none
     differentiable: bool
+    judged: bool  # whether anybody asks which rows are degenerate
     selected: bool  # by a small proximal term, the solution of least norm
     precision: float  # relative, of the parameters: what their rounding may have moved apart is not told from what agrees
     gradient: Callable[[Call, ConeDerivative], ConeDerivative]  # the derivative to be taken in place of the exact one
@@ -261,7 +262,7 @@ def resolved(call: Call) -> Callable[[Data], tuple[Tensor, Tensor, Tensor]]:
     def solve(data: Data) -> tuple[Tensor, Tensor, Tensor]:
         batch = data.batch
         bad = torch.zeros(batch, dtype=torch.bool)
-        again = replace(call, elimination=None, bad=bad, start=None, differentiable=False)
+        again = replace(call, elimination=None, bad=bad, start=None, differentiable=False, judged=False)
         x, _, y, _ = _solve(again, data, data.q.new_zeros(1, 1), batch)
         return x, y, (again.status >= Status.INFEASIBLE).to(x.device)
 

@@ -559,6 +559,7 @@ class ConvexLayer(torch.nn.Module):
             excluded,
             start,
             differentiable,
+            differentiable or everything,
             self._declared.weight is not None,
             precision,
             self._gradient,
