@@ -226,8 +226,8 @@ class ConvexLayer(torch.nn.Module):
     ) -> tuple[Tensor, ...] | Tensor:
         """The optimal variables for these parameter values, in the order of `variables`; with squeeze=True the only one.
 
-        tensors: one for each parameter, in the order of `parameters`; a scalar one may be a number. Or by name, layer(price=p), or as a
-             dictionary by the CVXPY objects, layer({price: p}).
+        tensors: one for each parameter, in the order of `parameters`; numpy arrays will do, and numbers for scalars. Or by name,
+             layer(price=p), or as a dictionary by the CVXPY objects, layer({price: p}).
         ids: one for each row of the batch, telling a sample from others; a sample that was seen before starts where it ended then.
              Kernels and samples that are new start cold. The last solutions are kept by the layer (`forget` drops them).
         """

@@ -1,5 +1,6 @@
 """What the documents show runs: the README's code, the example."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -27,6 +28,25 @@ def test_files_that_a_document_names_are_there(path):
     named = set(re.findall(r"`((?:convlayer|problems|tests|examples|benchmarks)/[\w./-]*)`", text))
     assert named
     assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def imported(module):
+    """What a module of the package, or the modules of a folder of it, import from it when they are loaded."""
+    folder = ROOT / "convlayer" / module
+    for path in folder.glob("*.py") if folder.is_dir() else [folder.with_suffix(".py")]:
+        for statement in ast.parse(path.read_text()).body:
+            if isinstance(statement, ast.ImportFrom) and statement.module.split(".")[0] == "convlayer":
+                inside = statement.module.split(".")[1:2]
+                yield from inside or [name.name for name in statement.names]
+
+
+def test_imports_run_in_the_order_in_which_modules_are_to_be_read():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    (listed,) = re.findall(r"in the order of the imports:(.*?)Imports run", text, re.DOTALL)
+    order = re.findall(r"`(\w+)`", listed)
+    assert len(order) == len(set(order)) > 40
+    later = [(a, b) for k, a in enumerate(order) for b in imported(a) if b in order[k + 1 :]]
+    assert not later
 
 
 def test_the_example_learns_and_checks_its_gradient(run_example, tmp_path):
