@@ -2,9 +2,14 @@
 
 import ast
 import re
+import textwrap
 from pathlib import Path
 
+import cvxpy as cp
 import pytest
+import torch
+
+from convlayer import ConvexLayer
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,6 +25,26 @@ def test_the_readmes_code_runs_and_does_what_its_comments_say(capsys):
     printed = capsys.readouterr().out
     assert "least_squares: yes" in " ".join(printed.split())
     assert "agree." in printed
+
+
+def test_the_readmes_recipe_for_rows_that_fail_learns_from_the_others():
+    (recipe,) = re.findall(r"gets zero from it:\n\n((?:    .*\n)+)", (ROOT / "README.md").read_text())
+    x, price, demand = cp.Variable(3), cp.Parameter(3, name="price"), cp.Parameter(name="demand")
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x) + price @ x), [cp.sum(x) == demand, x >= 0])
+    inputs, target = torch.tensor([[0.1], [0.2]]), torch.zeros(2, 3)
+    net = torch.nn.Linear(1, 3)
+    names = {
+        "net": net,
+        "inputs": inputs,
+        "target": target,
+        "d": torch.tensor([1.0, -1.0]),
+    }  # the second row is infeasible
+    names["layer"] = ConvexLayer(problem, [price, demand], [x], on_failure="nan")
+    exec(textwrap.dedent(recipe), names)
+    names["loss"].backward()
+    assert names["solved"].tolist() == [True, False]
+    assert torch.isfinite(net.weight.grad).all()
+    assert net.weight.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md"])
