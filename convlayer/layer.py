@@ -692,6 +692,8 @@ class ConvexLayer(torch.nn.Module):
         which = torch.nonzero(unsettled).flatten()
         if not len(which) or self._gradient.name != "exact" or applies(self._canonical) is not None:
             return
+        if not self._may_give_way:
+            return
         precision = max(domain.relative(_coarsest(values)), self._tolerance)
         relaxation, entries = self._relaxation(values, which)
         with one_thread():
@@ -708,7 +710,7 @@ class ConvexLayer(torch.nn.Module):
         """The closest feasible problem for the infeasible rows, and for those alone."""
         assert rows.status is not None
         which = torch.nonzero(rows.status == Status.INFEASIBLE).flatten()
-        if not len(which):
+        if not len(which) or not self._may_give_way:
             return
         relaxation, entries = self._relaxation(values, which)
         with one_thread():
@@ -720,6 +722,11 @@ class ConvexLayer(torch.nn.Module):
             how = Shifts.of([_taken(part, good) for part in parts], relaxation.names)
             rows.notes.append((which[good], f"infeasible; solved as the closest feasible problem. {how}"))
         rows.shift = Shifts.of([spread(part, which, size) for part in parts], relaxation.names)
+
+    @property
+    def _may_give_way(self) -> bool:
+        """Whether there are constraints to shift: declared signs and bounds of variables stay as they are."""
+        return any(constraint.dual_variables for constraint in self._declared.problem.constraints)
 
     def _relaxation(
         self, values: list[Tensor], which: Tensor
