@@ -77,7 +77,8 @@ def explain_cone_program(
         (
             "Problem",
             f"{sizes['variables']} variables and {sizes['constraints']} constraint rows; {sizes['parameters']} numbers in "
-            f"{len(canonical.parameters)} parameters" + (", log-log convex" if canonical.gp else ""),
+            f"{len(canonical.parameters)} parameter{'s' * (len(canonical.parameters) != 1)}"
+            + (", log-log convex" if canonical.gp else ""),
         ),
         ("Cone program", f"{program.n} variables and {program.m} rows: {program.cones.describe()}"),
         *(

@@ -77,6 +77,8 @@ class ConvexLayer(torch.nn.Module):
                  variables (*batch, *their shape). Any number of batch dimensions, which broadcast against each other.
     dtype:       outputs have the parameters' dtype and device; kernels compute in float32 only where that loses nothing, the cone program in float64.
     torch:       torch.func and vmap, torch.compile(fullgraph=True), copies and pickles (of the declaration), several threads at once.
+    Bounds:      declared ones, and constraints on single variables, hold exactly, and an infinite right-hand side of an inequality is no
+                 bound. Equalities that depend on each other may differ by the parameters' own rounding: the least change makes them agree.
     Threads:     rows run in a pool of one thread a core; small tensor work runs on one torch thread, whatever the setting.
 
     Arguments:
@@ -89,7 +91,9 @@ class ConvexLayer(torch.nn.Module):
                      or Clarabel, whatever has other cones Clarabel; off the host the interior point) with Clarabel behind it for rows that
                      it does not settle; or by name "clarabel", "daqp", "interior_point", "scs", or a convlayer.Solver of your own, and that
                      one alone. With "auto", naming one chooses the cone program.
-        solver_args: `tolerance` (relative KKT residual, default 1e-8) and the solver's own options; unknown ones are an error.
+        solver_args: `tolerance` (KKT residual, each entry relative to its own terms, default 1e-8; with parameters of lower precision at
+                     least some roundings of theirs) and the solver's own options, such as Clarabel's `time_limit` in seconds for a row;
+                     unknown ones are an error.
         gp:          the problem is log-log convex.
         gradient:    how solutions are differentiated: "exact"; for problems whose exact derivative is zero or jumps "smoothed", "lpgd" and,
                      for linear objectives, "perturbed" and "blackbox" (see convlayer.gradients). All but the first take the cone program.
@@ -102,6 +106,7 @@ class ConvexLayer(torch.nn.Module):
                      and second-order cones), by Clarabel, with the exact gradient whatever `gradient` says, and Solution.shift says by
                      how much; other failures raise. "closest_few": the same by the least sum of shifts, not of their squares, which shifts
                      few constraints rather than all a little, those declared later first where others would do as well.
+                     A row that a loss uses all the same gets NaN for its gradient; see `solve` for training where rows may fail.
         validate:    check the declared domains of the parameters (sign, symmetry, PSD, bounds) at every call.
         executor:    a concurrent.futures.Executor for the rows, not the one that the call itself runs in: threads, spawned processes, or a
                      dask cluster's, client.get_executor(pure=False), which solves again what a lost worker held; a process pool that
@@ -221,8 +226,8 @@ class ConvexLayer(torch.nn.Module):
     ) -> tuple[Tensor, ...] | Tensor:
         """The optimal variables for these parameter values, in the order of `variables`; with squeeze=True the only one.
 
-        tensors: one for each parameter, in the order of `parameters`; a scalar one may be a number. Or by name, layer(price=p), or as a
-             dictionary by the CVXPY objects, layer({price: p}).
+        tensors: one for each parameter, in the order of `parameters`; numpy arrays will do, and numbers for scalars. Or by name,
+             layer(price=p), or as a dictionary by the CVXPY objects, layer({price: p}).
         ids: one for each row of the batch, telling a sample from others; a sample that was seen before starts where it ended then.
              Kernels and samples that are new start cold. The last solutions are kept by the layer (`forget` drops them).
         """
@@ -286,8 +291,7 @@ class ConvexLayer(torch.nn.Module):
         A kernel is compared with the cone program by Clarabel, the cone program with itself by a solver that has no part in the layer's
         answer; where there is none, the result says so.
         The gradients are those of one random linear functional of the variables, drawn from `seed`. Nothing is raised: look at
-        `.agrees`, or print it. The generic path is exact in float64: marginals in float32 whose sums differ by rounding, which the
-        transport kernel takes, are infeasible to it.
+        `.agrees`, or print it. Rows whose constraints contradict each other by rounding alone agree to that rounding.
         """
         tensors = self._taken(tensors, named)
         dtype, _, batch = self._check_tensors(tensors)
@@ -692,6 +696,8 @@ class ConvexLayer(torch.nn.Module):
             return
         if applies(self._canonical) is not None:
             return
+        if not self._may_give_way:
+            return
         precision = max(domain.relative(_coarsest(values)), self._tolerance)
         relaxation, entries = self._relaxation(values, which)
         with one_thread():
@@ -708,7 +714,7 @@ class ConvexLayer(torch.nn.Module):
         """The closest feasible problem for the infeasible rows, and for those alone."""
         assert rows.status is not None
         which = torch.nonzero(rows.status == Status.INFEASIBLE).flatten()
-        if not len(which):
+        if not len(which) or not self._may_give_way:
             return
         relaxation, entries = self._relaxation(values, which)
         with one_thread():
@@ -720,6 +726,11 @@ class ConvexLayer(torch.nn.Module):
             how = Shifts.of([_taken(part, good) for part in parts], relaxation.names)
             rows.notes.append((which[good], f"infeasible; solved as the closest feasible problem. {how}"))
         rows.shift = Shifts.of([spread(part, which, size) for part in parts], relaxation.names)
+
+    @property
+    def _may_give_way(self) -> bool:
+        """Whether there are constraints to shift: declared signs and bounds of variables stay as they are."""
+        return any(constraint.dual_variables for constraint in self._declared.problem.constraints)
 
     def _relaxation(
         self, values: list[Tensor], which: Tensor

@@ -68,7 +68,11 @@ class SolverError(RuntimeError):
             lines.append(f"{rows_in_words(members, batch)}: {Status(kind).name}, {Status(kind).advice}")
             reasons = dict.fromkeys(details[i] for i in members.tolist() if details and i in details)
             lines += [f"  {reason}" for reason in list(reasons)[:3]]
-        lines.append("on_failure='nan' fills just the failed rows, 'keep' returns the solver's last iterate, flagged.")
+        closest = ", 'closest' shifts the constraints of infeasible ones by as little as it must"
+        lines.append(
+            "on_failure='nan' fills just the failed rows, 'keep' returns the solver's last iterate, flagged"
+            f"{closest if bool((flat == Status.INFEASIBLE).any()) else ''}."
+        )
         rows = [batch_index(row, batch) for row in failed.tolist()]
         return cls("\n".join(lines), rows, [Status(s) for s in flat[failed].tolist()])
 
@@ -140,26 +144,36 @@ class GradientWarning(UserWarning):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Solution:
-    """The solution of a batch, row by row. Every field but `variables` has shape (*batch)."""
+    """The solution of a batch, row by row. Every field but `variables`, `notes`, `shift` and `iterate` has shape (*batch).
 
-    variables: tuple[Tensor, ...]  # (*batch, *shape) each, in the order the layer was given; differentiable
-    objective: Tensor  # optimal value, in the user's sense; differentiable
-    status: Tensor  # int64, values of Status
-    iterations: Tensor  # int64, of the solver
-    residual: Tensor  # float64, relative KKT residual after polishing; NaN where there is no iterate
-    degenerate: (
-        Tensor  # bool, the derivative there is one-sided (weakly active constraint) or least-norm (singular system), for what parameters
-        # move and outputs read. Equalities with constant coefficients that depend on each other are differentiated along the
-        # parameters that leave the problem feasible, and flagged only where a multiplier of theirs is an output
-    )
-    margin: Tensor  # float64, of strict complementarity: distance from the nearest kink, in units where the solution and its multipliers
-    # are of size one; infinite without inequalities, NaN where a kernel does not say (layer.check does)
-    notes: tuple[str, ...]  # which rows took another way than the layer's first choice
-    shift: (
-        Shifts | None
-    )  # on_failure="closest" or "closest_few", where some row was infeasible: by how much each of problem.constraints was
-    # shifted, (*batch, *its shape), as lhs <= rhs + shift or lhs == rhs + shift; a tuple of its arguments' for a cone constraint
-    iterate: tuple[Tensor, Tensor, Tensor] | None  # canonical (x, s, y) for a warm start; None from a kernel
+    variables:  (*batch, *shape) each, in the order the layer was given; differentiable.
+    objective:  optimal value, in the user's sense; differentiable.
+    status:     int64, values of Status; `statuses` are their names, `solved` is a mask.
+    iterations: int64, of the solver.
+    residual:   float64, relative KKT residual after polishing; NaN where there is no iterate.
+    degenerate: bool, the derivative there is one-sided (weakly active constraint) or least-norm (singular system), for what parameters
+                move and outputs read. Equalities with constant coefficients that depend on each other are differentiated along the
+                parameters that leave the problem feasible, and flagged only where a multiplier of theirs is an output.
+    margin:     float64, of strict complementarity: distance from the nearest kink, in units where the solution and its multipliers
+                are of size one; infinite without inequalities, NaN where a kernel does not say (layer.check does).
+    notes:      in words, which rows took another way than the layer's first choice, and which were changed to have a solution: equalities
+                that differed by rounding, constraints that were shifted.
+    shift:      on_failure="closest" or "closest_few", where some row was infeasible: by how much each of problem.constraints was
+                shifted, (*batch, *its shape), as lhs <= rhs + shift or lhs == rhs + shift; a tuple of its arguments' for a cone
+                constraint. None elsewhere.
+    iterate:    canonical (x, s, y) for a warm start; None from a kernel.
+    """
+
+    variables: tuple[Tensor, ...]
+    objective: Tensor
+    status: Tensor
+    iterations: Tensor
+    residual: Tensor
+    degenerate: Tensor
+    margin: Tensor
+    notes: tuple[str, ...]
+    shift: Shifts | None
+    iterate: tuple[Tensor, Tensor, Tensor] | None
 
     @property
     def solved(self) -> Tensor:

@@ -10,6 +10,7 @@ Outer:    the least regret: the true cost of the path chosen by predicted costs,
           move with c, so the exact gradient is zero. The others go through the same solutions, by the same steps.
 Rival:    in two stages: least squares of the costs, in closed form, then the shortest path. It learns nothing from paths.
 Look at:  the regret on 500 unseen days, their costs without noise, as a share of what the shortest paths cost.
+Warnings: the layer says itself that the exact gradient is zero, and that some of these solutions lie at a kink: it is what is shown.
 Source:   data and regret: Elmachtoub and Grigas, Smart "predict, then optimize" (2022), section 6.1.
 
     python examples/shortest_path.py [--seed S] [--quick]      prints a table, draws out/shortest_path.png

@@ -3,10 +3,10 @@
 The layer is the softmax as the optimisation problem it is,
 
     maximise    theta'y + tau sum_i entr(y_i)
-    subject to  1'y = 1,  y >= 0
+    subject to  1'y = 1
 
-with the classifier's scores theta and one temperature tau for all, moved by the gradient of the likelihood. The scores here are
-three times too large, so tau should become about 3.
+with the classifier's scores theta and one temperature tau for all, moved by the gradient of the likelihood; the entropy, entr, asks
+for y >= 0 by itself. The scores here are three times too large, so tau should become about 3.
 """
 
 import cvxpy as cp
@@ -32,7 +32,7 @@ def main():
     scores = OVERCONFIDENCE * honest
 
     theta, tau, y = cp.Parameter(CLASSES), cp.Parameter(nonneg=True), cp.Variable(CLASSES)
-    problem = cp.Problem(cp.Maximize(theta @ y + tau * cp.sum(cp.entr(y))), [cp.sum(y) == 1, y >= 0])
+    problem = cp.Problem(cp.Maximize(theta @ y + tau * cp.sum(cp.entr(y))), [cp.sum(y) == 1])
     log_temperature = torch.tensor(0.0, requires_grad=True)
     layer = side_by_side(problem, [theta, tau], [y], scores[:COMPARED], log_temperature.exp())
 

@@ -14,9 +14,10 @@ import torch
 from cvxpy.constraints import Equality, Inequality
 from torch import Tensor
 
+from convlayer import ConvexLayer
 from convlayer.closest import Closest, Relaxation, applies, closest
 from convlayer.declaration import Declaration
-from convlayer.solution import Status
+from convlayer.solution import SolverError, Status
 
 TOLERANCE = 1e-8
 
@@ -493,3 +494,13 @@ def test_other_cones_are_refused_by_name():
     assert reason(cp.Problem(cp.Minimize(x), [x >= 2]), gp=True) == "the problem is log-log convex"
     assert reason(cp.Problem(cp.Minimize(cp.norm(X - 1)))) is not None
     assert reason(cp.Problem(cp.Minimize(cp.norm(x - 1)))) is None
+
+
+@pytest.mark.parametrize("on_failure", ["closest", "closest_few"])
+def test_without_constraints_nothing_gives_way(on_failure):
+    """Signs of variables stay, and what the objective is defined for."""
+    x, p = cp.Variable(2, nonneg=True), cp.Parameter(2)
+    objective = cp.sum_squares(x - p) - cp.sum(cp.sqrt(-1 - x))
+    layer = ConvexLayer(cp.Problem(cp.Minimize(objective)), [p], [x], on_failure=on_failure)
+    with pytest.raises(SolverError, match="INFEASIBLE"):
+        layer(torch.zeros(2))
