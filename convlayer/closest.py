@@ -257,9 +257,12 @@ class Relaxation:
 
     @classmethod
     def of(cls, declared: Declaration) -> Relaxation:
-        """Canonicalises once more, for the rows of every constraint."""
+        """Canonicalises once more, for the rows of every constraint, if there are any."""
         constraints, canonical = declared.problem.constraints, declared.canonical
         duals = [dual for constraint in constraints for dual in constraint.dual_variables]
+        names = [f"constraint {k}, `{short(c)}`" for k, c in enumerate(constraints)]
+        if not duals:
+            return cls(canonical, [[] for _ in constraints], names)
         twin = canonicalise(declared.problem, declared.parameters, duals)
         mine, other = canonical.program, twin.program
         if mine.cones != other.cones or not np.array_equal(mine.A_rows, other.A_rows):
@@ -268,7 +271,7 @@ class Relaxation:
             raise CanonicalisationError("CVXPY leaves out rows of a constraint; this version is not supported.")
         recoveries = iter(twin.variables)
         own = [[next(recoveries) for _ in constraint.dual_variables] for constraint in constraints]
-        return cls(canonical, own, [f"constraint {k}, `{short(c)}`" for k, c in enumerate(constraints)])
+        return cls(canonical, own, names)
 
     @cached_property
     def soft(self) -> Tensor:

@@ -700,6 +700,8 @@ class ConvexLayer(torch.nn.Module):
             return
         precision = max(domain.relative(_coarsest(values)), self._tolerance)
         relaxation, entries = self._relaxation(values, which)
+        if not bool(relaxation.soft.any()):
+            return
         with one_thread():
             found = closest(relaxation, entries(values), self._tolerance, least=REAL)
         sizes = self._canonical.sizes_of_b(entries(values))
@@ -717,6 +719,8 @@ class ConvexLayer(torch.nn.Module):
         if not len(which) or not self._may_give_way:
             return
         relaxation, entries = self._relaxation(values, which)
+        if not bool(relaxation.soft.any()):
+            return
         with one_thread():
             found = closest(relaxation, entries(values), self._tolerance, self.on_failure == "closest_few")
         self._answer(rows, which, relaxation, found, torch.arange(len(which)), entries, size, everything)

@@ -463,3 +463,42 @@ def test_what_has_no_closest_feasible_problem_is_refused_when_the_layer_is_built
         ConvexLayer(problem, [a], [x], on_failure="closest")
     with pytest.raises(ProblemError, match="exponential"):
         ConvexLayer(problem, [a], [x]).with_options(on_failure="closest")
+
+
+# Nothing that could give way ---------------------------------------------------------------------------------------------
+
+
+class Lost(Solver):
+    """It finds nothing."""
+
+    name: ClassVar[str] = "lost"
+
+    def solve(self, task):
+        sizes = task.program.n, task.program.m, task.program.m
+        return [Iterate(*(np.full(size, NAN) for size in sizes), Status.NOT_CONVERGED, 7) for _ in range(len(task))]
+
+
+@pytest.mark.parametrize("on_failure", ["raise", "nan", "closest"])
+def test_a_problem_without_constraints_that_does_not_settle_says_so(on_failure):
+    x, q = cp.Variable(3), cp.Parameter(3)
+    problem = cp.Problem(cp.Minimize(cp.sum(cp.huber(x - q)) + cp.norm(x)))
+    layer = ConvexLayer(problem, [q], [x], solver=Lost(), on_failure=on_failure)
+    value = torch.tensor([3.0, -1.0, 2.0], dtype=torch.float64)
+    if on_failure == "nan":
+        assert layer.solve(value).status == Status.NOT_CONVERGED
+    else:
+        with pytest.raises(SolverError, match="NOT_CONVERGED"):
+            layer(value)
+
+
+@pytest.mark.parametrize("on_failure", ["raise", "nan", "closest", "closest_few"])
+def test_infeasible_without_constraints_is_said_as_such(on_failure):
+    """The domain of the objective and a declared sign contradict each other: neither is shifted."""
+    x, p = cp.Variable(nonneg=True), cp.Parameter()
+    layer = ConvexLayer(cp.Problem(cp.Minimize(x - cp.sqrt(p - x))), [p], [x], on_failure=on_failure)
+    values = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    if on_failure == "nan":
+        assert layer.solve(values).status.tolist() == [Status.SOLVED, Status.INFEASIBLE]
+    else:
+        with pytest.raises(SolverError, match="row 1: INFEASIBLE"):
+            layer(values)

@@ -295,6 +295,42 @@ def test_their_multipliers_are_not_unique_and_flagged_as_outputs():
     assert run(problem, parameters, [X, rules[0].dual_variables[0]], [0.2, 0.5, 0.3], [0.4, 0.25, 0.35])
 
 
+def depending(kind):
+    """(the equalities of x, the parameter of their right-hand sides, its value, a direction in which they agree)"""
+    p = cp.Parameter(2)
+    rules = {
+        "declared twice": lambda x: [cp.sum(x) == p[0], 2 * cp.sum(x) == 2 * p[0], x[1] == p[1]],
+        "and their total": lambda x: [x[:2] == p, x[0] + x[1] == cp.sum(p)],
+        "apart": lambda x: [cp.sum(x) == p[0], 2 * cp.sum(x) == p[1]],
+    }
+    return rules[kind], p, [0.3, 0.6], [1.0, 2.0]
+
+
+@pytest.mark.parametrize("structure", ["auto", "generic"])
+@pytest.mark.parametrize("kind", ["declared twice", "and their total", "apart"])
+def test_equalities_that_depend_on_each_other_are_flagged_by_no_path_unless_their_multipliers_are_outputs(
+    kind, structure
+):
+    rules, p, value, direction = depending(kind)
+    x, q = variable(3), cp.Parameter(3)
+    own = rules(x)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x) + q @ x), own)
+    layer = ConvexLayer(problem, [q, p], [x], structure=structure)
+    slope = torch.tensor([1.0, 2.0, -2.0], dtype=torch.float64)
+    at, along = (torch.tensor(v, dtype=torch.float64) for v in (value, direction))
+    at.requires_grad_()
+    solution = layer.solve(slope, at)
+    assert solution.status == Status.SOLVED
+    assert not solution.degenerate
+    bar = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+    (ours,) = torch.autograd.grad((bar * solution.variables[0]).sum(), at)
+    with torch.no_grad():
+        up, down = (layer(slope, at + step * along)[0] for step in (1e-3, -1e-3))
+    assert torch.allclose((ours * along).sum(), (bar * (up - down)).sum() / 2e-3, rtol=1e-9)
+    seen = ConvexLayer(problem, [q, p], [x, own[0].dual_variables[0]], structure=structure)
+    assert seen.solve(slope, at).degenerate
+
+
 # Programs without costs --------------------------------------------------------------------------------------------------
 
 
