@@ -691,12 +691,7 @@ class ConvexLayer(torch.nn.Module):
         if rows.stopped is not None:
             unsettled &= ~rows.stopped
         which = torch.nonzero(unsettled).flatten()
-        constraints = self._declared.problem.constraints
-        if not len(which) or self._gradient.name != "exact" or not any(c.dual_variables for c in constraints):
-            return
-        if applies(self._canonical) is not None:
-            return
-        if not self._may_give_way:
+        if not len(which) or self._gradient.name != "exact" or applies(self._canonical) is not None:
             return
         precision = max(domain.relative(_coarsest(values)), self._tolerance)
         relaxation, entries = self._relaxation(values, which)
@@ -716,7 +711,7 @@ class ConvexLayer(torch.nn.Module):
         """The closest feasible problem for the infeasible rows, and for those alone."""
         assert rows.status is not None
         which = torch.nonzero(rows.status == Status.INFEASIBLE).flatten()
-        if not len(which) or not self._may_give_way:
+        if not len(which):
             return
         relaxation, entries = self._relaxation(values, which)
         if not bool(relaxation.soft.any()):
@@ -730,11 +725,6 @@ class ConvexLayer(torch.nn.Module):
             how = Shifts.of([_taken(part, good) for part in parts], relaxation.names)
             rows.notes.append((which[good], f"infeasible; solved as the closest feasible problem. {how}"))
         rows.shift = Shifts.of([spread(part, which, size) for part in parts], relaxation.names)
-
-    @property
-    def _may_give_way(self) -> bool:
-        """Whether there are constraints to shift: declared signs and bounds of variables stay as they are."""
-        return any(constraint.dual_variables for constraint in self._declared.problem.constraints)
 
     def _relaxation(
         self, values: list[Tensor], which: Tensor
