@@ -184,9 +184,7 @@ def _solved(stage: _Stage, entries: Sequence[Tensor], tolerance: float) -> Call:
     return call
 
 
-def _certified(
-    first: Call, own: Data, multipliers: Tensor, pattern: Tensor, shift: Tensor, tolerance: float
-) -> Tensor:
+def _certified(first: Call, own: Data, multipliers: Tensor, pattern: Tensor, shift: Tensor, tolerance: float) -> Tensor:
     """(R,) whether y proves that there is no feasible point near x, and so that the shift is neither zero nor only approached.
 
     A'y = 0 and -b'y = |t|^2 > 0, or w'|t|, exclude every x; as computed, those with x'A'y well below that. own: the program's data.

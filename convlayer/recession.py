@@ -22,7 +22,8 @@ from convlayer.solvers.solver import Task
 
 TOLERANCE = 1e-9
 FLAT = 1e-6  # share of its terms below which q'd is rounding, and entry of d below which it is none
-ROUGH = 1e-4  # an entry of d below this may be rounding: off by 1e-9, a curved cone lets in its root
+BLURRED = 100 * TOLERANCE  # costs along d below this, and their sum is a matter of the tolerance
+STRAINED = 1e5  # multipliers of R beyond this, and how far d goes is a matter of the tolerance
 FAR = 1e-2  # a share of the way that the last point lies, below which d is rounding
 
 
@@ -49,16 +50,18 @@ def _recedes(program: Program, P: np.ndarray, q: np.ndarray, A: np.ndarray, x: n
         return False
     wanted = x / np.linalg.norm(x)
     d, usable = _farthest(program, P, q, A, -wanted)
-    d = np.where(np.abs(d) > ROUGH, d, 0.0)
+    d = np.where(np.abs(d) > FLAT, d, 0.0)
     # A cost that is small beside the others is none the less one.
-    rises = q @ d > FLAT * (np.abs(q) @ np.abs(d))
-    return usable and bool(wanted @ d > FAR) and not rises
+    terms = np.abs(q) @ np.abs(d)
+    rises = q @ d > FLAT * terms
+    blurred = 0 < terms <= BLURRED * max(np.abs(q).max(), 1.0)
+    return usable and bool(wanted @ d > FAR) and not rises and not blurred
 
 
 def _farthest(
     program: Program, P: np.ndarray, q: np.ndarray, A: np.ndarray, costs: np.ndarray
 ) -> tuple[np.ndarray, bool]:
-    """The d of R, |d| <= 1, of least costs'd; whether it was found."""
+    """The d of R, |d| <= 1, of least costs'd; whether it was found, and goes on where R is rounded off."""
     n, m = program.n, program.m
     zeros = sum(block.size for block in program.cones.blocks if block.name == "zero")
     upper = sp.csr_array((P, (program.P_rows, program.P_cols)), shape=(n, n))
@@ -84,4 +87,5 @@ def _farthest(
     right[curved.shape[0] + zeros + 1 :][: 2 * n] = 1.0
     task = Task(form, np.zeros((1, 0)), costs[None], stacked.data[None], right[None], TOLERANCE)
     (iterate,) = Clarabel().solve(task)
-    return iterate.x, iterate.status <= Status.INACCURATE
+    held = np.abs(np.delete(iterate.y, slice(curved.shape[0] + zeros + 1, curved.shape[0] + zeros + 1 + 2 * n)))
+    return iterate.x, iterate.status <= Status.INACCURATE and held.max(initial=0.0) <= STRAINED

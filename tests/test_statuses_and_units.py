@@ -16,7 +16,7 @@ def _falling(kind):
     return cp.Problem(cp.Minimize(c @ x + more), [x <= u, x >= lo]), [c, u, lo], [x]
 
 
-@pytest.mark.parametrize("kind", ("linear", "square", "norm", "exponential"))
+@pytest.mark.parametrize("kind", ["linear", "square", "norm", "exponential"])
 def test_a_direction_along_infinite_bounds_is_seen(kind):
     layer = ConvexLayer(*_falling(kind), on_failure="keep")
     costs = torch.tensor([[1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [1.0, -1.0]], dtype=D)
@@ -35,8 +35,8 @@ def test_an_infimum_along_an_infinite_bound_is_not_attained():
     assert solution.status.tolist() == [Status.SOLVED, Status.UNATTAINED, Status.UNATTAINED]
 
 
-@pytest.mark.parametrize("gap", (1e-8, 5e-9))
-@pytest.mark.parametrize("equal", (False, True))
+@pytest.mark.parametrize("gap", [1e-8, 5e-9])
+@pytest.mark.parametrize("equal", [False, True])
 def test_a_total_that_is_short_by_rounding_is_met(gap, equal):
     x, total, lo = cp.Variable(3), cp.Parameter(), cp.Parameter(3)
     budget = cp.sum(x) == total if equal else cp.sum(x) <= total
@@ -47,7 +47,7 @@ def test_a_total_that_is_short_by_rounding_is_met(gap, equal):
     torch.testing.assert_close(solution.variables[0], least, rtol=0, atol=2 * gap)
 
 
-@pytest.mark.parametrize("unit", (1.0, 1e4, 1e8, 1e-6))
+@pytest.mark.parametrize("unit", [1.0, 1e4, 1e8, 1e-6])
 def test_second_derivatives_do_not_know_units(unit):
     """X = P^-1, whose derivatives torch has too."""
     X, P = cp.Variable((3, 3), PSD=True), cp.Parameter((3, 3), PSD=True)
@@ -72,3 +72,11 @@ def test_second_derivatives_do_not_know_units(unit):
     inverse = torch.linalg.inv(point)
     exact = 2 * inverse @ direction @ inverse @ direction @ inverse
     assert (torch.func.jvp(moved, (point,), (direction,))[1] - exact).abs().max() <= 1e-10 * exact.abs().max()
+
+
+def test_an_infimum_that_is_attained_is_not_called_otherwise_however_bad_the_units():
+    """tr(PX) - log det X is least at P^-1; P of condition 3e8."""
+    X, P = cp.Variable((2, 2), PSD=True), cp.Parameter((2, 2), PSD=True)
+    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.trace(P @ X) - cp.log_det(X))), [P], [X], on_failure="keep")
+    given = torch.tensor([[2.20459146e-04, -2.01974450], [-2.01974450, 4.10915914e04]], dtype=D)
+    assert layer.solve(given).status.item() in (Status.SOLVED, Status.INACCURATE, Status.NOT_CONVERGED)
