@@ -8,13 +8,13 @@ x_j by a rounding onto its bound has none of its own.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from convlayer.program import Program
+from convlayer.program import Data, Program
 
 NO_BOUND = (
     1e100  # what stands for an infinite right-hand side of an inequality: beyond `residual.INFINITE` in all units
@@ -62,6 +62,16 @@ def without_infinity(program: Program, b: Tensor) -> Tensor:
         return b
     infinite = torch.isinf(b) & program.on(b.device)["inequalities"]
     return torch.where(infinite, b.sign() * NO_BOUND, b)
+
+
+def unlimited(data: Data) -> Data:
+    """The data without the rows that are no bound: empty, so that a direction along them is seen. Itself where there are none."""
+    index = data.program.on(data.b.device)
+    none = (data.b >= NO_BOUND) & index["inequalities"]
+    if not bool(none.any()):
+        return data
+    kept = (~none).to(data.A.dtype)
+    return replace(data, A=data.A * (kept.unsqueeze(2) if data.dense else kept[:, index["A_rows"]]))
 
 
 def impossible(program: Program, b: Tensor) -> Tensor | None:

@@ -42,15 +42,15 @@ import torch
 from torch import Tensor
 
 from convlayer.canon import ONE, AffineMap, Canonical, CanonicalisationError, ParameterEntries, Recovery, canonicalise
-from convlayer.certificates import CERTIFICATE
+from convlayer.certificates import CERTIFICATE, infeasible
 from convlayer.cone_derivative import ConeDerivative
 from convlayer.cones import Cone, Nonnegative, Product, SecondOrder, Zero
 from convlayer.declaration import Declaration
 from convlayer.derivative import known
-from convlayer.generic import Call, Solve
+from convlayer.generic import Call, Solve, evaluate
 from convlayer.gradients import Exact
 from convlayer.kkt import Visible
-from convlayer.program import Program, take_rows
+from convlayer.program import Data, Program, take_rows
 from convlayer.solution import Status
 from convlayer.solvers import SOLVERS
 from convlayer.spelling import short
@@ -107,7 +107,8 @@ def closest(
     status, iterations, residual, degenerate, margin = (
         part.clone() for part in (first.status, first.iterations, first.residual, first.degenerate, first.margin)
     )
-    doubted = ~_certified(first, program.n, pattern, shift, tolerance if least is None else least)
+    own, _ = evaluate(relaxation.canonical, plain, False, shift.new_zeros(()))
+    doubted = ~_certified(first, own, multipliers, pattern, shift, tolerance if least is None else least)
     status[(status < Status.INFEASIBLE) & doubted] = int(Status.NOT_CONVERGED)
     going = torch.nonzero(status < Status.INFEASIBLE).flatten()
     patterns, which = torch.unique(pattern[going], dim=0, return_inverse=True)
@@ -184,18 +185,23 @@ def _solved(stage: _Stage, entries: Sequence[Tensor], tolerance: float) -> Call:
     return call
 
 
-def _certified(first: Call, n: int, pattern: Tensor, shift: Tensor, tolerance: float) -> Tensor:
+def _certified(first: Call, own: Data, multipliers: Tensor, pattern: Tensor, shift: Tensor, tolerance: float) -> Tensor:
     """(R,) whether y proves that there is no feasible point near x, and so that the shift is neither zero nor only approached.
 
-    A'y = 0 and -b'y = |t|^2 > 0, or w'|t|, exclude every x; as computed, those with x'A'y well below that.
+    A'y = 0 and -b'y = |t|^2 > 0, or w'|t|, exclude every x; as computed, those with x'A'y well below that. own: the program's data.
     """
     operators, (x, s, y) = first.exact.operators, first.iterate
-    m = pattern.shape[1]
+    m, n = pattern.shape[1], own.program.n
     b, s, gain = operators.data.b[:, :m], s[:, :m], -(operators.data.b * y).sum(1)
     # Of the equations on faces alone: the right-hand side of a bound that is none may be anything.
     sizes = torch.where(pattern != FREE, torch.maximum(b.abs(), (b - shift - s).abs()), 0.0)
     drift = (operators.At(y) * x)[:, :n].abs().sum(1)
-    return (shift.abs() > tolerance * sizes.amax(1, keepdim=True)).any(1) & (drift <= CERTIFICATE * gain)
+    sure = drift <= CERTIFICATE * gain
+    # Beside a small shift that is rounding; y is then to prove as much without it. The direction of a ray would be as rough as y.
+    left = torch.nonzero(~sure & (pattern != RAY).all(1)).flatten()
+    if len(left):
+        sure[left] = infeasible(own.rows(left).widen(len(left)), multipliers[left], tolerance)
+    return (shift.abs() > tolerance * sizes.amax(1, keepdim=True)).any(1) & sure
 
 
 def _pattern(program: Program, y: Tensor) -> Tensor:

@@ -10,6 +10,9 @@ this map too. Once more, in a direction b, with k = Pi_K*''(v)[v_a, v_b] the cur
     J (x_ab, v_ab) = -(r + A'k ; t + k),   y_ab = Dv_ab + k,
     r = dP_a x_b + dP_b x_a + dA_a'y_b + dA_b'y_a,   t = dA_a x_b + dA_b x_a.
 
+y may be 1e16 times as large as s, which v = y - s would not tell any more. Cones are cones in all units: k is of v' = alpha y - beta s,
+numbers of a cone's own, and moves y by k / alpha and s by k / beta.
+
 The optimal value moves by its Lagrangian's derivative, x'dP x/2 + dq'x + y'(dA x - db) + dd.
 """
 
@@ -28,7 +31,9 @@ from convlayer.adjoint import pull_back, pull_back_whole
 from convlayer.canon import Canonical
 from convlayer.derivative import Local, Tensors
 from convlayer.program import DENSE_ENTRIES, Data, Operators
+from convlayer.residual import in_groups, largest
 
+NOISE = 1e-12  # share of the largest entry below which one of y or s is rounding
 WHOLE_ENTRIES = 16 * DENSE_ENTRIES  # numbers that dense matrices of a whole batch may hold
 
 
@@ -166,24 +171,28 @@ class ConeDerivative(Local):
 
     def second(self, entries: Tensors, a: Tensors, b: Tensors) -> list[Tensor]:
         one, two = self._moved(a), self._moved(b)
-        k = self._curvature(one, two.y - two.s)
+        alpha, beta = self._units
+        k = self._curvature(one, alpha * two.y - beta * two.s)
+        of_y, of_s = k / alpha, k / beta
         r, t = (
             sum(parts)
             for parts in zip(_image(one.operators, two.x, two.y), _image(two.operators, one.x, one.y), strict=True)
         )
-        x, y = self.adjoint(-(r + self.operators.At(k)), -(t + k))
-        return [x, y + k, (two.x * one.r).sum(1) + (two.y * one.t).sum(1)]
+        x, y = self.adjoint(-(r + self.operators.At(of_y)), -(t + of_s))
+        return [x, y + of_y, (two.x * one.r).sum(1) + (two.y * one.t).sum(1)]
 
     def mixed(self, entries: Tensors, bars: Tensors, a: Tensors, needed: Sequence[bool]) -> list[Tensor]:
         x_bar, y_bar, value_bar = bars
         w, u = self.adjoint(x_bar, y_bar)
         moved, v = self._moved(a), value_bar.unsqueeze(1)
-        # <bars, D^2[a, b]> = -w'r - u't + (y_bar - Aw - u)'k + value_bar dvalue, for every direction b: first what it has of
-        # x_b and y_b, through whose adjoint it reaches the data, then what it has of dP_b and dA_b.
-        by_v = self._curvature(moved, y_bar - self.operators.A(w) - u)
+        # <bars, D^2[a, b]> = -w'r - u't + (y_bar - Aw)'k / alpha - u'k / beta + value_bar dvalue, for every direction b: first what
+        # it has of x_b and y_b, through whose adjoint it reaches the data, then what it has of dP_b and dA_b.
+        alpha, beta = self._units
+        by_v = self._curvature(moved, (y_bar - self.operators.A(w)) / alpha - u / beta)
+        by_y, by_s = alpha * by_v, beta * by_v
         r, t = _image(moved.operators, w, u)
-        w_next, u_next = self.adjoint(v * moved.r - r + self.operators.At(by_v), v * moved.t - t + by_v)
-        u_next = u_next - by_v
+        w_next, u_next = self.adjoint(v * moved.r - r + self.operators.At(by_s), v * moved.t - t + by_y)
+        u_next = u_next - by_s
         terms = [Term(self.x, self.y, w_next, u_next), Term(moved.x, moved.y, w, u)]
         vectors = {"q": -w_next, "b": u_next, "d": torch.zeros_like(v)}
         return self._to_entries(entries, needed, terms, vectors)
@@ -200,10 +209,26 @@ class ConeDerivative(Local):
         return _Moved(operators, q, b, change["d"], r, t, x, y, -t - self.operators.A(x))
 
     def _curvature(self, moved: _Moved, h: Tensor) -> Tensor:
-        """Pi_K*''(v)[v_a, h]."""
+        """Pi_K*''(v')[v'_a, h]."""
         if self.canonical.program.is_polyhedral:
             return torch.zeros_like(h)
-        return self.canonical.program.cones.curvature_dual(self.y - self.s, moved.y - moved.s, h)
+        alpha, beta = self._units
+        v, v_a = alpha * self.y - beta * self.s, alpha * moved.y - beta * moved.s
+        return self.canonical.program.cones.curvature_dual(v, v_a, h)
+
+    @cached_property
+    def _units(self) -> tuple[Tensor, Tensor]:
+        """(alpha, beta), (B, m): y and s are of size one where their product, entry by entry, is the largest of their cone."""
+        program, y, s = self.canonical.program, self.y.abs(), self.s.abs()
+        ones = torch.ones_like(y)
+        if program.is_polyhedral:
+            return ones, ones
+        group = program.on(y.device)["scale_group"]
+        most = (y * s == in_groups(y * s, group, program.m)) & (y > NOISE * largest(y)) & (s > NOISE * largest(s))
+        at = [in_groups(torch.where(most, part, 0.0), group, program.m) for part in (y, s)]
+        both = (at[0] > 0) & (at[1] > 0)
+        alpha, beta = (torch.where(both, 1 / torch.where(both, part, 1.0), 1.0) for part in at)
+        return alpha, beta
 
     def _to_entries(
         self, entries: Tensors, needed: Sequence[bool], terms: Sequence[Term], vectors: dict[str, Tensor]

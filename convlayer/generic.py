@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from convlayer.adjoint import SETTLED, Zero, adjoint, polish
-from convlayer.bounds import impossible, without_infinity
+from convlayer.bounds import NO_BOUND, impossible, unlimited, without_infinity
 from convlayer.canon import Canonical
 from convlayer.certificates import infeasible, unbounded
 from convlayer.cone_derivative import WHOLE_ENTRIES, ConeDerivative
@@ -28,7 +28,7 @@ from convlayer.kinks import Sides, judged
 from convlayer.kkt import Visible, prefers_dense
 from convlayer.phase_one import nearest
 from convlayer.program import DENSE_ENTRIES, Data, Operators, Program
-from convlayer.recession import recedes
+from convlayer.recession import recedes, steepest
 from convlayer.residual import JUDGING, Scaling, largest, normalise, recentre, residual, term_sizes
 from convlayer.smoothing import smoothed as smoothed_zero
 from convlayer.solution import Cause, Status
@@ -369,6 +369,8 @@ def _found_in_pieces(call: Call, data: Data, start: tuple[Tensor, ...] | None) -
 
 def _settled(call: Call, data: Data, start: tuple[Tensor, ...] | None) -> _Found:
     """The rows by one attempt after the other, each for those that are not settled yet."""
+    if not data.program.is_polyhedral:
+        data = unlimited(data)
     newton, found = start is not None and not call.attempts[0].solver.warm_starts, None
     for place in range(FROM_START if newton else 0, len(call.attempts)):
         if found is None:
@@ -384,7 +386,9 @@ def _settled(call: Call, data: Data, start: tuple[Tensor, ...] | None) -> _Found
             break
         found = found.improved(again, _attempt(call, data.rows(again), place, None))
     assert found is not None
-    if not data.program.is_polyhedral:  # there an infimum is attained
+    if data.program.is_polyhedral:
+        found, data = _unlimited(call, data, found)
+    else:  # an infimum need not be attained
         found = _running_off(data, found)
     if not bool(found.status.any()):
         return found
@@ -703,7 +707,28 @@ def _with_a_feasible_point(call: Call, data: Data, found: _Found) -> _Found:
     doubted = (found.status[rows] == Status.UNBOUNDED) & ~(gap <= INACCURATE)
     status = torch.where(doubted, int(Status.NOT_CONVERGED), found.status[rows])
     status = torch.where(infeasible(part, y, _precision(call)), int(Status.INFEASIBLE), status)
+    # A solver's direction may be too rough a proof.
+    left = torch.nonzero((found.status[rows] == Status.NOT_CONVERGED) & (status == Status.NOT_CONVERGED) & (gap <= INACCURATE)).flatten()
+    if len(left):
+        one = part.rows(left).widen(len(left))
+        falls = unbounded(one, steepest(one))
+        status = status.index_fill(0, left[falls], int(Status.UNBOUNDED))
     return replace(found, status=found.status.index_copy(0, rows, status.to(found.status.dtype)))
+
+
+def _unlimited(call: Call, data: Data, found: _Found) -> tuple[_Found, Data]:
+    """Rows that did not settle, solved again without their infinite bounds, which a solver sees as large ones; and all data so.
+
+    Not from the start: the rows of a batch that share A, and all that is worked out from it, would no longer.
+    """
+    free = unlimited(data)
+    if free is data:
+        return found, data
+    for place in range(min(1, len(call.attempts) - 1), len(call.attempts)):
+        again = torch.nonzero(_unsettled(found.status) & ~found.stopped & (data.b >= NO_BOUND).any(1)).flatten()
+        if len(again):
+            found = found.improved(again, _attempt(call, free.rows(again), place, None))
+    return found, free
 
 
 def _running_off(data: Data, found: _Found) -> _Found:

@@ -4,7 +4,7 @@
 
 Where R = {0} a feasible row has a solution. Where a row that does not settle runs off along R its infimum is approached, and not
 attained (Rockafellar, Convex Analysis, theorem 27.1). What is looked for is the d of R within |d| <= 1 that goes farthest the way the
-row's last point lies.
+row's last point lies; or along which the objective falls most: where it does, and there is a feasible point, it has no bound.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from convlayer.solvers.solver import Task
 
 TOLERANCE = 1e-9
 FLAT = 1e-6  # share of its terms below which q'd is rounding, and entry of d below which it is none
+BLURRED = 100 * TOLERANCE  # costs along d below this, and their sum is a matter of the tolerance
+STRAINED = 1e5  # multipliers of R beyond this, and how far d goes is a matter of the tolerance
 FAR = 1e-2  # a share of the way that the last point lies, below which d is rounding
 
 
@@ -34,11 +36,33 @@ def recedes(data: Data, x: Tensor) -> Tensor:
     return torch.tensor(found, dtype=torch.bool, device=x.device)
 
 
+def steepest(data: Data) -> Tensor:
+    """(B, n) the d of R along which the objective falls most. data: normalised."""
+    host = data.host()
+    P, q, A = host.P_entries.numpy(), host.q.numpy(), host.A_entries.numpy()
+    rows = range(data.batch)
+    found = [_farthest(data.program, P[k % len(P)], q[k % len(q)], A[k % len(A)], q[k % len(q)])[0] for k in rows]
+    return torch.from_numpy(np.array(found)).to(data.q.device)
+
+
 def _recedes(program: Program, P: np.ndarray, q: np.ndarray, A: np.ndarray, x: np.ndarray) -> bool:
-    n, m = program.n, program.m
-    size = np.abs(x).max(initial=0.0)
-    if not size > 0:
+    if not np.abs(x).max(initial=0.0) > 0:
         return False
+    wanted = x / np.linalg.norm(x)
+    d, usable = _farthest(program, P, q, A, -wanted)
+    d = np.where(np.abs(d) > FLAT, d, 0.0)
+    # A cost that is small beside the others is none the less one.
+    terms = np.abs(q) @ np.abs(d)
+    rises = q @ d > FLAT * terms
+    blurred = 0 < terms <= BLURRED * max(np.abs(q).max(), 1.0)
+    return usable and bool(wanted @ d > FAR) and not rises and not blurred
+
+
+def _farthest(
+    program: Program, P: np.ndarray, q: np.ndarray, A: np.ndarray, costs: np.ndarray
+) -> tuple[np.ndarray, bool]:
+    """The d of R, |d| <= 1, of least costs'd; whether it was found, and goes on where R is rounded off."""
+    n, m = program.n, program.m
     zeros = sum(block.size for block in program.cones.blocks if block.name == "zero")
     upper = sp.csr_array((P, (program.P_rows, program.P_cols)), shape=(n, n))
     curved = upper + sp.triu(upper, 1).T
@@ -61,10 +85,7 @@ def _recedes(program: Program, P: np.ndarray, q: np.ndarray, A: np.ndarray, x: n
     )
     right = np.zeros(form.m)
     right[curved.shape[0] + zeros + 1 :][: 2 * n] = 1.0
-    wanted = -x / np.linalg.norm(x)
-    task = Task(form, np.zeros((1, 0)), wanted[None], stacked.data[None], right[None], TOLERANCE)
+    task = Task(form, np.zeros((1, 0)), costs[None], stacked.data[None], right[None], TOLERANCE)
     (iterate,) = Clarabel().solve(task)
-    d = np.where(np.abs(iterate.x) > FLAT, iterate.x, 0.0)
-    # A cost that is small beside the others is none the less one.
-    rises = q @ d > FLAT * (np.abs(q) @ np.abs(d))
-    return iterate.status <= Status.INACCURATE and bool(-wanted @ d > FAR) and not rises
+    held = np.abs(np.delete(iterate.y, slice(curved.shape[0] + zeros + 1, curved.shape[0] + zeros + 1 + 2 * n)))
+    return iterate.x, iterate.status <= Status.INACCURATE and held.max(initial=0.0) <= STRAINED

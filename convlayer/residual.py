@@ -301,7 +301,7 @@ def term_sizes(operators: Operators, x: Tensor, s: Tensor, y: Tensor, faint: Fai
     x, s, y = (part.abs().clamp(max=FARTHEST) for part in (x, s, y))
     dual, primal = data.q.abs() + absolute.At(y), data.b.abs() + absolute.A(x) + s
     if not program.is_elementwise:
-        primal = _in_groups(primal, program.on(x.device)["scale_group"], program.m)
+        primal = in_groups(primal, program.on(x.device)["scale_group"], program.m)
     least = largest_of_part(primal, "part_of_y", program)
     primal = primal + torch.maximum(faint.within * least, faint.apart * largest(least).clamp(min=1.0))
     least = largest_of_part(dual, "part_of_x", program)
@@ -316,10 +316,10 @@ def largest_of_part(sizes: Tensor, part: str, program: Program) -> Tensor:
     """The largest in each entry's own part of the program, (B, k), or (B, 1) where it has one part."""
     if program.parts[2] <= 1:
         return largest(sizes)
-    return _in_groups(sizes, program.on(sizes.device)[part], program.parts[2])
+    return in_groups(sizes, program.on(sizes.device)[part], program.parts[2])
 
 
-def _in_groups(sizes: Tensor, group: Tensor, count: int) -> Tensor:
+def in_groups(sizes: Tensor, group: Tensor, count: int) -> Tensor:
     """(B, k) the largest of each entry's group."""
     index = group.expand(len(sizes), -1)
     return sizes.new_zeros(len(sizes), count).scatter_reduce_(1, index, sizes, "amax").gather(1, index)
@@ -334,7 +334,7 @@ def rounding(operators: Operators, s: Tensor, y: Tensor, sizes: Sizes) -> Sizes:
     if program.is_elementwise:
         return Sizes(*(ROUNDING * part for part in sizes))
     index = program.on(s.device)
-    left, right = (_in_groups(part.abs(), index["scale_group"], program.m) for part in (s, y))
+    left, right = (in_groups(part.abs(), index["scale_group"], program.m) for part in (s, y))
     edge = torch.where(index["elementwise"] | (left == 0) | (right == 0), 0.0, torch.maximum(left, right))
     return Sizes(ROUNDING * (sizes.dual + operators.absolute.At(edge)), ROUNDING * (sizes.primal + edge))
 
