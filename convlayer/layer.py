@@ -563,7 +563,7 @@ class ConvexLayer(torch.nn.Module):
             excluded,
             start,
             differentiable,
-            differentiable or everything,
+            everything or (differentiable and self._gradient.name == "exact"),
             self._declared.weight is not None,
             precision,
             self._gradient,

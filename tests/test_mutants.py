@@ -21,6 +21,8 @@ import convlayer.cone_derivative
 import convlayer.declaration
 import convlayer.elimination
 import convlayer.generic
+import convlayer.kinks
+import convlayer.kkt
 import convlayer.residual
 import convlayer.rows
 import convlayer.solvers.scs
@@ -264,15 +266,13 @@ def test_a_failed_row_that_is_called_solved_is_caught(monkeypatch):
 
 def test_a_kink_that_is_not_flagged_is_caught(monkeypatch):
     caught(test_degenerate.test_a_weakly_active_bound_is_flagged_and_counts_as_inactive,
-           lambda patch: patch.setattr(convlayer.generic, "judged",
-                                       lambda zero, *rest: dataclasses.replace(zero, unfelt=torch.ones_like(zero.unfelt))),
-           monkeypatch)
+           lambda patch: patch.setattr(convlayer.kinks, "MOVED", float("inf")), monkeypatch)
 
 
 def test_a_flag_on_what_is_harmless_is_caught(monkeypatch):
     def plant(patch):
         patch.setattr(convlayer.kkt._System, "_harmful", lambda self, rows, *rest: torch.ones(len(rows), dtype=torch.bool))
-        patch.setattr(convlayer.generic, "judged", lambda zero, *rest: zero)
+        patch.setattr(convlayer.generic, "judged", lambda zero, rows, sides: zero)
 
     caught(test_degenerate.test_redundant_equalities_without_parameters_are_harmless, plant, monkeypatch)
 
@@ -293,8 +293,7 @@ def test_a_constraint_that_is_dropped_is_caught(monkeypatch):
     def plant(patch):
         original = convlayer.canon.canonicalise
 
-        def mutant(problem, *arguments, **named):
-            named["checked"] = None
+        def mutant(problem, *arguments, checked=None, **named):
             return original(cp.Problem(problem.objective, problem.constraints[:-1]), *arguments, **named)
 
         patch.setattr(convlayer.declaration, "canonicalise", mutant)
