@@ -617,6 +617,8 @@ def _refined(
 
 def _judged(call: Call, zero: Zero, scaling: Scaling, eliminated: Eliminated | None) -> Zero:
     """The zero, its degenerate rows judged by what parameters move and outputs read."""
+    if not call.judged:
+        return zero
     rows = torch.nonzero(zero.degenerate & (zero.residual <= INACCURATE)).flatten()
     return judged(zero, rows, _sides(call.canonical, zero, scaling, eliminated, rows)) if len(rows) else zero
 
