@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import cvxpy as cp
@@ -84,7 +85,7 @@ class Constraint:
     origin: int | None  # the constraint's id; None: an attribute of a variable
     source: Any  # it, or what says which attribute: printed when words are wanted, which takes CVXPY longer than the reading
 
-    @property
+    @cached_property
     def text(self) -> str:
         return short(self.source)
 

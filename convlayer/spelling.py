@@ -376,7 +376,8 @@ def _array(constant: Any) -> np.ndarray:
 
 def _number(constant: Any) -> tuple[str, int]:
     """A constant: by its name, its digits, or its shape."""
-    name = constant.name()
+    # Without a name of its own CVXPY prints the numbers, which takes long where they are many.
+    name = getattr(constant, "_name", None) or ""
     if name.isidentifier():
         return name, ATOM
     shape = tuple(constant.shape)
