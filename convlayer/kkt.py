@@ -51,7 +51,8 @@ REFINEMENTS = 6
 LARGE = 96  # unknowns from which on variables are taken out of a dense system that active bounds determine,
 WORTH = 0.25  # if they and their bounds are this share of it,
 FIRM = 0.1  # and the bounds' equilibrated entries are no smaller
-EXACT = 1e-15  # relative residual at which a solve needs no further one
+EXACT = 1e-15  # relative residual at which a solve needs no further one;
+FINE = 1e-13  # below this one that halves it is worth while, above it any gain
 STIFF = 1e-5  # a pivot, or the inverse of a probe's growth, below this: even Newton's solves are refined
 GMRES_CYCLES, GMRES_STEPS = 3, 20
 CERTIFIED = 1e-10  # relative residual that a solve must reach, or the row is flagged;
@@ -351,7 +352,9 @@ class DenseSystem(_System):
         diagonal.add_(self.shift)
         self.K = K
         self.factor = _Factor.of(K) if pinned is None else _FactorOfRest.without(K, pinned)
-        self.poor = torch.zeros(batch, dtype=torch.bool, device=K.device)  # rows of which a solve could not be certified
+        self.poor = torch.zeros(
+            batch, dtype=torch.bool, device=K.device
+        )  # rows of which a solve could not be certified
         self.singular = torch.zeros_like(self.poor) if self.all_held else (visible.x & ~self.held).any(1)
         pivots = self.factor.lu.diagonal(dim1=1, dim2=2).abs()
         smallest = self.smallest = pivots.amin(1) if pivots.shape[1] else pivots.new_ones(batch)
@@ -538,8 +541,7 @@ class SparseSystem(_System):
         self.poor = torch.zeros_like(self.singular)
         self.active: Tensor | None = None  # all rows stay
         # Pivots tell nothing without pivoting; a null vector shows as a solution of size 1 / shift.
-        probe = torch.randn(n + m, 1, dtype=d.dtype, generator=torch.Generator().manual_seed(0)).expand(-1, batch)
-        growth = self._back_substitute(probe).norm(dim=0)
+        growth = self._back_substitute(_probe(n + m, d.device).expand(-1, batch)).norm(dim=0)
         grows = growth > 1e-2 / SPARSE_SHIFT
         self.smallest = 1 / growth
         self.stiff = not bool((growth < 1 / STIFF).all())
@@ -579,7 +581,8 @@ class SparseSystem(_System):
             after = trial_error.abs().amax(0)
             better = after < before
             solution, error = torch.where(better, trial, solution), torch.where(better, trial_error, error)
-            if not bool((after < 0.9 * before).any()):
+            # Slow gains are worth it where something is left to gain, not at the level of rounding.
+            if not bool((after < torch.where(after > FINE * goal, 0.9, 0.5) * before).any()):
                 break
         if not len(right):
             return solution, self.broken
