@@ -1,14 +1,18 @@
-"""Building a layer with a large dense parameter: seconds and memory, beside CVXPY's canonicalisation of the same.
+"""Building a layer: seconds and memory with a large dense parameter, and milliseconds of the library's problems with their first call,
+beside CVXPY's canonicalisation of the same.
 
-Each row runs in a process of its own, `python -m benchmarks.construction PROBLEM SIZE`.
+Each large one runs in a process of its own, `python -m benchmarks.construction PROBLEM SIZE`.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
+import time
 import warnings
+from itertools import pairwise
 
 import cvxpy as cp
 import numpy as np
@@ -18,11 +22,13 @@ from benchmarks.peer import CvxpyLayer, peer_layer
 from benchmarks.subprocesses import alone
 from benchmarks.table import Family, Options, Row
 from convlayer import ConvexLayer
-from convlayer.problems import Declared
+from convlayer.problems import PROBLEMS, Declared
 
 TASKS = (("least squares", 500), ("least squares", 1000), ("quad_form", 500))
 PATIENCE = 20  # seconds for the peer
 SECONDS, MEMORY = ("<=", 10.0), ("<=", 2000.0)  # a dense map of 500 x 500 entries would take 500 GB
+REPEATS = 5
+MILLISECONDS = ("<=", 25.0)
 
 
 def family(options: Options) -> Family:
@@ -30,8 +36,45 @@ def family(options: Options) -> Family:
     return Family(
         "construction",
         "Building a layer with one dense square parameter: seconds and peak megabytes.",
-        [(f"{name} {n}", lambda name=name, n=n: [measure(name, n)]) for name, n in tasks],
+        [(f"{name} {n}", lambda name=name, n=n: [measure(name, n)]) for name, n in tasks] + [("library", library)],
     )
+
+
+def library() -> list[Row]:
+    """The cone programs of all library problems, built and called for the first time: CPU milliseconds, the least of a few."""
+    warnings.simplefilter("ignore")
+    figures = [
+        [min(parts) for parts in zip(*(first_call(name) for _ in range(REPEATS)), strict=True)] for name in PROBLEMS
+    ]
+    build, call, canonicalised = (statistics.median(column) for column in zip(*figures, strict=True))
+    total = statistics.median(build + call for build, call, _ in figures)
+    share = statistics.median(theirs / (build + call) for build, call, theirs in figures)
+    values = {
+        "build ms": build,
+        "first call ms": call,
+        "both ms": total,
+        "CVXPY ms": canonicalised,
+        "CVXPY share": share,
+    }
+    return [Row(f"median of {len(figures)} library problems", values, {"both ms": MILLISECONDS})]
+
+
+def first_call(name: str) -> tuple[float, float, float]:
+    """Milliseconds of building, of the first call, and of CVXPY's canonicalisation."""
+    problem = PROBLEMS[name]
+    inputs, declared = problem.sample(4), problem()
+    for parameter, value in zip(declared.parameters, problem.sample(), strict=True):
+        parameter.value = value.numpy()
+    gp = declared.problem.is_dgp() and not declared.problem.is_dcp()
+    marks = [time.process_time()]
+    layer = problem.layer(structure="generic", on_failure="keep")
+    marks.append(time.process_time())
+    layer(*inputs)
+    marks.append(time.process_time())
+    declared.problem.get_problem_data(cp.CLARABEL, gp=gp)
+    marks.append(time.process_time())
+    build, call, canonicalised = (1e3 * (after - before) for before, after in pairwise(marks))
+    return build, call, canonicalised
 
 
 def measure(name: str, n: int) -> Row:

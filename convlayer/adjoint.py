@@ -61,7 +61,7 @@ class Zero:
         """(B,) a constraint is weakly active."""
         return self.near & ~self.unfelt
 
-    @property
+    @cached_property
     def degenerate(self) -> Tensor:
         """(B,) differentiated by rule."""
         return (self.near | self.flagged) & ~self.unfelt
@@ -273,27 +273,30 @@ def _settle(
     patience = torch.full((batch,), PATIENCE, device=point.x.device)
     steps = torch.zeros_like(patience)
     factor: tuple[DenseSystem | SparseSystem, ResidualPoint] | None = None  # of all rows, and where
-    gains = False
+    everything, gains = torch.arange(batch, device=point.x.device), False
     for _ in range(STEPS):
-        rows = torch.nonzero((best.size > TARGET) & (patience > 0)).flatten()
+        left = (best.size > TARGET) & (patience > 0)
+        all_rows = bool(left.all())
+        rows = everything if all_rows else torch.nonzero(left).flatten()
         if not len(rows):
             break
-        if len(rows) == batch:
+        if all_rows:
             if factor is None or not (gains or _same(factor[1], point)):
                 factor = factorise(operators, point.spectrum, visible, units), point
             part, now, system = operators, point, factor[0]
         else:
             part, now = operators.rows(rows), point.rows(rows)
             system = factorise(part, now.spectrum, visible, units_of(units, rows))
-        steps[rows] += 1
+        steps += left
         dx, dv = newton(part, now.spectrum, system, now.F1, now.F2)
         new = ResidualPoint.at(part, now.x + dx, now.v + dv, now.sizes)
-        old = best.size[rows]
+        old, patient = (best.size, patience) if all_rows else (best.size[rows], patience[rows])
         better, settled = new.size < old, (old < SETTLED) & (new.size > 0.1 * old)
         gains = bool((new.size <= torch.clamp(REUSE * old, min=TARGET)).all())
-        patience[rows] = torch.where(settled, 0, torch.where(better, PATIENCE, patience[rows] - 1))
-        point = new if len(rows) == batch else point.put(rows, new)
-        if len(rows) == batch and bool(better.all()):
+        patient = torch.where(settled, 0, torch.where(better, PATIENCE, patient - 1))
+        patience = patient if all_rows else patience.index_copy(0, rows, patient)
+        point = new if all_rows else point.put(rows, new)
+        if all_rows and bool(better.all()):
             best = point
         elif bool(better.any()):
             best = best.put(rows[better], new.rows(torch.nonzero(better).flatten()))
@@ -307,11 +310,11 @@ def units_of(units: Tensor | None, rows: Tensor) -> Tensor | None:
 def _same(old: ResidualPoint, new: ResidualPoint) -> bool:
     """The factor of the old point is that of the new one. Curved cones must not have moved at all: where a slack is tiny, so
     is the step that changes their derivative."""
-    return old is new or (old.spectrum.is_diagonal and bool((old.spectrum.values == new.spectrum.values).all()))
+    return old is new or (old.spectrum.is_diagonal and torch.equal(old.spectrum.values, new.spectrum.values))
 
 
 def _on_same_faces(old: Tensor, new: Tensor) -> bool:
-    return bool((((old > 0) == (new > 0)) & ((old < 1) == (new < 1))).all())
+    return old is new or (torch.equal(old > 0, new > 0) and torch.equal(old < 1, new < 1))
 
 
 def newton(operators: Operators, spectrum: ProductSpectrum, system, F1: Tensor, F2: Tensor) -> tuple[Tensor, Tensor]:

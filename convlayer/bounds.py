@@ -45,8 +45,10 @@ class Bounds:
     def hold(self, x: Tensor, b: Tensor) -> Tensor:
         """x (B, n), where it is outside them moved onto its bounds; b (B or 1, m)."""
         rows, columns, coefficients = (part.to(x.device) for part in (self.rows, self.columns, self.coefficients))
-        limits = b[:, rows] / coefficients
+        limits, there = b[:, rows] / coefficients, x[:, columns]
         above, below = coefficients > 0, coefficients < 0
+        if not bool(torch.where(above, there > limits, there < limits).any()):
+            return x
         for which, reduce, unlimited in ((above, "amin", torch.inf), (below, "amax", -torch.inf)):
             index = columns[which].expand(len(limits), -1)
             limit = limits.new_full((len(limits), x.shape[1]), unlimited)

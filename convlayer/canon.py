@@ -103,14 +103,24 @@ class AffineMap:
     def __init__(self, matrix: sp.csr_array, sizes: Sequence[int], moving: np.ndarray | None) -> None:
         """matrix (values, 2 + all parameter entries); sizes of the parameters; moving: the outputs of which cotangents come back."""
         self._matrix, self._moving = matrix, moving
-        self._starts = starts = 2 + np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        self._starts = starts = np.cumsum([ONE + 1, *sizes])
         used = np.zeros(matrix.shape[1], dtype=bool)
         used[matrix.indices] = True
         self.parameters = [k for k in range(len(sizes)) if used[starts[k] : starts[k + 1]].any()]
-        if len(self.parameters) < len(sizes):
-            kept = [np.arange(2), *(np.arange(starts[k], starts[k + 1]) for k in self.parameters)]
-            matrix = sp.csr_array(sp.csc_array(matrix)[:, np.concatenate(kept)])
-        self.forward = LinearMap(matrix, blank=ZERO)
+
+    @cached_property
+    def forward(self) -> LinearMap:
+        """Of the constants and the entries of the parameters that it reads."""
+        matrix, starts = self._matrix, self._starts
+        if len(self.parameters) < len(starts) - 1:
+            kept = np.zeros(matrix.shape[1], dtype=bool)
+            kept[: ONE + 1] = True
+            for k in self.parameters:
+                kept[starts[k] : starts[k + 1]] = True
+            place = np.cumsum(kept) - 1
+            shape = matrix.shape[0], int(kept.sum())
+            matrix = sp.csr_array((matrix.data, place[matrix.indices], matrix.indptr), shape=shape)
+        return LinearMap(matrix, blank=ZERO)
 
     @cached_property
     def back(self) -> dict[int, LinearMap]:
@@ -193,14 +203,18 @@ class Canonical:
         """The maps to whole matrices P and A in place of their stored entries, back from all entries of their cotangents."""
         program, sizes = self.program, [math.prod(p.shape) for p in self.parameters]
         n, m = program.n, program.m
-        i, j = program.P_rows, program.P_cols
-        off = i != j
-        upper = self._matrices["P"]
+        P, A = self._matrices["P"], self._matrices["A"]
+        row = _row_of_each(P)
+        i, j = program.P_rows[row], program.P_cols[row]
+        below = i != j
         # Below the diagonal a symmetric parameter is read below its own, so that P is the parameter as it lies in memory.
-        lower = sp.csr_array(sp.csc_array(upper[off])[:, self._mirrored])
-        P = _scattered(upper, i * n + j, n * n) + _scattered(lower, (j * n + i)[off], n * n)
-        A = _scattered(self._matrices["A"], program.A_rows * n + program.A_cols, m * n)
-        return {"P": AffineMap(P, sizes, None), "A": AffineMap(A, sizes, None)}
+        column = np.concatenate([P.indices, self._mirrored[P.indices[below]]])
+        place = np.concatenate([i * n + j, (j * n + i)[below]])
+        whole_P = sp.csr_array((np.concatenate([P.data, P.data[below]]), (place, column)), shape=(n * n, P.shape[1]))
+        row = _row_of_each(A)
+        place = program.A_rows[row] * n + program.A_cols[row]
+        whole_A = sp.csr_array((A.data, (place, A.indices)), shape=(m * n, A.shape[1]))
+        return {"P": AffineMap(whole_P, sizes, None), "A": AffineMap(whole_A, sizes, None)}
 
     @property
     def _mirrored(self) -> np.ndarray:
@@ -221,8 +235,7 @@ class Canonical:
             (y if recovery.dual else x)[recovery.position] = True
         for name, seen in (("q", x), ("b", y)):
             matrix = self._matrices[name]
-            row = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
-            seen[torch.from_numpy(row[matrix.indices > ONE])] = True
+            seen[torch.from_numpy(_row_of_each(matrix)[matrix.indices > ONE])] = True
         index = self.program.indices
         x[index["A_cols"][self.moving["A"]]] = True
         y[index["A_rows"][self.moving["A"]]] = True
@@ -304,12 +317,15 @@ class Canonical:
         """Of equalities on each other, whatever the parameters."""
         return Dependence.of(self.program, *self._constants)
 
-    @property
+    @cached_property
     def _constants(self) -> tuple[np.ndarray, np.ndarray]:
         """(nnz(A),) which entries of A no parameter moves, and their values."""
-        fixed = np.ones(len(self.program.A_rows), dtype=bool)
+        fixed, values = np.ones(len(self.program.A_rows), dtype=bool), np.zeros(len(self.program.A_rows))
         fixed[self.moving["A"]] = False
-        return fixed, self._matrices["A"][:, [ONE]].toarray().ravel()
+        matrix = self._matrices["A"]
+        constant = matrix.indices == ONE
+        values[_row_of_each(matrix)[constant]] = matrix.data[constant]
+        return fixed, values
 
     def sizes_of_b(self, entries: Sequence[Tensor]) -> Tensor:
         """(B or 1, m) of the numbers whose sum is b: their rounding is b's own."""
@@ -377,7 +393,7 @@ def canonicalise(
         )
 
     program, tensors = _tensors(cone_program)
-    moving = {name: np.unique(tensors[name][:, :-1].tocoo().row).astype(np.int64) for name in ("P", "A")}
+    moving = {name: _moving_rows(tensors[name]) for name in ("P", "A")}
     reductions = list(zip(chain.reductions, inverse, strict=True))
     entries, matrices = _parameter_maps(parameters, reductions, cone_program, tensors)
     sizes = [p.size for p in parameters]
@@ -386,7 +402,7 @@ def canonicalise(
         moving=moving,
         maps={name: AffineMap(matrix, sizes, moving.get(name)) for name, matrix in matrices.items()},
         parameters=entries,
-        variables=[_recovery(v, owners.get(v.id), reductions, cone_program, gp) for v in variables],
+        variables=_recoveries(variables, owners, reductions, cone_program, gp),
         sign=-1.0 if isinstance(problem.objective, cp.Maximize) else 1.0,
         gp=gp,
         sizes={
@@ -611,10 +627,16 @@ def _positions(canonical: cp.Parameter, reduced: cp.Parameter) -> np.ndarray:
     return read.flatten(order="F").astype(np.int64)
 
 
-def _scattered(matrix: sp.csr_array, place: np.ndarray, outputs: int) -> sp.csr_array:
-    """The rows of a matrix, at these places among the outputs."""
-    scatter = sp.csr_array((np.ones(len(place)), (place, np.arange(len(place)))), shape=(outputs, matrix.shape[0]))
-    return sp.csr_array(scatter @ matrix)
+def _row_of_each(matrix: sp.csr_array) -> np.ndarray:
+    """The row of each stored entry."""
+    return np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
+
+
+def _moving_rows(tensor: sp.csr_array) -> np.ndarray:
+    """The values that some parameter moves: entries before the last column."""
+    moving = np.zeros(tensor.shape[0], dtype=bool)
+    moving[_row_of_each(tensor)[tensor.indices < tensor.shape[1] - 1]] = True
+    return np.flatnonzero(moving)
 
 
 def _final_parameters(parameters, reductions) -> list[tuple[cp.Parameter, cp.Parameter]]:
@@ -665,51 +687,60 @@ def _invert_dual(y: np.ndarray, constraint, reductions, cone_program) -> list[np
     return values
 
 
-def _probe(function, size: int) -> tuple[np.ndarray, np.ndarray]:
+def _recoveries(variables, owners, reductions, cone_program, gp) -> list[Recovery]:
+    """Of each variable, by CVXPY's own inverse: a few evaluations of it, which give all variables at once."""
+    inverted: dict[Any, tuple[np.ndarray, list]] = {}  # by the constraint whose multipliers they are; None: of x
+    found = []
+    for variable in variables:
+        owner = owners.get(variable.id)
+        key = None if owner is None else owner.id
+        if key not in inverted:
+            size = cone_program.x.size if owner is None else int(cone_program.constr_size)
+            probe = np.random.default_rng(0).standard_normal(size)
+            points = [np.arange(1, size + 1, dtype=float), np.arange(1, size + 1, dtype=float) ** 2, probe]
+            inverted[key] = probe, [_inverted(point, owner, reductions, cone_program) for point in points]
+        found.append(_recovery(variable, owner is not None, gp, *inverted[key]))
+    return found
+
+
+def _inverted(point: np.ndarray, owner, reductions, cone_program) -> dict[int, np.ndarray]:
+    """By id, the variables from x; with an owner its dual variables from y."""
+    if owner is None:
+        return _invert_primal(point, reductions, cone_program)
+    values = _invert_dual(point, owner, reductions, cone_program)
+    return {dual.id: value for dual, value in zip(owner.dual_variables, values, strict=True)}
+
+
+def _recovery(variable, dual: bool, gp: bool, probe: np.ndarray, inverted: list[dict[int, np.ndarray]]) -> Recovery:
+    """From the variable's values at i + 1, at its square, and at a random probe: two tell the map, the third checks it."""
+    first, second, third = (
+        np.asarray(values[variable.id].reshape(variable.shape), dtype=float).ravel() for values in inverted
+    )
+    position, coefficient = _gathered(first, second, len(probe))
+    expected = coefficient * (probe[position] if len(probe) else 0.0)
+    if not (np.abs(third - expected) <= 1e-12 + 1e-9 * np.abs(expected)).all():
+        raise CanonicalisationError(f"The map to variable `{variable.name()}` does not reproduce CVXPY's.")
+    exact = bool(np.all(coefficient == 1.0))
+    return Recovery(
+        tuple(variable.shape),
+        dual,
+        torch.from_numpy(position),
+        None if exact else torch.from_numpy(coefficient),
+        gp and not dual,
+    )
+
+
+def _gathered(first: np.ndarray, second: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Read off a map that gathers entries and scales each: (positions, coefficients) from two evaluations.
 
     With input i + 1 an output is c (i + 1), with (i + 1)^2 it is c (i + 1)^2: their ratio tells the position.
     """
-    first, second = (
-        np.asarray(function(np.arange(1, size + 1, dtype=float) ** power), dtype=float).ravel() for power in (1, 2)
-    )
     used = first != 0
     position = np.zeros(len(first), dtype=np.int64)
     position[used] = np.rint(second[used] / first[used]).astype(np.int64) - 1
     if used.any() and not (position.min() >= 0 and position.max() < size):
         raise CanonicalisationError("CVXPY recovers a variable by more than a gather; this version is not supported.")
     return position, np.where(used, first / (position + 1), 0.0)
-
-
-def _recovery(variable, owner, reductions, cone_program, gp) -> Recovery:
-    if owner is None:
-        size, function = (
-            cone_program.x.size,
-            lambda x: _invert_primal(x, reductions, cone_program)[variable.id].reshape(variable.shape),
-        )
-    else:
-        place = [dual.id for dual in owner.dual_variables].index(variable.id)
-        size, function = (
-            cone_program.constr_size,
-            lambda y: _invert_dual(y, owner, reductions, cone_program)[place].reshape(variable.shape),
-        )
-    position, coefficient = _probe(function, size)
-    probe = np.random.default_rng(0).standard_normal(size)
-    if not np.allclose(
-        np.asarray(function(probe), dtype=float).ravel(),
-        coefficient * (probe[position] if size else 0.0),
-        rtol=1e-9,
-        atol=1e-12,
-    ):
-        raise CanonicalisationError(f"The map to variable `{variable.name()}` does not reproduce CVXPY's.")
-    exact = bool(np.all(coefficient == 1.0))
-    return Recovery(
-        tuple(variable.shape),
-        owner is not None,
-        torch.from_numpy(position),
-        None if exact else torch.from_numpy(coefficient),
-        gp and owner is None,
-    )
 
 
 def _self_check(canonical: Canonical, cone_program, parameters, reductions) -> None:
@@ -734,18 +765,36 @@ def _self_check(canonical: Canonical, cone_program, parameters, reductions) -> N
         stacked.append(whole)
     ours = {name: matrix @ np.concatenate(stacked) for name, matrix in canonical._matrices.items()}
     program = canonical.program
-    shape = (program.m, program.n)
-    ours_A = sp.csc_array((ours["A"], program.A_rows, program.A_indptr), shape=shape)
-    checks = [(ours_A + A, "A"), (ours["q"] - q, "q"), (ours["d"] - d, "offset")]
+    A = sp.coo_array(A)
+    checks = [
+        (_apart(ours["A"], (program.A_rows, program.A_cols), -A.data, (A.row, A.col), program.m), "A"),
+        (np.abs(ours["q"] - q).max(initial=0.0), "q"),
+        (np.abs(ours["d"] - d).max(initial=0.0), "offset"),
+    ]
     if program.m:
-        checks.append((ours["b"] - np.where(np.isinf(b), np.sign(b) * NO_BOUND, b), "b"))
+        checks.append((np.abs(ours["b"] - np.where(np.isinf(b), np.sign(b) * NO_BOUND, b)).max(), "b"))
     if quadratic:
-        upper = sp.csc_array((ours["P"], program.P_rows, program.P_indptr), shape=(program.n, program.n))
-        symmetric = (P + P.T) / 2
-        checks.append((upper - sp.triu(symmetric), "P"))
-    scale = 1.0 + max((abs(part).max() for part in (A, q, b[np.isfinite(b)]) if np.prod(part.shape)), default=0.0)
+        P = sp.coo_array(P)
+        upper = np.minimum(P.row, P.col), np.maximum(P.row, P.col)
+        halved = np.where(P.row == P.col, 1.0, 0.5) * P.data  # an entry and its mirror image make the symmetric part
+        checks.append((_apart(ours["P"], (program.P_rows, program.P_cols), halved, upper, program.n), "P"))
+    scale = 1.0 + max(np.abs(part).max(initial=0.0) for part in (A.data, q, b[np.isfinite(b)]))
     for difference, name in checks:
-        if np.prod(difference.shape) and abs(difference).max() > 1e-10 * scale:
+        if not difference <= 1e-10 * scale:
             raise CanonicalisationError(
                 f"Our {name} differs from the one of CVXPY {cp.__version__}; this version is not supported."
             )
+
+
+def _apart(
+    ours: np.ndarray,
+    places: tuple[np.ndarray, np.ndarray],
+    theirs: np.ndarray,
+    their_places: tuple[np.ndarray, np.ndarray],
+    rows: int,
+) -> float:
+    """The largest entry of the difference of two matrices, each given by values and (rows, columns)."""
+    places, their_places = ((row.astype(np.int64), column.astype(np.int64)) for row, column in (places, their_places))
+    key = np.concatenate([row + max(rows, 1) * column for row, column in (places, their_places)])
+    _, entry = np.unique(key, return_inverse=True)
+    return float(np.abs(np.bincount(entry, np.concatenate([ours, -theirs]))).max(initial=0.0))

@@ -50,13 +50,16 @@ class Dependence:
         filled = np.zeros(program.m, dtype=bool)
         filled[program.A_rows[(values != 0) | ~fixed]] = True
         empty = np.flatnonzero(program.inequalities.numpy() & ~filled)
+        entangled = equalities[_entangled(*_among(equalities, program, values), len(equalities), program.n)]
+        if not len(empty) and not len(entangled):
+            return None
         matrix = sp.csr_array((values, (program.A_rows, program.A_cols)), shape=(program.m, program.n))
         matrix.eliminate_zeros()
-        null = _left_null(matrix[equalities])
+        null = _left_null(matrix[entangled])
         touched = (np.abs(null) > TRACE).any(1)
         if not len(empty) and not touched.any():
             return None
-        basis = null[touched]
+        equalities, basis = entangled, null[touched]
         linked = sp.csr_array(np.where(np.abs(basis) > TRACE, 1.0, 0.0))
         _, group = connected_components(linked @ linked.T, directed=False)
         parts = equalities[touched], basis, group.astype(np.int64), empty
@@ -102,12 +105,11 @@ class Dependence:
 
 def _left_null(matrix: sp.csr_array) -> np.ndarray:
     """An orthonormal basis of the vectors n with n'E = 0, (rows, k)."""
-    rows = _entangled(matrix)
-    linked = sp.csr_array((np.ones(matrix.nnz), matrix.indices, matrix.indptr), shape=matrix.shape)[rows]
+    linked = sp.csr_array((np.ones(matrix.nnz), matrix.indices, matrix.indptr), shape=matrix.shape)
     _, part = connected_components(linked @ linked.T, directed=False)
     found = [np.zeros((matrix.shape[0], 0))]
     for k in np.unique(part):
-        mine = rows[part == k]
+        mine = np.flatnonzero(part == k)
         if len(mine) <= LARGE:
             null = _left_null_densely(matrix[mine])
             found.append(np.zeros((matrix.shape[0], null.shape[1])))
@@ -115,17 +117,24 @@ def _left_null(matrix: sp.csr_array) -> np.ndarray:
     return np.hstack(found)
 
 
-def _entangled(matrix: sp.csr_array) -> np.ndarray:
-    """The rows without those that depend on no other, having a variable for themselves, or once such rows are gone."""
-    rows = np.arange(matrix.shape[0])
+def _among(rows: np.ndarray, program: Program, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(place among `rows`, column) of the entries of A in these rows that are not zero."""
+    place = np.full(program.m, -1)
+    place[rows] = np.arange(len(rows))
+    mine = (place[program.A_rows] >= 0) & (values != 0)
+    return place[program.A_rows[mine]], program.A_cols[mine]
+
+
+def _entangled(row: np.ndarray, column: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """The rows, of entries at (row, column), without those that depend on no other, having a variable for themselves, or once such rows
+    are gone."""
+    left = np.ones(rows, dtype=bool)
     while True:
-        part = sp.csr_array(matrix[rows])
-        alone = np.bincount(part.indices, minlength=part.shape[1])[part.indices] == 1
-        own = np.zeros(len(rows), dtype=bool)
-        own[np.repeat(np.arange(len(rows)), np.diff(part.indptr))[alone]] = True
-        if not own.any():
-            return rows
-        rows = rows[~own]
+        own = row[np.bincount(column, minlength=columns)[column] == 1]
+        if not len(own):
+            return np.flatnonzero(left)
+        left[own] = False
+        row, column = row[left[row]], column[left[row]]
 
 
 def _left_null_densely(matrix: sp.csr_array) -> np.ndarray:

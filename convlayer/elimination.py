@@ -67,11 +67,11 @@ class Elimination:
 
     @cached_property
     def x(self) -> np.ndarray:
-        return np.setdiff1d(np.arange(self.before.n), self.t)
+        return np.flatnonzero(_places(self.before.n, self.t) >= 0)
 
     @cached_property
     def rows(self) -> np.ndarray:
-        return np.setdiff1d(np.arange(self.before.m), self.r)
+        return np.flatnonzero(_places(self.before.m, self.r) >= 0)
 
     @cached_property
     def maps(self) -> dict[str, LinearMap]:
@@ -176,22 +176,36 @@ def _placed(source: np.ndarray, target: np.ndarray, stored: int, size: int) -> L
 
 def _left(program: Program, t: np.ndarray, r: np.ndarray) -> Program:
     """The program without these variables and rows; P with the products that L'DL brings."""
-    x, rows = np.setdiff1d(np.arange(program.n), t), np.setdiff1d(np.arange(program.m), r)
-    ones = np.ones(len(program.A_rows))
-    A = sp.csc_array((ones, (program.A_rows, program.A_cols)), shape=(program.m, program.n))
+    n, m = program.n - len(t), program.m - len(r)
+    x, row = _places(program.n, t), _places(program.m, r)
+    A_rows, A_cols = row[program.A_rows], x[program.A_cols]
+    kept = (A_rows >= 0) & (A_cols >= 0)
     curved = np.isin(t, program.P_rows[program.P_rows == program.P_cols])
-    L = A[r[curved]][:, x]
-    P = sp.csc_array((np.ones(len(program.P_rows)), (program.P_rows, program.P_cols)), shape=(program.n, program.n))
-    P = sp.coo_array(sp.triu(sp.csc_array(L.T @ L) + P[x][:, x]))
-    order = np.lexsort((P.row, P.col))
-    left = sp.coo_array(A[rows][:, x])
-    by_column = np.lexsort((left.row, left.col))
+    equation = np.full(program.m, -1)
+    equation[r[curved]] = np.arange(int(curved.sum()))
+    in_L = (equation[program.A_rows] >= 0) & (A_cols >= 0)
+    indices, place = A_cols[in_L], equation[program.A_rows[in_L]]
+    L = sp.csr_array((np.ones(len(place)), (place, indices)), shape=(int(curved.sum()), n))
+    square = sp.coo_array(L.T @ L)
+    own = (x[program.P_rows] >= 0) & (x[program.P_cols] >= 0)
+    upper = square.row <= square.col
+    key = np.concatenate(
+        [
+            square.col[upper].astype(np.int64) * n + square.row[upper],
+            x[program.P_cols[own]] * n + x[program.P_rows[own]],
+        ]
+    )
+    P_cols, P_rows = np.divmod(np.unique(key), n)
     first, *others = program.cones.cones
     cones = Product([Zero(first.size - len(r)), *others])
-    P_rows, P_cols, A_rows, A_cols = (
-        part.astype(np.int64) for part in (P.row[order], P.col[order], left.row[by_column], left.col[by_column])
-    )
-    return Program(len(x), len(rows), cones, P_rows, P_cols, A_rows, A_cols)
+    return Program(n, m, cones, P_rows, P_cols, A_rows[kept], A_cols[kept])
+
+
+def _places(size: int, gone: np.ndarray) -> np.ndarray:
+    """(size,) where each stands among those that stay, in order; -1 for those that go."""
+    stays = np.ones(size, dtype=bool)
+    stays[gone] = False
+    return np.where(stays, np.cumsum(stays) - 1, -1)
 
 
 def _still_visible(program: Program, t: np.ndarray, r: np.ndarray, visible: Visible) -> Visible:
@@ -202,5 +216,5 @@ def _still_visible(program: Program, t: np.ndarray, r: np.ndarray, visible: Visi
     defining[r] = True
     mine = defining[program.A_rows] & shown.numpy()[program.A_rows]
     seen[torch.from_numpy(program.A_cols[mine])] = True
-    x, rows = np.setdiff1d(np.arange(program.n), t), np.setdiff1d(np.arange(program.m), r)
-    return Visible(seen[torch.from_numpy(x)], visible.y[torch.from_numpy(rows)])
+    x, rows = (torch.from_numpy(_places(*sides) >= 0) for sides in ((program.n, t), (program.m, r)))
+    return Visible(seen[x], visible.y[rows])

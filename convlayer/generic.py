@@ -316,8 +316,9 @@ def _solve(call: Call, data: Data, d: Tensor, batch: int) -> tuple[Tensor, Tenso
     if refuted is not None:
         good = good[~refuted[good]]
     everything = len(good) == batch
-    call.blank = torch.ones(batch, dtype=torch.bool, device=device)
-    call.blank[good] = False
+    call.blank = torch.zeros(batch, dtype=torch.bool, device=device)
+    if not everything:
+        call.blank = (~call.blank).index_fill(0, good, False)
     left_out = torch.full((batch,), int(Status.BAD_INPUT), device=device)
     if refuted is not None:
         left_out[refuted & ~call.bad.to(device)] = int(Status.INFEASIBLE)
@@ -375,6 +376,8 @@ def _settled(call: Call, data: Data, start: tuple[Tensor, ...] | None) -> _Found
     for place in range(FROM_START if newton else 0, len(call.attempts)):
         if found is None:
             found = _attempt(call, data, place, start)
+            if not bool((found.status.bool() | found.degenerate | (found.residual > SETTLED)).any()):
+                return found  # as nearly always
             continue
         # What the polish could not settle may need a sharper start: a face is not told from its neighbours yet.
         unsettled = _unsettled(found.status) & ~found.stopped
@@ -496,9 +499,8 @@ def _attempt_in_units(
         finite = torch.isfinite(torch.cat([point.x, point.s, point.y], 1)).all(1)
         usable = finite if usable is None else finite & usable
         status = torch.where(~finite & (status < Status.INFEASIBLE), int(Status.NOT_CONVERGED), status)
-    hopeless = (status == Status.INFEASIBLE) | (status == Status.UNBOUNDED)
     refine = torch.arange(rows, device=device)
-    if bool(hopeless.any()) or usable is not None:
+    if usable is not None or bool((status >= Status.INFEASIBLE).any()):
         status = _claims_checked(data, status, point.x, point.y, _precision(call))
         hopeless = (status == Status.INFEASIBLE) | (status == Status.UNBOUNDED)
         refine = torch.nonzero(~hopeless if usable is None else ~hopeless & usable).flatten()
@@ -591,11 +593,11 @@ def _refined(
     zero = polish(Operators(data, dense), *started, visible, inner.c, follow=_is_sharpest(call, place))
     zero = _judged(call, zero, inner, eliminated)
     status = _verdict(zero, call.tolerance)
-    seen = zero.x * visible.x * (outer.rho / inner.rho)
-    size = seen.abs().amax(1) if zero.x.shape[1] else zero.residual.new_zeros(len(zero.x))
-    if not data.program.is_polyhedral:  # there an infimum is attained
-        for bound, verdict in ((RUNAWAY, Status.INACCURATE), (RUNAWAY**1.5, Status.NOT_CONVERGED)):
-            status = torch.where((size > bound) & (status < verdict), int(verdict), status)
+    if not data.program.is_polyhedral and zero.x.shape[1]:  # there an infimum is attained
+        size = (zero.x * visible.x * (outer.rho / inner.rho)).abs().amax(1)
+        if not size.amax().item() <= RUNAWAY:
+            for bound, verdict in ((RUNAWAY, Status.INACCURATE), (RUNAWAY**1.5, Status.NOT_CONVERGED)):
+                status = torch.where((size > bound) & (status < verdict), int(verdict), status)
     if call.elimination is not None and place <= 0 and zero.pivot is not None:
         # The elimination squared a condition: neither the residual nor the adjoint's check can see what that cost.
         status = torch.where((zero.pivot < SQUARED) & (status < Status.INACCURATE), int(Status.INACCURATE), status)
@@ -604,11 +606,14 @@ def _refined(
     if bool((status == Status.SOLVED).any()):
         # Beside multipliers so large the costs are not seen in the residual: constraints contradict each other by little.
         costs = torch.maximum(largest(data.q), largest(data.P.flatten(1)) * largest(zero.x))
-        swamped = ((largest(zero.y) > (RUNAWAY * costs).clamp(min=FAINT)) & (costs > 0)).squeeze(1)
+        swamped = largest(zero.y) > (RUNAWAY * costs).clamp(min=FAINT)
+        if bool(swamped.any()):
+            swamped = (swamped & (costs > 0)).squeeze(1)
+            status = torch.where(swamped, status.clamp(min=int(Status.INACCURATE)), status)
         # And products of numbers of this size overflow.
-        lost = torch.cat([inner.rho, inner.tau], 1).log().abs().amax(1) > BEYOND
-        status = torch.where(swamped, status.clamp(min=int(Status.INACCURATE)), status)
-        status = torch.where(lost, int(Status.NOT_CONVERGED), status)
+        units = torch.cat([inner.rho, inner.tau], 1).log().abs()
+        if not units.amax().item() <= BEYOND:
+            status = torch.where(units.amax(1) > BEYOND, int(Status.NOT_CONVERGED), status)
     if inner.unbounded is not None:
         # A bound that was taken for infinite and is active after all: this is not the solution.
         status = torch.where((inner.unbounded & (zero.y > 0)).any(1), int(Status.NOT_CONVERGED), status)
@@ -759,8 +764,10 @@ def _verdict(zero: Zero, tolerance: float) -> Tensor:
 
     A problem so ill-conditioned that the residual's rounding moves the solution is not called solved either.
     """
+    solved = (zero.judged <= tolerance) & (zero.error <= min(max(SENSITIVE, 10 * tolerance), MEANINGLESS))
+    if bool(solved.all()):
+        return torch.full_like(solved, int(Status.SOLVED), dtype=torch.int64)
     judged = torch.where(zero.judged <= INACCURATE, int(Status.INACCURATE), int(Status.NOT_CONVERGED))
-    solved = (zero.judged <= tolerance) & (zero.error <= max(SENSITIVE, 10 * tolerance))
     judged = torch.where(solved, int(Status.SOLVED), judged)
     return torch.where(zero.error <= MEANINGLESS, judged, int(Status.NOT_CONVERGED))
 
@@ -788,18 +795,28 @@ def _report(
     found: dict[int, Tensor],
 ) -> None:
     """Tell of rows (`used`, (B,)) that were differentiated by rule, or whose gradients `found` say nothing."""
-    causes = {cause: torch.zeros_like(used) for cause in (Cause.ONE_SIDED, Cause.SINGULAR, Cause.ILL_CONDITIONED)}
+    causes: dict[Cause, Tensor] = {}
     for piece in pieces:
-        rows, keep, zero = piece.rows[piece.keep], piece.keep, piece.zero
-        poor = zero.system.poor
-        flags = zero.weak, (zero.system.singular | (zero.flagged & ~poor)) & ~zero.unfelt, poor
-        for mask, flag in zip(causes.values(), flags, strict=True):
-            mask[rows] = flag[keep]
-        degenerate[rows.cpu()] |= (flags[1] | flags[2])[keep].cpu()  # a solve may have flagged more
+        zero = piece.zero
+        poor, singular = zero.system.poor, zero.system.singular
+        if not bool((zero.near | zero.flagged | singular | poor).any()):
+            continue
+        rows, keep = piece.rows[piece.keep], piece.keep
+        flags = {
+            Cause.ONE_SIDED: zero.weak,
+            Cause.SINGULAR: (singular | (zero.flagged & ~poor)) & ~zero.unfelt,
+            Cause.ILL_CONDITIONED: poor,
+        }
+        for cause, flag in flags.items():
+            causes.setdefault(cause, torch.zeros_like(used))[rows] = flag[keep]
+        more = flags[Cause.SINGULAR] | poor  # a solve may have flagged more
+        degenerate[rows.cpu()] |= more[keep].cpu()
     costs = [k for k in canonical.costs if k in found]
     if costs and (canonical.program.is_linear or selected):
         size = x_bar.abs().amax(1) * x.abs().amax(1)
-        unmoved = used & (size > 0) & ~causes[Cause.SINGULAR]  # what that means is told already
+        unmoved = used & (size > 0)
+        if Cause.SINGULAR in causes:  # what that means is told already
+            unmoved = unmoved & ~causes[Cause.SINGULAR]
         for k in costs:
             unmoved = unmoved & (found[k].flatten(1).abs().amax(1) * q.abs().amax(1) <= NOTHING * size)
         causes[Cause.ZERO] = unmoved

@@ -24,6 +24,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -50,7 +51,8 @@ REFINEMENTS = 6
 LARGE = 96  # unknowns from which on variables are taken out of a dense system that active bounds determine,
 WORTH = 0.25  # if they and their bounds are this share of it,
 FIRM = 0.1  # and the bounds' equilibrated entries are no smaller
-EXACT = 1e-15  # relative residual at which a solve needs no further one
+EXACT = 1e-15  # relative residual at which a solve needs no further one;
+FINE = 1e-13  # below this one that halves it is worth while, above it any gain
 STIFF = 1e-5  # a pivot, or the inverse of a probe's growth, below this: even Newton's solves are refined
 GMRES_CYCLES, GMRES_STEPS = 3, 20
 CERTIFIED = 1e-10  # relative residual that a solve must reach, or the row is flagged;
@@ -312,11 +314,8 @@ class DenseSystem(_System):
         active = int((spectrum.values > 0).sum(-1).max()) if spectrum.values.numel() else 0
         batch, m, n = len(spectrum.values), A.shape[1], A.shape[2]
         d = spectrum.values
-        A = (
-            spectrum.to_basis(A.expand(batch, -1, -1), columns=True)
-            if not spectrum.is_diagonal
-            else A.expand(batch, -1, -1)
-        )
+        A = A if len(A) == batch else A.expand(batch, -1, -1)
+        A = A if spectrum.is_diagonal else spectrum.to_basis(A, columns=True)
         self.n, self.m, self.spectrum, self.units = n, m, spectrum, units
         # The rows with d > 0, gathered to the front; a batch row with fewer is padded by rows with d = 0, which are decoupled.
         self.active = None if active == m else torch.topk((d > 0).to(torch.uint8), active, dim=1, sorted=True).indices
@@ -328,7 +327,8 @@ class DenseSystem(_System):
         size = n + active
         P = operators.P_values
         B_size = B.abs()
-        upper, lower = P.abs().amax(2).expand(batch, -1), 1 - d
+        upper, lower = P.abs().amax(2), 1 - d
+        upper = upper if len(upper) == batch else upper.expand(batch, -1)
         if active:
             upper, lower = torch.maximum(upper, B_size.amax(1)), torch.maximum(lower, B_size.amax(2))
         largest = torch.cat([upper, lower], 1)
@@ -337,38 +337,45 @@ class DenseSystem(_System):
         B = B * dual.unsqueeze(2) * primal.unsqueeze(1)
         pinned = _pinned(operators.data.program, B, d, self.active)
         # K is kept with the shift on its diagonal; `_product` takes it off again.
-        self.shift = torch.cat([P.new_full((1, n), SHIFT), P.new_full((1, active), -SHIFT)], 1)
+        self.shift = _shift(n, active, P.device)
         K = P.new_zeros(batch, size, size)
         K[:, :n, :n] = P * primal.unsqueeze(1) * primal.unsqueeze(2)
         K[:, n:, :n] = B
         K[:, :n, n:] = B.mT
-        K.diagonal(dim1=1, dim2=2)[:, n:] = (d - 1) * dual.square()
+        diagonal = K.diagonal(dim1=1, dim2=2)
+        diagonal[:, n:] = (d - 1) * dual.square()
         # A variable that no active row and no quadratic term holds is a null vector by itself: it stays where it is.
         self.held = largest[:, :n] > 0
-        K.diagonal(dim1=1, dim2=2)[:, :n] += ~self.held
-        K.diagonal(dim1=1, dim2=2).add_(self.shift)
+        self.all_held = bool(self.held.all())
+        if not self.all_held:
+            diagonal[:, :n] += ~self.held
+        diagonal.add_(self.shift)
         self.K = K
         self.factor = _Factor.of(K) if pinned is None else _FactorOfRest.without(K, pinned)
-        self.singular = (visible.x & ~self.held).any(1)
-        self.poor = torch.zeros_like(self.singular)  # rows of which a solve could not be certified
+        self.poor = torch.zeros(
+            batch, dtype=torch.bool, device=K.device
+        )  # rows of which a solve could not be certified
+        self.singular = torch.zeros_like(self.poor) if self.all_held else (visible.x & ~self.held).any(1)
         pivots = self.factor.lu.diagonal(dim1=1, dim2=2).abs()
         smallest = self.smallest = pivots.amin(1) if pivots.shape[1] else pivots.new_ones(batch)
-        self.stiff = bool((smallest <= STIFF).any())
-        suspects = torch.nonzero((smallest <= SUSPECT) | (self._growth() >= 1 / SUSPECT)).flatten()
-        if len(suspects):
-            self._look_for_null_vectors(suspects, visible)
+        growth = self._growth()
+        least, most = (smallest.amin().item(), growth.amax().item()) if batch else (math.inf, 0.0)
+        self.stiff = not least > STIFF and bool((smallest <= STIFF).any())
+        if not (least > SUSPECT and most < 1 / SUSPECT):  # no number is told from others below
+            suspects = torch.nonzero((smallest <= SUSPECT) | (growth >= 1 / SUSPECT)).flatten()
+            if len(suspects):
+                self._look_for_null_vectors(suspects, visible)
 
     def _growth(self) -> Tensor:
         """(B,) by how much the factor enlarges a random vector. Where it divides by the shift and cancels again, no pivot is small."""
-        probe = torch.randn(self.K.shape[1], 1, dtype=self.K.dtype, generator=torch.Generator().manual_seed(0))
-        probe = probe.to(self.K.device).expand(len(self.K), -1, -1)
-        return self.factor.solve(probe).norm(dim=1).squeeze(1)
+        probe = _probe(self.K.shape[1], self.K.device).expand(len(self.K), -1, -1)
+        return torch.linalg.vector_norm(self.factor.solve(probe), dim=(1, 2))
 
     def solve(self, a: Tensor, c: Tensor, *, newton: bool = False) -> tuple[Tensor, Tensor]:
         """a (B, n), c (B, m) -> w (B, n), e (B, m); for a step of Newton's method to the accuracy of the shifted factor, unless it is
         stiff, and not of least norm in the user's units."""
         c_active = c if self.active is None else c.gather(1, self.active)
-        right = self._entering(torch.cat([a * self.held, self.root * c_active], 1), newton)
+        right = self._entering(torch.cat([a if self.all_held else a * self.held, self.root * c_active], 1), newton)
         scaled = (right * self.scale).unsqueeze(-1)
         solution = self.factor.solve(scaled)
         if scaled.numel() and (self.stiff or not newton):
@@ -389,9 +396,12 @@ class DenseSystem(_System):
             before, after = error.abs().amax(1, keepdim=True), trial_error.abs().amax(1, keepdim=True)
             better = after < before
             solution, error = torch.where(better, trial, solution), torch.where(better, trial_error, error)
-            if not bool((better & (after < 0.5 * before) & (after > EXACT * goal)).any()):
+            left = after > EXACT * goal
+            if not bool(left.any()) or not bool((better & (after < 0.5 * before) & left).any()):
                 break
-        self.poor |= ~_solved_well(error.abs().amax(1), solution.abs().amax(1), goal.squeeze(1)).squeeze(1)
+        size, goal = error.abs().amax(1), goal.squeeze(1)
+        if not bool((size <= CERTIFIED * goal).all()):
+            self.poor |= ~_solved_well(size, solution.abs().amax(1), goal).squeeze(1)
         return solution
 
     def _product(self, x: Tensor) -> Tensor:
@@ -430,6 +440,19 @@ class DenseSystem(_System):
         _, values, mixing = torch.linalg.svd(image, full_matrices=False)
         zero = values <= NULL * size**0.5
         return torch.where(zero.unsqueeze(1), basis @ mixing.mT, 0.0)
+
+
+@lru_cache(maxsize=256)
+def _shift(n: int, active: int, device: torch.device) -> Tensor:
+    """(1, n + active) delta J."""
+    signs = torch.cat([torch.ones(1, n, dtype=torch.float64), -torch.ones(1, active, dtype=torch.float64)], 1)
+    return (SHIFT * signs).to(device)
+
+
+@lru_cache(maxsize=256)
+def _probe(size: int, device: torch.device) -> Tensor:
+    """(size, 1) a random vector."""
+    return torch.randn(size, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def _gmres(K: sp.csr_array, inverse: Callable[[np.ndarray], np.ndarray], right: np.ndarray) -> tuple[np.ndarray, bool]:
@@ -518,8 +541,7 @@ class SparseSystem(_System):
         self.poor = torch.zeros_like(self.singular)
         self.active: Tensor | None = None  # all rows stay
         # Pivots tell nothing without pivoting; a null vector shows as a solution of size 1 / shift.
-        probe = torch.randn(n + m, 1, dtype=d.dtype, generator=torch.Generator().manual_seed(0)).expand(-1, batch)
-        growth = self._back_substitute(probe).norm(dim=0)
+        growth = self._back_substitute(_probe(n + m, d.device).expand(-1, batch)).norm(dim=0)
         grows = growth > 1e-2 / SPARSE_SHIFT
         self.smallest = 1 / growth
         self.stiff = not bool((growth < 1 / STIFF).all())
@@ -559,7 +581,8 @@ class SparseSystem(_System):
             after = trial_error.abs().amax(0)
             better = after < before
             solution, error = torch.where(better, trial, solution), torch.where(better, trial_error, error)
-            if not bool((after < 0.9 * before).any()):
+            # Slow gains are worth it where something is left to gain, not at the level of rounding.
+            if not bool((after < torch.where(after > FINE * goal, 0.9, 0.5) * before).any()):
                 break
         if not len(right):
             return solution, self.broken

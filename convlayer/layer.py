@@ -848,10 +848,12 @@ class ConvexLayer(torch.nn.Module):
     def _judge(self, rows: Rows, details: dict[int, str]) -> None:
         """Apply the failure policy: raise, or mark the rows that failed."""
         status, batch = rows.status, rows.batch
-        if status is not None and bool((status == Status.INACCURATE).any()):
+        failed = None
+        if status is not None and bool(status.any()):
             which = torch.nonzero(status == Status.INACCURATE).flatten()
-            self._warn(AccuracyWarning(f"{rows_in_words(which, batch).capitalize()}: {Status.INACCURATE.advice}"))
-        failed = None if status is None else status >= Status.INFEASIBLE
+            if len(which):
+                self._warn(AccuracyWarning(f"{rows_in_words(which, batch).capitalize()}: {Status.INACCURATE.advice}"))
+            failed = status >= Status.INFEASIBLE
         if status is not None and failed is not None and bool(failed.any()):
             if self.on_failure in ("raise", *CLOSEST):
                 infeasible = torch.nonzero(status == Status.INFEASIBLE).flatten().tolist()

@@ -271,6 +271,11 @@ class Operators:
         return chosen
 
     @cached_property
+    def right_sizes(self) -> tuple[Tensor, Tensor]:
+        """|q| and |b|."""
+        return self.data.q.abs(), self.data.b.abs()
+
+    @cached_property
     def absolute(self) -> Operators:
         """Of |P| and |A|."""
         data = self.data

@@ -297,25 +297,26 @@ def term_sizes(operators: Operators, x: Tensor, s: Tensor, y: Tensor, faint: Fai
     of the program, whose rounding it may hold. In `recentre`'s units x and y are of size one: an iterate that is larger is far off any
     scale of the problem, and gains nothing by it.
     """
-    data, program, absolute = operators.data, operators.data.program, operators.absolute
+    program, absolute = operators.data.program, operators.absolute
     x, s, y = (part.abs().clamp(max=FARTHEST) for part in (x, s, y))
-    dual, primal = data.q.abs() + absolute.At(y), data.b.abs() + absolute.A(x) + s
+    q, b = operators.right_sizes
+    dual, primal = q + absolute.At(y), b + absolute.A(x) + s
     if not program.is_elementwise:
         primal = in_groups(primal, program.on(x.device)["scale_group"], program.m)
     least = largest_of_part(primal, "part_of_y", program)
-    primal = primal + torch.maximum(faint.within * least, faint.apart * largest(least).clamp(min=1.0))
+    primal = primal + torch.maximum(faint.within * least, faint.apart * _greatest(least).clamp(min=1.0))
     least = largest_of_part(dual, "part_of_x", program)
     if len(program.P_rows):
         dual = dual + absolute.P(x)
         # An x that is zero beside others of size one is so to their rounding.
-        least = torch.maximum(least, largest(absolute.data.P.flatten(1)) * largest_of_part(x, "part_of_x", program))
-    return Sizes(dual + torch.maximum(faint.within * least, faint.apart * largest(least).clamp(min=1.0)), primal)
+        least = torch.maximum(least, _greatest(absolute.data.P.flatten(1)) * largest_of_part(x, "part_of_x", program))
+    return Sizes(dual + torch.maximum(faint.within * least, faint.apart * _greatest(least).clamp(min=1.0)), primal)
 
 
 def largest_of_part(sizes: Tensor, part: str, program: Program) -> Tensor:
     """The largest in each entry's own part of the program, (B, k), or (B, 1) where it has one part."""
     if program.parts[2] <= 1:
-        return largest(sizes)
+        return _greatest(sizes)
     return in_groups(sizes, program.on(sizes.device)[part], program.parts[2])
 
 
@@ -349,18 +350,25 @@ def residual(
     data = operators.data
     F1, F2 = operators.P(x) + data.q + operators.At(y), operators.A(x) + s - data.b
     if sizes is None:
-        sizes = Sizes(data.q.abs() + largest(y).clamp(1e-6, 1.0), data.b.abs() + largest(x).clamp(1e-6, 1.0))
+        q, b = operators.right_sizes
+        sizes = Sizes(q + largest(y).clamp(1e-6, 1.0), b + largest(x).clamp(1e-6, 1.0))
     return F1, F2, relative_size(F1, F2, sizes)
 
 
 def relative_size(F1: Tensor, F2: Tensor, sizes: Sizes) -> Tensor:
     """(B,) the largest entry relative to its size."""
-    return torch.maximum(largest(F1 / sizes.dual), largest(F2 / sizes.primal)).squeeze(1)
+    relative = torch.cat([F1 / sizes.dual, F2 / sizes.primal], 1)
+    return relative.abs().amax(1) if relative.shape[1] else relative.new_zeros(len(relative))
 
 
 def largest(values: Tensor) -> Tensor:
     """(B, k) -> (B, 1), zero where k is zero."""
     return values.abs().amax(1, keepdim=True) if values.shape[1] else values.new_zeros(len(values), 1)
+
+
+def _greatest(sizes: Tensor) -> Tensor:
+    """`largest` of what is not negative."""
+    return sizes.amax(1, keepdim=True) if sizes.shape[1] else sizes.new_zeros(len(sizes), 1)
 
 
 def _typical(sizes: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -255,7 +255,7 @@ def solve_batch(
     inline = threads and brief and not long
     whole = inline or (batch < 4 and not (threads and long))
     pieces = 1 if whole else min(batch, workers if batch < FEW * workers else 2 * workers)
-    bounds = np.linspace(0, batch, pieces + 1).astype(int)
+    bounds = [batch * k // pieces for k in range(pieces + 1)]
     P, A = (host.P, host.A) if solver.dense and host.dense else (host.P_entries, host.A_entries)
     tasks = [
         Task(
@@ -268,7 +268,7 @@ def solve_batch(
             options,
             None if start is None else _iterates(start, lo, hi),
         )
-        for lo, hi in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
+        for lo, hi in pairwise(bounds)
     ]
     results = [solver.solve(tasks[0])] if inline else _dealt(executor, solver, tasks)
     iterates = list(chain.from_iterable(results))
