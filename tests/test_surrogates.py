@@ -115,6 +115,7 @@ def optimal_value(P, q, A, b, x_0, curvature):
     return cp.Problem(cp.Minimize(objective), [A @ x <= b]).solve(solver=cp.CLARABEL, **tight)
 
 
+@pytest.mark.dear
 @pytest.mark.parametrize("rho", [math.inf, 0.5])
 @pytest.mark.parametrize("kind", ["quadratic", "diagonal in part", "linear"])
 def test_lpgd_is_the_gradient_of_the_average_envelope_by_differences_of_optimal_values(kind, rho):
