@@ -605,7 +605,8 @@ def _refined(
         zero = _selected(call, zero, inner, eliminated)
     if bool((status == Status.SOLVED).any()):
         # Beside multipliers so large the costs are not seen in the residual: constraints contradict each other by little.
-        costs = torch.maximum(largest(data.q), largest(data.P.flatten(1)) * largest(zero.x))
+        q, P = data.largest_costs
+        costs = torch.maximum(q, P * largest(zero.x))
         swamped = largest(zero.y) > (RUNAWAY * costs).clamp(min=FAINT)
         if bool(swamped.any()):
             swamped = (swamped & (costs > 0)).squeeze(1)
@@ -622,7 +623,7 @@ def _refined(
 
 def _judged(call: Call, zero: Zero, scaling: Scaling, eliminated: Eliminated | None) -> Zero:
     """The zero, its degenerate rows judged by what parameters move and outputs read."""
-    if not call.judged:
+    if not call.judged or not bool(zero.degenerate.any()):
         return zero
     rows = torch.nonzero(zero.degenerate & (zero.residual <= INACCURATE)).flatten()
     return judged(zero, rows, _sides(call.canonical, zero, scaling, eliminated, rows)) if len(rows) else zero

@@ -206,6 +206,13 @@ class Data:
     def dense(self) -> bool:
         return self.A.ndim == 3
 
+    @cached_property
+    def largest_costs(self) -> tuple[Tensor, Tensor]:
+        """The largest entries of |q| and of |P|, (B or 1, 1) each."""
+        sizes = self.q.abs(), self.P.abs().flatten(1)
+        q, P = (part.amax(1, keepdim=True) if part.shape[1] else part.new_zeros(len(part), 1) for part in sizes)
+        return q, P
+
     def rows(self, index: Tensor) -> Data:
         """The instances at `index`; shared values stay shared."""
         return Data(self.program, *(take_rows(values, index) for values in (self.P, self.q, self.A, self.b)))
@@ -220,7 +227,11 @@ class Data:
         return replace(self, q=self.q.expand(batch, -1), b=self.b.expand(batch, -1))
 
     def to_dense(self) -> Data:
-        return self if self.dense else replace(self, P=dense_P(self), A=dense_A(self))
+        if self.dense:
+            return self
+        dense = replace(self, P=dense_P(self), A=dense_A(self))
+        vars(dense)["largest_costs"] = self.largest_costs
+        return dense
 
     def host(self) -> Data:
         parts = {name: getattr(self, name).cpu() for name in ("P", "q", "A", "b")}

@@ -121,7 +121,7 @@ def _normalised(data: Data) -> tuple[Data, Scaling]:
     if unbounded is not None:
         b = torch.where(unbounded, 0.0, b)
     rho = _reciprocal(_typical(b))
-    q, P = largest(scaled.q), largest(scaled.P.flatten(1))
+    q, P = scaled.largest_costs
     # Without a right-hand side the size of x is set by the objective: x ~ q / P.
     rho = torch.where(
         largest(b) > 0, rho, torch.where((P > 0) & (q > 0), P / q.clamp(min=torch.finfo(q.dtype).tiny), 1.0)
@@ -253,10 +253,13 @@ def _column_sizes(data: Data, matrix: Tensor, name: str) -> Tensor:
 
 def rescale(data: Data, rho: Tensor, tau: Tensor) -> Data:
     """x' = rho x, y' = tau y: the same program in other units."""
-    P = data.P
+    P, curvature = data.P, tau / rho
     if len(data.program.P_rows):
-        P = P * (tau / rho).view(-1, *[1] * (P.ndim - 1))
-    return replace(data, P=P, q=data.q * tau, b=data.b * rho)
+        P = P * curvature.view(-1, *[1] * (P.ndim - 1))
+    scaled = replace(data, P=P, q=data.q * tau, b=data.b * rho)
+    # Rounding is monotone: to the last bit what would be found there.
+    vars(scaled)["largest_costs"] = data.largest_costs[0] * tau, data.largest_costs[1] * curvature
+    return scaled
 
 
 def recentre(data: Data, scaling: Scaling, x: Tensor, y: Tensor, seen: Tensor | None = None) -> tuple[Data, Scaling]:
@@ -267,7 +270,7 @@ def recentre(data: Data, scaling: Scaling, x: Tensor, y: Tensor, seen: Tensor | 
     Where x or y is all but zero, the right-hand side or the objective sets the unit, so that noise does not become of size one;
     where it is absurdly large, it stays so.
     """
-    q, P = largest(data.q), largest(data.P.flatten(1))
+    q, P = data.largest_costs
     # What x would be by the objective alone, if that is less than the right-hand side's 1.
     least = torch.where((q > 0) & (P > 0), (q / P.clamp(min=torch.finfo(P.dtype).tiny)).clamp(1e-6, 1.0), 1e-2)
     felt = x if seen is None or not bool(seen.any()) else x * seen
@@ -297,20 +300,26 @@ def term_sizes(operators: Operators, x: Tensor, s: Tensor, y: Tensor, faint: Fai
     of the program, whose rounding it may hold. In `recentre`'s units x and y are of size one: an iterate that is larger is far off any
     scale of the problem, and gains nothing by it.
     """
-    program, absolute = operators.data.program, operators.absolute
+    data, program, absolute = operators.data, operators.data.program, operators.absolute
     x, s, y = (part.abs().clamp(max=FARTHEST) for part in (x, s, y))
     q, b = operators.right_sizes
     dual, primal = q + absolute.At(y), b + absolute.A(x) + s
     if not program.is_elementwise:
         primal = in_groups(primal, program.on(x.device)["scale_group"], program.m)
     least = largest_of_part(primal, "part_of_y", program)
-    primal = primal + torch.maximum(faint.within * least, faint.apart * _greatest(least).clamp(min=1.0))
+    primal = primal + _floor(least, faint)
     least = largest_of_part(dual, "part_of_x", program)
     if len(program.P_rows):
         dual = dual + absolute.P(x)
         # An x that is zero beside others of size one is so to their rounding.
-        least = torch.maximum(least, _greatest(absolute.data.P.flatten(1)) * largest_of_part(x, "part_of_x", program))
-    return Sizes(dual + torch.maximum(faint.within * least, faint.apart * _greatest(least).clamp(min=1.0)), primal)
+        least = torch.maximum(least, data.largest_costs[1] * largest_of_part(x, "part_of_x", program))
+    return Sizes(dual + _floor(least, faint), primal)
+
+
+def _floor(least: Tensor, faint: Faint) -> Tensor:
+    """What an entry counts for at least; `least` (B, k) as `largest_of_part` gives it."""
+    of_all = _greatest(least) if least.shape[1] != 1 else least
+    return torch.maximum(faint.within * least, faint.apart * of_all.clamp(min=1.0))
 
 
 def largest_of_part(sizes: Tensor, part: str, program: Program) -> Tensor:

@@ -229,8 +229,8 @@ class Points(NamedTuple):
             for name, size in (("x", program.n), ("s", program.m), ("y", program.m))
         )
         status, iterations = (torch.tensor([int(getattr(it, k)) for it in iterates]) for k in ("status", "iterations"))
-        stopped = torch.tensor([it.stopped for it in iterates], dtype=torch.bool)
-        return cls(x, s, y, status, iterations, stopped if bool(stopped.any()) else None)
+        stopped = [it.stopped for it in iterates]
+        return cls(x, s, y, status, iterations, torch.tensor(stopped, dtype=torch.bool) if any(stopped) else None)
 
 
 def solve_batch(
