@@ -292,6 +292,12 @@ class Operators:
         data = self.data
         return Operators(replace(data, P=data.P.abs(), A=data.A.abs()))
 
+    @cached_property
+    def _strict(self) -> Tensor:
+        """(nnz(P), B or 1) the stored entries, zero on the diagonal."""
+        index = self.data.program.on(self.P_values.device)
+        return torch.where((index["P_rows"] == index["P_cols"]).unsqueeze(1), 0.0, self.P_values)
+
     def P(self, x: Tensor) -> Tensor:
         if not len(self.data.program.P_rows):
             return torch.zeros_like(x)
@@ -300,11 +306,10 @@ class Operators:
         index = self.data.program.on(x.device)
         i, j = index["P_rows"], index["P_cols"]
         columns = x.mT.contiguous()
-        strict = torch.where((i == j).unsqueeze(1), 0.0, self.P_values)
         return (
             torch.zeros_like(columns)
             .index_add_(0, i, self.P_values * columns[j])
-            .index_add_(0, j, strict * columns[i])
+            .index_add_(0, j, self._strict * columns[i])
             .mT
         )
 
