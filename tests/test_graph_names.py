@@ -222,7 +222,8 @@ def elsewhere(tmp_path_factory):
             torch.compile(Model(two), fullgraph=True)(points()).sum().backward()
         except Exception as error:
             works = f"inductor does not work here: {type(error).__name__}"
-        with_tests = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        # As many threads as here: inductor's graphs are for so many.
+        with_tests = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": str(torch.get_num_threads())}
         run = subprocess.run([sys.executable, "-W", "ignore", "-c", ELSEWHERE, folder, json.dumps(POINTS)],
                              capture_output=True, text=True, check=False, env=with_tests, timeout=300)
     assert run.returncode == 0 or works is not True, run.stderr[-2000:]

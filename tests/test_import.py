@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-COMPILER = {"torch._dynamo", "torch._inductor", "sympy"}
+COMPILER = {"torch._dynamo", "torch._inductor"}  # sympy comes with torch.autograd.grad of a given cotangent
 
 # CVXPY tries solvers that are not ours, of which one loads the compiler itself: it counts as not installed here.
 STAGES = """
