@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
-from exported import Model, clipped, spread
+from exported import Model, clipped
 
 from convlayer import ConvexLayer, Solver, hashing
 from convlayer.solvers.clarabel import Clarabel
@@ -170,7 +170,7 @@ def test_torchscript_is_refused_with_what_to_do_instead(act):
 ELSEWHERE = """
 import json, sys
 import cvxpy as cp, torch
-from exported import Model, clipped, spread
+from exported import Model, clipped
 from torch._dynamo.utils import counters
 
 [cp.Variable() for _ in range(11)]
