@@ -170,7 +170,7 @@ def test_torchscript_is_refused_with_what_to_do_instead(act):
 ELSEWHERE = """
 import json, sys
 import cvxpy as cp, torch
-from exported import Model, clipped
+from exported import Model, clipped, spread
 from torch._dynamo.utils import counters
 
 [cp.Variable() for _ in range(11)]
