@@ -83,6 +83,7 @@ def test_a_compiled_model_is_the_eager_one_bit_for_bit_at_every_batch_size_from_
     assert backend.frame_count <= 2
 
 
+@pytest.mark.dear
 @pytest.mark.parametrize("spelling", [s for s in SPELLINGS if "multipliers" in s.name], ids=str)
 def test_multipliers_come_out_of_a_compiled_model_too(spelling):
     model = Model(spelling.layer())

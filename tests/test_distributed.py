@@ -84,6 +84,7 @@ def compare_gradients() -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.long
 @needs_gloo
 def test_two_processes_have_the_gradient_of_one():
     said = re.findall(r"together (\S+) own (\S+)", on_two_processes(Path(__file__)))

@@ -179,6 +179,7 @@ def test_units_of_all_rows(name, factor):
     agree(name, rows=torch.full((PROBLEMS[name].rows,), factor, dtype=torch.float64))
 
 
+@pytest.mark.dear
 @pytest.mark.parametrize("name", ["quadratic_program", "linear_program"])
 @pytest.mark.parametrize("factor", FACTORS)
 def test_units_of_one_row_after_another(name, factor):
@@ -188,6 +189,7 @@ def test_units_of_one_row_after_another(name, factor):
         agree(name, rows=rows)
 
 
+@pytest.mark.dear
 @pytest.mark.parametrize("name", ["quadratic_program", "linear_program"])
 @pytest.mark.parametrize("factor", FACTORS)
 def test_units_of_one_variable_after_another(name, factor):

@@ -52,6 +52,7 @@ def test_the_other_gradients_learn(compared, kind):
     assert learnt["exact"].regrets[-1] == pytest.approx(before)
 
 
+@pytest.mark.long
 def test_the_script_prints_its_table_and_draws(run_example, tmp_path):
     pytest.importorskip("matplotlib", reason="the example draws a picture")
     with pytest.warns(GradientWarning) as caught:

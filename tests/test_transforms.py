@@ -230,6 +230,7 @@ def test_gradcheck_in_both_modes_and_gradgradcheck(path):
     assert gradgradcheck(path, inputs, check_fwd_over_rev=True, fast_mode=True)
 
 
+@pytest.mark.dear
 @every_kind
 def test_a_third_derivative_is_an_error_and_never_zero(path):
     tensors, a = path.sample(), path.directions(seed=1)
