@@ -246,10 +246,7 @@ class Canonical:
     @cached_property
     def constant(self) -> Tensor:
         """(m,) equalities whose coefficients no parameter moves."""
-        rows = torch.zeros(self.program.m, dtype=torch.bool)
-        for block in self.program.cones.blocks:
-            if block.name == "zero":
-                rows[block.start : block.start + block.size] = True
+        rows = self.program.equalities.clone()
         rows[self.program.indices["A_rows"][self.moving["A"]]] = False
         return rows
 

@@ -44,14 +44,10 @@ def _proves(data: Data, y: Tensor, precision: float) -> tuple[Tensor, Tensor]:
     image = operators.At(y).abs()
     size = bounds.sum(1).clamp(min=1.0)
     small = image.sum(1) * size <= CERTIFICATE * gain
-    terms_of_image = _absolute(data).At(y.abs())
+    terms_of_image = operators.absolute.At(y.abs())
     nothing = (image <= VANISHING * terms_of_image).all(1)
     gains = (gain > precision * terms) & (gain > 0)
     return gains & (small | nothing), gains & (image.sum(1) <= NEARLY * terms_of_image.sum(1))
-
-
-def _absolute(data: Data) -> Operators:
-    return Operators(Data(data.program, data.P.abs(), data.q.abs(), data.A.abs(), data.b.abs()))
 
 
 def _sharpened(data: Data, y: Tensor) -> Tensor:
@@ -83,6 +79,6 @@ def unbounded(data: Data, x: Tensor) -> Tensor:
     gain = -(data.q * x).sum(1)
     error = torch.cat([operators.P(x), image + s], 1).abs().amax(1)
     # A curvature that is small beside the rest of the program is none the less one: each row of P in units of its own.
-    rows = _absolute(data).P(torch.ones_like(x))
+    rows = operators.absolute.P(torch.ones_like(x))
     curved = (operators.P(x).abs() > FLAT * rows * x.abs().amax(1, keepdim=True)).any(1) if x.shape[1] else gain > 0
     return (gain > 0) & (error <= CERTIFICATE * gain) & ~curved

@@ -144,7 +144,7 @@ class _Row:
         largest = np.zeros(program.m)
         np.maximum.at(largest, group, sizes)
         self.sizes = np.where(largest[group] > 0, largest[group], 1.0)
-        self.inside = np.concatenate([np.zeros(0), *(_inside(cone) for cone in program.cones.cones)])
+        self.inside = program.cones.inside.numpy()
         self.owner = np.full(program.m, -1)
         for k, source in enumerate(sources):
             self.owner[source.rows.numpy()] = k
@@ -231,19 +231,3 @@ class _Row:
         y = np.zeros(self.program.m)
         np.add.at(y, rows, signs * point.y[:-1])
         return float(point.x[n]), y
-
-
-def _inside(cone: Cone) -> np.ndarray:
-    """A point inside the cone, by which its rows give way."""
-    point = np.ones(cone.size)
-    if cone.name == "second_order":
-        point[1:] = 0.0
-    elif cone.name == "psd":
-        n = int(cone.parameter or 0)
-        point[:] = 0.0
-        point[[k * (k + 3) // 2 for k in range(n)]] = 1.0
-    elif cone.name == "exponential":
-        point[0] = -1.0
-    elif cone.name == "power":
-        point[2] = 0.0
-    return point

@@ -41,10 +41,7 @@ class Dependence:
     @classmethod
     def of(cls, program: Program, fixed: np.ndarray, values: np.ndarray) -> Dependence | None:
         """fixed (nnz(A),): entries that no parameter moves, with their values. None: no row depends on another."""
-        equal = np.zeros(program.m, dtype=bool)
-        for block in program.cones.blocks:
-            if block.name == "zero":
-                equal[block.start : block.start + block.size] = True
+        equal = program.equalities.numpy().copy()
         equal[program.A_rows[~fixed]] = False
         equalities = np.flatnonzero(equal)
         filled = np.zeros(program.m, dtype=bool)

@@ -31,7 +31,7 @@ from convlayer.program import DENSE_ENTRIES, Data, Operators, Program
 from convlayer.recession import recedes, steepest
 from convlayer.residual import JUDGING, Scaling, largest, normalise, recentre, residual, term_sizes
 from convlayer.smoothing import smoothed as smoothed_zero
-from convlayer.solution import Cause, Status
+from convlayer.solution import Cause, Status, is_unsettled
 from convlayer.solvers.solver import Attempt, Inline, Points, in_threads, solve_batch
 from convlayer.threads import one_thread
 
@@ -380,7 +380,7 @@ def _settled(call: Call, data: Data, start: tuple[Tensor, ...] | None) -> _Found
                 return found  # as nearly always
             continue
         # What the polish could not settle may need a sharper start: a face is not told from its neighbours yet.
-        unsettled = _unsettled(found.status) & ~found.stopped
+        unsettled = found.unsettled
         if place - 1 == FROM_START or call.attempts[place - 1].solver.at_vertex:
             # A redundant constraint looks weakly active there, and is not where the multipliers are shared out.
             unsettled = unsettled | (found.degenerate & ~found.stopped)
@@ -430,6 +430,11 @@ class _Found:
     attempt: Tensor
     stopped: Tensor  # by a time limit
     pieces: list[Piece]
+
+    @property
+    def unsettled(self) -> Tensor:
+        """(rows,) what another way may yet solve."""
+        return is_unsettled(self.status) & ~self.stopped
 
     @classmethod
     def joined(cls, parts: list[_Found], firsts: list[int]) -> _Found:
@@ -693,7 +698,7 @@ def _refuted(
     if not bool(status.any()):
         return status
     for candidate in (y, scaling.enter(found.x, found.s, found.y)[2]):
-        unsettled = _unsettled(status) if stopped is None else _unsettled(status) & ~stopped
+        unsettled = is_unsettled(status) if stopped is None else is_unsettled(status) & ~stopped
         rows = torch.nonzero(unsettled).flatten()
         if not len(rows):
             break
@@ -707,7 +712,7 @@ def _with_a_feasible_point(call: Call, data: Data, found: _Found) -> _Found:
 
     Only with one is a row unbounded, along whose directions the objective falls; and costs hide a proof of infeasibility.
     """
-    rows = torch.nonzero((_unsettled(found.status) & ~found.stopped) | (found.status == Status.UNBOUNDED)).flatten()
+    rows = torch.nonzero(found.unsettled | (found.status == Status.UNBOUNDED)).flatten()
     if not len(rows):
         return found
     part, _ = normalise(data.rows(rows).widen(len(rows)))
@@ -733,7 +738,7 @@ def _unlimited(call: Call, data: Data, found: _Found) -> tuple[_Found, Data]:
     if free is data:
         return found, data
     for place in range(min(1, len(call.attempts) - 1), len(call.attempts)):
-        again = torch.nonzero(_unsettled(found.status) & ~found.stopped & (data.b >= NO_BOUND).any(1)).flatten()
+        again = torch.nonzero(found.unsettled & (data.b >= NO_BOUND).any(1)).flatten()
         if len(again):
             found = found.improved(again, _attempt(call, free.rows(again), place, None))
     return found, free
@@ -742,17 +747,12 @@ def _unlimited(call: Call, data: Data, found: _Found) -> tuple[_Found, Data]:
 def _running_off(data: Data, found: _Found) -> _Found:
     """Rows whose infimum is not attained, of those that the polish did not bring to rest."""
     restless = found.residual > SETTLED
-    unsettled = _unsettled(found.status) & ~found.stopped
-    rows = torch.nonzero(unsettled | ((found.status == Status.SOLVED) & restless)).flatten()
+    rows = torch.nonzero(found.unsettled | ((found.status == Status.SOLVED) & restless)).flatten()
     if not len(rows):
         return found
     part, scaling = normalise(data.rows(rows).widen(len(rows)))
     off = recedes(part, scaling.enter(found.x[rows], found.s[rows], found.y[rows])[0])
     return replace(found, status=found.status.index_fill(0, rows[off], int(Status.UNATTAINED)))
-
-
-def _unsettled(status: Tensor) -> Tensor:
-    return (status == Status.INACCURATE) | (status == Status.NOT_CONVERGED)
 
 
 def _precision(call: Call) -> float:

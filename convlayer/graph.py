@@ -18,26 +18,21 @@ def arguments(part: Any) -> list[Any]:
 
 def arguments_first(roots: Iterable[Any], opened: Callable[[Any], bool] = lambda part: True) -> list[Any]:
     """Every part once, after its arguments; those of a part that is not `opened` are left out."""
-    order: list[Any] = []
-    seen: set[int] = set()
-    stack = [(root, False) for root in reversed(list(roots))]
-    while stack:
-        part, done = stack.pop()
-        if done:
-            order.append(part)
-        elif id(part) not in seen:
-            seen.add(id(part))
-            stack.append((part, True))
-            if opened(part):
-                stack.extend((argument, False) for argument in reversed(arguments(part)))
-    return order
+    return _finished(roots, opened, lambda parts: reversed(list(parts)))
 
 
 def uses_first(root: Any, opened: Callable[[Any], bool]) -> list[Any]:
     """Every part once, after all the parts that use it; an argument before those that follow it, where uses leave the choice."""
+    return _finished([root], opened, iter)[::-1]
+
+
+def _finished(
+    roots: Iterable[Any], opened: Callable[[Any], bool], onto: Callable[[Iterable[Any]], Iterable[Any]]
+) -> list[Any]:
+    """Every part once, when all below it are done. onto: in which order arguments go onto the stack; the last is taken first."""
     order: list[Any] = []
     seen: set[int] = set()
-    stack = [(root, False)]
+    stack = [(root, False) for root in onto(roots)]
     while stack:
         part, done = stack.pop()
         if done:
@@ -46,8 +41,8 @@ def uses_first(root: Any, opened: Callable[[Any], bool]) -> list[Any]:
             seen.add(id(part))
             stack.append((part, True))
             if opened(part):
-                stack.extend((argument, False) for argument in arguments(part))
-    return order[::-1]
+                stack.extend((argument, False) for argument in onto(arguments(part)))
+    return order
 
 
 class Contents:

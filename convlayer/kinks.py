@@ -218,10 +218,7 @@ def _released(zero: Zero, rows: Tensor, part: _Part, wanted: Tensor) -> ProductS
         return None
     cones, n = zero.cones, zero.x.shape[1]
     values, changed = part.spectrum.values, False
-    free = torch.ones(zero.y.shape[1], dtype=torch.bool, device=rows.device)
-    for block in cones.blocks:
-        if block.name == "zero":
-            free[block.start : block.start + block.size] = False
+    free = ~cones.rows_of("zero").to(rows.device)
     for block in cones.blocks:
         if block.name != "second_order" or block.size < 2:
             continue

@@ -42,6 +42,7 @@ from convlayer.solution import (
     Solution,
     SolverError,
     Status,
+    is_unsettled,
     rows_in_words,
 )
 from convlayer.solvers import SOLVERS, Attempt, Solver
@@ -650,7 +651,7 @@ class ConvexLayer(torch.nn.Module):
     def _rescue(self, rows: Rows, values: list[Tensor], size: int, everything: bool) -> None:
         """The cone program and its solver for the rows that the kernel could not settle, and for those alone."""
         assert rows.status is not None
-        unsettled = (rows.status == Status.NOT_CONVERGED) | (rows.status == Status.INACCURATE)
+        unsettled = is_unsettled(rows.status)
         if not bool(unsettled.any()):
             return
         which = torch.nonzero(unsettled).flatten()
@@ -687,7 +688,7 @@ class ConvexLayer(torch.nn.Module):
     def _reconcile(self, rows: Rows, values: list[Tensor], size: int, everything: bool) -> None:
         """Rows that did not settle because constraints contradict each other by rounding: with the least shift that ends it."""
         assert rows.status is not None
-        unsettled = (rows.status == Status.NOT_CONVERGED) | (rows.status == Status.INACCURATE)
+        unsettled = is_unsettled(rows.status)
         if rows.stopped is not None:
             unsettled &= ~rows.stopped
         which = torch.nonzero(unsettled).flatten()

@@ -22,7 +22,6 @@ from convlayer.solvers.clarabel import Clarabel
 from convlayer.solvers.solver import solve_batch
 
 TOLERANCE = 1e-10
-INSIDE = {"exponential": (-1.0, 1.0, 1.0), "power": (1.0, 1.0, 0.0)}  # points of these cones
 
 
 def nearest(data: Data) -> tuple[Tensor, Tensor]:
@@ -65,18 +64,9 @@ def _form(program: Program) -> _Form:
 
 
 def _made(program: Program) -> _Form:
-    m, inside = program.m, np.zeros(program.m)
-    equal, elementwise = np.zeros(m, dtype=bool), program.inequalities.numpy()
-    others = []
-    for cone, block in zip(program.cones.cones, program.cones.blocks, strict=True):
-        rows = slice(block.start, block.start + block.size)
-        if block.name == "zero":
-            equal[rows] = True
-        elif block.name == "nonnegative":
-            inside[rows] = 1.0
-        else:
-            others.append(cone)
-            inside[rows] = _inside(block.name, block.size, block.parameter)
+    m, inside = program.m, program.cones.inside.numpy()
+    equal, elementwise = program.equalities.numpy(), program.inequalities.numpy()
+    others = [cone for cone in program.cones.cones if cone.name not in ("zero", "nonnegative")]
     first, rest = np.flatnonzero(equal), np.flatnonzero(~equal & ~elementwise)
     # Rows: E x - t <= f, -E x - t <= -f, the inequalities, -t <= 1, the other cones.
     right = np.concatenate([first, first, np.flatnonzero(elementwise), [m], rest])
@@ -103,16 +93,3 @@ def _made(program: Program) -> _Form:
     cones = Product([Nonnegative(len(right) - len(rest)), *others])
     grown = Program(program.n + 1, len(right), cones, nothing, nothing, i[order], j[order])
     return _Form(grown, *(torch.from_numpy(part) for part in (k[order], c[order], right, sign)))
-
-
-def _inside(name: str, size: int, parameter: float | int | None) -> np.ndarray:
-    """A point inside a cone."""
-    point = np.zeros(size)
-    if name == "second_order":
-        point[0] = 1.0
-    elif name == "psd":
-        # The upper triangle by columns: diagonal entries end a column.
-        point[np.cumsum(np.arange(1, int(parameter or 0) + 1)) - 1] = 1.0
-    else:
-        point[:] = INSIDE[name]
-    return point

@@ -109,11 +109,12 @@ class Program:
     @cached_property
     def inequalities(self) -> Tensor:
         """(m,) rows of the nonnegative cone."""
-        rows = torch.zeros(self.m, dtype=torch.bool)
-        for block in self.cones.blocks:
-            if block.name == "nonnegative":
-                rows[block.start : block.start + block.size] = True
-        return rows
+        return self.cones.rows_of("nonnegative")
+
+    @cached_property
+    def equalities(self) -> Tensor:
+        """(m,) rows of the zero cone."""
+        return self.cones.rows_of("zero")
 
     @cached_property
     def is_polyhedral(self) -> bool:

@@ -63,7 +63,7 @@ def _farthest(
 ) -> tuple[np.ndarray, bool]:
     """The d of R, |d| <= 1, of least costs'd; whether it was found, and goes on where R is rounded off."""
     n, m = program.n, program.m
-    zeros = sum(block.size for block in program.cones.blocks if block.name == "zero")
+    zeros = int(program.equalities.sum())
     upper = sp.csr_array((P, (program.P_rows, program.P_cols)), shape=(n, n))
     curved = upper + sp.triu(upper, 1).T
     largest = abs(curved).max(axis=1).toarray().ravel() if n else np.zeros(0)

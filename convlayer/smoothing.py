@@ -19,7 +19,7 @@ from torch import Tensor
 
 from convlayer.adjoint import TARGET, ResidualPoint, Zero, newton, units_of
 from convlayer.kkt import DenseSystem, Visible, factorise
-from convlayer.program import Operators, Program
+from convlayer.program import Operators
 from convlayer.residual import residual
 
 STEPS = 50  # of Newton, at most; fewer than ten are usual
@@ -115,14 +115,7 @@ def _alone(operators: Operators, point: ResidualPoint) -> Tensor:
     """The step (I - D)^-1 F2 that v would take without x, (B, m): where I - D is lost to rounding J is singular, and its own
     step, orthogonal to the null space, says nothing."""
     free = (1 - point.spectrum.values).clamp(min=torch.finfo(point.v.dtype).eps)
-    return torch.where(_held(operators.data.program).to(free.device), 0.0, point.spectrum.to_basis(point.F2) / free)
-
-
-def _held(program: Program) -> Tensor:
-    """(m,) rows of the zero cone."""
-    return torch.tensor(
-        [block.name == "zero" for block in program.cones.blocks for _ in range(block.size)], dtype=torch.bool
-    )
+    return torch.where(operators.data.program.equalities.to(free.device), 0.0, point.spectrum.to_basis(point.F2) / free)
 
 
 def _largest(*parts: Tensor) -> Tensor:

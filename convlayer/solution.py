@@ -46,6 +46,11 @@ _ADVICE = {
 }
 
 
+def is_unsettled(status: Tensor) -> Tensor:
+    """The rows that another way may yet solve."""
+    return (status == Status.INACCURATE) | (status == Status.NOT_CONVERGED)
+
+
 class SolverError(RuntimeError):
     """Rows that could not be solved. `.rows` are their batch indices, `.status` their statuses."""
 

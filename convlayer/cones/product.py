@@ -114,6 +114,19 @@ class Product:
             )
         self._restore = None if order == sorted(order) else torch.argsort(torch.tensor(order))
 
+    def rows_of(self, name: str) -> Tensor:
+        """(m,) bool, the rows of the cones of this name."""
+        rows = torch.zeros(self.size, dtype=torch.bool)
+        for block in self.blocks:
+            if block.name == name:
+                rows[block.start : block.start + block.size] = True
+        return rows
+
+    @property
+    def inside(self) -> Tensor:
+        """(m,) a point inside every cone; ones in the zero cone, which has none."""
+        return torch.cat([torch.zeros(0, dtype=torch.float64), *(_inside(cone) for cone in self.cones)])
+
     @classmethod
     def from_dims(
         cls,
@@ -287,3 +300,17 @@ def _distinct(values: object) -> str:
 def _listed(word: str, values: object) -> str:
     listed = _distinct(values)
     return f"{word}{'s' if ',' in listed else ''} {listed}"
+
+
+def _inside(cone: Cone) -> Tensor:
+    point = torch.ones(cone.size, dtype=torch.float64)
+    if cone.name == "second_order":
+        point[1:] = 0.0
+    elif cone.name == "psd":
+        point[:] = 0.0
+        point[[k * (k + 3) // 2 for k in range(int(cone.parameter or 0))]] = 1.0
+    elif cone.name == "exponential":
+        point[0] = -1.0
+    elif cone.name == "power":
+        point[2] = 0.0
+    return point

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from convlayer.program import Data, Program, dense_A, dense_P, take_rows
-from convlayer.solution import Status
+from convlayer.solution import Status, is_unsettled
 from convlayer.solvers.product import Cones, Layout, Pairs, Weight
 from convlayer.solvers.solver import Iterate, Points, Solver, Task
 from convlayer.threads import one_thread
@@ -118,7 +118,7 @@ def solve_data(data: Data, tolerance: float, limit: int = ITERATIONS) -> Points:
         mine = [_rows(part, index, rows) for part in (*parts, factor)]
         _put(answer, index, _by_dual(*mine, p=layout.free, cones=cones, tolerance=tolerance, limit=limit))
     # Where the dual falters, as with a certificate that its squared matrix G blurs, the primal is tried.
-    index = torch.nonzero((answer.status == Status.NOT_CONVERGED) | (answer.status == Status.INACCURATE)).flatten()
+    index = torch.nonzero(is_unsettled(answer.status)).flatten()
     if len(index):
         mine = [_rows(part, index, rows) for part in parts]
         pairs = None if layout.pairs is None else layout.pairs.to(device)
