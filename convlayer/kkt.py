@@ -581,8 +581,8 @@ class SparseSystem(_System):
             after = trial_error.abs().amax(0)
             better = after < before
             solution, error = torch.where(better, trial, solution), torch.where(better, trial_error, error)
-            # Slow gains are worth it where something is left to gain, not at the level of rounding.
-            if not bool((after < torch.where(after > FINE * goal, 0.9, 0.5) * before).any()):
+            # Slow gains are worth it where something is left to gain, not at the level of rounding; rows that are done gain for ever.
+            if not bool(((after > EXACT * goal) & (after < torch.where(after > FINE * goal, 0.9, 0.5) * before)).any()):
                 break
         if not len(right):
             return solution, self.broken
