@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -83,7 +83,7 @@ class ParameterEntries:
         """(B, *shape) -> (B, size)."""
         if self.symmetric:
             value = (value + value.mT) / 2
-        flat = value.unsqueeze(-1).flatten(1)
+        flat = value.flatten(1) if value.ndim > 1 else value.unsqueeze(1)
         return flat.log() if self.log else flat
 
     def pull_back(self, bar: Tensor, value: Tensor) -> Tensor:
@@ -135,9 +135,7 @@ class AffineMap:
         run = self.forward.run
         if run is not None and len(mine) == 1 and run.start > ONE:
             return mine[0][:, run.start - ONE - 1 : run.stop - ONE - 1]
-        head = like.new_zeros(1, 2)
-        head[:, ONE] = 1.0
-        return self._applied(head, mine)
+        return self._applied(_constants(like.device, like.dtype), mine)
 
     def linear(self, directions: Sequence[Tensor], like: Tensor) -> Tensor:
         """The same of directions: without the constant part."""
@@ -148,6 +146,12 @@ class AffineMap:
         if any(len(part) == 0 for part in mine):
             batch = 0
         return self.forward(torch.cat([part.expand(batch, -1) for part in (head, *mine)], 1))
+
+
+@cache
+def _constants(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(1, 2) the inputs of an AffineMap before the parameters' own."""
+    return torch.tensor([[0.0, 1.0]], dtype=dtype, device=device)
 
 
 @dataclass(frozen=True, eq=False)

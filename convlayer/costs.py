@@ -47,8 +47,8 @@ def batched_interior_point(program: Program, batch: int) -> float:
 
 def step_flops(program: Program) -> float:
     """Of a step of the batched interior point, a row."""
-    n, equalities = program.n, int((~program.inequalities).sum())
-    return 2.0 * (program.m - equalities) * n**2 + (n + equalities) ** 3 / 1.5
+    n, equalities = program.n, program.m - program.inequality_count
+    return 2.0 * program.inequality_count * n**2 + (n + equalities) ** 3 / 1.5
 
 
 def solve_flops(solver: str, program: Program) -> float | None:

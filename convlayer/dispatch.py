@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +22,7 @@ from convlayer.solvers import SOLVERS, Attempt
 from convlayer.solvers.clarabel import QUICK
 from convlayer.specialised import outputs_of
 from convlayer.structures import STRUCTURES, Cost, Match, MismatchError
+from convlayer.threads import cores
 
 SMALL = 400  # unknowns up to which a kernel is taken without looking at the sparsity
 SPARSE = 0.05  # density above which a matrix counts as dense
@@ -121,7 +121,7 @@ def cheapest_solver(program: Program, batch: int) -> str:
         return "clarabel"
     if _dense_bytes(program, batch) > DENSE_BYTES:
         return "clarabel"
-    turns = math.ceil(batch / (os.cpu_count() or 1))
+    turns = math.ceil(batch / cores())
     seconds = {"daqp": turns * costs.daqp_row(program)}
     if batch * (costs.ROW + costs.TYPICAL * (program.n + program.m) ** 3 / costs.ROW_RATE) < costs.STEPS * costs.STEP:
         return "daqp"  # whatever the fill: the pattern need not be looked at

@@ -112,6 +112,10 @@ class Program:
         return self.cones.rows_of("nonnegative")
 
     @cached_property
+    def inequality_count(self) -> int:
+        return int(self.inequalities.sum())
+
+    @cached_property
     def equalities(self) -> Tensor:
         """(m,) rows of the zero cone."""
         return self.cones.rows_of("zero")

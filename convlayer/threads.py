@@ -6,6 +6,7 @@ ends (torch 2.13 with MKL). OpenMP's own setting is the calling thread's, and co
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +20,12 @@ SMALL = 5e7  # operations of a call up to which it runs on one thread: less time
 A_NUMBER = 50  # operations, at most, of a derivative for each number that it reads
 WORTH_SHARING = 1e9  # flops of one operation from which more than one torch thread pays
 _own = threading.local()  # .counts: what one_thread found
+
+
+@cache
+def cores() -> int:
+    """Of this machine."""
+    return os.cpu_count() or 1
 
 
 @cache

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from convlayer.program import Data, Program
 from convlayer.solution import Status
-from convlayer.threads import one_thread
+from convlayer.threads import cores, one_thread
 
 SHORT = 300  # unknowns and rows of a program up to which a solve is over before an interrupt could be heard
 FEW = 32  # rows a worker, below which setting up a second task costs more than it balances
@@ -129,7 +129,7 @@ class Attempt(NamedTuple):
 
 @cache
 def default_executor() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="convlayer")
+    return ThreadPoolExecutor(max_workers=cores(), thread_name_prefix="convlayer")
 
 
 class Inline(Executor):
@@ -188,7 +188,7 @@ def workers_of(executor: Executor) -> int:
     """How many tasks the executor runs at once; where it does not say, as many as there are cores here."""
     threads = getattr(getattr(executor, "_client", None), "nthreads", None)  # dask's: its cluster may grow and shrink
     count = sum(threads().values()) if threads else getattr(executor, "_max_workers", None)
-    return count or os.cpu_count() or 1
+    return count or cores()
 
 
 def _dealt(executor: Executor, solver: Solver, tasks: Sequence[Task]) -> list[list[Iterate]]:
