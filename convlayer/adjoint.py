@@ -153,8 +153,8 @@ def polish(
     follow:  no sharper point is to be had from a solver.
     """
     best, factor, steps = _settle(operators, ResidualPoint.at(operators, x, y - s), visible, units)
-    rows = torch.nonzero(best.size > STUCK).flatten()
-    if follow and len(rows) and bool(operators.data.program.inequalities.any()):
+    rows = _above(best.size, STUCK)
+    if follow and len(rows) and operators.data.program.inequality_count:
         inside = _interior(operators.rows(rows), x[rows], s[rows], y[rows])
         for _ in range(PATH // STRIDE):
             part, part_units = operators.rows(rows), units_of(units, rows)
@@ -169,7 +169,9 @@ def polish(
             rows, inside = rows[left], inside.rows(left)
     sizes = term_sizes(operators, best.x, best.s, best.y, JUDGING)
     judged = relative_size(best.F1, best.F2, sizes)
-    hidden = torch.nonzero((best.size <= STUCK) & (judged > STUCK)).flatten()
+    hidden = _above(judged, STUCK)
+    if len(hidden):
+        hidden = hidden[best.size[hidden] <= STUCK]
     if len(hidden):
         # A large number elsewhere hides that these are not done.
         part, now = operators.rows(hidden), best.rows(hidden)
@@ -270,6 +272,8 @@ def _settle(
     steps without a new best. A factor is kept while its steps still gain REUSE each.
     """
     best, batch = point, len(point.x)
+    if _all_within(point.size, TARGET):
+        return best, None, torch.zeros(batch, dtype=torch.int64, device=point.x.device)
     patience = torch.full((batch,), PATIENCE, device=point.x.device)
     steps = torch.zeros_like(patience)
     factor: tuple[DenseSystem | SparseSystem, ResidualPoint] | None = None  # of all rows, and where
@@ -301,6 +305,17 @@ def _settle(
         elif bool(better.any()):
             best = best.put(rows[better], new.rows(torch.nonzero(better).flatten()))
     return best, factor, steps
+
+
+def _all_within(sizes: Tensor, limit: float) -> bool:
+    """(B,), by one look at them; false where one is NaN."""
+    return not sizes.numel() or sizes.amax().item() <= limit
+
+
+def _above(sizes: Tensor, limit: float) -> Tensor:
+    """The rows of sizes (B,) above a limit."""
+    within = _all_within(sizes, limit)
+    return torch.nonzero(sizes > limit).flatten() if not within else sizes.new_zeros(0, dtype=torch.int64)
 
 
 def units_of(units: Tensor | None, rows: Tensor) -> Tensor | None:
