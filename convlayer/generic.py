@@ -7,7 +7,6 @@ out of all batched work and never reach the others.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, fields, replace
@@ -33,7 +32,7 @@ from convlayer.residual import JUDGING, Scaling, largest, normalise, recentre, r
 from convlayer.smoothing import smoothed as smoothed_zero
 from convlayer.solution import Cause, Status, is_unsettled
 from convlayer.solvers.solver import Attempt, Inline, Points, in_threads, solve_batch
-from convlayer.threads import one_thread
+from convlayer.threads import cores, one_thread
 
 INACCURATE = 1e-4  # a relative residual above this is no solution
 SENSITIVE = 3e-8  # a relative error of x, estimated by one more Newton step, above this is not called solved
@@ -43,7 +42,7 @@ NEGLIGIBLE = 1e-6  # weight of a term that only chooses among solutions
 NOTHING = 1e-10  # a derivative below this, relative to solution and costs, is zero
 RUNAWAY = 1e6  # nor is an x that many times the size which the data suggest solved: it may be on its way to infinity
 FAINT = 1e-3  # multipliers that are noise are smaller, in units where multipliers or costs are of size one
-BEYOND = 100 * math.log(10.0)  # of a unit's logarithm: beyond it products overflow
+BEYOND = 1e100  # a unit, or its inverse, that is larger: products of such numbers overflow
 SQUARED = 1e-7  # a pivot below this, and a row is not trusted to the program without its auxiliary variables
 ROUNDING = 1e-12  # a relative residual, or disagreement, below this says nothing
 LARGE = 1_000_000  # numbers in dense matrices of a batch from which it is worked off in pieces,
@@ -357,8 +356,7 @@ def _found_in_pieces(call: Call, data: Data, start: tuple[Tensor, ...] | None) -
     if not dense or call.device.type != "cpu" or call.executor is not None or data.batch * a_row < LARGE:
         return _settled(call, data, start)
     alone = replace(call, executor=Inline())
-    cores = os.cpu_count() or 1
-    pieces = min(data.batch, cores * math.ceil(data.batch * a_row / PIECE / cores))
+    pieces = min(data.batch, cores() * math.ceil(data.batch * a_row / PIECE / cores()))
     bounds = [k * data.batch // pieces for k in range(pieces + 1)]
     ranges = list(pairwise(bounds))
     jobs = [
@@ -593,7 +591,7 @@ def _refined(
 ) -> _Refined:
     outer = scaling
     data, inner = recentre(data, scaling, x, y, visible.x)
-    started = inner.enter(*outer.leave(x, s, y))
+    started = outer.to_same(inner, x, s, y)
     # Where a sharper attempt is left, that is the cheaper second effort.
     zero = polish(Operators(data, dense), *started, visible, inner.c, follow=_is_sharpest(call, place))
     zero = _judged(call, zero, inner, eliminated)
@@ -617,9 +615,11 @@ def _refined(
             swamped = (swamped & (costs > 0)).squeeze(1)
             status = torch.where(swamped, status.clamp(min=int(Status.INACCURATE)), status)
         # And products of numbers of this size overflow.
-        units = torch.cat([inner.rho, inner.tau], 1).log().abs()
-        if not units.amax().item() <= BEYOND:
-            status = torch.where(units.amax(1) > BEYOND, int(Status.NOT_CONVERGED), status)
+        units = torch.cat([inner.rho, inner.tau], 1)
+        least, most = (end.item() for end in torch.aminmax(units))
+        if not (least >= 1 / BEYOND and most <= BEYOND):
+            beyond = ((units < 1 / BEYOND) | (units > BEYOND)).any(1)
+            status = torch.where(beyond, int(Status.NOT_CONVERGED), status)
     if inner.unbounded is not None:
         # A bound that was taken for infinite and is active after all: this is not the solution.
         status = torch.where((inner.unbounded & (zero.y > 0)).any(1), int(Status.NOT_CONVERGED), status)

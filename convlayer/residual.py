@@ -85,6 +85,11 @@ class Scaling:
             s, y = self.shear.slack(s, -1.0), self.shear.dual(y, -1.0)
         return (x if self.c is None else x * self.c) / self.rho, s / (self.rho * self.e), y * (self.e / self.tau)
 
+    def to_same(self, other: Scaling, x: Tensor, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """From these units into others that differ in rho and tau alone."""
+        rho, tau = other.rho / self.rho, other.tau / self.tau
+        return x * rho, s * rho, y * tau
+
     def enter_cotangents(self, x_bar: Tensor, y_bar: Tensor) -> tuple[Tensor, Tensor]:
         y_bar = y_bar * (self.e / self.tau)
         return (x_bar if self.c is None else x_bar * self.c) / self.rho, (
@@ -115,17 +120,19 @@ def _normalised(data: Data) -> tuple[Data, Scaling]:
     scaled = _in_units(data, c, e)
     unbounded = None
     b = scaled.b.abs()
-    if b.numel() and b.max().item() >= INFINITE:
+    top = _greatest(b)
+    if top.numel() and top.max().item() >= INFINITE:
         beyond = (scaled.b >= INFINITE) & data.program.on(b.device)["inequalities"]
         unbounded = beyond if bool(beyond.any()) else None
     if unbounded is not None:
         b = torch.where(unbounded, 0.0, b)
-    rho = _reciprocal(_typical(b))
+        top = _greatest(b)
+    rho = _reciprocal_of_typical(b, top)
     q, P = scaled.largest_costs
-    # Without a right-hand side the size of x is set by the objective: x ~ q / P.
-    rho = torch.where(
-        largest(b) > 0, rho, torch.where((P > 0) & (q > 0), P / q.clamp(min=torch.finfo(q.dtype).tiny), 1.0)
-    )
+    if not (top.numel() and top.min().item() > 0):
+        # Without a right-hand side the size of x is set by the objective: x ~ q / P.
+        by_costs = torch.where((P > 0) & (q > 0), P / q.clamp(min=torch.finfo(q.dtype).tiny), 1.0)
+        rho = torch.where(top > 0, rho, by_costs)
     tau = _reciprocal(torch.maximum(q, P / rho))
     if unbounded is not None:
         # The row in units of its bound, so that it brings no large number, nor its rounding, beside those of the others.
@@ -186,13 +193,12 @@ def _equilibrate(data: Data) -> tuple[Tensor | None, Tensor]:
     coefficient is then brought to the size of Ax, whatever its weight in the objective.
     """
     A, elementwise = data.A.abs(), data.program.on(data.A.device)["elementwise"]
-    e = _reciprocal(_row_sizes(data, A))
-    # A row with one entry, a bound, takes any scale: it says nothing about its column's.
-    bounds = (_row_counts(data, A) == 1) & elementwise
-    columns = _column_sizes(data, _times_rows(data, A, torch.where(bounds, 0.0, e)), "A")
-    if not columns.shape[1] or bool(
-        (largest(columns) <= BALANCED * torch.where(columns > 0, columns, torch.inf).amin(1, keepdim=True)).all()
-    ):
+    sizes = _row_sizes(data, A)
+    e = _reciprocal(sizes)
+    # A row with one entry, a bound, takes any scale: it says nothing about its column's. To rounding its sum is its largest entry.
+    bounds = (_row_sums(data, A) <= sizes) & elementwise
+    columns = _column_sizes(data, _times_rows(data, A, e.masked_fill(bounds, 0.0)), "A")
+    if _are_balanced(columns):
         return None, e
     joint = _times_rows(data, A, (~bounds).to(A.dtype))
     P = data.P.abs()
@@ -233,11 +239,22 @@ def _row_sizes(data: Data, A: Tensor) -> Tensor:
     return torch.zeros_like(sizes).scatter_reduce_(1, group, sizes, "amax").gather(1, group)
 
 
-def _row_counts(data: Data, A: Tensor) -> Tensor:
-    """(B or 1, m) how many entries of each row of |A| are not zero."""
+def _row_sums(data: Data, A: Tensor) -> Tensor:
+    """(B or 1, m) the sum of each row of |A|."""
     if data.dense:
-        return (A > 0).sum(2)
-    return A.new_zeros(len(A), data.program.m).index_add_(1, data.program.on(A.device)["A_rows"], (A > 0).to(A.dtype))
+        return A.sum(2)
+    return A.new_zeros(len(A), data.program.m).index_add_(1, data.program.on(A.device)["A_rows"], A)
+
+
+def _are_balanced(columns: Tensor) -> bool:
+    """Whether the sizes of columns, (B or 1, n), are within BALANCED of each other in every row of the batch, empty ones apart."""
+    if not columns.numel():
+        return True
+    least, most = (end.item() for end in torch.aminmax(columns))
+    if least > 0 and most <= BALANCED * least:  # over all rows, as nearly always
+        return True
+    filled = torch.where(columns > 0, columns, torch.inf)
+    return bool((_greatest(columns) <= BALANCED * filled.amin(1, keepdim=True)).all())
 
 
 def _column_sizes(data: Data, matrix: Tensor, name: str) -> Tensor:
@@ -275,11 +292,11 @@ def recentre(data: Data, scaling: Scaling, x: Tensor, y: Tensor, seen: Tensor | 
     least = torch.where((q > 0) & (P > 0), (q / P.clamp(min=torch.finfo(P.dtype).tiny)).clamp(1e-6, 1.0), 1e-2)
     felt = x if seen is None or not bool(seen.any()) else x * seen
     size = torch.maximum(largest(felt).clamp(max=1e8), least)
-    rho = 1 / size
+    rho = size.reciprocal()
     natural = torch.maximum(q, P * size)
     # Without costs y = 0 is a multiplier, and its noise is not to become of size one.
     natural = torch.where(natural > 0, natural, 1.0)
-    tau = _reciprocal(torch.maximum(largest(y).clamp(max=1e8), natural))
+    tau = torch.maximum(largest(y).clamp(max=1e8), natural).reciprocal()
     return rescale(data, rho, tau), replace(scaling, rho=scaling.rho * rho, tau=scaling.tau * tau)
 
 
@@ -318,8 +335,9 @@ def term_sizes(operators: Operators, x: Tensor, s: Tensor, y: Tensor, faint: Fai
 
 def _floor(least: Tensor, faint: Faint) -> Tensor:
     """What an entry counts for at least; `least` (B, k) as `largest_of_part` gives it."""
-    of_all = _greatest(least) if least.shape[1] != 1 else least
-    return torch.maximum(faint.within * least, faint.apart * of_all.clamp(min=1.0))
+    if least.shape[1] == 1:  # one part is all
+        return (faint.within * least).clamp(min=faint.apart)
+    return torch.maximum(faint.within * least, faint.apart * _greatest(least).clamp(min=1.0))
 
 
 def largest_of_part(sizes: Tensor, part: str, program: Program) -> Tensor:
@@ -380,13 +398,13 @@ def _greatest(sizes: Tensor) -> Tensor:
     return sizes.amax(1, keepdim=True) if sizes.shape[1] else sizes.new_zeros(len(sizes), 1)
 
 
-def _typical(sizes: Tensor) -> Tensor:
-    """(B, k) -> (B, 1), the geometric mean of the entries that are not zero; zero where all are."""
-    present = sizes > 1e-14 * largest(sizes)
-    count = present.sum(1, keepdim=True)
-    mean = torch.where(present, sizes, 1.0).log().sum(1, keepdim=True) / count.clamp(min=1)
-    return torch.where(count > 0, mean.exp(), 0.0)
+def _reciprocal_of_typical(sizes: Tensor, largest: Tensor) -> Tensor:
+    """(B, k), (B, 1) -> (B, 1), one over the geometric mean of the entries that are not zero; where all are, anything."""
+    present = sizes > 1e-14 * largest
+    total = torch.where(present, sizes, 1.0).log().sum(1, keepdim=True)
+    return (total / present.sum(1, keepdim=True)).neg().exp()
 
 
 def _reciprocal(values: Tensor) -> Tensor:
-    return torch.where(values > 0, 1 / values, 1.0)
+    """One over what is positive, one for the rest."""
+    return torch.where(values > 0, values, 1.0).reciprocal()
