@@ -81,7 +81,11 @@ class ProductSpectrum:
         for rows, basis in self.bases:
             matrix = orient(basis)
             part = _rows_of(x, rows, -2).unflatten(-2, matrix.shape[-3:-1])
-            out[..., _flat(rows, x.device), :] = (matrix @ part).flatten(-3, -2)
+            turned = (matrix @ part).flatten(-3, -2)
+            if isinstance(rows, slice):
+                out.narrow(-2, rows.start, rows.stop - rows.start).copy_(turned)
+            else:
+                out.index_copy_(-2, rows.flatten().to(x.device), turned)
         return out if columns else out.squeeze(-1)
 
 
@@ -287,10 +291,6 @@ def _rows_of(x: Tensor, rows: slice | Tensor, dim: int) -> Tensor:
     if isinstance(rows, slice):
         return x.narrow(dim, rows.start, rows.stop - rows.start)
     return x.index_select(dim, rows.flatten().to(x.device))
-
-
-def _flat(rows: slice | Tensor, device: torch.device) -> slice | Tensor:
-    return rows if isinstance(rows, slice) else rows.flatten().to(device)
 
 
 def _distinct(values: object) -> str:

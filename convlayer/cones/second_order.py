@@ -44,11 +44,10 @@ class SecondOrder(Cone):
             return v.clamp(min=0), Spectrum((v >= -tolerance).to(v.dtype), None)
         p, eigenvalues, u = self._split(v)
         eigenvalues = lift(eigenvalues, sqrt(2) * tolerance)
-        values = v.new_empty(v.shape)
-        values[..., :2] = eigenvalues >= 0
-        if self.size == 2:
-            return p, Spectrum(values, self._basis(u))
-        values[..., 2:] = spectral_weight(eigenvalues[..., :1], eigenvalues[..., 1:])
+        values = (eigenvalues >= 0).to(v.dtype)
+        if self.size > 2:
+            across = spectral_weight(eigenvalues.narrow(-1, 0, 1), eigenvalues.narrow(-1, 1, 1))
+            values = torch.cat((values, across.expand(*across.shape[:-1], self.size - 2)), -1)
         return p, Spectrum(values, self._basis(u))
 
     def curvature(self, v: Tensor, h: Tensor, g: Tensor) -> Tensor:
@@ -81,13 +80,13 @@ class SecondOrder(Cone):
 
     def _split(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Projection, the eigenvalues (l1, l2) of v, and the unit vector u (an axis where z = 0)."""
-        t, z = v[..., :1], v[..., 1:]
+        t, z = v.narrow(-1, 0, 1), v.narrow(-1, 1, self.size - 1)
         length = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
         axis, signs, _ = _constants(self.size, v.dtype, v.device)
         u = torch.where((length > 0) & (length < torch.inf), z / length, axis)
         eigenvalues = torch.addcmul(t, length, signs)
-        half = eigenvalues[..., :1].clamp(min=0) * 0.5
-        p = torch.where(eigenvalues[..., 1:] >= 0, v, torch.cat((half, half * u), -1))
+        half = eigenvalues.narrow(-1, 0, 1).clamp(min=0) * 0.5
+        p = torch.where(eigenvalues.narrow(-1, 1, 1) >= 0, v, torch.cat((half, half * u), -1))
         return p, eigenvalues, u
 
     def _join(self, eigenvalues: Tensor, u: Tensor) -> Tensor:
@@ -98,12 +97,14 @@ class SecondOrder(Cone):
     def _basis(self, u: Tensor) -> Tensor:
         """Columns (1, u)/sqrt 2, (1, -u)/sqrt 2, (0, h_j), h_j = e_j - u_j w/(1 + |u_1|), w = u + sign(u_1) e_1."""
         basis = _constants(self.size, u.dtype, u.device)[2].expand(*u.shape[:-1], -1, -1).clone()
-        basis[..., 1:, :2] *= u.unsqueeze(-1)
+        below = basis.narrow(-2, 1, self.size - 1)
+        below.narrow(-1, 0, 2).mul_(u.unsqueeze(-1))
         if self.size > 2:
-            first = u[..., :1]
+            first = u.narrow(-1, 0, 1)
             f = u / (first.abs() + 1)
-            f[..., :1] = torch.where(first < 0, -1.0, 1.0)  # (u_1 + sign)/(1 + |u_1|)
-            basis[..., 1:, 2:] -= f.unsqueeze(-1) * u[..., None, 1:]
+            f.narrow(-1, 0, 1).copy_(torch.ones_like(first).copysign_(first))  # (u_1 + sign)/(1 + |u_1|)
+            rest = u.narrow(-1, 1, self.size - 2)
+            below.narrow(-1, 2, self.size - 2).addcmul_(f.unsqueeze(-1), rest.unsqueeze(-2), value=-1)
         return basis
 
 
