@@ -310,45 +310,39 @@ class DenseSystem(_System):
     """Batched LU of the equilibrated matrix."""
 
     def __init__(self, operators: Operators, spectrum: ProductSpectrum, visible: Visible, units: Tensor | None):
-        A = operators.A_values
-        active = int((spectrum.values > 0).sum(-1).max()) if spectrum.values.numel() else 0
-        batch, m, n = len(spectrum.values), A.shape[1], A.shape[2]
-        d = spectrum.values
+        A, P, d = operators.A_values, operators.P_values, spectrum.values
+        batch, m, n = len(d), A.shape[1], A.shape[2]
+        holding = d > 0
+        active = int(holding.sum(-1).max()) if d.numel() else 0
         A = A if len(A) == batch else A.expand(batch, -1, -1)
         A = A if spectrum.is_diagonal else spectrum.to_basis(A, columns=True)
         self.n, self.m, self.spectrum, self.units = n, m, spectrum, units
         # The rows with d > 0, gathered to the front; a batch row with fewer is padded by rows with d = 0, which are decoupled.
-        self.active = None if active == m else torch.topk((d > 0).to(torch.uint8), active, dim=1, sorted=True).indices
+        self.active = None if active == m else torch.topk(holding.to(torch.uint8), active, dim=1, sorted=True).indices
         if self.active is not None:
             d = d.gather(1, self.active)
             A = A.gather(1, self.active.unsqueeze(-1).expand(-1, -1, n))
         self.root = d.clamp(min=0).sqrt()
         B = A * self.root.unsqueeze(-1)
-        size = n + active
-        P = operators.P_values
-        B_size = B.abs()
-        upper, lower = P.abs().amax(2), 1 - d
-        upper = upper if len(upper) == batch else upper.expand(batch, -1)
-        if active:
-            upper, lower = torch.maximum(upper, B_size.amax(1)), torch.maximum(lower, B_size.amax(2))
-        largest = torch.cat([upper, lower], 1)
-        self.scale = torch.where(largest > 0, largest.rsqrt(), 1.0)
-        primal, dual = self.scale[:, :n], self.scale[:, n:]
-        B = B * dual.unsqueeze(2) * primal.unsqueeze(1)
-        pinned = _pinned(operators.data.program, B, d, self.active)
         # K is kept with the shift on its diagonal; `_product` takes it off again.
         self.shift = _shift(n, active, P.device)
-        K = P.new_zeros(batch, size, size)
-        K[:, :n, :n] = P * primal.unsqueeze(1) * primal.unsqueeze(2)
-        K[:, n:, :n] = B
-        K[:, :n, n:] = B.mT
+        K = P.new_zeros(batch, n + active, n + active)
+        above, below = K.narrow(1, 0, n), K.narrow(1, n, active)
+        above.narrow(2, 0, n).copy_(P)
+        above.narrow(2, n, active).copy_(B.mT)
+        below.narrow(2, 0, n).copy_(B)
         diagonal = K.diagonal(dim1=1, dim2=2)
-        diagonal[:, n:] = (d - 1) * dual.square()
+        diagonal.narrow(1, n, active).copy_(d).sub_(1)
+        largest = K.abs().amax(2) if K.numel() else K.new_zeros(batch, n + active)
+        filled = not largest.numel() or largest.amin().item() > 0  # as nearly always
+        self.scale = largest.rsqrt() if filled else torch.where(largest > 0, largest.rsqrt(), 1.0)
+        K.mul_(self.scale.unsqueeze(2) * self.scale.unsqueeze(1))
+        pinned = _pinned(operators.data.program, below.narrow(2, 0, n), d, self.active)
         # A variable that no active row and no quadratic term holds is a null vector by itself: it stays where it is.
-        self.held = largest[:, :n] > 0
-        self.all_held = bool(self.held.all())
+        self.held = largest.narrow(1, 0, n) > 0
+        self.all_held = filled or bool(self.held.all())
         if not self.all_held:
-            diagonal[:, :n] += ~self.held
+            diagonal.narrow(1, 0, n).add_(~self.held)
         diagonal.add_(self.shift)
         self.K = K
         self.factor = _Factor.of(K) if pinned is None else _FactorOfRest.without(K, pinned)
