@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -44,18 +45,26 @@ class Bounds:
 
     def hold(self, x: Tensor, b: Tensor) -> Tensor:
         """x (B, n), where it is outside them moved onto its bounds; b (B or 1, m)."""
-        rows, columns, coefficients = (part.to(x.device) for part in (self.rows, self.columns, self.coefficients))
-        limits, there = b[:, rows] / coefficients, x[:, columns]
-        above, below = coefficients > 0, coefficients < 0
-        if not bool(torch.where(above, there > limits, there < limits).any()):
-            return x
-        for which, reduce, unlimited in ((above, "amin", torch.inf), (below, "amax", -torch.inf)):
-            index = columns[which].expand(len(limits), -1)
-            limit = limits.new_full((len(limits), x.shape[1]), unlimited)
-            limit = limit.scatter_reduce_(1, index, limits[:, which], reduce)
+        for sign, rows, columns, coefficients in self._sides:
+            rows, columns, coefficients = (part.to(x.device) for part in (rows, columns, coefficients))
+            limits = b.index_select(1, rows) / coefficients
+            there = x.index_select(1, columns)
+            if not bool((there > limits if sign > 0 else there < limits).any()):
+                continue
+            limit = limits.new_full((len(limits), x.shape[1]), sign * torch.inf)
+            index, reduce = columns.expand(len(limits), -1), "amin" if sign > 0 else "amax"
+            limit = limit.scatter_reduce_(1, index, limits, reduce)
             # A bound that is NaN, as in rows that are left out, says nothing.
-            x = torch.where(x > limit if reduce == "amin" else x < limit, limit, x)
+            x = torch.where(x > limit if sign > 0 else x < limit, limit, x)
         return x
+
+    @cached_property
+    def _sides(self) -> list[tuple[float, Tensor, Tensor, Tensor]]:
+        """(1 or -1, rows, columns, coefficients) of the bounds from above and from below, where there are some."""
+        sides = [(sign, torch.nonzero(sign * self.coefficients > 0).flatten()) for sign in (1.0, -1.0)]
+        return [
+            (sign, self.rows[which], self.columns[which], self.coefficients[which]) for sign, which in sides if len(which)
+        ]
 
 
 def without_infinity(program: Program, b: Tensor) -> Tensor:
@@ -68,6 +77,8 @@ def without_infinity(program: Program, b: Tensor) -> Tensor:
 
 def unlimited(data: Data) -> Data:
     """The data without the rows that are no bound: empty, so that a direction along them is seen. Itself where there are none."""
+    if not data.b.numel() or data.b.amax().item() < NO_BOUND:
+        return data
     index = data.program.on(data.b.device)
     none = (data.b >= NO_BOUND) & index["inequalities"]
     if not bool(none.any()):

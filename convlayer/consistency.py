@@ -82,22 +82,39 @@ class Dependence:
 
     def _apart(self, b: Tensor) -> Tensor:
         """N N'b, (B or 1, t)."""
-        return (b[:, self.rows] @ self.basis) @ self.basis.mT
+        return (b.index_select(1, self.rows) @ self.basis) @ self.basis.mT
 
-    def disagreement(self, b: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-        """(how far the rows are from agreeing, relative to `sizes`, (B or 1,); the proof y of those that do not, (B or 1, m)).
+    def _below(self, b: Tensor) -> Tensor:
+        """By how much empty inequalities ask for less than nothing, (B or 1, e)."""
+        return (-b.index_select(1, self.empty)).clamp(min=0.0)
+
+    def disagreement(self, b: Tensor, sizes: Tensor) -> Tensor:
+        """How far the rows are from agreeing, relative to `sizes`, (B or 1,).
 
         sizes: (B or 1, m) of the numbers that b was made of, which may be larger than b itself.
         """
-        here, batch = self.on(b.device), max(len(b), len(sizes))
-        apart, tiny = here._apart(b), torch.finfo(b.dtype).tiny
-        groups = here.group.expand(len(sizes), -1)
-        largest = torch.zeros_like(sizes[:, here.rows]).scatter_reduce_(1, groups, sizes[:, here.rows], "amax")
-        below = (-b[:, here.empty]).clamp(min=0.0)
-        shares = [apart.abs() / largest.gather(1, groups).clamp(min=tiny), below / sizes[:, here.empty].clamp(min=tiny)]
-        worst = torch.cat([part.expand(batch, -1) for part in shares], 1).amax(1)
-        y = torch.zeros_like(b).index_copy(1, here.rows, -apart).index_copy(1, here.empty, below)
-        return worst, y
+        here, batch, tiny = self.on(b.device), max(len(b), len(sizes)), torch.finfo(b.dtype).tiny
+        shares = []
+        if len(here.rows):
+            beside = sizes.index_select(1, here.rows)
+            if here._one_group:
+                largest = beside.amax(1, keepdim=True)
+            else:
+                groups = here.group.expand(len(sizes), -1)
+                largest = torch.zeros_like(beside).scatter_reduce_(1, groups, beside, "amax").gather(1, groups)
+            shares.append(here._apart(b).abs() / largest.clamp(min=tiny))
+        if len(here.empty):
+            shares.append(here._below(b) / sizes.index_select(1, here.empty).clamp(min=tiny))
+        return torch.cat([part.expand(batch, -1) for part in shares], 1).amax(1)
+
+    @cached_property
+    def _one_group(self) -> bool:
+        return not bool((self.group != self.group[0]).any())
+
+    def proof(self, b: Tensor) -> Tensor:
+        """(B or 1, m) y, where the rows do not agree."""
+        here = self.on(b.device)
+        return torch.zeros_like(b).index_copy(1, here.rows, -here._apart(b)).index_copy(1, here.empty, here._below(b))
 
 
 def _left_null(matrix: sp.csr_array) -> np.ndarray:

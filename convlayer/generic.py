@@ -149,13 +149,14 @@ def _agreement(call: Call, entries: Sequence[Tensor], b: Tensor, batch: int) -> 
     dependence = call.canonical.dependence
     if dependence is None:
         return None
-    apart, y = dependence.disagreement(b, b.abs())
+    apart = dependence.disagreement(b, b.abs())
     precision = _precision(call)
     if bool((apart > precision).any()):
-        apart, y = dependence.disagreement(b, call.canonical.sizes_of_b(entries).to(b.device))
+        apart = dependence.disagreement(b, call.canonical.sizes_of_b(entries).to(b.device))
     if not bool((apart > ROUNDING).any()):
         return None
-    return Agreement(*(part.expand(batch, *part.shape[1:]).cpu() for part in (apart, apart > precision, y)))
+    parts = apart, apart > precision, dependence.proof(b)
+    return Agreement(*(part.expand(batch, *part.shape[1:]).cpu() for part in parts))
 
 
 class Solve(torch.autograd.Function):
@@ -498,8 +499,9 @@ def _attempt_in_units(
     status = point.status
     stopped = point.stopped
     usable = None if stopped is None else ~stopped
-    if not math.isfinite((point.x.sum() + point.s.sum() + point.y.sum()).item()):
-        finite = torch.isfinite(torch.cat([point.x, point.s, point.y], 1)).all(1)
+    points = torch.cat([point.x, point.s, point.y], 1)
+    if not math.isfinite(points.sum().item()):  # a finite sum has finite terms
+        finite = torch.isfinite(points).all(1)
         usable = finite if usable is None else finite & usable
         status = torch.where(~finite & (status < Status.INFEASIBLE), int(Status.NOT_CONVERGED), status)
     refine = torch.arange(rows, device=device)
