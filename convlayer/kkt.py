@@ -566,22 +566,23 @@ class SparseSystem(_System):
         goal = right.abs().amax(0) if len(right) else right.new_zeros(right.shape[1])
         solution = self._back_substitute(right)
         error = right - self._product(solution)
+        if not len(right):
+            return solution, self.broken
+        enough, size = EXACT * goal, error.abs().amax(0)
         for _ in range(5 * REFINEMENTS):
-            before = error.abs().amax(0) if len(right) else goal
-            if not bool((before > EXACT * goal).any()):
+            if not bool((size > enough).any()):
                 break
             trial = solution + self._back_substitute(error)
             trial_error = right - self._product(trial)
-            after = trial_error.abs().amax(0)
+            before, after = size, trial_error.abs().amax(0)
             better = after < before
             solution, error = torch.where(better, trial, solution), torch.where(better, trial_error, error)
+            size = torch.where(better, after, before)
             # Slow gains are worth it where something is left to gain, not at the level of rounding; rows that are done gain for ever.
-            if not bool(((after > EXACT * goal) & (after < torch.where(after > FINE * goal, 0.9, 0.5) * before)).any()):
+            rate = torch.where(after > FINE * goal, 0.9, 0.5)
+            if not bool(((after > enough) & (after < rate * before)).any()):
                 break
-        if not len(right):
-            return solution, self.broken
-        size = error.abs().amax(0)
-        return solution, ~((size <= EXACT * goal) | _solved_well(size, solution.abs().amax(0), goal)) | self.broken
+        return solution, ~((size <= enough) | _solved_well(size, solution.abs().amax(0), goal)) | self.broken
 
     def _matrix(self, row: int) -> sp.csr_array:
         """K of one row, both triangles."""
@@ -612,8 +613,9 @@ class SparseSystem(_System):
         return self._times(self.K, x)
 
     def _times(self, values: Tensor, x: Tensor) -> Tensor:
-        i, j, off = self.pattern.rows, self.pattern.columns, self.pattern.off_diagonal
-        return torch.zeros_like(x).index_add_(0, i, values * x[j]).index_add_(0, j[off], values[off] * x[i[off]])
+        i, j, (off, i_off, j_off) = self.pattern.rows, self.pattern.columns, self.pattern.strict
+        image = torch.zeros_like(x).index_add_(0, i, values * x.index_select(0, j))
+        return image.index_add_(0, j_off, values.index_select(0, off) * x.index_select(0, i_off))
 
     def _image(self, rows: Tensor, x: Tensor) -> Tensor:
         """K x for some rows, x (rows, size, k)."""

@@ -97,6 +97,12 @@ class KKTPattern:
             self._positions[key] = torch.from_numpy(positions)
         return self._positions[key]
 
+    @cached_property
+    def strict(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The entries off the diagonal, their rows and columns."""
+        off = self.off_diagonal
+        return off, self.rows[off], self.columns[off]
+
     def matrix(self, values: np.ndarray) -> sp.csc_matrix:
         """The upper triangle with these values."""
         return sp.csc_matrix((values, self._indices, self._indptr), shape=(self.n + self.m,) * 2)

@@ -82,9 +82,13 @@ class Program:
                 "inequalities": self.inequalities,
                 "elementwise": self.elementwise,
                 "scale_group": self.scale_group,
+                "A_groups": self.scale_group[self.indices["A_rows"]],
                 "single_entry": self.single_entry,
                 "part_of_x": self.parts[0],
                 "part_of_y": self.parts[1],
+                "P_off_diagonal": self.P_off_diagonal,
+                "P_off_rows": self.indices["P_rows"][self.P_off_diagonal],
+                "P_off_cols": self.indices["P_cols"][self.P_off_diagonal],
             }
             self._on[device] = {name: part.to(device) for name, part in {**self.indices, **masks}.items()}
         return self._on[device]
@@ -92,6 +96,11 @@ class Program:
     @cached_property
     def _on(self) -> dict[torch.device, dict[str, Tensor]]:
         return {}
+
+    @cached_property
+    def P_off_diagonal(self) -> Tensor:
+        """(.,) the stored entries of P that stand for two."""
+        return torch.from_numpy(np.flatnonzero(self.P_rows != self.P_cols))
 
     @property
     def A_is_full(self) -> bool:
@@ -299,9 +308,8 @@ class Operators:
 
     @cached_property
     def _strict(self) -> Tensor:
-        """(nnz(P), B or 1) the stored entries, zero on the diagonal."""
-        index = self.data.program.on(self.P_values.device)
-        return torch.where((index["P_rows"] == index["P_cols"]).unsqueeze(1), 0.0, self.P_values)
+        """(., B or 1) the stored entries of P off its diagonal."""
+        return self.P_values.index_select(0, self.data.program.on(self.P_values.device)["P_off_diagonal"])
 
     def P(self, x: Tensor) -> Tensor:
         if not len(self.data.program.P_rows):
@@ -309,14 +317,13 @@ class Operators:
         if self.dense:
             return product(self.P_values, x)
         index = self.data.program.on(x.device)
-        i, j = index["P_rows"], index["P_cols"]
         columns = x.mT.contiguous()
-        return (
-            torch.zeros_like(columns)
-            .index_add_(0, i, self.P_values * columns[j])
-            .index_add_(0, j, self._strict * columns[i])
-            .mT
-        )
+        image = torch.zeros_like(columns)
+        image.index_add_(0, index["P_rows"], self.P_values * columns.index_select(0, index["P_cols"]))
+        if len(self.data.program.P_off_diagonal):
+            i, j = index["P_off_rows"], index["P_off_cols"]
+            image.index_add_(0, j, self._strict * columns.index_select(0, i))
+        return image.mT
 
     def A(self, x: Tensor) -> Tensor:
         if self.dense:
@@ -338,7 +345,7 @@ def take_rows(values: Tensor, index: Tensor, dim: int = 0) -> Tensor:
 
 def _gather_add(values: Tensor, x: Tensor, source: Tensor, target: Tensor, size: int) -> Tensor:
     """Sparse product by index: values (nnz, B or 1), x (B, .) -> (B, size)."""
-    return x.new_zeros(size, len(x)).index_add_(0, target, values * x.mT.contiguous()[source]).mT
+    return x.new_zeros(size, len(x)).index_add_(0, target, values * x.mT.contiguous().index_select(0, source)).mT
 
 
 def dense_P(data: Data) -> Tensor:

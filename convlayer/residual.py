@@ -214,24 +214,25 @@ def _equilibrate(data: Data) -> tuple[Tensor | None, Tensor]:
 
 
 def _times_rows(data: Data, A: Tensor, e: Tensor) -> Tensor:
-    return A * e.unsqueeze(2) if data.dense else A * e[:, data.program.on(A.device)["A_rows"]]
+    return A * e.unsqueeze(2) if data.dense else A * e.index_select(1, data.program.on(A.device)["A_rows"])
 
 
 def _times_rows_of_P(data: Data, P: Tensor, c: Tensor) -> Tensor:
-    return P * c.unsqueeze(2) if data.dense else P * c[:, data.program.on(P.device)["P_rows"]]
+    return P * c.unsqueeze(2) if data.dense else P * c.index_select(1, data.program.on(P.device)["P_rows"])
 
 
 def _times_columns(data: Data, matrix: Tensor, c: Tensor, name: str) -> Tensor:
-    return matrix * c.unsqueeze(1) if data.dense else matrix * c[:, data.program.on(matrix.device)[f"{name}_cols"]]
+    index = data.program.on(matrix.device)
+    return matrix * (c.unsqueeze(1) if data.dense else c.index_select(1, index[f"{name}_cols"]))
 
 
 def _row_sizes(data: Data, A: Tensor) -> Tensor:
     """(B or 1, m) the largest entry of each row of |A|, the same within a cone that is not elementwise."""
     program = data.program
     if not data.dense:
-        rows = program.on(A.device)["scale_group"][program.on(A.device)["A_rows"]].expand(len(A), -1)
-        sizes = A.new_zeros(len(A), program.m).scatter_reduce_(1, rows, A, "amax")
-        return sizes if program.is_elementwise else sizes[:, program.on(A.device)["scale_group"]]
+        index = program.on(A.device)
+        sizes = A.new_zeros(len(A), program.m).scatter_reduce_(1, index["A_groups"].expand(len(A), -1), A, "amax")
+        return sizes if program.is_elementwise else sizes.index_select(1, index["scale_group"])
     sizes = A.amax(2) if A.numel() else A.new_zeros(A.shape[:2])
     if program.is_elementwise:
         return sizes
