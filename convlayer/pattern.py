@@ -129,7 +129,7 @@ class KKTPattern:
         quasidefinite[self.place_diagonal[self.n :]] = -1e3
         return Factor(self.matrix(quasidefinite)).counts() if self.nnz else np.zeros(0)
 
-    @property
+    @cached_property
     def fill(self) -> int:
         """Nonzeros of the factor."""
         return int(self._counts.sum())

@@ -68,6 +68,15 @@ class Program:
         return order, self.A_cols[order], indptr
 
     @cached_property
+    def empty_matrices(self) -> tuple[sp.csc_matrix, sp.csc_matrix]:
+        """The upper triangle of P, and A, without values: zeros stand in their places."""
+        P, A = (self.P_rows, self.P_indptr), (self.A_rows, self.A_indptr)
+        return (
+            sp.csc_matrix((np.zeros(len(self.P_rows)), *P), shape=(self.n, self.n)),
+            sp.csc_matrix((np.zeros(len(self.A_rows)), *A), shape=(self.m, self.n)),
+        )
+
+    @cached_property
     def indices(self) -> dict[str, Tensor]:
         """The patterns as index tensors."""
         return {

@@ -6,6 +6,7 @@ It must be picklable if the executor's workers are other processes or machines.
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 from abc import ABC, abstractmethod
@@ -73,13 +74,15 @@ class Task:
     def matrices(self, row: int) -> tuple[sp.csc_matrix, np.ndarray, sp.csc_matrix, np.ndarray]:
         """(upper triangle of P, q, A, b) of one row, as SciPy matrices."""
         P, q, A, b = self.values(row)
-        n, m = self.program.n, self.program.m
-        return (
-            sp.csc_matrix((P, self.program.P_rows, self.program.P_indptr), shape=(n, n)),
-            q,
-            sp.csc_matrix((A, self.program.A_rows, self.program.A_indptr), shape=(m, n)),
-            b,
-        )
+        empty_P, empty_A = self.program.empty_matrices
+        return _filled(empty_P, P), q, _filled(empty_A, A), b
+
+
+def _filled(empty: sp.csc_matrix, values: np.ndarray) -> sp.csc_matrix:
+    """A matrix of this pattern. Its constructor would look at the pattern again, which takes longer than many a solve does."""
+    matrix = copy.copy(empty)
+    matrix.data, matrix.indices, matrix.indptr = values, empty.indices.copy(), empty.indptr.copy()
+    return matrix
 
 
 class Solver(ABC):
