@@ -272,7 +272,7 @@ def _settle(
     steps without a new best. A factor is kept while its steps still gain REUSE each.
     """
     best, batch = point, len(point.x)
-    if _all_within(point.size, TARGET):
+    if is_within(point.size, TARGET):
         return best, None, torch.zeros(batch, dtype=torch.int64, device=point.x.device)
     patience = torch.full((batch,), PATIENCE, device=point.x.device)
     steps = torch.zeros_like(patience)
@@ -307,14 +307,14 @@ def _settle(
     return best, factor, steps
 
 
-def _all_within(sizes: Tensor, limit: float) -> bool:
+def is_within(sizes: Tensor, limit: float) -> bool:
     """(B,), by one look at them; false where one is NaN."""
     return not sizes.numel() or sizes.amax().item() <= limit
 
 
 def _above(sizes: Tensor, limit: float) -> Tensor:
     """The rows of sizes (B,) above a limit."""
-    within = _all_within(sizes, limit)
+    within = is_within(sizes, limit)
     return torch.nonzero(sizes > limit).flatten() if not within else sizes.new_zeros(0, dtype=torch.int64)
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from convlayer.adjoint import SETTLED, Zero, adjoint, polish
+from convlayer.adjoint import SETTLED, Zero, adjoint, is_within, polish
 from convlayer.bounds import NO_BOUND, impossible, unlimited, without_infinity
 from convlayer.canon import Canonical
 from convlayer.certificates import infeasible, unbounded
@@ -375,7 +375,7 @@ def _settled(call: Call, data: Data, start: tuple[Tensor, ...] | None) -> _Found
     for place in range(FROM_START if newton else 0, len(call.attempts)):
         if found is None:
             found = _attempt(call, data, place, start)
-            if not bool((found.status.bool() | found.degenerate | (found.residual > SETTLED)).any()):
+            if is_within(found.residual, SETTLED) and not bool(found.status.any()) and not bool(found.degenerate.any()):
                 return found  # as nearly always
             continue
         # What the polish could not settle may need a sharper start: a face is not told from its neighbours yet.
@@ -505,7 +505,7 @@ def _attempt_in_units(
         usable = finite if usable is None else finite & usable
         status = torch.where(~finite & (status < Status.INFEASIBLE), int(Status.NOT_CONVERGED), status)
     refine = torch.arange(rows, device=device)
-    if usable is not None or bool((status >= Status.INFEASIBLE).any()):
+    if usable is not None or bool(status.any()):
         status = _claims_checked(data, status, point.x, point.y, _precision(call))
         hopeless = (status == Status.INFEASIBLE) | (status == Status.UNBOUNDED)
         refine = torch.nonzero(~hopeless if usable is None else ~hopeless & usable).flatten()
@@ -608,20 +608,19 @@ def _refined(
         status = torch.where((zero.pivot < SQUARED) & (status < Status.INACCURATE), int(Status.INACCURATE), status)
     if call.selected:
         zero = _selected(call, zero, inner, eliminated)
-    if bool((status == Status.SOLVED).any()):
-        # Beside multipliers so large the costs are not seen in the residual: constraints contradict each other by little.
-        q, P = data.largest_costs
-        costs = torch.maximum(q, P * largest(zero.x))
-        swamped = largest(zero.y) > (RUNAWAY * costs).clamp(min=FAINT)
-        if bool(swamped.any()):
-            swamped = (swamped & (costs > 0)).squeeze(1)
-            status = torch.where(swamped, status.clamp(min=int(Status.INACCURATE)), status)
-        # And products of numbers of this size overflow.
-        units = torch.cat([inner.rho, inner.tau], 1)
-        least, most = (end.item() for end in torch.aminmax(units))
-        if not (least >= 1 / BEYOND and most <= BEYOND):
-            beyond = ((units < 1 / BEYOND) | (units > BEYOND)).any(1)
-            status = torch.where(beyond, int(Status.NOT_CONVERGED), status)
+    # Beside multipliers so large the costs are not seen in the residual: constraints contradict each other by little.
+    q, P = data.largest_costs
+    costs = torch.maximum(q, P * largest(zero.x))
+    swamped = largest(zero.y) > (RUNAWAY * costs).clamp(min=FAINT)
+    if bool(swamped.any()):
+        swamped = (swamped & (costs > 0)).squeeze(1)
+        status = torch.where(swamped, status.clamp(min=int(Status.INACCURATE)), status)
+    # And products of numbers of this size overflow.
+    units = torch.cat([inner.rho, inner.tau], 1)
+    least, most = (end.item() for end in torch.aminmax(units))
+    if not (least >= 1 / BEYOND and most <= BEYOND):
+        beyond = ((units < 1 / BEYOND) | (units > BEYOND)).any(1)
+        status = torch.where(beyond, int(Status.NOT_CONVERGED), status)
     if inner.unbounded is not None:
         # A bound that was taken for infinite and is active after all: this is not the solution.
         status = torch.where((inner.unbounded & (zero.y > 0)).any(1), int(Status.NOT_CONVERGED), status)

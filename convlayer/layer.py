@@ -919,7 +919,7 @@ def _keys(ids: Tensor | Sequence[Hashable], batch: tuple[int, ...]) -> list[Hash
 def _notes(attempts: Sequence[Attempt], taken: Tensor) -> list[tuple[Tensor, str]]:
     """Rows that were not settled by the first solver but by another."""
     first, notes = attempts[0].solver.name, []
-    if bool((taken > 0).any()):
+    if bool(taken.any()):
         for name in dict.fromkeys(attempt.solver.name for attempt in attempts[1:]):
             mine = [place for place, attempt in enumerate(attempts) if place and attempt.solver.name == name]
             rows = torch.nonzero(torch.isin(taken, torch.tensor(mine))).flatten()

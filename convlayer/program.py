@@ -284,13 +284,20 @@ class Operators:
     """
 
     def __init__(self, data: Data, dense: bool = False):
-        data = data.to_dense() if dense else data
-        self.data, self.dense = data, data.dense
-        if self.dense:
-            self.P_values, self.A_values = data.P, data.A
-        else:
-            # (nnz, B): gathers and sums then move whole rows of memory.
-            self.P_values, self.A_values = data.P.mT.contiguous(), data.A.mT.contiguous()
+        self.data = data.to_dense() if dense else data
+        self.dense = self.data.dense
+
+    @cached_property
+    def P_values(self) -> Tensor:
+        return self._laid_out(self.data.P)
+
+    @cached_property
+    def A_values(self) -> Tensor:
+        return self._laid_out(self.data.A)
+
+    def _laid_out(self, values: Tensor) -> Tensor:
+        """Stored entries as (nnz, B): gathers and sums then move whole rows of memory."""
+        return values if self.dense else values.mT.contiguous()
 
     def rows(self, index: Tensor) -> Operators:
         """The operators of the instances at `index`, without assembling them again."""

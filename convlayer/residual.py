@@ -289,12 +289,14 @@ def recentre(data: Data, scaling: Scaling, x: Tensor, y: Tensor, seen: Tensor | 
     where it is absurdly large, it stays so.
     """
     q, P = data.largest_costs
-    # What x would be by the objective alone, if that is less than the right-hand side's 1.
-    least = torch.where((q > 0) & (P > 0), (q / P.clamp(min=torch.finfo(P.dtype).tiny)).clamp(1e-6, 1.0), 1e-2)
     felt = x if seen is None or not bool(seen.any()) else x * seen
-    size = torch.maximum(largest(felt).clamp(max=1e8), least)
+    size, natural = largest(felt).clamp(1e-2, 1e8), q
+    if len(data.program.P_rows):
+        # What x would be by the objective alone, if that is less than the right-hand side's 1.
+        least = torch.where((q > 0) & (P > 0), (q / P.clamp(min=torch.finfo(P.dtype).tiny)).clamp(1e-6, 1.0), 1e-2)
+        size = torch.maximum(largest(felt).clamp(max=1e8), least)
+        natural = torch.maximum(q, P * size)
     rho = size.reciprocal()
-    natural = torch.maximum(q, P * size)
     # Without costs y = 0 is a multiplier, and its noise is not to become of size one.
     natural = torch.where(natural > 0, natural, 1.0)
     tau = torch.maximum(largest(y).clamp(max=1e8), natural).reciprocal()
