@@ -47,15 +47,10 @@ class Bounds:
         """x (B, n), where it is outside them moved onto its bounds; b (B or 1, m)."""
         for sign, rows, columns, coefficients in self._sides:
             rows, columns, coefficients = (part.to(x.device) for part in (rows, columns, coefficients))
-            limits = b.index_select(1, rows) / coefficients
-            there = x.index_select(1, columns)
-            if not bool((there > limits if sign > 0 else there < limits).any()):
-                continue
-            limit = limits.new_full((len(limits), x.shape[1]), sign * torch.inf)
-            index, reduce = columns.expand(len(limits), -1), "amin" if sign > 0 else "amax"
-            limit = limit.scatter_reduce_(1, index, limits, reduce)
             # A bound that is NaN, as in rows that are left out, says nothing.
-            x = torch.where(x > limit if sign > 0 else x < limit, limit, x)
+            limits = (b.index_select(1, rows) / coefficients).nan_to_num(sign * torch.inf, torch.inf, -torch.inf)
+            index, limits = (part.expand(len(x), -1) for part in (columns, limits))
+            x = x.scatter_reduce(1, index, limits, "amin" if sign > 0 else "amax")
         return x
 
     @cached_property
