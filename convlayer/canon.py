@@ -151,7 +151,7 @@ class AffineMap:
 @cache
 def _constants(device: torch.device, dtype: torch.dtype) -> Tensor:
     """(1, 2) the inputs of an AffineMap before the parameters' own."""
-    return torch.tensor([[0.0, 1.0]], dtype=dtype, device=device)
+    return torch.tensor([[0.0, 1.0]], dtype=dtype).to(device)
 
 
 @dataclass(frozen=True, eq=False)
