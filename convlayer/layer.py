@@ -26,7 +26,7 @@ from convlayer.diagnose import ProblemError
 from convlayer.dispatch import CHOICES, attempts, other_solver, recognise
 from convlayer.display import Words
 from convlayer.explain import explain_choice, explain_cone_program
-from convlayer.generic import ROUNDING, Agreement, Call, Solve, least_norm_weight
+from convlayer.generic import ROUNDING, Call, Solve, least_norm_weight
 from convlayer.gradients import Gradient, gradient_of
 from convlayer.hashing import digest
 from convlayer.normal_form import normal_form
@@ -504,8 +504,8 @@ class ConvexLayer(torch.nn.Module):
                     self._starts.put(keys, rows.iterate, rows.status == Status.SOLVED)
             else:
                 rows = self._solve_specialised(values, size, bad, batch, dtype, how, details)
-                if rows.status is not None and not how.solver_args:
-                    self._rescue(rows, values, size, how.everything)
+                if rows.status is not None:
+                    self._rescue(rows, values, size, how)
             if rows.status is not None and bool(rows.status.any()):
                 self._reconcile(rows, values, size, how.everything)
                 if self.on_failure in CLOSEST:
@@ -591,9 +591,9 @@ class ConvexLayer(torch.nn.Module):
             call.margin,
             call.blank,
             call.iterate,
-            [*_notes(attempts, call.attempt), *_put_together(call.agreement)],
+            [*_notes(attempts, call.attempt, call.status), *(() if call.agreement is None else _put_together(*call.agreement[:2]))],
             warned=True,
-            details={**_in_words(call.agreement, coarsest), **_stopped(call)},
+            details={**({} if call.agreement is None else _in_words(*call.agreement[:2], coarsest)), **_stopped(call)},
             stopped=call.stopped,
         )
 
@@ -646,9 +646,16 @@ class ConvexLayer(torch.nn.Module):
         def again(values: list[Tensor]) -> list[Tensor]:
             return path.again(values, answer, work, how.everything)
 
-        return Rows.of_answer(answer, outputs, again, size, bad, how.everything)
+        rows = Rows.of_answer(answer, outputs, again, size, bad, how.everything)
+        if answer.apart is not None and rows.status is not None:
+            # A disagreement is weighed where the numbers are known that right-hand sides are made of.
+            apart = answer.apart().cpu()
+            refuted = (rows.status == Status.INFEASIBLE) & (apart > ROUNDING)
+            rows.status = rows.status.masked_fill(refuted, int(Status.NOT_CONVERGED))
+            rows.notes += _put_together(apart, refuted)
+        return rows
 
-    def _rescue(self, rows: Rows, values: list[Tensor], size: int, everything: bool) -> None:
+    def _rescue(self, rows: Rows, values: list[Tensor], size: int, how: _How) -> None:
         """The cone program and its solver for the rows that the kernel could not settle, and for those alone."""
         assert rows.status is not None
         unsettled = is_unsettled(rows.status)
@@ -658,7 +665,7 @@ class ConvexLayer(torch.nn.Module):
         part = [take_rows(v, which.to(v.device)) for v in values]
         generic = self._generic()
         with one_thread():
-            other = generic._solve_generic(part, len(which), None, (len(which),), None, None, everything)
+            other = generic._solve_generic(part, len(which), None, (len(which),), how.solver_args, None, how.everything)
         rows.outputs = put(rows.outputs, which, other.outputs, size)
         for name in ("status", "iterations", "residual", "degenerate", "margin", "blank"):
             setattr(rows, name, getattr(rows, name).index_copy(0, which, getattr(other, name)))
@@ -667,7 +674,9 @@ class ConvexLayer(torch.nn.Module):
         def solve(values: Sequence[Tensor], _: bool) -> tuple[list[Tensor], tuple, Local]:
             leaves = [value.detach().requires_grad_() for value in values]
             with torch.enable_grad(), one_thread():
-                theirs = generic._solve_generic(leaves, len(rescued), None, (len(rescued),), None, None, everything)
+                theirs = generic._solve_generic(
+                    leaves, len(rescued), None, (len(rescued),), how.solver_args, None, how.everything
+                )
             local = Recorded(leaves, theirs.outputs, lambda *values: theirs.again(list(values)), tuple, list)
             return [output.detach() for output in theirs.outputs], (), local
 
@@ -682,8 +691,9 @@ class ConvexLayer(torch.nn.Module):
             return put(settled, rescued, anew(solve, [take_rows(v, rescued.to(v.device)) for v in values]), size)
 
         rows.again = again
-        note = "the kernel did not settle them; solved as a cone program"
-        rows.notes = [(which, note), *((which[part], what) for part, what in other.notes)]
+        told = _told(which, rows.status[which], "not settled by the kernel", "as a cone program")
+        rows.notes = [*rows.notes, *told, *((which[part], what) for part, what in other.notes)]
+        rows.details.update({int(which[row]): what for row, what in other.details.items()})
 
     def _reconcile(self, rows: Rows, values: list[Tensor], size: int, everything: bool) -> None:
         """Rows that did not settle because constraints contradict each other by rounding: with the least shift that ends it."""
@@ -916,7 +926,19 @@ def _keys(ids: Tensor | Sequence[Hashable], batch: tuple[int, ...]) -> list[Hash
     return keys
 
 
-def _notes(attempts: Sequence[Attempt], taken: Tensor) -> list[tuple[Tensor, str]]:
+def _told(rows: Tensor, status: Tensor, why: str, way: str) -> list[tuple[Tensor, str]]:
+    """Notes of rows that went another way, by what came of them; status (R,) is theirs."""
+    ends = {
+        Status.INFEASIBLE: f"{why}; proved infeasible {way}",
+        Status.UNBOUNDED: f"{why}; proved unbounded {way}",
+        Status.UNATTAINED: f"{why}; their infimum found not to be attained {way}",
+        Status.NOT_CONVERGED: f"{why}, nor {way}",
+    }
+    words = [ends.get(Status(kind), f"{why}; solved {way}") for kind in status.tolist()]
+    return [(rows[[word == one for word in words]], one) for one in dict.fromkeys(words)]
+
+
+def _notes(attempts: Sequence[Attempt], taken: Tensor, status: Tensor) -> list[tuple[Tensor, str]]:
     """Rows that were not settled by the first solver but by another."""
     first, notes = attempts[0].solver.name, []
     if bool((taken > 0).any()):
@@ -924,8 +946,8 @@ def _notes(attempts: Sequence[Attempt], taken: Tensor) -> list[tuple[Tensor, str
             mine = [place for place, attempt in enumerate(attempts) if place and attempt.solver.name == name]
             rows = torch.nonzero(torch.isin(taken, torch.tensor(mine))).flatten()
             if len(rows):
-                how = "sharper" if name == first else f"{first} did not settle them"
-                notes.append((rows, f"{how}; solved by {name}"))
+                why = "sharper" if name == first else f"not settled by {first}"
+                notes += _told(rows, status[rows], why, f"by {name}")
     return notes
 
 
@@ -934,14 +956,10 @@ def _coarsest(values: Sequence[Tensor]) -> torch.dtype:
     return max((v.dtype for v in values), key=domain.relative, default=torch.float64)
 
 
-def _put_together(agreement: Agreement | None) -> list[tuple[Tensor, str]]:
+def _put_together(apart: Tensor, refuted: Tensor) -> list[tuple[Tensor, str]]:
     """Rows whose equalities were made to agree."""
-    if agreement is None:
-        return []
-    rows = torch.nonzero((agreement.apart > ROUNDING) & ~agreement.refuted).flatten()
-    what = (
-        "equalities that depend on each other differed by rounding; solved with the least change that makes them agree"
-    )
+    rows = torch.nonzero((apart > ROUNDING) & ~refuted).flatten()
+    what = "equalities that depend on each other differed by rounding; solved with right-hand sides that agree"
     return [(rows, what)] if len(rows) else []
 
 
@@ -952,15 +970,13 @@ def _stopped(call: Call) -> dict[int, str]:
     return dict.fromkeys(rows, what)
 
 
-def _in_words(agreement: Agreement | None, dtype: torch.dtype) -> dict[int, str]:
+def _in_words(apart: Tensor, refuted: Tensor, dtype: torch.dtype) -> dict[int, str]:
     """Why rows are infeasible whose equalities do not agree."""
-    if agreement is None:
-        return {}
     return {
-        row: f"Constraints that depend on each other disagree by {agreement.apart[row]:.1g}, relative to their right-hand sides: more than "
+        row: f"Constraints that depend on each other disagree by {apart[row]:.1g}, relative to their right-hand sides: more than "
         f"rounding in {str(dtype).removeprefix('torch.')} explains. If it is rounding all the same, say so by solver_args={{'tolerance': ...}}, or make "
         "them agree before the layer, as in b / b.sum() * a.sum()."
-        for row in torch.nonzero(agreement.refuted).flatten().tolist()
+        for row in torch.nonzero(refuted).flatten().tolist()
     }
 
 

@@ -1,7 +1,9 @@
 """A time limit ends a row's work; Ctrl-C is heard while compiled code solves."""
 
+import itertools
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import cvxpy as cp
 import numpy as np
@@ -10,13 +12,26 @@ import torch
 
 import convlayer.generic
 from convlayer import ConvexLayer, SolverError, Status
+from convlayer.solvers import interior_point
 
-AT_ONCE = {"clarabel": {"time_limit": 1e-9}, "scs": {"time_limit_secs": 1e-9, "tolerance": 1e-12}}
+AT_ONCE = {
+    "clarabel": {"time_limit": 1e-9},
+    "daqp": {"time_limit": 1e-9},
+    "interior_point": {"time_limit": 1e-9},
+    "scs": {"time_limit_secs": 1e-9, "tolerance": 1e-12},
+}
 
 
 def correlation(n, **options):
     C, X = cp.Parameter((n, n), symmetric=True, name="C"), cp.Variable((n, n), PSD=True, name="X")
     return ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(X - C)), [cp.diag(X) == 1]), [C], [X], **options)
+
+
+def bounded(n, **options):
+    """A linear program, where DAQP looks at the clock now and then."""
+    c, x = cp.Parameter(n, name="c"), cp.Variable(n, name="x")
+    A = np.random.default_rng(1).standard_normal((3 * n, n))
+    return ConvexLayer(cp.Problem(cp.Minimize(c @ x), [A @ x <= 0.1, cp.abs(x) <= 1]), [c], [x], **options)
 
 
 def symmetric(n, *batch):
@@ -30,19 +45,41 @@ def test_a_row_that_its_time_limit_ended_is_neither_tried_again_nor_polished(sol
     """Whether the solver is named, or the layer's own first choice."""
     if not named and solver != "clarabel":
         pytest.skip("only Clarabel is the layer's own choice")
-    tried = []
-    kind = type(correlation(4, solver=solver)._solver)
-    original = kind.solve
-    monkeypatch.setattr(kind, "solve", lambda self, task: tried.append(len(task)) or original(self, task))
+    tried, original = [], convlayer.generic.solve_batch
+    monkeypatch.setattr(convlayer.generic, "solve_batch", lambda kind, *rest: tried.append(kind.name) or original(kind, *rest))
     monkeypatch.setattr(convlayer.generic, "polish", lambda *_, **__: pytest.fail("polished"))
-    layer = correlation(8, on_failure="keep", solver_args=AT_ONCE[solver], **({"solver": solver} if named else {}))
-    solution = layer.solve(symmetric(8))
+    options = {"on_failure": "keep", "solver_args": AT_ONCE[solver], **({"solver": solver} if named else {})}
+    layer, values = (bounded(80, **options), symmetric(80)[0]) if solver == "daqp" else (correlation(8, **options), symmetric(8))
+    solution = layer.solve(values)
     assert int(solution.status) == Status.NOT_CONVERGED
-    assert tried == [1]
+    assert tried == [solver]
     assert solution.variables[0].isfinite().all()
     assert float(solution.residual) > 1e-3
     with pytest.raises(SolverError, match="time limit"):
-        layer.with_options(on_failure="raise")(symmetric(8))
+        layer.with_options(on_failure="raise")(values)
+
+
+def test_rows_that_the_batched_solver_finished_in_time_are_as_without_a_limit(monkeypatch):
+    """By a clock that strikes after so many looks; rows of different difficulty need different numbers of them."""
+    values = symmetric(6, 8) * torch.logspace(-3, 3, 8, dtype=torch.float64).view(-1, 1, 1)
+    layer = correlation(6, on_failure="keep", solver="interior_point")
+    freely, seen = layer.solve(values), set()
+    for looks in range(2, 20):
+        clock = itertools.count()
+        monkeypatch.setattr(interior_point, "time", SimpleNamespace(monotonic=lambda clock=clock: float(next(clock))))
+        solution = layer.solve(values, solver_args={"time_limit": float(looks)})
+        solved = solution.status == Status.SOLVED
+        assert bool((solved | (solution.status == Status.NOT_CONVERGED)).all())
+        assert solution.variables[0].isfinite().all()
+        torch.testing.assert_close(solution.variables[0][solved], freely.variables[0][solved], rtol=0, atol=1e-7)
+        seen.add(int(solved.sum()))
+    assert {0, 8} < seen, seen
+
+
+@pytest.mark.parametrize("value", [0, -1.0, True, "long"])
+def test_a_time_limit_is_a_positive_number(value):
+    with pytest.raises(TypeError, match="`time_limit` cannot be .* positive number of seconds"):
+        correlation(4, solver="interior_point", solver_args={"time_limit": value})
 
 
 def test_a_row_within_its_time_limit_is_solved_beside_one_that_is_not(monkeypatch):

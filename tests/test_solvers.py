@@ -87,7 +87,7 @@ def test_rows_that_the_first_choice_does_not_settle_are_solved_by_another_and_no
     heights = torch.tensor([1.0, -1.0, 0.5, 2.0], dtype=torch.float64)
     solution = layer.solve(torch.ones(4, 3, dtype=torch.float64), heights)
     assert solution.status.tolist() == [Status.SOLVED, Status.INFEASIBLE, Status.SOLVED, Status.SOLVED]
-    assert solution.notes == ("row 1: daqp did not settle them; solved by clarabel",)
+    assert solution.notes == ("row 1: not settled by daqp; proved infeasible by clarabel",)
     assert layer.solve(torch.ones(2, 3, dtype=torch.float64), heights[[0, 2]]).notes == ()
 
 

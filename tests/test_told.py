@@ -136,5 +136,5 @@ def test_the_solver_that_explain_names_is_the_one_that_runs():
         layer = ConvexLayer(problem, parameters, variables, on_failure="nan", **options)
         named = told(layer.explain(3), "Solver").split(",")[0]
         solution = layer.solve(*[torch.full((3, *p.shape), 0.4, dtype=torch.float64) for p in parameters])
-        assert not any("did not settle" in note for note in solution.notes), (name, solution.notes)
+        assert not any("not settled" in note for note in solution.notes), (name, solution.notes)
         assert named in SOLVERS

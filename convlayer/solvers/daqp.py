@@ -19,7 +19,7 @@ from convlayer.solvers.solver import Iterate, Solver, Task
 
 EQUALITY = 5  # its code for a constraint that is always active
 FREE = -1e30  # its lower bound where there is none
-OPTIMAL = 1
+OPTIMAL, LATE, FAILED = 1, -7, 0  # its codes for a solution and for the end of its time, and ours for a system without one
 BRIEF = 5e6  # cubed unknowns of a batch that is solved before a thread has taken it up
 SETTINGS = {"primal_tol": 1e-9}
 LINEAR = {"eps_prox": 0.1, "eta_prox": 1e-12}  # of linear programs: proximal steps that degenerate ones survive, until they stand still
@@ -71,7 +71,7 @@ class Daqp(Solver):
                 if row:
                     model.update(f=q, bupper=b, blower=lower[row], sense=sense)
                 x, _, code, info = model.solve()
-            found.append((x, info["lam"], code == OPTIMAL, info["iterations"]))
+            found.append((x, info["lam"], code, info["iterations"]))
         return _iterates(found, A, task.b, equal)
 
     def is_brief(self, program: Program, rows: int) -> bool:
@@ -91,21 +91,21 @@ def _dense(task: Task) -> tuple[np.ndarray, np.ndarray]:
     return P, A
 
 
-def _unconstrained(P: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool, int]:
+def _unconstrained(P: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray, int, int]:
     try:
-        return np.linalg.solve(P, -q), np.zeros(0), True, 0
+        return np.linalg.solve(P, -q), np.zeros(0), OPTIMAL, 0
     except np.linalg.LinAlgError:
-        return np.full(len(q), np.nan), np.zeros(0), False, 0
+        return np.full(len(q), np.nan), np.zeros(0), FAILED, 0
 
 
 def _iterates(found: list[tuple], A: np.ndarray, b: np.ndarray, equal: np.ndarray) -> list[Iterate]:
-    """From (x, y, whether it is optimal, iterations) of each row."""
+    """From (x, y, DAQP's code, iterations) of each row."""
     if not found:
         return []
     x, y = (np.array([row[k] for row in found]) for k in (0, 1))
     y = np.where(equal, y, np.maximum(y, 0.0))
     slack = b - (A @ x[:, :, None])[:, :, 0]
     s = np.where(equal | (y > 0), 0.0, np.maximum(slack, 0.0))
-    statuses = (Status.SOLVED if row[2] else Status.NOT_CONVERGED for row in found)
-    counts = (int(row[3]) for row in found)
-    return [Iterate(*row) for row in zip(x, s, y, statuses, counts, strict=True)]
+    statuses = (Status.SOLVED if row[2] == OPTIMAL else Status.NOT_CONVERGED for row in found)
+    counts, stopped = (int(row[3]) for row in found), (row[2] == LATE for row in found)
+    return [Iterate(*row) for row in zip(x, s, y, statuses, counts, stopped, strict=True)]

@@ -220,6 +220,11 @@ class Points(NamedTuple):
     iterations: Tensor  # (B,)
     stopped: Tensor | None = None  # (B,) by a time limit; None: no row
 
+    @property
+    def late(self) -> Tensor:
+        """(B,) whether a time limit ended the row."""
+        return torch.zeros_like(self.status, dtype=torch.bool) if self.stopped is None else self.stopped
+
     @classmethod
     def stacked(cls, iterates: list[Iterate], program: Program) -> Points:
         x, s, y = (
