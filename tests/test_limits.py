@@ -78,7 +78,7 @@ def test_rows_that_the_batched_solver_finished_in_time_are_as_without_a_limit(mo
 
 @pytest.mark.parametrize("value", [0, -1.0, True, "long"])
 def test_a_time_limit_is_a_positive_number(value):
-    with pytest.raises(TypeError, match="`time_limit` cannot be .* positive number of seconds"):
+    with pytest.raises(TypeError, match=r"`time_limit` cannot be .* positive number of seconds"):
         correlation(4, solver="interior_point", solver_args={"time_limit": value})
 
 

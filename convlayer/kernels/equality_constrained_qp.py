@@ -362,7 +362,8 @@ def _largest(rows: Tensor) -> Tensor:
 
 
 def _null_space(problem: _Problem, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(K^+, null basis of K, sizes of K's rows, statuses, how far dependent rows of Ax = b are apart) by orthogonal factors of the equilibrated A and of P on its null space.
+    """(K^+, null basis of K, sizes of K's rows, statuses, how far dependent rows of Ax = b are apart), by orthogonal factors of the
+    equilibrated A and of P on its null space.
 
     With A^+ the pseudo-inverse, Z its null basis, and G = Z (Z'PZ)^+ Z', a generalised inverse of K is
 

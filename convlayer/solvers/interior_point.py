@@ -94,7 +94,8 @@ def _blank(batch: int, n: int, m: int, device: torch.device) -> Points:
 
 def _put(answer: Points, index: Tensor, other: Points) -> None:
     for kept, part in zip(answer, other, strict=True):
-        kept[index] = part
+        if kept is not None and part is not None:
+            kept[index] = part
 
 
 @dataclass(frozen=True)
@@ -188,9 +189,6 @@ class _Form(ABC):
     def P_times(self, x: Tensor) -> Tensor:
         """(B, n) -> (B, n)"""
         return _times(x.unsqueeze(1), self.base[:, : self.n, : self.n]).squeeze(1)
-
-    def base_times(self, v: Tensor) -> Tensor:
-        return _times(v, self.base)
 
     @abstractmethod
     def A_times(self, v: Tensor) -> Tensor:
