@@ -82,7 +82,7 @@ def recognise(
     assert generic is not None
     if best.match.cost is not None and best.match.cost.seconds() > generic.seconds():
         return Recognition(form, findings, None, generic, f"it is sparse: cheaper than the dense kernel of {best.name}")
-    why = "the cheaper of two solvers at each batch" if best.match.cost is None else "cheaper than the cone program"
+    why = "the cheapest solver at each batch" if best.match.cost is None else "cheaper than the cone program"
     return Recognition(form, findings, best, generic, f"the most special structure that matched, and {why}")
 
 

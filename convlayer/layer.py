@@ -62,6 +62,7 @@ NO_SCRIPT = (
     "or torch.export to save the model."
 )
 CLOSEST = ("closest", "closest_few")
+CHEAPEST = "the cheapest"  # where none is named, and `explain` tells which at a batch
 POLICIES = ("raise", "nan", "keep", *CLOSEST)
 
 
@@ -71,7 +72,7 @@ class ConvexLayer(torch.nn.Module):
         x*(theta) = argmin over x of f(x, theta) subject to the constraints of `problem`
 
     Solution:    by the kernel of the structure that the problem has, whatever its spelling, batched, on the parameters' own device;
-                 where it has none, canonicalised once to a cone program, solved row by row and polished to rounding error.
+                 where it has none, canonicalised once to a cone program, solved by the cheapest solver and polished to rounding error.
     Derivative:  the implicit function theorem with the forward's own factor, exact, to second order, in reverse and forward mode;
                  one-sided or least-norm, and flagged, where there is none. See `gradient` for what else there is then.
     Shapes:      each parameter (*batch, *its shape) or (*its shape), shared by the batch, its gradient then the sum over rows;
@@ -93,8 +94,8 @@ class ConvexLayer(torch.nn.Module):
                      it does not settle; or by name "clarabel", "daqp", "interior_point", "scs", or a convlayer.Solver of your own, and that
                      one alone. With "auto", naming one chooses the cone program.
         solver_args: `tolerance` (KKT residual, each entry relative to its own terms, default 1e-8; with parameters of lower precision at
-                     least some roundings of theirs) and the solver's own options, such as Clarabel's `time_limit` in seconds for a row;
-                     unknown ones are an error.
+                     least some roundings of theirs) and the solver's own options, such as `time_limit`, in seconds for a row
+                     (interior_point: for a batch; SCS: `time_limit_secs`); unknown ones are an error.
         gp:          the problem is log-log convex.
         gradient:    how solutions are differentiated: "exact"; for problems whose exact derivative is zero or jumps "smoothed", "lpgd" and,
                      for linear objectives, "perturbed" and "blackbox" (see convlayer.gradients). All but the first take the cone program.
@@ -421,7 +422,9 @@ class ConvexLayer(torch.nn.Module):
     def extra_repr(self) -> str:
         parameters = ", ".join(f"{p.name()}{tuple(p.shape)}" for p in self._declared.parameters)
         variables = ", ".join(f"{v.name()}{tuple(v.shape)}" for v in self._declared.variables)
-        solver = f", solver={self._solver.name}" if self.structure == "cone_program" else ""
+        solver = ""
+        if self._specialised is None:
+            solver = f", solver={self._solver.name if self._chosen or self._options else CHEAPEST}"
         return f"({parameters}) -> ({variables}), structure={self.structure}{solver}, on_failure={self.on_failure}"
 
     def _in_graph(

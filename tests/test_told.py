@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import cvxpy as cp
 import numpy as np
@@ -14,6 +15,8 @@ from cases import CASES
 from convlayer import ConvexLayer, Status
 from convlayer.solvers import SOLVERS
 from convlayer.structures import STRUCTURES
+
+ROOT = Path(__file__).parent.parent
 
 
 def told(text: str, head: str) -> str:
@@ -138,3 +141,26 @@ def test_the_solver_that_explain_names_is_the_one_that_runs():
         solution = layer.solve(*[torch.full((3, *p.shape), 0.4, dtype=torch.float64) for p in parameters])
         assert not any("not settled" in note for note in solution.notes), (name, solution.notes)
         assert named in SOLVERS
+
+
+def test_the_front_door_names_the_solvers_that_there_are():
+    (named,) = re.findall(r"or by name (.*?), or a convlayer", ConvexLayer.__doc__)
+    assert re.findall(r'"(\w+)"', named) == list(SOLVERS)
+
+
+@pytest.mark.parametrize("solver", [None, *SOLVERS])
+def test_repr_names_a_solver_that_was_named_and_no_other(solver):
+    named = f"solver={'the cheapest' if solver is None else solver}, "
+    assert named in repr(CASES["quadratic_program"].layer(structure="generic") if solver is None else CASES["quadratic_program"].layer(solver=solver))
+    options = {"daqp": {"iter_limit": 99}, "clarabel": {"max_iter": 99}}
+    if solver in options:
+        assert named in repr(CASES["quadratic_program"].layer(solver=solver, solver_args=options[solver]))
+    assert "solver=clarabel, " in repr(CASES["quadratic_program"].layer(solver_args=options["clarabel"]))  # whose options they are
+
+
+def test_no_sentence_counts_the_solvers():
+    """A number of them, or `the other one`, is wrong as soon as there is one more."""
+    counted = re.compile(r"\b(two|three|four|both|other|2|3|4) solvers?\b|\bthe other solver\b")
+    for path in sorted((ROOT / "convlayer").rglob("*.py")):
+        text = path.read_text()
+        assert not counted.search(text.replace("another solver", "")), (path, counted.search(text))
