@@ -45,7 +45,7 @@ from convlayer.solution import (
     is_unsettled,
     rows_in_words,
 )
-from convlayer.solvers import SOLVERS, Attempt, Solver
+from convlayer.solvers import DEFAULT, SOLVERS, Attempt, BatchSolver, ConeSolver
 from convlayer.specialised import Specialised, without
 from convlayer.starts import Starts
 from convlayer.structures import STRUCTURES
@@ -128,7 +128,7 @@ class ConvexLayer(torch.nn.Module):
         variables: Sequence[cp.Variable],
         *,
         structure: str = "auto",
-        solver: str | Solver | None = None,
+        solver: str | ConeSolver | None = None,
         solver_args: Mapping[str, Any] | None = None,
         gp: bool = False,
         gradient: str | Gradient = "exact",
@@ -344,7 +344,7 @@ class ConvexLayer(torch.nn.Module):
         self,
         *,
         structure: str | None = None,
-        solver: str | Solver | None = None,
+        solver: str | ConeSolver | None = None,
         solver_args: Mapping[str, Any] | None = None,
         gradient: str | Gradient | None = None,
         gradient_args: Mapping[str, Any] | None = None,
@@ -551,7 +551,7 @@ class ConvexLayer(torch.nn.Module):
         # No answer is wanted beyond the rounding of what it is made of.
         tolerance = max(tolerance, min(ROUNDINGS * torch.finfo(coarsest).eps, COARSEST))
         elimination = None if self._chosen or options else canonical.elimination
-        if not attempts[0].solver.batched:
+        if not isinstance(attempts[0].solver, BatchSolver):
             device = torch.device("cpu")
         thetas = self._thetas(values, device)
         differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in thetas)
@@ -1007,10 +1007,10 @@ def _proximal_weight(weight: Any, gp: bool) -> float:
     return float(weight)
 
 
-def _solver(solver: str | Solver | None) -> Solver:
+def _solver(solver: str | ConeSolver | None) -> ConeSolver:
     if solver is None:
-        return SOLVERS["clarabel"]
-    if isinstance(solver, Solver):
+        return SOLVERS[DEFAULT]
+    if isinstance(solver, ConeSolver):
         return solver
     if isinstance(solver, str) and solver.lower() in SOLVERS:
         return SOLVERS[solver.lower()]
