@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ import cvxpy as cp
 import torch
 from torch import Tensor
 
-from convlayer import arguments, compiled, domain
+from convlayer import arguments, compiled, domain, incumbent
 from convlayer.canon import Canonical
 from convlayer.check import Check, checked
 from convlayer.closest import Closest, Relaxation, applies, closest, relaxed
@@ -287,11 +287,13 @@ class ConvexLayer(torch.nn.Module):
         """Drop the solutions kept by `ids`."""
         self._starts.clear()
 
-    def verify(self, *tensors: Any, seed: int = 0, **named: Any) -> Verification:
+    def verify(self, *tensors: Any, seed: int = 0, against: str | None = None, **named: Any) -> Verification:
         """Solve again another way, and compare values, feasibility and gradients, row by row.
 
         A kernel is compared with the cone program by Clarabel, the cone program with itself by a solver that has no part in the layer's
-        answer; where there is none, the result says so.
+        answer; where there is none, the result says so. With against="diffcp" either is compared with CVXPY and diffcp, which share no
+        code with it and go row by row; the problem's parameters are then given the rows' values. diffcp's derivative of power cones is
+        wrong: gradients are not compared there.
         The gradients are those of one random linear functional of the variables, drawn from `seed`. Nothing is raised: look at
         `.agrees`, or print it. Rows whose constraints contradict each other by rounding alone agree to that rounding.
         """
@@ -308,6 +310,8 @@ class ConvexLayer(torch.nn.Module):
                 bad, _ = mine._bad_rows(values, math.prod(batch))
                 work = dtype if dtype in (torch.float32, torch.float64) else torch.float32
                 infeasibility = self._specialised.infeasibility(values, bad, work).expand(math.prod(batch))
+        if against is not None:
+            return self._against_diffcp(against, mine.solve, leaves, len(batch), infeasibility, seed)
         other: str | None = "clarabel"
         if self._specialised is None:
             taken = self._attempts(math.prod(batch), self._tolerance, self._options, torch.device("cpu"))
@@ -318,6 +322,27 @@ class ConvexLayer(torch.nn.Module):
         return verify(
             self.structure, mine.solve, theirs, leaves, len(batch), infeasibility, seed, f"cone_program by {other}"
         )
+
+    def _against_diffcp(
+        self,
+        against: str,
+        mine: Callable[..., Solution],
+        leaves: Sequence[Tensor],
+        lead: int,
+        infeasibility: Tensor | None,
+        seed: int,
+    ) -> Verification:
+        _one_of("against", against, (incumbent.NAME,))
+        incumbent.check(self._declared)
+        told: list[str] = []
+        found = verify(
+            self.structure, mine, incumbent.solver(self._declared, lead, told), leaves, lead, infeasibility, seed, "CVXPY with diffcp"
+        )
+        remarks = [f"{why.rstrip('.')}." for why in dict.fromkeys(told)]
+        if any(block.name == "power" for block in self._canonical.program.cones.blocks):
+            remarks.append("Gradients are not compared: diffcp's derivative of power cones is wrong.")
+            found = replace(found, gradient=torch.zeros_like(found.gradient))
+        return replace(found, remark=" ".join(remarks))
 
     def check(self, *tensors: Any, **named: Any) -> Check:
         """How far each row is from where the solution map is not differentiable, or not well: by constraint, as tensors; print it for words.

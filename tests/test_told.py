@@ -12,6 +12,7 @@ import pytest
 import torch
 from cases import CASES
 
+import convlayer.generic
 from convlayer import ConvexLayer, Status
 from convlayer.solvers import SOLVERS, BatchSolver
 from convlayer.structures import STRUCTURES
@@ -163,3 +164,48 @@ def test_no_sentence_counts_the_solvers():
     counted = re.compile(r"\b(two|three|four|both|2|3|4) solvers?\b|\bthe other solver\b")
     for path in sorted((ROOT / "convlayer").rglob("*.py")):
         assert not counted.search(path.read_text()), path
+
+
+# Against diffcp ---------------------------------------------------------------------------------------------------------------
+
+
+def variables_alone(name):
+    declared = CASES[name].declare()
+    own = {variable.id for variable in declared.problem.variables()}
+    return ConvexLayer(declared.problem, declared.parameters, [v for v in declared.outputs if v.id in own], gp=CASES[name].gp)
+
+
+@pytest.mark.parametrize("name", ["lasso", "norm_ball", "nearest_correlation", "logistic_regression", "posynomial"])
+def test_a_layer_is_verified_against_cvxpy_with_diffcp_which_finds_a_wrong_gradient(name, monkeypatch):
+    layer, tensors = variables_alone(name), CASES[name].sample(2)
+    found = layer.verify(*tensors, against="diffcp")
+    assert found.agrees, found
+    assert "against CVXPY with diffcp, 2 rows: agree" in str(found)
+    assert bool((found.value > 0).any())  # two computations, not one
+    adjoint = convlayer.generic._adjoint_of
+    monkeypatch.setattr(convlayer.generic, "_adjoint_of", lambda *a: [1.01 * part for part in adjoint(*a)])
+    wrong = variables_alone(name).with_options(structure="generic").verify(*tensors, against="diffcp")
+    assert not wrong.agrees
+    assert "DISAGREE" in str(wrong)
+
+
+def test_what_diffcp_cannot_say_is_said():
+    with pytest.raises(ValueError, match="returns multipliers too: verify a layer of the variables alone"):
+        CASES["quadratic_program"].layer().verify(*CASES["quadratic_program"].sample(2), against="diffcp")
+    with pytest.raises(ValueError, match="`against` must be one of 'diffcp'; got 'ecos'"):
+        CASES["lasso"].layer().verify(*CASES["lasso"].sample(2), against="ecos")
+    infeasible = ConvexLayer(*_capped(), on_failure="keep").verify(torch.tensor([1.0, -1.0]).double(), against="diffcp")
+    assert infeasible.agrees
+    form = variables_alone("quadratic_program").verify(*CASES["quadratic_program"].sample(2), against="diffcp")
+    assert "2 not compared" in str(form)
+    assert "not DPP (when requires_grad is True" in str(form)
+    a, x, z = cp.Parameter(2, nonneg=True), cp.Variable(2), cp.Variable()
+    powers = cp.Problem(cp.Maximize(z), [cp.PowCone3D(x[0], x[1], z, 0.3), x <= a])
+    found = ConvexLayer(powers, [a], [z]).verify(torch.rand(2, 2).double() + 1, against="diffcp")
+    assert "diffcp's derivative of power cones is wrong" in str(found)
+    assert not found.gradient.any()
+
+
+def _capped():
+    x, cap = cp.Variable(3), cp.Parameter()
+    return cp.Problem(cp.Minimize(cp.norm(x - np.arange(3))), [x >= 0, cp.sum(x) <= cap]), [cap], [x]
