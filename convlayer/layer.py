@@ -897,9 +897,8 @@ class ConvexLayer(torch.nn.Module):
             if self.on_failure in ("raise", *CLOSEST):
                 infeasible = torch.nonzero(status == Status.INFEASIBLE).flatten().tolist()
                 for row, conflict in conflicts(self, rows.leaves, batch, infeasible).items():
-                    details.setdefault(
-                        row, f"{rows_in_words(torch.tensor([row]), batch)}: {conflict}" if batch else str(conflict)
-                    )
+                    named = f"{rows_in_words(torch.tensor([row]), batch)}: {conflict}" if batch else str(conflict)
+                    details[row] = f"{details[row]} {named}" if row in details else named
                 raise SolverError.of(status.view(batch), details)
             rows.failed = failed.view(batch)
             assert rows.blank is not None
