@@ -3,7 +3,7 @@
 SCS is left out: a first-order method is not chosen but asked for.
 
 The layer is told which solver to take; what is counted is the time inside solve_batch in that forward, other attempts at rows
-that the first one leaves included. The models are those of convlayer.costs, with k cores, n variables, p equalities, l other rows:
+that the first one leaves included. The models are those of the solvers' own files, with k cores, n variables, p equalities, l other rows:
 
     interior_point  STEPS (STEP + B (ROW_STEP + dense / BATCHED_RATE)),   dense = 2 l n^2 + 2/3 (n + p)^3
     clarabel        ceil(B / k) (ROW + TYPICAL sparse / ROW_RATE),         sparse = flops of one sparse factorisation
@@ -36,10 +36,10 @@ from benchmarks.programs.speed import layer
 from benchmarks.speed import bare_clock
 from benchmarks.structures.timing import reason
 from benchmarks.table import Family, Options, Row
-from convlayer import ConvexLayer, Status, costs, dispatch
+from convlayer import ConvexLayer, Status, dispatch
 from convlayer.pattern import kkt_pattern
 from convlayer.problems import Prebuilt, prebuilt
-from convlayer.solvers import SOLVERS
+from convlayer.solvers import SOLVERS, clarabel, interior_point
 
 PACKAGES = ("daqp",)
 NAMES = tuple(name for name in SOLVERS if name != "scs")
@@ -232,12 +232,12 @@ def summary(rows: list[Row]) -> Iterable[Row]:
 
 def _batched(figures: dict[str, Any], cores: int) -> list[float]:
     n, p, l, batch = (figures[c] for c in ("n", "p", "l", "batch"))
-    return [costs.STEPS, costs.STEPS * batch, costs.STEPS * batch * (2.0 * l * n**2 + (n + p) ** 3 / 1.5)]
+    return [interior_point.STEPS, interior_point.STEPS * batch, interior_point.STEPS * batch * (2.0 * l * n**2 + (n + p) ** 3 / 1.5)]
 
 
 def _by_rows(figures: dict[str, Any], cores: int) -> list[float]:
     turns = math.ceil(figures["batch"] / cores)
-    return [turns, turns * costs.TYPICAL * figures["flops"]]
+    return [turns, turns * clarabel.FACTORISATIONS * figures["flops"]]
 
 
 def _by_sets(figures: dict[str, Any], cores: int) -> list[float]:
@@ -252,14 +252,14 @@ MODELS: dict[str, Callable[[dict[str, Any], int], list[float]]] = {
     "daqp": _by_sets,
 }
 SYMBOLS = {
-    "interior_point": ("STEP", "ROW_STEP", "BATCHED_RATE"),
+    "interior_point": ("STEP", "ROW_STEP", "RATE"),
     "clarabel": ("ROW", "ROW_RATE"),
-    "daqp": ("DAQP_ROW", "DAQP_RATE"),
+    "daqp": ("ROW", "ROW_RATE"),
 }
 
 
 def constants(name: str, weights: np.ndarray) -> dict[str, float]:
-    """As convlayer.costs writes them: seconds, and flops a second for the last."""
+    """As the solvers' own files write them: seconds, and flops a second for the last."""
     values = [*weights[:-1].tolist(), 1 / max(float(weights[-1]), 1e-300)]
     return dict(zip(SYMBOLS[name], values, strict=True))
 

@@ -29,11 +29,10 @@ from torch import Tensor
 
 from convlayer.canon import Canonical
 from convlayer.cones import Cone, Nonnegative, Product, Zero
-from convlayer.costs import clarabel_row
 from convlayer.generic import evaluate
 from convlayer.program import Data, Program
 from convlayer.solution import Status
-from convlayer.solvers import SOLVERS
+from convlayer.solvers.clarabel import Clarabel
 from convlayer.solvers.solver import Task
 from convlayer.sources import Source, sources_of
 
@@ -45,6 +44,7 @@ SHOWN = 3  # rows that are looked into
 SOLVES = 24  # at most, for a row, to find its set, and as many for amounts,
 SECONDS = 2.0  # and fewer, of fewer rows, where they are expected to take longer than this together, or do
 TOLERANCE = 1e-10
+SOLVER = Clarabel()
 NOTHING = 1e-8  # a contradiction below this, relative to the rows' numbers, is none
 LESS = 1e-3  # a smaller set must contradict itself by this share of what the larger one did
 ABSENT = 1e-5  # a constraint with less than this share of the multipliers takes no part
@@ -99,7 +99,7 @@ def _found(
     layer: ConvexLayer, tensors: Sequence[Tensor], batch: tuple[int, ...], rows: Sequence[int]
 ) -> dict[int, Conflict]:
     canonical, parameters, size = layer._canonical, layer._declared.parameters, math.prod(batch)
-    affordable = int(SECONDS / clarabel_row(canonical.program)) if rows else 0
+    affordable = int(SECONDS / SOLVER.row_seconds(canonical.program)) if rows else 0
     rows = list(rows)[: min(SHOWN, affordable // LEAST)]
     if not rows:
         return {}
@@ -225,7 +225,7 @@ class _Row:
         q, b = np.zeros(n + 1), np.append(signs * self.b[rows], 0.0)
         q[n] = 1.0
         task = Task(program, np.zeros((1, 0)), q[None], whole.data[None], b[None], TOLERANCE)
-        (point,) = SOLVERS["clarabel"].solve(task)
+        (point,) = SOLVER.solve(task)
         if point.status not in (Status.SOLVED, Status.INACCURATE):
             return None
         y = np.zeros(self.program.m)

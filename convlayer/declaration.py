@@ -65,10 +65,6 @@ class Declaration:
         )
 
     @property
-    def is_canonicalised(self) -> bool:
-        return self._canonical is not None
-
-    @property
     def canonical(self) -> Canonical:
         with self._lock:
             if self._canonical is None:

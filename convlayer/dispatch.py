@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,22 +11,20 @@ import scipy.sparse as sp
 import torch
 from scipy.sparse.csgraph import reverse_cuthill_mckee
 
-from convlayer import costs
 from convlayer.affine import Table, UnsupportedError
 from convlayer.diagnose import ProblemError
 from convlayer.kkt import prefers_dense
 from convlayer.normal_form import NormalForm, normal_form
 from convlayer.program import Program
-from convlayer.solvers import SOLVERS, Attempt
-from convlayer.solvers.clarabel import QUICK
+from convlayer.solvers import DEFAULT, SOLVERS, Attempt, clarabel, interior_point
+from convlayer.solvers.solver import fits_densely
 from convlayer.specialised import outputs_of
 from convlayer.structures import STRUCTURES, Cost, Match, MismatchError
-from convlayer.threads import cores
 
 SMALL = 400  # unknowns up to which a kernel is taken without looking at the sparsity
 SPARSE = 0.05  # density above which a matrix counts as dense
 AN_ENTRY = 1e-7  # seconds that each of them spends on an entry, beside its flops
-DENSE_BYTES = 2_000_000_000  # that the batched matrices may take
+TYPICAL = clarabel.FACTORISATIONS  # factorisations of a row of the cone program, for an estimate before it is there
 CHOICES = ("auto", "generic", "cone_program", *STRUCTURES)
 
 
@@ -82,56 +79,39 @@ def recognise(
     assert generic is not None
     if best.match.cost is not None and best.match.cost.seconds() > generic.seconds():
         return Recognition(form, findings, None, generic, f"it is sparse: cheaper than the dense kernel of {best.name}")
-    why = "the cheaper of two solvers at each batch" if best.match.cost is None else "cheaper than the cone program"
+    why = "the cheapest solver at each batch" if best.match.cost is None else "cheaper than the cone program"
     return Recognition(form, findings, best, generic, f"the most special structure that matched, and {why}")
 
 
 def attempts(program: Program, batch: int, tolerance: float, device: torch.device) -> list[Attempt]:
-    """The cheapest solver for this program and batch first; Clarabel for the rows that it does not settle."""
+    """The cheapest solver for this program and batch first; the default one for the rows that it does not settle."""
     if device.type == "cpu":
         name = cheapest_solver(program, batch)
     else:
         # What fits stays on the device: the way to the host and back, and few cores there, cost more.
-        fits = prefers_dense(program) and _dense_bytes(program, batch) <= DENSE_BYTES
-        name = "interior_point" if fits else "clarabel"
-    sure = SOLVERS["clarabel"].attempts(tolerance, {})
-    if name == "clarabel":
-        # What a sharper solve does not settle, the same tolerance again seldom does: it comes last.
-        return [Attempt(SOLVERS[name], tolerance, QUICK), *reversed(sure)]
-    return [Attempt(SOLVERS[name], tolerance, {}), *sure]
+        name = "interior_point" if prefers_dense(program) and fits_densely(program, batch) else DEFAULT
+    sure = SOLVERS[DEFAULT].attempts(tolerance, {})
+    first = Attempt(SOLVERS[name], tolerance, SOLVERS[name].quick)
+    # What a sharper solve does not settle, the same tolerance again seldom does: it comes last.
+    return [first, *(reversed(sure) if name == DEFAULT else sure)]
 
 
 def other_solver(program: Program, batch: int, taken: Sequence[Attempt]) -> str | None:
     """A solver that takes this program and has no part in these attempts; None if there is none."""
     used = {attempt.solver.name for attempt in taken}
-    for name in ("clarabel", "interior_point", "daqp", "scs"):
-        if name in used or (name == "interior_point" and _dense_bytes(program, batch) > DENSE_BYTES):
-            continue
-        try:
-            SOLVERS[name].check(program, {})
-        except ValueError:
-            continue
-        return name
-    return None
+    free = [solver for name, solver in SOLVERS.items() if name not in used and solver.fits(program, batch)]
+    free.sort(key=lambda solver: (not solver.precise, -len(solver.cones or ())))
+    return next((solver.name for solver in free if solver.takes(program)), None)
 
 
 def cheapest_solver(program: Program, batch: int) -> str:
-    """Of DAQP, dense and row by row, the batched interior point, dense, and Clarabel, sparse and row by row; rows on all cores."""
-    if not program.is_polyhedral:
-        return "clarabel"
-    if _dense_bytes(program, batch) > DENSE_BYTES:
-        return "clarabel"
-    turns = math.ceil(batch / cores())
-    seconds = {"daqp": turns * costs.daqp_row(program)}
-    if batch * (costs.ROW + costs.TYPICAL * (program.n + program.m) ** 3 / costs.ROW_RATE) < costs.STEPS * costs.STEP:
+    """Of those that say what they cost; rows on all cores."""
+    if not program.is_polyhedral or not fits_densely(program, batch):
+        return DEFAULT  # the others are for linear and quadratic programs, or dense
+    most = batch * (clarabel.ROW + TYPICAL * (program.n + program.m) ** 3 / clarabel.ROW_RATE)
+    if most < interior_point.STEPS * interior_point.STEP:
         return "daqp"  # whatever the fill: the pattern need not be looked at
-    seconds["interior_point"] = costs.batched_interior_point(program, batch)
-    seconds["clarabel"] = turns * costs.clarabel_row(program)
-    return min(seconds, key=seconds.__getitem__)
-
-
-def _dense_bytes(program: Program, batch: int) -> float:
-    return 16.0 * batch * (program.n + program.m) ** 2
+    return min(SOLVERS, key=lambda name: SOLVERS[name].seconds(program, batch))
 
 
 def _ask(name: str, form: NormalForm | None, variables: Sequence[cp.Variable], owners: dict) -> Finding:
@@ -159,10 +139,10 @@ def generic_cost(form: NormalForm) -> Cost:
     else:
         flops = _band_flops(form, tables, unknowns)
     return Cost(
-        flops=costs.TYPICAL * flops,
-        bytes=16.0 * costs.TYPICAL * entries,
+        flops=TYPICAL * flops,
+        bytes=16.0 * TYPICAL * entries,
         fixed=3e-3,
-        a_row=1e-3 + costs.TYPICAL * AN_ENTRY * (entries + unknowns),
+        a_row=1e-3 + TYPICAL * AN_ENTRY * (entries + unknowns),
         rate=1e9,
     )
 

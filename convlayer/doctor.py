@@ -6,7 +6,7 @@ import os
 import platform
 import re
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 import torch
@@ -18,19 +18,7 @@ from convlayer.solvers import SOLVERS
 from convlayer.structures import STRUCTURES
 from convlayer.verification import verify
 
-REQUIRED = ("torch", "numpy", "scipy", "cvxpy", "clarabel", "daqp", "scs", "qdldl", "diffcp", "threadpoolctl")
-OPTIONAL = (
-    "scikit-learn",
-    "matplotlib",
-    "tqdm",
-    "distributed",
-    "cvxpylayers",
-    "moreau",
-    "proxsuite",
-    "POT",
-    "entmax",
-    "mpmath",
-)
+DEVELOPMENT = "dev"  # the extra of those who work on the package itself
 SETTINGS = ("OMP_NUM_THREADS", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "CUDA_VISIBLE_DEVICES")
 BATCH = 8
 STEP, TOLERANCE = 1e-6, 1e-6  # of the differences, and of the gradient against them
@@ -40,10 +28,8 @@ def main() -> int:
     """Print it all; 0 if every check passes, 1 otherwise."""
     print(f"{'convlayer':<14}{__version__}, in {Path(__file__).parent}")
     print(f"{'python':<14}{platform.python_version()}, {platform.platform()}")
-    for name in REQUIRED:
-        print(f"{name:<14}{_version(name) or 'MISSING'}")
-    for name in OPTIONAL:
-        print(f"{name:<14}{_version(name) or 'not installed (optional)'}")
+    for name, optional in _dependencies().items():
+        print(f"{name:<14}{_version(name) or ('not installed (optional)' if optional else 'MISSING')}")
     print(f"{'processor':<14}{_processor()}; torch computes for {torch.backends.cpu.get_cpu_capability()}")
     print(f"{'cores':<14}{os.cpu_count()}; torch uses {torch.get_num_threads()} threads")
     for line in _blas():
@@ -59,6 +45,16 @@ def main() -> int:
     failures = passed.count(False)
     print(f"\n{len(passed) - failures} of {len(passed)} checks passed.")
     return 1 if failures else 0
+
+
+def _dependencies() -> dict[str, bool]:
+    """By name whether it is optional, as the package's own metadata have it."""
+    found: dict[str, bool] = {}
+    for wanted in requires("convlayer") or ():
+        name, extra = re.match(r"[\w.-]+", wanted), re.search(r"extra\s*==\s*[\"']([\w-]+)", wanted)
+        if name and (extra is None or extra.group(1) != DEVELOPMENT):
+            found[name.group()] = found.get(name.group(), True) and extra is not None
+    return found
 
 
 def _version(package: str) -> str | None:

@@ -10,10 +10,9 @@ from convlayer import costs
 from convlayer.declaration import Declaration
 from convlayer.dispatch import Recognition
 from convlayer.kkt import prefers_dense
-from convlayer.solvers import Attempt, Solver
+from convlayer.solvers import Attempt, BatchSolver, ConeSolver
 from convlayer.structures import Cost
 
-CHEAPER = {"interior_point": "dense and batched", "daqp": "dense active sets, compiled, row by row"}
 POLISH, ADJOINT = 2, 4  # factorisations of a typical polish; solves of an adjoint, with its refinement
 ENTROPIES = ("entr", "kl_div", "rel_entr")
 
@@ -70,7 +69,7 @@ def explain_cone_program(
     program, sizes, solver = canonical.program, canonical.sizes, attempts[0].solver
     moving = sum(len(rows) for rows in canonical.moving.values())
     left = program if chosen or canonical.elimination is None else canonical.elimination.program
-    taken, (factor, solve) = costs.solve_flops(solver.name, left), costs.system_flops(left)
+    taken, (factor, solve) = solver.flops(left), costs.system_flops(left)
     others = [name for name in dict.fromkeys(attempt.solver.name for attempt in attempts) if name != solver.name]
     gone = program.n - left.n
     lines = [
@@ -104,7 +103,7 @@ def explain_cone_program(
         (
             "Runs on",
             "the parameters' device, in float64, all rows at once"
-            if solver.batched
+            if isinstance(solver, BatchSolver)
             else f"the host, in float64; rows on {'your executor' if executor else f'{os.cpu_count()} threads'}; "
             "other dtypes and devices are copied to and from",
         ),
@@ -129,11 +128,11 @@ def _for(batch: int) -> str:
     return f" for {batch} rows" if batch > 1 else " a row"
 
 
-def _why(solver: Solver, chosen: bool) -> str:
+def _why(solver: ConeSolver, chosen: bool) -> str:
     if chosen:
         return "as you asked"
-    if solver.name in CHEAPER:
-        return f"{CHEAPER[solver.name]}: the cheapest at this size and batch"
+    if solver.manner:
+        return f"{solver.manner}: the cheapest at this size and batch"
     return "which takes every cone"
 
 

@@ -24,7 +24,7 @@ from convlayer.cone_derivative import ConeDerivative, Term, not_finite, spoilt
 from convlayer.derivative import Tensors
 from convlayer.diagnose import ProblemError
 from convlayer.generic import Call, resolved, smoothed
-from convlayer.surrogates import Solve, blackbox, lpgd_secant, perturbed
+from convlayer.surrogates import Solve, blackbox, lpgd, perturbed
 
 SIDES = {"both": (1, -1), "right": (1,), "left": (-1,)}
 
@@ -102,7 +102,7 @@ class Lpgd(Gradient):
         again, options = _again(call), (self.tau, self.rho, SIDES[self.side], self.absolute)
 
         def pull(x_bar: Tensor, y_bar: Tensor) -> Term:
-            return Term(*lpgd_secant(exact.data, exact.x, exact.y, x_bar, y_bar, again, *options))
+            return Term(*lpgd(exact.data, exact.x, exact.y, x_bar, y_bar, again, *options))
 
         return _Surrogate(exact, self.name, pull)
 
@@ -158,7 +158,7 @@ class Perturbed(_OfCosts):
             raise ValueError(f"`samples` must be an even number, as noise comes in pairs; got {self.samples!r}.")
 
     def bar(self, exact: ConeDerivative, x_bar: Tensor, solve: Solve, moving: Tensor) -> Tensor:
-        return perturbed(exact.data, x_bar, solve, self.sigma, self.samples, self.seed, moving).q
+        return perturbed(exact.data, x_bar, solve, self.sigma, self.samples, self.seed, moving)
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class Blackbox(_OfCosts):
         _positive(self, "lam")
 
     def bar(self, exact: ConeDerivative, x_bar: Tensor, solve: Solve, moving: Tensor) -> Tensor:
-        return blackbox(exact.data, exact.x, x_bar, solve, self.lam, moving).q
+        return blackbox(exact.data, exact.x, x_bar, solve, self.lam, moving)
 
 
 GRADIENTS: dict[str, type[Gradient]] = {kind.name: kind for kind in (Exact, Smoothed, Lpgd, Perturbed, Blackbox)}

@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ import cvxpy as cp
 import torch
 from torch import Tensor
 
-from convlayer import arguments, compiled, domain
+from convlayer import arguments, compiled, domain, incumbent
 from convlayer.canon import Canonical
 from convlayer.check import Check, checked
 from convlayer.closest import Closest, Relaxation, applies, closest, relaxed
@@ -26,7 +26,7 @@ from convlayer.diagnose import ProblemError
 from convlayer.dispatch import CHOICES, attempts, other_solver, recognise
 from convlayer.display import Words
 from convlayer.explain import explain_choice, explain_cone_program
-from convlayer.generic import ROUNDING, Agreement, Call, Solve, least_norm_weight
+from convlayer.generic import ROUNDING, Call, Solve, least_norm_weight
 from convlayer.gradients import Gradient, gradient_of
 from convlayer.hashing import digest
 from convlayer.normal_form import normal_form
@@ -45,7 +45,7 @@ from convlayer.solution import (
     is_unsettled,
     rows_in_words,
 )
-from convlayer.solvers import SOLVERS, Attempt, Solver
+from convlayer.solvers import DEFAULT, SOLVERS, Attempt, BatchSolver, ConeSolver
 from convlayer.specialised import Specialised, without
 from convlayer.starts import Starts
 from convlayer.structures import STRUCTURES
@@ -62,6 +62,7 @@ NO_SCRIPT = (
     "or torch.export to save the model."
 )
 CLOSEST = ("closest", "closest_few")
+CHEAPEST = "the cheapest"  # where none is named, and `explain` tells which at a batch
 POLICIES = ("raise", "nan", "keep", *CLOSEST)
 
 
@@ -71,7 +72,7 @@ class ConvexLayer(torch.nn.Module):
         x*(theta) = argmin over x of f(x, theta) subject to the constraints of `problem`
 
     Solution:    by the kernel of the structure that the problem has, whatever its spelling, batched, on the parameters' own device;
-                 where it has none, canonicalised once to a cone program, solved row by row and polished to rounding error.
+                 where it has none, canonicalised once to a cone program, solved by the cheapest solver and polished to rounding error.
     Derivative:  the implicit function theorem with the forward's own factor, exact, to second order, in reverse and forward mode;
                  one-sided or least-norm, and flagged, where there is none. See `gradient` for what else there is then.
     Shapes:      each parameter (*batch, *its shape) or (*its shape), shared by the batch, its gradient then the sum over rows;
@@ -93,8 +94,8 @@ class ConvexLayer(torch.nn.Module):
                      it does not settle; or by name "clarabel", "daqp", "interior_point", "scs", or a convlayer.Solver of your own, and that
                      one alone. With "auto", naming one chooses the cone program.
         solver_args: `tolerance` (KKT residual, each entry relative to its own terms, default 1e-8; with parameters of lower precision at
-                     least some roundings of theirs) and the solver's own options, such as Clarabel's `time_limit` in seconds for a row;
-                     unknown ones are an error.
+                     least some roundings of theirs) and the solver's own options, such as `time_limit`, in seconds for a row
+                     (interior_point: for a batch; SCS: `time_limit_secs`); unknown ones are an error.
         gp:          the problem is log-log convex.
         gradient:    how solutions are differentiated: "exact"; for problems whose exact derivative is zero or jumps "smoothed", "lpgd" and,
                      for linear objectives, "perturbed" and "blackbox" (see convlayer.gradients). All but the first take the cone program.
@@ -127,7 +128,7 @@ class ConvexLayer(torch.nn.Module):
         variables: Sequence[cp.Variable],
         *,
         structure: str = "auto",
-        solver: str | Solver | None = None,
+        solver: str | ConeSolver | None = None,
         solver_args: Mapping[str, Any] | None = None,
         gp: bool = False,
         gradient: str | Gradient = "exact",
@@ -286,11 +287,13 @@ class ConvexLayer(torch.nn.Module):
         """Drop the solutions kept by `ids`."""
         self._starts.clear()
 
-    def verify(self, *tensors: Any, seed: int = 0, **named: Any) -> Verification:
+    def verify(self, *tensors: Any, seed: int = 0, against: str | None = None, **named: Any) -> Verification:
         """Solve again another way, and compare values, feasibility and gradients, row by row.
 
         A kernel is compared with the cone program by Clarabel, the cone program with itself by a solver that has no part in the layer's
-        answer; where there is none, the result says so.
+        answer; where there is none, the result says so. With against="diffcp" either is compared with CVXPY and diffcp, which share no
+        code with it and go row by row; the problem's parameters are then given the rows' values. diffcp's derivative of power cones is
+        wrong: gradients are not compared there.
         The gradients are those of one random linear functional of the variables, drawn from `seed`. Nothing is raised: look at
         `.agrees`, or print it. Rows whose constraints contradict each other by rounding alone agree to that rounding.
         """
@@ -307,6 +310,8 @@ class ConvexLayer(torch.nn.Module):
                 bad, _ = mine._bad_rows(values, math.prod(batch))
                 work = dtype if dtype in (torch.float32, torch.float64) else torch.float32
                 infeasibility = self._specialised.infeasibility(values, bad, work).expand(math.prod(batch))
+        if against is not None:
+            return self._against_diffcp(against, mine.solve, leaves, len(batch), infeasibility, seed)
         other: str | None = "clarabel"
         if self._specialised is None:
             taken = self._attempts(math.prod(batch), self._tolerance, self._options, torch.device("cpu"))
@@ -317,6 +322,27 @@ class ConvexLayer(torch.nn.Module):
         return verify(
             self.structure, mine.solve, theirs, leaves, len(batch), infeasibility, seed, f"cone_program by {other}"
         )
+
+    def _against_diffcp(
+        self,
+        against: str,
+        mine: Callable[..., Solution],
+        leaves: Sequence[Tensor],
+        lead: int,
+        infeasibility: Tensor | None,
+        seed: int,
+    ) -> Verification:
+        _one_of("against", against, (incumbent.NAME,))
+        incumbent.check(self._declared)
+        told: list[str] = []
+        found = verify(
+            self.structure, mine, incumbent.solver(self._declared, lead, told), leaves, lead, infeasibility, seed, "CVXPY with diffcp"
+        )
+        remarks = [f"{why.rstrip('.')}." for why in dict.fromkeys(told)]
+        if any(block.name == "power" for block in self._canonical.program.cones.blocks):
+            remarks.append("Gradients are not compared: diffcp's derivative of power cones is wrong.")
+            found = replace(found, gradient=torch.zeros_like(found.gradient))
+        return replace(found, remark=" ".join(remarks))
 
     def check(self, *tensors: Any, **named: Any) -> Check:
         """How far each row is from where the solution map is not differentiable, or not well: by constraint, as tensors; print it for words.
@@ -343,7 +369,7 @@ class ConvexLayer(torch.nn.Module):
         self,
         *,
         structure: str | None = None,
-        solver: str | Solver | None = None,
+        solver: str | ConeSolver | None = None,
         solver_args: Mapping[str, Any] | None = None,
         gradient: str | Gradient | None = None,
         gradient_args: Mapping[str, Any] | None = None,
@@ -421,7 +447,9 @@ class ConvexLayer(torch.nn.Module):
     def extra_repr(self) -> str:
         parameters = ", ".join(f"{p.name()}{tuple(p.shape)}" for p in self._declared.parameters)
         variables = ", ".join(f"{v.name()}{tuple(v.shape)}" for v in self._declared.variables)
-        solver = f", solver={self._solver.name}" if self.structure == "cone_program" else ""
+        solver = ""
+        if self._specialised is None:
+            solver = f", solver={self._solver.name if self._chosen or self._options else CHEAPEST}"
         return f"({parameters}) -> ({variables}), structure={self.structure}{solver}, on_failure={self.on_failure}"
 
     def _in_graph(
@@ -504,8 +532,8 @@ class ConvexLayer(torch.nn.Module):
                     self._starts.put(keys, rows.iterate, rows.status == Status.SOLVED)
             else:
                 rows = self._solve_specialised(values, size, bad, batch, dtype, how, details)
-                if rows.status is not None and not how.solver_args:
-                    self._rescue(rows, values, size, how.everything)
+                if rows.status is not None:
+                    self._rescue(rows, values, size, how)
             if rows.status is not None and bool(rows.status.any()):
                 self._reconcile(rows, values, size, how.everything)
                 if self.on_failure in CLOSEST:
@@ -548,7 +576,7 @@ class ConvexLayer(torch.nn.Module):
         # No answer is wanted beyond the rounding of what it is made of.
         tolerance = max(tolerance, min(ROUNDINGS * torch.finfo(coarsest).eps, COARSEST))
         elimination = None if self._chosen or options else canonical.elimination
-        if not attempts[0].solver.batched:
+        if not isinstance(attempts[0].solver, BatchSolver):
             device = torch.device("cpu")
         thetas = self._thetas(values, device)
         differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in thetas)
@@ -591,9 +619,9 @@ class ConvexLayer(torch.nn.Module):
             call.margin,
             call.blank,
             call.iterate,
-            [*_notes(attempts, call.attempt), *_put_together(call.agreement)],
+            [*_notes(attempts, call.attempt, call.status), *(() if call.agreement is None else _put_together(*call.agreement[:2]))],
             warned=True,
-            details={**_in_words(call.agreement, coarsest), **_stopped(call)},
+            details={**({} if call.agreement is None else _in_words(*call.agreement[:2], coarsest)), **_stopped(call)},
             stopped=call.stopped,
         )
 
@@ -646,9 +674,16 @@ class ConvexLayer(torch.nn.Module):
         def again(values: list[Tensor]) -> list[Tensor]:
             return path.again(values, answer, work, how.everything)
 
-        return Rows.of_answer(answer, outputs, again, size, bad, how.everything)
+        rows = Rows.of_answer(answer, outputs, again, size, bad, how.everything)
+        if answer.apart is not None and rows.status is not None:
+            # A disagreement is weighed where the numbers are known that right-hand sides are made of.
+            apart = answer.apart().cpu()
+            refuted = (rows.status == Status.INFEASIBLE) & (apart > ROUNDING)
+            rows.status = rows.status.masked_fill(refuted, int(Status.NOT_CONVERGED))
+            rows.notes += _put_together(apart, refuted)
+        return rows
 
-    def _rescue(self, rows: Rows, values: list[Tensor], size: int, everything: bool) -> None:
+    def _rescue(self, rows: Rows, values: list[Tensor], size: int, how: _How) -> None:
         """The cone program and its solver for the rows that the kernel could not settle, and for those alone."""
         assert rows.status is not None
         unsettled = is_unsettled(rows.status)
@@ -658,7 +693,7 @@ class ConvexLayer(torch.nn.Module):
         part = [take_rows(v, which.to(v.device)) for v in values]
         generic = self._generic()
         with one_thread():
-            other = generic._solve_generic(part, len(which), None, (len(which),), None, None, everything)
+            other = generic._solve_generic(part, len(which), None, (len(which),), how.solver_args, None, how.everything)
         rows.outputs = put(rows.outputs, which, other.outputs, size)
         for name in ("status", "iterations", "residual", "degenerate", "margin", "blank"):
             setattr(rows, name, getattr(rows, name).index_copy(0, which, getattr(other, name)))
@@ -667,7 +702,9 @@ class ConvexLayer(torch.nn.Module):
         def solve(values: Sequence[Tensor], _: bool) -> tuple[list[Tensor], tuple, Local]:
             leaves = [value.detach().requires_grad_() for value in values]
             with torch.enable_grad(), one_thread():
-                theirs = generic._solve_generic(leaves, len(rescued), None, (len(rescued),), None, None, everything)
+                theirs = generic._solve_generic(
+                    leaves, len(rescued), None, (len(rescued),), how.solver_args, None, how.everything
+                )
             local = Recorded(leaves, theirs.outputs, lambda *values: theirs.again(list(values)), tuple, list)
             return [output.detach() for output in theirs.outputs], (), local
 
@@ -682,8 +719,9 @@ class ConvexLayer(torch.nn.Module):
             return put(settled, rescued, anew(solve, [take_rows(v, rescued.to(v.device)) for v in values]), size)
 
         rows.again = again
-        note = "the kernel did not settle them; solved as a cone program"
-        rows.notes = [(which, note), *((which[part], what) for part, what in other.notes)]
+        told = _told(which, rows.status[which], "not settled by the kernel", "as a cone program")
+        rows.notes = [*rows.notes, *told, *((which[part], what) for part, what in other.notes)]
+        rows.details.update({int(which[row]): what for row, what in other.details.items()})
 
     def _reconcile(self, rows: Rows, values: list[Tensor], size: int, everything: bool) -> None:
         """Rows that did not settle because constraints contradict each other by rounding: with the least shift that ends it."""
@@ -859,9 +897,8 @@ class ConvexLayer(torch.nn.Module):
             if self.on_failure in ("raise", *CLOSEST):
                 infeasible = torch.nonzero(status == Status.INFEASIBLE).flatten().tolist()
                 for row, conflict in conflicts(self, rows.leaves, batch, infeasible).items():
-                    details.setdefault(
-                        row, f"{rows_in_words(torch.tensor([row]), batch)}: {conflict}" if batch else str(conflict)
-                    )
+                    named = f"{rows_in_words(torch.tensor([row]), batch)}: {conflict}" if batch else str(conflict)
+                    details[row] = f"{details[row]} {named}" if row in details else named
                 raise SolverError.of(status.view(batch), details)
             rows.failed = failed.view(batch)
             assert rows.blank is not None
@@ -916,7 +953,19 @@ def _keys(ids: Tensor | Sequence[Hashable], batch: tuple[int, ...]) -> list[Hash
     return keys
 
 
-def _notes(attempts: Sequence[Attempt], taken: Tensor) -> list[tuple[Tensor, str]]:
+def _told(rows: Tensor, status: Tensor, why: str, way: str) -> list[tuple[Tensor, str]]:
+    """Notes of rows that went another way, by what came of them; status (R,) is theirs."""
+    ends = {
+        Status.INFEASIBLE: f"{why}; proved infeasible {way}",
+        Status.UNBOUNDED: f"{why}; proved unbounded {way}",
+        Status.UNATTAINED: f"{why}; their infimum found not to be attained {way}",
+        Status.NOT_CONVERGED: f"{why}, nor {way}",
+    }
+    words = [ends.get(Status(kind), f"{why}; solved {way}") for kind in status.tolist()]
+    return [(rows[[word == one for word in words]], one) for one in dict.fromkeys(words)]
+
+
+def _notes(attempts: Sequence[Attempt], taken: Tensor, status: Tensor) -> list[tuple[Tensor, str]]:
     """Rows that were not settled by the first solver but by another."""
     first, notes = attempts[0].solver.name, []
     if bool(taken.any()):
@@ -924,8 +973,8 @@ def _notes(attempts: Sequence[Attempt], taken: Tensor) -> list[tuple[Tensor, str
             mine = [place for place, attempt in enumerate(attempts) if place and attempt.solver.name == name]
             rows = torch.nonzero(torch.isin(taken, torch.tensor(mine))).flatten()
             if len(rows):
-                how = "sharper" if name == first else f"{first} did not settle them"
-                notes.append((rows, f"{how}; solved by {name}"))
+                why = "sharper" if name == first else f"not settled by {first}"
+                notes += _told(rows, status[rows], why, f"by {name}")
     return notes
 
 
@@ -934,14 +983,10 @@ def _coarsest(values: Sequence[Tensor]) -> torch.dtype:
     return max((v.dtype for v in values), key=domain.relative, default=torch.float64)
 
 
-def _put_together(agreement: Agreement | None) -> list[tuple[Tensor, str]]:
+def _put_together(apart: Tensor, refuted: Tensor) -> list[tuple[Tensor, str]]:
     """Rows whose equalities were made to agree."""
-    if agreement is None:
-        return []
-    rows = torch.nonzero((agreement.apart > ROUNDING) & ~agreement.refuted).flatten()
-    what = (
-        "equalities that depend on each other differed by rounding; solved with the least change that makes them agree"
-    )
+    rows = torch.nonzero((apart > ROUNDING) & ~refuted).flatten()
+    what = "equalities that depend on each other differed by rounding; solved with right-hand sides that agree"
     return [(rows, what)] if len(rows) else []
 
 
@@ -952,15 +997,13 @@ def _stopped(call: Call) -> dict[int, str]:
     return dict.fromkeys(rows, what)
 
 
-def _in_words(agreement: Agreement | None, dtype: torch.dtype) -> dict[int, str]:
+def _in_words(apart: Tensor, refuted: Tensor, dtype: torch.dtype) -> dict[int, str]:
     """Why rows are infeasible whose equalities do not agree."""
-    if agreement is None:
-        return {}
     return {
-        row: f"Constraints that depend on each other disagree by {agreement.apart[row]:.1g}, relative to their right-hand sides: more than "
+        row: f"Constraints that depend on each other disagree by {apart[row]:.1g}, relative to their right-hand sides: more than "
         f"rounding in {str(dtype).removeprefix('torch.')} explains. If it is rounding all the same, say so by solver_args={{'tolerance': ...}}, or make "
         "them agree before the layer, as in b / b.sum() * a.sum()."
-        for row in torch.nonzero(agreement.refuted).flatten().tolist()
+        for row in torch.nonzero(refuted).flatten().tolist()
     }
 
 
@@ -988,10 +1031,10 @@ def _proximal_weight(weight: Any, gp: bool) -> float:
     return float(weight)
 
 
-def _solver(solver: str | Solver | None) -> Solver:
+def _solver(solver: str | ConeSolver | None) -> ConeSolver:
     if solver is None:
-        return SOLVERS["clarabel"]
-    if isinstance(solver, Solver):
+        return SOLVERS[DEFAULT]
+    if isinstance(solver, ConeSolver):
         return solver
     if isinstance(solver, str) and solver.lower() in SOLVERS:
         return SOLVERS[solver.lower()]

@@ -45,7 +45,7 @@ class KKTPattern:
         self._columns_of: dict[int, np.ndarray] = {}  # first row of a block -> the columns of all its rows
         _, columns_by_row, indptr = program.A_by_row
         for block in program.cones.blocks:
-            if block.name not in ("zero", "nonnegative"):
+            if not block.elementwise:
                 columns = np.unique(columns_by_row[indptr[block.start] : indptr[block.start + block.size]])
                 self._columns_of[block.start] = columns
                 keys.append(((block.start + np.arange(block.size))[:, None] * n + columns).ravel())

@@ -66,7 +66,7 @@ def _form(program: Program) -> _Form:
 def _made(program: Program) -> _Form:
     m, inside = program.m, program.cones.inside.numpy()
     equal, elementwise = program.equalities.numpy(), program.inequalities.numpy()
-    others = [cone for cone in program.cones.cones if cone.name not in ("zero", "nonnegative")]
+    others = [cone for cone in program.cones.cones if not cone.elementwise]
     first, rest = np.flatnonzero(equal), np.flatnonzero(~equal & ~elementwise)
     # Rows: E x - t <= f, -E x - t <= -f, the inequalities, -t <= 1, the other cones.
     right = np.concatenate([first, first, np.flatnonzero(elementwise), [m], rest])

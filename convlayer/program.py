@@ -120,7 +120,7 @@ class Program:
         """(m,) rows that must share one scale: each row of an elementwise cone its own, one for each block of the others."""
         group = np.arange(self.m)
         for block in self.cones.blocks:
-            if block.name not in ("zero", "nonnegative"):
+            if not block.elementwise:
                 group[block.start : block.start + block.size] = block.start
         return torch.from_numpy(group)
 
@@ -141,7 +141,7 @@ class Program:
     @cached_property
     def is_polyhedral(self) -> bool:
         """A linear or quadratic program."""
-        return {block.name for block in self.cones.blocks} <= {"zero", "nonnegative"}
+        return all(block.elementwise for block in self.cones.blocks)
 
     @property
     def is_linear(self) -> bool:

@@ -39,7 +39,7 @@ _ADVICE = {
     Status.INACCURATE: "solved to less than the tolerance; look at Solution.residual and at the scaling of the parameters.",
     Status.INFEASIBLE: "no point satisfies the constraints for these parameters; check the bounds, or relax a constraint with a penalised slack.",
     Status.UNBOUNDED: "the objective can be improved without limit for these parameters; add a bound or a regulariser.",
-    Status.NOT_CONVERGED: "the solver stopped early; raise its iteration limit, rescale the parameters, or try the other solver.",
+    Status.NOT_CONVERGED: "the solver stopped early; raise its iteration limit, rescale the parameters, or try another solver.",
     Status.UNATTAINED: "the infimum is not attained: the objective keeps falling, ever more slowly, while the variables run off to infinity; regularise "
     "(regularise=1e-6, or a small sum_squares of the variables), or bound them.",
     Status.BAD_INPUT: "a parameter holds NaN or infinity, or lies outside its declared domain.",

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convlayer.adjoint import pull_back
 from convlayer.program import Data, Operators, Program
 from convlayer.residual import INFINITE
 
@@ -29,15 +28,6 @@ ROUNDING = 1e-9  # of the matrix: a product below this, with a constant below it
 # Programs -> (x (B, n), y (B, m), failed (B,)). A row that has no solution, or whose data are not finite, is to be flagged,
 # whatever x and y hold there. The patterns are those of the given data, except with `lpgd`'s rho.
 Solve = Callable[[Data], tuple[Tensor, Tensor, Tensor]]
-
-
-class DataBar(NamedTuple):
-    """Cotangents of each row's stored entries; an off-diagonal entry of P stands for two. None: not given by this surrogate."""
-
-    P: Tensor | None  # (B, nnz(P))
-    q: Tensor  # (B, n)
-    A: Tensor | None  # (B, nnz(A))
-    b: Tensor | None  # (B, m)
 
 
 class Secant(NamedTuple):
@@ -58,7 +48,9 @@ def lpgd(
     solve: Solve,
     tau: float,
     rho: float = math.inf,
-) -> DataBar:
+    sides: tuple[int, ...] = (1, -1),
+    absolute: bool = False,  # t is tau
+) -> Secant:
     """Lagrangian proximal gradient descent: the gradient of the average Lagrange-Moreau envelope of the linearised loss.
 
     With the Lagrangian L(x, y) = 1/2 x'Px + q'x + y'(Ax - b), y in K*, its saddle point (x*, y*), the loss linearised there,
@@ -78,37 +70,14 @@ def lpgd(
                  bounds at infinity do not count, and where both terms vanish, x has units of one. rho is the program's own, 1/rho
                  a curvature of its objective (the authors' implementation in diffcp calls that curvature rho); inf for none.
                  It steadies what would jump from vertex to vertex, and bounds what a perturbation would make unbounded.
-    Shapes:      cotangents (B, .); data of 1 row are shared, their cotangents still one for each row.
+    Sides:       1 for the lower envelope alone, -1 for the upper one: the other end of the secant is then the solution itself.
+    Shapes:      cotangents (B, .); data of 1 row are shared, their cotangents still one for each row. w and u are the cotangents of
+                 -q and b; those of P and A are for `convlayer.adjoint.pull_back`, which gives the entries that are wanted.
     Cost:        two solves for each row that has a cotangent, in one call of `solve`. With rho the program solved has a stored
                  diagonal of P.
     At failure:  a row with one of its two programs unsolved has the other's one-sided envelope; with both, NaN.
     Errors:      ValueError for tau or rho that are not positive.
     Source:      Paulus, Martius and Musil (2024), LPGD: a general framework for backpropagation through embedded optimization layers.
-    """
-    secant = lpgd_secant(data, x, y, x_bar, y_bar, solve, tau, rho)
-    P_bar, A_bar = (
-        pull_back(name, data.program, torch.arange(entries), *secant)
-        for name, entries in (("P", len(data.program.P_rows)), ("A", len(data.program.A_rows)))
-    )
-    return DataBar(P_bar, -secant.w, A_bar, secant.u)
-
-
-def lpgd_secant(
-    data: Data,
-    x: Tensor,
-    y: Tensor,
-    x_bar: Tensor,
-    y_bar: Tensor,
-    solve: Solve,
-    tau: float,
-    rho: float = math.inf,
-    sides: tuple[int, ...] = (1, -1),
-    absolute: bool = False,
-) -> Secant:
-    """`lpgd` before the pull back to P and A, for a caller who wants few of their entries; the arguments are the same.
-
-    sides: 1 for the lower envelope alone, -1 for the upper one: the other end of the secant is then the solution itself.
-    absolute: t is tau.
     """
     _check_positive("tau", tau, "size of the perturbation")
     if not rho > 0:
@@ -146,7 +115,7 @@ def blackbox(
     solve: Solve,
     lam: float,
     moving: Tensor,  # (n,) bool, entries of q that depend on parameters
-) -> DataBar:
+) -> Tensor:
     """Differentiation of a black-box solver: the gradient of a continuous, piecewise affine interpolation of the loss.
 
         minimise  q'x  over the feasible set X,   the loss linearised at its solution x*:   l(x) = x_bar'x
@@ -155,7 +124,7 @@ def blackbox(
     When:        linear programs at a vertex, above all those whose vertices are a combinatorial problem's solutions.
     Units:       t = lam |q| / |x_bar|, in largest entries, of q over `moving` only (one, where those vanish). Too small, and the
                  vertex stays and the cotangent is zero; of the size of one is usual.
-    Shapes:      q (B, n); P, A and b have none.
+    Shapes:      the cotangent of q (B, n); P, A and b have none.
     Cost:        one solve for each row that has a cotangent.
     At failure:  NaN in the rows whose perturbed program is unsolved.
     Errors:      ValueError for a quadratic objective, or lam that is not positive.
@@ -172,7 +141,7 @@ def blackbox(
             solve, part, torch.arange(len(rows), device=rows.device), part.q + t * x_bar, part.b.expand(len(rows), -1)
         )
         q_bar[rows] = torch.where(failed.unsqueeze(1), torch.nan, (x_up - x[rows]) / t)
-    return DataBar(None, q_bar, None, None)
+    return q_bar
 
 
 def perturbed(
@@ -183,7 +152,7 @@ def perturbed(
     samples: int,
     seed: int,
     moving: Tensor,  # (n,) bool, entries of q that depend on parameters
-) -> DataBar:
+) -> Tensor:
     """The derivative of the solution smoothed by noise in its costs, by Monte Carlo.
 
         x_s(q) = E x*(q + s Z),   x*(q) = argmin q'x over the feasible set,   Z standard normal on `moving`
@@ -195,7 +164,7 @@ def perturbed(
     Units:       s = sigma |q|, the largest entry of q over `moving` (one, where those vanish), held fixed.
     Noise:       of its own for each row of the batch, so that a mean over the batch averages it; the same in every call with
                  this seed and batch size. Its standard error falls as samples^(-1/2), and grows as the number that move.
-    Shapes:      q (B, n), zero where nothing moves; P, A and b have none.
+    Shapes:      the cotangent of q (B, n), zero where nothing moves; P, A and b have none.
     Cost:        `samples` solves for each row that has a cotangent, as many in a call of `solve` as memory takes.
     At failure:  NaN in the rows with an unsolved sample: an expectation that is not finite has no estimate.
     Errors:      ValueError for a quadratic objective, sigma that is not positive, or samples that are no pairs.
@@ -208,7 +177,7 @@ def perturbed(
     q_bar, batch, device = torch.zeros_like(x_bar), len(x_bar), x_bar.device
     rows, entries = (torch.nonzero(part).flatten() for part in ((x_bar != 0).any(1), moving.to(device)))
     if not len(rows) or not len(entries):
-        return DataBar(None, q_bar, None, None)
+        return q_bar
     part, x_bar = data.rows(rows), x_bar[rows]
     s = sigma * _moving_size(part, moving)
     q, b = part.q.expand(len(rows), -1), part.b.expand(len(rows), -1)
@@ -228,7 +197,7 @@ def perturbed(
         loss = torch.where(failed.view(2, pairs, -1), torch.nan, (xs.view(2, *step.shape) * x_bar).sum(3))
         total += ((loss[0] - loss[1]).unsqueeze(2) * Z).sum(0)
     q_bar[rows.unsqueeze(1), entries] = total / (samples * s)
-    return DataBar(None, q_bar, None, None)
+    return q_bar
 
 
 def _solved(solve: Solve, data: Data, index: Tensor, q: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from convlayer.display import Shown
+from convlayer.incumbent import Answers
 from convlayer.solution import Solution, Status
 
 WEIGHTS = 1_000_003  # added to the seed: a functional drawn like the user's own parameters may be a special one
+Answered = TypeVar("Answered", bound="Solution | Answers")
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 
@@ -30,6 +33,7 @@ class Verification(Shown):
     compared: Tensor  # bool; not where the other way came to no answer
     degenerate: Tensor  # bool, a derivative by rule on either path: gradients, and solutions that are not unique, may rightly differ
     tolerance: float
+    remark: str = ""  # what else is to be known of the comparison
 
     @property
     def agrees(self) -> bool:
@@ -50,12 +54,16 @@ class Verification(Shown):
         left = f" ({missed} not compared: the other way came to no answer)" if missed else ""
         rows = f"{self.structure} against {self.against}, {self.value.numel()} rows{left}"
         if missed and not bool(self.compared.any()):
-            return f"{rows}."
+            return f"{rows}.{self._remark}"
         return (
             f"{rows}: {'agree' if self.agrees else 'DISAGREE'}. "
             f"Worst relative difference of the solution {worst(self.solution)}, the value {worst(self.value)}, the gradient "
-            f"{worst(self.gradient)}; infeasibility {worst(self.infeasibility)}; {flagged} degenerate rows."
+            f"{worst(self.gradient)}; infeasibility {worst(self.infeasibility)}; {flagged} degenerate rows.{self._remark}"
         )
+
+    @property
+    def _remark(self) -> str:
+        return f" {self.remark}" if self.remark else ""
 
     def __repr__(self) -> str:
         return str(self)
@@ -64,7 +72,7 @@ class Verification(Shown):
 def verify(
     structure: str,
     mine: Callable[..., Solution],
-    generic: Callable[..., Solution],
+    generic: Callable[..., Solution | Answers],
     leaves: Sequence[Tensor],  # every parameter with the whole batch
     lead: int,  # batch dimensions
     infeasibility: Tensor | None,  # None: the residual of the solution says it
@@ -72,7 +80,8 @@ def verify(
     against: str = "cone_program",
 ) -> Verification:
     """Solve and differentiate both ways."""
-    (ours, our_gradient), (theirs, their_gradient) = (_solved(path, leaves, lead, seed) for path in (mine, generic))
+    ours, our_gradient = _solved(mine, leaves, lead, seed)
+    theirs, their_gradient = _solved(generic, leaves, lead, seed)
     solved = (ours.status <= 1) & (theirs.status <= 1)
     batch = ours.status.shape
     x, y = (_joined([v.detach() for v in solution.variables], lead) for solution in (ours, theirs))
@@ -107,8 +116,8 @@ def not_compared(structure: str, batch: tuple[int, ...]) -> Verification:
 
 
 def _solved(
-    path: Callable[..., Solution], leaves: Sequence[Tensor], lead: int, seed: int
-) -> tuple[Solution, list[Tensor]]:
+    path: Callable[..., Answered], leaves: Sequence[Tensor], lead: int, seed: int
+) -> tuple[Answered, list[Tensor]]:
     leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

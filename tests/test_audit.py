@@ -1,7 +1,7 @@
 """Whatever the spelling, `auto` agrees with `generic`: value, objective, status and gradient, over a table of nasty problems.
 
 `@nasty` registers a declaration () -> (problem, parameters, variables), or with values of the parameters for the layer at them;
-without, they are drawn by what they declare. The names in FAILING disagree today, and are to leave that list one by one.
+without, they are drawn by what they declare.
 """
 
 import warnings
@@ -13,12 +13,11 @@ import torch
 
 from convlayer import ConvexLayer
 
-FAILING: list[str] = []
-
 TABLE = {}
 
 
 def nasty(declare):
+    assert declare.__name__ not in TABLE
     TABLE[declare.__name__] = declare
     return declare
 
@@ -733,7 +732,7 @@ def close(a, b, tolerance):
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance * max(1.0, float(b.detach().abs().max())))
 
 
-@pytest.mark.parametrize("name", [name for name in TABLE if name not in FAILING])
+@pytest.mark.parametrize("name", TABLE)
 def test_whatever_the_spelling_auto_agrees_with_generic(name):
     problem, parameters, variables, *values = TABLE[name]()
     declaration = problem, parameters, variables
@@ -755,6 +754,3 @@ def test_whatever_the_spelling_auto_agrees_with_generic(name):
             assert all(close(a, b, 1e-6) for a, b in zip(mine, other, strict=True)), f"the {what} differ"
 
 
-def test_every_failing_name_is_in_the_table():
-    assert set(FAILING) <= set(TABLE)
-    assert len(TABLE) >= 60

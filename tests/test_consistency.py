@@ -44,6 +44,71 @@ def test_marginals_that_differ_by_the_rounding_of_single_precision_are_marginals
         assert abs(solution.objective[k].item() - value) <= 1e-5 * abs(value)
 
 
+def _balanced(kind: str):
+    """Marginals of a table: a quadratic programme with equalities only, or an entropic transport."""
+    Z, r, c = cp.Variable((N, N)), cp.Parameter(N), cp.Parameter(N)
+    cost = cp.sum_squares(Z) if kind == "equality_constrained_qp" else -cp.sum(cp.entr(Z))
+    rules = [cp.sum(Z, axis=1) == r, cp.sum(Z, axis=0) == c]
+    return cp.Problem(cp.Minimize(cost), rules if kind == "equality_constrained_qp" else [*rules, Z >= 0]), [r, c], [Z]
+
+
+def _words(solution) -> list[str]:
+    """Its notes, but for those that say which way a row took."""
+    return [note for note in solution.notes if "not settled" not in note]
+
+
+@pytest.mark.parametrize("kind", ["equality_constrained_qp", "entropic_optimal_transport"])
+@pytest.mark.parametrize(("dtype", "apart"), [(torch.float32, 0.0), (torch.float64, 0.0), (torch.float64, 5e-9), (torch.float64, 1e-3)])
+def test_a_kernel_says_of_equalities_that_differ_what_the_cone_program_says(kind, dtype, apart):
+    """The right-hand sides themselves are the oracle: whether they differ, and by how much."""
+    problem, parameters, variables = _balanced(kind)
+    _, r, c = _marginals(dtype)
+    r, c = r[:4] * (1 + apart), c[:4]
+    found = []
+    for structure in (kind, "generic"):
+        layer = ConvexLayer(problem, parameters, variables, structure=structure, on_failure="keep")
+        solution = layer.solve(r, c)
+        with_words = layer.with_options(on_failure="raise")
+        if apart > 1e-8:
+            with pytest.raises(SolverError, match=r"depend on each other disagree by .* rounding in float64"):
+                with_words(r, c)
+        found.append((solution.status.tolist(), _words(solution)))
+    differ = dtype is torch.float32 or apart > 0
+    assert found[0] == found[1]
+    assert found[0][0] == [Status.INFEASIBLE if apart > 1e-8 else Status.SOLVED] * 4
+    assert any("differed by rounding" in note for note in found[0][1]) == (differ and apart < 1e-8)
+
+
+def test_a_kernel_weighs_a_difference_by_what_it_is_made_of():
+    """A difference of numbers of size 1e6 in single precision is off by 0.1, and what the user says is rounding is rounding."""
+    x, a, b = cp.Variable(4), cp.Parameter(2), cp.Parameter(2)
+    rules = [x[:2] + a == b, cp.sum(x[:2]) + cp.sum(a) == cp.sum(b)]
+    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x)), rules), [a, b], [x], on_failure="keep")
+    assert layer.structure == "equality_constrained_qp"
+    rows = torch.tensor([[1e6 + 0.3, 2e6]], dtype=torch.float32), torch.tensor([[1e6 + 1.7, 2e6 + 0.9]], dtype=torch.float32)
+    assert layer.solve(*rows).status.tolist() == [Status.SOLVED]
+    problem, parameters, variables = _balanced("equality_constrained_qp")
+    layer = ConvexLayer(problem, parameters, variables, on_failure="keep")
+    _, r, c = _marginals(torch.float64)
+    for tolerance, status in ((1e-8, Status.INFEASIBLE), (1e-6, Status.SOLVED)):
+        solution = layer.solve(r[:2] * (1 + 1e-6), c[:2], solver_args={"tolerance": tolerance})
+        assert solution.status.tolist() == [status] * 2
+
+
+@pytest.mark.parametrize("structure", ["auto", "generic"])
+def test_a_note_says_what_came_of_rows_that_another_way_took(structure):
+    """Infeasible rows are not solved."""
+    x, a = cp.Variable(2), cp.Parameter(2)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [x >= a, cp.sum(x) <= 1])
+    rows = torch.tensor([[0.2, 0.3], [2.0, 3.0]], dtype=torch.float64)
+    solution = ConvexLayer(problem, [a], [x], structure=structure, on_failure="keep").solve(rows)
+    assert solution.status.tolist() == [Status.SOLVED, Status.INFEASIBLE]
+    (note,) = solution.notes
+    assert note.startswith("row 1: ")
+    assert "infeasible" in note
+    assert "; solved" not in note
+
+
 def test_the_solution_is_that_of_the_least_change_of_the_right_hand_sides():
     """Both marginals move towards each other by the same number in every entry, which the transport's own scale does not do."""
     problem, parameters, variables = _transport(0.1)

@@ -11,7 +11,7 @@ from convlayer.residual import normalise
 from convlayer.solution import Status
 from convlayer.solvers.clarabel import Clarabel
 from convlayer.solvers.interior_point import InteriorPoint
-from convlayer.solvers.solver import Task, solve_batch
+from convlayer.solvers.solver import Iterate, Task, solve_batch
 
 SIZES = [(1, 0, 1), (4, 0, 0), (5, 2, 0), (6, 0, 9), (10, 3, 5), (10, 3, 20), (12, 0, 6), (8, 3, 40)]
 KINDS = ["definite", "semidefinite", "linear"]
@@ -41,7 +41,9 @@ def task_of(data, tolerance=1e-8, **options):
 
 
 def solve(data, tolerance=1e-8, **options):
-    return InteriorPoint().solve(task_of(data, tolerance, **options))
+    points = InteriorPoint().solve_data(data, tolerance, options)
+    rows = zip(*(part.numpy() for part in (points.x, points.s, points.y)), points.status.tolist(), points.iterations.tolist(), strict=True)
+    return [Iterate(x, s, y, Status(status), count) for x, s, y, status, count in rows]
 
 
 def stacked(iterates):
@@ -288,9 +290,7 @@ def test_a_finer_tolerance_is_reached():
 def test_an_empty_batch_and_few_iterations():
     parts, _ = planted("definite", 4, 1, 5)
     data = data_of(*parts, 1)
-    task = task_of(data)
-    empty = Task(task.program, task.P[:0], task.q[:0], task.A[:0], task.b[:0], 1e-8)
-    assert InteriorPoint().solve(empty) == []
+    assert solve(data.rows(torch.zeros(0, dtype=torch.int64))) == []
     early = solve(data, max_iter=2)
     assert {iterate.status for iterate in early} == {Status.NOT_CONVERGED}
     assert {iterate.iterations for iterate in early} == {2}

@@ -152,7 +152,7 @@ def test_a_pickle_holds_the_declaration_and_not_what_is_made_from_it(case):
         layer = case.layer(structure=structure, solver_args={"tolerance": 1e-9}, on_failure="nan")
         assert len(pickle.dumps(layer)) < 20_000
         other = pickle.loads(pickle.dumps(layer))
-        assert not other._declared.is_canonicalised
+        assert other._declared._canonical is None
         assert (other.structure, other._tolerance, other.on_failure) == (layer.structure, 1e-9, "nan")
 
 

@@ -21,6 +21,7 @@ from convlayer.program import Data, Operators, Program
 from convlayer.residual import normalise, recentre
 from convlayer.smoothing import smoothed
 from convlayer.solvers.clarabel import Clarabel
+from convlayer.solvers.solver import solve_batch
 from convlayer.threads import one_thread
 
 FOUND = 1e-12
@@ -59,7 +60,7 @@ def solution(data: Data, visible: Visible | None = None, dense: bool = False) ->
     n, m = data.program.n, data.program.m
     visible = visible or Visible(torch.ones(n, dtype=torch.bool), torch.zeros(m, dtype=torch.bool))
     data, scaling = normalise(data)
-    found = Clarabel().solve_data(data, 1e-9, {})
+    found = solve_batch(Clarabel(), 1e-9, {}, data, None, None)
     data, inner = recentre(data, scaling, found.x, found.y)
     point = inner.enter(*scaling.leave(found.x, found.s, found.y))
     return polish(Operators(data, dense), *point, visible, None)

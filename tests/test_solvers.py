@@ -1,5 +1,6 @@
 """Whichever solver runs, the answer is the same: x, s, y and the gradient; and what a solver is told is what it does."""
 
+import inspect
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -13,11 +14,14 @@ import torch
 from cases import CASES, close, leaves, names, outputs_of, solved_right_or_flagged, weights
 from oracles import outside
 
+import convlayer.cones
 from convlayer import AccuracyWarning, ConvexLayer, Iterate, Solver, SolverError, Status, Task
-from convlayer.program import Program
+from convlayer.cones import Cone, Exponential, Nonnegative, Power, Product, Psd, SecondOrder, Zero
+from convlayer.program import Data, Program
+from convlayer.solvers import DEFAULT, SOLVERS, BatchSolver
 from convlayer.solvers.clarabel import Clarabel
 from convlayer.solvers.scs import SCS
-from convlayer.solvers.solver import Inline
+from convlayer.solvers.solver import Inline, solve_batch
 
 FOR_SCS = names(lambda case: case.scs and case.shared._canonical.program.m > 0)
 OPTIONS = {"max_iters": 100_000, "acceleration_lookback": 0}
@@ -87,7 +91,7 @@ def test_rows_that_the_first_choice_does_not_settle_are_solved_by_another_and_no
     heights = torch.tensor([1.0, -1.0, 0.5, 2.0], dtype=torch.float64)
     solution = layer.solve(torch.ones(4, 3, dtype=torch.float64), heights)
     assert solution.status.tolist() == [Status.SOLVED, Status.INFEASIBLE, Status.SOLVED, Status.SOLVED]
-    assert solution.notes == ("row 1: daqp did not settle them; solved by clarabel",)
+    assert solution.notes == ("row 1: not settled by daqp; proved infeasible by clarabel",)
     assert layer.solve(torch.ones(2, 3, dtype=torch.float64), heights[[0, 2]]).notes == ()
 
 
@@ -368,3 +372,48 @@ def test_iterations_that_ran_out_are_never_a_solution_that_is_wrong(solver):
             for got, reference in zip(solution.variables, expected, strict=False):
                 assert close(got[good], reference[good], 1e-6)
             assert not (solution.residual[~good] <= 1e-8).any()
+
+
+# Every cone with every solver ------------------------------------------------------------------------------------------------
+
+
+def cone_program(cone):
+    """minimise |x - a|^2 / 2 subject to x in the cone."""
+    n = cone.size
+    columns, rows = np.arange(n), np.arange(n)
+    product = Product([cone])
+    program = Program(n, n, product, columns, columns, rows, columns)
+    eye = torch.ones(1, n, dtype=torch.float64)
+    a = torch.linspace(-1.0, 1.3, n, dtype=torch.float64).unsqueeze(0)
+    return Data(program, eye, -a, -eye, torch.zeros(1, n, dtype=torch.float64)), a
+
+
+class IceCream(Nonnegative):
+    """A cone of a kind that no solver has heard of."""
+
+    name: ClassVar[str] = "ice_cream"
+
+
+KINDS_OF_CONES = [Zero(3), Nonnegative(3), SecondOrder(3), Psd(2), Exponential(), Power(0.3), SecondOrder(1), Psd(1), IceCream(3)]
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+@pytest.mark.parametrize("cone", KINDS_OF_CONES, ids=lambda cone: f"{cone.name}-{cone.size}")
+def test_every_cone_with_every_solver_is_taken_or_refused_in_words(cone, solver):
+    """The projection onto it is the solution."""
+    data, a = cone_program(cone)
+    if not solver.takes(data.program):
+        with pytest.raises(ValueError, match=f"Solver {solver.name} takes .* a cone of the kind {cone.name}"):
+            solver.check(data.program, {})
+        return
+    solver.check(data.program, {})
+    assert cone.name != "ice_cream"
+    points = solve_batch(solver, 1e-9, {}, data, None, None)
+    assert points.status.tolist() == [Status.SOLVED]
+    assert close(points.x, cone.project(a), 1e-4)
+
+
+def test_the_default_solver_takes_every_cone_there_is():
+    kinds = {kind.name for kind in vars(convlayer.cones).values() if inspect.isclass(kind) and issubclass(kind, Cone) and kind is not Cone}
+    assert SOLVERS[DEFAULT].cones == kinds
+    assert all(isinstance(solver, Solver) != isinstance(solver, BatchSolver) for solver in SOLVERS.values())

@@ -60,7 +60,7 @@ MATCHERS = {
         total_variation, "_line", lambda form: np.arange(form.n), near_miss("total_variation", "a star")),
     "any multiple is a whole one": (
         leading_eigenspace, "_multiple", lambda total, bound: 2,
-        near_miss("leading_eigenspace", "trace two, no upper bound needed")),
+        near_miss("leading_eigenspace", "a trace that is no whole multiple of the bound")),
     "no constraint is in the way": (least_squares, "no_cones", lambda *a: None, near_miss("least_squares", "a sign")),
     "inequalities are equalities": (
         equality_constrained_qp, "no_cones", lambda *a: None, near_miss("equality_constrained_qp", "an inequality")),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from structures import SPELLINGS
 
 from convlayer import ConvexLayer, ParameterError, ProblemError, SolverError, Status, problems
-from convlayer.structures import STRUCTURES
+from convlayer.structures import ROOT, STRUCTURES, in_order
 
 KERNELS = {name: s for name, s in STRUCTURES.items() if name != "quadratic_program"}
 NEAR_MISSES = {f"{name}: {miss}": (name, d) for name, s in STRUCTURES.items() for miss, d in s.near_misses().items()}
@@ -37,7 +37,7 @@ def test_the_declaration_is_matched_and_nothing_is_canonicalised_for_a_kernel(na
     layer = layer_of(name)
     assert layer.structure == name
     layer(*sample(name, (2,)))
-    assert layer._declared.is_canonicalised == (name not in KERNELS)
+    assert (layer._declared._canonical is None) == (name in KERNELS)
 
 
 @pytest.mark.parametrize("miss", NEAR_MISSES)
@@ -47,6 +47,15 @@ def test_a_near_miss_falls_through_with_a_reason(miss):
     assert layer.structure != name
     with pytest.raises(ProblemError, match=f"structure='{name}' does not apply: .+"):
         ConvexLayer(*declaration, structure=name)
+
+
+def test_a_structure_that_refines_what_is_none_is_refused_in_words():
+    misspelt = copy.copy(STRUCTURES["softmax"])
+    misspelt.refines = "quadratic_programme"
+    with pytest.raises(ValueError, match=r"`softmax` refines 'quadratic_programme', which is none; expected one of .*'quadratic_program'"):
+        in_order({**STRUCTURES, "softmax": misspelt})
+    order = list(STRUCTURES)
+    assert all(order.index(one.refines) > order.index(name) for name, one in STRUCTURES.items() if one.refines != ROOT)
 
 
 @every_structure
@@ -331,7 +340,7 @@ def test_a_dense_least_squares_layer_of_two_million_entries_is_not_canonicalised
     A, b, x = cp.Parameter((2000, 1000)), cp.Parameter(2000), cp.Variable(1000)
     layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(A @ x - b))), [A, b], [x])
     assert layer.structure == "least_squares"
-    assert not layer._declared.is_canonicalised
+    assert layer._declared._canonical is None
     A_t = torch.randn(2000, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     b_t = torch.ones(2000, dtype=torch.float64)
     (found,) = layer(A_t, b_t)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import NamedTuple
 
 import cvxpy as cp
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from oracles import qp_adjoint
 
 from convlayer import surrogates
+from convlayer.adjoint import pull_back
 from convlayer.cones import Nonnegative, Product, SecondOrder, Zero
 from convlayer.program import Data, Program
 from convlayer.solution import Status
@@ -64,6 +66,22 @@ def quadratic(batch=3, n=5, m=9, seed=0):
     return (P, q, G, (G @ x.unsqueeze(2)).squeeze(2) + s), (x, y)
 
 
+class Bars(NamedTuple):
+    """Cotangents of each row's stored entries; an off-diagonal entry of P stands for two."""
+
+    P: torch.Tensor | None
+    q: torch.Tensor
+    A: torch.Tensor | None
+    b: torch.Tensor | None
+
+
+def bars_of(data, *arguments, **options):
+    """What lpgd's secant makes of every entry."""
+    secant, program = lpgd(data, *arguments, **options), data.program
+    P_bar, A_bar = (pull_back(name, program, torch.arange(len(rows)), *secant) for name, rows in (("P", program.P_rows), ("A", program.A_rows)))
+    return Bars(P_bar, -secant.w, A_bar, secant.u)
+
+
 def close(got, expected, tolerance):
     """In units of the derivative."""
     return float((got - expected).norm()) <= tolerance * float(expected.norm())
@@ -76,7 +94,7 @@ def test_for_small_tau_lpgd_is_the_adjoint_by_the_active_set_of_the_augmented_pr
     (P, q, G, h), (x, y) = quadratic()
     x_bar, y_bar = normal(*x.shape, seed=8), normal(*y.shape, seed=9)
     data = data_of(P, q, G, h, [Nonnegative(y.shape[1])])
-    bars = lpgd(data.to_dense() if dense else data, x, y, x_bar, y_bar, solve, tau=1e-3, rho=rho)
+    bars = bars_of(data.to_dense() if dense else data, x, y, x_bar, y_bar, solve, tau=1e-3, rho=rho)
     i, j = data.program.P_rows, data.program.P_cols
     for k in range(len(x)):
         curved = (P[k] + torch.eye(len(x[k])) / rho).numpy()
@@ -98,7 +116,7 @@ def test_lpgd_tends_to_the_derivative_as_tau_squared_over_a_ball():
     exact = -(x_bar - x * (x * x_bar).sum(1, keepdim=True)) / norm
     errors = []
     for tau in (0.04, 0.02, 0.01):
-        got = lpgd(data, x, y, x_bar, torch.zeros(4, 4).double(), solve, tau).q
+        got = bars_of(data, x, y, x_bar, torch.zeros(4, 4).double(), solve, tau).q
         t = tau * q.abs().amax(1, keepdim=True) / x_bar.abs().amax(1, keepdim=True)
         up, low = q + t * x_bar, q - t * x_bar
         assert close(got, (low / low.norm(dim=1, keepdim=True) - up / up.norm(dim=1, keepdim=True)) / (2 * t), 1e-6)
@@ -128,7 +146,7 @@ def test_lpgd_is_the_gradient_of_the_average_envelope_by_differences_of_optimal_
     data = data_of(P.double()[None], q[None], A[None], b[None], [Nonnegative(len(b))])
     x, y, _ = solve(data)
     x_bar, y_bar = normal(1, n, seed=7), 0.2 * normal(1, len(b), seed=8)
-    bars = lpgd(data, x, y, x_bar, y_bar, solve, tau, rho)
+    bars = bars_of(data, x, y, x_bar, y_bar, solve, tau, rho)
     q_size = max(float(q.abs().max()), float((P.double() @ x[0]).abs().max()))
     b_size = max(float(b.abs().max()), float((A @ x[0]).abs().max()))
     t = tau / max(float(x_bar.abs().max()) / q_size, float(y_bar.abs().max()) / b_size)
@@ -161,7 +179,7 @@ def test_lpgd_is_the_gradient_of_the_average_envelope_by_differences_of_optimal_
                 values.append(envelope(*moved))
             differences.append((values[0] - values[1]) / (2 * h))
         assert np.abs(bar[0].numpy() - differences).max(initial=0.0) <= 1e-4 * np.abs(differences).max(initial=1.0)
-    assert not close(bars.q, lpgd(data, x, y, x_bar, y_bar, solve, 1e-3, rho).q, 0.1), "no active set changed"
+    assert not close(bars.q, bars_of(data, x, y, x_bar, y_bar, solve, 1e-3, rho).q, 0.1), "no active set changed"
 
 
 def test_perturbed_is_the_derivative_of_the_normal_distribution_function_on_the_simplex():
@@ -170,7 +188,7 @@ def test_perturbed_is_the_derivative_of_the_normal_distribution_function_on_the_
     data = simplex(q.expand(rows, 2))
     sigma, x_bar = 0.6, tensor(2.0, -1.0).expand(rows, 2)
     for moving, r in (([True, True], sigma * 1.0 * math.sqrt(2)), ([True, False], sigma * 0.5)):
-        got = perturbed(data, x_bar, solve, sigma, samples=24, seed=0, moving=torch.tensor(moving)).q
+        got = perturbed(data, x_bar, solve, sigma, samples=24, seed=0, moving=torch.tensor(moving))
         density = math.exp(-0.5 * (0.5 / r) ** 2) / math.sqrt(2 * math.pi) / r
         expected = -3.0 * density * tensor(1, -1) * torch.tensor(moving)
         error = got.std(0) / math.sqrt(rows)
@@ -185,11 +203,11 @@ def test_the_noise_is_that_of_the_seed_and_of_each_row_its_own():
         tensor(1, 0, -1, 2).expand(3, 4),
         torch.ones(4) > 0,
     )
-    first, again, other = (perturbed(data, x_bar, solve, 1.0, 8, seed, moving).q for seed in (5, 5, 6))
+    first, again, other = (perturbed(data, x_bar, solve, 1.0, 8, seed, moving) for seed in (5, 5, 6))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert not torch.equal(first[0], first[1])
-    partly = perturbed(data, x_bar * tensor(0, 1, 0)[:, None], solve, 1.0, 8, 5, moving).q
+    partly = perturbed(data, x_bar * tensor(0, 1, 0)[:, None], solve, 1.0, 8, 5, moving)
     assert close(partly[1], first[1], 1e-7)
     assert (partly[[0, 2]] == 0).all()
 
@@ -198,7 +216,7 @@ def test_blackbox_is_the_gradient_of_the_interpolated_loss_by_enumeration_of_ver
     q, x_bar = normal(6, 4, seed=1).abs() + 0.2, normal(6, 4, seed=2)
     data, moving = simplex(q), torch.tensor([True, True, True, False])
     x = torch.eye(4).double()[q.argmin(1)]
-    got = blackbox(data, x, x_bar, solve, 1.5, moving).q
+    got = blackbox(data, x, x_bar, solve, 1.5, moving)
     t = 1.5 * q[:, :3].abs().amax(1) / x_bar.abs().amax(1)
 
     def interpolation(q):
@@ -215,10 +233,10 @@ def test_blackbox_is_the_gradient_of_the_interpolated_loss_by_enumeration_of_ver
 def surrogate_gradients(data, x, y, x_bar, solve=solve):
     moving = torch.ones(x.shape[1], dtype=torch.bool)
     return {
-        "lpgd": lpgd(data, x, y, x_bar, torch.zeros_like(y), solve, 1.5),
-        "lpgd with rho": lpgd(data, x, y, x_bar, torch.zeros_like(y), solve, 1.5, rho=2.0),
-        "blackbox": blackbox(data, x, x_bar, solve, 1.5, moving),
-        "perturbed": perturbed(data, x_bar, solve, 0.7, 32, 0, moving),
+        "lpgd": bars_of(data, x, y, x_bar, torch.zeros_like(y), solve, 1.5),
+        "lpgd with rho": bars_of(data, x, y, x_bar, torch.zeros_like(y), solve, 1.5, rho=2.0),
+        "blackbox": Bars(None, blackbox(data, x, x_bar, solve, 1.5, moving), None, None),
+        "perturbed": Bars(None, perturbed(data, x_bar, solve, 0.7, 32, 0, moving), None, None),
     }
 
 
@@ -251,9 +269,9 @@ def test_the_perturbation_is_relative_to_the_programs_units():
     """Costs times c and lengths times d: the cotangent of q has the units of x over q."""
     (P, q, G, h), (x, y) = quadratic()
     x_bar, y_bar, c, d = normal(*x.shape, seed=8), normal(*y.shape, seed=9), 100.0, 0.1
-    plain = lpgd(data_of(P, q, G, h, [Nonnegative(9)]), x, y, x_bar, y_bar, solve, 0.5)
+    plain = bars_of(data_of(P, q, G, h, [Nonnegative(9)]), x, y, x_bar, y_bar, solve, 0.5)
     other = data_of(P * c / d**2, q * c / d, G, h * d, [Nonnegative(9)])
-    scaled = lpgd(other, x * d, y * c / d, x_bar / d, y_bar * d / c, solve, 0.5)
+    scaled = bars_of(other, x * d, y * c / d, x_bar / d, y_bar * d / c, solve, 0.5)
     assert close(scaled.q, plain.q * d / c, 1e-6)
     assert close(scaled.b, plain.b / d, 1e-6)
 
@@ -267,7 +285,7 @@ def test_a_zero_cotangent_gives_zero_and_solves_nothing():
 def step_of(data, x, y, x_bar, y_bar, tau):
     """The t with which lpgd perturbs q and b."""
     seen = []
-    lpgd(data, x, y, x_bar, y_bar, lambda data: (seen.append(data), *solve(data))[1:], tau)
+    bars_of(data, x, y, x_bar, y_bar, lambda data: (seen.append(data), *solve(data))[1:], tau)
     first = seen[0].rows(torch.arange(len(x)))
     change = torch.cat([first.q - data.q, first.b - data.b], 1)
     return float(change.abs().max() / torch.cat([x_bar, y_bar], 1).abs().max())
@@ -306,10 +324,10 @@ def test_lpgd_with_one_side_unsolved_is_the_other_sides_envelope_and_leaves_othe
     data = data_of(P, tensor([-2.5], [-2.5]), A, tensor([1.0, 0.0], [2.0, 0.0]), [Nonnegative(2)])
     x, y = tensor([1.0], [2.0]), tensor([1.5, 0.0], [0.5, 0.0])
     x_bar, y_bar = tensor([0.0], [1.0]), tensor([1.0, 0.0], [0.0, 0.0])
-    bars = lpgd(data, x, y, x_bar, y_bar, solve, 2.0)
+    bars = bars_of(data, x, y, x_bar, y_bar, solve, 2.0)
     assert bars.q[0].tolist() == pytest.approx([(1 - 2.5) / 2], rel=1e-6)
     assert bars.b[0].tolist() == pytest.approx([-(1.5 - 0) / 2, 0], rel=1e-6, abs=1e-6)
-    alone = lpgd(data.rows(torch.tensor([1])), x[1:], y[1:], x_bar[1:], y_bar[1:], solve, 2.0)
+    alone = bars_of(data.rows(torch.tensor([1])), x[1:], y[1:], x_bar[1:], y_bar[1:], solve, 2.0)
     for part, reference in zip(bars, alone):
         assert close(part[1], reference[0], 1e-6)
 
@@ -318,13 +336,13 @@ def test_a_row_that_cannot_be_solved_is_nan_and_leaves_other_rows_alone():
     """minimise q x subject to x >= 0: unbounded as soon as the cost is negative."""
     data = data_of(torch.zeros(1, 1, 1).double(), tensor([1], [1]), tensor([-1])[None], tensor([0]), [Nonnegative(1)])
     x, moving = torch.zeros(2, 1).double(), torch.tensor([True])
-    q_bar = blackbox(data, x, tensor([-1], [1]), solve, 2.0, moving).q
+    q_bar = blackbox(data, x, tensor([-1], [1]), solve, 2.0, moving)
     assert torch.isnan(q_bar[0]).all()
     assert float(q_bar[1].abs()) < 1e-6
-    q_bar = perturbed(data, tensor([1], [0]), solve, 10.0, 8, 0, moving).q
+    q_bar = perturbed(data, tensor([1], [0]), solve, 10.0, 8, 0, moving)
     assert torch.isnan(q_bar[0]).all()
     assert float(q_bar[1]) == 0
-    both = lpgd(data, x, tensor([1], [1]), tensor([1], [0]), x, lambda data: (*solve(data)[:2], data.q[:, 0] > -9), 0.5)
+    both = bars_of(data, x, tensor([1], [1]), tensor([1], [0]), x, lambda data: (*solve(data)[:2], data.q[:, 0] > -9), 0.5)
     for part in (both.q, both.A, both.b):
         assert torch.isnan(part[0]).all()
         assert (part[1] == 0).all()
@@ -333,8 +351,8 @@ def test_a_row_that_cannot_be_solved_is_nan_and_leaves_other_rows_alone():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda data, x, y, every: lpgd(data, x, y, x, y, unreachable, 0.0), "tau is 0.0"),
-        (lambda data, x, y, every: lpgd(data, x, y, x, y, unreachable, 1.0, rho=-1.0), "rho is -1.0"),
+        (lambda data, x, y, every: bars_of(data, x, y, x, y, unreachable, 0.0), "tau is 0.0"),
+        (lambda data, x, y, every: bars_of(data, x, y, x, y, unreachable, 1.0, rho=-1.0), "rho is -1.0"),
         (lambda data, x, y, every: blackbox(data, x, x, unreachable, math.inf, every), "lam is inf"),
         (lambda data, x, y, every: perturbed(data, x, unreachable, math.nan, 8, 0, every), "sigma is nan"),
         (lambda data, x, y, every: perturbed(data, x, unreachable, 1.0, 7, 0, every), "samples is 7"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import cvxpy as cp
 import numpy as np
@@ -11,9 +12,12 @@ import pytest
 import torch
 from cases import CASES
 
+import convlayer.generic
 from convlayer import ConvexLayer, Status
-from convlayer.solvers import SOLVERS
+from convlayer.solvers import SOLVERS, BatchSolver
 from convlayer.structures import STRUCTURES
+
+ROOT = Path(__file__).parent.parent
 
 
 def told(text: str, head: str) -> str:
@@ -29,9 +33,9 @@ def test_the_cone_program_is_verified_by_a_solver_that_has_no_part_in_it(name, s
     used: list[set[str]] = []
 
     def watched(kind):
-        for method in ("solve", "solve_data"):
-            inner = getattr(kind, method)
-            monkeypatch.setattr(kind, method, lambda self, *a, inner=inner: (used[-1].add(self.name), inner(self, *a))[1])
+        method = "solve_data" if issubclass(kind, BatchSolver) else "solve"
+        inner = getattr(kind, method)
+        monkeypatch.setattr(kind, method, lambda self, *a: (used[-1].add(self.name), inner(self, *a))[1])
 
     for one in SOLVERS.values():
         watched(type(one))
@@ -136,5 +140,72 @@ def test_the_solver_that_explain_names_is_the_one_that_runs():
         layer = ConvexLayer(problem, parameters, variables, on_failure="nan", **options)
         named = told(layer.explain(3), "Solver").split(",")[0]
         solution = layer.solve(*[torch.full((3, *p.shape), 0.4, dtype=torch.float64) for p in parameters])
-        assert not any("did not settle" in note for note in solution.notes), (name, solution.notes)
+        assert not any("not settled" in note for note in solution.notes), (name, solution.notes)
         assert named in SOLVERS
+
+
+def test_the_front_door_names_the_solvers_that_there_are():
+    (named,) = re.findall(r"or by name (.*?), or a convlayer", ConvexLayer.__doc__)
+    assert re.findall(r'"(\w+)"', named) == list(SOLVERS)
+
+
+@pytest.mark.parametrize("solver", [None, *SOLVERS])
+def test_repr_names_a_solver_that_was_named_and_no_other(solver):
+    named = f"solver={'the cheapest' if solver is None else solver}, "
+    assert named in repr(CASES["quadratic_program"].layer(structure="generic") if solver is None else CASES["quadratic_program"].layer(solver=solver))
+    options = {"daqp": {"iter_limit": 99}, "clarabel": {"max_iter": 99}}
+    if solver in options:
+        assert named in repr(CASES["quadratic_program"].layer(solver=solver, solver_args=options[solver]))
+    assert "solver=clarabel, " in repr(CASES["quadratic_program"].layer(solver_args=options["clarabel"]))  # whose options they are
+
+
+def test_no_sentence_counts_the_solvers():
+    """A number of them, or `the other one`, is wrong as soon as there is one more."""
+    counted = re.compile(r"\b(two|three|four|both|2|3|4) solvers?\b|\bthe other solver\b")
+    for path in sorted((ROOT / "convlayer").rglob("*.py")):
+        assert not counted.search(path.read_text()), path
+
+
+# Against diffcp ---------------------------------------------------------------------------------------------------------------
+
+
+def variables_alone(name):
+    declared = CASES[name].declare()
+    own = {variable.id for variable in declared.problem.variables()}
+    return ConvexLayer(declared.problem, declared.parameters, [v for v in declared.outputs if v.id in own], gp=CASES[name].gp)
+
+
+@pytest.mark.parametrize("name", ["lasso", "norm_ball", "nearest_correlation", "logistic_regression", "posynomial"])
+def test_a_layer_is_verified_against_cvxpy_with_diffcp_which_finds_a_wrong_gradient(name, monkeypatch):
+    layer, tensors = variables_alone(name), CASES[name].sample(2)
+    found = layer.verify(*tensors, against="diffcp")
+    assert found.agrees, found
+    assert "against CVXPY with diffcp, 2 rows: agree" in str(found)
+    assert bool((found.value > 0).any())  # two computations, not one
+    adjoint = convlayer.generic._adjoint_of
+    monkeypatch.setattr(convlayer.generic, "_adjoint_of", lambda *a: [1.01 * part for part in adjoint(*a)])
+    wrong = variables_alone(name).with_options(structure="generic").verify(*tensors, against="diffcp")
+    assert not wrong.agrees
+    assert "DISAGREE" in str(wrong)
+
+
+def test_what_diffcp_cannot_say_is_said():
+    with pytest.raises(ValueError, match="returns multipliers too: verify a layer of the variables alone"):
+        CASES["quadratic_program"].layer().verify(*CASES["quadratic_program"].sample(2), against="diffcp")
+    with pytest.raises(ValueError, match="`against` must be one of 'diffcp'; got 'ecos'"):
+        CASES["lasso"].layer().verify(*CASES["lasso"].sample(2), against="ecos")
+    infeasible = ConvexLayer(*_capped(), on_failure="keep").verify(torch.tensor([1.0, -1.0]).double(), against="diffcp")
+    assert infeasible.agrees
+    form = variables_alone("quadratic_program").verify(*CASES["quadratic_program"].sample(2), against="diffcp")
+    assert "2 not compared" in str(form)
+    assert "not DPP (when requires_grad is True" in str(form)
+    a, x, z = cp.Parameter(2, nonneg=True), cp.Variable(2), cp.Variable()
+    powers = cp.Problem(cp.Maximize(z), [cp.PowCone3D(x[0], x[1], z, 0.3), x <= a])
+    found = ConvexLayer(powers, [a], [z]).verify(torch.rand(2, 2).double() + 1, against="diffcp")
+    assert "diffcp's derivative of power cones is wrong" in str(found)
+    assert not found.gradient.any()
+
+
+def _capped():
+    x, cap = cp.Variable(3), cp.Parameter()
+    return cp.Problem(cp.Minimize(cp.norm(x - np.arange(3))), [x >= 0, cp.sum(x) <= cap]), [cap], [x]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -36,6 +36,7 @@ class Cone(ABC):
 
     name: ClassVar[str]
     two_branched: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = False  # each row is a cone for itself, and may be scaled alone; adjacent blocks are one
     size: int
 
     @abstractmethod
@@ -71,6 +72,15 @@ class Cone(ABC):
         """What tells this cone from others of its name and size, where something does."""
         return None
 
+    def inside(self) -> Tensor:
+        """(size,) a point inside."""
+        return torch.ones(self.size, dtype=torch.float64)
+
+    @classmethod
+    def describe(cls, cones: Sequence[Cone]) -> str:
+        """Some cones of this kind, in words."""
+        return f"{len(cones)} {cls.name}"
+
     @property
     def group(self) -> object:
         """Blocks with equal groups are served by one call."""
@@ -80,6 +90,11 @@ class Cone(ABC):
     def merge(cls, cones: Sequence[Cone]) -> tuple[Cone, int]:
         """One cone object that serves `count` blocks of a group stacked as (*batch, count, size), and that count."""
         return cones[0], len(cones)
+
+
+def distinct(values: Iterable[float | int | None]) -> str:
+    """The values that occur, in words."""
+    return ", ".join(f"{value:g}" for value in dict.fromkeys(values))
 
 
 def finite_rows(v: Tensor) -> tuple[Tensor, Tensor]:

@@ -72,6 +72,9 @@ class Exponential(Cone):
     two_branched: ClassVar[bool] = False
     size: ClassVar[int] = 3  # type: ignore[misc]
 
+    def inside(self) -> Tensor:
+        return torch.tensor([-1.0, 1.0, 1.0], dtype=torch.float64)
+
     def project(self, v: Tensor) -> Tensor:
         return self._solve(v)[0]
 

@@ -25,6 +25,11 @@ class Nonnegative(Cone):
 
     size: int
     name: ClassVar[str] = "nonnegative"
+    elementwise: ClassVar[bool] = True
+
+    @classmethod
+    def describe(cls, cones: Sequence[Cone]) -> str:
+        return f"{sum(cone.size for cone in cones)} {cls.name}"
 
     def project(self, v: Tensor) -> Tensor:
         return v.clamp(min=0)

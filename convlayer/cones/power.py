@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from convlayer.cones.cone import Cone, Spectrum, bend, finite_rows, rotate, split
+from convlayer.cones.cone import Cone, Spectrum, bend, distinct, finite_rows, rotate, split
 from convlayer.cones.interior import Interior, minimise, rest_of, unit_scale
 
 FLAT = 1e-60  # relative to |v|: |z| below this is 0
@@ -78,6 +78,13 @@ class Power(Cone):
         if not chosen or not all(0 < alpha < 1 for alpha in chosen):
             raise ValueError(f"A power cone was given alpha = {alphas}; expected numbers strictly between 0 and 1.")
         object.__setattr__(self, "alphas", chosen)
+
+    def inside(self) -> Tensor:
+        return torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
+
+    @classmethod
+    def describe(cls, cones: Sequence[Cone]) -> str:
+        return f"{len(cones)} power (alpha = {distinct(cone.parameter for cone in cones)})"
 
     def project(self, v: Tensor) -> Tensor:
         return self._solve(v)[0]

@@ -25,6 +25,7 @@ class Block(NamedTuple):
     start: int
     size: int
     parameter: float | int | None  # n of a psd cone, alpha of a power cone
+    elementwise: bool  # see `Cone`
 
 
 class _Group(NamedTuple):
@@ -102,7 +103,7 @@ class Product:
         starts = [0]
         for cone in self.cones:
             starts.append(starts[-1] + cone.size)
-        self.blocks = [Block(c.name, start, c.size, c.parameter) for c, start in zip(self.cones, starts)]
+        self.blocks = [Block(c.name, start, c.size, c.parameter, c.elementwise) for c, start in zip(self.cones, starts)]
         members: dict[object, list[tuple[Cone, int]]] = {}
         for cone, start in zip(self.cones, starts):
             members.setdefault(cone.group, []).append((cone, start))
@@ -129,7 +130,7 @@ class Product:
     @property
     def inside(self) -> Tensor:
         """(m,) a point inside every cone; ones in the zero cone, which has none."""
-        return torch.cat([torch.zeros(0, dtype=torch.float64), *(_inside(cone) for cone in self.cones)])
+        return torch.cat([torch.zeros(0, dtype=torch.float64), *(cone.inside() for cone in self.cones)])
 
     @classmethod
     def from_dims(
@@ -237,20 +238,10 @@ class Product:
 
     def describe(self) -> str:
         """In words, such as `2 zero, 10 nonnegative, 3 second-order (sizes 3, 4)`."""
-        parts = []
-        for name in dict.fromkeys(block.name for block in self.blocks):
-            blocks = [block for block in self.blocks if block.name == name]
-            match name:
-                case "zero" | "nonnegative":
-                    parts.append(f"{sum(block.size for block in blocks)} {name}")
-                case "second_order":
-                    parts.append(f"{len(blocks)} second-order ({_listed('size', (b.size for b in blocks))})")
-                case "psd":
-                    parts.append(f"{len(blocks)} psd (n = {_distinct(b.parameter for b in blocks)})")
-                case "power":
-                    parts.append(f"{len(blocks)} power (alpha = {_distinct(b.parameter for b in blocks)})")
-                case _:
-                    parts.append(f"{len(blocks)} {name}")
+        kinds: dict[type[Cone], list[Cone]] = {}
+        for cone in self.cones:
+            kinds.setdefault(type(cone), []).append(cone)
+        parts = [kind.describe(cones) for kind, cones in kinds.items()]
         return ", ".join(parts) or "no rows"
 
     def __eq__(self, other: object) -> bool:
@@ -278,8 +269,8 @@ def _joined(cones: Sequence[Cone]) -> list[Cone]:
     out: list[Cone] = []
     for kind, members in groupby((cone for cone in cones if cone.size), key=type):
         run = list(members)
-        if kind in (Zero, Nonnegative):
-            out.append(kind.merge(run)[0])
+        if run[0].elementwise:
+            out.append(run[0].merge(run)[0])
         elif kind is Power:
             out += [Power(alpha) for cone in run if isinstance(cone, Power) for alpha in cone.alphas]
         else:
@@ -293,24 +284,3 @@ def _rows_of(x: Tensor, rows: slice | Tensor, dim: int) -> Tensor:
     return x.index_select(dim, rows.flatten().to(x.device))
 
 
-def _distinct(values: object) -> str:
-    return ", ".join(f"{value:g}" for value in dict.fromkeys(values))  # type: ignore[call-overload]
-
-
-def _listed(word: str, values: object) -> str:
-    listed = _distinct(values)
-    return f"{word}{'s' if ',' in listed else ''} {listed}"
-
-
-def _inside(cone: Cone) -> Tensor:
-    point = torch.ones(cone.size, dtype=torch.float64)
-    if cone.name == "second_order":
-        point[1:] = 0.0
-    elif cone.name == "psd":
-        point[:] = 0.0
-        point[[k * (k + 3) // 2 for k in range(int(cone.parameter or 0))]] = 1.0
-    elif cone.name == "exponential":
-        point[0] = -1.0
-    elif cone.name == "power":
-        point[2] = 0.0
-    return point

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import sqrt
@@ -10,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from convlayer.cones.cone import Cone, Spectrum, finite_rows, lift, spectral_weight, split
+from convlayer.cones.cone import Cone, Spectrum, distinct, finite_rows, lift, spectral_weight, split
 
 
 def svec(matrix: Tensor) -> Tensor:
@@ -52,6 +53,16 @@ class Psd(Cone):
     @property
     def size(self) -> int:  # type: ignore[override]
         return self.n * (self.n + 1) // 2
+
+    def inside(self) -> Tensor:
+        """The identity."""
+        point = torch.zeros(self.size, dtype=torch.float64)
+        point[[k * (k + 3) // 2 for k in range(self.n)]] = 1.0
+        return point
+
+    @classmethod
+    def describe(cls, cones: Sequence[Cone]) -> str:
+        return f"{len(cones)} psd (n = {distinct(cone.parameter for cone in cones)})"
 
     def project(self, v: Tensor) -> Tensor:
         if self.n == 1:

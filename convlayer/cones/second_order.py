@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import sqrt
@@ -10,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from convlayer.cones.cone import Cone, Spectrum, bend, lift, rotate, spectral_weight, split
+from convlayer.cones.cone import Cone, Spectrum, bend, distinct, lift, rotate, spectral_weight, split
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,16 @@ class SecondOrder(Cone):
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ValueError(f"A second-order cone was given {self.size} rows; expected 1 or more.")
+
+    def inside(self) -> Tensor:
+        point = torch.zeros(self.size, dtype=torch.float64)
+        point[0] = 1.0
+        return point
+
+    @classmethod
+    def describe(cls, cones: Sequence[Cone]) -> str:
+        sizes = distinct(cone.size for cone in cones)
+        return f"{len(cones)} second-order (size{'s' if ',' in sizes else ''} {sizes})"
 
     def project(self, v: Tensor) -> Tensor:
         if self.size == 1:

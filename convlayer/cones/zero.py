@@ -22,6 +22,11 @@ class Zero(Cone):
 
     size: int
     name: ClassVar[str] = "zero"
+    elementwise: ClassVar[bool] = True
+
+    @classmethod
+    def describe(cls, cones: Sequence[Cone]) -> str:
+        return f"{sum(cone.size for cone in cones)} {cls.name}"
 
     def project(self, v: Tensor) -> Tensor:
         return v - v  # NaN where v is

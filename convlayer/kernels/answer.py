@@ -22,6 +22,7 @@ class Answer:
     degenerate: Tensor | None = None  # (B,) bool, rows differentiated one-sidedly or least-norm; None: nowhere
     definite: bool = False  # the kernel has found its matrices positive definite, all of them
     local: Callable[..., tuple[Tensor, ...]] | None = None  # `outputs` again, see `again`; None: no input is to be differentiated
+    apart: Callable[[], Tensor] | None = None  # (B,) by how much equalities that depend on each other disagree, relative to their right-hand sides
     constant: tuple[Tensor, ...] | None = None  # without `local`: the kernel's outputs, from which `outputs` were made
 
     def unsettled(self, rows: Tensor | None) -> Answer:

@@ -91,7 +91,13 @@ def entropic_optimal_transport(
     held: list[_Held] = []
     P, f, g, status, iterations, residual, degenerate = _Transport.apply(held, M, r, c, eps)
     local = partial(_again, held[0], f, g) if P.requires_grad else None
-    return Answer((P, f, g), status, iterations, residual, degenerate, local=local)
+    return Answer((P, f, g), status, iterations, residual, degenerate, local=local, apart=partial(_apart, r, c, len(P)))
+
+
+def _apart(r: Tensor, c: Tensor, batch: int) -> Tensor:
+    """(B,) the difference of the two masses, relative to the larger."""
+    total, other = r.detach().double().sum(1), c.detach().double().sum(1)
+    return ((total - other).abs() / torch.maximum(total, other)).nan_to_num(0.0).expand(batch)
 
 
 def _nothing(M: Tensor, r: Tensor, c: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -67,7 +67,8 @@ def equality_constrained_qp(
         local = partial(_again, solved.factor, solved.failed, x, nu)
     else:
         x, nu, local = solved.x.to(P.dtype), solved.nu.to(P.dtype), None
-    return Answer((x, nu), solved.status, None, solved.residual, solved.degenerate, solved.definite, local)
+    apart = None if solved.apart is None else partial(torch.Tensor.detach, solved.apart)
+    return Answer((x, nu), solved.status, None, solved.residual, solved.degenerate, solved.definite, local, apart)
 
 
 class _Differentiable(torch.autograd.Function):
@@ -230,6 +231,7 @@ class _Solved:
     residual: Tensor  # (B,)
     degenerate: Tensor  # (B,)
     definite: bool  # every P is positive definite
+    apart: Tensor | None  # (B,) by how much rows of Ax = b that depend on each other disagree; None: no row does
 
 
 def _solve(problem: _Problem, visible: Tensor | None) -> _Solved:
@@ -245,14 +247,15 @@ def _solve(problem: _Problem, visible: Tensor | None) -> _Solved:
         worst = float(hard.max())
     corrections = next((count for limit, count in CORRECTIONS if worst <= limit), CORRECTIONS[-1][1])
     factor = replace(factor, corrections=corrections)
-    failed = None
+    failed = apart = None
     if not worst <= SAFE:
         index = torch.nonzero(~(hard <= SAFE)).flatten()
-        inverse, null, units, found = _null_space(problem.take(index), len(index))
+        inverse, null, units, found, gaps = _null_space(problem.take(index), len(index))
         exact, units = _PseudoInverse(index, inverse, null), factor.units.index_copy(0, index, units)
         factor = replace(factor, exact=exact, units=units)
         status = torch.zeros(right.x.shape[:2], dtype=torch.int64, device=A.device).index_copy_(0, index, found)
         failed = status > 0
+        apart = torch.zeros_like(right.x[:, :, 0]).expand(status.shape).index_copy(0, index, gaps).reshape(problem.batch)
     z = factor.solve(problem, right)
     gap = problem.residual(right, z)
     residual = _relative(factor.units, gap, z, right)
@@ -275,7 +278,7 @@ def _solve(problem: _Problem, visible: Tensor | None) -> _Solved:
     x, nu, status, residual, degenerate = (
         t.reshape(problem.batch, *t.shape[2:]) for t in (*z, status, residual, degenerate)
     )
-    return _Solved(factor, failed, x, nu, status, residual, degenerate, definite)
+    return _Solved(factor, failed, x, nu, status, residual, degenerate, definite, apart)
 
 
 @lru_cache(maxsize=64)
@@ -358,8 +361,9 @@ def _largest(rows: Tensor) -> Tensor:
     return rows.abs().amax(2) if rows.shape[2] else rows.new_zeros(rows.shape[:2])
 
 
-def _null_space(problem: _Problem, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(K^+, null basis of K, sizes of K's rows, statuses) by orthogonal factors of the equilibrated A and of P on its null space.
+def _null_space(problem: _Problem, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(K^+, null basis of K, sizes of K's rows, statuses, how far dependent rows of Ax = b are apart), by orthogonal factors of the
+    equilibrated A and of P on its null space.
 
     With A^+ the pseudo-inverse, Z its null basis, and G = Z (Z'PZ)^+ Z', a generalised inverse of K is
 
@@ -398,7 +402,8 @@ def _null_space(problem: _Problem, count: int) -> tuple[Tensor, Tensor, Tensor, 
     K = K - (K @ null) @ null.mT
     g = problem.right.nu * f.unsqueeze(1)
     start = g @ pinv.mT
-    infeasible = _sticks_out(free, g, g.abs(), problem.consistent)
+    apart = _apart(free, g)
+    infeasible = apart > problem.consistent
     # The slope along flat directions, at the minimum along the curved ones: rounding may turn one a little into the other.
     q = -problem.right.x * e.unsqueeze(1)
     start = start - (q + start @ P) @ G
@@ -406,7 +411,7 @@ def _null_space(problem: _Problem, count: int) -> tuple[Tensor, Tensor, Tensor, 
     unbounded = _sticks_out(level, slope, terms, problem.consistent)
     unbounded = unbounded | ((curvature < -threshold) & inside).any(1, keepdim=True)
     status = torch.where(infeasible, int(Status.INFEASIBLE), torch.where(unbounded, int(Status.UNBOUNDED), 0))
-    return K, null, 1.0 / D.unsqueeze(1), status
+    return K, null, 1.0 / D.unsqueeze(1), status, apart
 
 
 def _equilibrate(P: Tensor, A: Tensor) -> Tensor:
@@ -423,6 +428,19 @@ def _orthonormal(columns: Tensor, chosen: Tensor) -> Tensor:
     order = chosen.int().argsort(dim=1, descending=True, stable=True)
     basis = torch.linalg.qr(columns.gather(2, order.unsqueeze(1).expand_as(columns)))[0]
     return basis * chosen.gather(1, order).unsqueeze(1)
+
+
+def _apart(basis: Tensor, rows: Tensor) -> Tensor:
+    """(F, k) the largest part of a right-hand side along an orthonormal basis of the null space of A', relative to the largest of
+    those that it depends on: the measure of the cone program's equalities."""
+    if not rows.shape[2]:
+        return rows.new_zeros(rows.shape[:2])
+    projector = basis @ basis.mT
+    linked = (projector.abs() > HIDDEN).unsqueeze(1)  # (F, 1, p, p)
+    size = torch.where(linked, rows.abs().unsqueeze(2), 0.0).amax(3)
+    rounding = ROUNDING * rows.shape[2] * rows.abs().amax(2, keepdim=True)
+    part = ((rows @ projector).abs() - rounding).clamp(min=0.0)
+    return (part / size.clamp(min=torch.finfo(size.dtype).tiny)).amax(2)
 
 
 def _sticks_out(basis: Tensor, rows: Tensor, terms: Tensor, tolerance: float) -> Tensor:

@@ -7,6 +7,7 @@ Source: Arnstrom, Bemporad and Axehill (2022), A dual active-set solver for embe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -15,29 +16,28 @@ import numpy as np
 
 from convlayer.program import Program
 from convlayer.solution import Status
-from convlayer.solvers.solver import Iterate, Solver, Task
+from convlayer.solvers.solver import Iterate, Solver, Task, fits_densely
 
 EQUALITY = 5  # its code for a constraint that is always active
 FREE = -1e30  # its lower bound where there is none
-OPTIMAL = 1
+OPTIMAL, LATE, FAILED = 1, -7, 0  # its codes for a solution and for the end of its time, and ours for a system without one
 BRIEF = 5e6  # cubed unknowns of a batch that is solved before a thread has taken it up
 SETTINGS = {"primal_tol": 1e-9}
 LINEAR = {"eps_prox": 0.1, "eta_prox": 1e-12}  # of linear programs: proximal steps that degenerate ones survive, until they stand still
+ROW, ROW_RATE = 2e-5, 3e9  # seconds a row, flops a second, on one core; fitted to measurements
 STEPS = 20  # of the active set for each variable and row: beyond that another solver is the faster one
 
 
 class Daqp(Solver):
     name: ClassVar[str] = "daqp"
+    cones: ClassVar[frozenset[str] | None] = frozenset({"zero", "nonnegative"})
+    programs: ClassVar[str] = "linear and quadratic programs"
+    manner: ClassVar[str] = "dense active sets, compiled, row by row"
     dense: ClassVar[bool] = True
     at_vertex: ClassVar[bool] = True
 
     def check(self, program: Program, options: Mapping[str, Any]) -> None:
-        others = sorted({block.name for block in program.cones.blocks} - {"zero", "nonnegative"})
-        if others:
-            raise ValueError(
-                f"Solver daqp takes linear and quadratic programs, and this problem has a cone of the kind "
-                f"{', '.join(others)}; use solver='clarabel'."
-            )
+        self.check_cones(program)
         known = daqp.Model().settings
         for option, value in options.items():
             if option not in known:
@@ -71,8 +71,19 @@ class Daqp(Solver):
                 if row:
                     model.update(f=q, bupper=b, blower=lower[row], sense=sense)
                 x, _, code, info = model.solve()
-            found.append((x, info["lam"], code == OPTIMAL, info["iterations"]))
+            found.append((x, info["lam"], code, info["iterations"]))
         return _iterates(found, A, task.b, equal)
+
+    def fits(self, program: Program, batch: int) -> bool:
+        return fits_densely(program, batch)
+
+    def flops(self, program: Program) -> float:
+        """A dense set-up, then steps that exchange about every second constraint."""
+        n, m = program.n, program.m
+        return n**3 / 3 + m * n**2 + min(n, m) / 2 * (n + m) * n
+
+    def row_seconds(self, program: Program) -> float:
+        return ROW + self.flops(program) / ROW_RATE if program.is_polyhedral else math.inf
 
     def is_brief(self, program: Program, rows: int) -> bool:
         return rows * (program.n + program.m) ** 3 <= BRIEF
@@ -91,21 +102,21 @@ def _dense(task: Task) -> tuple[np.ndarray, np.ndarray]:
     return P, A
 
 
-def _unconstrained(P: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool, int]:
+def _unconstrained(P: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray, int, int]:
     try:
-        return np.linalg.solve(P, -q), np.zeros(0), True, 0
+        return np.linalg.solve(P, -q), np.zeros(0), OPTIMAL, 0
     except np.linalg.LinAlgError:
-        return np.full(len(q), np.nan), np.zeros(0), False, 0
+        return np.full(len(q), np.nan), np.zeros(0), FAILED, 0
 
 
 def _iterates(found: list[tuple], A: np.ndarray, b: np.ndarray, equal: np.ndarray) -> list[Iterate]:
-    """From (x, y, whether it is optimal, iterations) of each row."""
+    """From (x, y, DAQP's code, iterations) of each row."""
     if not found:
         return []
     x, y = (np.array([row[k] for row in found]) for k in (0, 1))
     y = np.where(equal, y, np.maximum(y, 0.0))
     slack = b - (A @ x[:, :, None])[:, :, 0]
     s = np.where(equal | (y > 0), 0.0, np.maximum(slack, 0.0))
-    statuses = (Status.SOLVED if row[2] else Status.NOT_CONVERGED for row in found)
-    counts = (int(row[3]) for row in found)
-    return [Iterate(*row) for row in zip(x, s, y, statuses, counts, strict=True)]
+    statuses = (Status.SOLVED if row[2] == OPTIMAL else Status.NOT_CONVERGED for row in found)
+    counts, stopped = (int(row[3]) for row in found), (row[2] == LATE for row in found)
+    return [Iterate(*row) for row in zip(x, s, y, statuses, counts, stopped, strict=True)]

@@ -29,6 +29,7 @@ Sources:  Mehrotra (1992); Andersen and Ye (1999); Goulart and Chen (2024).
 from __future__ import annotations
 
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -39,8 +40,8 @@ from torch import Tensor
 
 from convlayer.program import Data, Program, dense_A, dense_P, take_rows
 from convlayer.solution import Status, is_unsettled
-from convlayer.solvers.product import Cones, Layout, Pairs, Weight
-from convlayer.solvers.solver import Iterate, Points, Solver, Task
+from convlayer.solvers.product import RANK, Cones, Layout, Pairs, Weight
+from convlayer.solvers.solver import BatchSolver, Points, fits_densely, interrupted
 from convlayer.threads import one_thread
 
 SHIFT = 1e-10  # on K's diagonal, against singularity; proximal: it slows the last digits down, and moves no solution;
@@ -63,32 +64,46 @@ COMPACT = 0.875  # finished rows leave the batch when the others are at most thi
 LARGE = 1e3  # slack that no longer counts for the starting point's size
 PATIENCE = 4  # steps between two looks at whether all rows are done, where a look waits for the device
 ITERATIONS = 50
+# What it costs, fitted to measurements on two cores: iterations, seconds of one and of a row in it, flops a second.
+STEPS, STEP, ROW_STEP, RATE = 10, 4.5e-4, 8e-6, 1e10
 
 
-class InteriorPoint(Solver):
-    """Takes a batch as one task. Dense: for programs of up to some hundred variables and constraints."""
+class InteriorPoint(BatchSolver):
+    """Dense: for programs of up to some hundred variables and constraints."""
 
     name: ClassVar[str] = "interior_point"
-    batched: ClassVar[bool] = True
+    cones: ClassVar[frozenset[str] | None] = frozenset(RANK)
+    manner: ClassVar[str] = "dense and batched"
 
     def check(self, program: Program, options: Mapping[str, Any]) -> None:
-        _max_iter(options)
+        self.check_cones(program)
+        Ends.of(options)
 
-    def solve(self, task: Task) -> list[Iterate]:
-        data = Data(task.program, *(torch.from_numpy(part) for part in (task.P, task.q, task.A, task.b)))
-        found = self.solve_data(data, task.tolerance, task.options)
-        points = (part.numpy() for part in (found.x, found.s, found.y))
-        rows = zip(*points, found.status.tolist(), found.iterations.tolist(), strict=True)
-        return [Iterate(x, s, y, Status(status), iterations) for x, s, y, status, iterations in rows]
+    def fits(self, program: Program, batch: int) -> bool:
+        return fits_densely(program, batch)
+
+    def flops(self, program: Program) -> float:
+        return STEPS * _step_flops(program)
+
+    def seconds(self, program: Program, batch: int) -> float:
+        """Of a linear or quadratic program."""
+        if not program.is_polyhedral:
+            return math.inf
+        return STEPS * (STEP + batch * (ROW_STEP + _step_flops(program) / RATE))
 
     def solve_data(self, data: Data, tolerance: float, options: Mapping[str, Any]) -> Points:
-        return solve_data(data, tolerance, _max_iter(options))
+        return solve_data(data, tolerance, Ends.of(options))
+
+
+def _step_flops(program: Program) -> float:
+    n, equalities = program.n, int((~program.inequalities).sum())
+    return 2.0 * (program.m - equalities) * n**2 + (n + equalities) ** 3 / 1.5
 
 
 def _blank(batch: int, n: int, m: int, device: torch.device) -> Points:
     x, s, y = (torch.zeros(batch, k, dtype=torch.float64, device=device) for k in (n, m, m))
     status = torch.full((batch,), int(Status.NOT_CONVERGED), device=device)
-    return Points(x, s, y, status, torch.zeros_like(status))
+    return Points(x, s, y, status, torch.zeros_like(status), torch.zeros_like(status, dtype=torch.bool))
 
 
 def _put(answer: Points, index: Tensor, other: Points) -> None:
@@ -97,7 +112,36 @@ def _put(answer: Points, index: Tensor, other: Points) -> None:
             kept[index] = part
 
 
-def solve_data(data: Data, tolerance: float, limit: int = ITERATIONS) -> Points:
+@dataclass(frozen=True)
+class Ends:
+    """What ends rows that have not converged."""
+
+    iterations: int = ITERATIONS
+    deadline: float = math.inf  # by the monotonic clock, for the whole batch
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Ends:
+        """From now on."""
+        for option in options:
+            if option not in ("max_iter", "time_limit"):
+                raise TypeError(f"Solver interior_point has no option `{option}`. It has: tolerance, max_iter, time_limit.")
+        limit, seconds = options.get("max_iter", ITERATIONS), options.get("time_limit", math.inf)
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+            raise TypeError(f"interior_point's option `max_iter` cannot be {limit!r}: it is a positive integer.")
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
+            raise TypeError(f"interior_point's option `time_limit` cannot be {seconds!r}: it is a positive number of seconds, for a batch.")
+        return cls(limit, time.monotonic() + seconds)
+
+    @property
+    def late(self) -> bool:
+        """Time is up, or nobody waits any more."""
+        return (self.deadline < math.inf and time.monotonic() >= self.deadline) or interrupted()
+
+
+UNLIMITED = Ends()
+
+
+def solve_data(data: Data, tolerance: float, ends: Ends = UNLIMITED) -> Points:
     """Every row of `data`, on its device; rows fail on their own. P and A may be shared by the batch, and then are not copied."""
     program, rows, device = data.program, data.batch, data.q.device
     if not all(len(part) for part in (data.P, data.q, data.A, data.b)):
@@ -116,30 +160,20 @@ def solve_data(data: Data, tolerance: float, limit: int = ITERATIONS) -> Points:
     index = torch.nonzero(by_dual).flatten()
     if len(index):
         mine = [_rows(part, index, rows) for part in (*parts, factor)]
-        _put(answer, index, _by_dual(*mine, p=layout.free, cones=cones, tolerance=tolerance, limit=limit))
+        _put(answer, index, _by_dual(*mine, p=layout.free, cones=cones, tolerance=tolerance, ends=ends))
     # Where the dual falters, as with a certificate that its squared matrix G blurs, the primal is tried.
-    index = torch.nonzero(is_unsettled(answer.status)).flatten()
+    index = torch.nonzero(is_unsettled(answer.status) & ~answer.late).flatten()
     if len(index):
         mine = [_rows(part, index, rows) for part in parts]
         pairs = None if layout.pairs is None else layout.pairs.to(device)
         _put(
-            answer, index, _by_primal(*mine, p=layout.free, cones=cones, pairs=pairs, tolerance=tolerance, limit=limit)
+            answer, index, _by_primal(*mine, p=layout.free, cones=cones, pairs=pairs, tolerance=tolerance, ends=ends)
         )
     if order is not None:
         s, y = torch.empty_like(answer.s), torch.empty_like(answer.y)
         s[:, order], y[:, order] = answer.s, answer.y
         answer = answer._replace(s=s, y=y)
-    return answer
-
-
-def _max_iter(options: Mapping[str, Any]) -> int:
-    for option in options:
-        if option != "max_iter":
-            raise TypeError(f"Solver interior_point has no option `{option}`. It has: tolerance, max_iter.")
-    limit = options.get("max_iter", ITERATIONS)
-    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-        raise TypeError(f"interior_point's option `max_iter` cannot be {limit!r}: it is a positive integer.")
-    return limit
+    return answer if ends.late else answer._replace(stopped=None)  # without asking the device
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,9 +203,6 @@ class _Form(ABC):
     def P_times(self, x: Tensor) -> Tensor:
         """(B, n) -> (B, n)"""
         return _times(x.unsqueeze(1), self.base[:, : self.n, : self.n]).squeeze(1)
-
-    def base_times(self, v: Tensor) -> Tensor:
-        return _times(v, self.base)
 
     @abstractmethod
     def A_times(self, v: Tensor) -> Tensor:
@@ -318,15 +349,15 @@ def _by_primal(
     cones: Cones,
     pairs: Pairs | None,
     tolerance: float,
-    limit: int,
+    ends: Ends,
 ) -> Points:
     n = P.shape[1]
-    v, s, y, status, iterations = _embedding(_Primal.of(P, q, C, b, p, cones, pairs), tolerance, limit)
-    return Points(v[:, :n], torch.constant_pad_nd(s, (p, 0)), torch.cat([v[:, n:], y], 1), status, iterations)
+    v, s, y, *told = _embedding(_Primal.of(P, q, C, b, p, cones, pairs), tolerance, ends)
+    return Points(v[:, :n], torch.constant_pad_nd(s, (p, 0)), torch.cat([v[:, n:], y], 1), *told)
 
 
 def _by_dual(
-    P: Tensor, q: Tensor, C: Tensor, b: Tensor, factor: Tensor, *, p: int, cones: Cones, tolerance: float, limit: int
+    P: Tensor, q: Tensor, C: Tensor, b: Tensor, factor: Tensor, *, p: int, cones: Cones, tolerance: float, ends: Ends
 ) -> Points:
     """The same by the dual, with the Cholesky factor of P."""
     V = torch.linalg.solve_triangular(factor, C.mT, upper=False)
@@ -335,12 +366,12 @@ def _by_dual(
     h = b + _times(unconstrained.unsqueeze(1), C.mT).squeeze(1)
     zero = torch.zeros_like(b[:, p:])
     form = _Dual(G, h, zero, h, b.abs(), zero, h.shape[1], True, cones, p, C, _size(b))
-    z, s, y, status, iterations = _embedding(form, tolerance, limit)
+    z, s, y, status, iterations, stopped = _embedding(form, tolerance, ends)
     z = torch.cat([z[:, :p], s], 1)
     x = -unconstrained - _solve_P(factor, _times(z.unsqueeze(1), C).squeeze(1))
     # A ray of the dual is the primal's certificate; the dual itself is never infeasible.
     status = torch.where(status == Status.UNBOUNDED, int(Status.INFEASIBLE), status)
-    return Points(x, torch.constant_pad_nd(y, (p, 0)), z, status, iterations)
+    return Points(x, torch.constant_pad_nd(y, (p, 0)), z, status, iterations, stopped)
 
 
 def _size(b: Tensor) -> Tensor:
@@ -415,16 +446,16 @@ def _judge(form: _Form, r: _Residual, v: Tensor, Y: Tensor, S: Tensor, tolerance
     return status, error, scale
 
 
-def _embedding(form: _Form, tolerance: float, limit: int) -> list[Tensor]:
-    """v (B, N), s and y (B, l), statuses and iterations (B,), by Mehrotra's predictor and corrector.
+def _embedding(form: _Form, tolerance: float, ends: Ends) -> list[Tensor]:
+    """v (B, N), s and y (B, l), statuses, iterations and whether time ended it (B,), by Mehrotra's predictor and corrector.
 
     Y = (y, tau) and S = (s, kappa) are kept together: one cone. A row that has finished is recorded, and left to itself until
     enough of them are there for the batch to be closed up. On the host it is asked after every step whether a row has; elsewhere
     asking waits for all the work so far, and is done now and then.
     """
-    batch, (N, l), device = len(form.c), (form.c.shape[1], form.b.shape[1]), form.c.device
+    batch, (N, l), device, limit = len(form.c), (form.c.shape[1], form.b.shape[1]), form.c.device, ends.iterations
     answer = [form.c.new_zeros(batch, k) for k in (N, l, l)]
-    answer += [torch.full((batch,), value, device=device) for value in (int(Status.NOT_CONVERGED), limit)]
+    answer += [torch.full((batch,), value, device=device) for value in (int(Status.NOT_CONVERGED), limit, False)]
     live, running = torch.arange(batch, device=device), torch.ones(batch, 1, dtype=torch.bool, device=device)
     record, best, on_host = answer, form.c.new_full((batch, 1), torch.inf), device.type == "cpu"
     K = form.c.new_empty(batch, N, N)
@@ -434,7 +465,8 @@ def _embedding(form: _Form, tolerance: float, limit: int) -> list[Tensor]:
     for iteration in range(limit + 1):
         r = _residual(form, v, Y, S)
         stuck = (length <= STALLED) | (S[:, l:] > HOPELESS * Y[:, l:])
-        if iteration == limit:
+        late = ends.late
+        if iteration == limit or late:
             stuck = torch.ones_like(stuck)
         lost = S[:, l:] > DOUBT * Y[:, l:]
         close = ((r.gap <= near) | lost | stuck) & running
@@ -443,17 +475,21 @@ def _embedding(form: _Form, tolerance: float, limit: int) -> list[Tensor]:
             status, error, scale = _judge(form, r, v, Y, S, tolerance)
             done = (status < Status.NOT_CONVERGED) & (status != Status.INACCURATE)
             better = running & (done | (error < best))
-            ends = running & (done | stuck | ((best <= ALMOST) & (error > WORSE * best)))
+            over = running & (done | stuck | ((best <= ALMOST) & (error > WORSE * best)))
             best = torch.where(better, error, best)
             now = (v / scale, S[:, :l] / scale, Y[:, :l] / scale)
             record = [torch.where(better, new, old) for new, old in zip(now, record[:3], strict=True)] + [
                 torch.where(mask.squeeze(1), new, old)
                 for mask, new, old in zip(
-                    (better, ends), (status.squeeze(1), torch.full_like(live, iteration)), record[3:], strict=True
+                    (better, over), (status.squeeze(1), torch.full_like(live, iteration)), record[3:5], strict=True
                 )
             ]
-            running = running & ~ends
-            if on_host or iteration % PATIENCE == 0 or iteration == limit:
+            if late:
+                stopped = (running & ~done).squeeze(1)
+                record[3] = record[3].masked_fill(stopped, int(Status.NOT_CONVERGED))
+                record.append(stopped)
+            running = running & ~over
+            if late or on_host or iteration % PATIENCE == 0 or iteration == limit:
                 left = torch.nonzero(running.squeeze(1)).flatten()
                 if not len(left):
                     break
@@ -474,7 +510,7 @@ def _embedding(form: _Form, tolerance: float, limit: int) -> list[Tensor]:
 
 
 def _file(answer: list[Tensor], live: Tensor, record: list[Tensor]) -> None:
-    for kept, part in zip(answer, record, strict=True):
+    for kept, part in zip(answer, record, strict=False):  # whether time ended it, where it did
         kept[live] = part
 
 

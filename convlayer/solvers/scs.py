@@ -27,11 +27,18 @@ STATUS = {
 }
 
 
+# By kind of cone its name in SCS's description of a program.
+KINDS = {"zero": "z", "nonnegative": "l", "second_order": "q", "psd": "s", "exponential": "ep", "power": "p"}
+
+
 class SCS(Solver):
     name: ClassVar[str] = "scs"
+    cones: ClassVar[frozenset[str] | None] = frozenset(KINDS)
+    precise: ClassVar[bool] = False
     warm_starts: ClassVar[bool] = True
 
     def check(self, program: Program, options: Mapping[str, Any]) -> None:
+        self.check_cones(program)
         if not program.m:
             raise ValueError("SCS needs at least one constraint, and this problem has none; use solver='clarabel'.")
         probe = {"A": sp.csc_matrix(np.ones((1, 1))), "b": np.ones(1), "c": np.ones(1)}
@@ -73,9 +80,7 @@ def svec_order(program: Program) -> np.ndarray:
 
 
 def _cone(program: Program) -> dict[str, Any]:
-    blocks: dict[str, list] = {
-        name: [] for name in ("zero", "nonnegative", "second_order", "psd", "exponential", "power")
-    }
+    blocks: dict[str, list] = {name: [] for name in KINDS}
     for block in program.cones.blocks:
         blocks[block.name].append(block)
     return {

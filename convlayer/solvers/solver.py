@@ -7,6 +7,7 @@ It must be picklable if the executor's workers are other processes or machines.
 from __future__ import annotations
 
 import copy
+import math
 import os
 import threading
 from abc import ABC, abstractmethod
@@ -27,6 +28,7 @@ from convlayer.solution import Status
 from convlayer.threads import cores, one_thread
 
 SHORT = 300  # unknowns and rows of a program up to which a solve is over before an interrupt could be heard
+DENSE_BYTES = 2_000_000_000  # that the dense matrices of a batch may take
 FEW = 32  # rows a worker, below which setting up a second task costs more than it balances
 
 
@@ -85,15 +87,65 @@ def _filled(empty: sp.csc_matrix, values: np.ndarray) -> sp.csc_matrix:
     return matrix
 
 
-class Solver(ABC):
-    """Solves the rows of a Task. `tolerance` is the relative size of the KKT residuals and of the gap to be reached."""
+class ConeSolver(ABC):
+    """What is said of a solver, whichever way it is handed a batch. `tolerance` is the relative size of the KKT residuals and of the
+    gap to be reached."""
 
     name: ClassVar[str]
+    cones: ClassVar[frozenset[str] | None] = None  # the kinds of cones it takes; None: it says so in `check` itself
+    programs: ClassVar[str] = "some kinds of cones"  # those that it takes, in words
+    manner: ClassVar[str] = ""  # how it works, in words, where it may be chosen for being the cheapest
+    precise: ClassVar[bool] = True  # its points are close enough to verify others by
     warm_starts: ClassVar[bool] = False  # whether Task.start is made use of
-    batched: ClassVar[bool] = False  # `solve_data` takes the whole batch, on its device, in the calling thread
-    dense: ClassVar[bool] = False  # a Task may hold whole matrices for it
     at_vertex: ClassVar[bool] = False  # of multipliers that are not unique it gives an extreme one, not a central one
     finest: ClassVar[float | None] = None  # a tolerance worth a second attempt where the polish did not settle
+    quick: ClassVar[Mapping[str, Any]] = {}  # options for a first attempt at data in good units, whose answer will be polished
+
+    def check(self, program: Program, options: Mapping[str, Any]) -> None:
+        """Raise ValueError for a program the solver cannot take, TypeError for an option it does not have."""
+        self.check_cones(program)
+        if options:
+            raise TypeError(f"Solver {self.name} takes no options; got {', '.join(options)}.")
+
+    def check_cones(self, program: Program) -> None:
+        """ValueError: the program has a cone of a kind that the solver does not take."""
+        others = sorted({block.name for block in program.cones.blocks} - self.cones) if self.cones is not None else []
+        if others:
+            raise ValueError(
+                f"Solver {self.name} takes {self.programs}, and this problem has a cone of the kind {', '.join(others)}; "
+                f"use another solver, such as 'clarabel'."
+            )
+
+    def takes(self, program: Program) -> bool:
+        """Whether `check` finds nothing against it."""
+        try:
+            self.check(program, {})
+        except ValueError:
+            return False
+        return True
+
+    def fits(self, program: Program, batch: int) -> bool:
+        """Whether so many rows fit into memory."""
+        return True
+
+    def flops(self, program: Program) -> float | None:
+        """Of a row; None: it takes as many iterations as it takes."""
+        return None
+
+    @abstractmethod
+    def seconds(self, program: Program, batch: int) -> float:
+        """A coarse estimate for a batch, for choosing between solvers and for nothing else; infinite where there is none."""
+
+    def attempts(self, tolerance: float, options: Mapping[str, Any]) -> list[Attempt]:
+        """With these settings, then, for rows that the polish did not settle, sharper."""
+        first = Attempt(self, tolerance, options)
+        return [first] if self.finest is None else [first, first._replace(tolerance=self.finest)]
+
+
+class Solver(ConeSolver):
+    """Solves the rows of a Task one by one; a batch is dealt to the cores as several tasks."""
+
+    dense: ClassVar[bool] = False  # a Task may hold whole matrices for it
 
     @abstractmethod
     def solve(self, task: Task) -> list[Iterate]:
@@ -103,29 +155,31 @@ class Solver(ABC):
         """Whether so many rows are solved in less time than it takes to hand them to other threads."""
         return rows < 4
 
-    def attempts(self, tolerance: float, options: Mapping[str, Any]) -> list[Attempt]:
-        """With these settings, then, for rows that the polish did not settle, sharper."""
-        first = Attempt(self, tolerance, options)
-        return [first] if self.finest is None else [first, first._replace(tolerance=self.finest)]
+    def row_seconds(self, program: Program) -> float:
+        """A coarse estimate for a row on one core; infinite where there is none."""
+        return math.inf
 
+    def seconds(self, program: Program, batch: int) -> float:
+        return math.ceil(batch / cores()) * self.row_seconds(program)
+
+
+class BatchSolver(ConeSolver):
+    """Solves a batch as tensors, all rows at once, on the device where they are, in the calling thread."""
+
+    @abstractmethod
     def solve_data(self, data: Data, tolerance: float, options: Mapping[str, Any]) -> Points:
-        """What a batched solver does in place of `solve`."""
-        host = data.host()
-        rows = (part.expand(data.batch, -1).numpy() for part in (host.q, host.b))
-        q, b = rows
-        task = Task(data.program, host.P_entries.numpy(), q, host.A_entries.numpy(), b, tolerance, options)
-        return Points.stacked(self.solve(task), data.program)
+        """The answers for every row."""
 
-    def check(self, program: Program, options: Mapping[str, Any]) -> None:
-        """Raise ValueError for a program the solver cannot take, TypeError for an option it does not have."""
-        if options:
-            raise TypeError(f"Solver {self.name} takes no options; got {', '.join(options)}.")
+
+def fits_densely(program: Program, batch: int) -> bool:
+    """Whether the dense matrices of so many rows fit into memory."""
+    return 16.0 * batch * (program.n + program.m) ** 2 <= DENSE_BYTES
 
 
 class Attempt(NamedTuple):
     """One way to solve a row; a row that it does not settle goes to the next."""
 
-    solver: Solver
+    solver: ConeSolver
     tolerance: float
     options: Mapping[str, Any]
 
@@ -223,6 +277,11 @@ class Points(NamedTuple):
     iterations: Tensor  # (B,)
     stopped: Tensor | None = None  # (B,) by a time limit; None: no row
 
+    @property
+    def late(self) -> Tensor:
+        """(B,) whether a time limit ended the row."""
+        return torch.zeros_like(self.status, dtype=torch.bool) if self.stopped is None else self.stopped
+
     @classmethod
     def stacked(cls, iterates: list[Iterate], program: Program) -> Points:
         x, s, y = (
@@ -237,7 +296,7 @@ class Points(NamedTuple):
 
 
 def solve_batch(
-    solver: Solver,
+    solver: ConeSolver,
     tolerance: float,
     options: Mapping[str, Any],
     data: Data,
@@ -246,8 +305,9 @@ def solve_batch(
 ) -> Points:
     """Solve every row of `data`, from `start` (x, s, y) where the solver can; rows are dealt to the executor's workers in contiguous
     tasks."""
-    if solver.batched:
+    if isinstance(solver, BatchSolver):
         return solver.solve_data(data, tolerance, options)
+    assert isinstance(solver, Solver)
     batch, host = data.batch, data.host()
     executor = executor or default_executor()
     workers = workers_of(executor)

@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from importlib import import_module
 from pkgutil import iter_modules
 
 from convlayer.structures.structure import Cost, Declaration, Match, MismatchError, Structure, Wanted
+
+ROOT = "cone_program"  # what every structure refines in the end
+
+
+def in_order(found: Mapping[str, Structure]) -> dict[str, Structure]:
+    """The most special first. ValueError: a structure refines what is none."""
+    for name, structure in found.items():
+        if structure.refines not in (ROOT, *found):
+            known = ", ".join(repr(one) for one in (ROOT, *sorted(found)))
+            raise ValueError(f"Structure `{name}` refines {structure.refines!r}, which is none; expected one of {known}.")
+
+    def depth(name: str) -> int:
+        return 0 if name == ROOT else 1 + depth(found[name].refines)
+
+    return {name: found[name] for name in sorted(found, key=lambda name: (-depth(name), name))}
 
 
 def _found() -> dict[str, Structure]:
@@ -17,14 +33,9 @@ def _found() -> dict[str, Structure]:
         for kind in vars(module).values()
         if inspect.isclass(kind) and issubclass(kind, Structure) and not inspect.isabstract(kind)
     }
-    found = {kind.name: kind() for kind in kinds}
-
-    def depth(name: str) -> int:
-        return 1 + depth(found[name].refines) if name in found else 0
-
-    return {name: found[name] for name in sorted(found, key=lambda name: (-depth(name), name))}
+    return {kind.name: kind() for kind in kinds}
 
 
-STRUCTURES: dict[str, Structure] = _found()
+STRUCTURES: dict[str, Structure] = in_order(_found())
 
-__all__ = ["STRUCTURES", "Cost", "Declaration", "Match", "MismatchError", "Structure", "Wanted"]
+__all__ = ["ROOT", "STRUCTURES", "Cost", "Declaration", "Match", "MismatchError", "Structure", "Wanted"]

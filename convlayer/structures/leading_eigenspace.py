@@ -50,7 +50,7 @@ class LeadingEigenspace(Structure):
             "a diagonal": (gain, [cp.diag(Z) == 1, psd], Z),
             "one more constraint": (gain, [unit, psd, Z[0, 0] >= 0.1], Z),
             "a weighted trace": (gain, [cp.trace(np.diag([1.0, 2, 1, 1, 1]) @ Z) == 1, psd], Z),
-            "trace two, no upper bound needed": (gain, [cp.trace(Z) == 2.5, psd, np.eye(5) - Z >> 0], Z),
+            "a trace that is no whole multiple of the bound": (gain, [cp.trace(Z) == 2.5, psd, np.eye(5) - Z >> 0], Z),
             "an unequal bound": (gain, [cp.trace(Z) == 2, psd, np.diag([1.0, 2, 1, 1, 1]) - Z >> 0], Z),
             "not symmetric": (cp.trace(X @ Y), [cp.trace(Y) == 1, Y >> 0], Y),
             "shifted": (gain, [unit, Z - 0.01 * np.eye(5) >> 0], Z),

@@ -15,7 +15,7 @@ from convlayer.structures.structure import Declaration, Match, Structure, normal
 class QuadraticProgram(Structure):
     """minimise 1/2 x'Px + q'x subject to Ax = b, Gx <= h; with it lasso, huber, l1, CVaR, control, linear programs.
 
-    Its kernel is the batched interior-point solver on the cone program, polished and differentiated like the generic path.
+    It has no kernel of its own: it is the cone program, by the cheapest solver at each batch.
     """
 
     name = "quadratic_program"

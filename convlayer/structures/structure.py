@@ -69,7 +69,7 @@ class Match:
     """A problem recognised: how its parameters are bound to the kernel, and where its variables are in the answer."""
 
     bound: str  # what was bound to what, in words
-    build: Builder | None  # made only if the structure is chosen; None: the cone program, by the batched solver
+    build: Builder | None  # made only if the structure is chosen; None: it has no kernel, and is the cone program
     x: np.ndarray  # (n,) where each entry of x stands in outputs[0], flattened by row
     cost: Cost | None  # None: known with the cone program
     vouches: frozenset[int] = (
