@@ -665,13 +665,26 @@ def _sides(canonical: Canonical, zero: Zero, scaling: Scaling, eliminated: Elimi
 
     a, c = (values.to(x.device).expand(len(rows), -1) for values in canonical.reading)
     read, moved = entered(a, c), x.new_zeros(len(rows), zero.x.shape[1] + zero.y.shape[1])
+    turning, sizes = [], [zero.x.shape[1], zero.y.shape[1]]
     for direction in canonical.directions:
         change = {name: value.to(x.device) for name, value in direction.items()}
         operators = Operators(Data(canonical.program, *(change[name] for name in ("P", "q", "A", "b"))))
         moved = moved + entered(-(operators.P(x) + operators.At(y) + change["q"]), change["b"] - operators.A(x))
+        if bool(change["P"].any()) or bool(change["A"].any()):
+            turning.append(operators)
+
+    def turned(index: Tensor, dx: Tensor, dy: Tensor) -> list[tuple[Tensor, Tensor]]:
+        inner = units.rows(index)
+        x, s, y = inner.leave(dx, torch.zeros_like(dy), dy)
+        if part is not None:
+            here = part.only(index)
+            none = here.leave(*(torch.zeros_like(values) for values in (x, s, y)))
+            x, _, y = (there - origin for there, origin in zip(here.leave(x, s, y), none, strict=True))
+        images = [(-(operators.P(x) + operators.At(y)), -operators.A(x)) for operators in turning]
+        return [inner.enter_cotangents(*(pair if part is None else here.enter_cotangents(*pair))) for pair in images]
+
     constant = canonical.constant if part is None else canonical.constant[torch.from_numpy(part.elimination.rows)]
-    sizes = [zero.x.shape[1], zero.y.shape[1]]
-    return Sides(moved.split(sizes, 1), read.split(sizes, 1), constant.to(x.device))
+    return Sides(moved.split(sizes, 1), read.split(sizes, 1), constant.to(x.device), turned)
 
 
 def _claims_checked(data: Data, status: Tensor, x: Tensor, y: Tensor, precision: float) -> Tensor:

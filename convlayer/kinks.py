@@ -10,8 +10,9 @@ which is linear in the direction where dy_W = ds_W = 0 solves it: an epigraph th
 apex to first order. Such a solution is one of the linear system with D = 1/2 on W, where dy_W = -ds_W, and if that system is regular
 its only one. So one factorisation, and one solve in a random direction of the parameters, decides with probability one.
 
-A null vector of the system is felt only if some direction of the parameters works against it, or some output reads it. Two that are felt
-leave a derivative all the same:
+A null vector of the system is felt only if some direction of the parameters works against it, or some output reads it, or if it turns
+a direction of the parameters into another one for the outputs: with multipliers y + eta the same dA exerts the force dA'(y + eta), and a
+direction chooses among the multipliers. Two that are felt leave a derivative all the same:
 
 - Equalities with constant coefficients that depend on each other, as both marginals of a plan do. Parameters that move them apart leave
   the feasible set; along those that do not there is a derivative, and what the gradient says across is of no account. Their
@@ -24,6 +25,7 @@ Source: Robinson (1980); Bonnans and Shapiro (2000) for the problem of the direc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import sqrt
 
@@ -45,11 +47,13 @@ ACTIVE = 1 - 1e-9  # an eigenvalue of D from which it is an equality's
 @dataclass(frozen=True, eq=False)
 class Sides:
     """Right-hand sides (a (R, n), c (R, m)) of the adjoint system: of a random direction of the parameters, and random cotangents of the
-    outputs. `constant` (m,): equalities whose coefficients no parameter moves."""
+    outputs. `constant` (m,): equalities whose coefficients no parameter moves. `turned`: what other points than the solution, (some of the
+    rows, dx, dy), would add to the first, for each parameter that moves P or A."""
 
     moved: tuple[Tensor, ...]
     read: tuple[Tensor, ...]
     constant: Tensor
+    turned: Callable[[Tensor, Tensor, Tensor], list[tuple[Tensor, Tensor]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +83,11 @@ def judged(zero: Zero, rows: Tensor, sides: Sides) -> Zero:
     size = torch.cat([w, e], 1).abs().amax(1) + _size(sides.moved)
     still = (torch.where(weak, e.abs(), 0.0).amax(1) <= MOVED * size) if e.shape[1] else known
     good = known & part.known & unread & unmoved & still & ~part.system.poor
-    good = good & _unique(zero, rows, good, weak, v, sides)
+    response = part.system.solve(sides.read[0], part.spectrum.to_basis(sides.read[1]))
+    response = response[0], part.spectrum.from_basis(response[1])
+    if part.null is not None and bool(good.any()):
+        good = good & ~_turns(part, part.null, response, torch.arange(len(rows), device=rows.device), sides)[1]
+    good = good & _unique(zero, rows, good, weak, v, sides, response)
     return _acquitted(zero, rows, good, part)
 
 
@@ -144,8 +152,39 @@ def _beyond(null: Tensor, constant: Tensor) -> Tensor:
     return (null @ mixing.mT) * (size > FELT).unsqueeze(1)
 
 
-def _unique(zero: Zero, rows: Tensor, asked: Tensor, weak: Tensor, v: Tensor, sides: Sides) -> Tensor:
-    """(R,) of the rows `asked`: nothing that is read or moved is free on one side.
+def _turns(
+    part: _Part, null: Tensor, response: tuple[Tensor, Tensor], rows: Tensor, sides: Sides
+) -> tuple[Tensor, Tensor]:
+    """(how much null vectors (R, n + m, k) change what the outputs, by the system's `response` to them, feel of the direction (R, k),
+    whether one does (R,)); rows: those of `sides`."""
+    n, k = part.system.n, null.shape[2]
+    x = null[:, :n] if part.units is None else null[:, :n] / part.units.unsqueeze(-1)
+    y = part.spectrum.from_basis(part.spectrum.values.sqrt().unsqueeze(-1) * null[:, n:], columns=True)
+    felt = x.new_zeros(len(x), dtype=torch.bool)
+    along = x.new_zeros(len(x), k)
+    # Beside what any vector of that length changes, not the null vectors alone: their images may be rounding.
+    probe = torch.randn(2, n + y.shape[1], dtype=x.dtype, generator=torch.Generator().manual_seed(2)).to(x.device)
+    any_x, any_y = (half.expand(len(x), -1) for half in (probe[0, :n], probe[1, n:]))
+    length = torch.cat(response, 1).norm(dim=1)
+    images = [sides.turned(rows, *(column.unbind(2)[j] for column in (x, y))) for j in range(k)]
+    for place, (a, c) in enumerate(sides.turned(rows, any_x, any_y)):
+        size = (length * torch.cat([a, c], 1).norm(dim=1)).clamp(min=torch.finfo(x.dtype).tiny)
+        change = torch.stack([(response[0] * a).sum(1) + (response[1] * c).sum(1) for a, c in (of[place] for of in images)], 1)
+        change = change / size.unsqueeze(1)
+        along, felt = along + change, felt | (change.norm(dim=1) > FELT)
+    return along, felt
+
+
+def _unique(
+    zero: Zero,
+    rows: Tensor,
+    asked: Tensor,
+    weak: Tensor,
+    v: Tensor,
+    sides: Sides,
+    response: tuple[Tensor, Tensor],
+) -> Tensor:
+    """(R,) of the rows `asked`: nothing that is read or moved, or turns what is moved, is free on one side.
 
     The system that straddles the kinks sees what may move both ways. The solutions are a face, on which x may leave a weakly active
     boundary (a null vector of the system without W, with ds_W in its cone), and multipliers may enter one (a null vector of that with W,
@@ -160,8 +199,12 @@ def _unique(zero: Zero, rows: Tensor, asked: Tensor, weak: Tensor, v: Tensor, si
         unique[chosen] &= part.known
         if part.null is None:
             continue
-        for side, constant in ((sides.read, None), (sides.moved, sides.constant)):
-            null, along, felt = _felt(part, tuple(values[chosen] for values in side), constant)
+        force = _turns(part, part.null, (response[0][chosen], response[1][chosen]), chosen, sides)
+        for null, along, felt in (
+            _felt(part, tuple(values[chosen] for values in sides.read), None),
+            _felt(part, tuple(values[chosen] for values in sides.moved), sides.constant),
+            (part.null, *force),
+        ):
             step = _steps(part, null) if tolerance > 0 else null[:, zero.x.shape[1] :]
             for k in torch.nonzero(felt).flatten().tolist():
                 spaces = _half_spaces(zero.cones, weak[chosen[k]], step[k])
