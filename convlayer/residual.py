@@ -189,8 +189,9 @@ def _largest_of_rows(data: Data, A: Tensor) -> Tensor:
 def _equilibrate(data: Data) -> tuple[Tensor | None, Tensor]:
     """Column and row scales (c, e): rows of size one and, where columns differ much, Ruiz's iteration on both.
 
-    A column is measured by its constraints, and by P only if it has none: an auxiliary variable t == Ax - b with a small
-    coefficient is then brought to the size of Ax, whatever its weight in the objective.
+    A column is measured by its constraints, and by P, relative to its largest entry, only where that is more: an auxiliary variable
+    t == Ax - b with a small coefficient is then brought to the size of Ax, whatever its weight in the objective, and a variable that
+    all but leaves its constraints is not blown up until its costs are all that is seen.
     """
     A, elementwise = data.A.abs(), data.program.on(data.A.device)["elementwise"]
     sizes = _row_sizes(data, A)
@@ -209,7 +210,7 @@ def _equilibrate(data: Data) -> tuple[Tensor | None, Tensor]:
         columns = _column_sizes(data, now, "A")
         alone = _column_sizes(data, _times_columns(data, _times_rows_of_P(data, P, c), c, "P"), "P")
         e = e * _reciprocal(_row_sizes(data, now)).sqrt()
-        c = c * _reciprocal(torch.where(columns > 0, columns, alone)).sqrt()
+        c = c * _reciprocal(torch.maximum(columns, alone)).sqrt()
     return c, e * _reciprocal(_row_sizes(data, _times_columns(data, _times_rows(data, A, e), c, "A")))
 
 
@@ -329,11 +330,12 @@ def term_sizes(operators: Operators, x: Tensor, s: Tensor, y: Tensor, faint: Fai
     least = largest_of_part(primal, "part_of_y", program)
     primal = primal + _floor(least, faint)
     least = largest_of_part(dual, "part_of_x", program)
+    floor = _floor(least, faint)
     if len(program.P_rows):
-        dual = dual + absolute.P(x)
-        # An x that is zero beside others of size one is so to their rounding.
-        least = torch.maximum(least, data.largest_costs[1] * largest_of_part(x, "part_of_x", program))
-    return Sizes(dual + _floor(least, faint), primal)
+        # An x that is zero beside others of size one is so to their rounding, which its own row of P passes on, and no other's.
+        beside = faint.within * largest_of_part(x, "part_of_x", program)
+        dual = dual + absolute.P(torch.maximum(x, beside))
+    return Sizes(dual + floor, primal)
 
 
 def _floor(least: Tensor, faint: Faint) -> Tensor:
