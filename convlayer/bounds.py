@@ -1,4 +1,4 @@
-"""Bounds: those on single variables hold exactly in the solution, and infinite ones are none.
+"""Bounds: those on single variables hold exactly in the solution, and infinite ones, or those that a cone implies, are none.
 
 A row  a x_j + s = b_i,  s >= 0,  with a fixed coefficient a says x_j <= b_i / a or x_j >= b_i / a. A solver, and Newton's method
 after it, meet it to rounding; a logarithm or a root of x_j wants it to the last bit. The derivative is that of the solution: moving
@@ -8,6 +8,7 @@ x_j by a rounding onto its bound has none of its own.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convlayer.cones.product import Block
 from convlayer.program import Data, Program
 
 NO_BOUND = (
@@ -62,6 +64,36 @@ class Bounds:
         ]
 
 
+def implied(program: Program, fixed: np.ndarray, values: np.ndarray, b: np.ndarray, told: np.ndarray) -> Tensor | None:
+    """The inequalities that a coordinate of some cone, one which is never negative, implies; None: there are none.
+
+    fixed (nnz(A),): entries that no parameter moves, with their values; b (m,): right-hand sides, NaN where a parameter moves them;
+    told (m,): rows whose multipliers matter.
+    """
+    alone = (np.bincount(program.A_rows, minlength=program.m) == 1) & ~np.isnan(b)
+    mine = np.flatnonzero(fixed & (values < 0) & alone[program.A_rows])
+    row, column = program.A_rows[mine], program.A_cols[mine]
+    limit, held = b[row] / values[mine], np.zeros(program.m, dtype=bool)
+    for block in program.cones.blocks:
+        held[block.start + np.array(_SIGNED.get(block.name, _nowhere)(block), dtype=np.int64)] = True
+    least = np.full(program.n, -np.inf)
+    np.maximum.at(least, column[held[row]], limit[held[row]])
+    found = row[program.inequalities.numpy()[row] & ~told[row] & (limit <= least[column])]
+    return torch.from_numpy(found) if len(found) else None
+
+
+_SIGNED: dict[str, Callable[[Block], Sequence[int]]] = {
+    "exponential": lambda _: (1, 2),
+    "power": lambda _: (0, 1),
+    "second_order": lambda _: (0,),
+    "psd": lambda block: [k * (k + 3) // 2 for k in range(int(block.parameter or 0))],
+}
+
+
+def _nowhere(_: Block) -> Sequence[int]:
+    return ()
+
+
 def without_infinity(program: Program, b: Tensor) -> Tensor:
     """b (B or 1, m) with a number in place of infinity where it stands in an inequality."""
     if math.isfinite(b.sum().item()):
@@ -70,8 +102,11 @@ def without_infinity(program: Program, b: Tensor) -> Tensor:
     return torch.where(infinite, b.sign() * NO_BOUND, b)
 
 
-def unlimited(data: Data) -> Data:
-    """The data without the rows that are no bound: empty, so that a direction along them is seen. Itself where there are none."""
+def unlimited(data: Data, implied: Tensor | None = None) -> Data:
+    """The data without the rows that are no bound, or `implied`: empty, so that a direction along them is seen. Itself where there are
+    none."""
+    if implied is not None:
+        data = replace(data, b=data.b.index_fill(1, implied.to(data.b.device), NO_BOUND))
     if not data.b.numel() or data.b.amax().item() < NO_BOUND:
         return data
     index = data.program.on(data.b.device)

@@ -40,7 +40,7 @@ from cvxpy.reductions.solvers.solving_chain import _build_solving_chain
 from cvxpy.utilities import scopes
 from torch import Tensor
 
-from convlayer.bounds import NO_BOUND, Bounds
+from convlayer.bounds import NO_BOUND, Bounds, implied
 from convlayer.cones import Product
 from convlayer.consistency import Dependence
 from convlayer.diagnose import ProblemError, check_arguments, check_attributes, check_convexity
@@ -287,6 +287,14 @@ class Canonical:
             if not recovery.dual:
                 shown[recovery.position.numpy()] = True
         return Bounds.of(self.program, *self._constants, shown)
+
+    @cached_property
+    def implied(self) -> Tensor | None:
+        """Inequalities that a cone implies, whose multipliers are nobody's."""
+        matrix = self._matrices["b"]
+        b = matrix[:, [ONE]].toarray()[:, 0]
+        b[_row_of_each(matrix)[matrix.indices > ONE]] = np.nan
+        return implied(self.program, *self._constants, b, self.visible.y.numpy())
 
     @cached_property
     def limits(self) -> list[np.ndarray]:

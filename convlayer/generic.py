@@ -346,7 +346,12 @@ def _solve(call: Call, data: Data, d: Tensor, batch: int) -> tuple[Tensor, Tenso
     call.residual, call.degenerate = spread(found.residual, torch.nan).cpu(), spread(found.degenerate, False).cpu()
     call.margin = spread(found.margin, torch.nan).cpu()
     call.stopped = spread(found.stopped, False).cpu() if bool(found.stopped.any()) else None
-    return spread(found.x, 0.0), spread(found.s, 0.0), spread(found.y, 0.0), pieces
+    x, s, y = spread(found.x, 0.0), spread(found.s, 0.0), spread(found.y, 0.0)
+    implied = call.canonical.implied
+    if implied is not None:  # they were not in the program
+        implied = implied.to(device)
+        s[:, implied] = (data.b - Operators(data).A(x))[:, implied].clamp(min=0)
+    return x, s, y, pieces
 
 
 def _found_in_pieces(call: Call, data: Data, start: tuple[Tensor, ...] | None) -> _Found:
@@ -370,7 +375,7 @@ def _found_in_pieces(call: Call, data: Data, start: tuple[Tensor, ...] | None) -
 def _settled(call: Call, data: Data, start: tuple[Tensor, ...] | None) -> _Found:
     """The rows by one attempt after the other, each for those that are not settled yet."""
     if not data.program.is_polyhedral:
-        data = unlimited(data)
+        data = unlimited(data, call.canonical.implied)
     newton, found = start is not None and not call.attempts[0].solver.warm_starts, None
     for place in range(FROM_START if newton else 0, len(call.attempts)):
         if found is None:

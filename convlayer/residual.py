@@ -321,7 +321,7 @@ def term_sizes(operators: Operators, x: Tensor, s: Tensor, y: Tensor, faint: Fai
     of the program, whose rounding it may hold. In `recentre`'s units x and y are of size one: an iterate that is larger is far off any
     scale of the problem, and gains nothing by it.
     """
-    data, program, absolute = operators.data, operators.data.program, operators.absolute
+    program, absolute = operators.data.program, operators.absolute
     x, s, y = (part.abs().clamp(max=FARTHEST) for part in (x, s, y))
     q, b = operators.right_sizes
     dual, primal = q + absolute.At(y), b + absolute.A(x) + s

@@ -361,3 +361,42 @@ def test_constant_equalities_that_depend_on_each_other_are_flagged_on_neither_pa
     assert not layer.solve(*values).degenerate.any()
     duals = ConvexLayer(problem, [M, r, c], [Z, rules[0].dual_variables[0]], structure=structure)
     assert duals.solve(*values).degenerate.all()
+
+
+# Bounds that a cone implies, multipliers that a matrix turns ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["rule", "attribute"])
+def test_a_bound_beside_an_entropy_changes_nothing(how):
+    """The softmax of scores so far apart that some shares are rounding."""
+    y, q = cp.Variable(5, nonneg=how == "attribute"), cp.Parameter(5)
+    rules = [cp.sum(y) == 1, *([y >= 0] if how == "rule" else [])]
+    layer = ConvexLayer(cp.Problem(cp.Maximize(q @ y + 0.3 * cp.sum(cp.entr(y))), rules), [q], [y], structure="generic")
+    generator = torch.Generator().manual_seed(0)
+    score, bar = (torch.randn(32, 5, dtype=torch.float64, generator=generator) for _ in "qb")
+    score = (5 * score).requires_grad_()
+    solution, exact = layer.solve(score), torch.softmax(score / 0.3, 1)
+    assert (solution.status == Status.SOLVED).all()
+    assert not solution.degenerate.any()
+    assert torch.allclose(solution.variables[0], exact, atol=1e-9)
+    ours, right = (torch.autograd.grad((bar * value).sum(), score)[0] for value in (solution.variables[0], exact))
+    assert torch.allclose(ours, right, atol=1e-8)
+
+
+def test_the_multiplier_of_such_a_bound_is_still_an_output():
+    x, q = cp.Variable(2), cp.Parameter(2)
+    bound = x >= 0
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - q) - cp.sum(cp.sqrt(x))), [bound])
+    x_value, y_value = ConvexLayer(problem, [q], [x, bound.dual_variables[0]])(torch.tensor([1.0, 2.0], dtype=torch.float64))
+    assert (x_value > 0).all()
+    assert torch.allclose(y_value, torch.zeros(2, dtype=torch.float64), atol=1e-8)
+
+
+def test_a_matrix_that_chooses_among_multipliers_is_flagged():
+    """min |x - q|^2/2 + |Mx|_1 with M of rank two: x_1 + x_2 is free until M moves, and then held or not by the multipliers' choice."""
+    x, q, M = cp.Variable(3), cp.Parameter(3), cp.Parameter((4, 3))
+    problem = cp.Problem(cp.Minimize(0.5 * cp.sum_squares(x - q) + cp.norm1(M @ x)))
+    matrix = [[-1.0, 1.0, -1.0], [0.0, 0.0, 1.0], [-1.0, 1.0, 1.0], [1.0, -1.0, 1.0]]
+    assert run(problem, [q, M], [x], [0.0, 0.0, 2.0], matrix)
+    fixed = cp.Problem(cp.Minimize(0.5 * cp.sum_squares(x - q) + cp.norm1(np.array(matrix) @ x)))
+    assert not run(fixed, [q], [x], [0.0, 0.0, 2.0])

@@ -119,3 +119,15 @@ def test_an_exponential_far_below_its_unit_is_right_or_says_so(rho):
     solution = layer.solve(torch.tensor(rho, dtype=D))
     wrong = abs(float(solution.variables[0]) / np.exp(rho) - 1) > 1e-2
     assert not wrong or solution.status.item() > 0 or bool(solution.degenerate)
+
+
+@pytest.mark.parametrize("near_zero", [2.4041923918648543e-06, -1e-9, 1e-12])
+def test_a_coefficient_that_is_all_but_zero_hides_no_other_cost(near_zero):
+    """|x - 1|^2 + the larger of 0.6 q_1 x_1 and others: its variable leaves the constraints, its costs do not become all that is seen."""
+    x, q = cp.Variable(3), cp.Parameter(3)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - 1) + 0.3 * cp.dotsort(cp.multiply(q, x), np.array([2.0, 1.0, 0.0]))))
+    value = np.array([-0.9999972390082525, 1.0000094991159816, near_zero])
+    (ours,) = ConvexLayer(problem, [q], [x], structure="generic")(torch.from_numpy(value))
+    q.value = value
+    problem.solve(solver=cp.CLARABEL)
+    assert np.allclose(ours.numpy(), x.value, atol=1e-5)
