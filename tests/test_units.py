@@ -127,7 +127,7 @@ def test_a_coefficient_that_is_all_but_zero_hides_no_other_cost(near_zero):
     x, q = cp.Variable(3), cp.Parameter(3)
     problem = cp.Problem(cp.Minimize(cp.sum_squares(x - 1) + 0.3 * cp.dotsort(cp.multiply(q, x), np.array([2.0, 1.0, 0.0]))))
     value = np.array([-0.9999972390082525, 1.0000094991159816, near_zero])
-    (ours,) = ConvexLayer(problem, [q], [x], structure="generic")(torch.from_numpy(value))
+    ours = ConvexLayer(problem, [q], [x], structure="generic").solve(torch.from_numpy(value))
     q.value = value
     problem.solve(solver=cp.CLARABEL)
-    assert np.allclose(ours.numpy(), x.value, atol=1e-5)
+    assert np.allclose(ours.variables[0].numpy(), x.value, atol=1e-5)
