@@ -233,7 +233,7 @@ class Canonical:
 
     @cached_property
     def visible(self) -> Visible:
-        """What some output reads or some parameter moves."""
+        """What some output reads or some parameter moves, and the multipliers of curved cones: how x moves along one depends on them."""
         x, y = torch.zeros(self.program.n, dtype=torch.bool), torch.zeros(self.program.m, dtype=torch.bool)
         for recovery in self.variables:
             (y if recovery.dual else x)[recovery.position] = True
@@ -245,7 +245,7 @@ class Canonical:
         y[index["A_rows"][self.moving["A"]]] = True
         x[index["P_rows"][self.moving["P"]]] = True
         x[index["P_cols"][self.moving["P"]]] = True
-        return Visible(x, y)
+        return Visible(x, y | self.program.cones.curved)
 
     @cached_property
     def constant(self) -> Tensor:

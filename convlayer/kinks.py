@@ -11,8 +11,8 @@ apex to first order. Such a solution is one of the linear system with D = 1/2 on
 its only one. So one factorisation, and one solve in a random direction of the parameters, decides with probability one.
 
 A null vector of the system is felt only if some direction of the parameters works against it, or some output reads it, or if it turns
-a direction of the parameters into another one for the outputs: with multipliers y + eta the same dA exerts the force dA'(y + eta), and a
-direction chooses among the multipliers. Two that are felt leave a derivative all the same:
+a direction of the parameters into another one for the outputs: with multipliers y + eta the same dA exerts the force dA'(y + eta), the
+boundary of a cone has another curvature, and a direction chooses among the multipliers. Two that are felt leave a derivative all the same:
 
 - Equalities with constant coefficients that depend on each other, as both marginals of a plan do. Parameters that move them apart leave
   the feasible set; along those that do not there is a derivative, and what the gradient says across is of no account. Their
@@ -83,10 +83,12 @@ def judged(zero: Zero, rows: Tensor, sides: Sides) -> Zero:
     size = torch.cat([w, e], 1).abs().amax(1) + _size(sides.moved)
     still = (torch.where(weak, e.abs(), 0.0).amax(1) <= MOVED * size) if e.shape[1] else known
     good = known & part.known & unread & unmoved & still & ~part.system.poor
-    response = part.system.solve(sides.read[0], part.spectrum.to_basis(sides.read[1]))
-    response = response[0], part.spectrum.from_basis(response[1])
+    across = part.operators.A(w) - sides.moved[1] + part.spectrum.from_basis(e)
+    w, e = part.system.solve(sides.read[0], part.spectrum.to_basis(sides.read[1]))
+    u = part.spectrum.from_basis(e)
+    response = _Response(sides, torch.arange(len(rows), device=rows.device), v, across, w, u, sides.read[1] - part.operators.A(w) - u)
     if part.null is not None and bool(good.any()):
-        good = good & ~_turns(part, part.null, response, torch.arange(len(rows), device=rows.device), sides)[1]
+        good = good & ~_turns(zero.cones, part, part.null, response)[1]
     good = good & _unique(zero, rows, good, weak, v, sides, response)
     return _acquitted(zero, rows, good, part)
 
@@ -152,27 +154,50 @@ def _beyond(null: Tensor, constant: Tensor) -> Tensor:
     return (null @ mixing.mT) * (size > FELT).unsqueeze(1)
 
 
-def _turns(
-    part: _Part, null: Tensor, response: tuple[Tensor, Tensor], rows: Tensor, sides: Sides
-) -> tuple[Tensor, Tensor]:
-    """(how much null vectors (R, n + m, k) change what the outputs, by the system's `response` to them, feel of the direction (R, k),
-    whether one does (R,)); rows: those of `sides`."""
-    n, k = part.system.n, null.shape[2]
+@dataclass(frozen=True, eq=False)
+class _Response:
+    """How a system answers to what is moved, and to what is read."""
+
+    sides: Sides
+    rows: Tensor  # (R,) of the sides
+    v: Tensor  # (R, m) y - s, and
+    across: Tensor  # (R, m) how the direction moves it
+    w: Tensor  # (R, n) the adjoint of what is read,
+    u: Tensor  # (R, m)
+    felt: Tensor  # (R, m) and its answer to a change of DPi along v's own
+
+    def only(self, index: Tensor) -> _Response:
+        parts = (part[index] for part in (self.rows, self.v, self.across, self.w, self.u, self.felt))
+        return _Response(self.sides, *parts)
+
+
+def _turns(cones: Product, part: _Part, null: Tensor, response: _Response) -> tuple[Tensor, Tensor]:
+    """(how much null vectors (R, n + m, k) change what the outputs feel of the direction (R, k), whether one does (R,)): by the force
+    that dA exerts with other multipliers, and by the curvature that a cone's boundary has with them."""
+    n, count = part.system.n, null.shape[2]
     x = null[:, :n] if part.units is None else null[:, :n] / part.units.unsqueeze(-1)
     y = part.spectrum.from_basis(part.spectrum.values.sqrt().unsqueeze(-1) * null[:, n:], columns=True)
-    felt = x.new_zeros(len(x), dtype=torch.bool)
-    along = x.new_zeros(len(x), k)
+    columns = [(x[..., j], y[..., j]) for j in range(count)]
+    tiny = torch.finfo(x.dtype).tiny
     # Beside what any vector of that length changes, not the null vectors alone: their images may be rounding.
-    probe = torch.randn(2, n + y.shape[1], dtype=x.dtype, generator=torch.Generator().manual_seed(2)).to(x.device)
-    any_x, any_y = (half.expand(len(x), -1) for half in (probe[0, :n], probe[1, n:]))
-    length = torch.cat(response, 1).norm(dim=1)
-    images = [sides.turned(rows, *(column.unbind(2)[j] for column in (x, y))) for j in range(k)]
-    for place, (a, c) in enumerate(sides.turned(rows, any_x, any_y)):
-        size = (length * torch.cat([a, c], 1).norm(dim=1)).clamp(min=torch.finfo(x.dtype).tiny)
-        change = torch.stack([(response[0] * a).sum(1) + (response[1] * c).sum(1) for a, c in (of[place] for of in images)], 1)
-        change = change / size.unsqueeze(1)
-        along, felt = along + change, felt | (change.norm(dim=1) > FELT)
-    return along, felt
+    probe = torch.randn(1, n + y.shape[1], dtype=x.dtype, generator=torch.Generator().manual_seed(2)).to(x.device).expand(len(x), -1)
+    turned, rows = response.sides.turned, response.rows
+    images = [turned(rows, *column) for column in columns]
+    changes, length = [], torch.cat([response.w, response.u], 1).norm(dim=1)
+    for place, (a, c) in enumerate(turned(rows, probe[:, :n], probe[:, n:])):
+        size = (length * torch.cat([a, c], 1).norm(dim=1)).clamp(min=tiny)
+        pairs = [of[place] for of in images]
+        change = torch.stack([(response.w * a).sum(1) + (response.u * c).sum(1) for a, c in pairs], 1)
+        changes.append(change / size.unsqueeze(1))
+    if bool(cones.curved.any()):
+        size = (response.felt.norm(dim=1) * response.across.norm(dim=1)).clamp(min=tiny)
+        bent = [cones.curvature_dual(response.v, part.operators.A(a) + c, response.across) for a, c in columns]
+        change = torch.stack([(response.felt * k).sum(1) for k in bent], 1)
+        changes.append((change / size.unsqueeze(1)).nan_to_num(1.0))
+    if not changes:
+        return x.new_zeros(len(x), count), torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    felt = torch.stack([change.norm(dim=1) for change in changes], 1).amax(1) > FELT
+    return torch.stack(changes).sum(0), felt
 
 
 def _unique(
@@ -182,7 +207,7 @@ def _unique(
     weak: Tensor,
     v: Tensor,
     sides: Sides,
-    response: tuple[Tensor, Tensor],
+    response: _Response,
 ) -> Tensor:
     """(R,) of the rows `asked`: nothing that is read or moved, or turns what is moved, is free on one side.
 
@@ -199,11 +224,11 @@ def _unique(
         unique[chosen] &= part.known
         if part.null is None:
             continue
-        force = _turns(part, part.null, (response[0][chosen], response[1][chosen]), chosen, sides)
+        turning = _turns(zero.cones, part, part.null, response.only(chosen))
         for null, along, felt in (
             _felt(part, tuple(values[chosen] for values in sides.read), None),
             _felt(part, tuple(values[chosen] for values in sides.moved), sides.constant),
-            (part.null, *force),
+            (part.null, *turning),
         ):
             step = _steps(part, null) if tolerance > 0 else null[:, zero.x.shape[1] :]
             for k in torch.nonzero(felt).flatten().tolist():

@@ -400,3 +400,21 @@ def test_a_matrix_that_chooses_among_multipliers_is_flagged():
     assert run(problem, [q, M], [x], [0.0, 0.0, 2.0], matrix)
     fixed = cp.Problem(cp.Minimize(0.5 * cp.sum_squares(x - q) + cp.norm1(np.array(matrix) @ x)))
     assert not run(fixed, [q], [x], [0.0, 0.0, 2.0])
+
+
+def test_a_multiplier_shared_with_a_curved_boundary_is_flagged_where_the_curvature_is_felt():
+    """min q'x in the unit ball at q = -e_1, beside x_1 <= 1, which touches it: x = -q/|q|, which the boundary gives only if the multiplier
+    is its alone. In the ball beside x_1 >= 0 it is."""
+    x, q = cp.Variable(3), cp.Parameter(3)
+    touching, apart = (cp.Problem(cp.Minimize(q @ x), [cp.norm(x) <= 1, rule]) for rule in (x[0] <= 1, x[0] >= 0))
+    assert run(touching, [q], [x], [-1.0, 0.0, 0.0])
+    assert not run(touching, [q], [x], [-1.0, 0.1, 0.0])
+    assert not run(apart, [q], [x], [-1.0, 0.0, 0.0])
+
+
+def test_a_multiplier_shared_with_a_curved_boundary_is_not_flagged_where_nothing_moves_along_it():
+    """The constraints hold x at a corner of a half ball and two planes through it, one of them to spare."""
+    x, q = cp.Variable(2), cp.Parameter(2)
+    rules = [cp.norm(cp.hstack([x, 0])) <= 1, x[0] + x[1] <= 1, x[0] - x[1] <= 1]
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - q)), rules)
+    assert not run(problem, [q], [x], [3.0, 0.2])

@@ -128,6 +128,15 @@ class Product:
         return rows
 
     @property
+    def curved(self) -> Tensor:
+        """(m,) bool, the rows of the cones whose boundary is not made of flat faces."""
+        rows = torch.zeros(self.size, dtype=torch.bool)
+        for block in self.blocks:
+            if block.name not in ("zero", "nonnegative") and block.size > 2:
+                rows[block.start : block.start + block.size] = True
+        return rows
+
+    @property
     def inside(self) -> Tensor:
         """(m,) a point inside every cone; ones in the zero cone, which has none."""
         return torch.cat([torch.zeros(0, dtype=torch.float64), *(cone.inside() for cone in self.cones)])
