@@ -629,6 +629,11 @@ def _refined(
     if inner.unbounded is not None:
         # A bound that was taken for infinite and is active after all: this is not the solution.
         status = torch.where((inner.unbounded & (zero.y > 0)).any(1), int(Status.NOT_CONVERGED), status)
+    rough = status == Status.INACCURATE
+    if bool(rough.any()):
+        # Such a point tells a kink from its neighbourhood no better than that.
+        near = rough & (zero.margin < zero.judged.sqrt())
+        zero = replace(zero, near=zero.near | near, unfelt=zero.unfelt & ~near)
     return _Refined(*inner.leave(zero.x, zero.s, zero.y), status, zero, inner)
 
 

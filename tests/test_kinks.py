@@ -418,3 +418,12 @@ def test_a_multiplier_shared_with_a_curved_boundary_is_not_flagged_where_nothing
     rules = [cp.norm(cp.hstack([x, 0])) <= 1, x[0] + x[1] <= 1, x[0] - x[1] <= 1]
     problem = cp.Problem(cp.Minimize(cp.sum_squares(x - q)), rules)
     assert not run(problem, [q], [x], [3.0, 0.2])
+
+
+def test_a_single_feasible_point_that_is_found_roughly_is_flagged():
+    """The unit ball and x_1 >= 1, which touches it."""
+    x, q = cp.Variable(3), cp.Parameter(3)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - q)), [cp.norm(x) <= 1, x[0] >= 1])
+    layer = ConvexLayer(problem, [q], [x], structure="generic", on_failure="nan")
+    solution = layer.solve(torch.tensor([[1.0, 2.0, 0.0], [-1.0, 1.0, 2.0], [0.0, 0.0, 1.0]], dtype=torch.float64))
+    assert solution.degenerate.all()
