@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from convlayer import ConvexLayer, GradientWarning, Status
+from convlayer import AccuracyWarning, ConvexLayer, GradientWarning, Status
 
 ROWS = 6
 STEP = 1e-5
@@ -425,5 +425,6 @@ def test_a_single_feasible_point_that_is_found_roughly_is_flagged():
     x, q = cp.Variable(3), cp.Parameter(3)
     problem = cp.Problem(cp.Minimize(cp.sum_squares(x - q)), [cp.norm(x) <= 1, x[0] >= 1])
     layer = ConvexLayer(problem, [q], [x], structure="generic", on_failure="nan")
-    solution = layer.solve(torch.tensor([[1.0, 2.0, 0.0], [-1.0, 1.0, 2.0], [0.0, 0.0, 1.0]], dtype=torch.float64))
+    with pytest.warns(AccuracyWarning):
+        solution = layer.solve(torch.tensor([[1.0, 2.0, 0.0], [-1.0, 1.0, 2.0], [0.0, 0.0, 1.0]], dtype=torch.float64))
     assert solution.degenerate.all()
