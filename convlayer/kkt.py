@@ -130,8 +130,9 @@ class _System(ABC):
     def _all_scales(self) -> Tensor:
         """(B, size) of the equilibrated matrix."""
 
-    def _scales(self, rows: Tensor) -> Tensor:
-        return self._all_scales[rows]
+    def _unscaled(self, rows: Tensor, vectors: Tensor) -> Tensor:
+        """Vectors (rows, size, k) of the equilibrated matrix in x's own units, and as one of x beside one of the basis U."""
+        return self._all_scales[rows].unsqueeze(-1) * vectors
 
     @abstractmethod
     def _near(self, rows: Tensor) -> _NullSpace:
@@ -156,7 +157,7 @@ class _System(ABC):
                 break
         rows = suspects[~many]
         if len(rows):
-            self.projector = _Projector(rows, self._scales(rows).unsqueeze(-1) * vectors[~many], self.units)
+            self.projector = _Projector(rows, self._unscaled(rows, vectors[~many]), self.units)
             self.singular[rows] |= self._harmful(rows, self.projector.unit, visible)
         if bool(many.any()):
             self._look_beyond(suspects[many], visible)
@@ -167,7 +168,7 @@ class _System(ABC):
         probe = torch.randn(self._size, PROBES, dtype=self.scale.dtype, generator=torch.Generator().manual_seed(0))
         vectors, clean = self.null_space.part(probe.to(rows.device).expand(len(rows), -1, -1))
         vectors = vectors * clean.unsqueeze(1)
-        unit = _normalised(self._scales(rows).unsqueeze(-1) * vectors, rows, self.units)
+        unit = _normalised(self._unscaled(rows, vectors), rows, self.units)
         harmful = self._harmful(rows, unit, visible) | ~clean.any(1)
         self.singular[rows] |= harmful
         if bool(harmful.any()):
@@ -184,11 +185,11 @@ class _System(ABC):
     def _entering(self, right: Tensor, newton: bool) -> Tensor:
         """A right-hand side (B, size) in x's own units, without what no solution can meet."""
         right = _off_null(self.projector, right, -1)
-        if not newton:
-            return _off_null(self._projector(), right, -1)
-        if self.null_space is None:
-            return right
-        return self.null_space.off(right * self._all_scales) / self._all_scales
+        return right if newton else _off_null(self._projector(), right, -1)
+
+    def _off_wide(self, scaled: Tensor, newton: bool) -> Tensor:
+        """The equilibrated right-hand side (B, size) without what no solution can meet, where there are many null vectors."""
+        return self.null_space.off(scaled) if newton and self.null_space is not None else scaled
 
     def _leaving(self, solution: Tensor, newton: bool) -> Tensor:
         """A solution (B, size) in x's own units, without what no right-hand side determines, where that matters."""
@@ -206,7 +207,7 @@ class _System(ABC):
                 if width == limit or not bool((vectors.abs().amax(1) > 0).all(1).any()):
                     break
                 width *= 4
-            self._least_norm = _Projector(rows, self._scales(rows).unsqueeze(-1) * vectors, self.units)
+            self._least_norm = _Projector(rows, self._unscaled(rows, vectors), self.units)
         return self._least_norm
 
     def _widest(self) -> int:
@@ -370,7 +371,7 @@ class DenseSystem(_System):
         stiff, and not of least norm in the user's units."""
         c_active = c if self.active is None else c.gather(1, self.active)
         right = self._entering(torch.cat([a if self.all_held else a * self.held, self.root * c_active], 1), newton)
-        scaled = (right * self.scale).unsqueeze(-1)
+        scaled = self._off_wide(right * self.scale, newton).unsqueeze(-1)
         solution = self.factor.solve(scaled)
         if scaled.numel() and (self.stiff or not newton):
             solution = self._refined(scaled, solution)
@@ -508,15 +509,25 @@ class SparseSystem(_System):
         self.visible, self.units = visible, units
         self.dense: tuple[Tensor, DenseSystem] | None = None  # rows that need pivoting, and their system
         self.root = d.clamp(min=0).sqrt()
-        E = pattern.rotated(data.A, spectrum) * self.root[:, pattern.E_rows]
+        split = pattern.split
+        inner, root = (part[:, split.source] if len(split) else part for part in (d, self.root))
+        E = pattern.rotated(data.A, spectrum) * root[:, pattern.E_rows]
         values = E.new_zeros(batch, pattern.nnz)
         values[:, pattern.place_P] = data.P
         values[:, pattern.place_E] = E
-        values[:, pattern.place_diagonal[n:]] = d - 1
+        values[:, pattern.place_diagonal[n : n + m]] = inner - 1
+        self.turn = ProductSpectrum(d, split.bases(spectrum))
+        if len(split):
+            axes, first = split.axes(spectrum), torch.stack([split.starts, split.starts + 1])
+            along = split.along(data.A, axes) * self.root[:, first][:, :, split.cone]
+            values[:, pattern.place_axes] = along.flatten(1)
+            values[:, pattern.place_multipliers] = -axes.mT[:, :, split.inside].flatten(1)
+            values[:, pattern.place_diagonal[n + m : n + m + 2 * len(split)]] = d[:, first.flatten()] - 1
         # (nnz, B) from here on: products gather and add whole rows of memory.
         values = values.mT.contiguous()
         sizes = values.abs()
-        largest = values.new_zeros(n + m, batch)
+        size = pattern.size
+        largest = values.new_zeros(size, batch)
         for index in (pattern.rows, pattern.columns):
             largest.scatter_reduce_(0, index.unsqueeze(1).expand(-1, batch), sizes, "amax")
         self.scale = torch.where(largest > 0, largest.rsqrt(), 1.0)
@@ -525,8 +536,7 @@ class SparseSystem(_System):
         self.held = (largest[:n] > 0).mT
         self.K[pattern.place_diagonal[:n]] += ~self.held.mT
         shifted = self.K.mT.clone(memory_format=torch.contiguous_format)
-        shifted[:, pattern.place_diagonal[:n]] += SPARSE_SHIFT
-        shifted[:, pattern.place_diagonal[n:]] -= SPARSE_SHIFT
+        shifted[:, pattern.place_diagonal] += SPARSE_SHIFT * pattern.signs
         self.factors = [pattern.factor(row) for row in shifted.numpy()]
         self.broken = torch.tensor([not factor.valid for factor in self.factors])
         _ = pattern.fill  # worked out here rather than while an object is being taken down
@@ -535,7 +545,7 @@ class SparseSystem(_System):
         self.poor = torch.zeros_like(self.singular)
         self.active: Tensor | None = None  # all rows stay
         # Pivots tell nothing without pivoting; a null vector shows as a solution of size 1 / shift.
-        growth = self._back_substitute(_probe(n + m, d.device).expand(-1, batch)).norm(dim=0)
+        growth = self._back_substitute(_probe(size, d.device).expand(-1, batch)).norm(dim=0)
         grows = growth > 1e-2 / SPARSE_SHIFT
         self.smallest = 1 / growth
         self.stiff = not bool((growth < 1 / STIFF).all())
@@ -547,7 +557,7 @@ class SparseSystem(_System):
         """a (B, n), c (B, m) -> w (B, n), e (B, m); for a step of Newton's method to six digits, unless it is stiff, and not of
         least norm in the user's units."""
         right = self._entering(torch.cat([a * self.held, self.root * c], 1), newton)
-        scaled = right.mT * self.scale
+        scaled = self._off_wide(self._spread(right) * self.scale.mT, newton).mT
         if self.stiff or not newton:
             solution, poor = self._refined(scaled)
             for row in torch.nonzero(poor & ~self.broken).flatten().tolist():
@@ -555,11 +565,37 @@ class SparseSystem(_System):
                 solution[:, row], poor[row] = torch.from_numpy(found), not good
         else:
             solution, poor = self._back_substitute(scaled), self.broken
-        solution = self._leaving((solution * self.scale).mT, newton)
+        solution = self._leaving(self._own((solution * self.scale).mT.unsqueeze(-1)).squeeze(-1), newton)
         if newton and dense_seconds(self.data.program) > PIVOTED * _sparse_seconds(self.data.program):
             poor = self.broken  # as good a step as there is: the residual judges where it leads
         w, e = solution[:, : self.n], solution[:, self.n :] * self.root
         return self._pivoted(torch.nonzero(poor).flatten(), a, c, w, e, newton) if bool(poor.any()) else (w, e)
+
+    def _spread(self, right: Tensor) -> Tensor:
+        """A right-hand side (B, n + m) of x and the basis U as one of the matrix, (B, size); see `pattern`."""
+        split, n = self.pattern.split, self.n
+        if not len(split):
+            return right
+        first = torch.cat([split.starts, split.starts + 1])
+        rows = right[:, n:]
+        across = self.turn.from_basis(rows.index_fill(1, first, 0.0))
+        rest = torch.where(split.inside, across, rows)
+        return torch.cat([right[:, :n], rest, rows[:, first], right.new_zeros(len(right), 2 * len(split))], 1)
+
+    def _own(self, vectors: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Solutions (B, size, k) of the matrix as those of x and the basis U, (B, n + m, k)."""
+        split, n = self.pattern.split, self.n
+        if not len(split):
+            return vectors
+        end = n + self.m
+        turn = self.turn if rows is None else self.turn.index_select(rows)
+        dual = turn.to_basis(vectors[:, n:end], columns=True)
+        first = torch.cat([split.starts, split.starts + 1])
+        dual = dual.index_copy(1, first, vectors[:, end : end + len(first)])
+        return torch.cat([vectors[:, :n], dual], 1)
+
+    def _unscaled(self, rows: Tensor, vectors: Tensor) -> Tensor:
+        return self._own(super()._unscaled(rows, vectors), rows)
 
     def _refined(self, right: Tensor) -> tuple[Tensor, Tensor]:
         """Iterative refinement against K itself: the solution, (size, B), and which rows stay inaccurate."""
@@ -633,8 +669,7 @@ class SparseSystem(_System):
         return torch.from_numpy(np.array(solved)).mT
 
     def _near(self, rows: Tensor) -> _NullSpace:
-        shift = torch.full((len(self.scale), 1), SPARSE_SHIFT, dtype=self.scale.dtype)
-        shift[self.n :] = -SPARSE_SHIFT
+        shift = (SPARSE_SHIFT * self.pattern.signs).unsqueeze(-1)
 
         def exact(row: int, right: Tensor) -> Tensor:
             k = int(rows[row])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import sqrt
 from typing import ClassVar
 
 import torch
@@ -20,7 +21,7 @@ class Spectrum:
     """
 
     values: Tensor  # (*batch, k), in [0, 1]
-    basis: Tensor | None  # (*batch, k, k), orthogonal; None: the identity
+    basis: Tensor | None  # (*batch, k, k), orthogonal, or what stands for it, (*batch, k, 1), see `from_basis`; None: the identity
 
 
 class Cone(ABC):
@@ -114,6 +115,48 @@ def bend(h: Tensor, g: Tensor, radial: Tensor, normal: Tensor, geodesic: Tensor 
     both = (h_rest * g_rest).sum(-1, keepdim=True)
     rest = (radial * h_ray + normal * h_normal) * g_rest + (radial * g_ray + normal * g_normal) * h_rest
     return torch.cat((radial * both, normal * both, rest + geodesic * h_rest * g_rest), -1)
+
+
+def from_basis(basis: Tensor, x: Tensor) -> Tensor:
+    """U x for x (*batch, k, c).
+
+    The basis of a second-order cone is its unit vector's, (1, u)/sqrt 2, (1, -u)/sqrt 2 and the other columns of the Householder
+    reflection that takes u to an axis. Of a large cone only that vector is held, as (0, u).
+    """
+    if basis.shape[-1] != 1 or basis.shape[-2] == 1:
+        return basis @ x
+    u, towards = _reflection(basis)
+    rest = x[..., 2:, :]
+    z = u * ((x[..., :1, :] - x[..., 1:2, :]) * sqrt(0.5)) - towards * (u[..., 1:, :].mT @ rest)
+    z[..., 1:, :] += rest
+    return torch.cat(((x[..., :1, :] + x[..., 1:2, :]) * sqrt(0.5), z), -2)
+
+
+def to_basis(basis: Tensor, y: Tensor) -> Tensor:
+    """U'y for y (*batch, k, c)."""
+    if basis.shape[-1] != 1 or basis.shape[-2] == 1:
+        return basis.mT @ y
+    u, towards = _reflection(basis)
+    t, z = y[..., :1, :], y[..., 1:, :]
+    along = u.mT @ z
+    rest = z[..., 1:, :] - u[..., 1:, :] * (towards.mT @ z)
+    return torch.cat(((t + along) * sqrt(0.5), (t - along) * sqrt(0.5), rest), -2)
+
+
+def _reflection(basis: Tensor) -> tuple[Tensor, Tensor]:
+    """u and (u + sign(u_1) e_1)/(1 + |u_1|), (*batch, k - 1, 1)."""
+    u = basis[..., 1:, :]
+    first = u[..., :1, :]
+    return u, torch.cat((torch.where(first < 0, -1.0, 1.0).to(u), u[..., 1:, :] / (first.abs() + 1)), -2)
+
+
+def axes(basis: Tensor) -> Tensor:
+    """The first two columns of U, (*batch, k, 2)."""
+    if basis.shape[-1] != 1:
+        return basis[..., :2]
+    half = torch.full_like(basis[..., :1, :], sqrt(0.5)).expand(*basis.shape[:-2], 1, 2)
+    u = basis[..., 1:, :] * sqrt(0.5)
+    return torch.cat((half, torch.cat((u, -u), -1)), -2)
 
 
 def rotate(basis: Tensor, x: Tensor) -> Tensor:
