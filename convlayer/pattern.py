@@ -122,11 +122,22 @@ class KKTPattern:
             self._positions[key] = torch.from_numpy(positions)
         return self._positions[key]
 
+    def stacked(self, values: np.ndarray) -> sp.csr_array:
+        """Both triangles with these values (rows, nnz), as one block-diagonal matrix."""
+        count, (source, indices, indptr) = len(values), self._whole
+        shift = np.arange(count)[:, None]
+        columns = (indices + self.size * shift).ravel().astype(np.int32)
+        starts = np.append((indptr[:-1] + len(source) * shift).ravel(), count * len(source)).astype(np.int32)
+        return sp.csr_array((values[:, source].ravel(), columns, starts), shape=(count * self.size,) * 2)
+
     @cached_property
-    def strict(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The entries off the diagonal, their rows and columns."""
-        off = self.off_diagonal
-        return off, self.rows[off], self.columns[off]
+    def _whole(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Both triangles in compressed rows: (the stored value of each entry, columns, row pointer)."""
+        rows, columns, off = self.rows.numpy(), self.columns.numpy(), self.off_diagonal.numpy()
+        i, j = np.concatenate([rows, columns[off]]), np.concatenate([columns, rows[off]])
+        order = np.lexsort((j, i))
+        source = np.concatenate([np.arange(self.nnz), off])[order]
+        return source, j[order], np.searchsorted(i[order], np.arange(self.size + 1))
 
     def matrix(self, values: np.ndarray) -> sp.csc_matrix:
         """The upper triangle with these values."""
