@@ -163,9 +163,10 @@ class _System(ABC):
 
     def _look_for_null_vectors(self, suspects: Tensor, expected: Tensor | None = None) -> None:
         """Null vectors of the matrix for these rows: all of them where they are few. `expected`: about how many they have."""
-        wide = torch.zeros_like(suspects, dtype=torch.bool) if expected is None else expected >= 4 * FEW
-        rows = self._look_for_basis(suspects[~wide], 4)
-        rows, order = torch.cat([suspects[wide], rows]).sort()
+        expected = torch.zeros(len(suspects), device=suspects.device) if expected is None else expected
+        wide, single = expected >= 4 * FEW, expected < 6
+        beyond = [self._look_for_basis(suspects[single], 4), self._look_for_basis(suspects[~wide & ~single], FEW)]
+        rows, order = torch.cat([suspects[wide], *beyond]).sort()
         if len(rows):
             self.null_space = self._near(rows)
             self._unjudged = rows, order < int(wide.sum())

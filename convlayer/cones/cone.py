@@ -129,7 +129,8 @@ def from_basis(basis: Tensor, x: Tensor) -> Tensor:
     rest = x[..., 2:, :]
     z = u * ((x[..., :1, :] - x[..., 1:2, :]) * sqrt(0.5)) - towards * (u[..., 1:, :].mT @ rest)
     z[..., 1:, :] += rest
-    return torch.cat(((x[..., :1, :] + x[..., 1:2, :]) * sqrt(0.5), z), -2)
+    t = (x[..., :1, :] + x[..., 1:2, :]) * sqrt(0.5)
+    return torch.cat((t.expand(*z.shape[:-2], 1, -1), z), -2)
 
 
 def to_basis(basis: Tensor, y: Tensor) -> Tensor:
