@@ -200,7 +200,7 @@ class _Split:
     @classmethod
     def of(cls, program: Program, columns_of: dict[int, np.ndarray]) -> _Split:
         """Those cones of which the rows without basis and the axes have less than half of the entries that the rows with it have."""
-        order, _, indptr = program.A_by_row
+        indptr = program.A_by_row[2]
         blocks = [block for block in program.cones.blocks if block.name == "second_order" and block.size > 3]
         gain: dict[int, int] = {}
         for start, size in ((block.start, block.size) for block in blocks):
@@ -226,12 +226,17 @@ class _Split:
         k = len(blocks)
         return cls(
             sizes,
-            *(torch.from_numpy(part) for part in (starts, inside, source)),
-            np.tile(columns, 2),
-            np.concatenate([cone, k + cone]),
-            *(torch.from_numpy(part) for part in (cone, entries, program.A_rows[entries].astype(np.int64), where)),
-            np.tile(rows, 2),
-            np.concatenate([2 * k + cone_of_row, 3 * k + cone_of_row]),
+            torch.from_numpy(starts),
+            torch.from_numpy(inside),
+            torch.from_numpy(source),
+            columns=np.tile(columns, 2),
+            owners=np.concatenate([cone, k + cone]),
+            cone=torch.from_numpy(cone),
+            entries=torch.from_numpy(entries),
+            entry_rows=torch.from_numpy(program.A_rows[entries].astype(np.int64)),
+            entry_columns=torch.from_numpy(where),
+            rows=np.tile(rows, 2),
+            multipliers=np.concatenate([2 * k + cone_of_row, 3 * k + cone_of_row]),
         )
 
     def __len__(self) -> int:

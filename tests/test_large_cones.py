@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 import torch
 from cases import close
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import dijkstra
 
 import convlayer.generic
 from convlayer import ConvexLayer
@@ -114,9 +116,6 @@ def test_the_gradient_of_a_flow_with_a_norm_is_that_of_its_face(dense, monkeypat
 
 def test_a_tiny_norm_leaves_the_shortest_path_where_it_is():
     """By scipy's shortest paths; a vertex does not move, and the rows of the cone are as sparse as they were."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import dijkstra
-
     A, b = grid(9)
     c, x = cp.Parameter(A.shape[1]), cp.Variable(A.shape[1])
     problem = cp.Problem(cp.Minimize(c @ x + 1e-6 * cp.norm(x)), [x >= 0, x <= 1, A @ x == b])
