@@ -62,7 +62,8 @@ BACKWARD, GROWTH = (
     1e12,
 )  # or this share of the solution, provided that the solution is not larger than the right-hand side by GROWTH
 DENSE_RATE, DENSE_CALL = 5e9, 1e-5  # flops a second of batched LU, and seconds a row beside them; measured
-SPARSE_RATE, SPARSE_CALL = 1e9, 4e-5  # the same of sparse LDL'
+SPARSE_RATE, SPARSE_CALL = 1e9, 4e-5  # the same of sparse LDL',
+ENTRY_RATE = 3e7  # whose matrix is also assembled, scaled and multiplied by: stored entries a second
 PIVOTED = 20  # so many sparse factorisations a step of Newton's method may cost, where they are not accurate
 
 
@@ -94,7 +95,8 @@ def system_seconds(program: Program) -> float:
 
 
 def _sparse_seconds(program: Program) -> float:
-    return SPARSE_CALL + kkt_pattern(program).flops / SPARSE_RATE
+    pattern = kkt_pattern(program)
+    return SPARSE_CALL + pattern.flops / SPARSE_RATE + pattern.nnz / ENTRY_RATE
 
 
 def factorise(

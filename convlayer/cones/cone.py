@@ -21,7 +21,7 @@ class Spectrum:
     """
 
     values: Tensor  # (*batch, k), in [0, 1]
-    basis: Tensor | None  # (*batch, k, k), orthogonal, or what stands for it, (*batch, k, 1), see `from_basis`; None: the identity
+    basis: Tensor | None  # (*batch, k, k), orthogonal, or what stands for it, (*batch, k, 2), see `from_basis`; None: the identity
 
 
 class Cone(ABC):
@@ -121,11 +121,12 @@ def from_basis(basis: Tensor, x: Tensor) -> Tensor:
     """U x for x (*batch, k, c).
 
     The basis of a second-order cone is its unit vector's, (1, u)/sqrt 2, (1, -u)/sqrt 2 and the other columns of the Householder
-    reflection that takes u to an axis. Of a large cone only that vector is held, as (0, u).
+    reflection that takes u to an axis. Of a large cone only two vectors are held, (0, u) and (0, f), f = (u + sign(u_1) e_1)/(1 + |u_1|):
+    those columns are e_j - u_j f.
     """
-    if basis.shape[-1] != 1 or basis.shape[-2] == 1:
+    if basis.shape[-1] == basis.shape[-2]:
         return basis @ x
-    u, towards = _reflection(basis)
+    u, towards = basis[..., 1:, :1], basis[..., 1:, 1:]
     rest = x[..., 2:, :]
     z = u * ((x[..., :1, :] - x[..., 1:2, :]) * sqrt(0.5)) - towards * (u[..., 1:, :].mT @ rest)
     z[..., 1:, :] += rest
@@ -135,28 +136,20 @@ def from_basis(basis: Tensor, x: Tensor) -> Tensor:
 
 def to_basis(basis: Tensor, y: Tensor) -> Tensor:
     """U'y for y (*batch, k, c)."""
-    if basis.shape[-1] != 1 or basis.shape[-2] == 1:
+    if basis.shape[-1] == basis.shape[-2]:
         return basis.mT @ y
-    u, towards = _reflection(basis)
     t, z = y[..., :1, :], y[..., 1:, :]
-    along = u.mT @ z
-    rest = z[..., 1:, :] - u[..., 1:, :] * (towards.mT @ z)
+    along, reflected = (basis[..., 1:, :].mT @ z).split(1, -2)
+    rest = z[..., 1:, :] - basis[..., 2:, :1] * reflected
     return torch.cat(((t + along) * sqrt(0.5), (t - along) * sqrt(0.5), rest), -2)
-
-
-def _reflection(basis: Tensor) -> tuple[Tensor, Tensor]:
-    """u and (u + sign(u_1) e_1)/(1 + |u_1|), (*batch, k - 1, 1)."""
-    u = basis[..., 1:, :]
-    first = u[..., :1, :]
-    return u, torch.cat((torch.where(first < 0, -1.0, 1.0).to(u), u[..., 1:, :] / (first.abs() + 1)), -2)
 
 
 def axes(basis: Tensor) -> Tensor:
     """The first two columns of U, (*batch, k, 2)."""
-    if basis.shape[-1] != 1:
+    if basis.shape[-1] == basis.shape[-2]:
         return basis[..., :2]
-    half = torch.full_like(basis[..., :1, :], sqrt(0.5)).expand(*basis.shape[:-2], 1, 2)
-    u = basis[..., 1:, :] * sqrt(0.5)
+    half = torch.full_like(basis[..., :1, :], sqrt(0.5))
+    u = basis[..., 1:, :1] * sqrt(0.5)
     return torch.cat((half, torch.cat((u, -u), -1)), -2)
 
 

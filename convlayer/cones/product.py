@@ -46,8 +46,8 @@ class _Group(NamedTuple):
 class ProductSpectrum:
     """The derivative of a product's projection, D = U diag(values) U', with U orthogonal and block diagonal.
 
-    Shapes:      values (*batch, m); `bases` lists (rows, basis) with basis (*batch, count, k, k), or (*batch, count, k, 1) where a
-                 vector stands for it (see `from_basis`), and rows the slice, or the (count, k) tensor of indices, of the rows it
+    Shapes:      values (*batch, m); `bases` lists (rows, basis) with basis (*batch, count, k, k), or (*batch, count, k, 2) where two
+                 vectors stand for it (see `from_basis`), and rows the slice, or the (count, k) tensor of indices, of the rows it
                  acts on; rows in no basis have U = I.
     """
 

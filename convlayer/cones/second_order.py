@@ -12,7 +12,7 @@ from torch import Tensor
 
 from convlayer.cones.cone import Cone, Spectrum, bend, from_basis, lift, spectral_weight, split, to_basis
 
-COMPACT = 16  # rows from which on u stands for the basis
+COMPACT = 48  # rows from which on u stands for the basis
 
 
 @dataclass(frozen=True)
@@ -98,19 +98,24 @@ class SecondOrder(Cone):
         return torch.cat((first + second, (first - second) * u), -1) * 0.5
 
     def _basis(self, u: Tensor) -> Tensor:
-        """Columns (1, u)/sqrt 2, (1, -u)/sqrt 2, (0, h_j), h_j = e_j - u_j w/(1 + |u_1|), w = u + sign(u_1) e_1; or (0, u)."""
+        """Columns (1, u)/sqrt 2, (1, -u)/sqrt 2, (0, h_j), h_j = e_j - u_j w/(1 + |u_1|), w = u + sign(u_1) e_1; or what stands for it."""
         if self.size >= COMPACT:
-            return torch.cat((torch.zeros_like(u[..., :1]), u), -1).unsqueeze(-1)
+            return torch.nn.functional.pad(torch.stack((u, _towards(u)), -1), (0, 0, 1, 0))
         basis = _constants(self.size, u.dtype, u.device)[2].expand(*u.shape[:-1], -1, -1).clone()
         below = basis.narrow(-2, 1, self.size - 1)
         below.narrow(-1, 0, 2).mul_(u.unsqueeze(-1))
         if self.size > 2:
-            first = u.narrow(-1, 0, 1)
-            f = u / (first.abs() + 1)
-            f.narrow(-1, 0, 1).copy_(torch.ones_like(first).copysign_(first))  # (u_1 + sign)/(1 + |u_1|)
             rest = u.narrow(-1, 1, self.size - 2)
-            below.narrow(-1, 2, self.size - 2).addcmul_(f.unsqueeze(-1), rest.unsqueeze(-2), value=-1)
+            below.narrow(-1, 2, self.size - 2).addcmul_(_towards(u).unsqueeze(-1), rest.unsqueeze(-2), value=-1)
         return basis
+
+
+def _towards(u: Tensor) -> Tensor:
+    """w/(1 + |u_1|)."""
+    first = u.narrow(-1, 0, 1)
+    f = u / (first.abs() + 1)
+    f.narrow(-1, 0, 1).copy_(torch.ones_like(first).copysign_(first))  # (u_1 + sign)/(1 + |u_1|)
+    return f
 
 
 @lru_cache(maxsize=64)
