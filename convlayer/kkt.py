@@ -40,8 +40,8 @@ from convlayer.threads import lu_factor
 SHIFT = 1e-11  # delta, relative to the equilibrated matrix
 SPARSE_SHIFT = 1e-7  # without pivoting it must exceed the square root of the rounding error; refinement removes it
 SUSPECT = 1e-9  # a pivot below this may be the sign of a null vector
-APART = 1e-3  # and above this share it has not the least part of one
-NULL = 1e-12  # |K z| below this share of |z| (times the size) makes z one
+NULL = 1e-12  # |K z| below this share of |z| (times the size) makes z one;
+APART = 1e-3  # above this share z has no part that inverse iteration would still bring out
 FEW = 16  # null vectors fewer than this are all found; of more,
 PROBES = 2  # so many random ones
 TOUCHED = 1e-7  # what an entry of a unit null vector above this stands for is not unique
@@ -243,7 +243,8 @@ class _System(ABC):
                 if width == limit or not bool((vectors.abs().amax(1) > 0).all(1).any()):
                     break
                 width *= 4
-            self._least_norm = _Projector(rows, self._unscaled(rows, vectors), self.units)
+            unit = _normalised(self._unscaled(rows, vectors), rows, self.units)
+            self._least_norm = _Projector(rows, unit, self.units)
         return self._least_norm
 
     def _widest(self) -> int:
@@ -806,13 +807,13 @@ class _Projector:
     """Takes the null spaces of some rows of a batch out of vectors in x's own units: a solution is in units^1, a right-hand
     side in units^-1."""
 
-    def __init__(self, rows: Tensor, null: Tensor, units: Tensor | None):
-        """null (rows, size, k), not normalised, zero where there are fewer than k; units (B or 1, n) of x, None for ones."""
+    def __init__(self, rows: Tensor, unit: Tensor, units: Tensor | None):
+        """unit (rows, size, k) as `_normalised` gives them, zero where there are fewer than k; units (B or 1, n) of x, None for ones."""
         self.rows = rows
-        self.units = null.new_ones(null.shape[:2])
+        self.units = unit.new_ones(unit.shape[:2])
         if units is not None:
             self.units[:, : units.shape[1]] = take_rows(units, rows)
-        self.unit = _normalised(null, rows, units)
+        self.unit = unit
         self.dual = self.unit @ torch.linalg.pinv(self.unit.mT @ self.unit, hermitian=True)
 
     def __call__(self, vector: Tensor, power: int) -> Tensor:

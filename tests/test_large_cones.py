@@ -1,4 +1,4 @@
-"""Large second-order cones keep their rows sparse in sparse systems: projections, norms and paths by formula."""
+"""Large second-order cones keep their rows sparse in sparse systems: projections, norms and paths by formula; singular systems by numpy."""
 
 import cvxpy as cp
 import numpy as np
@@ -11,10 +11,12 @@ from scipy.sparse.csgraph import dijkstra
 import convlayer.generic
 from convlayer import ConvexLayer
 from convlayer.canon import Canonical
-from convlayer.cones import SecondOrder
+from convlayer.cones import Product, ProductSpectrum, SecondOrder
 from convlayer.cones.cone import axes, from_basis, to_basis
 from convlayer.cones.second_order import COMPACT
+from convlayer.kkt import Visible, factorise
 from convlayer.pattern import kkt_pattern
+from convlayer.program import Data, Operators, Program
 
 either_system = pytest.mark.parametrize("dense", [True, False], ids=["dense", "sparse"])
 
@@ -142,3 +144,27 @@ def test_only_where_it_saves_entries_is_a_cone_split():
         layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - a) + cp.sum(x)), [term <= 1.0]), [a], [x])
         program = layer._canonical.program
         assert kkt_pattern(program).split.sizes == (frozenset([size]) if size else frozenset())
+
+
+@either_system
+def test_a_singular_system_is_solved_with_the_least_norm_in_the_users_units(dense):
+    """w = S (S K S)^+ S (a, c) with S = diag(1/units, 1), by numpy; three null vectors."""
+    n, m, rng = 8, 4, np.random.default_rng(0)
+    R, A = rng.normal(size=(3, n)), rng.normal(size=(m, n))
+    A[3] = A[0] + A[1]
+    i, j = np.triu_indices(n)
+    order = np.lexsort((i, j))
+    rows, columns = (index.ravel(order="F") for index in np.indices((m, n)))
+    program = Program(n, m, Product.from_dims(zero=m), i[order], j[order], rows, columns)
+    P = R.T @ R
+    parts = [P[i[order], j[order]], np.zeros(n), A.ravel(order="F"), np.zeros(m)]
+    data = Data(program, *(torch.from_numpy(part).unsqueeze(0) for part in parts))
+    units, a, c = (torch.from_numpy(part) for part in (rng.uniform(0.2, 5, (1, n)), rng.normal(size=(1, n)), rng.normal(size=(1, m))))
+    seen = Visible(torch.ones(n, dtype=torch.bool), torch.ones(m, dtype=torch.bool))
+    system = factorise(Operators(data, dense), ProductSpectrum(torch.ones(1, m, dtype=torch.float64)), seen, units)
+    w, e = system.solve(a, c)
+    S = np.diag(np.concatenate([1 / units[0].numpy(), np.ones(m)]))
+    K = np.block([[P, A.T], [A, np.zeros((m, m))]])
+    expected = S @ np.linalg.pinv(S @ K @ S, rcond=1e-10) @ S @ torch.cat([a, c], 1)[0].numpy()
+    assert bool(system.singular)
+    assert close(torch.cat([w, e], 1)[0], torch.from_numpy(expected), 1e-9)
