@@ -29,6 +29,7 @@ from convlayer.adjoint import KINK, MARGIN
 from convlayer.canon import Canonical
 from convlayer.cone_derivative import Term, entries_bar
 from convlayer.cones import ProductSpectrum, smat
+from convlayer.cones.cone import from_basis
 from convlayer.conflict import Conflict, conflicts
 from convlayer.display import Shown, counted, rows_of, spanned
 from convlayer.generic import evaluate
@@ -340,7 +341,7 @@ def _rotation(spectrum: ProductSpectrum, row: int) -> sp.csr_array:
         plain[index] = False
         i.append(np.broadcast_to(index[:, :, None], (count, k, k)).ravel())
         j.append(np.broadcast_to(index[:, None, :], (count, k, k)).ravel())
-        values.append(basis[row].numpy().ravel())
+        values.append(from_basis(basis[row], torch.eye(k, dtype=basis.dtype)).numpy().ravel())
     rest = np.flatnonzero(plain)
     place = tuple(np.concatenate([*part, rest]) for part in (i, j))
     return sp.csr_array((np.concatenate([*values, np.ones(len(rest))]), place), shape=(m, m))

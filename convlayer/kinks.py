@@ -102,6 +102,7 @@ def _factorised(zero: Zero, rows: Tensor, spectrum: ProductSpectrum, *, again: b
         system = factorise(operators, spectrum, zero.visible, units)
     else:
         spectrum = zero.spectrum
+    system.judge()
     known = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
     if isinstance(system, SparseSystem) and system.dense is not None:
         known[system.dense[0]] = False

@@ -40,7 +40,8 @@ from convlayer.threads import lu_factor
 SHIFT = 1e-11  # delta, relative to the equilibrated matrix
 SPARSE_SHIFT = 1e-7  # without pivoting it must exceed the square root of the rounding error; refinement removes it
 SUSPECT = 1e-9  # a pivot below this may be the sign of a null vector
-NULL = 1e-12  # |K z| below this share of |z| (times the size) makes z one
+NULL = 1e-12  # |K z| below this share of |z| (times the size) makes z one;
+APART = 1e-3  # above this share z has no part that inverse iteration would still bring out
 FEW = 16  # null vectors fewer than this are all found; of more,
 PROBES = 2  # so many random ones
 TOUCHED = 1e-7  # what an entry of a unit null vector above this stands for is not unique
@@ -61,7 +62,8 @@ BACKWARD, GROWTH = (
     1e12,
 )  # or this share of the solution, provided that the solution is not larger than the right-hand side by GROWTH
 DENSE_RATE, DENSE_CALL = 5e9, 1e-5  # flops a second of batched LU, and seconds a row beside them; measured
-SPARSE_RATE, SPARSE_CALL = 1e9, 4e-5  # the same of sparse LDL'
+SPARSE_RATE, SPARSE_CALL = 1e9, 4e-5  # the same of sparse LDL',
+ENTRY_RATE = 3e7  # whose matrix is also assembled, scaled and multiplied by: stored entries a second
 PIVOTED = 20  # so many sparse factorisations a step of Newton's method may cost, where they are not accurate
 
 
@@ -93,7 +95,8 @@ def system_seconds(program: Program) -> float:
 
 
 def _sparse_seconds(program: Program) -> float:
-    return SPARSE_CALL + kkt_pattern(program).flops / SPARSE_RATE
+    pattern = kkt_pattern(program)
+    return SPARSE_CALL + pattern.flops / SPARSE_RATE + pattern.nnz / ENTRY_RATE
 
 
 def factorise(
@@ -110,13 +113,15 @@ class _System(ABC):
 
     n: int
     m: int
-    scale: Tensor  # of the equilibrated matrix
+    scale: Tensor  # (B, size) of the equilibrated matrix
     root: Tensor
     spectrum: ProductSpectrum
     units: Tensor | None
-    singular: Tensor  # (B,) a null vector touches what the user sees or moves
+    visible: Visible
+    _singular: Tensor  # (B,), of what was looked at
     projector: _Projector | None = None  # of rows with few null vectors
     null_space: _NullSpace | None = None  # of rows with many,
+    _unjudged: tuple[Tensor, Tensor] | None = None  # these, if not yet looked at, and which are only expected to have many
     _ambiguous: tuple[Tensor, int] | None = None  # and those where one is visible, with about how many they have
     _least_norm: _Projector | None = None
 
@@ -125,13 +130,9 @@ class _System(ABC):
     def _size(self) -> int:
         """Of the matrix."""
 
-    @property
-    @abstractmethod
-    def _all_scales(self) -> Tensor:
-        """(B, size) of the equilibrated matrix."""
-
-    def _scales(self, rows: Tensor) -> Tensor:
-        return self._all_scales[rows]
+    def _unscaled(self, rows: Tensor, vectors: Tensor) -> Tensor:
+        """Vectors (rows, size, k) of the equilibrated matrix in x's own units, and as one of x beside one of the basis U."""
+        return self.scale[rows].unsqueeze(-1) * vectors
 
     @abstractmethod
     def _near(self, rows: Tensor) -> _NullSpace:
@@ -145,50 +146,85 @@ class _System(ABC):
     def _null_vectors(self, rows: Tensor, width: int) -> Tensor:
         """Orthonormal null vectors of K among `width` Ritz vectors of inverse iteration, (rows, size, width); other columns are zero."""
 
-    def _look_for_null_vectors(self, suspects: Tensor, visible: Visible) -> None:
-        """Null vectors of the matrix for these rows: all of them where they are few."""
-        width = 1
-        while True:
-            width *= 4
-            vectors = self._null_vectors(suspects, min(width, self._size))
-            many = (vectors.abs().amax(1) > 0).all(1) & (width < self._size)
-            if width >= FEW or not bool(many.any()):
-                break
-        rows = suspects[~many]
-        if len(rows):
-            self.projector = _Projector(rows, self._scales(rows).unsqueeze(-1) * vectors[~many], self.units)
-            self.singular[rows] |= self._harmful(rows, self.projector.unit, visible)
-        if bool(many.any()):
-            self._look_beyond(suspects[many], visible)
+    @property
+    def singular(self) -> Tensor:
+        """(B,) a null vector touches what the user sees or moves."""
+        self.judge()
+        return self._singular
 
-    def _look_beyond(self, rows: Tensor, visible: Visible) -> None:
-        """Whether one of many null vectors is visible."""
-        self.null_space = self._near(rows)
+    def judge(self) -> None:
+        """Look at rows of many null vectors, which a step of Newton's method only takes out of right-hand sides."""
+        if self._unjudged is None:
+            return
+        (rows, expected), self._unjudged = self._unjudged, None
+        found = self._look_beyond(rows)
+        few = expected & (found < FEW / 2)
+        if bool(few.any()):  # what looked like null vectors were small eigenvalues
+            rows = torch.cat([rows[~few], self._look_for_basis(rows[few], FEW)]).sort().values
+            self.null_space = self._near(rows) if len(rows) else None
+
+    def _look_for_null_vectors(self, suspects: Tensor, expected: Tensor | None = None) -> None:
+        """Null vectors of the matrix for these rows: all of them where they are few. `expected`: about how many they have."""
+        expected = torch.zeros(len(suspects), device=suspects.device) if expected is None else expected
+        wide, single = expected >= 4 * FEW, expected < 6
+        beyond = [self._look_for_basis(suspects[single], 4), self._look_for_basis(suspects[~wide & ~single], FEW)]
+        rows, order = torch.cat([suspects[wide], *beyond]).sort()
+        if len(rows):
+            self.null_space = self._near(rows)
+            self._unjudged = rows, order < int(wide.sum())
+
+    def _look_for_basis(self, rows: Tensor, width: int) -> Tensor:
+        """Rows with few null vectors get their projector; the others are given back."""
+        parts: list[tuple[Tensor, Tensor]] = [] if self.projector is None else [(self.projector.rows, self.projector.unit)]
+        while len(rows):
+            vectors = self._null_vectors(rows, min(width, self._size))
+            many = (vectors.abs().amax(1) > 0).all(1) & (width < self._size)
+            found = rows[~many]
+            if len(found):
+                unit = _normalised(self._unscaled(found, vectors[~many]), found, self.units)
+                self._singular[found] |= self._harmful(found, unit)
+                parts.append((found, unit))
+            rows = rows[many]
+            if width >= FEW:
+                break
+            width *= 4
+        if parts:
+            widest = max(unit.shape[2] for _, unit in parts)
+            units = [torch.nn.functional.pad(unit, (0, widest - unit.shape[2])) for _, unit in parts]
+            self.projector = _Projector(torch.cat([found for found, _ in parts]), torch.cat(units), self.units)
+        return rows
+
+    def _look_beyond(self, rows: Tensor) -> Tensor:
+        """Whether one of many null vectors is visible, and about how many there are, (rows,)."""
+        assert self.null_space is not None
         probe = torch.randn(self._size, PROBES, dtype=self.scale.dtype, generator=torch.Generator().manual_seed(0))
         vectors, clean = self.null_space.part(probe.to(rows.device).expand(len(rows), -1, -1))
         vectors = vectors * clean.unsqueeze(1)
-        unit = _normalised(self._scales(rows).unsqueeze(-1) * vectors, rows, self.units)
-        harmful = self._harmful(rows, unit, visible) | ~clean.any(1)
-        self.singular[rows] |= harmful
+        unit = _normalised(self._unscaled(rows, vectors), rows, self.units)
+        harmful = self._harmful(rows, unit) | ~clean.any(1)
+        self._singular[rows] |= harmful
+        # A random vector's part in k dimensions has length sqrt(k).
+        found = vectors.square().sum(1).mean(1)
         if bool(harmful.any()):
-            # A random vector's part in k dimensions has length sqrt(k).
-            self._ambiguous = rows[harmful], int(vectors[harmful].square().sum(1).max().item())
+            self._ambiguous = rows[harmful], int(found[harmful].max().item())
+        return found
 
-    def _harmful(self, rows: Tensor, unit: Tensor, visible: Visible) -> Tensor:
+    def _harmful(self, rows: Tensor, unit: Tensor) -> Tensor:
         """(rows,) whether unit null vectors (rows, size, k) touch what the user sees or moves."""
         dual = self.spectrum.index_select(rows).from_basis(self._dual(rows, unit[:, self.n :]), columns=True)
         primal = unit[:, : self.n]
-        parts = [primal[:, visible.x].flatten(1), dual[:, visible.y].flatten(1), primal.new_zeros(len(primal), 1)]
+        seen = self.visible
+        parts = [primal[:, seen.x].flatten(1), dual[:, seen.y].flatten(1), primal.new_zeros(len(primal), 1)]
         return torch.cat(parts, 1).abs().amax(1) > TOUCHED
 
     def _entering(self, right: Tensor, newton: bool) -> Tensor:
         """A right-hand side (B, size) in x's own units, without what no solution can meet."""
         right = _off_null(self.projector, right, -1)
-        if not newton:
-            return _off_null(self._projector(), right, -1)
-        if self.null_space is None:
-            return right
-        return self.null_space.off(right * self._all_scales) / self._all_scales
+        return right if newton else _off_null(self._projector(), right, -1)
+
+    def _off_wide(self, scaled: Tensor, newton: bool) -> Tensor:
+        """The equilibrated right-hand side (B, size) without what no solution can meet, where there are many null vectors."""
+        return self.null_space.off(scaled) if newton and self.null_space is not None else scaled
 
     def _leaving(self, solution: Tensor, newton: bool) -> Tensor:
         """A solution (B, size) in x's own units, without what no right-hand side determines, where that matters."""
@@ -197,16 +233,18 @@ class _System(ABC):
 
     def _projector(self) -> _Projector | None:
         """Onto the complement of the null space, for rows of many null vectors of which some are visible."""
+        self.judge()
         if self._least_norm is None and self._ambiguous is not None:
             rows, dimension = self._ambiguous
-            limit, width = self._widest(), 2 * dimension + 8
+            limit, width = self._widest(), dimension + int(3 * dimension**0.5) + 8
             while True:
                 width = min(width, limit)
                 vectors = self._null_vectors(rows, width)
                 if width == limit or not bool((vectors.abs().amax(1) > 0).all(1).any()):
                     break
                 width *= 4
-            self._least_norm = _Projector(rows, self._scales(rows).unsqueeze(-1) * vectors, self.units)
+            unit = _normalised(self._unscaled(rows, vectors), rows, self.units)
+            self._least_norm = _Projector(rows, unit, self.units)
         return self._least_norm
 
     def _widest(self) -> int:
@@ -316,7 +354,7 @@ class DenseSystem(_System):
         active = int(holding.sum(-1).max()) if d.numel() else 0
         A = A if len(A) == batch else A.expand(batch, -1, -1)
         A = A if spectrum.is_diagonal else spectrum.to_basis(A, columns=True)
-        self.n, self.m, self.spectrum, self.units = n, m, spectrum, units
+        self.n, self.m, self.spectrum, self.visible, self.units = n, m, spectrum, visible, units
         # The rows with d > 0, gathered to the front; a batch row with fewer is padded by rows with d = 0, which are decoupled.
         self.active = None if active == m else torch.topk(holding.to(torch.uint8), active, dim=1, sorted=True).indices
         if self.active is not None:
@@ -349,7 +387,7 @@ class DenseSystem(_System):
         self.poor = torch.zeros(
             batch, dtype=torch.bool, device=K.device
         )  # rows of which a solve could not be certified
-        self.singular = torch.zeros_like(self.poor) if self.all_held else (visible.x & ~self.held).any(1)
+        self._singular = torch.zeros_like(self.poor) if self.all_held else (visible.x & ~self.held).any(1)
         pivots = self.factor.lu.diagonal(dim1=1, dim2=2).abs()
         smallest = self.smallest = pivots.amin(1) if pivots.shape[1] else pivots.new_ones(batch)
         growth = self._growth()
@@ -358,7 +396,7 @@ class DenseSystem(_System):
         if not (least > SUSPECT and most < 1 / SUSPECT):  # no number is told from others below
             suspects = torch.nonzero((smallest <= SUSPECT) | (growth >= 1 / SUSPECT)).flatten()
             if len(suspects):
-                self._look_for_null_vectors(suspects, visible)
+                self._look_for_null_vectors(suspects)
 
     def _growth(self) -> Tensor:
         """(B,) by how much the factor enlarges a random vector. Where it divides by the shift and cancels again, no pivot is small."""
@@ -370,7 +408,7 @@ class DenseSystem(_System):
         stiff, and not of least norm in the user's units."""
         c_active = c if self.active is None else c.gather(1, self.active)
         right = self._entering(torch.cat([a if self.all_held else a * self.held, self.root * c_active], 1), newton)
-        scaled = (right * self.scale).unsqueeze(-1)
+        scaled = self._off_wide(right * self.scale, newton).unsqueeze(-1)
         solution = self.factor.solve(scaled)
         if scaled.numel() and (self.stiff or not newton):
             solution = self._refined(scaled, solution)
@@ -411,10 +449,6 @@ class DenseSystem(_System):
     @property
     def _size(self) -> int:
         return self.K.shape[1]
-
-    @property
-    def _all_scales(self) -> Tensor:
-        return self.scale
 
     def _dual(self, rows: Tensor, eta: Tensor) -> Tensor:
         dual = eta * self.root[rows].unsqueeze(-1)
@@ -508,86 +542,123 @@ class SparseSystem(_System):
         self.visible, self.units = visible, units
         self.dense: tuple[Tensor, DenseSystem] | None = None  # rows that need pivoting, and their system
         self.root = d.clamp(min=0).sqrt()
-        E = pattern.rotated(data.A, spectrum) * self.root[:, pattern.E_rows]
+        split = pattern.split
+        inner, root = (part[:, split.source] if len(split) else part for part in (d, self.root))
+        E = pattern.rotated(data.A, spectrum) * root[:, pattern.E_rows]
         values = E.new_zeros(batch, pattern.nnz)
         values[:, pattern.place_P] = data.P
         values[:, pattern.place_E] = E
-        values[:, pattern.place_diagonal[n:]] = d - 1
+        values[:, pattern.place_diagonal[n : n + m]] = inner - 1
+        self.turn = ProductSpectrum(d, split.bases(spectrum))
+        if len(split):
+            axes, first = split.axes(spectrum), torch.stack([split.starts, split.starts + 1])
+            along = split.along(data.A, axes) * self.root[:, first][:, :, split.cone]
+            values[:, pattern.place_axes] = along.flatten(1)
+            values[:, pattern.place_multipliers] = -axes.mT[:, :, split.inside].flatten(1)
+            values[:, pattern.place_diagonal[n + m : n + m + 2 * len(split)]] = d[:, first.flatten()] - 1
         # (nnz, B) from here on: products gather and add whole rows of memory.
         values = values.mT.contiguous()
         sizes = values.abs()
-        largest = values.new_zeros(n + m, batch)
+        size = pattern.size
+        largest = values.new_zeros(size, batch)
         for index in (pattern.rows, pattern.columns):
             largest.scatter_reduce_(0, index.unsqueeze(1).expand(-1, batch), sizes, "amax")
-        self.scale = torch.where(largest > 0, largest.rsqrt(), 1.0)
-        self.K = values * self.scale[pattern.rows] * self.scale[pattern.columns]
+        scale = torch.where(largest > 0, largest.rsqrt(), 1.0)
+        self.scale = scale.mT.contiguous()
+        self.K = values * scale[pattern.rows] * scale[pattern.columns]
         # A variable that no active row and no quadratic term holds is a null vector by itself: it stays where it is.
         self.held = (largest[:n] > 0).mT
         self.K[pattern.place_diagonal[:n]] += ~self.held.mT
         shifted = self.K.mT.clone(memory_format=torch.contiguous_format)
-        shifted[:, pattern.place_diagonal[:n]] += SPARSE_SHIFT
-        shifted[:, pattern.place_diagonal[n:]] -= SPARSE_SHIFT
+        shifted[:, pattern.place_diagonal] += SPARSE_SHIFT * pattern.signs
         self.factors = [pattern.factor(row) for row in shifted.numpy()]
         self.broken = torch.tensor([not factor.valid for factor in self.factors])
         _ = pattern.fill  # worked out here rather than while an object is being taken down
         weakref.finalize(self, pattern.release, self.factors).atexit = False
-        self.singular = (visible.x & ~self.held).any(1)
+        self._singular = (visible.x & ~self.held).any(1)
         self.poor = torch.zeros_like(self.singular)
         self.active: Tensor | None = None  # all rows stay
         # Pivots tell nothing without pivoting; a null vector shows as a solution of size 1 / shift.
-        growth = self._back_substitute(_probe(n + m, d.device).expand(-1, batch)).norm(dim=0)
+        self._stacked: dict[bytes, sp.csr_array] = {}  # K of some rows as one matrix
+        self._all_rows = torch.arange(batch)
+        growth = self._back_substitute(_probe(size, d.device).mT.expand(batch, -1)).norm(dim=1)
         grows = growth > 1e-2 / SPARSE_SHIFT
         self.smallest = 1 / growth
         self.stiff = not bool((growth < 1 / STIFF).all())
         suspects = torch.nonzero(grows & ~self.broken).flatten()
         if len(suspects):
-            self._look_for_null_vectors(suspects, visible)
+            self._look_for_null_vectors(suspects, (SPARSE_SHIFT * growth[suspects]).square())
 
     def solve(self, a: Tensor, c: Tensor, *, newton: bool = False) -> tuple[Tensor, Tensor]:
         """a (B, n), c (B, m) -> w (B, n), e (B, m); for a step of Newton's method to six digits, unless it is stiff, and not of
         least norm in the user's units."""
         right = self._entering(torch.cat([a * self.held, self.root * c], 1), newton)
-        scaled = right.mT * self.scale
+        scaled = self._off_wide(self._spread(right) * self.scale, newton)
         if self.stiff or not newton:
             solution, poor = self._refined(scaled)
             for row in torch.nonzero(poor & ~self.broken).flatten().tolist():
-                found, good = _gmres(self._matrix(row), self.factors[row].solve, scaled[:, row].numpy())
-                solution[:, row], poor[row] = torch.from_numpy(found), not good
+                found, good = _gmres(self._matrix(row), self.factors[row].solve, scaled[row].numpy())
+                solution[row], poor[row] = torch.from_numpy(found), not good
         else:
             solution, poor = self._back_substitute(scaled), self.broken
-        solution = self._leaving((solution * self.scale).mT, newton)
+        solution = self._leaving(self._own((solution * self.scale).unsqueeze(-1)).squeeze(-1), newton)
         if newton and dense_seconds(self.data.program) > PIVOTED * _sparse_seconds(self.data.program):
             poor = self.broken  # as good a step as there is: the residual judges where it leads
         w, e = solution[:, : self.n], solution[:, self.n :] * self.root
         return self._pivoted(torch.nonzero(poor).flatten(), a, c, w, e, newton) if bool(poor.any()) else (w, e)
 
+    def _spread(self, right: Tensor) -> Tensor:
+        """A right-hand side (B, n + m) of x and the basis U as one of the matrix, (B, size); see `pattern`."""
+        split, n = self.pattern.split, self.n
+        if not len(split):
+            return right
+        first = torch.cat([split.starts, split.starts + 1])
+        rows = right[:, n:]
+        across = self.turn.from_basis(rows.index_fill(1, first, 0.0))
+        rest = torch.where(split.inside, across, rows)
+        return torch.cat([right[:, :n], rest, rows[:, first], right.new_zeros(len(right), 2 * len(split))], 1)
+
+    def _own(self, vectors: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Solutions (B, size, k) of the matrix as those of x and the basis U, (B, n + m, k)."""
+        split, n = self.pattern.split, self.n
+        if not len(split):
+            return vectors
+        end = n + self.m
+        turn = self.turn if rows is None else self.turn.index_select(rows)
+        dual = turn.to_basis(vectors[:, n:end], columns=True)
+        first = torch.cat([split.starts, split.starts + 1])
+        dual = dual.index_copy(1, first, vectors[:, end : end + len(first)])
+        return torch.cat([vectors[:, :n], dual], 1)
+
+    def _unscaled(self, rows: Tensor, vectors: Tensor) -> Tensor:
+        return self._own(super()._unscaled(rows, vectors), rows)
+
     def _refined(self, right: Tensor) -> tuple[Tensor, Tensor]:
-        """Iterative refinement against K itself: the solution, (size, B), and which rows stay inaccurate."""
-        goal = right.abs().amax(0) if len(right) else right.new_zeros(right.shape[1])
+        """Iterative refinement against K itself: the solution, (B, size), and which rows stay inaccurate."""
+        if not right.shape[1]:
+            return right, self.broken
+        goal = right.abs().amax(1)
         solution = self._back_substitute(right)
         error = right - self._product(solution)
-        if not len(right):
-            return solution, self.broken
-        enough, size = EXACT * goal, error.abs().amax(0)
+        enough, size = EXACT * goal, error.abs().amax(1)
         for _ in range(5 * REFINEMENTS):
             if not bool((size > enough).any()):
                 break
             trial = solution + self._back_substitute(error)
             trial_error = right - self._product(trial)
-            before, after = size, trial_error.abs().amax(0)
+            before, after = size, trial_error.abs().amax(1)
             better = after < before
-            solution, error = torch.where(better, trial, solution), torch.where(better, trial_error, error)
+            solution, error = (torch.where(better.unsqueeze(1), *pair) for pair in ((trial, solution), (trial_error, error)))
             size = torch.where(better, after, before)
             # Slow gains are worth it where something is left to gain, not at the level of rounding; rows that are done gain for ever.
             rate = torch.where(after > FINE * goal, 0.9, 0.5)
             if not bool(((after > enough) & (after < rate * before)).any()):
                 break
-        return solution, ~((size <= enough) | _solved_well(size, solution.abs().amax(0), goal)) | self.broken
+        return solution, ~((size <= enough) | _solved_well(size, solution.abs().amax(1), goal)) | self.broken
 
     def _matrix(self, row: int) -> sp.csr_array:
         """K of one row, both triangles."""
-        upper = self.pattern.matrix(self.K[:, row].numpy().copy())
-        return sp.csr_array(upper + sp.triu(upper, 1).T)
+        return self.pattern.stacked(self.K.mT[row : row + 1].numpy())
 
     def _pivoted(self, rows: Tensor, a: Tensor, c: Tensor, w: Tensor, e: Tensor, newton: bool) -> tuple[Tensor, Tensor]:
         """Rows for which LDL' without pivoting is not accurate enough: dense LU, if that fits; otherwise flagged."""
@@ -599,29 +670,26 @@ class SparseSystem(_System):
             operators = Operators(self.data.rows(rows), dense=True)
             self.dense = rows, DenseSystem(operators, self.spectrum.index_select(rows), self.visible, units)
         w_rows, e_rows = self.dense[1].solve(a[rows], c[rows], newton=newton)
-        self.singular[rows], self.poor[rows] = self.dense[1].singular, self.dense[1].poor
+        self.judge()
+        self._singular[rows], self.poor[rows] = self.dense[1].singular, self.dense[1].poor
         return w.index_copy(0, rows, w_rows), e.index_copy(0, rows, e_rows)
 
     def _back_substitute(self, right: Tensor) -> Tensor:
-        rows = right.mT.contiguous().numpy()
-        return torch.from_numpy(
-            np.array([factor.solve(row) for factor, row in zip(self.factors, rows, strict=True)]).reshape(rows.shape)
-        ).mT
+        """(K + shift)^-1 x of every row, x (B, size)."""
+        rows = right.contiguous().numpy()
+        solved = [factor.solve(row) for factor, row in zip(self.factors, rows, strict=True)]
+        return torch.from_numpy(np.array(solved).reshape(rows.shape))
 
     def _product(self, x: Tensor) -> Tensor:
-        """K x for x (size, B)."""
-        return self._times(self.K, x)
-
-    def _times(self, values: Tensor, x: Tensor) -> Tensor:
-        i, j, (off, i_off, j_off) = self.pattern.rows, self.pattern.columns, self.pattern.strict
-        image = torch.zeros_like(x).index_add_(0, i, values * x.index_select(0, j))
-        return image.index_add_(0, j_off, values.index_select(0, off) * x.index_select(0, i_off))
+        """K x of every row, x (B, size)."""
+        return self._image(self._all_rows, x.unsqueeze(-1)).squeeze(-1)
 
     def _image(self, rows: Tensor, x: Tensor) -> Tensor:
         """K x for some rows, x (rows, size, k)."""
-        size, k = x.shape[1:]
-        image = self._times(self.K[:, rows].repeat_interleave(k, 1), x.permute(1, 0, 2).reshape(size, -1))
-        return image.reshape(size, len(rows), k).permute(1, 0, 2)
+        key = rows.numpy().tobytes()
+        if key not in self._stacked:
+            self._stacked[key] = self.pattern.stacked(self.K.mT[rows].numpy())
+        return torch.from_numpy(self._stacked[key] @ x.flatten(0, 1).numpy()).view(x.shape)
 
     def _solve_columns(self, rows: Tensor, x: Tensor) -> Tensor:
         """(K + shift)^-1 x for some rows, x (rows, size, k)."""
@@ -633,8 +701,7 @@ class SparseSystem(_System):
         return torch.from_numpy(np.array(solved)).mT
 
     def _near(self, rows: Tensor) -> _NullSpace:
-        shift = torch.full((len(self.scale), 1), SPARSE_SHIFT, dtype=self.scale.dtype)
-        shift[self.n :] = -SPARSE_SHIFT
+        shift = (SPARSE_SHIFT * self.pattern.signs).unsqueeze(-1)
 
         def exact(row: int, right: Tensor) -> Tensor:
             k = int(rows[row])
@@ -644,11 +711,7 @@ class SparseSystem(_System):
 
     @property
     def _size(self) -> int:
-        return len(self.scale)
-
-    @property
-    def _all_scales(self) -> Tensor:
-        return self.scale.mT
+        return self.pattern.size
 
     def _dual(self, rows: Tensor, eta: Tensor) -> Tensor:
         return self.root[rows].unsqueeze(-1) * eta
@@ -657,17 +720,24 @@ class SparseSystem(_System):
         return min(self._size, WIDEST)
 
     def _null_vectors(self, rows: Tensor, width: int) -> Tensor:
-        size = len(self.scale)
-        basis = torch.randn(size, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        basis = torch.randn(self._size, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         basis = self._solve_columns(rows, basis.expand(len(rows), -1, -1))
+        basis /= basis.norm(dim=1, keepdim=True)
         for _ in range(3):
             # z - (K + shift)^-1 K z takes z's other parts away: inverse iteration that corrects its own rounding.
-            basis, _ = torch.linalg.qr(basis)
             basis = basis - self._solve_columns(rows, self._image(rows, basis))
-        basis, _ = torch.linalg.qr(basis)
-        _, values, mixing = torch.linalg.svd(self._image(rows, basis), full_matrices=False)
-        zero = values <= NULL * size**0.5
+            basis, _ = torch.linalg.qr(basis)
+            values, mixing = _ritz(self._image(rows, basis))
+            zero = values <= NULL * self._size**0.5
+            if bool(((values <= CLEAN * self._size**0.5) | (values >= APART)).all()):
+                break
         return torch.where(zero.unsqueeze(1), basis @ mixing.mT, 0.0)
+
+
+def _ritz(image: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values and right singular vectors of (rows, size, k)."""
+    _, values, mixing = torch.linalg.svd(torch.linalg.qr(image)[1])
+    return values, mixing
 
 
 class _NullSpace:
@@ -737,13 +807,13 @@ class _Projector:
     """Takes the null spaces of some rows of a batch out of vectors in x's own units: a solution is in units^1, a right-hand
     side in units^-1."""
 
-    def __init__(self, rows: Tensor, null: Tensor, units: Tensor | None):
-        """null (rows, size, k), not normalised, zero where there are fewer than k; units (B or 1, n) of x, None for ones."""
+    def __init__(self, rows: Tensor, unit: Tensor, units: Tensor | None):
+        """unit (rows, size, k) as `_normalised` gives them, zero where there are fewer than k; units (B or 1, n) of x, None for ones."""
         self.rows = rows
-        self.units = null.new_ones(null.shape[:2])
+        self.units = unit.new_ones(unit.shape[:2])
         if units is not None:
             self.units[:, : units.shape[1]] = take_rows(units, rows)
-        self.unit = _normalised(null, rows, units)
+        self.unit = unit
         self.dual = self.unit @ torch.linalg.pinv(self.unit.mT @ self.unit, hermitian=True)
 
     def __call__(self, vector: Tensor, power: int) -> Tensor:

@@ -29,6 +29,7 @@ import convlayer.solvers.scs
 from convlayer import AccuracyWarning, GradientWarning
 from convlayer.cone_derivative import ConeDerivative
 from convlayer.cones import ProductSpectrum
+from convlayer.cones.cone import from_basis, to_basis
 
 # A mutant that merely crashes proves nothing: the law itself must object, or the package notice.
 CAUGHT = (AssertionError, AccuracyWarning, GradientWarning)
@@ -96,8 +97,8 @@ def derivative_of_the_projection_is_the_identity(patch):
 
 
 def basis_transposed(patch):
-    patch.setattr(ProductSpectrum, "to_basis", lambda self, x, columns=False: self._rotate(x, columns, lambda basis: basis))
-    patch.setattr(ProductSpectrum, "from_basis", lambda self, x, columns=False: self._rotate(x, columns, lambda basis: basis.mT))
+    patch.setattr(ProductSpectrum, "to_basis", lambda self, x, columns=False: self._rotate(x, columns, from_basis))
+    patch.setattr(ProductSpectrum, "from_basis", lambda self, x, columns=False: self._rotate(x, columns, to_basis))
 
 
 def cotangents_of_y_ignored(patch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from typing import ClassVar
 
 import torch
@@ -20,7 +21,7 @@ class Spectrum:
     """
 
     values: Tensor  # (*batch, k), in [0, 1]
-    basis: Tensor | None  # (*batch, k, k), orthogonal; None: the identity
+    basis: Tensor | None  # (*batch, k, k), orthogonal, or what stands for it, (*batch, k, 2), see `from_basis`; None: the identity
 
 
 class Cone(ABC):
@@ -129,6 +130,42 @@ def bend(h: Tensor, g: Tensor, radial: Tensor, normal: Tensor, geodesic: Tensor 
     both = (h_rest * g_rest).sum(-1, keepdim=True)
     rest = (radial * h_ray + normal * h_normal) * g_rest + (radial * g_ray + normal * g_normal) * h_rest
     return torch.cat((radial * both, normal * both, rest + geodesic * h_rest * g_rest), -1)
+
+
+def from_basis(basis: Tensor, x: Tensor) -> Tensor:
+    """U x for x (*batch, k, c).
+
+    The basis of a second-order cone is its unit vector's, (1, u)/sqrt 2, (1, -u)/sqrt 2 and the other columns of the Householder
+    reflection that takes u to an axis. Of a large cone only two vectors are held, (0, u) and (0, f), f = (u + sign(u_1) e_1)/(1 + |u_1|):
+    those columns are e_j - u_j f.
+    """
+    if basis.shape[-1] == basis.shape[-2]:
+        return basis @ x
+    u, towards = basis[..., 1:, :1], basis[..., 1:, 1:]
+    rest = x[..., 2:, :]
+    z = u * ((x[..., :1, :] - x[..., 1:2, :]) * sqrt(0.5)) - towards * (u[..., 1:, :].mT @ rest)
+    z[..., 1:, :] += rest
+    t = (x[..., :1, :] + x[..., 1:2, :]) * sqrt(0.5)
+    return torch.cat((t.expand(*z.shape[:-2], 1, -1), z), -2)
+
+
+def to_basis(basis: Tensor, y: Tensor) -> Tensor:
+    """U'y for y (*batch, k, c)."""
+    if basis.shape[-1] == basis.shape[-2]:
+        return basis.mT @ y
+    t, z = y[..., :1, :], y[..., 1:, :]
+    along, reflected = (basis[..., 1:, :].mT @ z).split(1, -2)
+    rest = z[..., 1:, :] - basis[..., 2:, :1] * reflected
+    return torch.cat(((t + along) * sqrt(0.5), (t - along) * sqrt(0.5), rest), -2)
+
+
+def axes(basis: Tensor) -> Tensor:
+    """The first two columns of U, (*batch, k, 2)."""
+    if basis.shape[-1] == basis.shape[-2]:
+        return basis[..., :2]
+    half = torch.full_like(basis[..., :1, :], sqrt(0.5))
+    u = basis[..., 1:, :1] * sqrt(0.5)
+    return torch.cat((half, torch.cat((u, -u), -1)), -2)
 
 
 def rotate(basis: Tensor, x: Tensor) -> Tensor:

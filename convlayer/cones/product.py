@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from convlayer.cones.cone import Cone
+from convlayer.cones.cone import Cone, from_basis, to_basis
 from convlayer.cones.exponential import Exponential
 from convlayer.cones.nonnegative import Nonnegative
 from convlayer.cones.power import Power
@@ -47,8 +47,9 @@ class _Group(NamedTuple):
 class ProductSpectrum:
     """The derivative of a product's projection, D = U diag(values) U', with U orthogonal and block diagonal.
 
-    Shapes:      values (*batch, m); `bases` lists (rows, basis) with basis (*batch, count, k, k) and rows the slice, or
-                 the (count, k) tensor of indices, of the rows it acts on; rows in no basis have U = I.
+    Shapes:      values (*batch, m); `bases` lists (rows, basis) with basis (*batch, count, k, k), or (*batch, count, k, 2) where two
+                 vectors stand for it (see `from_basis`), and rows the slice, or the (count, k) tensor of indices, of the rows it
+                 acts on; rows in no basis have U = I.
     """
 
     def __init__(self, values: Tensor, bases: Sequence[tuple[slice | Tensor, Tensor]] = ()) -> None:
@@ -61,17 +62,17 @@ class ProductSpectrum:
 
     def to_basis(self, x: Tensor, columns: bool = False) -> Tensor:
         """U' x for x (*batch, m), or for every column of x (*batch, m, c) with `columns`; batches broadcast."""
-        return self._rotate(x, columns, lambda basis: basis.mT)
+        return self._rotate(x, columns, to_basis)
 
     def from_basis(self, x: Tensor, columns: bool = False) -> Tensor:
         """U x, with the shapes of `to_basis`."""
-        return self._rotate(x, columns, lambda basis: basis)
+        return self._rotate(x, columns, from_basis)
 
     def index_select(self, rows: Tensor) -> ProductSpectrum:
         """The spectrum of a subset of a flattened batch, values (B, m) -> (len(rows), m)."""
         return ProductSpectrum(self.values[rows], [(where, basis[rows]) for where, basis in self.bases])
 
-    def _rotate(self, x: Tensor, columns: bool, orient: Callable[[Tensor], Tensor]) -> Tensor:
+    def _rotate(self, x: Tensor, columns: bool, turn: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         if not self.bases:
             return x
         x = x if columns else x.unsqueeze(-1)
@@ -80,9 +81,8 @@ class ProductSpectrum:
             x = x.expand(*torch.broadcast_shapes(batch, x.shape[:-2]), -1, -1)
         out = x.clone(memory_format=torch.contiguous_format)
         for rows, basis in self.bases:
-            matrix = orient(basis)
-            part = _rows_of(x, rows, -2).unflatten(-2, matrix.shape[-3:-1])
-            turned = (matrix @ part).flatten(-3, -2)
+            part = _rows_of(x, rows, -2).unflatten(-2, basis.shape[-3:-1])
+            turned = turn(basis, part).flatten(-3, -2)
             if isinstance(rows, slice):
                 out.narrow(-2, rows.start, rows.stop - rows.start).copy_(turned)
             else:

@@ -11,7 +11,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from convlayer.cones.cone import Cone, Spectrum, bend, distinct, lift, rotate, spectral_weight, split
+from convlayer.cones.cone import (
+    Cone,
+    Spectrum,
+    bend,
+    distinct,
+    from_basis,
+    lift,
+    spectral_weight,
+    split,
+    to_basis,
+)
+
+COMPACT = 48  # rows from which on u stands for the basis
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,8 @@ class SecondOrder(Cone):
         gap = torch.where(curved, first - second, 1.0)
         radial, inward = (torch.where(curved, part / gap / gap * sqrt(2), 0.0) for part in (-second, first))
         basis = self._basis(u)
-        return rotate(basis, bend(rotate(basis.mT, h), rotate(basis.mT, g), radial, inward)) + (p - p)
+        h, g = (to_basis(basis, part.unsqueeze(-1)).squeeze(-1) for part in (h, g))
+        return from_basis(basis, bend(h, g, radial, inward).unsqueeze(-1)).squeeze(-1) + (p - p)
 
     def smooth(self, v: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor, Spectrum]:
         kappa = kappa.unsqueeze(-1)
@@ -106,17 +119,24 @@ class SecondOrder(Cone):
         return torch.cat((first + second, (first - second) * u), -1) * 0.5
 
     def _basis(self, u: Tensor) -> Tensor:
-        """Columns (1, u)/sqrt 2, (1, -u)/sqrt 2, (0, h_j), h_j = e_j - u_j w/(1 + |u_1|), w = u + sign(u_1) e_1."""
+        """Columns (1, u)/sqrt 2, (1, -u)/sqrt 2, (0, h_j), h_j = e_j - u_j w/(1 + |u_1|), w = u + sign(u_1) e_1; or what stands for it."""
+        if self.size >= COMPACT:
+            return torch.nn.functional.pad(torch.stack((u, _towards(u)), -1), (0, 0, 1, 0))
         basis = _constants(self.size, u.dtype, u.device)[2].expand(*u.shape[:-1], -1, -1).clone()
         below = basis.narrow(-2, 1, self.size - 1)
         below.narrow(-1, 0, 2).mul_(u.unsqueeze(-1))
         if self.size > 2:
-            first = u.narrow(-1, 0, 1)
-            f = u / (first.abs() + 1)
-            f.narrow(-1, 0, 1).copy_(torch.ones_like(first).copysign_(first))  # (u_1 + sign)/(1 + |u_1|)
             rest = u.narrow(-1, 1, self.size - 2)
-            below.narrow(-1, 2, self.size - 2).addcmul_(f.unsqueeze(-1), rest.unsqueeze(-2), value=-1)
+            below.narrow(-1, 2, self.size - 2).addcmul_(_towards(u).unsqueeze(-1), rest.unsqueeze(-2), value=-1)
         return basis
+
+
+def _towards(u: Tensor) -> Tensor:
+    """w/(1 + |u_1|)."""
+    first = u.narrow(-1, 0, 1)
+    f = u / (first.abs() + 1)
+    f.narrow(-1, 0, 1).copy_(torch.ones_like(first).copysign_(first))  # (u_1 + sign)/(1 + |u_1|)
+    return f
 
 
 @lru_cache(maxsize=64)
