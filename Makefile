@@ -4,7 +4,8 @@ PYTHON ?= python3
 PY := .venv/bin/python
 PARALLEL := --numprocesses 2 --dist worksteal
 PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
-INSTALL := $(PY) -m pip install --constraint constraints.txt
+CONSTRAINTS ?= constraints.txt
+INSTALL := $(PY) -m pip install --constraint $(CONSTRAINTS)
 
 .PHONY: help demo test test-all test-installed test-lowest bench lint clean
 
@@ -23,7 +24,7 @@ test-all: lint  ## the same with every law over every case, and the tests that t
 	$(PY) -m pytest $(PARALLEL) --all
 
 test-installed: .venv/dev  ## a plain install in an environment of its own, tried from the root of the checkout and on its own
-	rm -rf build
+	rm -rf build/lib build/bdist.* build/installed
 	$(PY) -m venv --without-pip build/installed
 	$(PY) -m pip --python build/installed/bin/python install --no-deps .
 	$(PY) -c '$(PACKAGES)' > $$(build/installed/bin/python -c '$(PACKAGES)')/dependencies.pth

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,11 @@ def test_every_link_leads_somewhere(document):
 def test_the_readme_leads_to_every_page():
     assert PAGES
     assert set(PAGES) <= {path for path, _ in links("README.md")}
+
+
+def test_the_citation_names_the_version():
+    (version,) = re.findall(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert version == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 
 def test_every_module_has_its_place_in_the_architecture():
