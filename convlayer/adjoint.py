@@ -319,6 +319,7 @@ def _above(sizes: Tensor, limit: float) -> Tensor:
 
 
 def units_of(units: Tensor | None, rows: Tensor) -> Tensor | None:
+    """Of these rows, where units are given."""
     return None if units is None else take_rows(units, rows)
 
 
@@ -333,6 +334,7 @@ def _on_same_faces(old: Tensor, new: Tensor) -> bool:
 
 
 def newton(operators: Operators, spectrum: ProductSpectrum, system, F1: Tensor, F2: Tensor) -> tuple[Tensor, Tensor]:
+    """The step that zeroes F to first order, in x and in the cone's variable z."""
     dx, e = system.solve(-F1, -spectrum.to_basis(F2), newton=True)
     return dx, operators.A(dx) + F2 + spectrum.from_basis(e)
 

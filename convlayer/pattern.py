@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
+from contextlib import suppress
 from functools import cached_property
 
 import numpy as np
@@ -146,10 +147,8 @@ class Factor:
     def __init__(self, upper: sp.csc_matrix):
         self._upper = upper
         self._solver: qdldl.Solver | None = None
-        try:
+        with suppress(RuntimeError):  # a pivot vanished in rounding
             self._solver = qdldl.Solver(upper, upper=True)
-        except RuntimeError:  # a pivot vanished in rounding
-            pass
         self.valid = self._solver is not None
 
     def update(self, values: np.ndarray) -> None:
