@@ -10,7 +10,7 @@ INSTALL := $(PY) -m pip install --constraint $(CONSTRAINTS)
 .PHONY: help demo test test-all test-installed test-lowest bench lint clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 8
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
 demo: .venv/examples  ## learn on real data, then kernels against the cone program: tables, and pictures in out/
 	$(PY) examples/demo.py
