@@ -7,7 +7,7 @@ PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
 CONSTRAINTS ?= constraints.txt
 INSTALL := $(PY) -m pip install --constraint $(CONSTRAINTS)
 
-.PHONY: help demo test test-all test-installed test-lowest bench lint clean
+.PHONY: help demo test test-all test-installed test-lowest bench lint format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -47,6 +47,10 @@ bench: .venv/benchmarks  ## us against the peers, side by side: the cone program
 lint: .venv/dev  ## style and types
 	$(PY) -m ruff check
 	$(PY) -m mypy convlayer examples
+
+format: .venv/dev  ## imports in order, lines within a hundred columns
+	$(PY) -m ruff check --select I --fix
+	$(PY) -m ruff format
 
 clean:  ## remove .venv, pictures and caches
 	rm -rf .venv out build .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
