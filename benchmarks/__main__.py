@@ -20,7 +20,16 @@ from types import ModuleType
 import torch
 from tqdm import tqdm
 
-from benchmarks import accuracy, conditioning, construction, crossover, large, programs, speed, structures
+from benchmarks import (
+    accuracy,
+    conditioning,
+    construction,
+    crossover,
+    large,
+    programs,
+    speed,
+    structures,
+)
 from benchmarks.programs import accelerator, published
 from benchmarks.programs import accuracy as programs_accuracy
 from benchmarks.programs import families as programs_families

@@ -4,7 +4,15 @@ from convlayer.canon import CanonicalisationError
 from convlayer.check import Check
 from convlayer.diagnose import ProblemError
 from convlayer.layer import ConvexLayer
-from convlayer.solution import AccuracyWarning, Cause, GradientWarning, ParameterError, Solution, SolverError, Status
+from convlayer.solution import (
+    AccuracyWarning,
+    Cause,
+    GradientWarning,
+    ParameterError,
+    Solution,
+    SolverError,
+    Status,
+)
 from convlayer.solvers import Iterate, Solver, Task
 from convlayer.verification import Verification
 

@@ -13,6 +13,7 @@ OPTIONAL = ("matplotlib", "tqdm")
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; the status with which the process should end."""
     options = _parser().parse_args(arguments)
     return {"compare": _compare, "explain": _explain, "doctor": _doctor}[options.command](options)
 

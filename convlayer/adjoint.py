@@ -19,7 +19,16 @@ from torch import Tensor
 from convlayer.cones import Product, ProductSpectrum
 from convlayer.kkt import DenseSystem, SparseSystem, Visible, factorise
 from convlayer.program import Operators, Program, take_rows
-from convlayer.residual import JUDGING, WORKING, Sizes, largest_of_part, relative_size, residual, rounding, term_sizes
+from convlayer.residual import (
+    JUDGING,
+    WORKING,
+    Sizes,
+    largest_of_part,
+    relative_size,
+    residual,
+    rounding,
+    term_sizes,
+)
 
 TARGET = 1e-13  # relative residual at which polish has nothing left to do
 REUSE = 1e-3  # a factor serves another step while every row's residual falls to this share
@@ -319,6 +328,7 @@ def _above(sizes: Tensor, limit: float) -> Tensor:
 
 
 def units_of(units: Tensor | None, rows: Tensor) -> Tensor | None:
+    """Of these rows, where units are given."""
     return None if units is None else take_rows(units, rows)
 
 
@@ -333,6 +343,7 @@ def _on_same_faces(old: Tensor, new: Tensor) -> bool:
 
 
 def newton(operators: Operators, spectrum: ProductSpectrum, system, F1: Tensor, F2: Tensor) -> tuple[Tensor, Tensor]:
+    """The step that zeroes F to first order, in x and in the cone's variable z."""
     dx, e = system.solve(-F1, -spectrum.to_basis(F2), newton=True)
     return dx, operators.A(dx) + F2 + spectrum.from_basis(e)
 

@@ -41,7 +41,15 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from convlayer.canon import ONE, AffineMap, Canonical, CanonicalisationError, ParameterEntries, Recovery, canonicalise
+from convlayer.canon import (
+    ONE,
+    AffineMap,
+    Canonical,
+    CanonicalisationError,
+    ParameterEntries,
+    Recovery,
+    canonicalise,
+)
 from convlayer.certificates import CERTIFICATE, infeasible
 from convlayer.cone_derivative import ConeDerivative
 from convlayer.cones import Cone, Nonnegative, Product, SecondOrder, Zero

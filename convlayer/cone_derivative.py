@@ -247,6 +247,7 @@ def not_finite(x_bar: Tensor, y_bar: Tensor) -> Tensor | None:
 
 
 def spoilt(parts: tuple[Tensor, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
+    """NaN in the rows whose adjoint is not to be trusted."""
     w, u = parts
     return w.masked_fill(rows, torch.nan), u.masked_fill(rows, torch.nan)
 

@@ -19,7 +19,7 @@ import numpy as np
 from cvxpy.atoms.affine.add_expr import AddExpression
 from cvxpy.atoms.affine.unary_operators import NegExpression
 from cvxpy.atoms.atom import Atom
-from cvxpy.atoms.elementwise.abs import abs as Absolute
+from cvxpy.atoms.elementwise.abs import abs as Absolute  # noqa: N812, a class
 from cvxpy.atoms.elementwise.entr import entr
 from cvxpy.atoms.elementwise.kl_div import kl_div
 from cvxpy.atoms.elementwise.power import Power

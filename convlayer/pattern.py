@@ -17,6 +17,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -268,10 +269,8 @@ class Factor:
     def __init__(self, upper: sp.csc_matrix):
         self._upper = upper
         self._solver: qdldl.Solver | None = None
-        try:
+        with suppress(RuntimeError):  # a pivot vanished in rounding
             self._solver = qdldl.Solver(upper, upper=True)
-        except RuntimeError:  # a pivot vanished in rounding
-            pass
         self.valid = self._solver is not None
 
     def update(self, values: np.ndarray) -> None:

@@ -37,6 +37,7 @@ def remedy(fault: Fault) -> tuple[str, bool]:
 
 
 def quoted(names: Sequence[str]) -> str:
+    """Each name once, as code."""
     return ", ".join(f"`{name}`" for name in dict.fromkeys(names))
 
 

@@ -353,6 +353,7 @@ def shaped(output: Tensor, dtype: torch.dtype, device: torch.device, batch: tupl
 
 
 def no_autocast(device: torch.device):
+    """A context in which no operation on this device is cast to another precision."""
     kind = device.type if device.type == "cpu" or torch.amp.is_autocast_available(device.type) else "cpu"
     if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled(kind)):
         return nullcontext()

@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from convlayer.cones import Cone, Exponential, Nonnegative, Power, Product, Psd, SecondOrder, Spectrum, Zero
+from convlayer.cones import (
+    Cone,
+    Exponential,
+    Nonnegative,
+    Power,
+    Product,
+    Psd,
+    SecondOrder,
+    Spectrum,
+    Zero,
+)
 from convlayer.threads import one_thread
 
 CONES: list[Cone] = [

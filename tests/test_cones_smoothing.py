@@ -9,7 +9,18 @@ import torch
 from test_cones_curvature import SCATTERED
 from torch import Tensor
 
-from convlayer.cones import Cone, Exponential, Nonnegative, Power, Product, Psd, SecondOrder, Spectrum, Zero, smat
+from convlayer.cones import (
+    Cone,
+    Exponential,
+    Nonnegative,
+    Power,
+    Product,
+    Psd,
+    SecondOrder,
+    Spectrum,
+    Zero,
+    smat,
+)
 from convlayer.threads import one_thread
 
 CONES: list[Cone] = [

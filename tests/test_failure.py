@@ -13,7 +13,16 @@ import torch
 from cases import CASES, close, leaves, relative, solved_right_or_flagged, weights
 
 import convlayer.adjoint
-from convlayer import AccuracyWarning, ConvexLayer, Iterate, ParameterError, ProblemError, Solver, SolverError, Status
+from convlayer import (
+    AccuracyWarning,
+    ConvexLayer,
+    Iterate,
+    ParameterError,
+    ProblemError,
+    Solver,
+    SolverError,
+    Status,
+)
 from convlayer.solvers.clarabel import Clarabel
 
 NAN, INF = float("nan"), float("inf")

@@ -1,9 +1,15 @@
-"""What the package loads: torch's compiler is no part of it until something is compiled."""
+"""What the package loads: all of its parts, wherever it is run, and nothing of torch's compiler until something is compiled."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import tomllib
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
 
 COMPILER = {"torch._dynamo", "torch._inductor"}  # sympy comes with torch.autograd.grad of a given cotangent
 
@@ -41,3 +47,15 @@ def test_the_compiler_is_not_loaded():
     code = STAGES.format(compiler=COMPILER)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["import", "help", "call"]
+
+
+def test_a_command_in_the_root_finds_every_part_whatever_is_installed():
+    """There the checkout's folder comes first, and what an installer knows of the others' places does not count."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = settings["tool"]["setuptools"]["packages"]
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "convlayer").glob("**/__init__.py")}
+    assert {str(folder).replace(os.sep, ".") for folder in folders} <= set(packages)
+    for package in packages:
+        parent, _, name = package.rpartition(".")
+        found = PathFinder.find_spec(name, [str(ROOT / parent.replace(".", os.sep))])
+        assert getattr(found, "submodule_search_locations", None), package

@@ -6,7 +6,15 @@ import warnings
 from collections.abc import Iterable
 
 from benchmarks.measure import clock
-from benchmarks.programs.instances import CONDITIONS, DENSE, INEQUALITIES, SPARSE, N, examine, instance
+from benchmarks.programs.instances import (
+    CONDITIONS,
+    DENSE,
+    INEQUALITIES,
+    SPARSE,
+    N,
+    examine,
+    instance,
+)
 from benchmarks.programs.instances import Family as Drawn
 from benchmarks.programs.speed import solver
 from benchmarks.table import Family, Options, Row

@@ -42,6 +42,8 @@ ROW, ROW_RATE = 5e-5, 1e9  # seconds a row, flops a second, on one core; fitted 
 
 
 class Clarabel(Solver):
+    """Every cone, by a sparse interior point in compiled code, row by row."""
+
     name: ClassVar[str] = "clarabel"
     cones: ClassVar[frozenset[str] | None] = frozenset(CONES)
     finest: ClassVar[float | None] = 1e-13

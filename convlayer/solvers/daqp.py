@@ -29,6 +29,8 @@ STEPS = 20  # of the active set for each variable and row: beyond that another s
 
 
 class Daqp(Solver):
+    """Linear and quadratic programs, by dense active sets in compiled code, row by row."""
+
     name: ClassVar[str] = "daqp"
     cones: ClassVar[frozenset[str] | None] = frozenset({"zero", "nonnegative"})
     programs: ClassVar[str] = "linear and quadratic programs"

@@ -32,6 +32,8 @@ KINDS = {"zero": "z", "nonnegative": "l", "second_order": "q", "psd": "s", "expo
 
 
 class SCS(Solver):
+    """Every cone, by operator splitting in compiled code, row by row; a start shortens it."""
+
     name: ClassVar[str] = "scs"
     cones: ClassVar[frozenset[str] | None] = frozenset(KINDS)
     precise: ClassVar[bool] = False

@@ -186,6 +186,7 @@ class Attempt(NamedTuple):
 
 @cache
 def default_executor() -> ThreadPoolExecutor:
+    """The threads of this process for rows that are solved one by one, one a core."""
     return ThreadPoolExecutor(max_workers=cores(), thread_name_prefix="convlayer")
 
 

@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from importlib import import_module
 from pkgutil import iter_modules
 
-from convlayer.structures.structure import Cost, Declaration, Match, MismatchError, Structure, Wanted
+from convlayer.structures.structure import (
+    Cost,
+    Declaration,
+    Match,
+    MismatchError,
+    Structure,
+    Wanted,
+)
 
 ROOT = "cone_program"  # what every structure refines in the end
 

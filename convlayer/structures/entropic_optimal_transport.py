@@ -30,7 +30,15 @@ from convlayer.structures.reading import (
     words,
     zero_duals,
 )
-from convlayer.structures.structure import Cost, Declaration, Dual, Match, Structure, Wanted, uniform
+from convlayer.structures.structure import (
+    Cost,
+    Declaration,
+    Dual,
+    Match,
+    Structure,
+    Wanted,
+    uniform,
+)
 
 
 class EntropicOptimalTransport(Structure):

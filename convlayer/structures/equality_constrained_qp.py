@@ -30,7 +30,16 @@ from convlayer.structures.reading import (
     rows_binding,
     words,
 )
-from convlayer.structures.structure import Cost, Declaration, Dual, Match, MismatchError, Structure, Wanted, normal
+from convlayer.structures.structure import (
+    Cost,
+    Declaration,
+    Dual,
+    Match,
+    MismatchError,
+    Structure,
+    Wanted,
+    normal,
+)
 
 LARGEST_CONSTANT = 2000  # constraint rows that are looked through for repetitions when the layer is built
 

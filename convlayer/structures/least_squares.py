@@ -15,8 +15,25 @@ from convlayer.binding import Kept
 from convlayer.kernels.answer import answered
 from convlayer.kernels.least_squares import least_squares
 from convlayer.normal_form import NormalForm, Quadratic, Weighted
-from convlayer.structures.reading import binding, moved, no_cones, only, require, rows_binding, words
-from convlayer.structures.structure import Cost, Declaration, Match, MismatchError, Structure, Wanted, normal, uniform
+from convlayer.structures.reading import (
+    binding,
+    moved,
+    no_cones,
+    only,
+    require,
+    rows_binding,
+    words,
+)
+from convlayer.structures.structure import (
+    Cost,
+    Declaration,
+    Match,
+    MismatchError,
+    Structure,
+    Wanted,
+    normal,
+    uniform,
+)
 
 LARGEST_CONSTANT = 2000  # of a constant quadratic form that is factored when the layer is built
 

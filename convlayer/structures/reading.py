@@ -16,6 +16,7 @@ from convlayer.structures.structure import Dual, MismatchError
 
 
 def require(condition: bool, reason: str) -> None:
+    """Ends a match, with the reason, unless the condition holds."""
     if not condition:
         raise MismatchError(reason)
 
@@ -213,6 +214,7 @@ def no_cones(form: NormalForm, *cones: str) -> None:
 
 
 def in_cone(form: NormalForm, cone: str) -> list[tuple[int, Constraint]]:
+    """The constraints of one cone, each with its place among all."""
     return [(k, c) for k, c in enumerate(form.constraints) if c.cone == cone]
 
 
@@ -224,6 +226,7 @@ def rows_binding(form: NormalForm, table: Table) -> Binding:
 def binding(
     form: NormalForm, shape: tuple[int, ...], target: np.ndarray, parameter: np.ndarray, coefficient: np.ndarray
 ) -> Binding:
+    """An input of a kernel, by place: coefficient times parameter, added up at the target."""
     return Binding(shape, target, parameter, coefficient, form.parameters, form.parameter_starts)
 
 

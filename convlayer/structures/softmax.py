@@ -25,7 +25,16 @@ from convlayer.structures.reading import (
     words,
     zero_duals,
 )
-from convlayer.structures.structure import Cost, Declaration, Dual, Match, Structure, Wanted, normal, uniform
+from convlayer.structures.structure import (
+    Cost,
+    Declaration,
+    Dual,
+    Match,
+    Structure,
+    Wanted,
+    normal,
+    uniform,
+)
 
 
 class Softmax(Structure):

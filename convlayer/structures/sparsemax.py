@@ -26,7 +26,16 @@ from convlayer.structures.reading import (
     simplex,
     words,
 )
-from convlayer.structures.structure import Cost, Declaration, Dual, Match, Structure, Wanted, normal, uniform
+from convlayer.structures.structure import (
+    Cost,
+    Declaration,
+    Dual,
+    Match,
+    Structure,
+    Wanted,
+    normal,
+    uniform,
+)
 
 
 class Sparsemax(Structure):

@@ -105,8 +105,10 @@ class Structure(ABC):
 
 
 def normal(generator: torch.Generator, *shape: int) -> Tensor:
+    """Standard normal, float64."""
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def uniform(generator: torch.Generator, low: float, high: float, *shape: int) -> Tensor:
+    """Uniform between two bounds, float64."""
     return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)

@@ -25,7 +25,15 @@ from convlayer.structures.reading import (
     separable,
     words,
 )
-from convlayer.structures.structure import Cost, Declaration, Match, Structure, Wanted, normal, uniform
+from convlayer.structures.structure import (
+    Cost,
+    Declaration,
+    Match,
+    Structure,
+    Wanted,
+    normal,
+    uniform,
+)
 
 
 class TotalVariation(Structure):
