@@ -36,8 +36,9 @@ from benchmarks.programs.speed import layer
 from benchmarks.speed import bare_clock
 from benchmarks.structures.timing import reason
 from benchmarks.table import Family, Options, Row
-from convlayer import ConvexLayer, Status, dispatch
-from convlayer.pattern import kkt_pattern
+from convlayer import ConvexLayer, Status
+from convlayer.conic.pattern import kkt_pattern
+from convlayer.paths import dispatch
 from convlayer.problems import Prebuilt, prebuilt
 from convlayer.solvers import SOLVERS, clarabel, interior_point
 

@@ -1,7 +1,7 @@
 """Forward and backward at batch 32: ours against the peer, against the bare solver calls, and with one torch thread.
 
 All times are medians in milliseconds; runs of ours and of the peer alternate. `bare` is the time inside
-convlayer.generic.solve_batch during the same forward. Speed-up: the peer's forward + backward over ours;
+convlayer.paths.generic.solve_batch during the same forward. Speed-up: the peer's forward + backward over ours;
 `one thread` is ours with one torch thread, the peer being as it is.
 """
 
@@ -20,8 +20,9 @@ from benchmarks.cases import CASES
 from benchmarks.measure import clock, interleaved, medians
 from benchmarks.peer import MISSING, peer_layer
 from benchmarks.table import Family, Options, Row
-from convlayer import ConvexLayer, generic
-from convlayer.threads import one_thread
+from convlayer import ConvexLayer
+from convlayer.autodiff.threads import one_thread
+from convlayer.paths import generic
 
 BATCH, REPEATS, SECONDS = 32, 21, 8.0
 SIZES = {

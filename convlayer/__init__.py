@@ -1,9 +1,10 @@
 """convlayer: any CVXPY problem as a differentiable torch layer."""
 
-from convlayer.canon import CanonicalisationError
-from convlayer.check import Check
-from convlayer.diagnose import ProblemError
+from convlayer.declaration.canonical import CanonicalisationError
+from convlayer.declaration.diagnose import ProblemError
 from convlayer.layer import ConvexLayer
+from convlayer.report.check import Check
+from convlayer.report.verification import Verification
 from convlayer.solution import (
     AccuracyWarning,
     Cause,
@@ -14,7 +15,6 @@ from convlayer.solution import (
     Status,
 )
 from convlayer.solvers import Iterate, Solver, Task
-from convlayer.verification import Verification
 
 __version__ = "0.1.0"
 

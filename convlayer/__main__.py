@@ -6,8 +6,9 @@ import argparse
 import sys
 from importlib import import_module
 
-from convlayer import __version__, doctor
-from convlayer.load import WANTED, LoadError, load_layer
+from convlayer import __version__
+from convlayer.command_line import doctor
+from convlayer.command_line.load import WANTED, LoadError, load_layer
 
 OPTIONAL = ("matplotlib", "tqdm")
 
@@ -44,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _compare(options: argparse.Namespace) -> int:
     try:
-        compare = import_module("convlayer.compare")
+        compare = import_module("convlayer.command_line.compare")
     except ModuleNotFoundError as missing:
         if (missing.name or "").partition(".")[0] not in OPTIONAL:
             raise

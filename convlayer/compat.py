@@ -34,12 +34,12 @@ import torch
 from torch import Tensor
 
 from convlayer import solution
-from convlayer.derivative import is_transformed
-from convlayer.diagnose import ProblemError
-from convlayer.domain import is_symmetric
-from convlayer.gradients import Exact, Gradient, Lpgd
+from convlayer.autodiff.derivative import is_transformed
+from convlayer.declaration.diagnose import ProblemError
+from convlayer.declaration.domain import is_symmetric
 from convlayer.layer import ConvexLayer
 from convlayer.notices import tell
+from convlayer.paths.gradients import Exact, Gradient, Lpgd
 from convlayer.solvers import Solver
 
 FINEST = 1e-10  # the tightest tolerance asked of a solver; polishing goes beyond it anyway

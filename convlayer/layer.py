@@ -15,24 +15,38 @@ import cvxpy as cp
 import torch
 from torch import Tensor
 
-from convlayer import arguments, compiled, domain, incumbent
-from convlayer.canon import Canonical
-from convlayer.check import Check, checked
-from convlayer.closest import Closest, Relaxation, applies, closest, relaxed
-from convlayer.conflict import conflicts
-from convlayer.declaration import Declaration, with_proximal_term
-from convlayer.derivative import Local, Point, Recorded, anew, is_transformed, known, solved
-from convlayer.diagnose import ProblemError
-from convlayer.dispatch import CHOICES, attempts, other_solver, recognise
+from convlayer.autodiff import compiled
+from convlayer.autodiff.derivative import (
+    Local,
+    Point,
+    Recorded,
+    anew,
+    is_transformed,
+    known,
+    solved,
+)
+from convlayer.autodiff.threads import few_threads, one_thread
+from convlayer.conic.program import take_rows
+from convlayer.declaration import arguments, domain
+from convlayer.declaration.canonical import Canonical
+from convlayer.declaration.declaration import Declaration, with_proximal_term
+from convlayer.declaration.diagnose import ProblemError
+from convlayer.declaration.hashing import digest
+from convlayer.declaration.normal_form import normal_form
 from convlayer.display import Words
-from convlayer.explain import explain_choice, explain_cone_program
-from convlayer.generic import ROUNDING, Call, Solve, least_norm_weight
-from convlayer.gradients import Gradient, gradient_of
-from convlayer.hashing import digest
-from convlayer.normal_form import normal_form
 from convlayer.notices import tell
-from convlayer.program import take_rows
-from convlayer.rows import Rows, flatten_batch, leaves_of, no_autocast, put, shaped, spread
+from convlayer.paths.closest import Closest, Relaxation, applies, closest, relaxed
+from convlayer.paths.conflict import conflicts
+from convlayer.paths.dispatch import CHOICES, attempts, other_solver, recognise
+from convlayer.paths.generic import ROUNDING, Call, Solve, least_norm_weight
+from convlayer.paths.gradients import Gradient, gradient_of
+from convlayer.paths.rows import Rows, flatten_batch, leaves_of, no_autocast, put, shaped, spread
+from convlayer.paths.specialised import Specialised, without
+from convlayer.paths.starts import Starts
+from convlayer.report import incumbent
+from convlayer.report.check import Check, checked
+from convlayer.report.explain import explain_choice, explain_cone_program
+from convlayer.report.verification import Verification, not_compared, verify
 from convlayer.shifts import Shifts
 from convlayer.solution import (
     AccuracyWarning,
@@ -46,11 +60,7 @@ from convlayer.solution import (
     rows_in_words,
 )
 from convlayer.solvers import DEFAULT, SOLVERS, Attempt, BatchSolver, ConeSolver
-from convlayer.specialised import Specialised, without
-from convlayer.starts import Starts
 from convlayer.structures import STRUCTURES
-from convlayer.threads import few_threads, one_thread
-from convlayer.verification import Verification, not_compared, verify
 
 TOLERANCE = 1e-8
 REAL = 1e-13  # a relative shift from which on constraints do contradict each other
@@ -98,7 +108,7 @@ class ConvexLayer(torch.nn.Module):
                      (interior_point: for a batch; SCS: `time_limit_secs`); unknown ones are an error.
         gp:          the problem is log-log convex.
         gradient:    how solutions are differentiated: "exact"; for problems whose exact derivative is zero or jumps "smoothed", "lpgd" and,
-                     for linear objectives, "perturbed" and "blackbox" (see convlayer.gradients). All but the first take the cone program.
+                     for linear objectives, "perturbed" and "blackbox" (see convlayer.paths.gradients). All but the first take the cone program.
         gradient_args: of that gradient: kappa; tau and rho; sigma, samples and seed; lam.
         regularise:  what makes a solution unique: the weight rho of a proximal term rho/2 |x|^2 over all variables, added to the problem
                      (and to the objective that is reported); or "least_norm", for linear and quadratic programs: of all solutions the

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import grad, jacrev
 
 from convlayer import ConvexLayer
-from convlayer.cone_derivative import ConeDerivative
+from convlayer.paths.cone_derivative import ConeDerivative
 
 POINT = torch.tensor([0.3, -0.5, 0.8, 0.1], dtype=torch.float64)
 DIRECTION = torch.tensor([0.7, 0.2, -0.4, 1.1], dtype=torch.float64)

@@ -7,9 +7,9 @@ import torch
 from cases import CASES
 from structures import SPELLINGS
 
-import convlayer.check
+import convlayer.report.check
 from convlayer import ConvexLayer, Status
-from convlayer.check import checked
+from convlayer.report.check import checked
 
 FIELDS = ("margin", "rank", "size", "condition", "unique", "unique_duals", "ambiguous", "tie", "differentiable")
 STRUCTURED = {spelling.structure: spelling for spelling in SPELLINGS}
@@ -230,7 +230,7 @@ def test_lanczos_tells_of_a_large_matrix_what_all_eigenvalues_do(monkeypatch):
     layer = ConvexLayer(problem, [q], [x], structure="generic")
     rows = (torch.randn(2, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),)
     whole = checked(layer, rows)
-    monkeypatch.setattr(convlayer.check, "DIRECT", 10)
+    monkeypatch.setattr(convlayer.report.check, "DIRECT", 10)
     estimate = checked(layer, rows)
     for name in FIELDS:
         ours, theirs = getattr(whole, name).double(), getattr(estimate, name).double()

@@ -15,8 +15,8 @@ from cvxpy.constraints import Equality, Inequality
 from torch import Tensor
 
 from convlayer import ConvexLayer
-from convlayer.closest import Closest, Relaxation, applies, closest
-from convlayer.declaration import Declaration
+from convlayer.declaration.declaration import Declaration
+from convlayer.paths.closest import Closest, Relaxation, applies, closest
 from convlayer.solution import SolverError, Status
 
 TOLERANCE = 1e-8

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from convlayer import ConvexLayer, ProblemError, SolverError
-from convlayer.closest import TIE
+from convlayer.paths.closest import TIE
 
 x, cost, cap = cp.Variable(5, name="x"), cp.Parameter(5, name="cost"), cp.Parameter(5, name="cap")
 low, high = cp.Parameter(5, name="low"), cp.Parameter(5, name="high")

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from convlayer import doctor
 from convlayer.__main__ import main
+from convlayer.command_line import doctor
 
 ROOT = Path(__file__).parent.parent
 OTHERS = ("demo", "sudoku", "distributed_training", "shortest_path")  # with tests of their own
@@ -87,8 +87,8 @@ def test_the_comparison_writes_a_picture_and_its_figures_and_both_paths_agree(dt
 @pytest.mark.parametrize("name", ["matplotlib", "tqdm"])
 def test_without_its_optional_packages_the_comparison_says_what_to_install(name, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "convlayer.compare", raising=False)
-    monkeypatch.delitem(sys.modules, "convlayer.picture", raising=False)
+    monkeypatch.delitem(sys.modules, "convlayer.command_line.compare", raising=False)
+    monkeypatch.delitem(sys.modules, "convlayer.command_line.picture", raising=False)
     assert main(["compare", "--quick"]) == 2
     assert "pip install 'convlayer[examples]'" in capsys.readouterr().err
 

@@ -14,7 +14,8 @@ from test_structures import layer_of, sample
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, jvp, vmap
 
-from convlayer import ConvexLayer, ParameterError, SolverError, compiled
+from convlayer import ConvexLayer, ParameterError, SolverError
+from convlayer.autodiff import compiled
 from convlayer.structures import STRUCTURES
 
 GENERIC = (

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from convlayer.autodiff.threads import one_thread
 from convlayer.cones import (
     Cone,
     Exponential,
@@ -23,7 +24,6 @@ from convlayer.cones import (
     smat,
     svec,
 )
-from convlayer.threads import one_thread
 
 ALPHAS = (0.01, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99)
 CONES: list[Cone] = [

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from convlayer.autodiff.threads import one_thread
 from convlayer.cones import (
     Cone,
     Exponential,
@@ -19,7 +20,6 @@ from convlayer.cones import (
     Spectrum,
     Zero,
 )
-from convlayer.threads import one_thread
 
 CONES: list[Cone] = [
     Zero(3),

@@ -9,6 +9,7 @@ import torch
 from test_cones_curvature import SCATTERED
 from torch import Tensor
 
+from convlayer.autodiff.threads import one_thread
 from convlayer.cones import (
     Cone,
     Exponential,
@@ -21,7 +22,6 @@ from convlayer.cones import (
     Zero,
     smat,
 )
-from convlayer.threads import one_thread
 
 CONES: list[Cone] = [
     Zero(3),

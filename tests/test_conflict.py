@@ -142,6 +142,6 @@ def test_a_call_that_raises_nothing_looks_for_none(monkeypatch, policy):
 
 def test_words_that_fail_do_not_hide_the_error(monkeypatch):
     problem, parameters, variable, values, _, _ = CASES["a sum and bounds"]
-    monkeypatch.setattr("convlayer.conflict.sources_of", lambda *_: 1 / 0)
+    monkeypatch.setattr("convlayer.paths.conflict.sources_of", lambda *_: 1 / 0)
     with pytest.raises(SolverError, match="INFEASIBLE"):
         ConvexLayer(problem, parameters, [variable])(*[tensor(value) for value in values])

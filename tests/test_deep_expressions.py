@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from convlayer import ConvexLayer, ProblemError, affine
-from convlayer.affine import NONE, Reader
-from convlayer.graph import arguments_first
-from convlayer.normal_form import normal_form
+from convlayer import ConvexLayer, ProblemError
+from convlayer.declaration import affine
+from convlayer.declaration.affine import NONE, Reader
+from convlayer.declaration.graph import arguments_first
+from convlayer.declaration.normal_form import normal_form
 
 
 def dense(table, variables: int, parameters: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import FIVE_POINT, close, leaves
 
-import convlayer.adjoint
+import convlayer.conic.adjoint
 from convlayer import Cause, ConvexLayer, GradientWarning, Status
 
 
@@ -408,8 +408,8 @@ def test_an_active_set_that_newton_cannot_settle_is_settled_by_the_central_path(
     layer = ConvexLayer(problem, [q, b], [x], solver_args={"max_iter": 5}, on_failure="keep")
     values = torch.randn(8, n, generator=generator, dtype=torch.float64), torch.rand(8, n, generator=generator, dtype=torch.float64) / 2
     with monkeypatch.context() as patch:
-        patch.setattr(convlayer.adjoint, "PATH", 0)
-        patch.setattr(convlayer.adjoint, "STEPS", 6)
+        patch.setattr(convlayer.conic.adjoint, "PATH", 0)
+        patch.setattr(convlayer.conic.adjoint, "STEPS", 6)
         assert (layer.solve(*values).status != Status.SOLVED).any(), "the case is too easy"
     solution = layer.solve(*values)
     assert (solution.status == Status.SOLVED).all()

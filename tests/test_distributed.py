@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector
 
 from convlayer import problems
-from convlayer.program import Program
+from convlayer.conic.program import Program
 from convlayer.solvers.clarabel import Clarabel
 from convlayer.solvers.solver import Inline, workers_of
 

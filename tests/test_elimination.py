@@ -9,8 +9,8 @@ import torch
 from cases import CASES, close
 
 from convlayer import AccuracyWarning, ConvexLayer, Status
-from convlayer.generic import evaluate
-from convlayer.program import Operators
+from convlayer.conic.program import Operators
+from convlayer.paths.generic import evaluate
 
 ELIMINATED = [name for name, case in CASES.items() if case.shared._canonical.elimination is not None]
 

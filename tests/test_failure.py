@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import CASES, close, leaves, relative, solved_right_or_flagged, weights
 
-import convlayer.adjoint
+import convlayer.conic.adjoint
 from convlayer import (
     AccuracyWarning,
     ConvexLayer,
@@ -368,7 +368,7 @@ def test_a_row_that_ran_out_of_iterations_is_flagged_or_right(name, options):
 
 
 def test_a_row_that_neither_solver_nor_polish_settles_is_named(monkeypatch):
-    monkeypatch.setattr(convlayer.adjoint, "PATH", 0)
+    monkeypatch.setattr(convlayer.conic.adjoint, "PATH", 0)
     case = CASES["every_cone"]
     tensors, options = case.sample(6, seed=0), {"max_iter": 1}
     solution = case.layer(solver_args=options, on_failure="keep").solve(*tensors)

@@ -10,9 +10,9 @@ import torch
 from cases import CASES, relative
 
 from convlayer import Cause, ConvexLayer, GradientWarning, ProblemError
-from convlayer.generic import smoothed
-from convlayer.gradients import GRADIENTS
-from convlayer.residual import normalise, recentre
+from convlayer.conic.residual import normalise, recentre
+from convlayer.paths.generic import smoothed
+from convlayer.paths.gradients import GRADIENTS
 
 ONE_OF_EACH_CONE = (
     "linear_program", "quadratic_program", "lasso", "raw_second_order", "nearest_correlation", "entropy", "raw_exponential",

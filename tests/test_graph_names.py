@@ -14,7 +14,8 @@ import scipy.sparse as sp
 import torch
 from exported import Model, clipped
 
-from convlayer import ConvexLayer, Solver, hashing
+from convlayer import ConvexLayer, Solver
+from convlayer.declaration import hashing
 from convlayer.solvers.clarabel import Clarabel
 
 POINTS = [[0.5, 2.0, -1.0], [1.5, 0.25, 0.0]]

@@ -6,8 +6,8 @@ import torch
 from scipy.optimize import linprog
 
 from convlayer.cones import Nonnegative, Product, Zero
-from convlayer.program import Data, Operators, Program
-from convlayer.residual import normalise
+from convlayer.conic.program import Data, Operators, Program
+from convlayer.conic.residual import normalise
 from convlayer.solution import Status
 from convlayer.solvers.clarabel import Clarabel
 from convlayer.solvers.interior_point import InteriorPoint

@@ -6,8 +6,8 @@ import torch
 from test_interior_point import program_of, task_of
 
 from convlayer.cones import Exponential, Nonnegative, Power, Product, Psd, SecondOrder, Zero
-from convlayer.program import Data, Operators
-from convlayer.residual import normalise
+from convlayer.conic.program import Data, Operators
+from convlayer.conic.residual import normalise
 from convlayer.solution import Status
 from convlayer.solvers.barriers import ExponentialKind, PowerKind
 from convlayer.solvers.clarabel import Clarabel

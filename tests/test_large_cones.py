@@ -8,21 +8,21 @@ from cases import close
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import dijkstra
 
-import convlayer.generic
+import convlayer.paths.generic
 from convlayer import ConvexLayer
-from convlayer.canon import Canonical
 from convlayer.cones import Product, ProductSpectrum, SecondOrder
 from convlayer.cones.cone import axes, from_basis, to_basis
 from convlayer.cones.second_order import COMPACT
-from convlayer.kkt import Visible, factorise
-from convlayer.pattern import kkt_pattern
-from convlayer.program import Data, Operators, Program
+from convlayer.conic.kkt import Visible, factorise
+from convlayer.conic.pattern import kkt_pattern
+from convlayer.conic.program import Data, Operators, Program
+from convlayer.declaration.canonical import Canonical
 
 either_system = pytest.mark.parametrize("dense", [True, False], ids=["dense", "sparse"])
 
 
 def choose(monkeypatch, dense):
-    monkeypatch.setattr(convlayer.generic, "prefers_dense", lambda program: dense)
+    monkeypatch.setattr(convlayer.paths.generic, "prefers_dense", lambda program: dense)
     monkeypatch.setattr(Canonical, "elimination", property(lambda self: None))
 
 

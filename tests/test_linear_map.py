@@ -8,7 +8,7 @@ import scipy.sparse as sp
 import torch
 from far import Far, far_device, send
 
-from convlayer.linear_map import LinearMap
+from convlayer.conic.linear_map import LinearMap
 
 MATRICES = {
     "the identity": sp.eye_array(5, format="csr"),

@@ -9,11 +9,11 @@ from structures import SPELLINGS
 from torch.autograd import grad
 from torch.func import jvp, vjp
 
+from convlayer.declaration.normal_form import normal_form
 from convlayer.kernels.leading_eigenspace import leading_eigenspace
 from convlayer.kernels.softmax import softmax
 from convlayer.kernels.sparsemax import sparsemax
 from convlayer.kernels.total_variation import total_variation
-from convlayer.normal_form import normal_form
 from convlayer.solution import Status
 from convlayer.structures import STRUCTURES, Wanted
 

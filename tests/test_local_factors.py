@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.func import jvp, vjp
 
 import convlayer.kernels.entropic_optimal_transport as transport
+from convlayer.declaration.normal_form import normal_form
 from convlayer.kernels.answer import Answer
 from convlayer.kernels.entropic_optimal_transport import entropic_optimal_transport
 from convlayer.kernels.equality_constrained_qp import equality_constrained_qp
 from convlayer.kernels.least_squares import least_squares
-from convlayer.normal_form import normal_form
 from convlayer.solution import Status
 from convlayer.structures import STRUCTURES, Wanted
 

@@ -16,7 +16,7 @@ import torch
 from cases import CASES
 
 from convlayer import ConvexLayer, GradientWarning
-from convlayer.kkt import DenseSystem, SparseSystem
+from convlayer.conic.kkt import DenseSystem, SparseSystem
 from convlayer.solvers.solver import default_executor
 
 

@@ -15,21 +15,21 @@ import test_solvers
 import torch
 from cases import CASES
 
-import convlayer.adjoint
-import convlayer.canon
-import convlayer.cone_derivative
+import convlayer.conic.adjoint
+import convlayer.conic.elimination
+import convlayer.conic.kinks
+import convlayer.conic.kkt
+import convlayer.conic.residual
 import convlayer.declaration
-import convlayer.elimination
-import convlayer.generic
-import convlayer.kinks
-import convlayer.kkt
-import convlayer.residual
-import convlayer.rows
+import convlayer.declaration.canonical
+import convlayer.paths.cone_derivative
+import convlayer.paths.generic
+import convlayer.paths.rows
 import convlayer.solvers.scs
 from convlayer import AccuracyWarning, GradientWarning
-from convlayer.cone_derivative import ConeDerivative
 from convlayer.cones import ProductSpectrum
 from convlayer.cones.cone import from_basis, to_basis
+from convlayer.paths.cone_derivative import ConeDerivative
 
 # A mutant that merely crashes proves nothing: the law itself must object, or the package notice.
 CAUGHT = (AssertionError, AccuracyWarning, GradientWarning)
@@ -47,25 +47,25 @@ def gradient_law(name):
 
 
 def adjoint_sign(patch):
-    original = convlayer.generic.adjoint
-    patch.setattr(convlayer.generic, "adjoint", lambda *a: tuple(-part for part in original(*a)))
+    original = convlayer.paths.generic.adjoint
+    patch.setattr(convlayer.paths.generic, "adjoint", lambda *a: tuple(-part for part in original(*a)))
 
 
 def adjoint_sign_of_the_dual_part(patch):
-    original = convlayer.generic.adjoint
+    original = convlayer.paths.generic.adjoint
 
     def mutant(*arguments):
         w, u = original(*arguments)
         return w, -u
 
-    patch.setattr(convlayer.generic, "adjoint", mutant)
+    patch.setattr(convlayer.paths.generic, "adjoint", mutant)
 
 
 def pulled_back(change):
     """Both ways in which the cotangents of P and A are made: at the entries that move, and of whole matrices."""
 
     def plant(patch):
-        entries, whole = convlayer.cone_derivative.pull_back, convlayer.cone_derivative.pull_back_whole
+        entries, whole = convlayer.paths.cone_derivative.pull_back, convlayer.paths.cone_derivative.pull_back_whole
 
         def by_entries(name, program, moving, x, y, w, u):
             return change(lambda *vectors: entries(name, program, moving, *vectors), name, x, y, w, u)
@@ -73,8 +73,8 @@ def pulled_back(change):
         def of_whole(name, x, y, w, u):
             return change(lambda *vectors: whole(name, *vectors), name, x, y, w, u)
 
-        patch.setattr(convlayer.cone_derivative, "pull_back", by_entries)
-        patch.setattr(convlayer.cone_derivative, "pull_back_whole", of_whole)
+        patch.setattr(convlayer.paths.cone_derivative, "pull_back", by_entries)
+        patch.setattr(convlayer.paths.cone_derivative, "pull_back_whole", of_whole)
 
     return plant
 
@@ -102,26 +102,26 @@ def basis_transposed(patch):
 
 
 def cotangents_of_y_ignored(patch):
-    original = convlayer.generic.adjoint
-    patch.setattr(convlayer.generic, "adjoint", lambda zero, x_bar, y_bar: original(zero, x_bar, torch.zeros_like(y_bar)))
+    original = convlayer.paths.generic.adjoint
+    patch.setattr(convlayer.paths.generic, "adjoint", lambda zero, x_bar, y_bar: original(zero, x_bar, torch.zeros_like(y_bar)))
 
 
 def scaling_of_the_adjoint_lost(patch):
-    patch.setattr(convlayer.residual.Scaling, "leave_adjoint", lambda self, w, u: (self.tau * w, self.rho * u))
+    patch.setattr(convlayer.conic.residual.Scaling, "leave_adjoint", lambda self, w, u: (self.tau * w, self.rho * u))
 
 
 def cotangent_of_an_eliminated_variable_lost(patch):
-    original = convlayer.elimination.Eliminated.enter_cotangents
-    patch.setattr(convlayer.elimination.Eliminated, "enter_cotangents", lambda self, x_bar, y_bar: original(self, 0 * x_bar + x_bar.mean(), y_bar))
+    original = convlayer.conic.elimination.Eliminated.enter_cotangents
+    patch.setattr(convlayer.conic.elimination.Eliminated, "enter_cotangents", lambda self, x_bar, y_bar: original(self, 0 * x_bar + x_bar.mean(), y_bar))
 
 
 def adjoint_of_an_eliminated_row_lost(patch):
-    original = convlayer.elimination.Eliminated.leave_adjoint
-    patch.setattr(convlayer.elimination.Eliminated, "leave_adjoint", lambda self, w, u, *bars: (lambda w, u: (w, 0 * u))(*original(self, w, u, *bars)))
+    original = convlayer.conic.elimination.Eliminated.leave_adjoint
+    patch.setattr(convlayer.conic.elimination.Eliminated, "leave_adjoint", lambda self, w, u, *bars: (lambda w, u: (w, 0 * u))(*original(self, w, u, *bars)))
 
 
 def objective_sign(patch):
-    patch.setattr(convlayer.canon.Canonical, "objective", lambda self, value: value if not self.gp else value.exp())
+    patch.setattr(convlayer.declaration.canonical.Canonical, "objective", lambda self, value: value if not self.gp else value.exp())
 
 
 def value_without_its_gradient(patch):
@@ -134,13 +134,13 @@ def value_without_its_gradient(patch):
 
 
 def symmetry_lost(patch):
-    original = convlayer.canon.ParameterEntries
-    patch.setattr(convlayer.canon, "ParameterEntries", lambda shape, symmetric, log: original(shape, False, log))
+    original = convlayer.declaration.canonical.ParameterEntries
+    patch.setattr(convlayer.declaration.canonical, "ParameterEntries", lambda shape, symmetric, log: original(shape, False, log))
 
 
 def polish_skipped(patch):
-    patch.setattr(convlayer.adjoint, "STEPS", 0)
-    patch.setattr(convlayer.adjoint, "PATH", 0)
+    patch.setattr(convlayer.conic.adjoint, "STEPS", 0)
+    patch.setattr(convlayer.conic.adjoint, "PATH", 0)
 
 
 GRADIENT = {
@@ -197,14 +197,14 @@ def test_a_shared_gradient_that_is_a_mean_is_caught(monkeypatch):
 
 
 def test_rows_that_are_swapped_are_caught(monkeypatch):
-    original = convlayer.generic._solve
+    original = convlayer.paths.generic._solve
 
     def mutant(*arguments):
         x, *rest = original(*arguments)
         return x.flip(0), *rest
 
     caught(lambda: test_batches.test_a_batch_equals_a_loop_in_value_and_gradient(CASES["linear_program"]),
-           lambda patch: patch.setattr(convlayer.generic, "_solve", mutant), monkeypatch)
+           lambda patch: patch.setattr(convlayer.paths.generic, "_solve", mutant), monkeypatch)
 
 
 def test_the_sign_of_a_maximum_is_caught(monkeypatch):
@@ -242,13 +242,13 @@ def test_the_order_of_a_psd_cone_in_scs_is_caught(n, monkeypatch):
 
 def test_an_absolute_zero_test_of_a_small_loss_is_caught(monkeypatch):
     """The incumbent's: a cotangent below a fixed size counts as zero."""
-    original = convlayer.generic.adjoint
+    original = convlayer.paths.generic.adjoint
 
     def mutant(zero, x_bar, y_bar):
         return original(zero, torch.where(x_bar.abs() > 1e-8, x_bar, 0.0), torch.where(y_bar.abs() > 1e-8, y_bar, 0.0))
 
     caught(lambda: test_gradient.test_a_scaled_loss_scales_the_gradient_exactly(CASES["lasso"], 1e-9),
-           lambda patch: patch.setattr(convlayer.generic, "adjoint", mutant), monkeypatch)
+           lambda patch: patch.setattr(convlayer.paths.generic, "adjoint", mutant), monkeypatch)
 
 
 def test_a_failed_row_with_a_gradient_of_zero_is_caught(monkeypatch):
@@ -256,43 +256,43 @@ def test_a_failed_row_with_a_gradient_of_zero_is_caught(monkeypatch):
         return torch.zeros(math.prod(batch), dtype=torch.bool)
 
     caught(lambda: test_failure.test_a_failed_row_that_the_loss_uses_has_a_gradient_of_nan("nan", "variable", "infeasible"),
-           lambda patch: patch.setattr(convlayer.rows, "_used", mutant), monkeypatch)
+           lambda patch: patch.setattr(convlayer.paths.rows, "_used", mutant), monkeypatch)
 
 
 def test_a_failed_row_that_is_called_solved_is_caught(monkeypatch):
     caught(lambda: test_failure.test_a_row_that_neither_solver_nor_polish_settles_is_named(monkeypatch),
-           lambda patch: patch.setattr(convlayer.generic, "_verdict", lambda zero, *_: torch.zeros(len(zero.x), dtype=torch.int64)),
+           lambda patch: patch.setattr(convlayer.paths.generic, "_verdict", lambda zero, *_: torch.zeros(len(zero.x), dtype=torch.int64)),
            monkeypatch)
 
 
 def test_a_kink_that_is_not_flagged_is_caught(monkeypatch):
     caught(test_degenerate.test_a_weakly_active_bound_is_flagged_and_counts_as_inactive,
-           lambda patch: patch.setattr(convlayer.kinks, "MOVED", float("inf")), monkeypatch)
+           lambda patch: patch.setattr(convlayer.conic.kinks, "MOVED", float("inf")), monkeypatch)
 
 
 def test_a_flag_on_what_is_harmless_is_caught(monkeypatch):
     def plant(patch):
-        patch.setattr(convlayer.kkt._System, "_harmful", lambda self, rows, *rest: torch.ones(len(rows), dtype=torch.bool))
-        patch.setattr(convlayer.generic, "judged", lambda zero, rows, sides: zero)
+        patch.setattr(convlayer.conic.kkt._System, "_harmful", lambda self, rows, *rest: torch.ones(len(rows), dtype=torch.bool))
+        patch.setattr(convlayer.paths.generic, "judged", lambda zero, rows, sides: zero)
 
     caught(test_degenerate.test_redundant_equalities_without_parameters_are_harmless, plant, monkeypatch)
 
 
 def test_a_recovery_in_the_wrong_order_is_caught(monkeypatch):
-    original = convlayer.canon._recovery
+    original = convlayer.declaration.canonical._recovery
 
     def mutant(variable, *arguments):
         recovery = original(variable, *arguments)
         return dataclasses.replace(recovery, position=recovery.position.flip(0))
 
     caught(lambda: test_canon.test_variables_and_duals_are_recovered_as_cvxpy_does(fresh("least_norm")),
-           lambda patch: patch.setattr(convlayer.canon, "_recovery", mutant), monkeypatch, "least_norm")
+           lambda patch: patch.setattr(convlayer.declaration.canonical, "_recovery", mutant), monkeypatch, "least_norm")
 
 
 def test_a_constraint_that_is_dropped_is_caught(monkeypatch):
     """An accelerated peer drops x >= 0 without a word: the problem handed on is not the user's."""
     def plant(patch):
-        original = convlayer.canon.canonicalise
+        original = convlayer.declaration.canonical.canonicalise
 
         def mutant(problem, *arguments, checked=None, **named):
             return original(cp.Problem(problem.objective, problem.constraints[:-1]), *arguments, **named)

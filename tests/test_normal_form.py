@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from structures import SPELLINGS
 
-from convlayer.affine import NONE, Reader, Table, UnsupportedError
-from convlayer.normal_form import normal_form
+from convlayer.declaration.affine import NONE, Reader, Table, UnsupportedError
+from convlayer.declaration.normal_form import normal_form
 
 RNG = np.random.default_rng(3)
 C2x4, D3, KERNEL = RNG.standard_normal((2, 4)), RNG.standard_normal((3, 3)), RNG.standard_normal(4)

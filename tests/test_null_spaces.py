@@ -9,10 +9,10 @@ import torch
 from cases import close, leaves
 from test_degenerate import run, tensor
 
-import convlayer.generic
-import convlayer.kkt
+import convlayer.conic.kkt
+import convlayer.paths.generic
 from convlayer import ConvexLayer, GradientWarning, Status
-from convlayer.kkt import DenseSystem, SparseSystem
+from convlayer.conic.kkt import DenseSystem, SparseSystem
 
 MANY = 24  # more than are found one by one
 either_system = pytest.mark.parametrize("dense", [True, False])
@@ -22,15 +22,15 @@ either_system = pytest.mark.parametrize("dense", [True, False])
 def system(request, monkeypatch):
     """The kind of system that is asked for; and that it did work without a basis."""
     dense, looked = request.node.callspec.params["dense"], []
-    monkeypatch.setattr(convlayer.generic, "prefers_dense", lambda program: dense)
-    monkeypatch.setattr(convlayer.canon.Canonical, "elimination", property(lambda self: None))
-    original = convlayer.kkt._System._look_beyond
+    monkeypatch.setattr(convlayer.paths.generic, "prefers_dense", lambda program: dense)
+    monkeypatch.setattr(convlayer.declaration.canonical.Canonical, "elimination", property(lambda self: None))
+    original = convlayer.conic.kkt._System._look_beyond
 
     def look(self, rows):
         looked.append(type(self))
         return original(self, rows)
 
-    monkeypatch.setattr(convlayer.kkt._System, "_look_beyond", look)
+    monkeypatch.setattr(convlayer.conic.kkt._System, "_look_beyond", look)
     yield
     assert (DenseSystem if dense else SparseSystem) in looked, "the case is too easy"
 

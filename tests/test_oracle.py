@@ -51,7 +51,7 @@ def test_cotangents_of_x_y_and_s_are_pulled_back_as_diffcp_does(name, monkeypatc
         @staticmethod
         def apply(*arguments):
             # The layer records a graph of its own, from the parameters as the cone program takes them.
-            found = convlayer.generic.Solve.apply(*arguments)
+            found = convlayer.paths.generic.Solve.apply(*arguments)
             seen[:] = [*found, arguments[1:]]
             return found
 

@@ -12,17 +12,17 @@ import torch
 from cases import CASES
 from torch import Tensor
 
-from convlayer.adjoint import Zero, adjoint, polish, pull_back
+from convlayer.autodiff.threads import one_thread
 from convlayer.cones import Cone, Nonnegative, Product, Psd, SecondOrder
 from convlayer.cones import Zero as Equality
-from convlayer.generic import evaluate
-from convlayer.kkt import Visible
-from convlayer.program import Data, Operators, Program
-from convlayer.residual import normalise, recentre
-from convlayer.smoothing import smoothed
+from convlayer.conic.adjoint import Zero, adjoint, polish, pull_back
+from convlayer.conic.kkt import Visible
+from convlayer.conic.program import Data, Operators, Program
+from convlayer.conic.residual import normalise, recentre
+from convlayer.conic.smoothing import smoothed
+from convlayer.paths.generic import evaluate
 from convlayer.solvers.clarabel import Clarabel
 from convlayer.solvers.solver import solve_batch
-from convlayer.threads import one_thread
 
 FOUND = 1e-12
 NAMES = (

@@ -17,7 +17,7 @@ from oracles import outside
 import convlayer.cones
 from convlayer import AccuracyWarning, ConvexLayer, Iterate, Solver, SolverError, Status, Task
 from convlayer.cones import Cone, Exponential, Nonnegative, Power, Product, Psd, SecondOrder, Zero
-from convlayer.program import Data, Program
+from convlayer.conic.program import Data, Program
 from convlayer.solvers import DEFAULT, SOLVERS, BatchSolver
 from convlayer.solvers.clarabel import Clarabel
 from convlayer.solvers.scs import SCS

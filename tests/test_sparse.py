@@ -9,11 +9,11 @@ import scipy.sparse as sp
 import torch
 from cases import CASES, close, leaves, weights
 
-import convlayer.adjoint
-import convlayer.generic
+import convlayer.conic.adjoint
+import convlayer.paths.generic
 from convlayer import ConvexLayer, GradientWarning, Status
-from convlayer.canon import Canonical
-from convlayer.kkt import DenseSystem, SparseSystem
+from convlayer.conic.kkt import DenseSystem, SparseSystem
+from convlayer.declaration.canonical import Canonical
 
 every_case = pytest.mark.parametrize("name", CASES)
 
@@ -21,20 +21,20 @@ every_case = pytest.mark.parametrize("name", CASES)
 def force(monkeypatch, kind):
     """Dense or sparse whatever is cheaper, without eliminating a variable; "by rows" is dense, but each row stands alone."""
     made = []
-    original = convlayer.adjoint.factorise
+    original = convlayer.conic.adjoint.factorise
 
     def factorise(operators, *arguments):
         made.append(original(operators, *arguments))
         return made[-1]
 
-    monkeypatch.setattr(convlayer.adjoint, "factorise", factorise)
+    monkeypatch.setattr(convlayer.conic.adjoint, "factorise", factorise)
     if kind == "as it comes":
         return made
     monkeypatch.setattr(Canonical, "elimination", property(lambda self: None))
-    monkeypatch.setattr(convlayer.generic, "prefers_dense", lambda program: kind != "sparse")
+    monkeypatch.setattr(convlayer.paths.generic, "prefers_dense", lambda program: kind != "sparse")
     if kind == "by rows":
-        monkeypatch.setattr(convlayer.generic, "WHOLE_ENTRIES", 0)
-        monkeypatch.setattr(convlayer.generic, "DENSE_ENTRIES", 1)
+        monkeypatch.setattr(convlayer.paths.generic, "WHOLE_ENTRIES", 0)
+        monkeypatch.setattr(convlayer.paths.generic, "DENSE_ENTRIES", 1)
     return made
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from convlayer import ConvexLayer, ProblemError
-from convlayer.spelling import ATOMS, _Speller, short, spelled
+from convlayer.declaration.spelling import ATOMS, _Speller, short, spelled
 
 x, y, w = (cp.Variable(3, name="x"), cp.Variable(3, name="y"), cp.Variable(3, name="w", pos=True))
 t, u = cp.Variable(name="t"), cp.Variable(name="u")

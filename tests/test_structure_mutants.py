@@ -8,13 +8,13 @@ import structures
 import test_structures
 import torch
 
-import convlayer.binding
+import convlayer.declaration.binding
 import convlayer.layer
-import convlayer.specialised
+import convlayer.paths.specialised
 from convlayer import GradientWarning
-from convlayer.affine import Table
+from convlayer.declaration.affine import Table
 from convlayer.kernels.answer import Answer
-from convlayer.rows import Rows
+from convlayer.paths.rows import Rows
 from convlayer.structures import (
     entropic_optimal_transport,
     equality_constrained_qp,
@@ -146,7 +146,7 @@ def test_multipliers_of_the_wrong_sign_are_caught(name, module, monkeypatch):
 
 
 def test_a_binding_that_forgets_the_transpose_is_caught(monkeypatch):
-    original = convlayer.binding._piece
+    original = convlayer.declaration.binding._piece
 
     def mutant(*arguments):
         piece = original(*arguments)
@@ -155,33 +155,33 @@ def test_a_binding_that_forgets_the_transpose_is_caught(monkeypatch):
 
     caught(
         spelling("entropic_optimal_transport-the_plan_transposed_and_scaled"),
-        lambda patch: patch.setattr(convlayer.binding, "_piece", mutant),
+        lambda patch: patch.setattr(convlayer.declaration.binding, "_piece", mutant),
         monkeypatch,
     )
 
 
 def test_a_binding_that_forgets_a_scale_is_caught(monkeypatch):
-    original = convlayer.binding._piece
+    original = convlayer.declaration.binding._piece
 
     def mutant(*arguments):
         return dataclasses.replace(original(*arguments), scale=1.0)
 
     caught(
         spelling("total_variation-a_weighted_fit_and_a_linear_term"),
-        lambda patch: patch.setattr(convlayer.binding, "_piece", mutant),
+        lambda patch: patch.setattr(convlayer.declaration.binding, "_piece", mutant),
         monkeypatch,
     )
 
 
 def test_an_output_in_the_wrong_order_is_caught(monkeypatch):
-    original = convlayer.specialised._output
+    original = convlayer.paths.specialised._output
 
     def mutant(shape, output, place, scale, size):
         return original(shape, output, place[::-1].copy(), scale, size)
 
     caught(
         spelling("least_squares-two_variables_stacked"),
-        lambda patch: patch.setattr(convlayer.specialised, "_output", mutant),
+        lambda patch: patch.setattr(convlayer.paths.specialised, "_output", mutant),
         monkeypatch,
     )
 

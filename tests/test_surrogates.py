@@ -10,14 +10,14 @@ import pytest
 import torch
 from oracles import qp_adjoint
 
-from convlayer import surrogates
-from convlayer.adjoint import pull_back
 from convlayer.cones import Nonnegative, Product, SecondOrder, Zero
-from convlayer.program import Data, Program
+from convlayer.conic.adjoint import pull_back
+from convlayer.conic.program import Data, Program
+from convlayer.paths import surrogates
+from convlayer.paths.surrogates import blackbox, lpgd, perturbed
 from convlayer.solution import Status
 from convlayer.solvers import SOLVERS
 from convlayer.solvers.solver import solve_batch
-from convlayer.surrogates import blackbox, lpgd, perturbed
 
 
 def solve(data):

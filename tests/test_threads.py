@@ -11,8 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from convlayer import ConvexLayer, problems
+from convlayer.autodiff.threads import _libraries, few_threads, lu_factor, one_thread
 from convlayer.structures import STRUCTURES
-from convlayer.threads import _libraries, few_threads, lu_factor, one_thread
 
 
 def test_one_thread_holds_inside_and_in_the_calling_thread_only():

@@ -24,7 +24,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
 from convlayer import ConvexLayer, ParameterError, SolverError, Status
-from convlayer.domain import is_symmetric
+from convlayer.declaration.domain import is_symmetric
 from convlayer.structures import STRUCTURES
 
 STEP = 2e-4  # of central differences, extrapolated once

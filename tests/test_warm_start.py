@@ -8,7 +8,7 @@ import torch
 from cases import CASES, close
 
 from convlayer import ConvexLayer, Status
-from convlayer.starts import Starts
+from convlayer.paths.starts import Starts
 from convlayer.structures import STRUCTURES
 
 every_case = pytest.mark.parametrize("name", CASES)
@@ -100,7 +100,7 @@ def test_a_layer_forgets_when_told_and_its_copies_know_nothing():
 
 
 def test_the_oldest_samples_go_first_when_there_is_no_room(monkeypatch):
-    monkeypatch.setattr("convlayer.starts.BYTES", 8 * 3 * 4)
+    monkeypatch.setattr("convlayer.paths.starts.BYTES", 8 * 3 * 4)
     starts = Starts()
     point = tuple(torch.arange(4.0, dtype=torch.float64)[:, None] + k for k in range(3))
     starts.put([0, 1, 2, 3], point, torch.ones(4, dtype=torch.bool))

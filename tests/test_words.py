@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from convlayer import ConvexLayer, ProblemError
-from convlayer.spelling import LENGTH, short
+from convlayer.declaration.spelling import LENGTH, short
 
 
 def unprintable():

@@ -13,8 +13,8 @@ from benchmarks.structures.overhead import medians
 from benchmarks.structures.tasks import Layer, weights_of
 from benchmarks.table import Family, Options, Row
 from convlayer import ConvexLayer
+from convlayer.autodiff.threads import one_thread
 from convlayer.structures import STRUCTURES
-from convlayer.threads import one_thread
 
 CALLS = 1000
 FORWARD, TRACED, TOTAL = "forward", "forward, with gradient", "forward + backward"

@@ -12,7 +12,7 @@ from benchmarks.cases import CASES
 from benchmarks.large import declare as declare_sparse
 from benchmarks.structures.tasks import Task
 from convlayer import ConvexLayer
-from convlayer.pattern import kkt_pattern
+from convlayer.conic.pattern import kkt_pattern
 from convlayer.problems import Declared
 
 Tensors = tuple[Tensor, ...]

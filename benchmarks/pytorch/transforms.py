@@ -17,7 +17,7 @@ from benchmarks.pytorch.paths import Path, Tensors, twin
 from benchmarks.structures.tasks import Layer, weights_of
 from benchmarks.structures.timing import reason
 from benchmarks.table import Family, Options, Row
-from convlayer.threads import one_thread
+from convlayer.autodiff.threads import one_thread
 
 BATCH, REPEATS, SECONDS = 16, 51, 4.0
 RIGHT = 1e-3  # relative error up to which a peer's derivative counts as one

@@ -10,7 +10,7 @@ from functools import partial
 
 from benchmarks.structures.tasks import Task
 from benchmarks.table import Family, Options, Row
-from convlayer.threads import one_thread
+from convlayer.autodiff.threads import one_thread
 
 PLAIN, TRACED = "overhead", "overhead, with gradient"
 CALLS = 1000

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from benchmarks.measure import clock
 from benchmarks.structures.tasks import Layer, Variables, weights_of
+from convlayer.autodiff.threads import one_thread
 from convlayer.problems import Declared
-from convlayer.threads import one_thread
 
 SLICE = 0.02  # seconds that a fast run repeats itself in one turn
 LONG = 3.0  # seconds of a first call that is the measurement

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from convlayer.autodiff.once import once_differentiable
 from convlayer.kernels.answer import Answer
-from convlayer.once import once_differentiable
 from convlayer.solution import Status
 
 MASSES = {torch.float32: 1e-5, torch.float64: 1e-9}  # the marginals' totals may differ by this share

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from convlayer.autodiff.once import once_differentiable
 from convlayer.kernels.answer import Answer
-from convlayer.once import once_differentiable
 
 TIE = 8.0  # in units of eps n |X|: the eigenvalues that rounding alone can part
 NEAR = 0.5  # in units of sqrt(eps) n |X|: eigenvalues whose vectors rounding mixes in the last half of their digits

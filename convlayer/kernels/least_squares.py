@@ -8,8 +8,8 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
+from convlayer.autodiff.once import once_differentiable
 from convlayer.kernels.answer import Answer
-from convlayer.once import once_differentiable
 from convlayer.solution import Status
 
 SAFE = 1e10  # |(S'S)^-1| in equilibrated columns above which a row is solved with orthogonal factors of S

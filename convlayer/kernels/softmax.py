@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from convlayer.autodiff.once import once_differentiable
 from convlayer.kernels.answer import Answer
-from convlayer.once import once_differentiable
 from convlayer.solution import Status
 
 BLOCK = 262_144  # numbers of a block: fresh memory for a whole array costs more than the arithmetic

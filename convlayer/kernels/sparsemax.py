@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from convlayer.autodiff.once import once_differentiable
 from convlayer.kernels.answer import Answer
-from convlayer.once import once_differentiable
 from convlayer.solution import Status
 
 # in units of eps (|t| + r / |S|), the rounding of t = tau - max y:

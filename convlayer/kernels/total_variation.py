@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from convlayer.autodiff.once import once_differentiable
 from convlayer.kernels.answer import Answer
-from convlayer.once import once_differentiable
 from convlayer.solution import Status
 
 EPS = 2.0**-52

@@ -13,8 +13,8 @@ import clarabel
 import numpy as np
 import scipy.sparse as sp
 
-from convlayer.pattern import kkt_pattern
-from convlayer.program import Program
+from convlayer.conic.pattern import kkt_pattern
+from convlayer.conic.program import Program
 from convlayer.solution import Status
 from convlayer.solvers.solver import SHORT, Iterate, Solver, Task, interrupted
 

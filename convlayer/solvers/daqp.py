@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import daqp
 import numpy as np
 
-from convlayer.program import Program
+from convlayer.conic.program import Program
 from convlayer.solution import Status
 from convlayer.solvers.solver import Iterate, Solver, Task, fits_densely
 

@@ -38,11 +38,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from convlayer.program import Data, Program, dense_A, dense_P, take_rows
+from convlayer.autodiff.threads import one_thread
+from convlayer.conic.program import Data, Program, dense_A, dense_P, take_rows
 from convlayer.solution import Status, is_unsettled
 from convlayer.solvers.product import RANK, Cones, Layout, Pairs, Weight
 from convlayer.solvers.solver import BatchSolver, Points, fits_densely, interrupted
-from convlayer.threads import one_thread
 
 SHIFT = 1e-10  # on K's diagonal, against singularity; proximal: it slows the last digits down, and moves no solution;
 CONE_SHIFT = 1e-8  # with cones, whose H^-1 is not diagonal and blurs the rest of K:

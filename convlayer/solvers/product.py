@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from convlayer.cones.product import Block
-from convlayer.program import Program
+from convlayer.conic.program import Program
 from convlayer.solvers.barriers import ExponentialKind, PowerKind
 from convlayer.solvers.scalings import Kind, PsdKind, Scaling, SecondOrderKind
 

@@ -13,7 +13,7 @@ import numpy as np
 import scipy.sparse as sp
 import scs
 
-from convlayer.program import Program
+from convlayer.conic.program import Program
 from convlayer.solution import Status
 from convlayer.solvers.solver import Iterate, Solver, Task
 

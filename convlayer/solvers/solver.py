@@ -23,9 +23,9 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from convlayer.program import Data, Program
+from convlayer.autodiff.threads import cores, one_thread
+from convlayer.conic.program import Data, Program
 from convlayer.solution import Status
-from convlayer.threads import cores, one_thread
 
 SHORT = 300  # unknowns and rows of a program up to which a solve is over before an interrupt could be heard
 DENSE_BYTES = 2_000_000_000  # that the dense matrices of a batch may take

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convlayer.affine import NONE, stack
+from convlayer.declaration.affine import NONE, stack
+from convlayer.declaration.normal_form import NormalForm
 from convlayer.kernels.answer import answered
 from convlayer.kernels.entropic_optimal_transport import entropic_optimal_transport
-from convlayer.normal_form import NormalForm
 from convlayer.solution import Cause
 from convlayer.structures.reading import (
     Equality,

@@ -11,11 +11,11 @@ import torch
 from scipy.linalg import qr
 from torch import Tensor
 
-from convlayer.affine import NONE, Table, rows_of, stack
-from convlayer.binding import Kept
+from convlayer.declaration.affine import NONE, Table, rows_of, stack
+from convlayer.declaration.binding import Kept
+from convlayer.declaration.normal_form import NormalForm, Quadratic
 from convlayer.kernels.answer import answered
 from convlayer.kernels.equality_constrained_qp import equality_constrained_qp
-from convlayer.normal_form import NormalForm, Quadratic
 from convlayer.structures.reading import (
     Layout,
     alone,

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convlayer.affine import NONE, Table
+from convlayer.declaration.affine import NONE, Table
+from convlayer.declaration.normal_form import NormalForm
 from convlayer.kernels.answer import answered
 from convlayer.kernels.leading_eigenspace import leading_eigenspace
-from convlayer.normal_form import NormalForm
 from convlayer.structures.reading import (
     Layout,
     equalities,

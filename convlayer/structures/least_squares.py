@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convlayer.affine import NONE, Table, chain, nothing, rows_of, stack
-from convlayer.binding import Kept
+from convlayer.declaration.affine import NONE, Table, chain, nothing, rows_of, stack
+from convlayer.declaration.binding import Kept
+from convlayer.declaration.normal_form import NormalForm, Quadratic, Weighted
 from convlayer.kernels.answer import answered
 from convlayer.kernels.least_squares import least_squares
-from convlayer.normal_form import NormalForm, Quadratic, Weighted
 from convlayer.structures.reading import (
     binding,
     moved,

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convlayer.normal_form import NormalForm
+from convlayer.declaration.normal_form import NormalForm
 from convlayer.structures.reading import require
 from convlayer.structures.structure import Declaration, Match, Structure, normal, uniform
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convlayer.affine import NONE, Table, UnsupportedError, add, chain, nothing
-from convlayer.binding import Binding
-from convlayer.normal_form import Constraint, NormalForm
+from convlayer.declaration.affine import NONE, Table, UnsupportedError, add, chain, nothing
+from convlayer.declaration.binding import Binding
+from convlayer.declaration.normal_form import Constraint, NormalForm
 from convlayer.structures.structure import Dual, MismatchError
 
 

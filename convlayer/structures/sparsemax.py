@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convlayer.declaration.normal_form import NormalForm
 from convlayer.kernels.answer import answered
 from convlayer.kernels.sparsemax import sparsemax
-from convlayer.normal_form import NormalForm
 from convlayer.solution import Cause
 from convlayer.structures.reading import (
     Layout,

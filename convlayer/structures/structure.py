@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convlayer.declaration.normal_form import NormalForm
 from convlayer.kernels.answer import Answer
-from convlayer.normal_form import NormalForm
 from convlayer.solution import Cause
 
 Declaration = tuple[cp.Problem, Sequence[cp.Parameter], Sequence[cp.Variable]]

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convlayer.affine import NONE, Table
+from convlayer.declaration.affine import NONE, Table
+from convlayer.declaration.normal_form import NormalForm
 from convlayer.kernels.answer import answered
 from convlayer.kernels.total_variation import total_variation
-from convlayer.normal_form import NormalForm
 from convlayer.solution import Cause
 from convlayer.structures.reading import (
     Layout,

@@ -1,0 +1,178 @@
+"""A layer inside torch.compile: an operator for its solution and one for its adjoint, which the compiler takes whole.
+
+Operators take and return tensors, and in the graph the layer is a string: the hash of its declaration and of the options that matter.
+A graph that was exported, or kept on disk, finds a layer of that content in the process where it runs, or says that there is none.
+
+What the adjoint needs of a solution, its factor, stays here under a number; the number is a
+tensor among the outputs, whose memory, once nothing holds it any more, takes what it stands for with it. Should the compiler have
+kept a copy of the number alone, the adjoint solves again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, Protocol, TypeVar
+
+import numpy as np
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from convlayer.autodiff.derivative import Local
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Layer(Protocol):
+    """What the operators ask of a layer."""
+
+    @property
+    def _graph_name(self) -> str:
+        """The content of the layer, the same in every process."""
+
+    def _evaluate(
+        self, thetas: Sequence[Tensor], ids: Tensor | None, differentiable: bool
+    ) -> tuple[list[Tensor], Local]:
+        """The outputs for plain parameters, apart from every graph, and their derivative."""
+
+    def _blank(self, thetas: Sequence[Tensor]) -> list[Tensor]:
+        """Outputs of the right shape, dtype and device, without values."""
+
+
+# Inside an operator torch records nothing, whatever its grad mode: there the dispatcher passes autograd by. As it is here it does not.
+_OUTSIDE = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+
+
+def _recording() -> Any:
+    return torch._C._ForceDispatchKeyGuard(*_OUTSIDE)
+
+
+def _without_tangents() -> None:
+    """An operator drops tangents without a word, and whether it is given any cannot be seen from inside."""
+    if forward_ad._current_level >= 0:
+        raise RuntimeError(
+            "Inside torch.compile a layer has no forward mode: its tangent would be zero. Compile no function that takes jvp, jacfwd or "
+            "hessian of the layer, and call no compiled model with dual tensors, or inside a dual level."
+        )
+
+
+_living: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()  # by a number of this process
+_found: weakref.WeakValueDictionary[str, Any] = (
+    weakref.WeakValueDictionary()
+)  # by name, those that a graph has asked for
+_kept: dict[int, Local] = {}
+_numbers = itertools.count(1)
+
+
+def registered(layer: Layer) -> str:
+    """A number by which the layer's name is found, for as long as it lives."""
+    number = str(next(_numbers))
+    _living[number] = layer
+    return number
+
+
+def name(number: str, on_failure: str, validate: bool) -> str:
+    """The name in a graph of the layer with this number; told what of it may change, so that the compiler looks at it."""
+    layer = _living[number]
+    _found[layer._graph_name] = layer  # of several with this content the last one that was compiled serves
+    return layer._graph_name
+
+
+name._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, which imports the compiler
+
+
+def _layer(wanted: str) -> Layer:
+    """A layer of this content."""
+    layer = _found.get(wanted)
+    if layer is None or layer._graph_name != wanted:
+        # Names are made only now: building a layer does not wait for them.
+        layer = next((layer for layer in reversed(list(_living.values())) if layer._graph_name == wanted), None)
+        if layer is None:
+            raise RuntimeError(
+                f"This graph holds a ConvexLayer (declaration {wanted}) that does not exist in this process. Build the layer first, of the same "
+                "problem, parameters, variables and options as the one that was compiled or exported, and keep it while the graph is in use."
+            )
+        _found[wanted] = layer
+    return layer
+
+
+def _keep(local: Local) -> Tensor:
+    """A number for what is kept, in memory that drops it when it is freed."""
+    number = next(_numbers)
+    memory = np.array([number])
+    _kept[number] = local
+    weakref.finalize(memory, _kept.pop, number, None).atexit = False
+    return torch.from_numpy(memory)
+
+
+@torch.library.custom_op("convlayer::solve", mutates_args=())
+def _solve(thetas: Sequence[Tensor], ids: Tensor | None, layer: str, differentiable: bool) -> list[Tensor]:
+    _without_tangents()
+    with _recording():
+        outputs, local = _layer(layer)._evaluate(thetas, ids, differentiable)
+    number = _keep(local) if differentiable else torch.zeros(1, dtype=torch.int64)
+    return [*(output.clone(memory_format=torch.contiguous_format) for output in outputs), number]
+
+
+@_solve.register_fake
+def _(thetas, ids, layer, differentiable):
+    _without_tangents()
+    return [*_layer(layer)._blank(thetas), torch.empty(1, dtype=torch.int64)]
+
+
+@torch.library.custom_op("convlayer::adjoint", mutates_args=())
+def _adjoint(
+    thetas: Sequence[Tensor], number: Tensor, bars: Sequence[Tensor], needed: Sequence[bool], layer: str
+) -> list[Tensor]:
+    local = _kept.get(int(number))
+    with _recording():
+        if local is None:
+            _, local = _layer(layer)._evaluate(thetas, None, True)
+        found = local.cotangent(thetas, bars, needed)
+    return [part.clone(memory_format=torch.contiguous_format) for part in found]
+
+
+@_adjoint.register_fake
+def _(thetas, number, bars, needed, layer):
+    return [
+        torch.empty_like(theta, memory_format=torch.contiguous_format)
+        for theta, need in zip(thetas, needed, strict=True)
+        if need
+    ]
+
+
+def _save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    thetas, _, ctx.layer, _ = inputs
+    ctx.needed = [theta.requires_grad for theta in thetas]
+    ctx.save_for_backward(output[-1], *thetas)
+
+
+def _backward(ctx: Any, bars: Sequence[Tensor]) -> tuple:
+    number, *thetas = ctx.saved_tensors
+    found = iter(_adjoint(thetas, number, list(bars[:-1]), ctx.needed, ctx.layer))
+    return [next(found) if need else None for need in ctx.needed], None, None, None
+
+
+_solve.register_autograd(_backward, setup_context=_save)
+
+
+def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
+    """torch.compiler.disable, asked for when there is something to compile: as a decorator it loads the compiler at import."""
+
+    @wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        return torch.compiler.disable(function)(*args, **kwargs)
+
+    return guarded
+
+
+def outputs(thetas: Sequence[Tensor], ids: Tensor | None, layer: str) -> tuple[Tensor, ...]:
+    """The layer's outputs, as one operator of the graph."""
+    differentiable = torch.is_grad_enabled() and any(theta.requires_grad for theta in thetas)
+    return tuple(torch.ops.convlayer.solve(list(thetas), ids, layer, differentiable)[:-1])

@@ -1,0 +1,438 @@
+"""A solution map as torch sees it: every mode of differentiation, to second order, from four numerical routines.
+
+A path solves on plain tensors and leaves a `Local`: the solution near the parameters, which can pull a cotangent back, push a
+tangent forward, and do both to second order. The functions here make of that what torch composes: reverse mode twice, forward mode,
+forward over reverse, vmap over any argument, nested. A third derivative is an error.
+
+With z the solution and D its derivative in the parameters:
+
+    Solved      z                       jvp: Tangent     vjp: Cotangent
+    Tangent     D a                     jvp: Second      vjp: Mixed, Cotangent
+    Cotangent   D' z_bar                jvp: Mixed       vjp: Mixed, Tangent
+    Second      D^2[a, b]               refused
+    Mixed       z_bar' D^2[a, .]        refused: it is the derivative of both Tangent and Cotangent in the parameters
+
+vmap adds a batch dimension, which the paths take as they take any other, so that a vmapped layer is one batched solve.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch.autograd import Function
+
+from convlayer.autodiff.threads import few_threads_to_differentiate
+
+Tensors = Sequence[Tensor]
+THIRD = "ConvexLayer can be differentiated twice, not three times: a third derivative is not implemented, and would be wrong."
+
+
+class Local(ABC):
+    """A solution near the parameters where it was found. Everything is plain; `thetas` are the parameters that were solved for,
+    where derivatives are wanted for each row of the batch expanded to them."""
+
+    @abstractmethod
+    def cotangent(self, thetas: Tensors, bars: Tensors, needed: Sequence[bool]) -> list[Tensor]:
+        """D' bars, for the parameters that are needed."""
+
+    @abstractmethod
+    def tangent(self, thetas: Tensors, a: Tensors) -> list[Tensor]:
+        """D a."""
+
+    @abstractmethod
+    def second(self, thetas: Tensors, a: Tensors, b: Tensors) -> list[Tensor]:
+        """D^2[a, b]."""
+
+    @abstractmethod
+    def mixed(self, thetas: Tensors, bars: Tensors, a: Tensors, needed: Sequence[bool]) -> list[Tensor]:
+        """bars' D^2[a, .], for the parameters that are needed."""
+
+
+def _on_one_thread(method: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    """Small work runs on one torch thread."""
+
+    @wraps(method)
+    def guarded(self: Any, thetas: Tensors, *arguments: Any) -> list[Tensor]:
+        with few_threads_to_differentiate(thetas):
+            return method(self, thetas, *arguments)
+
+    return guarded
+
+
+class Recorded(Local):
+    """From a graph that torch recorded on the way, and a function that says the solution again, twice differentiable."""
+
+    def __init__(
+        self,
+        leaves: Tensors,
+        outputs: Tensors,  # with their graph back to the leaves
+        again: Callable[..., Tensors],  # leaves -> outputs
+        guard: Callable[[Tensors], Tensors],  # of cotangents of the outputs,
+        spoil: Callable[[Tensors], list[Tensor]],  # and of their tangents
+    ) -> None:
+        self.leaves, self.outputs, self.again, self.guard, self.spoil = leaves, outputs, again, guard, spoil
+
+    @_on_one_thread
+    def cotangent(self, thetas: Tensors, bars: Tensors, needed: Sequence[bool]) -> list[Tensor]:
+        bars = self.guard(bars)
+        if all(theta.shape == leaf.shape for theta, leaf in zip(thetas, self.leaves, strict=True)):
+            return pulled(self.outputs, _only(self.leaves, needed), bars, retain_graph=True)
+        with torch.enable_grad():
+            leaves = _leaves(thetas)
+            return pulled(self.again(*leaves), _only(leaves, needed), bars)
+
+    @_on_one_thread
+    def tangent(self, thetas: Tensors, a: Tensors) -> list[Tensor]:
+        # D a is the gradient of <D' c, a> in c. torch's forward mode would do, but has one level for all threads, and a second
+        # derivative in reverse mode, which comes here, is to be had from any; nor does it nest inside a dual level of the user's.
+        with torch.enable_grad():
+            leaves = _leaves(thetas)
+            outputs = self.again(*leaves)
+            c = [torch.zeros_like(output, requires_grad=True) for output in outputs]
+            return self.spoil(pulled(pulled(outputs, leaves, c, create_graph=True), c, a))
+
+    @_on_one_thread
+    def second(self, thetas: Tensors, a: Tensors, b: Tensors) -> list[Tensor]:
+        def tangent(*at: Tensor) -> tuple[Tensor, ...]:
+            return torch.func.jvp(lambda *x: tuple(self.again(*x)), at, tuple(a))[1]
+
+        return self.spoil(torch.func.jvp(tangent, tuple(theta.detach() for theta in thetas), tuple(b))[1])
+
+    @_on_one_thread
+    def mixed(self, thetas: Tensors, bars: Tensors, a: Tensors, needed: Sequence[bool]) -> list[Tensor]:
+        with torch.enable_grad():
+            leaves = _leaves(thetas)
+            found = pulled(self.again(*leaves), leaves, self.guard(bars), create_graph=True)
+            return pulled(found, _only(leaves, needed), a)
+
+
+def _leaves(thetas: Tensors) -> list[Tensor]:
+    return [theta.detach().requires_grad_() for theta in thetas]
+
+
+def _only(tensors: Tensors, needed: Sequence[bool]) -> list[Tensor]:
+    return [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
+
+
+def pulled(outputs: Tensors, inputs: Tensors, bars: Sequence[Tensor | None], **options: bool) -> list[Tensor]:
+    """torch.autograd.grad, with zeros where no way leads from an output to an input; a cotangent of zero may be None."""
+    both = zip(outputs, bars, strict=True)
+    pairs = [(output, bar) for output, bar in both if output.requires_grad and bar is not None]
+    if not pairs or not inputs:
+        return [torch.zeros_like(x) for x in inputs]
+    ends, starts = zip(*pairs, strict=True)
+    found = torch.autograd.grad(ends, inputs, starts, allow_unused=True, **options)
+    return [torch.zeros_like(x) if part is None else part for x, part in zip(inputs, found, strict=True)]
+
+
+class Point:
+    """One call: how it is solved, and what is known once it is."""
+
+    def __init__(
+        self,
+        ranks: Sequence[int],  # dimensions of each parameter, without those of the batch
+        solve: Callable[[Tensors, bool], tuple[Tensors, Tensors, Local | None]] | None = None,
+        local: Local | None = None,
+    ) -> None:
+        """solve: plain parameters, and whether they will be differentiated -> the solution, what else there is to say of its rows,
+        and the Local. It is left out where the Local is known."""
+        self.ranks, self.solve = ranks, solve
+        self._local = local
+        self.recorded = True  # whether a Local is wanted whatever the parameters
+        self.outputs = 0  # how many there are
+
+    @property
+    def local(self) -> Local:
+        assert self._local is not None
+        return self._local
+
+    @local.setter
+    def local(self, local: Local | None) -> None:
+        self._local = local
+
+
+def is_transformed(tensors: Sequence[Tensor | None]) -> bool:
+    """Inside a torch.func transform, or with a tangent of forward mode."""
+    if not tensors:
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
+
+
+def solved(point: Point, thetas: Tensors) -> tuple[Tensor, ...]:
+    """The solution, and what else there is to say, differentiable in every way; for parameters that are transformed."""
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    vmap = torch._C._functorch.TransformType.Vmap
+    point.recorded = forward_ad._current_level >= 0 or any(level.key() != vmap for level in levels)
+    return _Solved.apply(point, None, *thetas)
+
+
+def anew(
+    solve: Callable[[Tensors, bool], tuple[Tensors, Tensors, Local | None]], thetas: Tensors
+) -> tuple[Tensor, ...]:
+    """What `solve` finds for these parameters, differentiable in every way; it is called outside of any transform."""
+    return _Solved.apply(Point([t.ndim for t in thetas], solve), None, *thetas)
+
+
+def known(solution: Tensors, local: Callable[[], Local], thetas: Tensors) -> tuple[Tensor, ...]:
+    """A solution that was found, as a function of its parameters."""
+    return anew(lambda _, __: ([part.detach() for part in solution], (), local()), thetas)
+
+
+def pulled_back(
+    point: Point, thetas: Tensors, first: Tensor, bars: Tensors, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Cotangents of the parameters from those of the solution, of which `first` is the first output; differentiable once more."""
+    return (
+        _spread(_Cotangent.apply(point, needed, *thetas, first, *bars), needed) if any(needed) else [None] * len(thetas)
+    )
+
+
+class _Transformable(Function):
+    """A function of (point, needed, *tensors). The tensors are the parameters, the solution's first output, then the groups.
+
+    needed: which parameters the result is for, if it is like the parameters.
+    """
+
+    groups: tuple[str, ...] = ()  # "parameters" or "solution": what the further tensors are like
+    result = "solution"
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.point, ctx.needed, *tensors = inputs
+        ctx.n = len(ctx.point.ranks)
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @classmethod
+    def batched(cls, info: Any, in_dims: tuple, point: Point, needed: Any, *tensors: Tensor) -> tuple[Any, Any]:
+        """Where the solution is batched, by a new leading batch dimension. Where only tangents or cotangents are, one by one, with
+        the same factor."""
+        size, ranks, dims = info.batch_size, point.ranks, in_dims[2:]
+        fronts = [t if dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, dims, strict=True)]
+        if cls.groups and dims[len(ranks)] is None:
+            if not size:  # of outputs without entries: one of zeros tells the shapes
+                fronts = [
+                    t if dim is None else t.new_zeros(1, *t.shape[1:]) for t, dim in zip(fronts, dims, strict=True)
+                ]
+            rows = (
+                [t if dim is None else t[k] for t, dim in zip(fronts, dims, strict=True)] for k in range(max(size, 1))
+            )
+            parts = zip(*(cls.apply(point, needed, *row) for row in rows), strict=True)
+            results = [torch.stack(part)[:size] for part in parts]
+            return tuple(results), (0,) * len(results)
+        kinds = cls._kinds(len(ranks), len(tensors))
+        wide = [cls.result == "parameters" and need for need in needed or [False] * len(ranks)]
+        for kind, dim in zip(kinds, dims, strict=True):
+            if kind is not None:
+                wide[kind] = wide[kind] or dim is not None
+        shapes = [t.shape[dim is not None :] for t, dim in zip(fronts, dims, strict=True)]
+        lead = max((len(shape) - rank for shape, rank in zip(shapes, ranks, strict=False)), default=0)
+        lowered = []
+        for t, dim, kind, shape in zip(fronts, dims, kinds, shapes, strict=True):
+            if kind is None:
+                lowered.append(t if dim is not None else t.expand(size, *shape))
+            elif wide[kind]:
+                ones = [1] * (lead - len(shape) + ranks[kind])
+                t = t.reshape(1 if dim is None else size, *ones, *shape)
+                lowered.append(t.expand(size, *t.shape[1:]))
+            else:
+                lowered.append(t)
+        results = cls.apply(point, needed, *lowered)
+        if cls.result == "parameters":
+            wanted = [shape for shape, need in zip(shapes, needed, strict=False) if need]
+            results = [part.reshape(size, *shape) for part, shape in zip(results, wanted, strict=True)]
+        return tuple(results), (0,) * len(results)
+
+    @classmethod
+    def _kinds(cls, n: int, total: int) -> list[int | None]:
+        """Of each tensor the parameter that it is like; None: the solution."""
+        kinds: list[int | None] = list(range(n))
+        if not cls.groups:
+            return kinds
+        outputs = total - n - 1 - n * cls.groups.count("parameters")
+        kinds.append(None)
+        for group in cls.groups:
+            kinds += list(range(n)) if group == "parameters" else [None] * outputs
+        return kinds
+
+
+class _Solved(_Transformable):
+    @staticmethod
+    def forward(point: Point, needed: None, *thetas: Tensor) -> tuple[Tensor, ...]:
+        assert point.solve is not None
+        differentiable = point.recorded or any(theta.requires_grad for theta in thetas)
+        outputs, rest, point.local = point.solve(thetas, differentiable)
+        point.outputs = len(outputs)
+        return *_apart(outputs), *rest
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.point, _, *thetas = inputs
+        ctx.n, ctx.total = len(thetas), len(output)
+        ctx.mark_non_differentiable(*output[ctx.point.outputs :])
+        ctx.save_for_backward(*thetas, output[0])
+        ctx.save_for_forward(*thetas, output[0])
+
+    @staticmethod
+    def backward(ctx: Any, *bars: Tensor) -> tuple[Tensor | None, ...]:
+        point, needed = ctx.point, ctx.needs_input_grad[2:]
+        return None, None, *_spread(_Cotangent.apply(point, needed, *ctx.saved_tensors, *bars[: point.outputs]), needed)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, __: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        *thetas, first = ctx.saved_tensors
+        found = _Tangent.apply(ctx.point, None, *thetas, first, *_filled(tangents, thetas))
+        return *found, *[None] * (ctx.total - len(found))
+
+
+class _Tangent(_Transformable):
+    groups = ("parameters",)
+
+    @staticmethod
+    def forward(point: Point, needed: None, *tensors: Tensor) -> tuple[Tensor, ...]:
+        thetas, _, a = _split(len(point.ranks), tensors)
+        return _apart(point.local.tangent(thetas, a))
+
+    @staticmethod
+    def backward(ctx: Any, *bars: Tensor) -> tuple[Tensor | None, ...]:
+        thetas, first, a = _split(ctx.n, ctx.saved_tensors)
+        by_theta, _, by_a = _split(ctx.n, ctx.needs_input_grad[2:])
+        by_theta = [need and _is_reached(theta) for need, theta in zip(by_theta, thetas, strict=True)]
+        thetas_bar: Sequence[Tensor | None] = [None] * ctx.n
+        a_bar: Sequence[Tensor | None] = [None] * ctx.n
+        if any(by_theta):
+            thetas_bar = _spread(_Mixed.apply(ctx.point, by_theta, *thetas, first, *bars, *a), by_theta)
+        if any(by_a):
+            a_bar = _spread(_Cotangent.apply(ctx.point, by_a, *thetas, first, *bars), by_a)
+        return None, None, *thetas_bar, None, *a_bar
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, __: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        thetas, first, a = _split(ctx.n, ctx.saved_tensors)
+        d_thetas, _first, d_a = _split(ctx.n, tangents)
+        parts = []
+        if _any(d_thetas):
+            parts.append(_Second.apply(ctx.point, None, *thetas, first, *a, *_filled(d_thetas, thetas)))
+        if _any(d_a):
+            parts.append(_Tangent.apply(ctx.point, None, *thetas, first, *_filled(d_a, thetas)))
+        return _summed(parts)
+
+
+class _Cotangent(_Transformable):
+    groups = ("solution",)
+    result = "parameters"
+
+    @staticmethod
+    def forward(point: Point, needed: Sequence[bool], *tensors: Tensor) -> tuple[Tensor, ...]:
+        thetas, _, bars = _split(len(point.ranks), tensors)
+        return _apart(point.local.cotangent(thetas, bars, needed))
+
+    @staticmethod
+    def backward(ctx: Any, *a: Tensor) -> tuple[Tensor | None, ...]:
+        thetas, first, bars = _split(ctx.n, ctx.saved_tensors)
+        by_theta, _, by_bars = _split(ctx.n, ctx.needs_input_grad[2:])
+        by_theta = [need and _is_reached(theta) for need, theta in zip(by_theta, thetas, strict=True)]
+        direction = _filled(_spread(a, ctx.needed), thetas)
+        thetas_bar: Sequence[Tensor | None] = [None] * ctx.n
+        bars_bar: Sequence[Tensor | None] = [None] * len(bars)
+        if any(by_theta):
+            thetas_bar = _spread(_Mixed.apply(ctx.point, by_theta, *thetas, first, *bars, *direction), by_theta)
+        if any(by_bars):
+            bars_bar = _Tangent.apply(ctx.point, None, *thetas, first, *direction)
+        return None, None, *thetas_bar, None, *bars_bar
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, __: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        thetas, first, bars = _split(ctx.n, ctx.saved_tensors)
+        d_thetas, _first, d_bars = _split(ctx.n, tangents)
+        parts = []
+        if _any(d_thetas):
+            parts.append(_Mixed.apply(ctx.point, ctx.needed, *thetas, first, *bars, *_filled(d_thetas, thetas)))
+        if _any(d_bars):
+            parts.append(_Cotangent.apply(ctx.point, ctx.needed, *thetas, first, *_filled(d_bars, bars)))
+        return _summed(parts)
+
+
+class _Last(_Transformable):
+    @staticmethod
+    def backward(ctx: Any, *bars: Tensor) -> None:
+        raise RuntimeError(THIRD)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> None:
+        raise RuntimeError(THIRD)
+
+
+class _Second(_Last):
+    groups = ("parameters", "parameters")
+
+    @staticmethod
+    def forward(point: Point, needed: None, *tensors: Tensor) -> tuple[Tensor, ...]:
+        n = len(point.ranks)
+        thetas, _, directions = _split(n, tensors)
+        return _apart(point.local.second(thetas, directions[:n], directions[n:]))
+
+
+class _Mixed(_Last):
+    groups = ("solution", "parameters")
+    result = "parameters"
+
+    @staticmethod
+    def forward(point: Point, needed: Sequence[bool], *tensors: Tensor) -> tuple[Tensor, ...]:
+        n = len(point.ranks)
+        thetas, _, rest = _split(n, tensors)
+        bars, a = rest[: len(rest) - n], rest[len(rest) - n :]
+        return _apart(point.local.mixed(thetas, bars, a, needed))
+
+
+for _kind in (_Solved, _Tangent, _Cotangent, _Second, _Mixed):
+    _kind.vmap = _kind.batched  # type: ignore[method-assign]
+
+
+def _apart(parts: Tensors) -> tuple[Tensor, ...]:
+    """Each in memory of its own, which forward mode needs: a tangent is laid out as what it is the tangent of."""
+    with few_threads_to_differentiate(parts):
+        return tuple(
+            part.clone(memory_format=torch.contiguous_format) if part._is_view() or not part.is_contiguous() else part
+            for part in parts
+        )
+
+
+def _is_reached(tensor: Tensor) -> bool:
+    """Inside a backward: whether the pass that is under way goes on to this tensor. The second derivative in the parameters is not to
+    be worked out where only that in a cotangent is asked for."""
+    # torch does not say it of a leaf.
+    return tensor.grad_fn is None or torch._C._will_engine_execute_node(tensor.grad_fn)
+
+
+def _split(n: int, tensors: Sequence) -> tuple[Sequence, Any, Sequence]:
+    """Parameters, the solution's first output, and what follows."""
+    return tensors[:n], tensors[n], tensors[n + 1 :]
+
+
+def _spread(parts: Tensors, needed: Sequence[bool]) -> list[Tensor | None]:
+    """One for each parameter, None where it is not needed."""
+    rest = iter(parts)
+    return [next(rest) if need else None for need in needed]
+
+
+def _filled(parts: Sequence[Tensor | None], like: Tensors) -> list[Tensor]:
+    return [torch.zeros_like(x) if part is None else part for part, x in zip(parts, like, strict=True)]
+
+
+def _any(parts: Sequence[Tensor | None]) -> bool:
+    return any(part is not None for part in parts)
+
+
+def _summed(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    return tuple(sum(part[1:], part[0]) for part in zip(*parts, strict=True))

@@ -1,0 +1,1 @@
+"""`convlayer compare`, `explain` and `doctor`."""

@@ -1,0 +1,1 @@
+"""The cone program: its values, residual map, linear systems, adjoint."""

@@ -1,0 +1,220 @@
+"""Variables that an equality defines and only the objective uses, taken out: t of  E t + L x = r,  E constant and diagonal.
+
+CVXPY writes sum_squares(F x - g) as t't with t == F x - g. Put back, with P_tt diagonal and D = P_tt / E^2,
+
+    P' = P_xx + L'DL,   q' = q_x - L'(q_t / E + D r),   t = (r - L x) / E,   y_r = -(P_tt t + q_t) / E,
+
+and the adjoint of the smaller program's KKT system gives the larger one's: with cotangents g, and c of y_r,
+
+    g' = g_x - L'(g_t / E - D c),   w_t = (c - L w_x) / E,   u_r = (g_t - P_tt w_t) / E.
+
+P' squares the condition of L. Where that could be felt, by the pivots of the KKT matrix, the row is solved as it was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+from convlayer.cones import Product, Zero
+from convlayer.conic.costs import row_seconds
+from convlayer.conic.kkt import Visible
+from convlayer.conic.linear_map import LinearMap
+from convlayer.conic.program import DENSE_ENTRIES, Data, Program, product, take_rows
+
+
+@dataclass(frozen=True, eq=False)
+class Elimination:
+    """Which variables and rows of a program go, and the program that is left."""
+
+    program: Program  # what is left
+    before: Program
+    t: np.ndarray  # (k,) variables that go
+    r: np.ndarray  # (k,) the rows that define them
+    E: np.ndarray  # (k,)
+    visible: Visible  # of the program that is left
+
+    @classmethod
+    def of(cls, program: Program, fixed: np.ndarray, values: np.ndarray, visible: Visible) -> Elimination | None:
+        """fixed (nnz(A),): entries that no parameter moves, with their values. None: nothing to eliminate, or nothing gained."""
+        zero_rows = sum(block.size for block in program.cones.blocks if block.name == "zero")
+        if not zero_rows or program.cones.blocks[0].size != zero_rows:
+            return None
+        alone = np.bincount(program.A_cols, minlength=program.n) == 1
+        bound = np.zeros(program.n, dtype=bool)  # by a product with another variable
+        off = program.P_rows != program.P_cols
+        bound[program.P_rows[off]] = bound[program.P_cols[off]] = True
+        entry = np.flatnonzero(fixed & (values != 0) & (program.A_rows < zero_rows) & (alone & ~bound)[program.A_cols])
+        _, first = np.unique(program.A_rows[entry], return_index=True)
+        entry = entry[first]
+        if not len(entry):
+            return None
+        t, r = program.A_cols[entry], program.A_rows[entry]
+        n, m = program.n - len(t), program.m - len(r)
+        if not n:
+            return None  # equalities give every variable: there is nothing left to solve
+        if n * (n + m) > DENSE_ENTRIES:
+            return None  # L'L could have more entries than there is room for
+        left = _left(program, t, r)
+        if row_seconds(left, dense=True) >= row_seconds(program):
+            return None
+        return cls(left, program, t, r, values[entry], _still_visible(program, t, r, visible))
+
+    @cached_property
+    def x(self) -> np.ndarray:
+        return np.flatnonzero(_places(self.before.n, self.t) >= 0)
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        return np.flatnonzero(_places(self.before.m, self.r) >= 0)
+
+    @cached_property
+    def maps(self) -> dict[str, LinearMap]:
+        """From the stored entries before to L, and to A, P and the diagonal of P_tt, flat."""
+        before, n, k = self.before, len(self.x), len(self.t)
+        place_r, place_row = np.full(before.m, -1), np.full(before.m, -1)
+        place_t, place_x = np.full(before.n, -1), np.full(before.n, -1)
+        for place, index in ((place_r, self.r), (place_row, self.rows), (place_t, self.t), (place_x, self.x)):
+            place[index] = np.arange(len(index))
+        i, j = before.A_rows, before.A_cols
+        in_L = np.flatnonzero((place_r[i] >= 0) & (place_x[j] >= 0))
+        in_A = np.flatnonzero((place_row[i] >= 0) & (place_x[j] >= 0))
+        row, column = before.P_rows, before.P_cols
+        own = np.flatnonzero((place_x[row] >= 0) & (place_x[column] >= 0))
+        off = own[row[own] != column[own]]
+        across = [place_x[row[own]] * n + place_x[column[own]], place_x[column[off]] * n + place_x[row[off]]]
+        gone = np.flatnonzero(place_t[row] >= 0)  # of which only the diagonal is there
+        return {
+            "L": _placed(in_L, place_r[i[in_L]] * n + place_x[j[in_L]], len(i), k * n),
+            "A": _placed(in_A, place_row[i[in_A]] * n + place_x[j[in_A]], len(i), len(self.rows) * n),
+            "P": _placed(np.concatenate([own, off]), np.concatenate(across), len(row), n * n),
+            "P_tt": _placed(gone, place_t[row[gone]], len(row), k),
+        }
+
+    @cached_property
+    def _index(self) -> dict[torch.device, dict[str, Tensor]]:
+        return {}
+
+    def index(self, device: torch.device) -> dict[str, Tensor]:
+        if device not in self._index:
+            arrays = {"t": self.t, "r": self.r, "x": self.x, "rows": self.rows, "E": self.E}
+            self._index[device] = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+        return self._index[device]
+
+    def enter(self, data: Data) -> Eliminated:
+        """The values that are left, dense; `data` by entries."""
+        index, n, k = self.index(data.q.device), len(self.x), len(self.t)
+        E = index["E"]
+        L = self.maps["L"](data.A).view(len(data.A), k, n)
+        A = self.maps["A"](data.A).view(len(data.A), len(self.rows), n)
+        P_tt = self.maps["P_tt"](data.P)
+        D = P_tt / E.square()
+        P = L.mT @ (L * D.unsqueeze(2))
+        if len(self.maps["P"].read):
+            P = P + self.maps["P"](data.P).view(len(data.P), n, n)
+        right = data.q[:, index["t"]] / E + D * data.b[:, index["r"]]
+        q = data.q[:, index["x"]] - product(L.mT, right)
+        left = Data(self.program, P, q, A, data.b[:, index["rows"]])
+        return Eliminated(self, left, L, D, P_tt, data.q[:, index["t"]], data.b[:, index["r"]])
+
+
+@dataclass(frozen=True, eq=False)
+class Eliminated:
+    """The smaller program's data, and what leads back."""
+
+    elimination: Elimination
+    data: Data | None
+    L: Tensor  # (B or 1, k, n')
+    D: Tensor  # (B or 1, k)
+    P_tt: Tensor  # (B or 1, k)
+    q_t: Tensor  # (B or 1, k)
+    right: Tensor  # (B or 1, k) r
+
+    def only(self, index: Tensor) -> Eliminated:
+        """Some rows, for the way back alone."""
+        parts = (take_rows(part, index) for part in (self.L, self.D, self.P_tt, self.q_t, self.right))
+        return Eliminated(self.elimination, None, *parts)
+
+    def enter_point(self, x: Tensor, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        index = self.elimination.index(x.device)
+        return x[:, index["x"]], s[:, index["rows"]], y[:, index["rows"]]
+
+    def leave(self, x: Tensor, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        index = self.elimination.index(x.device)
+        t = (self.right - product(self.L, x)) / index["E"]
+        y_r = -(self.P_tt * t + self.q_t) / index["E"]
+        return self._joined(x, t, "n"), self._joined(s, torch.zeros_like(y_r), "m"), self._joined(y, y_r, "m")
+
+    def enter_cotangents(self, x_bar: Tensor, y_bar: Tensor) -> tuple[Tensor, Tensor]:
+        index = self.elimination.index(x_bar.device)
+        through = x_bar[:, index["t"]] / index["E"] - self.D * y_bar[:, index["r"]]
+        return x_bar[:, index["x"]] - product(self.L.mT, through), y_bar[:, index["rows"]]
+
+    def leave_adjoint(self, w: Tensor, u: Tensor, x_bar: Tensor, y_bar: Tensor) -> tuple[Tensor, Tensor]:
+        index = self.elimination.index(w.device)
+        w_t = (y_bar[:, index["r"]] - product(self.L, w)) / index["E"]
+        u_r = (x_bar[:, index["t"]] - self.P_tt * w_t) / index["E"]
+        return self._joined(w, w_t, "n"), self._joined(u, u_r, "m")
+
+    def _joined(self, left: Tensor, gone: Tensor, side: str) -> Tensor:
+        elimination, index = self.elimination, self.elimination.index(left.device)
+        size, kept, taken = (elimination.before.n, "x", "t") if side == "n" else (elimination.before.m, "rows", "r")
+        whole = left.new_empty(len(left), size)
+        whole[:, index[kept]], whole[:, index[taken]] = left, gone
+        return whole
+
+
+def _placed(source: np.ndarray, target: np.ndarray, stored: int, size: int) -> LinearMap:
+    """Stored entries at places of a flat matrix, zero elsewhere."""
+    return LinearMap(sp.csr_array((np.ones(len(source)), (target, source)), shape=(size, stored)))
+
+
+def _left(program: Program, t: np.ndarray, r: np.ndarray) -> Program:
+    """The program without these variables and rows; P with the products that L'DL brings."""
+    n, m = program.n - len(t), program.m - len(r)
+    x, row = _places(program.n, t), _places(program.m, r)
+    A_rows, A_cols = row[program.A_rows], x[program.A_cols]
+    kept = (A_rows >= 0) & (A_cols >= 0)
+    curved = np.isin(t, program.P_rows[program.P_rows == program.P_cols])
+    equation = np.full(program.m, -1)
+    equation[r[curved]] = np.arange(int(curved.sum()))
+    in_L = (equation[program.A_rows] >= 0) & (A_cols >= 0)
+    indices, place = A_cols[in_L], equation[program.A_rows[in_L]]
+    L = sp.csr_array((np.ones(len(place)), (place, indices)), shape=(int(curved.sum()), n))
+    square = sp.coo_array(L.T @ L)
+    own = (x[program.P_rows] >= 0) & (x[program.P_cols] >= 0)
+    upper = square.row <= square.col
+    key = np.concatenate(
+        [
+            square.col[upper].astype(np.int64) * n + square.row[upper],
+            x[program.P_cols[own]] * n + x[program.P_rows[own]],
+        ]
+    )
+    P_cols, P_rows = np.divmod(np.unique(key), n)
+    first, *others = program.cones.cones
+    cones = Product([Zero(first.size - len(r)), *others])
+    return Program(n, m, cones, P_rows, P_cols, A_rows[kept], A_cols[kept])
+
+
+def _places(size: int, gone: np.ndarray) -> np.ndarray:
+    """(size,) where each stands among those that stay, in order; -1 for those that go."""
+    stays = np.ones(size, dtype=bool)
+    stays[gone] = False
+    return np.where(stays, np.cumsum(stays) - 1, -1)
+
+
+def _still_visible(program: Program, t: np.ndarray, r: np.ndarray, visible: Visible) -> Visible:
+    """A variable whose change would be seen in a t counts as seen itself."""
+    seen, defining = visible.x.clone(), np.zeros(program.m, dtype=bool)
+    shown = torch.zeros(program.m, dtype=torch.bool)
+    shown[torch.from_numpy(r)] = visible.x[torch.from_numpy(t)] | visible.y[torch.from_numpy(r)]
+    defining[r] = True
+    mine = defining[program.A_rows] & shown.numpy()[program.A_rows]
+    seen[torch.from_numpy(program.A_cols[mine])] = True
+    x, rows = (torch.from_numpy(_places(*sides) >= 0) for sides in ((program.n, t), (program.m, r)))
+    return Visible(seen[x], visible.y[rows])

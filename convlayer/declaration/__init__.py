@@ -1,0 +1,1 @@
+"""What the user wrote: CVXPY's problem read, checked, put into normal form and canonicalised."""

@@ -1,0 +1,107 @@
+"""The problem as it was declared, and its cone program, made when it is first needed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import cvxpy as cp
+from cvxpy.lin_ops import lin_utils
+
+from convlayer.declaration.canonical import Canonical, canonicalise, check
+from convlayer.declaration.hashing import digest_of_declaration
+from convlayer.notices import quiet_cvxpy
+
+
+def with_proximal_term(problem: cp.Problem, weight: float | cp.Parameter) -> cp.Problem:
+    """The problem with weight/2 |x|^2 added to what is minimised, over all of its variables."""
+    term = weight / 2 * sum(cp.sum_squares(variable) for variable in problem.variables())
+    objective = problem.objective
+    worse = -term if isinstance(objective, cp.Maximize) else term
+    with quiet_cvxpy():
+        return cp.Problem(type(objective)(objective.expr + worse), problem.constraints)
+
+
+class Declaration:
+    """What a layer was made from. It is never changed, so copies of a layer share it."""
+
+    def __init__(
+        self,
+        problem: cp.Problem,
+        parameters: list[cp.Parameter],
+        variables: list[cp.Variable],
+        gp: bool,
+        owners: dict[int, Any],
+        weight: cp.Parameter | None = None,  # of a proximal term in the cone program: a parameter after the others
+    ) -> None:
+        self.problem, self.parameters, self.variables, self.gp, self.owners = problem, parameters, variables, gp, owners
+        self.weight = weight
+        self._checked: tuple[dict[int, Any], cp.Problem] | None = None  # the problem as it will be canonicalised
+        self._canonical: Canonical | None = None
+        self._digest: str | None = None
+        self._lock = threading.Lock()
+
+    @classmethod
+    def checked(
+        cls, problem: cp.Problem, parameters: Sequence[cp.Parameter], variables: Sequence[cp.Variable], gp: bool
+    ) -> Declaration:
+        """ProblemError or TypeError: what cannot be a layer."""
+        with quiet_cvxpy():
+            owners, rewritten = check(problem, parameters, variables, gp)
+        declared = cls(problem, list(parameters), list(variables), gp, owners)
+        declared._checked = owners, rewritten
+        return declared
+
+    def least_norm(self) -> Declaration:
+        """The same with a small proximal term, whose weight is set at each call."""
+        return Declaration(
+            self.problem,
+            self.parameters,
+            self.variables,
+            self.gp,
+            self.owners,
+            cp.Parameter(nonneg=True, name="least-norm weight"),
+        )
+
+    @property
+    def canonical(self) -> Canonical:
+        with self._lock:
+            if self._canonical is None:
+                problem, parameters = self.problem, self.parameters
+                if self.weight is not None:
+                    problem, parameters = with_proximal_term(problem, self.weight), [*parameters, self.weight]
+                self._canonical = canonicalise(problem, parameters, self.variables, gp=self.gp, checked=self._checked)
+                self._checked = None
+            return self._canonical
+
+    @property
+    def digest(self) -> str:
+        """A name that only equal declarations have, in any process."""
+        with self._lock:
+            if self._digest is None:
+                self._digest = digest_of_declaration(self.problem, self.parameters, self.variables, self.gp)
+            return self._digest
+
+    def __deepcopy__(self, memo: dict) -> Declaration:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Neither our cone program nor CVXPY's own.
+        with quiet_cvxpy():
+            problem = cp.Problem(self.problem.objective, self.problem.constraints)
+        made = {
+            "problem": problem,
+            "_canonical": None,
+            "_checked": None,
+            "_lock": None,
+            "_next": lin_utils.ID_COUNTER.count,
+        }
+        return {**self.__dict__, **made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # CVXPY numbers variables and parameters by a counter of the process: those that canonicalisation adds must not take
+        # the numbers of the ones that came with the pickle.
+        lin_utils.ID_COUNTER.count = max(lin_utils.ID_COUNTER.count, state.pop("_next"))
+        self.__dict__.update(state)
+        self._lock = threading.Lock()

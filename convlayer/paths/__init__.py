@@ -1,0 +1,1 @@
+"""The ways from parameters to a solution and back: the cone program, kernels, and what stands around them."""
