@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -38,6 +39,20 @@ def tell(warning: Warning) -> None:
     while frame.f_back and _is_below(frame):
         depth, frame = depth + 1, frame.f_back
     warnings.warn(warning, stacklevel=depth)
+
+
+class OnceEach:
+    """Warnings of one layer: once for each kind and cause."""
+
+    def __init__(self) -> None:
+        self._lock, self._told = threading.Lock(), set[tuple[type[Warning], Hashable]]()
+
+    def __call__(self, warning: Warning, cause: Hashable = None) -> None:
+        with self._lock:
+            if (type(warning), cause) in self._told:
+                return
+            self._told.add((type(warning), cause))
+        tell(warning)
 
 
 def _is_below(frame: FrameType) -> bool:

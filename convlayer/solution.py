@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from html import escape
@@ -104,6 +105,11 @@ class ParameterError(SolverError, ValueError):
 class AccuracyWarning(UserWarning):
     """Some rows were solved to less than the tolerance."""
 
+    @classmethod
+    def of(cls, rows: Tensor, batch: tuple[int, ...]) -> AccuracyWarning:
+        """Of flat rows."""
+        return cls(f"{rows_in_words(rows, batch).capitalize()}: {Status.INACCURATE.advice}")
+
 
 class Cause(Enum):
     """Why a gradient is not to be trusted blindly. `advice` says what it means and what to do."""
@@ -145,6 +151,16 @@ class GradientWarning(UserWarning):
 
     def __reduce__(self):
         return type(self), (str(self), self.cause)
+
+    @classmethod
+    def of(cls, rows: Tensor, batch: tuple[int, ...], cause: Cause, parameters: Sequence[str] = ()) -> GradientWarning:
+        """Of flat rows; `parameters` are the names of those whose gradients are concerned."""
+        message = f"{rows_in_words(rows, batch).capitalize()}: {cause.value}: {cause.advice}"
+        if cause in (Cause.ONE_SIDED, Cause.SINGULAR, Cause.ILL_CONDITIONED):
+            message += " Solution.degenerate tells which rows."
+        elif cause is Cause.ZERO:
+            message += f" Here: the gradient in {', '.join(f'`{name}`' for name in parameters)}."
+        return cls(message, cause)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

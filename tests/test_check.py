@@ -7,9 +7,8 @@ import torch
 from cases import CASES
 from structures import SPELLINGS
 
-import convlayer.report.check
+import convlayer.report.examine
 from convlayer import ConvexLayer, Status
-from convlayer.report.check import checked
 
 FIELDS = ("margin", "rank", "size", "condition", "unique", "unique_duals", "ambiguous", "tie", "differentiable")
 STRUCTURED = {spelling.structure: spelling for spelling in SPELLINGS}
@@ -30,6 +29,10 @@ def simplex_program(*more):
     q, b, x = cp.Parameter(3, name="q"), cp.Parameter(name="b"), cp.Variable(3, name="x")
     rules = [cp.sum(x) == b, x >= 0, *(rule(x) for rule in more)]
     return ConvexLayer(cp.Problem(cp.Minimize(q @ x), rules), [q, b], [x], structure="generic")
+
+
+def checked(layer, tensors):
+    return layer.check(*tensors)
 
 
 def named(check, part):
@@ -230,7 +233,7 @@ def test_lanczos_tells_of_a_large_matrix_what_all_eigenvalues_do(monkeypatch):
     layer = ConvexLayer(problem, [q], [x], structure="generic")
     rows = (torch.randn(2, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),)
     whole = checked(layer, rows)
-    monkeypatch.setattr(convlayer.report.check, "DIRECT", 10)
+    monkeypatch.setattr(convlayer.report.examine, "DIRECT", 10)
     estimate = checked(layer, rows)
     for name in FIELDS:
         ours, theirs = getattr(whole, name).double(), getattr(estimate, name).double()
@@ -325,7 +328,7 @@ def test_a_parameter_is_without_gradient_exactly_where_finite_differences_vanish
 @pytest.mark.parametrize("spelling", STRUCTURED.values(), ids=str)
 def test_a_structures_layer_is_checked_as_its_cone_program(spelling):
     layer, tensors = spelling.layer(), spelling.sample((3,), 0)
-    mine, generic = checked(layer, tensors), checked(layer._generic(), tensors)
+    mine, generic = checked(layer, tensors), checked(layer.with_options(structure="generic"), tensors)
     for name in FIELDS:
         assert torch.equal(getattr(mine, name), getattr(generic, name)), name
     assert [c.name for c in mine.constraints] == [c.name for c in generic.constraints]

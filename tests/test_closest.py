@@ -283,7 +283,7 @@ def test_closed_forms_to_second_order(case):
 
 def test_forward_mode_is_the_closed_forms():
     relaxed, values, answer = balls()
-    known = relaxed.found(*values).again
+    known = relaxed.found(*values).outputs_at
     draw = normal(6)
     directions = tuple(draw(*t.shape) for t in values)
     _, tangents = torch.func.jvp(lambda *t: relaxed.said(*known(relaxed.entries(t))), tuple(values), directions)
@@ -433,7 +433,7 @@ def test_multipliers_on_faces_are_nan_and_others_are_not():
     answer = relaxed.found(tensor(-1.0), p)
     x, upper, lower, other, _, _ = relaxed.said(answer.x, answer.y, answer.value, answer.shift)
     assert answer.status.tolist() == [Status.SOLVED]
-    assert not answer.degenerate.any()
+    assert not answer.verdict.degenerate.any()
     assert relative(x, tensor([0.0, 2.0])) < 1e-9
     assert upper.isnan().all()
     assert lower.isnan().all()
@@ -446,7 +446,7 @@ def test_a_weak_shift_is_flagged():
     """x <= 0, x >= 2, x <= 1: at the third bound the shift of it is zero, and its derivative one-sided."""
     x, a = cp.Variable(), cp.Parameter()
     relaxed = Relaxed(cp.Problem(cp.Minimize(cp.square(x)), [x <= 0, x >= 2, x <= a]), [a], [x])
-    assert relaxed.found(tensor(1.0, 1.5)).degenerate.tolist() == [True, False]
+    assert relaxed.found(tensor(1.0, 1.5)).verdict.degenerate.tolist() == [True, False]
 
 
 def test_shifts_have_the_constraints_shapes():

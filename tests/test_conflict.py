@@ -135,7 +135,7 @@ def test_rows_of_a_batch_have_contradictions_of_their_own():
 def test_a_call_that_raises_nothing_looks_for_none(monkeypatch, policy):
     problem, parameters, variable, values, _, _ = CASES["a sum and bounds"]
     layer = ConvexLayer(problem, parameters, [variable], on_failure=policy)
-    monkeypatch.setattr("convlayer.layer.conflicts", lambda *_: pytest.fail("looked for"))
+    monkeypatch.setattr("convlayer.paths.policy.conflicts", lambda *_: pytest.fail("looked for"))
     layer(*[tensor(value) for value in values])
     ConvexLayer(problem, parameters, [variable])(tensor(values[0]), tensor(np.ones(5)))
 

@@ -1,7 +1,7 @@
 """The ways to differentiate a layer: each by its own definition, the warnings, and what makes a solution unique."""
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import cvxpy as cp
 import numpy as np
@@ -12,7 +12,6 @@ from cases import CASES, relative
 from convlayer import Cause, ConvexLayer, GradientWarning, ProblemError
 from convlayer.conic.residual import normalise, recentre
 from convlayer.paths.generic import smoothed
-from convlayer.paths.gradients import GRADIENTS
 
 ONE_OF_EACH_CONE = (
     "linear_program", "quadratic_program", "lasso", "raw_second_order", "nearest_correlation", "entropy", "raw_exponential",
@@ -37,7 +36,8 @@ def smoothed_solution(layer, tensors, product=None):
     """(x, y) of the cone program with every complementarity product equal to `product` in its own units, by default that of KAPPA;
     and that product."""
     sibling = layer.with_options(validate=False)
-    sibling._gradient = caught = Caught()
+    caught = Caught()
+    sibling._settings = replace(sibling._settings, gradient=caught)
     leaves = [t.detach().requires_grad_() for t in tensors]
     torch.autograd.grad(sibling(*leaves)[0].sum(), leaves, allow_unused=True)
     ((call, exact),) = caught.seen
@@ -77,7 +77,7 @@ def test_a_smoothed_gradient_is_that_of_the_smoothed_solution(name):
     h = 1e-3
     expected = (8 * (along(h / 2) - along(-h / 2)) - (along(h) - along(-h))) / (6 * h)
     sibling = layer.with_options(validate=False)
-    sibling._gradient = GRADIENTS["smoothed"](kappa=KAPPA)
+    sibling = sibling.with_options(gradient="smoothed", gradient_args={"kappa": KAPPA})
     n = layer._canonical.program.n
     x_bar, y_bar = weights[:n].unsqueeze(0), weights[n:].unsqueeze(0)
     found = canonical_gradient(sibling, tensors, x_bar, y_bar)
@@ -87,8 +87,8 @@ def test_a_smoothed_gradient_is_that_of_the_smoothed_solution(name):
 
 def canonical_gradient(layer, tensors, x_bar, y_bar):
     """Of a linear functional of the cone program's (x, y), by the layer's own way back."""
-    mode, caught = layer._gradient, Caught()
-    layer._gradient = caught
+    mode, caught = layer._settings.gradient, Caught()
+    layer._settings = replace(layer._settings, gradient=caught)
     leaves = [t.detach().requires_grad_() for t in tensors]
     torch.autograd.grad(layer(*leaves)[0].sum(), leaves, allow_unused=True)
     ((call, exact),) = caught.seen

@@ -85,7 +85,7 @@ def test_a_time_limit_is_a_positive_number(value):
 def test_a_row_within_its_time_limit_is_solved_beside_one_that_is_not(monkeypatch):
     """Of two rows the solver says of one that time is up."""
     layer = correlation(6, on_failure="keep", solver="clarabel")
-    kind = type(layer._solver)
+    kind = type(layer._settings.solving.solver)
     original = kind.solve
 
     def first_is_late(self, task):

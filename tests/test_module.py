@@ -41,10 +41,10 @@ def test_copies_and_pickles_give_the_same_answers(case):
 def test_options_of_a_sibling_are_added_to_the_layers(case):
     layer = case.layer(solver_args={"max_iter": 7, "tolerance": 1e-9})
     sibling = layer.with_options(solver_args={"tolerance": 1e-10}, on_failure="nan")
-    assert (sibling._options, sibling._tolerance, sibling.on_failure) == ({"max_iter": 7}, 1e-10, "nan")
-    assert (layer._options, layer._tolerance, layer.on_failure) == ({"max_iter": 7}, 1e-9, "raise")
+    assert (sibling._settings.solving.options, sibling._settings.solving.tolerance, sibling.on_failure) == ({"max_iter": 7}, 1e-10, "nan")
+    assert (layer._settings.solving.options, layer._settings.solving.tolerance, layer.on_failure) == ({"max_iter": 7}, 1e-9, "raise")
     other = layer.with_options(solver="scs")
-    assert (other._options, other._tolerance) == ({}, 1e-9)
+    assert (other._settings.solving.options, other._settings.solving.tolerance) == ({}, 1e-9)
     with pytest.raises(TypeError, match="nonsense"):
         layer.with_options(solver_args={"nonsense": 1})
 
@@ -153,7 +153,7 @@ def test_a_pickle_holds_the_declaration_and_not_what_is_made_from_it(case):
         assert len(pickle.dumps(layer)) < 20_000
         other = pickle.loads(pickle.dumps(layer))
         assert other._declared._canonical is None
-        assert (other.structure, other._tolerance, other.on_failure) == (layer.structure, 1e-9, "nan")
+        assert (other.structure, other._settings.solving.tolerance, other.on_failure) == (layer.structure, 1e-9, "nan")
 
 
 def test_a_pickle_is_the_same_layer_in_another_process(tmp_path):

@@ -20,11 +20,11 @@ import convlayer.conic.elimination
 import convlayer.conic.kinks
 import convlayer.conic.kkt
 import convlayer.conic.residual
-import convlayer.declaration
 import convlayer.declaration.canonical
+import convlayer.declaration.declaration
 import convlayer.paths.cone_derivative
+import convlayer.paths.gate
 import convlayer.paths.generic
-import convlayer.paths.rows
 import convlayer.solvers.scs
 from convlayer import AccuracyWarning, GradientWarning
 from convlayer.cones import ProductSpectrum
@@ -256,7 +256,7 @@ def test_a_failed_row_with_a_gradient_of_zero_is_caught(monkeypatch):
         return torch.zeros(math.prod(batch), dtype=torch.bool)
 
     caught(lambda: test_failure.test_a_failed_row_that_the_loss_uses_has_a_gradient_of_nan("nan", "variable", "infeasible"),
-           lambda patch: patch.setattr(convlayer.paths.rows, "_used", mutant), monkeypatch)
+           lambda patch: patch.setattr(convlayer.paths.gate, "_used", mutant), monkeypatch)
 
 
 def test_a_failed_row_that_is_called_solved_is_caught(monkeypatch):
@@ -297,7 +297,7 @@ def test_a_constraint_that_is_dropped_is_caught(monkeypatch):
         def mutant(problem, *arguments, checked=None, **named):
             return original(cp.Problem(problem.objective, problem.constraints[:-1]), *arguments, **named)
 
-        patch.setattr(convlayer.declaration, "canonicalise", mutant)
+        patch.setattr(convlayer.declaration.declaration, "canonicalise", mutant)
 
     caught(lambda: test_gradient.test_variables_duals_and_value_are_those_of_cvxpys_own_solve(fresh("three_dimensional")),
            plant, monkeypatch, "three_dimensional")

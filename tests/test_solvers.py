@@ -87,7 +87,7 @@ def test_rows_that_the_first_choice_does_not_settle_are_solved_by_another_and_no
     a, h, x = cp.Parameter(3, name="a"), cp.Parameter(name="h"), cp.Variable(3, name="x")
     problem = cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [cp.sum(x) <= h, x >= 0])
     layer = ConvexLayer(problem, [a, h], [x], on_failure="nan")
-    assert layer._attempts(4, 1e-8, {}, torch.device("cpu"))[0].solver.name == "daqp"
+    assert layer._settings.solving.attempts(layer._canonical, 4, torch.device("cpu"))[0].solver.name == "daqp"
     heights = torch.tensor([1.0, -1.0, 0.5, 2.0], dtype=torch.float64)
     solution = layer.solve(torch.ones(4, 3, dtype=torch.float64), heights)
     assert solution.status.tolist() == [Status.SOLVED, Status.INFEASIBLE, Status.SOLVED, Status.SOLVED]

@@ -14,7 +14,7 @@ import convlayer.paths.specialised
 from convlayer import GradientWarning
 from convlayer.declaration.affine import Table
 from convlayer.kernels.answer import Answer
-from convlayer.paths.rows import Rows
+from convlayer.paths.gate import Gate
 from convlayer.structures import (
     entropic_optimal_transport,
     equality_constrained_qp,
@@ -187,14 +187,14 @@ def test_an_output_in_the_wrong_order_is_caught(monkeypatch):
 
 
 def test_a_failed_row_with_a_plausible_gradient_is_caught(monkeypatch):
-    original = Rows.guard
+    original = Gate.guard
 
     def mutant(self, bars):
         return [None if bar is None else bar.nan_to_num(0.0) for bar in original(self, bars)]
 
     caught(
         lambda: test_structures.test_a_loss_that_uses_a_failed_row_has_a_nan_gradient_there_and_only_there("softmax"),
-        lambda patch: patch.setattr(Rows, "guard", mutant),
+        lambda patch: patch.setattr(Gate, "guard", mutant),
         monkeypatch,
     )
 
@@ -203,11 +203,11 @@ def test_verify_catches_a_wrong_kernel():
     layer = test_structures.layer_of("least_squares")
     tensors = test_structures.sample("least_squares", (3,))
     assert layer.verify(*tensors).agrees
-    run = layer._specialised._run
-    layer._specialised._run = lambda values, like, at=None: value_off(run(values, like, at))
+    run = layer._choice.kernel._run
+    layer._choice.kernel._run = lambda values, like, at=None: value_off(run(values, like, at))
     found = layer.verify(*tensors)
     assert found.agrees, "a relative error of 1e-7 is within its tolerance"
-    layer._specialised._run = lambda values, like, at=None: gradient_negated(run(values, like, at))
+    layer._choice.kernel._run = lambda values, like, at=None: gradient_negated(run(values, like, at))
     found = layer.verify(*tensors)
     assert not found.agrees
     assert "DISAGREE" in str(found)

@@ -482,12 +482,12 @@ def test_rows_that_a_kernel_does_not_settle_have_second_derivatives_too(monkeypa
     tangent = torch.func.jvp(lambda *t: layer(*t)[0], tuple(t.detach() for t in tensors), tuple(directions))[1]
     first = torch.autograd.grad(expected.pow(3).sum(), tensors, create_graph=True)
     second = torch.autograd.grad(sum(g.sum() for g in first), tensors)
-    run = layer._specialised._run
+    run = layer._choice.kernel._run
 
     def unsettled(values, like, at=None):
         return run(values, like, at).unsettled(torch.tensor([False, True, False]))
 
-    monkeypatch.setattr(layer._specialised, "_run", unsettled)
+    monkeypatch.setattr(layer._choice.kernel, "_run", unsettled)
     found = layer(*tensors)[0]
     assert relative(found, expected) < 1e-10
     again = torch.autograd.grad(found.pow(3).sum(), tensors, create_graph=True)

@@ -61,14 +61,14 @@ def test_a_solution_that_is_off_is_found_out(monkeypatch):
 
     def off(self, *tensors):
         solution = solve(self, *tensors)
-        return solution if self._chosen else replace(solution, variables=tuple(1.001 * v for v in solution.variables))
+        return solution if self._settings.solving.alone else replace(solution, variables=tuple(1.001 * v for v in solution.variables))
 
     monkeypatch.setattr(ConvexLayer, "solve", off)
     assert not layer.verify(torch.tensor([3.0, 1.0, 2.0], dtype=torch.float64)).agrees
 
 
 def test_where_no_other_solver_is_left_it_says_so(monkeypatch):
-    monkeypatch.setattr("convlayer.layer.other_solver", lambda *_: None)
+    monkeypatch.setattr("convlayer.report.verification.other_solver", lambda *_: None)
     found = box().verify(torch.ones(4, 3, dtype=torch.float64))
     assert not found.agrees
     assert "nothing to compare with" in str(found)
@@ -81,7 +81,7 @@ def test_a_row_that_the_other_solver_does_not_settle_is_not_called_a_disagreemen
 
     def stopped(self, *tensors):
         solution = solve(self, *tensors)
-        if self._chosen:
+        if self._settings.solving.alone:
             solution.status[0] = int(Status.NOT_CONVERGED)
         return solution
 

@@ -36,7 +36,7 @@ def family(options: Options) -> Family:
 
 def measure(task: Task, options: Options) -> Row:
     layer, values = task.layer(), list(task.data(options))
-    specialised = layer._specialised
+    specialised = layer._choice.kernel
     assert specialised is not None
     calls = CALLS // 5 if options.quick else CALLS
     figures = {}

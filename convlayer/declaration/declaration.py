@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import cvxpy as cp
 from cvxpy.lin_ops import lin_utils
 
+from convlayer.declaration import domain
 from convlayer.declaration.canonical import Canonical, canonicalise, check
 from convlayer.declaration.hashing import digest_of_declaration
 from convlayer.notices import quiet_cvxpy
@@ -74,6 +76,11 @@ class Declaration:
                 self._canonical = canonicalise(problem, parameters, self.variables, gp=self.gp, checked=self._checked)
                 self._checked = None
             return self._canonical
+
+    @cached_property
+    def domains(self) -> list[frozenset[str]]:
+        """Of each parameter, its declared properties that a call is to check."""
+        return [domain.declared(parameter) for parameter in self.parameters]
 
     @property
     def digest(self) -> str:

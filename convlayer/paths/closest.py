@@ -60,6 +60,7 @@ from convlayer.declaration.spelling import short
 from convlayer.paths.cone_derivative import ConeDerivative
 from convlayer.paths.generic import Call, Solve, evaluate
 from convlayer.paths.gradients import Exact
+from convlayer.paths.verdict import Verdict
 from convlayer.solution import Status
 from convlayer.solvers import SOLVERS
 
@@ -87,12 +88,13 @@ class Closest:
     y: Tensor  # (R, m) NaN on faces
     value: Tensor  # (R,) of the cone program
     shift: Tensor  # (R, m) t*
-    status: Tensor  # (R,) of the worse of the two programs
-    iterations: Tensor  # (R,) of both
-    residual: Tensor  # (R,) the larger
-    degenerate: Tensor  # (R,)
-    margin: Tensor  # (R,) the smaller
-    again: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]  # entries -> (x, y, value, shift), in any transform
+    verdict: Verdict  # the worse of the two programs'
+    outputs_at: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]  # entries -> (x, y, value, shift), in any transform
+
+    @property
+    def status(self) -> Tensor:
+        """(R,)"""
+        return self.verdict.status
 
 
 def closest(
@@ -131,9 +133,10 @@ def closest(
         degenerate[rows] |= call.degenerate
         margin[rows] = torch.minimum(margin[rows], call.margin)
         groups.append((rows, faces, call.exact))
-    again = partial(_again, relaxation, few, first.exact, settled, groups)
-    x, y, value, shift = again(entries)
-    return Closest(x, y, value, shift, status, iterations, residual, degenerate, margin, again)
+    outputs_at = partial(_outputs_at, relaxation, few, first.exact, settled, groups)
+    x, y, value, shift = outputs_at(entries)
+    verdict = Verdict(status, iterations, residual, degenerate, margin)
+    return Closest(x, y, value, shift, verdict, outputs_at)
 
 
 def _rounding(b: Tensor, t: Tensor) -> Tensor:
@@ -142,7 +145,7 @@ def _rounding(b: Tensor, t: Tensor) -> Tensor:
     return torch.where((t != 0) & ((b - t).abs() <= NONE * b.abs()), b - t, 0.0)
 
 
-def _again(
+def _outputs_at(
     relaxation: Relaxation,
     few: bool,
     first: ConeDerivative,

@@ -20,7 +20,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -28,16 +28,15 @@ import torch
 from torch import Tensor
 
 from convlayer.cones import Cone, Nonnegative, Product, Zero
-from convlayer.conic.program import Data, Program
+from convlayer.conic.program import Data, Program, take_rows
 from convlayer.declaration.canonical import Canonical
+from convlayer.declaration.declaration import Declaration
 from convlayer.declaration.sources import Source, sources_of
+from convlayer.paths.cone_program import entries_of
 from convlayer.paths.generic import evaluate
 from convlayer.solution import Status
 from convlayer.solvers.clarabel import Clarabel
 from convlayer.solvers.solver import Task
-
-if TYPE_CHECKING:
-    from convlayer.layer import ConvexLayer
 
 LEAST = 3  # solves, without which a row is left alone
 SHOWN = 3  # rows that are looked into
@@ -82,36 +81,29 @@ class Conflict:
         return f" ({member.amount:.3g}{' each' if len(member.entries) > 1 else ''})"
 
 
-def conflicts(
-    layer: ConvexLayer, tensors: Sequence[Tensor], batch: tuple[int, ...], rows: Sequence[int]
-) -> dict[int, Conflict]:
-    """For the first few of these flat rows of a call's parameters: what contradicts itself, where that is found.
+def conflicts(declared: Declaration, values: Sequence[Tensor], rows: Sequence[int]) -> dict[int, Conflict]:
+    """For the first few of these rows of a call's parameters, (B or 1, *shape) each: what contradicts itself, where that is found.
 
     Words about an error must not become another one: what goes wrong here is left unsaid.
     """
     try:
-        return _found(layer, tensors, batch, rows)
+        return _found(declared, values, rows)
     except Exception:
         return {}
 
 
-def _found(
-    layer: ConvexLayer, tensors: Sequence[Tensor], batch: tuple[int, ...], rows: Sequence[int]
-) -> dict[int, Conflict]:
-    canonical, parameters, size = layer._canonical, layer._declared.parameters, math.prod(batch)
+def _found(declared: Declaration, values: Sequence[Tensor], rows: Sequence[int]) -> dict[int, Conflict]:
+    canonical = declared.canonical
     affordable = int(SECONDS / SOLVER.row_seconds(canonical.program)) if rows else 0
     rows = list(rows)[: min(SHOWN, affordable // LEAST)]
     if not rows:
         return {}
     solves = min(SOLVES, affordable // len(rows))
-    sources = sources_of(canonical, layer._declared)
+    sources = sources_of(canonical, declared)
     with torch.no_grad():
-        thetas = [
-            t.detach().to("cpu", torch.float64).expand((*batch, *p.shape)).reshape(size, *p.shape)[rows]
-            for t, p in zip(tensors, parameters, strict=True)
-        ]
-        given = layer._thetas(thetas, torch.device("cpu"))
-        entries = [reader.read(theta) for reader, theta in zip(canonical.parameters, given, strict=True)]
+        index = torch.tensor(rows)
+        part = [take_rows(value.detach(), index.to(value.device)) for value in values]
+        entries = entries_of(declared, part)
         data, _ = evaluate(canonical, entries, False, torch.zeros((), dtype=torch.float64))
     found, until = {}, time.monotonic() + SECONDS
     for k, row in enumerate(rows):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import cvxpy as cp
 import numpy as np
@@ -16,7 +17,12 @@ from convlayer.declaration.domain import is_symmetric
 from convlayer.declaration.normal_form import NormalForm, Weighted
 from convlayer.declaration.spelling import short
 from convlayer.kernels.answer import Answer
-from convlayer.structures import Match, MismatchError, Wanted
+from convlayer.paths.generic import ROUNDING
+from convlayer.paths.notes import Note, made_to_agree
+from convlayer.paths.path import Found, Request
+from convlayer.paths.verdict import Verdict
+from convlayer.solution import Status
+from convlayer.structures import STRUCTURES, Match, MismatchError, Wanted
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +66,34 @@ class Specialised:
         self._masks = [(k, mask) for k, p in enumerate(form.parameters) if (mask := _mask(p)) is not None]
         self._kept = Kept()
 
-    def __call__(
+    def __call__(self, request: Request) -> Found:
+        """The answer, row by row."""
+        dtype, bad = working_dtype(request.dtype), request.bad
+        answer, outputs, values = self.run(request.values, bad.which, dtype)
+        if self.match.vouches and not answer.definite:
+            # What the kernel was to see for itself it did not: the look that was saved is taken.
+            bad = request.look_closer()
+            if bad.which is not None:
+                answer, outputs, values = self.run(request.values, bad.which, dtype)
+        if request.everything:
+            outputs.append(self.objective(values, answer))
+
+        def outputs_at(values: list[Tensor]) -> list[Tensor]:
+            return self.again(values, answer, dtype, request.everything)
+
+        verdict, notes = _verdict(answer, request, bad.which), list[Note]()
+        if verdict is not None and answer.apart is not None:
+            # A disagreement is weighed where the numbers are known that right-hand sides are made of.
+            apart = answer.apart().cpu()
+            refuted = (verdict.status == Status.INFEASIBLE) & (apart > ROUNDING)
+            status = verdict.status.masked_fill(refuted, int(Status.NOT_CONVERGED))
+            verdict, notes = replace(verdict, status=status), made_to_agree(apart, refuted)
+        degenerate = _row(answer.degenerate, request.size, torch.bool) if verdict is None else verdict.degenerate
+        ruled = () if degenerate is None or not bool(degenerate.any()) else ((degenerate, STRUCTURES[self.name].cause),)
+        blank = None if verdict is None else verdict.failed
+        return Found(outputs, outputs_at, verdict, blank, ruled, notes=tuple(notes), details=bad.details)
+
+    def run(
         self, values: list[Tensor], bad: Tensor | None, dtype: torch.dtype
     ) -> tuple[Answer, list[Tensor], list[Tensor]]:
         """(B or 1, *shape) each -> the answer, the variables (B or 1, *shape), and the values as the kernel got them.
@@ -103,7 +136,7 @@ class Specialised:
 
     def infeasibility(self, values: list[Tensor], bad: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The largest violation of a constraint at the kernel's solution, relative to the solution's size or one, (B or 1,)."""
-        answer, _, values = self(values, bad, dtype)
+        answer, _, values = self.run(values, bad, dtype)
         values, x = [v.double() for v in values], self._x(answer).double()
         worst = x.new_zeros(len(x))
         for k, constraint in enumerate(self.form.constraints):
@@ -119,6 +152,14 @@ class Specialised:
             if violation.shape[1]:
                 worst = torch.maximum(worst, violation.amax(1))
         return worst / x.norm(dim=1).clamp(min=1.0)
+
+    def gap(self, values: Sequence[Tensor]) -> Tensor | None:
+        """(B,) the structure's own distance from a kink between eigenvalues, if it has one."""
+        assert self.match.build is not None
+        entered = self._entering(list(values), torch.float64)
+        answer = self.match.build(Wanted())(entered, _like(entered, torch.float64))
+        gap = STRUCTURES[self.name].gap(answer)
+        return None if gap is None else gap.expand(max(len(value) for value in values))
 
     def _x(self, answer: Answer) -> Tensor:
         """The stacked variables, (B or 1, n)."""
@@ -179,6 +220,37 @@ class Specialised:
             row = self._kept.tensor((key, "offset"), part.row, x)
             total = total + x.new_zeros(len(terms), table.size).index_add(1, row, terms)
         return total
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The kernels', for outputs of this dtype."""
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def _verdict(answer: Answer, request: Request, bad: Tensor | None) -> Verdict | None:
+    """None: every row is solved, and nobody asks for more."""
+    status, size = answer.status, request.size
+    if bad is None and not request.everything and (status is None or not bool(status.any())):
+        return None
+    status = torch.zeros(size, dtype=torch.int64) if status is None else _row(status, size, torch.int64)
+    # Parameters were found inside their domains: what a kernel cannot take there is the cone program's to judge.
+    status = torch.where(status == Status.BAD_INPUT, int(Status.NOT_CONVERGED), status)
+    if bad is not None:
+        status = torch.where(bad, int(Status.BAD_INPUT), status)
+    verdict = Verdict.unknown(status)
+    residual = torch.zeros_like(verdict.residual) if answer.residual is None else _row(answer.residual, size, torch.float64)
+    return Verdict(
+        status,
+        verdict.iterations if answer.iterations is None else _row(answer.iterations, size, torch.int64),
+        residual.masked_fill(verdict.failed, torch.nan),
+        verdict.degenerate if answer.degenerate is None else _row(answer.degenerate, size, torch.bool) & ~verdict.failed,
+        verdict.margin,
+    )
+
+
+def _row(values: Tensor | None, size: int, dtype: torch.dtype) -> Any:
+    """(B,) on the host, of (B,) or (1,)."""
+    return None if values is None else values.to("cpu", dtype).expand(size)
 
 
 def _flat(values: Tensor) -> Tensor:

@@ -1,12 +1,17 @@
-"""The last solutions of a layer's samples, by the samples' own ids: where their next solve may start."""
+"""Where a solve may start: the last solutions of a layer's samples, by the samples' own ids, or a Solution."""
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from convlayer.conic.program import Program
+from convlayer.solution import Solution
 
 BYTES = 512_000_000  # kept at most; the samples that were not seen for longest go first
 
@@ -68,3 +73,32 @@ class Starts:
 
     def __reduce__(self):
         return Starts, ()
+
+
+def samples_of(ids: Tensor | Sequence[Hashable] | None, batch: tuple[int, ...]) -> list[Hashable] | None:
+    """One name for each row. ValueError: there are more or fewer."""
+    if ids is None:
+        return None
+    keys = ids.flatten().tolist() if isinstance(ids, Tensor) else list(ids)
+    if len(keys) != math.prod(batch):
+        raise ValueError(
+            f"`ids` names {len(keys)} samples; the batch {batch} has {math.prod(batch)}: one for each row."
+        )
+    return keys
+
+
+def start_of(warm_start: Any, batch: tuple[int, ...], program: Program) -> tuple[Tensor, ...]:
+    """The point of a Solution. TypeError, ValueError: it is none, or of another problem or batch."""
+    if not isinstance(warm_start, Solution):
+        raise TypeError(f"warm_start must be a Solution that this layer returned; got {type(warm_start).__name__}.")
+    if tuple(warm_start.status.shape) != batch:
+        raise ValueError(
+            f"warm_start has batch shape {tuple(warm_start.status.shape)}; the parameters have {batch}."
+        )
+    if warm_start.iterate is None:
+        raise ValueError(
+            "warm_start comes from a specialised path, which has no iterate of the cone program to start from."
+        )
+    if (warm_start.iterate[0].shape[1], warm_start.iterate[2].shape[1]) != (program.n, program.m):
+        raise ValueError("warm_start is the solution of another problem; pass one that this layer returned.")
+    return tuple(part.nan_to_num(0.0) for part in warm_start.iterate)

@@ -6,10 +6,13 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+
 from convlayer.conic import costs
 from convlayer.conic.kkt import prefers_dense
 from convlayer.declaration.declaration import Declaration
-from convlayer.paths.dispatch import Recognition
+from convlayer.paths.choice import Choice
+from convlayer.paths.settings import Settings
 from convlayer.solvers import Attempt, BatchSolver, ConeSolver
 from convlayer.structures import Cost
 
@@ -17,14 +20,23 @@ POLISH, ADJOINT = 2, 4  # factorisations of a typical polish; solves of an adjoi
 ENTROPIES = ("entr", "kl_div", "rel_entr")
 
 
-def explain_choice(
-    recognition: Recognition, structure: str, why: str, regularise: float | str | None, batch: int, kernel: bool
-) -> str:
+def explained(choice: Choice, settings: Settings, executor: bool, batch: int) -> str:
+    """The report of `ConvexLayer.explain`."""
+    text, solving = _choice(choice, settings.regularise, batch), settings.solving
+    if choice.kernel is not None:
+        return text
+    attempts = solving.attempts(choice.declared.canonical, batch, torch.device("cpu"))
+    rest = _cone_program(choice.declared, attempts, solving.alone, solving.tolerance, executor, batch)
+    return f"{text}\n{rest}"
+
+
+def _choice(choice: Choice, regularise: float | str | None, batch: int) -> str:
     """The first part of the report: the path, why, and what every structure said.
 
     Where no kernel runs, what the cone program costs is told of it itself, and not estimated here.
     """
-    lines = [("Path", f"{structure}: {why}")]
+    recognition = choice.recognition
+    lines = [("Path", f"{choice.structure}: {choice.why}")]
     if regularise == "least_norm":
         lines.append(("Regularised", "of all solutions the one of least norm"))
     elif regularise is not None:
@@ -38,7 +50,7 @@ def explain_choice(
             continue
         cost = f"; {_cost(finding.match.cost, batch)}" if finding.match.cost is not None else ""
         lines.append((f"  {finding.name}", f"yes: {finding.match.bound}{cost}"))
-    if recognition.generic is not None and kernel:
+    if recognition.generic is not None and choice.kernel is not None:
         lines.append(
             ("  cone_program", f"always; about {_cost(recognition.generic, batch)}, estimated from its sparsity")
         )
@@ -61,10 +73,10 @@ def _bytes(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def explain_cone_program(
+def _cone_program(
     declared: Declaration, attempts: Sequence[Attempt], chosen: bool, tolerance: float, executor: bool, batch: int
 ) -> str:
-    """The report of `ConvexLayer.explain` for the generic path."""
+    """The second part, where the cone program runs."""
     canonical = declared.canonical
     program, sizes, solver = canonical.program, canonical.sizes, attempts[0].solver
     moving = sum(len(rows) for rows in canonical.moving.values())

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from convlayer.declaration.declaration import Declaration
+from convlayer.declaration.inputs import bad_rows
 from convlayer.display import Shown
+from convlayer.paths.dispatch import other_solver
+from convlayer.paths.front import Front
+from convlayer.paths.settings import one_of
+from convlayer.paths.specialised import working_dtype
+from convlayer.report import incumbent
 from convlayer.report.incumbent import Answers
 from convlayer.solution import Solution, Status
 
@@ -67,6 +75,57 @@ class Verification(Shown):
 
     def __repr__(self) -> str:
         return str(self)
+
+
+def verified(
+    front: Front,
+    given: Sequence[Tensor],
+    mine: Callable[..., Solution],
+    by_solver: Callable[[str], Callable[..., Solution]],  # the same by the cone program and a solver by its name
+    seed: int,
+    against: str | None,
+) -> Verification:
+    """The layer's own way beside another one that has no part in it: CVXPY's with diffcp if asked for, or a solver's."""
+    dtype, _, batch = front.shapes(given)
+    declared, structure, kernel = front.declared, front.choice.structure, front.choice.kernel
+    leaves = [t.detach().expand((*batch, *p.shape)) for t, p in zip(given, declared.parameters, strict=True)]
+    size, infeasibility = math.prod(batch), None
+    if kernel is not None:
+        with torch.no_grad():
+            values = front.values(leaves, batch)
+            bad = bad_rows(declared, values, size, front.validate)
+            infeasibility = kernel.infeasibility(values, bad.which, working_dtype(dtype)).expand(size)
+    if against is not None:
+        one_of("against", against, (incumbent.NAME,))
+        return _against_incumbent(declared, structure, mine, leaves, len(batch), infeasibility, seed)
+    other: str | None = "clarabel"
+    if kernel is None:
+        taken = front.settings.solving.attempts(declared.canonical, size, torch.device("cpu"))
+        other = other_solver(declared.canonical.program, size, taken)
+    if other is None:
+        return not_compared(structure, batch)
+    named = f"cone_program by {other}"
+    return verify(structure, mine, by_solver(other), leaves, len(batch), infeasibility, seed, named)
+
+
+def _against_incumbent(
+    declared: Declaration,
+    structure: str,
+    mine: Callable[..., Solution],
+    leaves: Sequence[Tensor],
+    lead: int,
+    infeasibility: Tensor | None,
+    seed: int,
+) -> Verification:
+    incumbent.check(declared)
+    told: list[str] = []
+    theirs = incumbent.solver(declared, lead, told)
+    found = verify(structure, mine, theirs, leaves, lead, infeasibility, seed, "CVXPY with diffcp")
+    remarks = [f"{why.rstrip('.')}." for why in dict.fromkeys(told)]
+    if any(block.name == "power" for block in declared.canonical.program.cones.blocks):
+        remarks.append("Gradients are not compared: diffcp's derivative of power cones is wrong.")
+        found = replace(found, gradient=torch.zeros_like(found.gradient))
+    return replace(found, remark=" ".join(remarks))
 
 
 def verify(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from convlayer.declaration.affine import NONE, Table
 from convlayer.declaration.normal_form import NormalForm
-from convlayer.kernels.answer import answered
+from convlayer.kernels.answer import Answer, answered
 from convlayer.kernels.leading_eigenspace import leading_eigenspace
 from convlayer.structures.reading import (
     Layout,
@@ -59,6 +59,16 @@ class LeadingEigenspace(Structure):
             "a block": (cp.trace(X @ Z), [cp.trace(Z) == 1, Z[:4, :4] >> 0], Z),
         }
         return {k: (cp.Problem(cp.Maximize(f), rules), [X], [v]) for k, (f, rules, v) in problems.items()}
+
+    def gap(self, answer: Answer) -> Tensor:
+        """Between the eigenvalues on either side of the cut, relative to the largest; zero where the kernel finds them tied."""
+        # Of slack = edge I - matrix, or its negative, the eigenvalues beyond the cut are positive.
+        _, edge, slack = answer.outputs
+        eigenvalues = torch.linalg.eigvalsh(slack)
+        size = (edge - eigenvalues).abs().amax(1)
+        rounding = (4 * torch.finfo(torch.float64).eps * eigenvalues.shape[1] * size).unsqueeze(1)
+        gap = torch.where(eigenvalues > rounding, eigenvalues, torch.inf).amin(1) / size.clamp(min=1e-300)
+        return gap if answer.degenerate is None else gap.masked_fill(answer.degenerate, 0.0)
 
     def match(self, form: NormalForm) -> Match:
         only(form, "tied")

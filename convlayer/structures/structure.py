@@ -103,6 +103,10 @@ class Structure(ABC):
     def match(self, form: NormalForm) -> Match:
         """MismatchError: it is not this problem, and why."""
 
+    def gap(self, answer: Answer) -> Tensor | None:
+        """(B or 1,) how far apart eigenvalues are whose meeting is a kink; None: it is no question of eigenvalues."""
+        return None
+
 
 def normal(generator: torch.Generator, *shape: int) -> Tensor:
     """Standard normal, float64."""

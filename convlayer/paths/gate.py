@@ -1,4 +1,4 @@
-"""What a call found, row by row, and the gate through which its outputs leave.
+"""The gate through which the outputs of a call leave.
 
 Behind the gate stands the graph that the path recorded. In front of it outputs are the user's: filled with NaN where a row failed
 and the policy says so, their cotangents guarded, and differentiable as often as the path's solution is.
@@ -7,10 +7,9 @@ and the policy says so, their cotangents guarded, and differentiable as often as
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cvxpy as cp
@@ -26,45 +25,55 @@ from convlayer.autodiff.derivative import (
     pulled_back,
 )
 from convlayer.autodiff.threads import few_threads_to_differentiate
-from convlayer.kernels.answer import Answer
+from convlayer.paths.path import Found, Tell
 from convlayer.paths.specialised import without
 from convlayer.shifts import Shifts
-from convlayer.solution import Cause, Status
+from convlayer.solution import Cause, rows_in_words
 
 
-@dataclass(eq=False)
-class Rows:
-    """What a path found, row by row: (B,) each, on the host. None: what holds for every row of a closed form."""
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """The outputs of a call on their way out."""
 
-    outputs: list[
-        Tensor
-    ]  # the variables, then the objective if it was asked for: (B or 1, ...), in the end (*batch, ...)
-    again: Callable[
-        [list[Tensor]], list[Tensor]
-    ]  # parameters (B or 1, *shape) -> outputs (B or 1, ...), twice differentiable
-    status: Tensor | None
-    iterations: Tensor | None
-    residual: Tensor | None
-    degenerate: Tensor | None
-    margin: Tensor | None
-    blank: Tensor | None  # rows without any iterate
-    iterate: tuple[Tensor, Tensor, Tensor] | None = None
-    notes: list[tuple[Tensor, str]] = field(default_factory=list)  # rows, and which way they took
-    shift: Shifts | None = None  # of each constraint, (B, ...), where one was shifted
-    warned: bool = False  # the path itself tells at backward which rows were differentiated by rule
-    batch: tuple[int, ...] = ()
-    stopped: Tensor | None = None  # rows that a time limit ended, if one did
-    details: dict[int, str] = field(default_factory=dict)  # of rows that failed
-    leaves: tuple[Tensor, ...] = ()  # the parameters as they were given
-    parameters: Sequence[cp.Parameter] = ()
-    versions: tuple[int, ...] = ()  # of the outputs, by torch's count of changes in place
-    dtype: torch.dtype = torch.float64
-    device: torch.device = field(default_factory=partial(torch.device, "cpu"))
-    failed: Tensor | None = None  # (*batch,) rows that failed, if any did
-    empty: Tensor | None = None  # (*batch,) of those the rows to be filled with NaN
-    ruled: Tensor | None = None  # (B,) rows differentiated by rule that `warn` is to be told of
-    cause: Cause = Cause.SINGULAR  # of their rule
-    warn: Callable[[Tensor, Cause], None] | None = None
+    outputs: list[Tensor]  # (*batch, ...), as the path recorded them; where rows failed, behind the fence
+    found: Found
+    leaves: tuple[Tensor, ...]  # the parameters as they were given, in the graph that the path recorded
+    parameters: Sequence[cp.Parameter]
+    batch: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    tell: Tell
+    failed: Tensor | None  # (*batch,) rows that failed, if any did
+    empty: Tensor | None  # (*batch,) of those the rows to be filled with NaN
+    versions: tuple[int, ...]  # of the outputs, by torch's count of changes in place
+
+    @classmethod
+    def of(
+        cls,
+        found: Found,
+        values: Sequence[Tensor],  # of each parameter, (B or 1, *shape)
+        leaves: tuple[Tensor, ...],
+        parameters: Sequence[cp.Parameter],
+        batch: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        tell: Tell,
+        fill: bool,  # rows that failed with NaN, not only those that have no iterate
+    ) -> Gate:
+        size = math.prod(batch)
+        outputs = [shaped(output, dtype, device, batch, size) for output in found.outputs]
+        failed = empty = None
+        if found.verdict is not None and bool(found.verdict.failed.any()):
+            failed = found.verdict.failed.view(batch)
+            blank = torch.zeros(size, dtype=torch.bool) if found.blank is None else found.blank.cpu()
+            empty = failed if fill else blank.view(batch)
+            if any(value.requires_grad for value in values):
+                # Keep rows that failed from the path's own derivative.
+                outputs = list(_Fence.apply(failed, len(outputs), *outputs, *values))
+        versions = tuple(output._version for output in outputs if output.requires_grad)
+        return cls(
+            outputs, found, leaves, parameters, batch, dtype, device, tell, failed, empty, versions
+        )
 
     @property
     def filled(self) -> list[Tensor]:
@@ -75,26 +84,32 @@ class Rows:
     def leave(self, thetas: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The outputs, through the gate if they are differentiable."""
         if any(output.requires_grad for output in self.outputs):
-            return _Gate.apply(self, *thetas)
+            return _Leave.apply(self, *thetas)
         return tuple(self.filled)
 
     def table(self) -> tuple[Tensor, ...]:
         """Status, iterations, residual, degenerate and margin, (*batch,) each."""
-        return tuple(
-            getattr(self, name).reshape(self.batch)
-            for name in ("status", "iterations", "residual", "degenerate", "margin")
-        )
+        assert self.found.verdict is not None
+        return self.found.verdict.each(lambda part: part.reshape(self.batch)).parts()
+
+    def without_iterate(self) -> Gate:
+        """Without the point that a next call might start from."""
+        return replace(self, found=replace(self.found, iterate=None))
 
     @property
     def shifts(self) -> Shifts | None:
         """By constraint, (*batch, ...) each."""
-        if self.shift is None:
-            return None
-        return Shifts.of([_in_batch(part, self.batch) for part in self.shift], self.shift.names)
+        shift = self.found.shift
+        return None if shift is None else Shifts.of([_in_batch(part, self.batch) for part in shift], shift.names)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Which rows took which way, in words."""
+        return tuple(f"{rows_in_words(rows, self.batch)}: {what}" for rows, what in self.found.notes)
 
     def guard(self, bars: Sequence[Any]) -> list[Any]:
         """Cotangents of the outputs: in rows that failed NaN where the loss uses them and zero where it does not."""
-        self._tell(bars)
+        self._tell_of_ruled(bars)
         spoilt = self._spoilt(bars)
         if spoilt is not None:
             bars = [None if bar is None else _filled(bar, spoilt) for bar in bars]
@@ -111,19 +126,20 @@ class Rows:
 
     def spoil(self, tangents: Sequence[Tensor]) -> list[Tensor]:
         """Tangents of the outputs, NaN in rows that failed."""
-        self._tell(tangents)
+        self._tell_of_ruled(tangents)
         return list(tangents) if self.failed is None else [_filled(tangent, self.failed) for tangent in tangents]
 
-    def _tell(self, parts: Sequence[Tensor | None]) -> None:
+    def _tell_of_ruled(self, parts: Sequence[Tensor | None]) -> None:
         """Warn of rows differentiated by rule whose cotangents, or tangents, are not zero."""
-        if self.ruled is None or self.warn is None:
+        if not self.found.ruled:
             return
-        used = torch.zeros_like(self.ruled)
+        used = torch.zeros(math.prod(self.batch), dtype=torch.bool)
         for part in parts:
             if part is not None:
                 used |= _used(part, self.batch).cpu()
-        if bool((used & self.ruled).any()):
-            self.warn(torch.nonzero(used & self.ruled).flatten(), self.cause)
+        for ruled, cause in self.found.ruled:
+            if bool((used & ruled).any()):
+                self.tell(torch.nonzero(used & ruled).flatten(), cause, ())
 
     def _spoilt(self, bars: Sequence[Tensor | None]) -> Tensor | None:
         """Rows (*batch,) that have a solution and cotangents that are not finite, if any: told of, as it is no fault of the layer's."""
@@ -137,21 +153,15 @@ class Rows:
             spoilt &= ~self.failed.flatten()
         if not bool(spoilt.any()):
             return None
-        if self.warn is not None:
-            self.warn(torch.nonzero(spoilt).flatten(), Cause.LOSS)
+        self.tell(torch.nonzero(spoilt).flatten(), Cause.LOSS, ())
         return spoilt.view(self.batch)
-
-    def fence(self, values: Sequence[Tensor]) -> None:
-        """Keep rows that failed from the path's own derivative; the values are the parameters, (B or 1, *shape) each."""
-        if self.failed is not None and any(value.requires_grad for value in values):
-            fenced = _Fence.apply(self.failed, len(self.outputs), *self.outputs, *values)
-            self.outputs = list(fenced)
 
     @property
     def local(self) -> Local:
-        return Recorded(self.leaves, self.outputs, self._again, self.guard, self.spoil)
+        """The derivative, for torch to compose."""
+        return Recorded(self.leaves, self.outputs, self._outputs_at, self.guard, self.spoil)
 
-    def _again(self, *thetas: Tensor) -> list[Tensor]:
+    def _outputs_at(self, *thetas: Tensor) -> list[Tensor]:
         """The outputs as a function of the parameters, twice differentiable.
 
         A row that failed becomes a sum of squares: a cotangent of it that is NaN arrives as NaN, and one that is zero as zero.
@@ -162,55 +172,22 @@ class Rows:
         with no_autocast(self.device):
             values = [flatten_batch(t, p, self.batch) for t, p in zip(thetas, self.parameters, strict=True)]
             if self.failed is None:
-                outputs = self.again(values)
+                outputs = self.found.outputs_at(values)
             else:
-                failed = self.failed.flatten()
-                squares = torch.stack(
-                    [v.nan_to_num(0.0, 0.0, 0.0).unsqueeze(-1).flatten(1).square().sum(1).expand(size) for v in values]
-                ).sum(0)
-                if bool(failed.all()):  # there are no values at which the path could be asked
-                    shapes = [output.shape[len(self.batch) :] for output in self.outputs]
-                    flat = [o.detach().reshape(size, *shape) for o, shape in zip(self.outputs, shapes, strict=True)]
-                else:
-                    flat = self.again([without(value, failed) for value in values])
-                outputs = [_where(failed, squares, output) for output in flat]
+                outputs = self._outputs_beside_failed(self.failed.flatten(), values)
             return [shaped(output, self.dtype, self.device, self.batch, size) for output in outputs]
 
-    @classmethod
-    def of_answer(
-        cls,
-        answer: Answer,
-        outputs: list[Tensor],
-        again: Callable[[list[Tensor]], list[Tensor]],
-        size: int,
-        bad: Tensor | None,
-        everything: bool,
-    ) -> Rows:
-        """The rows of a kernel's answer; only `everything`, or a row that is not plainly solved, fills them in."""
-
-        def row(values: Tensor | None, blank: Any, dtype: torch.dtype) -> Tensor:
-            if values is None:
-                return torch.full((size,), blank, dtype=dtype)
-            return values.to("cpu", dtype).expand(size)
-
-        status, degenerate = answer.status, answer.degenerate
-        if status is not None and not bool(status.any()):
-            status = None
-        if degenerate is not None and not bool(degenerate.any()):
-            degenerate = None
-        if status is None and bad is None and not everything:
-            flags = None if degenerate is None else row(degenerate, False, torch.bool)
-            return cls(outputs, again, None, None, None, flags, None, None)
-        status = row(status, int(Status.SOLVED), torch.int64)
-        # Parameters were found inside their domains: what a kernel cannot take there is the cone program's to judge.
-        status = torch.where(status == Status.BAD_INPUT, int(Status.NOT_CONVERGED), status)
-        if bad is not None:
-            status = torch.where(bad, int(Status.BAD_INPUT), status)
-        failed = status >= Status.INFEASIBLE
-        residual = row(answer.residual, 0.0, torch.float64).masked_fill(failed, torch.nan)
-        degenerate = row(degenerate, False, torch.bool) & ~failed
-        iterations, margin = row(answer.iterations, 0, torch.int64), torch.full_like(residual, torch.nan)
-        return cls(outputs, again, status, iterations, residual, degenerate, margin, failed)
+    def _outputs_beside_failed(self, failed: Tensor, values: list[Tensor]) -> list[Tensor]:
+        size = len(failed)
+        squares = torch.stack(
+            [v.nan_to_num(0.0, 0.0, 0.0).unsqueeze(-1).flatten(1).square().sum(1).expand(size) for v in values]
+        ).sum(0)
+        if bool(failed.all()):  # there are no values at which the path could be asked
+            shapes = [output.shape[len(self.batch) :] for output in self.outputs]
+            flat = [o.detach().reshape(size, *shape) for o, shape in zip(self.outputs, shapes, strict=True)]
+        else:
+            flat = self.found.outputs_at([without(value, failed) for value in values])
+        return [_where(failed, squares, output) for output in flat]
 
 
 class _Fence(torch.autograd.Function):
@@ -275,21 +252,6 @@ def _in_batch(part: Any, batch: tuple[int, ...]) -> Any:
     return None if part is None else part.reshape(batch + part.shape[1:])
 
 
-def spread(part: Any, rows: Tensor, size: int) -> Any:
-    """What these rows have, (R, ...), as (size, ...) with zeros elsewhere; a tuple's parts each, None as it is."""
-    if isinstance(part, tuple):
-        return tuple(spread(one, rows, size) for one in part)
-    return None if part is None else part.new_zeros(size, *part.shape[1:]).index_copy(0, rows, part)
-
-
-def put(outputs: Sequence[Tensor], rows: Tensor, theirs: Sequence[Tensor], size: int) -> list[Tensor]:
-    """The outputs (size or 1, ...) with those of other paths, (R, ...), in these rows."""
-    return [
-        mine.expand(size, *mine.shape[1:]).index_copy(0, rows.to(mine.device), part.to(mine.device, mine.dtype))
-        for mine, part in zip(outputs, theirs, strict=True)
-    ]
-
-
 def leaves_of(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The same tensors as leaves of a graph of the layer's own, to be differentiated as they are."""
     recorded = torch.is_grad_enabled()
@@ -298,20 +260,20 @@ def leaves_of(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     )
 
 
-class _Gate(torch.autograd.Function):
-    """(rows, *parameters) -> the outputs, NaN in rows that are to be empty.
+class _Leave(torch.autograd.Function):
+    """(gate, *parameters) -> the outputs, NaN in rows that are to be empty.
 
-    Cotangents pass as `Rows.guard` lets them into the graph that was recorded between leaves and outputs, which is of the layer's own
+    Cotangents pass as `Gate.guard` lets them into the graph that was recorded between leaves and outputs, which is of the layer's own
     so that all of it can run on one thread. Where their own derivative is wanted (create_graph=True) they are pulled back by a
     function that has one.
     """
 
     @staticmethod
-    def forward(ctx, rows: Rows, *thetas: Tensor):
-        ctx.rows = rows
+    def forward(ctx, gate: Gate, *thetas: Tensor):
+        ctx.gate = gate
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*thetas)
-        return tuple(rows.filled)
+        return tuple(gate.filled)
 
     @staticmethod
     def backward(ctx, *bars: Tensor | None):
@@ -320,18 +282,18 @@ class _Gate(torch.autograd.Function):
                 "A layer does not take torch's old vmap (is_grads_batched=True, vectorize=True, check_batched_grad=True): use torch.func.jacrev, "
                 "or torch.func.vmap over torch.autograd.grad."
             )
-        rows, thetas, needed = ctx.rows, ctx.saved_tensors, ctx.needs_input_grad[1:]
+        gate, thetas, needed = ctx.gate, ctx.saved_tensors, ctx.needs_input_grad[1:]
         if not (torch.is_grad_enabled() or is_transformed(bars)):
-            wanted = [leaf for leaf, need in zip(rows.leaves, needed, strict=True) if need]
+            wanted = [leaf for leaf, need in zip(gate.leaves, needed, strict=True) if need]
             keep = torch._C._autograd._get_current_graph_task_keep_graph()
-            with few_threads_to_differentiate([*thetas, *rows.outputs]):
-                found = iter(pulled(rows.outputs, wanted, rows.guard(bars), retain_graph=keep))
+            with few_threads_to_differentiate([*thetas, *gate.outputs]):
+                found = iter(pulled(gate.outputs, wanted, gate.guard(bars), retain_graph=keep))
             return None, *(next(found) if need else None for need in needed)
         given = [
-            torch.zeros_like(output) if bar is None else bar for bar, output in zip(bars, rows.outputs, strict=True)
+            torch.zeros_like(output) if bar is None else bar for bar, output in zip(bars, gate.outputs, strict=True)
         ]
-        point = Point([len(p.shape) for p in rows.parameters], local=rows.local)
-        return None, *pulled_back(point, thetas, rows.filled[0], given, needed)
+        point = Point([len(p.shape) for p in gate.parameters], local=gate.local)
+        return None, *pulled_back(point, thetas, gate.filled[0], given, needed)
 
 
 def flatten_batch(tensor: Tensor, parameter: cp.Parameter, batch: tuple[int, ...]) -> Tensor:

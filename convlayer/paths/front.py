@@ -1,0 +1,174 @@
+"""A call, from tensors to the gate: shapes and dtypes, bad rows, the path and what stands around it, the failure policy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convlayer.autodiff.derivative import Local, Point, is_transformed, solved
+from convlayer.autodiff.threads import few_threads
+from convlayer.declaration import arguments
+from convlayer.declaration.declaration import Declaration
+from convlayer.declaration.inputs import BadRows, bad_rows
+from convlayer.notices import OnceEach
+from convlayer.paths.choice import Choice
+from convlayer.paths.cone_program import ConeProgram
+from convlayer.paths.gate import Gate, flatten_batch, leaves_of, no_autocast
+from convlayer.paths.path import Found, Path, Request
+from convlayer.paths.policy import CLOSEST, refuse_bad, refuse_failed
+from convlayer.paths.relaxed import Reconciled, Relaxed
+from convlayer.paths.rescued import Rescued
+from convlayer.paths.settings import Settings
+from convlayer.paths.starts import Starts, samples_of, start_of
+from convlayer.solution import AccuracyWarning, Cause, GradientWarning, Solution, Status
+
+COLD_IN_TRANSFORMS = (
+    "A warm start, or `ids`, cannot be used inside a torch.func transform or with a tangent; leave it out."
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """The options of a call."""
+
+    solver_args: Mapping[str, Any] | None = None
+    warm_start: Solution | None = None
+    ids: Tensor | Sequence[Hashable] | None = None
+    everything: bool = False  # the objective and a table of the rows too
+
+    @property
+    def of_cone_program(self) -> bool:
+        """Only the cone program has these."""
+        options = self.solver_args is not None and bool(self.solver_args.keys() - {"tolerance"})
+        return options or self.warm_start is not None
+
+
+@dataclass(frozen=True, eq=False)
+class Front:
+    """All that a call of a layer depends on."""
+
+    choice: Choice
+    settings: Settings
+    on_failure: str
+    validate: bool
+    executor: Executor | None
+    starts: Starts
+    told: OnceEach
+
+    @property
+    def declared(self) -> Declaration:
+        """With the parameters and variables in the layer's order."""
+        return self.choice.declared
+
+    def given(self, given: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, ...]:
+        """One value for each parameter, in order, as tensors where that is harmless."""
+        if not named and all(isinstance(value, Tensor) for value in given):
+            return given
+        parameters = self.declared.parameters
+        return arguments.tensors(parameters, arguments.ordered(parameters, given, named))
+
+    def shapes(self, tensors: Sequence[Any]) -> tuple[torch.dtype, torch.device, tuple[int, ...]]:
+        """The outputs' dtype and device, and the batch shape."""
+        parameters = self.declared.parameters
+        batch = arguments.batch_shape(parameters, tensors)
+        return *arguments.dtype_and_device(parameters, tensors), batch
+
+    def values(self, tensors: Sequence[Tensor], batch: tuple[int, ...]) -> list[Tensor]:
+        """(*own batch, *shape) -> (B or 1, *shape) of each parameter."""
+        return [flatten_batch(t, p, batch) for t, p in zip(tensors, self.declared.parameters, strict=True)]
+
+    def run(self, tensors: tuple[Tensor, ...], call: Call) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Gate]:
+        """The outputs; with `everything` the objective too, and status, iterations, residual, degenerate and margin of the rows."""
+        if not is_transformed(tensors):
+            gate = self._solved(leaves_of(tensors), call)
+            return gate.leave(tensors), gate.table() if call.everything else (), gate
+        if call.ids is not None or call.warm_start is not None:
+            raise RuntimeError(COLD_IN_TRANSFORMS)
+        gates: list[Gate] = []
+
+        def solve(thetas: Sequence[Tensor], differentiable: bool) -> tuple[list[Tensor], tuple[Tensor, ...], Local]:
+            gate = self.apart(thetas, call, differentiable)
+            gates.append(gate)
+            return gate.filled, gate.table() if call.everything else (), gate.local
+
+        self.shapes(tensors)
+        point = Point([len(p.shape) for p in self.declared.parameters], solve)
+        outputs = solved(point, tensors)
+        return outputs[: point.outputs], outputs[point.outputs :], gates[0].without_iterate()
+
+    def apart(self, thetas: Sequence[Tensor], call: Call, differentiable: bool) -> Gate:
+        """Solved on plain tensors apart from every graph, with what its derivatives need."""
+        with torch.set_grad_enabled(differentiable):
+            return self._solved(tuple(theta.detach().requires_grad_(differentiable) for theta in thetas), call)
+
+    def _solved(self, tensors: tuple[Tensor, ...], call: Call) -> Gate:
+        """Check the values, ask the path, apply the failure policy."""
+        dtype, device, batch = self.shapes(tensors)
+        values, kernel = self.values(tensors, batch), self.choice.kernel
+        operations = float(sum(value.numel() for value in values))  # but for what the cone program does on its own threads
+        if kernel is not None:
+            operations += kernel.operations(max((len(value) for value in values), default=1))
+        tell = partial(self._tell, batch)
+        with no_autocast(device), few_threads(operations):
+            cone_program = kernel is None or call.of_cone_program
+            vouched = frozenset() if cone_program or kernel is None else kernel.match.vouches
+            start = None
+            if call.warm_start is not None:
+                start = start_of(call.warm_start, batch, self.declared.canonical.program)
+            request = Request(
+                values,
+                math.prod(batch),
+                dtype,
+                tell,
+                bad=self._bad_rows(values, batch, vouched),
+                look_closer=partial(self._bad_rows, values, batch),
+                everything=call.everything,
+                solver_args=call.solver_args,
+                start=start,
+                samples=samples_of(call.ids, batch),
+            )
+            found = self._path(cone_program)(request)
+            self._judge(found, request, batch)
+            fill = self.on_failure == "nan"
+            return Gate.of(found, values, tensors, self.declared.parameters, batch, dtype, device, tell, fill)
+
+    def _path(self, cone_program: bool) -> Path:
+        """The path that was chosen, or the cone program, with what stands around it."""
+        declared, solving, gradient = self.declared, self.settings.solving, self.settings.gradient
+        path: Path = ConeProgram(declared, solving, gradient, self.executor, self.starts)
+        if not cone_program:
+            assert self.choice.kernel is not None
+            path = Rescued(self.choice.kernel, path)
+        if gradient.name == "exact":
+            path = Reconciled(path, declared, solving.tolerance)
+        if self.on_failure in CLOSEST:
+            path = Relaxed(path, declared, solving.tolerance, few=self.on_failure == "closest_few")
+        return path
+
+    def _bad_rows(
+        self, values: list[Tensor], batch: tuple[int, ...], vouched: frozenset[int] = frozenset()
+    ) -> BadRows:
+        """ParameterError, if that is the policy."""
+        bad = bad_rows(self.declared, values, math.prod(batch), self.validate, vouched)
+        return refuse_bad(bad, self.on_failure, batch)
+
+    def _judge(self, found: Found, request: Request, batch: tuple[int, ...]) -> None:
+        """Warn of rows that are inaccurate, and raise for those that failed, if that is the policy."""
+        if found.verdict is None or not bool(found.verdict.status.any()):
+            return
+        inaccurate = torch.nonzero(found.verdict.status == Status.INACCURATE).flatten()
+        if len(inaccurate):
+            self.told(AccuracyWarning.of(inaccurate, batch))
+        details = {**found.details, **request.bad.details}
+        refuse_failed(self.declared, request.values, found.verdict, details, self.on_failure, batch)
+
+    def _tell(self, batch: tuple[int, ...], rows: Tensor, cause: Cause, parameters: Sequence[int]) -> None:
+        names = [self.declared.parameters[k].name() for k in parameters]
+        self.told(GradientWarning.of(rows, batch, cause, names), cause)
