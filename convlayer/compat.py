@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from convlayer import solution
-from convlayer.autodiff.derivative import is_transformed
+from convlayer.autodiff.torch_internals import is_transformed
 from convlayer.declaration.diagnose import ProblemError
 from convlayer.declaration.domain import is_symmetric
 from convlayer.layer import ConvexLayer

@@ -211,20 +211,7 @@ class ConvexLayer(torch.nn.Module):
         as nanmean and where compute on NaN first, and the gradient of that is NaN.
         """
         call = Call(solver_args, warm_start, ids, everything=True)
-        outputs, table, gate = self._front.run(self._front.given(tensors, named), call)
-        status, iterations, residual, degenerate, margin = table
-        return Solution(
-            outputs[:-1],
-            outputs[-1],
-            status,
-            iterations,
-            residual,
-            degenerate,
-            margin,
-            gate.notes,
-            gate.shifts,
-            gate.found.iterate,
-        )
+        return self._front.solution(self._front.given(tensors, named), call)
 
     def forget(self) -> None:
         """Drop the solutions kept by `ids`."""

@@ -18,10 +18,10 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from convlayer.autodiff.derivative import Local
+from convlayer.autodiff.torch_internals import in_forward_mode, recording
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -43,17 +43,9 @@ class Layer(Protocol):
         """Outputs of the right shape, dtype and device, without values."""
 
 
-# Inside an operator torch records nothing, whatever its grad mode: there the dispatcher passes autograd by. As it is here it does not.
-_OUTSIDE = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-
-
-def _recording() -> Any:
-    return torch._C._ForceDispatchKeyGuard(*_OUTSIDE)
-
-
 def _without_tangents() -> None:
     """An operator drops tangents without a word, and whether it is given any cannot be seen from inside."""
-    if forward_ad._current_level >= 0:
+    if in_forward_mode():
         raise RuntimeError(
             "Inside torch.compile a layer has no forward mode: its tangent would be zero. Compile no function that takes jvp, jacfwd or "
             "hessian of the layer, and call no compiled model with dual tensors, or inside a dual level."
@@ -112,7 +104,7 @@ def _keep(local: Local) -> Tensor:
 @torch.library.custom_op("convlayer::solve", mutates_args=())
 def _solve(thetas: Sequence[Tensor], ids: Tensor | None, layer: str, differentiable: bool) -> list[Tensor]:
     _without_tangents()
-    with _recording():
+    with recording():
         outputs, local = _layer(layer)._evaluate(thetas, ids, differentiable)
     number = _keep(local) if differentiable else torch.zeros(1, dtype=torch.int64)
     return [*(output.clone(memory_format=torch.contiguous_format) for output in outputs), number]
@@ -129,7 +121,7 @@ def _adjoint(
     thetas: Sequence[Tensor], number: Tensor, bars: Sequence[Tensor], needed: Sequence[bool], layer: str
 ) -> list[Tensor]:
     local = _kept.get(int(number))
-    with _recording():
+    with recording():
         if local is None:
             _, local = _layer(layer)._evaluate(thetas, None, True)
         found = local.cotangent(thetas, bars, needed)

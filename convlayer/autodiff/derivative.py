@@ -23,11 +23,11 @@ from functools import wraps
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.autograd import Function
 
 from convlayer.autodiff.threads import few_threads_to_differentiate
+from convlayer.autodiff.torch_internals import in_vmap_alone, is_reached, is_view
 
 Tensors = Sequence[Tensor]
 THIRD = "ConvexLayer can be differentiated twice, not three times: a third derivative is not implemented, and would be wrong."
@@ -157,22 +157,9 @@ class Point:
         self._local = local
 
 
-def is_transformed(tensors: Sequence[Tensor | None]) -> bool:
-    """Inside a torch.func transform, or with a tangent of forward mode."""
-    if not tensors:
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
-    return forward_ad._current_level >= 0 and any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
-    )
-
-
 def solved(point: Point, thetas: Tensors) -> tuple[Tensor, ...]:
     """The solution, and what else there is to say, differentiable in every way; for parameters that are transformed."""
-    levels = torch._C._functorch.get_interpreter_stack() or ()
-    vmap = torch._C._functorch.TransformType.Vmap
-    point.recorded = forward_ad._current_level >= 0 or any(level.key() != vmap for level in levels)
+    point.recorded = not in_vmap_alone()
     return _Solved.apply(point, None, *thetas)
 
 
@@ -307,7 +294,8 @@ class _Tangent(_Transformable):
     def backward(ctx: Any, *bars: Tensor) -> tuple[Tensor | None, ...]:
         thetas, first, a = _split(ctx.n, ctx.saved_tensors)
         by_theta, _, by_a = _split(ctx.n, ctx.needs_input_grad[2:])
-        by_theta = [need and _is_reached(theta) for need, theta in zip(by_theta, thetas, strict=True)]
+        # The second derivative in the parameters is not to be worked out where only that in a cotangent is asked for.
+        by_theta = [need and is_reached(theta) for need, theta in zip(by_theta, thetas, strict=True)]
         thetas_bar: Sequence[Tensor | None] = [None] * ctx.n
         a_bar: Sequence[Tensor | None] = [None] * ctx.n
         if any(by_theta):
@@ -341,7 +329,7 @@ class _Cotangent(_Transformable):
     def backward(ctx: Any, *a: Tensor) -> tuple[Tensor | None, ...]:
         thetas, first, bars = _split(ctx.n, ctx.saved_tensors)
         by_theta, _, by_bars = _split(ctx.n, ctx.needs_input_grad[2:])
-        by_theta = [need and _is_reached(theta) for need, theta in zip(by_theta, thetas, strict=True)]
+        by_theta = [need and is_reached(theta) for need, theta in zip(by_theta, thetas, strict=True)]
         direction = _filled(_spread(a, ctx.needed), thetas)
         thetas_bar: Sequence[Tensor | None] = [None] * ctx.n
         bars_bar: Sequence[Tensor | None] = [None] * len(bars)
@@ -403,16 +391,9 @@ def _apart(parts: Tensors) -> tuple[Tensor, ...]:
     """Each in memory of its own, which forward mode needs: a tangent is laid out as what it is the tangent of."""
     with few_threads_to_differentiate(parts):
         return tuple(
-            part.clone(memory_format=torch.contiguous_format) if part._is_view() or not part.is_contiguous() else part
+            part.clone(memory_format=torch.contiguous_format) if is_view(part) or not part.is_contiguous() else part
             for part in parts
         )
-
-
-def _is_reached(tensor: Tensor) -> bool:
-    """Inside a backward: whether the pass that is under way goes on to this tensor. The second derivative in the parameters is not to
-    be worked out where only that in a cotangent is asked for."""
-    # torch does not say it of a leaf.
-    return tensor.grad_fn is None or torch._C._will_engine_execute_node(tensor.grad_fn)
 
 
 def _split(n: int, tensors: Sequence) -> tuple[Sequence, Any, Sequence]:

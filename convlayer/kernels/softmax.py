@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from convlayer.autodiff.once import once_differentiable
+from convlayer.autodiff.torch_internals import softmax_backward
 from convlayer.kernels.answer import Answer
 from convlayer.solution import Status
 
@@ -156,7 +157,7 @@ def _pulled_back(p: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     rows = max(1, BLOCK // max(1, v.shape[1]))
     if v.is_cuda or v.shape[0] <= rows:
         mean = torch.linalg.vecdot(v, p).unsqueeze(-1)
-        return mean, torch._softmax_backward_data(v - mean, p, -1, p.dtype)
+        return mean, softmax_backward(v - mean, p)
     bars, means, spare = (
         torch.empty_like(v, memory_format=torch.contiguous_format),
         v.new_empty(len(v), 1),
@@ -165,7 +166,7 @@ def _pulled_back(p: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     for one, other, mean, bar in zip(*(t.split(rows) for t in (v, p, means, bars)), strict=True):
         product = torch.mul(one, other, out=spare[: len(one)])
         torch.sum(product, -1, keepdim=True, out=mean)
-        torch._softmax_backward_data(torch.sub(one, mean, out=product), other, -1, p.dtype, grad_input=bar)
+        softmax_backward(torch.sub(one, mean, out=product), other, out=bar)
     return means, bars
 
 

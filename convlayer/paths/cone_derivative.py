@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from convlayer.autodiff.derivative import Local, Tensors
+from convlayer.autodiff.torch_internals import versions
 from convlayer.conic.adjoint import pull_back, pull_back_whole
 from convlayer.conic.program import DENSE_ENTRIES, Data, Operators
 from convlayer.conic.residual import in_groups, largest
@@ -110,7 +111,7 @@ class ConeDerivative(Local):
         self.canonical, self.solution, self.point = canonical, solution, point
         self.make_data, self._adjoint, self._tell = data, adjoint, tell
         self.x, self.s, self.y = point
-        self._versions = [part._version for part in (*solution, *point)]
+        self._versions = versions([*solution, *point])
 
     @cached_property
     def data(self) -> Data:
@@ -121,7 +122,7 @@ class ConeDerivative(Local):
         return Operators(self.data)
 
     def check_unchanged(self) -> None:
-        if [part._version for part in (*self.solution, *self.point)] != self._versions:
+        if versions([*self.solution, *self.point]) != self._versions:
             raise RuntimeError("An output of the layer was changed in place; its derivative needs it as it was.")
 
     def adjoint(self, x_bar: Tensor, y_bar: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convlayer.autodiff.derivative import Local, Point, is_transformed, solved
+from convlayer.autodiff.derivative import Local, Point, solved
 from convlayer.autodiff.threads import few_threads
+from convlayer.autodiff.torch_internals import is_transformed
 from convlayer.declaration import arguments
 from convlayer.declaration.declaration import Declaration
 from convlayer.declaration.inputs import BadRows, bad_rows
@@ -102,6 +103,23 @@ class Front:
         point = Point([len(p.shape) for p in self.declared.parameters], solve)
         outputs = solved(point, tensors)
         return outputs[: point.outputs], outputs[point.outputs :], gates[0].without_iterate()
+
+    def solution(self, tensors: tuple[Tensor, ...], call: Call) -> Solution:
+        """All that there is to say of a call with `everything`."""
+        outputs, table, gate = self.run(tensors, call)
+        status, iterations, residual, degenerate, margin = table
+        return Solution(
+            outputs[:-1],
+            outputs[-1],
+            status,
+            iterations,
+            residual,
+            degenerate,
+            margin,
+            gate.notes,
+            gate.shifts,
+            gate.found.iterate,
+        )
 
     def apart(self, thetas: Sequence[Tensor], call: Call, differentiable: bool) -> Gate:
         """Solved on plain tensors apart from every graph, with what its derivatives need."""

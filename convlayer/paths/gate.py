@@ -16,15 +16,9 @@ import cvxpy as cp
 import torch
 from torch import Tensor
 
-from convlayer.autodiff.derivative import (
-    Local,
-    Point,
-    Recorded,
-    is_transformed,
-    pulled,
-    pulled_back,
-)
+from convlayer.autodiff.derivative import Local, Point, Recorded, pulled, pulled_back
 from convlayer.autodiff.threads import few_threads_to_differentiate
+from convlayer.autodiff.torch_internals import is_of_old_vmap, is_transformed, keeps_graph, versions
 from convlayer.paths.path import Found, Tell
 from convlayer.paths.specialised import without
 from convlayer.shifts import Shifts
@@ -45,7 +39,7 @@ class Gate:
     tell: Tell
     failed: Tensor | None  # (*batch,) rows that failed, if any did
     empty: Tensor | None  # (*batch,) of those the rows to be filled with NaN
-    versions: tuple[int, ...]  # of the outputs, by torch's count of changes in place
+    versions: list[int]  # of the outputs, by torch's count of changes in place
 
     @classmethod
     def of(
@@ -70,9 +64,9 @@ class Gate:
             if any(value.requires_grad for value in values):
                 # Keep rows that failed from the path's own derivative.
                 outputs = list(_Fence.apply(failed, len(outputs), *outputs, *values))
-        versions = tuple(output._version for output in outputs if output.requires_grad)
+        changes = versions([output for output in outputs if output.requires_grad])
         return cls(
-            outputs, found, leaves, parameters, batch, dtype, device, tell, failed, empty, versions
+            outputs, found, leaves, parameters, batch, dtype, device, tell, failed, empty, changes
         )
 
     @property
@@ -166,7 +160,7 @@ class Gate:
 
         A row that failed becomes a sum of squares: a cotangent of it that is NaN arrives as NaN, and one that is zero as zero.
         """
-        if tuple(output._version for output in self.outputs if output.requires_grad) != self.versions:
+        if versions([output for output in self.outputs if output.requires_grad]) != self.versions:
             raise RuntimeError("An output of the layer was changed in place; its derivative needs it as it was.")
         size = math.prod(self.batch)
         with no_autocast(self.device):
@@ -277,7 +271,7 @@ class _Leave(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *bars: Tensor | None):
-        if any(bar is not None and torch._C._functorch.is_legacy_batchedtensor(bar) for bar in bars):
+        if any(bar is not None and is_of_old_vmap(bar) for bar in bars):
             raise RuntimeError(
                 "A layer does not take torch's old vmap (is_grads_batched=True, vectorize=True, check_batched_grad=True): use torch.func.jacrev, "
                 "or torch.func.vmap over torch.autograd.grad."
@@ -285,7 +279,7 @@ class _Leave(torch.autograd.Function):
         gate, thetas, needed = ctx.gate, ctx.saved_tensors, ctx.needs_input_grad[1:]
         if not (torch.is_grad_enabled() or is_transformed(bars)):
             wanted = [leaf for leaf, need in zip(gate.leaves, needed, strict=True) if need]
-            keep = torch._C._autograd._get_current_graph_task_keep_graph()
+            keep = keeps_graph()
             with few_threads_to_differentiate([*thetas, *gate.outputs]):
                 found = iter(pulled(gate.outputs, wanted, gate.guard(bars), retain_graph=keep))
             return None, *(next(found) if need else None for need in needed)

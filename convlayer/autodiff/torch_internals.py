@@ -1,0 +1,75 @@
+"""What convlayer takes of torch beside its documented interface, all of it here: a new version of torch is checked against this list.
+
+`tests/test_architecture.py` holds that no other module reaches inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+functorch: Any = torch._C._functorch
+# Inside an operator torch records nothing, whatever its grad mode: there the dispatcher passes autograd by. As it is here it does not.
+_OUTSIDE = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+
+
+def recording() -> AbstractContextManager:
+    """Inside an operator: torch records as it does outside of one."""
+    return torch._C._ForceDispatchKeyGuard(*_OUTSIDE)
+
+
+def in_forward_mode() -> bool:
+    """A dual level is open: any tensor may have a tangent."""
+    return forward_ad._current_level >= 0
+
+
+def is_transformed(tensors: Sequence[Tensor | None]) -> bool:
+    """Inside a torch.func transform, or with a tangent of forward mode."""
+    if not tensors:
+        return False
+    if functorch.peek_interpreter_stack() is not None:
+        return True
+    return in_forward_mode() and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def in_vmap_alone() -> bool:
+    """Every transform that is under way is a vmap, and no tangent is."""
+    levels = functorch.get_interpreter_stack() or ()
+    return not in_forward_mode() and all(level.key() == functorch.TransformType.Vmap for level in levels)
+
+
+def is_of_old_vmap(tensor: Tensor) -> bool:
+    """Batched by the vmap that torch.func's replaced."""
+    return functorch.is_legacy_batchedtensor(tensor)
+
+
+def keeps_graph() -> bool:
+    """Inside a backward: whether the pass that is under way was asked to retain the graph."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def is_reached(tensor: Tensor) -> bool:
+    """Inside a backward: whether the pass that is under way goes on to this tensor; torch does not say it of a leaf."""
+    return tensor.grad_fn is None or torch._C._will_engine_execute_node(tensor.grad_fn)
+
+
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """How often each was changed in place."""
+    return [tensor._version for tensor in tensors]
+
+
+def is_view(tensor: Tensor) -> bool:
+    """It shares another tensor's memory."""
+    return tensor._is_view()
+
+
+def softmax_backward(bar: Tensor, p: Tensor, out: Tensor | None = None) -> Tensor:
+    """p * (bar - p'bar) along the last dimension, in one pass."""
+    if out is None:
+        return torch._softmax_backward_data(bar, p, -1, p.dtype)
+    return torch._softmax_backward_data(bar, p, -1, p.dtype, grad_input=out)
