@@ -12,7 +12,8 @@ ROOT = Path(convlayer.__file__).parent
 LEVELS = (
     {"cones", "autodiff", "solution", "shifts", "display", "notices"},
     {"conic", "kernels"},
-    {"declaration", "solvers"},
+    {"solvers"},
+    {"declaration"},
     {"structures"},
     {"paths"},
     {"report"},
@@ -24,7 +25,7 @@ LEVELS = (
 # Modules at the bottom stand on these.
 AMONG_EACH_OTHER = {("solution", "shifts"), ("solution", "display")}
 # Where a problem is read or declared. Elsewhere it is a program, or tensors.
-KNOW_CVXPY = {"declaration", "structures", "paths", "layer", "compat", "command_line", "problems"}
+KNOW_CVXPY = {"declaration", "structures", "paths", "report", "layer", "compat", "command_line", "problems"}
 INTERNALS = {"cvxpy": "declaration/cvxpy_internals.py", "torch": "autodiff/torch_internals.py"}
 FILES = sorted(path for path in ROOT.rglob("*.py") if "problems" not in path.relative_to(ROOT).parts)
 

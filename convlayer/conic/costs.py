@@ -7,10 +7,9 @@ The models are of flops and fixed costs; their constants are fitted to measureme
 
 from __future__ import annotations
 
-from convlayer.conic.kkt import dense_seconds, prefers_dense, system_seconds
+from convlayer.conic.kkt import prefers_dense
 from convlayer.conic.pattern import kkt_pattern
 from convlayer.conic.program import Program
-from convlayer.solvers import SOLVERS, Solver
 
 
 def system_flops(program: Program) -> tuple[float, float]:
@@ -20,10 +19,3 @@ def system_flops(program: Program) -> tuple[float, float]:
         return 2 / 3 * size**3, 2.0 * size**2
     pattern = kkt_pattern(program)
     return float(pattern.flops), 4.0 * pattern.fill
-
-
-def row_seconds(program: Program, dense: bool = False) -> float:
-    """Of solving a row by the cheaper of the solvers that go row by row, its polish and its adjoint, `dense` or as is cheaper."""
-    system = dense_seconds(program) if dense else system_seconds(program)
-    solvers = (solver for solver in SOLVERS.values() if isinstance(solver, Solver))
-    return min(solver.row_seconds(program) for solver in solvers) + 2 * system

@@ -13,6 +13,7 @@ P' squares the condition of L. Where that could be felt, by the pivots of the KK
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,7 +23,6 @@ import torch
 from torch import Tensor
 
 from convlayer.cones import Product, Zero
-from convlayer.conic.costs import row_seconds
 from convlayer.conic.kkt import Visible
 from convlayer.conic.linear_map import LinearMap
 from convlayer.conic.program import DENSE_ENTRIES, Data, Program, product, take_rows
@@ -40,8 +40,15 @@ class Elimination:
     visible: Visible  # of the program that is left
 
     @classmethod
-    def of(cls, program: Program, fixed: np.ndarray, values: np.ndarray, visible: Visible) -> Elimination | None:
-        """fixed (nnz(A),): entries that no parameter moves, with their values. None: nothing to eliminate, or nothing gained."""
+    def of(
+        cls,
+        program: Program,
+        fixed: np.ndarray,  # (nnz(A),) entries that no parameter moves,
+        values: np.ndarray,  # with their values
+        visible: Visible,
+        seconds: Callable[[Program, bool], float],  # a row costs, solved and differentiated; densely, or as is cheaper
+    ) -> Elimination | None:
+        """None: nothing to eliminate, or nothing gained."""
         zero_rows = sum(block.size for block in program.cones.blocks if block.name == "zero")
         if not zero_rows or program.cones.blocks[0].size != zero_rows:
             return None
@@ -61,7 +68,7 @@ class Elimination:
         if n * (n + m) > DENSE_ENTRIES:
             return None  # L'L could have more entries than there is room for
         left = _left(program, t, r)
-        if row_seconds(left, dense=True) >= row_seconds(program):
+        if seconds(left, True) >= seconds(program, False):
             return None
         return cls(left, program, t, r, values[entry], _still_visible(program, t, r, visible))
 

@@ -44,7 +44,7 @@ from convlayer.cones import Product
 from convlayer.conic.bounds import NO_BOUND, Bounds, implied
 from convlayer.conic.consistency import Dependence
 from convlayer.conic.elimination import Elimination
-from convlayer.conic.kkt import Visible
+from convlayer.conic.kkt import Visible, dense_seconds, system_seconds
 from convlayer.conic.linear_map import LinearMap
 from convlayer.conic.program import Program
 from convlayer.declaration.diagnose import (
@@ -57,6 +57,7 @@ from convlayer.declaration.domain import is_symmetric
 from convlayer.declaration.graph import Contents, arguments_first
 from convlayer.declaration.spelling import short
 from convlayer.notices import quiet_cvxpy
+from convlayer.solvers import SOLVERS, Solver
 
 EVEN = (Power, cp.quad_over_lin, cp.huber)  # atoms that may square an absolute value or a norm
 
@@ -324,7 +325,7 @@ class Canonical:
     @cached_property
     def elimination(self) -> Elimination | None:
         """Of auxiliary variables, if that makes the program cheaper to solve and to differentiate."""
-        return Elimination.of(self.program, *self._constants, self.visible)
+        return Elimination.of(self.program, *self._constants, self.visible, _row_seconds)
 
     @cached_property
     def dependence(self) -> Dependence | None:
@@ -352,6 +353,13 @@ class Canonical:
     def objective(self, value: Tensor) -> Tensor:
         """The user's objective from the cone program's."""
         return self.sign * value if not self.gp else (self.sign * value).exp()
+
+
+def _row_seconds(program: Program, dense: bool) -> float:
+    """Of solving a row by the cheaper of the solvers that go row by row, its polish and its adjoint, `dense` or as is cheaper."""
+    system = dense_seconds(program) if dense else system_seconds(program)
+    solvers = (solver for solver in SOLVERS.values() if isinstance(solver, Solver))
+    return min(solver.row_seconds(program) for solver in solvers) + 2 * system
 
 
 def _not_canonicalised(error: Exception) -> ProblemError:
