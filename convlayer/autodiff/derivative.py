@@ -167,7 +167,8 @@ def anew(
     solve: Callable[[Tensors, bool], tuple[Tensors, Tensors, Local | None]], thetas: Tensors
 ) -> tuple[Tensor, ...]:
     """What `solve` finds for these parameters, differentiable in every way; it is called outside of any transform."""
-    return _Solved.apply(Point([t.ndim for t in thetas], solve), None, *thetas)
+    # Views: of a leaf it cannot be told whether a backward pass goes on to it, see `is_reached`.
+    return _Solved.apply(Point([t.ndim for t in thetas], solve), None, *(t.view_as(t) for t in thetas))
 
 
 def known(solution: Tensors, local: Callable[[], Local], thetas: Tensors) -> tuple[Tensor, ...]:

@@ -330,12 +330,11 @@ def term_sizes(operators: Operators, x: Tensor, s: Tensor, y: Tensor, faint: Fai
     least = largest_of_part(primal, "part_of_y", program)
     primal = primal + _floor(least, faint)
     least = largest_of_part(dual, "part_of_x", program)
-    floor = _floor(least, faint)
     if len(program.P_rows):
-        # An x that is zero beside others of size one is so to their rounding, which its own row of P passes on, and no other's.
-        beside = faint.within * largest_of_part(x, "part_of_x", program)
-        dual = dual + absolute.P(torch.maximum(x, beside))
-    return Sizes(dual + floor, primal)
+        dual = dual + absolute.P(x)
+        # An x that is zero beside others of size one is so to their rounding.
+        least = torch.maximum(least, operators.data.largest_costs[1] * largest_of_part(x, "part_of_x", program))
+    return Sizes(dual + _floor(least, faint), primal)
 
 
 def _floor(least: Tensor, faint: Faint) -> Tensor:
