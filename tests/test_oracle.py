@@ -9,7 +9,7 @@ import torch
 from cases import CASES, leaves, names
 from oracles import cone_program, qp_adjoint
 
-import convlayer.layer
+import convlayer.paths.cone_program
 from convlayer import ConvexLayer
 
 # At these seeds an inactive norm leaves its canonical auxiliary variable free: harmless for the user, but x and s of the cone
@@ -55,7 +55,7 @@ def test_cotangents_of_x_y_and_s_are_pulled_back_as_diffcp_does(name, monkeypatc
             seen[:] = [*found, arguments[1:]]
             return found
 
-    monkeypatch.setattr(convlayer.layer, "Solve", Recorder)
+    monkeypatch.setattr(convlayer.paths.cone_program, "Solve", Recorder)
     layer, declared = case.layer(), case.declare()
     for seed in (seed for seed in range(2) if seed not in FREE.get(name, ())):
         tensors, others = case.sample(seed=seed), case.sample(seed=seed + 100)
