@@ -1,7 +1,7 @@
 """Forward and backward at batch 32: ours against the peer, against the bare solver calls, and with one torch thread.
 
 All times are medians in milliseconds; runs of ours and of the peer alternate. `bare` is the time inside
-convlayer.paths.generic.solve_batch during the same forward. Speed-up: the peer's forward + backward over ours;
+convlayer.paths.attempts.solve_batch during the same forward. Speed-up: the peer's forward + backward over ours;
 `one thread` is ours with one torch thread, the peer being as it is.
 """
 
@@ -22,7 +22,7 @@ from benchmarks.peer import MISSING, peer_layer
 from benchmarks.table import Family, Options, Row
 from convlayer import ConvexLayer
 from convlayer.autodiff.threads import one_thread
-from convlayer.paths import generic
+from convlayer.paths import attempts
 
 BATCH, REPEATS, SECONDS = 32, 21, 8.0
 SIZES = {
@@ -133,7 +133,7 @@ def on_one_thread(run: Callable[[], tuple[float, ...]]) -> tuple[float, ...]:
 @contextmanager
 def bare_clock() -> Iterator[list[float]]:
     """Collects the seconds of every call of solve_batch that the layer makes."""
-    spent, solve_batch = [], generic.solve_batch
+    spent, solve_batch = [], attempts.solve_batch
 
     def clocked(*arguments, **named):
         start = time.perf_counter()
@@ -142,8 +142,8 @@ def bare_clock() -> Iterator[list[float]]:
         finally:
             spent.append(time.perf_counter() - start)
 
-    generic.solve_batch = clocked
+    attempts.solve_batch = clocked
     try:
         yield spent
     finally:
-        generic.solve_batch = solve_batch
+        attempts.solve_batch = solve_batch

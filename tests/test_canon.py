@@ -9,7 +9,7 @@ from oracles import ThreeDimensionalPowers, cone_program
 
 import convlayer.declaration.canonical
 from convlayer import CanonicalisationError, ConvexLayer
-from convlayer.paths.generic import evaluate
+from convlayer.paths.evaluation import evaluate
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 

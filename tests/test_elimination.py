@@ -10,7 +10,7 @@ from cases import CASES, close
 
 from convlayer import AccuracyWarning, ConvexLayer, Status
 from convlayer.conic.program import Operators
-from convlayer.paths.generic import evaluate
+from convlayer.paths.evaluation import evaluate
 
 ELIMINATED = [name for name, case in CASES.items() if case.shared._canonical.elimination is not None]
 

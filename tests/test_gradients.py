@@ -11,7 +11,7 @@ from cases import CASES, relative
 
 from convlayer import Cause, ConvexLayer, GradientWarning, ProblemError
 from convlayer.conic.residual import normalise, recentre
-from convlayer.paths.generic import smoothed
+from convlayer.paths.cone_solution import on_central_path
 
 ONE_OF_EACH_CONE = (
     "linear_program", "quadratic_program", "lasso", "raw_second_order", "nearest_correlation", "entropy", "raw_exponential",
@@ -47,7 +47,7 @@ def smoothed_solution(layer, tensors, product=None):
     _, scaling = recentre(data, scaling, x, y)
     units = float(scaling.rho * scaling.tau)
     product = KAPPA / units if product is None else product
-    (x, s, y), _ = smoothed(call, exact, product * units)
+    (x, s, y), _ = on_central_path(call, exact, product * units)
     return torch.cat([x[0], y[0]]), product
 
 

@@ -8,7 +8,9 @@ from cases import close
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import dijkstra
 
-import convlayer.paths.generic
+import convlayer.paths.attempts
+import convlayer.paths.cone_solution
+import convlayer.paths.pieces
 from convlayer import ConvexLayer
 from convlayer.cones import Product, ProductSpectrum, SecondOrder
 from convlayer.cones.cone import axes, from_basis, to_basis
@@ -22,7 +24,8 @@ either_system = pytest.mark.parametrize("dense", [True, False], ids=["dense", "s
 
 
 def choose(monkeypatch, dense):
-    monkeypatch.setattr(convlayer.paths.generic, "prefers_dense", lambda program: dense)
+    for module in (convlayer.paths.attempts, convlayer.paths.cone_solution):
+        monkeypatch.setattr(module, "prefers_dense", lambda program: dense)
     monkeypatch.setattr(Canonical, "elimination", property(lambda self: None))
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-import convlayer.paths.generic
+import convlayer.paths.attempts
+import convlayer.paths.refined
 from convlayer import ConvexLayer, SolverError, Status
 from convlayer.solvers import interior_point
 
@@ -45,9 +46,9 @@ def test_a_row_that_its_time_limit_ended_is_neither_tried_again_nor_polished(sol
     """Whether the solver is named, or the layer's own first choice."""
     if not named and solver != "clarabel":
         pytest.skip("only Clarabel is the layer's own choice")
-    tried, original = [], convlayer.paths.generic.solve_batch
-    monkeypatch.setattr(convlayer.paths.generic, "solve_batch", lambda kind, *rest: tried.append(kind.name) or original(kind, *rest))
-    monkeypatch.setattr(convlayer.paths.generic, "polish", lambda *_, **__: pytest.fail("polished"))
+    tried, original = [], convlayer.paths.attempts.solve_batch
+    monkeypatch.setattr(convlayer.paths.attempts, "solve_batch", lambda kind, *rest: tried.append(kind.name) or original(kind, *rest))
+    monkeypatch.setattr(convlayer.paths.refined, "polish", lambda *_, **__: pytest.fail("polished"))
     options = {"on_failure": "keep", "solver_args": AT_ONCE[solver], **({"solver": solver} if named else {})}
     layer, values = (bounded(80, **options), symmetric(80)[0]) if solver == "daqp" else (correlation(8, **options), symmetric(8))
     solution = layer.solve(values)

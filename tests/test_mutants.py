@@ -23,8 +23,10 @@ import convlayer.conic.residual
 import convlayer.declaration.canonical
 import convlayer.declaration.declaration
 import convlayer.paths.cone_derivative
+import convlayer.paths.cone_solution
 import convlayer.paths.gate
-import convlayer.paths.generic
+import convlayer.paths.pieces
+import convlayer.paths.refined
 import convlayer.solvers.scs
 from convlayer import AccuracyWarning, GradientWarning
 from convlayer.cones import ProductSpectrum
@@ -47,18 +49,18 @@ def gradient_law(name):
 
 
 def adjoint_sign(patch):
-    original = convlayer.paths.generic.adjoint
-    patch.setattr(convlayer.paths.generic, "adjoint", lambda *a: tuple(-part for part in original(*a)))
+    original = convlayer.paths.pieces.adjoint
+    patch.setattr(convlayer.paths.pieces, "adjoint", lambda *a: tuple(-part for part in original(*a)))
 
 
 def adjoint_sign_of_the_dual_part(patch):
-    original = convlayer.paths.generic.adjoint
+    original = convlayer.paths.pieces.adjoint
 
     def mutant(*arguments):
         w, u = original(*arguments)
         return w, -u
 
-    patch.setattr(convlayer.paths.generic, "adjoint", mutant)
+    patch.setattr(convlayer.paths.pieces, "adjoint", mutant)
 
 
 def pulled_back(change):
@@ -102,8 +104,8 @@ def basis_transposed(patch):
 
 
 def cotangents_of_y_ignored(patch):
-    original = convlayer.paths.generic.adjoint
-    patch.setattr(convlayer.paths.generic, "adjoint", lambda zero, x_bar, y_bar: original(zero, x_bar, torch.zeros_like(y_bar)))
+    original = convlayer.paths.pieces.adjoint
+    patch.setattr(convlayer.paths.pieces, "adjoint", lambda zero, x_bar, y_bar: original(zero, x_bar, torch.zeros_like(y_bar)))
 
 
 def scaling_of_the_adjoint_lost(patch):
@@ -197,14 +199,14 @@ def test_a_shared_gradient_that_is_a_mean_is_caught(monkeypatch):
 
 
 def test_rows_that_are_swapped_are_caught(monkeypatch):
-    original = convlayer.paths.generic._solve
+    original = convlayer.paths.cone_solution._solved
 
     def mutant(*arguments):
-        x, *rest = original(*arguments)
-        return x.flip(0), *rest
+        found, blank = original(*arguments)
+        return dataclasses.replace(found, x=found.x.flip(0)), blank
 
     caught(lambda: test_batches.test_a_batch_equals_a_loop_in_value_and_gradient(CASES["linear_program"]),
-           lambda patch: patch.setattr(convlayer.paths.generic, "_solve", mutant), monkeypatch)
+           lambda patch: patch.setattr(convlayer.paths.cone_solution, "_solved", mutant), monkeypatch)
 
 
 def test_the_sign_of_a_maximum_is_caught(monkeypatch):
@@ -242,13 +244,13 @@ def test_the_order_of_a_psd_cone_in_scs_is_caught(n, monkeypatch):
 
 def test_an_absolute_zero_test_of_a_small_loss_is_caught(monkeypatch):
     """The incumbent's: a cotangent below a fixed size counts as zero."""
-    original = convlayer.paths.generic.adjoint
+    original = convlayer.paths.pieces.adjoint
 
     def mutant(zero, x_bar, y_bar):
         return original(zero, torch.where(x_bar.abs() > 1e-8, x_bar, 0.0), torch.where(y_bar.abs() > 1e-8, y_bar, 0.0))
 
     caught(lambda: test_gradient.test_a_scaled_loss_scales_the_gradient_exactly(CASES["lasso"], 1e-9),
-           lambda patch: patch.setattr(convlayer.paths.generic, "adjoint", mutant), monkeypatch)
+           lambda patch: patch.setattr(convlayer.paths.pieces, "adjoint", mutant), monkeypatch)
 
 
 def test_a_failed_row_with_a_gradient_of_zero_is_caught(monkeypatch):
@@ -261,7 +263,7 @@ def test_a_failed_row_with_a_gradient_of_zero_is_caught(monkeypatch):
 
 def test_a_failed_row_that_is_called_solved_is_caught(monkeypatch):
     caught(lambda: test_failure.test_a_row_that_neither_solver_nor_polish_settles_is_named(monkeypatch),
-           lambda patch: patch.setattr(convlayer.paths.generic, "_verdict", lambda zero, *_: torch.zeros(len(zero.x), dtype=torch.int64)),
+           lambda patch: patch.setattr(convlayer.paths.refined, "_verdict", lambda zero, *_: torch.zeros(len(zero.x), dtype=torch.int64)),
            monkeypatch)
 
 
@@ -273,7 +275,7 @@ def test_a_kink_that_is_not_flagged_is_caught(monkeypatch):
 def test_a_flag_on_what_is_harmless_is_caught(monkeypatch):
     def plant(patch):
         patch.setattr(convlayer.conic.kkt._System, "_harmful", lambda self, rows, *rest: torch.ones(len(rows), dtype=torch.bool))
-        patch.setattr(convlayer.paths.generic, "judged", lambda zero, rows, sides: zero)
+        patch.setattr(convlayer.paths.refined, "judged", lambda zero, rows, sides: zero)
 
     caught(test_degenerate.test_redundant_equalities_without_parameters_are_harmless, plant, monkeypatch)
 

@@ -10,7 +10,9 @@ from cases import close, leaves
 from test_degenerate import run, tensor
 
 import convlayer.conic.kkt
-import convlayer.paths.generic
+import convlayer.paths.attempts
+import convlayer.paths.cone_solution
+import convlayer.paths.pieces
 from convlayer import ConvexLayer, GradientWarning, Status
 from convlayer.conic.kkt import DenseSystem, SparseSystem
 
@@ -22,7 +24,8 @@ either_system = pytest.mark.parametrize("dense", [True, False])
 def system(request, monkeypatch):
     """The kind of system that is asked for; and that it did work without a basis."""
     dense, looked = request.node.callspec.params["dense"], []
-    monkeypatch.setattr(convlayer.paths.generic, "prefers_dense", lambda program: dense)
+    for module in (convlayer.paths.attempts, convlayer.paths.cone_solution):
+        monkeypatch.setattr(module, "prefers_dense", lambda program: dense)
     monkeypatch.setattr(convlayer.declaration.canonical.Canonical, "elimination", property(lambda self: None))
     original = convlayer.conic.kkt._System._look_beyond
 

@@ -11,6 +11,7 @@ from oracles import cone_program, qp_adjoint
 
 import convlayer.paths.cone_program
 from convlayer import ConvexLayer
+from convlayer.paths.cone_solution import attached
 
 # At these seeds an inactive norm leaves its canonical auxiliary variable free: harmless for the user, but x and s of the cone
 # program are then not unique, and a cotangent of all of them has no one answer.
@@ -47,15 +48,13 @@ def test_cotangents_of_x_y_and_s_are_pulled_back_as_diffcp_does(name, monkeypatc
     if case.gp:
         pytest.skip("the cone program is affine in the logarithms, not in the parameters")
 
-    class Recorder:
-        @staticmethod
-        def apply(*arguments):
-            # The layer records a graph of its own, from the parameters as the cone program takes them.
-            found = convlayer.paths.generic.Solve.apply(*arguments)
-            seen[:] = [*found, arguments[1:]]
-            return found
+    def recorded(found, thetas):
+        # The layer records a graph of its own, from the parameters as the cone program takes them.
+        outputs = attached(found, thetas)
+        seen[:] = [*outputs, thetas]
+        return outputs
 
-    monkeypatch.setattr(convlayer.paths.cone_program, "Solve", Recorder)
+    monkeypatch.setattr(convlayer.paths.cone_program, "attached", recorded)
     layer, declared = case.layer(), case.declare()
     for seed in (seed for seed in range(2) if seed not in FREE.get(name, ())):
         tensors, others = case.sample(seed=seed), case.sample(seed=seed + 100)

@@ -20,7 +20,7 @@ from convlayer.conic.kkt import Visible
 from convlayer.conic.program import Data, Operators, Program
 from convlayer.conic.residual import normalise, recentre
 from convlayer.conic.smoothing import smoothed
-from convlayer.paths.generic import evaluate
+from convlayer.paths.evaluation import evaluate
 from convlayer.solvers.clarabel import Clarabel
 from convlayer.solvers.solver import solve_batch
 

@@ -10,7 +10,9 @@ import torch
 from cases import CASES, close, leaves, weights
 
 import convlayer.conic.adjoint
-import convlayer.paths.generic
+import convlayer.paths.attempts
+import convlayer.paths.cone_solution
+import convlayer.paths.pieces
 from convlayer import ConvexLayer, GradientWarning, Status
 from convlayer.conic.kkt import DenseSystem, SparseSystem
 from convlayer.declaration.canonical import Canonical
@@ -31,10 +33,11 @@ def force(monkeypatch, kind):
     if kind == "as it comes":
         return made
     monkeypatch.setattr(Canonical, "elimination", property(lambda self: None))
-    monkeypatch.setattr(convlayer.paths.generic, "prefers_dense", lambda program: kind != "sparse")
+    for module in (convlayer.paths.attempts, convlayer.paths.cone_solution):
+        monkeypatch.setattr(module, "prefers_dense", lambda program: kind != "sparse")
     if kind == "by rows":
-        monkeypatch.setattr(convlayer.paths.generic, "WHOLE_ENTRIES", 0)
-        monkeypatch.setattr(convlayer.paths.generic, "DENSE_ENTRIES", 1)
+        monkeypatch.setattr(convlayer.paths.cone_solution, "WHOLE_ENTRIES", 0)
+        monkeypatch.setattr(convlayer.paths.pieces, "DENSE_ENTRIES", 1)
     return made
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import CASES
 
-import convlayer.paths.generic
+import convlayer.paths.cone_solution
 from convlayer import ConvexLayer, Status
 from convlayer.solvers import SOLVERS, BatchSolver
 from convlayer.structures import STRUCTURES
@@ -182,8 +182,8 @@ def test_a_layer_is_verified_against_cvxpy_with_diffcp_which_finds_a_wrong_gradi
     assert found.agrees, found
     assert "against CVXPY with diffcp, 2 rows: agree" in str(found)
     assert bool((found.value > 0).any())  # two computations, not one
-    adjoint = convlayer.paths.generic._adjoint_of
-    monkeypatch.setattr(convlayer.paths.generic, "_adjoint_of", lambda *a: [1.01 * part for part in adjoint(*a)])
+    adjoint = convlayer.paths.cone_solution.adjoint_of
+    monkeypatch.setattr(convlayer.paths.cone_solution, "adjoint_of", lambda *a: [1.01 * part for part in adjoint(*a)])
     wrong = variables_alone(name).with_options(structure="generic").verify(*tensors, against="diffcp")
     assert not wrong.agrees
     assert "DISAGREE" in str(wrong)

@@ -32,7 +32,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
 
@@ -57,8 +57,10 @@ from convlayer.declaration.canonical import (
 )
 from convlayer.declaration.declaration import Declaration
 from convlayer.declaration.spelling import short
+from convlayer.paths.cone_call import ConeFound, ConeRequest
 from convlayer.paths.cone_derivative import ConeDerivative
-from convlayer.paths.generic import Call, Solve, evaluate
+from convlayer.paths.cone_solution import solve
+from convlayer.paths.evaluation import evaluate
 from convlayer.paths.gradients import Exact
 from convlayer.paths.verdict import Verdict
 from convlayer.solution import Status
@@ -111,31 +113,25 @@ def closest(
     plain = [part.detach() for part in entries]
     first = _solved(relaxation.first_few if few else relaxation.first, plain, tolerance)
     program = relaxation.canonical.program
-    multipliers, shift = relaxation.read(first.iterate[0], first.iterate[2], few)
-    settled = _rounding(first.exact.operators.data.b[:, : program.m], shift)
+    multipliers, shift = relaxation.read(first.x, first.y, few)
+    settled = _rounding(first.derivative.operators.data.b[:, : program.m], shift)
     shift, pattern = shift + settled, _pattern(program, multipliers)
-    status, iterations, residual, degenerate, margin = (
-        part.clone() for part in (first.status, first.iterations, first.residual, first.degenerate, first.margin)
-    )
     own, _ = evaluate(relaxation.canonical, plain, False, shift.new_zeros(()))
     doubted = ~_certified(first, own, multipliers, pattern, shift, tolerance if least is None else least)
-    status[(status < Status.INFEASIBLE) & doubted] = int(Status.NOT_CONVERGED)
-    going = torch.nonzero(status < Status.INFEASIBLE).flatten()
+    lost = ~first.verdict.failed & doubted
+    status = first.verdict.status.masked_fill(lost, int(Status.NOT_CONVERGED))
+    verdict = replace(first.verdict, status=status)
+    going = torch.nonzero(~verdict.failed).flatten()
     patterns, which = torch.unique(pattern[going], dim=0, return_inverse=True)
     groups = []
     for k, one in enumerate(patterns):
         rows, faces = going[which == k], _Faces(relaxation, one)
         part = [take_rows(values, rows) for values in plain]
-        call = _solved(faces.stage, faces.entries(part, multipliers[rows], shift[rows]), tolerance)
-        status[rows] = torch.maximum(status[rows], call.status)
-        residual[rows] = torch.maximum(residual[rows], call.residual)
-        iterations[rows] += call.iterations
-        degenerate[rows] |= call.degenerate
-        margin[rows] = torch.minimum(margin[rows], call.margin)
-        groups.append((rows, faces, call.exact))
-    outputs_at = partial(_outputs_at, relaxation, few, first.exact, settled, groups)
+        second = _solved(faces.stage, faces.entries(part, multipliers[rows], shift[rows]), tolerance)
+        verdict = verdict.put(rows, verdict.take(rows).with_next(second.verdict))
+        groups.append((rows, faces, second.derivative))
+    outputs_at = partial(_outputs_at, relaxation, few, first.derivative, settled, groups)
     x, y, value, shift = outputs_at(entries)
-    verdict = Verdict(status, iterations, residual, degenerate, margin)
     return Closest(x, y, value, shift, verdict, outputs_at)
 
 
@@ -172,10 +168,10 @@ def _known(solved: ConeDerivative, entries: Sequence[Tensor]) -> tuple[Tensor, .
     return known(solved.solution, lambda: solved, entries)
 
 
-def _solved(stage: _Stage, entries: Sequence[Tensor], tolerance: float) -> Call:
+def _solved(stage: _Stage, entries: Sequence[Tensor], tolerance: float) -> ConeFound:
     """One of the programs, solved, with its derivative."""
     rows = max((len(part) for part in entries), default=1)
-    call = Call(
+    request = ConeRequest(
         canonical=stage,
         attempts=SOLVERS["clarabel"].attempts(tolerance, {}),
         tolerance=tolerance,
@@ -187,21 +183,19 @@ def _solved(stage: _Stage, entries: Sequence[Tensor], tolerance: float) -> Call:
         differentiable=True,
         judged=True,
         selected=False,
-        precision=PRECISION,
+        parameters_precision=PRECISION,
         gradient=Exact(),
-        on_degenerate=lambda *_: None,
+        tell=lambda *_: None,
     )
-    with torch.no_grad():
-        Solve.apply(call, *entries)
-    return call
+    return solve(request, entries)
 
 
-def _certified(first: Call, own: Data, multipliers: Tensor, pattern: Tensor, shift: Tensor, tolerance: float) -> Tensor:
+def _certified(first: ConeFound, own: Data, multipliers: Tensor, pattern: Tensor, shift: Tensor, tolerance: float) -> Tensor:
     """(R,) whether y proves that there is no feasible point near x, and so that the shift is neither zero nor only approached.
 
     A'y = 0 and -b'y = |t|^2 > 0, or w'|t|, exclude every x; as computed, those with x'A'y well below that. own: the program's data.
     """
-    operators, (x, s, y) = first.exact.operators, first.iterate
+    operators, (x, s, y) = first.derivative.operators, first.point
     m, n = pattern.shape[1], own.program.n
     b, s, gain = operators.data.b[:, :m], s[:, :m], -(operators.data.b * y).sum(1)
     # Of the equations on faces alone: the right-hand side of a bound that is none may be anything.

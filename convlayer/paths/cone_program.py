@@ -13,13 +13,14 @@ from convlayer.autodiff.derivative import known
 from convlayer.autodiff.threads import one_thread
 from convlayer.declaration import domain
 from convlayer.declaration.declaration import Declaration
-from convlayer.paths.generic import Agreement, Call, Solve, least_norm_weight
+from convlayer.paths.cone_call import ConeFound, ConeRequest
+from convlayer.paths.cone_solution import attached, solve
+from convlayer.paths.evaluation import Agreement, least_norm_weight
 from convlayer.paths.gradients import Gradient
 from convlayer.paths.notes import Note, another_way, made_to_agree
 from convlayer.paths.path import Found, Request
 from convlayer.paths.settings import Solving
 from convlayer.paths.starts import Starts
-from convlayer.paths.verdict import Verdict
 from convlayer.solution import Status
 from convlayer.solvers import Attempt, BatchSolver
 
@@ -32,7 +33,7 @@ STOPPED = (
 
 @dataclass(frozen=True, eq=False)
 class ConeProgram:
-    """parameters -> entries -> Solve -> (x, y, value) -> the user's variables; see `convlayer.paths.generic`."""
+    """parameters -> entries -> (x, y, value) -> the user's variables; see `convlayer.paths.cone_solution`."""
 
     declared: Declaration
     solving: Solving
@@ -56,7 +57,7 @@ class ConeProgram:
         thetas = thetas_of(self.declared, request.values, device)
         differentiable = torch.is_grad_enabled() and any(theta.requires_grad for theta in thetas)
         bad = torch.zeros(request.size, dtype=torch.bool) if request.bad.which is None else request.bad.which
-        call = Call(
+        asked = ConeRequest(
             canonical=canonical,
             attempts=attempts,
             # No answer is wanted beyond the rounding of what it is made of.
@@ -69,13 +70,14 @@ class ConeProgram:
             differentiable=differentiable,
             judged=request.everything or (differentiable and self.gradient.name == "exact"),
             selected=self.declared.weight is not None,
-            precision=domain.relative(coarsest),
+            parameters_precision=domain.relative(coarsest),
             gradient=self.gradient,
-            on_degenerate=request.tell,
+            tell=request.tell,
         )
-        x, y, value = Solve.apply(call, *thetas)
+        found = solve(asked, thetas)
+        x, y, value = attached(found, thetas)
         if request.samples is not None:
-            self.starts.put(request.samples, call.iterate, call.status == Status.SOLVED)
+            self.starts.put(request.samples, found.point, found.verdict.status == Status.SOLVED)
 
         def recovered(x: Tensor, y: Tensor, value: Tensor) -> list[Tensor]:
             outputs = [recovery.value(x, y) for recovery in canonical.variables]
@@ -84,17 +86,17 @@ class ConeProgram:
         def outputs_at(values: list[Tensor]) -> list[Tensor]:
             given = [*(value.to(device, torch.float64) for value in values), *thetas[len(values) :]]
             entries = [reader.read(value) for reader, value in zip(canonical.parameters, given, strict=True)]
-            return recovered(*known(call.exact.solution, lambda: call.derivative, entries))
+            return recovered(*known(found.derivative.solution, lambda: found.derivative, entries))
 
         return Found(
             recovered(x, y, value),
             outputs_at,
-            Verdict(call.status, call.iterations, call.residual, call.degenerate, call.margin),
-            blank=call.blank,
-            stopped=call.stopped,
-            iterate=call.iterate,
-            notes=(*_ways(attempts, call.attempt, call.status), *_agreed(call.agreement)),
-            details={**_disagreeing(call.agreement, coarsest), **_stopped(call)},
+            found.verdict,
+            blank=found.blank,
+            stopped=found.stopped,
+            iterate=found.point,
+            notes=(*_ways(attempts, found.attempt, found.verdict.status), *_agreed(found.agreement)),
+            details={**_disagreeing(found.agreement, coarsest), **_stopped(found)},
         )
 
     def _start(self, request: Request) -> tuple[Tensor, ...] | None:
@@ -141,11 +143,11 @@ def _agreed(agreement: Agreement | None) -> list[Note]:
     return [] if agreement is None else made_to_agree(agreement.apart, agreement.refuted)
 
 
-def _stopped(call: Call) -> dict[int, str]:
+def _stopped(found: ConeFound) -> dict[int, str]:
     """Why rows have not converged that were not given the time."""
-    if call.stopped is None:
+    if found.stopped is None:
         return {}
-    rows = torch.nonzero(call.stopped & (call.status == Status.NOT_CONVERGED)).flatten()
+    rows = torch.nonzero(found.stopped & (found.verdict.status == Status.NOT_CONVERGED)).flatten()
     return dict.fromkeys(rows.tolist(), STOPPED)
 
 

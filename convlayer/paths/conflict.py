@@ -33,7 +33,7 @@ from convlayer.declaration.canonical import Canonical
 from convlayer.declaration.declaration import Declaration
 from convlayer.declaration.sources import Source, sources_of
 from convlayer.paths.cone_program import entries_of
-from convlayer.paths.generic import evaluate
+from convlayer.paths.evaluation import evaluate
 from convlayer.solution import Status
 from convlayer.solvers.clarabel import Clarabel
 from convlayer.solvers.solver import Task

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -22,8 +22,9 @@ from torch import Tensor
 from convlayer.autodiff.derivative import Tensors
 from convlayer.declaration.canonical import Canonical
 from convlayer.declaration.diagnose import ProblemError
+from convlayer.paths.cone_call import ConeFound
 from convlayer.paths.cone_derivative import ConeDerivative, Term, not_finite, spoilt
-from convlayer.paths.generic import Call, resolved, smoothed
+from convlayer.paths.cone_solution import on_central_path, resolved
 from convlayer.paths.surrogates import Solve, blackbox, lpgd, perturbed
 
 SIDES = {"both": (1, -1), "right": (1,), "left": (-1,)}
@@ -37,7 +38,7 @@ class Gradient:
     def check(self, canonical: Canonical) -> None:
         """ProblemError: it does not apply to this problem, and why."""
 
-    def __call__(self, call: Call, exact: ConeDerivative) -> ConeDerivative:
+    def __call__(self, found: ConeFound, exact: ConeDerivative) -> ConeDerivative:
         raise NotImplementedError
 
 
@@ -47,7 +48,7 @@ class Exact(Gradient):
 
     name = "exact"
 
-    def __call__(self, call: Call, exact: ConeDerivative) -> ConeDerivative:
+    def __call__(self, found: ConeFound, exact: ConeDerivative) -> ConeDerivative:
         return exact
 
 
@@ -71,8 +72,8 @@ class Smoothed(Gradient):
     def __post_init__(self) -> None:
         _positive(self, "kappa")
 
-    def __call__(self, call: Call, exact: ConeDerivative) -> ConeDerivative:
-        point, adjoint = smoothed(call, exact, self.kappa)
+    def __call__(self, found: ConeFound, exact: ConeDerivative) -> ConeDerivative:
+        point, adjoint = on_central_path(found, exact, self.kappa)
         return _SmoothedDerivative(exact.canonical, exact.make_data, exact.solution, point, adjoint, None)
 
 
@@ -98,11 +99,11 @@ class Lpgd(Gradient):
         if self.side not in SIDES:
             raise ValueError(f"`side` must be one of {', '.join(map(repr, SIDES))}; got {self.side!r}.")
 
-    def __call__(self, call: Call, exact: ConeDerivative) -> ConeDerivative:
-        again, options = _again(call), (self.tau, self.rho, SIDES[self.side], self.absolute)
+    def __call__(self, found: ConeFound, exact: ConeDerivative) -> ConeDerivative:
+        solve, options = resolved(found.request), (self.tau, self.rho, SIDES[self.side], self.absolute)
 
         def pull(x_bar: Tensor, y_bar: Tensor) -> Term:
-            return Term(*lpgd(exact.data, exact.x, exact.y, x_bar, y_bar, again, *options))
+            return Term(*lpgd(exact.data, exact.x, exact.y, x_bar, y_bar, solve, *options))
 
         return _Surrogate(exact, self.name, pull)
 
@@ -125,16 +126,16 @@ class _OfCosts(Gradient):
         """The cotangent of q; moving (n,): where parameters enter it."""
         raise NotImplementedError
 
-    def __call__(self, call: Call, exact: ConeDerivative) -> ConeDerivative:
+    def __call__(self, found: ConeFound, exact: ConeDerivative) -> ConeDerivative:
         moving = torch.zeros(exact.x.shape[1], dtype=torch.bool)
         for back in exact.canonical.maps["q"].back.values():
             moving[torch.from_numpy(back.read)] = True
-        again = _again(call)
+        solve = resolved(found.request)
 
         def pull(x_bar: Tensor, y_bar: Tensor) -> Term:
             if bool(y_bar.any()):
                 raise _refused(self.name, "derivative of multipliers")
-            q_bar = self.bar(exact, x_bar, again, moving)
+            q_bar = self.bar(exact, x_bar, solve, moving)
             return Term(exact.x, exact.y, -q_bar, torch.zeros_like(y_bar))
 
         return _Surrogate(exact, self.name, pull)
@@ -199,11 +200,6 @@ def _positive(gradient: Any, name: str) -> None:
     value = getattr(gradient, name)
     if not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise ValueError(f"`{name}` must be a positive number; got {value!r}.")
-
-
-def _again(call: Call) -> Solve:
-    """Other data, solved as the call's were; by a call of its own, as this one holds its derivative, and a cycle would outlive the graph."""
-    return resolved(replace(call))
 
 
 class _SmoothedDerivative(ConeDerivative):

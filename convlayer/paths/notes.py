@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from convlayer.paths.generic import ROUNDING
+from convlayer.paths.evaluation import ROUNDING
 from convlayer.solution import Status
 
 Note = tuple[Tensor, str]  # rows, and what is to be said of them

@@ -17,7 +17,7 @@ from convlayer.declaration.domain import is_symmetric
 from convlayer.declaration.normal_form import NormalForm, Weighted
 from convlayer.declaration.spelling import short
 from convlayer.kernels.answer import Answer
-from convlayer.paths.generic import ROUNDING
+from convlayer.paths.evaluation import ROUNDING
 from convlayer.paths.notes import Note, made_to_agree
 from convlayer.paths.path import Found, Request
 from convlayer.paths.verdict import Verdict

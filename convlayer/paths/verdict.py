@@ -64,6 +64,16 @@ class Verdict:
         """Of these rows of a larger batch, the others of which have a `status` and nothing else."""
         return Verdict.unknown(status).put(rows, self)
 
+    def with_next(self, other: Verdict) -> Verdict:
+        """Of rows that were solved twice, the second time from what the first found: the worse of both."""
+        return Verdict(
+            torch.maximum(self.status, other.status),
+            self.iterations + other.iterations,
+            torch.maximum(self.residual, other.residual),
+            self.degenerate | other.degenerate,
+            torch.minimum(self.margin, other.margin),
+        )
+
     def cpu(self) -> Verdict:
         """On the host."""
         return self.each(Tensor.cpu)

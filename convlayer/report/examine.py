@@ -37,7 +37,7 @@ from convlayer.declaration.sources import Source, sources_of
 from convlayer.paths.cone_derivative import Term, entries_bar
 from convlayer.paths.cone_program import entries_of
 from convlayer.paths.conflict import conflicts
-from convlayer.paths.generic import evaluate
+from convlayer.paths.evaluation import evaluate
 from convlayer.report.check import Check, ConstraintCheck
 from convlayer.solution import Solution, Status, batch_index
 

@@ -1,0 +1,208 @@
+"""A solver's points polished, and judged: whether they are solutions, and whether they can be differentiated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from convlayer.conic.adjoint import Zero, polish
+from convlayer.conic.elimination import Eliminated
+from convlayer.conic.kinks import Sides, judged
+from convlayer.conic.kkt import Visible
+from convlayer.conic.program import Data, Operators
+from convlayer.conic.residual import Scaling, largest, recentre
+from convlayer.declaration.canonical import Canonical
+from convlayer.paths.cone_call import ConeRequest
+from convlayer.paths.evaluation import NEGLIGIBLE
+from convlayer.solution import Status
+
+INACCURATE = 1e-4  # a relative residual above this is no solution
+MEANINGLESS = 1e-2  # a relative error of x above this, and it is no solution at all
+SENSITIVE = 3e-8  # a relative error of x, estimated by one more Newton step, above this is not called solved
+RUNAWAY = 1e6  # nor is an x that many times the size which the data suggest: it may be on its way to infinity
+FAINT = 1e-3  # multipliers that are noise are smaller, in units where multipliers or costs are of size one
+BEYOND = 1e100  # a unit, or its inverse, that is larger: products of such numbers overflow
+SQUARED = 1e-7  # a pivot below this, and a row is not trusted to the program without its auxiliary variables
+
+
+@dataclass(frozen=True, eq=False)
+class Unpolished:
+    """A solver's points, in normalised units, and how they came to be."""
+
+    data: Data
+    scaling: Scaling
+    x: Tensor  # (rows, n)
+    s: Tensor  # (rows, m)
+    y: Tensor  # (rows, m)
+    visible: Visible
+    eliminated: Eliminated | None  # the program is without these variables
+    dense: bool
+    first: bool  # of the first attempt, or of none
+    last: bool  # no attempt is left that would start the polish nearer
+
+    def rows(self, index: Tensor) -> Unpolished:
+        """Of some rows."""
+        x, s, y = (part[index] for part in (self.x, self.s, self.y))
+        eliminated = None if self.eliminated is None else self.eliminated.only(index)
+        return replace(
+            self,
+            data=self.data.rows(index),
+            scaling=self.scaling.rows(index),
+            x=x,
+            s=s,
+            y=y,
+            eliminated=eliminated,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Refined:
+    """Polished points, in the original units."""
+
+    x: Tensor
+    s: Tensor
+    y: Tensor
+    status: Tensor
+    zero: Zero
+    scaling: Scaling  # of the zero
+
+
+def refined(request: ConeRequest, given: Unpolished) -> Refined:
+    """Newton's method on the residual map, then what its residual and its last step say."""
+    outer, eliminated = given.scaling, given.eliminated
+    data, inner = recentre(given.data, outer, given.x, given.y, given.visible.x)
+    started = outer.to_same(inner, given.x, given.s, given.y)
+    # Where a sharper attempt is left, that is the cheaper second effort.
+    zero = polish(Operators(data, given.dense), *started, given.visible, inner.c, follow=given.last)
+    zero = _judged(request, zero, inner, eliminated)
+    status = _verdict(zero, request.tolerance)
+    if not data.program.is_polyhedral and zero.x.shape[1]:  # there an infimum is attained
+        status = _not_run_away(status, zero.x * given.visible.x * (outer.rho / inner.rho))
+    if request.elimination is not None and given.first and zero.pivot is not None:
+        # The elimination squared a condition: neither the residual nor the adjoint's check can see what that cost.
+        squared = zero.pivot < SQUARED
+        status = torch.where(squared & (status < Status.INACCURATE), int(Status.INACCURATE), status)
+    if request.selected:
+        zero = _selected(request.canonical, zero, inner, eliminated)
+    status = _within_numbers(_not_swamped(status, data, zero), inner)
+    if inner.unbounded is not None:
+        # A bound that was taken for infinite and is active after all: this is not the solution.
+        held = (inner.unbounded & (zero.y > 0)).any(1)
+        status = torch.where(held, int(Status.NOT_CONVERGED), status)
+    zero = _rough_near_kinks(status, zero)
+    return Refined(*inner.leave(zero.x, zero.s, zero.y), status, zero, inner)
+
+
+def _not_run_away(status: Tensor, seen: Tensor) -> Tensor:
+    """seen (rows, n): what is seen of x, in units in which the data suggest that it is of size one."""
+    size = seen.abs().amax(1)
+    if size.amax().item() <= RUNAWAY:
+        return status
+    for bound, verdict in ((RUNAWAY, Status.INACCURATE), (RUNAWAY**1.5, Status.NOT_CONVERGED)):
+        status = torch.where((size > bound) & (status < verdict), int(verdict), status)
+    return status
+
+
+def _not_swamped(status: Tensor, data: Data, zero: Zero) -> Tensor:
+    """Beside multipliers so large the costs are not seen in the residual: constraints contradict each other by little."""
+    q, P = data.largest_costs
+    costs = torch.maximum(q, P * largest(zero.x))
+    swamped = largest(zero.y) > (RUNAWAY * costs).clamp(min=FAINT)
+    if not bool(swamped.any()):
+        return status
+    swamped = (swamped & (costs > 0)).squeeze(1)
+    return torch.where(swamped, status.clamp(min=int(Status.INACCURATE)), status)
+
+
+def _within_numbers(status: Tensor, scaling: Scaling) -> Tensor:
+    """Products of numbers of some sizes overflow."""
+    units = torch.cat([scaling.rho, scaling.tau], 1)
+    least, most = (end.item() for end in torch.aminmax(units))
+    if least >= 1 / BEYOND and most <= BEYOND:
+        return status
+    beyond = ((units < 1 / BEYOND) | (units > BEYOND)).any(1)
+    return torch.where(beyond, int(Status.NOT_CONVERGED), status)
+
+
+def _rough_near_kinks(status: Tensor, zero: Zero) -> Zero:
+    """A point that is not quite a solution tells a kink from its neighbourhood no better than that."""
+    rough = status == Status.INACCURATE
+    if not bool(rough.any()):
+        return zero
+    near = rough & (zero.margin < zero.judged.sqrt())
+    return replace(zero, near=zero.near | near, unfelt=zero.unfelt & ~near)
+
+
+def _verdict(zero: Zero, tolerance: float) -> Tensor:
+    """What the polished residual says, whatever the solver said: it is the KKT residual of the point in hand.
+
+    A problem so ill-conditioned that the residual's rounding moves the solution is not called solved either.
+    """
+    solved = (zero.judged <= tolerance) & (zero.error <= min(max(SENSITIVE, 10 * tolerance), MEANINGLESS))
+    if bool(solved.all()):
+        return torch.full_like(solved, int(Status.SOLVED), dtype=torch.int64)
+    judged = torch.where(zero.judged <= INACCURATE, int(Status.INACCURATE), int(Status.NOT_CONVERGED))
+    judged = torch.where(solved, int(Status.SOLVED), judged)
+    return torch.where(zero.error <= MEANINGLESS, judged, int(Status.NOT_CONVERGED))
+
+
+def _judged(request: ConeRequest, zero: Zero, scaling: Scaling, eliminated: Eliminated | None) -> Zero:
+    """The zero, its degenerate rows judged by what parameters move and outputs read."""
+    if not request.judged or not bool(zero.degenerate.any()):
+        return zero
+    rows = torch.nonzero(zero.degenerate & (zero.residual <= INACCURATE)).flatten()
+    return judged(zero, rows, _sides(request.canonical, zero, scaling, eliminated, rows)) if len(rows) else zero
+
+
+def _selected(canonical: Canonical, zero: Zero, scaling: Scaling, eliminated: Eliminated | None) -> Zero:
+    """The zero, flagged where it is one of many solutions, chosen by the negligible term, and parameters move the choice.
+
+    Where the pivots are no larger than the term, it chooses; a direction of the parameters along which the solution moves as fast as the
+    term is small leads from one to another.
+    """
+    chosen = zero.system.smallest <= 10 * NEGLIGIBLE
+    if not bool(chosen.any()):
+        return zero
+    sides = _sides(canonical, zero, scaling, eliminated, torch.arange(len(zero.x), device=zero.x.device))
+    w, _ = zero.system.solve(sides.moved[0], zero.spectrum.to_basis(sides.moved[1]))
+    jumps = chosen & ~(w.abs().amax(1) <= NEGLIGIBLE**-0.5)
+    return replace(zero, flagged=zero.flagged | jumps, unfelt=zero.unfelt & ~jumps)
+
+
+def _sides(canonical: Canonical, zero: Zero, scaling: Scaling, eliminated: Eliminated | None, rows: Tensor) -> Sides:
+    """What parameters move and outputs read, in the units of some rows of a zero: every parameter as much as the others."""
+    units = scaling.rows(rows)
+    point = units.leave(zero.x[rows], zero.s[rows], zero.y[rows])
+    part = None if eliminated is None else eliminated.only(rows)
+    x, _, y = point if part is None else part.leave(*point)
+
+    def entered(a: Tensor, c: Tensor) -> Tensor:
+        inner = units.enter_cotangents(*((a, c) if part is None else part.enter_cotangents(a, c)))
+        both = torch.cat(inner, 1)
+        size = both.norm(dim=1, keepdim=True)  # not the largest entry's: two of size one would cancel
+        return both / torch.where(size > 0, size, 1.0)
+
+    a, c = (values.to(x.device).expand(len(rows), -1) for values in canonical.reading)
+    read, moved = entered(a, c), x.new_zeros(len(rows), zero.x.shape[1] + zero.y.shape[1])
+    turning, sizes = [], [zero.x.shape[1], zero.y.shape[1]]
+    for direction in canonical.directions:
+        change = {name: value.to(x.device) for name, value in direction.items()}
+        operators = Operators(Data(canonical.program, *(change[name] for name in ("P", "q", "A", "b"))))
+        moved = moved + entered(-(operators.P(x) + operators.At(y) + change["q"]), change["b"] - operators.A(x))
+        if bool(change["P"].any()) or bool(change["A"].any()):
+            turning.append(operators)
+
+    def turned(index: Tensor, dx: Tensor, dy: Tensor) -> list[tuple[Tensor, Tensor]]:
+        inner = units.rows(index)
+        x, s, y = inner.leave(dx, torch.zeros_like(dy), dy)
+        if part is not None:
+            here = part.only(index)
+            none = here.leave(*(torch.zeros_like(values) for values in (x, s, y)))
+            x, _, y = (there - origin for there, origin in zip(here.leave(x, s, y), none, strict=True))
+        images = [(-(operators.P(x) + operators.At(y)), -operators.A(x)) for operators in turning]
+        return [inner.enter_cotangents(*(pair if part is None else here.enter_cotangents(*pair))) for pair in images]
+
+    constant = canonical.constant if part is None else canonical.constant[torch.from_numpy(part.elimination.rows)]
+    return Sides(moved.split(sizes, 1), read.split(sizes, 1), constant.to(x.device), turned)
