@@ -10,9 +10,11 @@ import torch
 
 from convlayer.conic import costs
 from convlayer.conic.kkt import prefers_dense
+from convlayer.conic.program import Program
+from convlayer.declaration.canonical import Canonical
 from convlayer.declaration.declaration import Declaration
 from convlayer.paths.choice import Choice
-from convlayer.paths.settings import Settings
+from convlayer.paths.settings import Settings, Solving
 from convlayer.solvers import Attempt, BatchSolver, ConeSolver
 from convlayer.structures import Cost
 
@@ -22,43 +24,122 @@ ENTROPIES = ("entr", "kl_div", "rel_entr")
 
 def explained(choice: Choice, settings: Settings, executor: bool, batch: int) -> str:
     """The report of `ConvexLayer.explain`."""
-    text, solving = _choice(choice, settings.regularise, batch), settings.solving
+    lines = list(_choice(choice, settings.regularise, batch))
+    text = "\n".join(f"{name + ':':31}{value}" for name, value in lines)
     if choice.kernel is not None:
         return text
-    attempts = solving.attempts(choice.declared.canonical, batch, torch.device("cpu"))
-    rest = _cone_program(choice.declared, attempts, solving.alone, solving.tolerance, executor, batch)
-    return f"{text}\n{rest}"
+    attempts = settings.solving.attempts(choice.declared.canonical, batch, torch.device("cpu"))
+    lines = _cone_program(choice.declared, attempts, settings.solving, executor, batch)
+    rest = [f"{name + ':':14}{value}" for name, value in lines]
+    for hint in _hints(choice.declared, batch):
+        label = "Faster:" if len(rest) == len(lines) else ""
+        rest.append(f"{label:14}{hint}")
+    return "\n".join([text, *rest])
 
 
-def _choice(choice: Choice, regularise: float | str | None, batch: int) -> str:
-    """The first part of the report: the path, why, and what every structure said.
+def _choice(choice: Choice, regularise: float | str | None, batch: int) -> Iterator[tuple[str, str]]:
+    """The first part: the path, why, and what every structure said.
 
     Where no kernel runs, what the cone program costs is told of it itself, and not estimated here.
     """
-    recognition = choice.recognition
-    lines = [("Path", f"{choice.structure}: {choice.why}")]
+    yield "Path", f"{choice.structure}: {choice.why}"
     if regularise == "least_norm":
-        lines.append(("Regularised", "of all solutions the one of least norm"))
+        yield "Regularised", "of all solutions the one of least norm"
     elif regularise is not None:
-        lines.append(
-            ("Regularised", f"by a proximal term of weight {regularise:g} over all variables, part of the objective")
-        )
+        yield "Regularised", f"by a proximal term of weight {regularise:g} over all variables, part of the objective"
     refused: dict[str, list[str]] = {}
-    for finding in recognition.findings:
+    for finding in choice.recognition.findings:
         if finding.match is None:
             refused.setdefault(str(finding.reason), []).append(finding.name)
-            continue
-        cost = f"; {_cost(finding.match.cost, batch)}" if finding.match.cost is not None else ""
-        lines.append((f"  {finding.name}", f"yes: {finding.match.bound}{cost}"))
-    if recognition.generic is not None and choice.kernel is not None:
-        lines.append(
-            ("  cone_program", f"always; about {_cost(recognition.generic, batch)}, estimated from its sparsity")
-        )
+        elif finding.match.cost is None:
+            yield f"  {finding.name}", f"yes: {finding.match.bound}"
+        else:
+            yield f"  {finding.name}", f"yes: {finding.match.bound}; {_cost(finding.match.cost, batch)}"
+    if choice.recognition.generic is not None and choice.kernel is not None:
+        cost = _cost(choice.recognition.generic, batch)
+        yield "  cone_program", f"always; about {cost}, estimated from its sparsity"
     for reason, names in refused.items():
-        lines.append(
-            (f"  {names[0]}", f"no: {reason}") if len(names) == 1 else ("  no", f"{reason}: {', '.join(names)}")
-        )
-    return "\n".join(f"{name + ':':31}{value}" for name, value in lines)
+        if len(names) == 1:
+            yield f"  {names[0]}", f"no: {reason}"
+        else:
+            yield "  no", f"{reason}: {', '.join(names)}"
+
+
+def _cone_program(
+    declared: Declaration, attempts: Sequence[Attempt], solving: Solving, executor: bool, batch: int
+) -> list[tuple[str, str]]:
+    """The second part, where the cone program runs."""
+    canonical, solver = declared.canonical, attempts[0].solver
+    program = canonical.program
+    left = program  # after elimination
+    if not solving.alone and canonical.elimination is not None:
+        left = canonical.elimination.program
+    lines = [
+        ("Problem", _problem(canonical)),
+        ("Cone program", f"{program.n} variables and {program.m} rows: {program.cones.describe()}"),
+    ]
+    if left.n < program.n:
+        gone = f"{program.n - left.n} auxiliary variables and the rows that define them"
+        lines.append(("Eliminated", f"{gone}: {left.n} variables and {left.m} rows are left"))
+    lines.append(("Data", _data(canonical)))
+    lines.append(("Solver", _solver(attempts, solving)))
+    lines.append(("Runs on", _where(solver, executor)))
+    factor, solve = costs.system_flops(left)
+    lines.append(("Forward", _forward(solver, left, factor, batch)))
+    form = "sparse LDL"
+    if left.n < program.n or prefers_dense(left):
+        form = "dense batched LU of the active rows"
+    backward = _flops(ADJOINT * batch * solve)
+    lines.append(("Backward", f"{backward}{_for(batch)}: solves with the polish's last factor, {form}"))
+    return lines
+
+
+def _problem(canonical: Canonical) -> str:
+    sizes, count = canonical.sizes, len(canonical.parameters)
+    numbers = f"{sizes['parameters']} numbers in {count} parameter{'' if count == 1 else 's'}"
+    kind = ", log-log convex" if canonical.gp else ""
+    return f"{sizes['variables']} variables and {sizes['constraints']} constraint rows; {numbers}{kind}"
+
+
+def _data(canonical: Canonical) -> str:
+    program = canonical.program
+    objective = "quadratic" if len(program.P_rows) else "linear"
+    moving = sum(len(rows) for rows in canonical.moving.values())
+    return (
+        f"{objective} objective; {len(program.P_rows)} nonzeros in the upper triangle of P and "
+        f"{len(program.A_rows)} in A, {moving} of them moved by parameters"
+    )
+
+
+def _solver(attempts: Sequence[Attempt], solving: Solving) -> str:
+    solver = attempts[0].solver
+    if solving.alone:
+        why = "as you asked"
+    elif solver.manner:
+        why = f"{solver.manner}: the cheapest at this size and batch"
+    else:
+        why = "which takes every cone"
+    tolerance = f"relative tolerance {solving.tolerance:g}"
+    text = f"{solver.name}, {why}; {tolerance}, then Newton on the KKT residual map to rounding error"
+    others = [name for name in dict.fromkeys(attempt.solver.name for attempt in attempts) if name != solver.name]
+    return f"{text}; {', '.join(others)} for rows that it does not settle" if others else text
+
+
+def _where(solver: ConeSolver, executor: bool) -> str:
+    if isinstance(solver, BatchSolver):
+        return "the parameters' device, in float64, all rows at once"
+    workers = "your executor" if executor else f"{os.cpu_count()} threads"
+    return f"the host, in float64; rows on {workers}; other dtypes and devices are copied to and from"
+
+
+def _forward(solver: ConeSolver, program: Program, factor: float, batch: int) -> str:
+    """factor: flops of a factorisation."""
+    taken = solver.flops(program)
+    if taken is None:
+        polish = _flops(batch * POLISH * factor)
+        return f"as many iterations as {solver.name} takes, and {polish}{_for(batch)} in the polish"
+    total = _flops(batch * (taken + POLISH * factor))
+    return f"{total}{_for(batch)}: {_flops(taken)} a row in {solver.name}, the rest in the polish"
 
 
 def _cost(cost: Cost, batch: int) -> str:
@@ -73,79 +154,8 @@ def _bytes(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def _cone_program(
-    declared: Declaration, attempts: Sequence[Attempt], chosen: bool, tolerance: float, executor: bool, batch: int
-) -> str:
-    """The second part, where the cone program runs."""
-    canonical = declared.canonical
-    program, sizes, solver = canonical.program, canonical.sizes, attempts[0].solver
-    moving = sum(len(rows) for rows in canonical.moving.values())
-    left = program if chosen or canonical.elimination is None else canonical.elimination.program
-    taken, (factor, solve) = solver.flops(left), costs.system_flops(left)
-    others = [name for name in dict.fromkeys(attempt.solver.name for attempt in attempts) if name != solver.name]
-    gone = program.n - left.n
-    lines = [
-        (
-            "Problem",
-            f"{sizes['variables']} variables and {sizes['constraints']} constraint rows; {sizes['parameters']} numbers in "
-            f"{len(canonical.parameters)} parameter{'s' * (len(canonical.parameters) != 1)}"
-            + (", log-log convex" if canonical.gp else ""),
-        ),
-        ("Cone program", f"{program.n} variables and {program.m} rows: {program.cones.describe()}"),
-        *(
-            [
-                (
-                    "Eliminated",
-                    f"{gone} auxiliary variables and the rows that define them: {left.n} variables and {left.m} rows are left",
-                )
-            ]
-            if gone
-            else []
-        ),
-        (
-            "Data",
-            f"{'quadratic' if len(program.P_rows) else 'linear'} objective; {len(program.P_rows)} nonzeros in the upper triangle of P and "
-            f"{len(program.A_rows)} in A, {moving} of them moved by parameters",
-        ),
-        (
-            "Solver",
-            f"{solver.name}, {_why(solver, chosen)}; relative tolerance {tolerance:g}, then Newton on the KKT residual map to rounding error"
-            + (f"; {', '.join(others)} for rows that it does not settle" if others else ""),
-        ),
-        (
-            "Runs on",
-            "the parameters' device, in float64, all rows at once"
-            if isinstance(solver, BatchSolver)
-            else f"the host, in float64; rows on {'your executor' if executor else f'{os.cpu_count()} threads'}; "
-            "other dtypes and devices are copied to and from",
-        ),
-        (
-            "Forward",
-            f"{_flops(batch * (taken + POLISH * factor))}{_for(batch)}: {_flops(taken)} a row in {solver.name}, the rest in the polish"
-            if taken is not None
-            else f"as many iterations as {solver.name} takes, and {_flops(batch * POLISH * factor)}{_for(batch)} in the polish",
-        ),
-        (
-            "Backward",
-            f"{_flops(ADJOINT * batch * solve)}{_for(batch)}: solves with the polish's last factor, "
-            f"{'dense batched LU of the active rows' if gone or prefers_dense(left) else 'sparse LDL'}",
-        ),
-    ]
-    text = "\n".join(f"{name + ':':14}{value}" for name, value in lines)
-    hints = list(_hints(declared, batch))
-    return "\n".join([text, *(f"{'Faster:' if not k else '':14}{hint}" for k, hint in enumerate(hints))])
-
-
 def _for(batch: int) -> str:
     return f" for {batch} rows" if batch > 1 else " a row"
-
-
-def _why(solver: ConeSolver, chosen: bool) -> str:
-    if chosen:
-        return "as you asked"
-    if solver.manner:
-        return f"{solver.manner}: the cheapest at this size and batch"
-    return "which takes every cone"
 
 
 def _hints(declared: Declaration, batch: int) -> Iterator[str]:
