@@ -38,16 +38,40 @@ from convlayer.solution import Status
 from convlayer.solvers.clarabel import Clarabel
 from convlayer.solvers.solver import Task
 
-LEAST = 3  # solves, without which a row is left alone
-SHOWN = 3  # rows that are looked into
-SOLVES = 24  # at most, for a row, to find its set, and as many for amounts,
-SECONDS = 2.0  # and fewer, of fewer rows, where they are expected to take longer than this together, or do
-TOLERANCE = 1e-10
 SOLVER = Clarabel()
-NOTHING = 1e-8  # a contradiction below this, relative to the rows' numbers, is none
-LESS = 1e-3  # a smaller set must contradict itself by this share of what the larger one did
-ABSENT = 1e-5  # a constraint with less than this share of the multipliers takes no part
-INFINITE = 1e20  # a bound above this is none
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is spent on words."""
+
+    # So many infeasible rows are looked into.
+    rows: int = 3
+    # So many solves are spent on a row to find its set, and as many on the amounts,
+    solves: int = 24
+    # and fewer, of fewer rows, where together they are expected to take longer than this, or do.
+    seconds: float = 2.0
+    # A row for which fewer solves than these are left is not begun.
+    least: int = 3
+
+
+@dataclass(frozen=True)
+class ConflictShares:
+    """What counts as a contradiction, relative to the numbers of a row's constraints."""
+
+    # The accuracy to which the elastic programs are solved.
+    tolerance: float = 1e-10
+    # A contradiction smaller than this is none.
+    nothing: float = 1e-8
+    # A smaller set must contradict itself by this share of what the larger one did.
+    less: float = 1e-3
+    # A constraint with less than this share of the multipliers takes no part.
+    absent: float = 1e-5
+    # A right-hand side larger than this is no bound.
+    infinite: float = 1e20
+
+
+BUDGET, SHARES = Budget(), ConflictShares()
 
 
 class Member(NamedTuple):
@@ -94,18 +118,18 @@ def conflicts(declared: Declaration, values: Sequence[Tensor], rows: Sequence[in
 
 def _found(declared: Declaration, values: Sequence[Tensor], rows: Sequence[int]) -> dict[int, Conflict]:
     canonical = declared.canonical
-    affordable = int(SECONDS / SOLVER.row_seconds(canonical.program)) if rows else 0
-    rows = list(rows)[: min(SHOWN, affordable // LEAST)]
+    affordable = int(BUDGET.seconds / SOLVER.row_seconds(canonical.program)) if rows else 0
+    rows = list(rows)[: min(BUDGET.rows, affordable // BUDGET.least)]
     if not rows:
         return {}
-    solves = min(SOLVES, affordable // len(rows))
+    solves = min(BUDGET.solves, affordable // len(rows))
     sources = sources_of(canonical, declared)
     with torch.no_grad():
         index = torch.tensor(rows)
         part = [take_rows(value.detach(), index.to(value.device)) for value in values]
         entries = entries_of(declared, part)
         data, _ = evaluate(canonical, entries, False, torch.zeros((), dtype=torch.float64))
-    found, until = {}, time.monotonic() + SECONDS
+    found, until = {}, time.monotonic() + BUDGET.seconds
     for k, row in enumerate(rows):
         if time.monotonic() > until:
             break
@@ -131,7 +155,7 @@ class _Row:
         self.A = sp.csr_array((values, (program.A_rows, program.A_cols)), shape=(program.m, program.n))
         self.b = data.b[min(row, len(data.b) - 1)].numpy()
         self.program, self.sources, self.gp = program, sources, canonical.gp
-        sizes = np.maximum(abs(self.A).max(axis=1).toarray().ravel(), np.where(abs(self.b) < INFINITE, abs(self.b), 0))
+        sizes = np.maximum(abs(self.A).max(axis=1).toarray().ravel(), np.where(abs(self.b) < SHARES.infinite, abs(self.b), 0))
         group = program.scale_group.numpy()
         largest = np.zeros(program.m)
         np.maximum.at(largest, group, sizes)
@@ -148,7 +172,7 @@ class _Row:
         shares = self.shares(set(range(len(self.sources))))
         if shares is None:
             return None
-        least = max(NOTHING, LESS * self.gap)
+        least = max(SHARES.nothing, SHARES.less * self.gap)
         members, solves = set(shares), solves - 1
         for candidate in sorted(shares, key=shares.__getitem__):
             if candidate not in members or len(members) == 1 or solves <= 0 or time.monotonic() > until:
@@ -159,14 +183,14 @@ class _Row:
         last = self.shares(members, least)
         if last is None:
             return None
-        y, budget = self.y, SOLVES if solves > 0 else LEAST
+        y, budget = self.y, BUDGET.solves if solves > 0 else BUDGET.least
         told = [
             self.member(k, members, y, place < budget and time.monotonic() < until)
             for place, k in enumerate(sorted(members))
         ]
         return Conflict(tuple(told), self.gp)
 
-    def shares(self, among: set[int], least: float = NOTHING) -> dict[int, float] | None:
+    def shares(self, among: set[int], least: float = SHARES.nothing) -> dict[int, float] | None:
         """The part of each source in the contradiction among these; None where there is none."""
         kept = (self.owner < 0) | np.isin(self.owner, list(among))
         found = self.elastic(kept, np.where(self.owner >= 0, self.sizes, 0.0))
@@ -175,7 +199,7 @@ class _Row:
         self.gap, self.y = found
         weight = np.abs(self.y) * self.sizes
         total = {k: float(weight[self.owner == k].sum()) for k in among}
-        return {k: part for k, part in total.items() if part > ABSENT * max(total.values())}
+        return {k: part for k, part in total.items() if part > SHARES.absent * max(total.values())}
 
     def member(self, k: int, members: set[int], y: np.ndarray, with_amount: bool) -> Member:
         source = self.sources[k]
@@ -184,7 +208,7 @@ class _Row:
         found = self.elastic(kept, alone) if with_amount and alone.any() else None
         rows, entries = source.rows.numpy(), source.entries.numpy()
         weight = np.abs(y[rows]) * self.sizes[rows]
-        part = entries[(entries >= 0) & (weight > ABSENT * weight.max(initial=0.0))]
+        part = entries[(entries >= 0) & (weight > SHARES.absent * weight.max(initial=0.0))]
         several = (entries >= 0).sum() > 1
         return Member(source.name, None if found is None else found[0], tuple(sorted(part.tolist())) if several else ())
 
@@ -195,7 +219,7 @@ class _Row:
         for block, cone in zip(self.program.cones.blocks, self.program.cones.cones, strict=True):
             rows = np.arange(block.start, block.start + block.size)
             if block.name in ("zero", "nonnegative"):
-                rows = rows[kept[rows] & (np.abs(self.b[rows]) < INFINITE)]
+                rows = rows[kept[rows] & (np.abs(self.b[rows]) < SHARES.infinite)]
                 fixed = rows[give[rows] == 0] if block.name == "zero" else rows[:0]
                 loose = np.setdiff1d(rows, fixed)
                 both = np.concatenate([loose, loose]) if block.name == "zero" else loose
@@ -216,7 +240,7 @@ class _Row:
         program = Program(n + 1, len(rows) + 1, cones, empty, empty, at.row.astype(np.int64), at.col.astype(np.int64))
         q, b = np.zeros(n + 1), np.append(signs * self.b[rows], 0.0)
         q[n] = 1.0
-        task = Task(program, np.zeros((1, 0)), q[None], whole.data[None], b[None], TOLERANCE)
+        task = Task(program, np.zeros((1, 0)), q[None], whole.data[None], b[None], SHARES.tolerance)
         (point,) = SOLVER.solve(task)
         if point.status not in (Status.SOLVED, Status.INACCURATE):
             return None

@@ -9,6 +9,8 @@ row's last point lies; or along which the objective falls most: where it does, a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import scipy.sparse as sp
 import torch
@@ -20,11 +22,24 @@ from convlayer.solution import Status
 from convlayer.solvers.clarabel import Clarabel
 from convlayer.solvers.solver import Task
 
-TOLERANCE = 1e-9
-FLAT = 1e-6  # share of its terms below which q'd is rounding, and entry of d below which it is none
-BLURRED = 100 * TOLERANCE  # costs along d below this, and their sum is a matter of the tolerance
-STRAINED = 1e5  # multipliers of R beyond this, and how far d goes is a matter of the tolerance
-FAR = 1e-2  # a share of the way that the last point lies, below which d is rounding
+
+@dataclass(frozen=True)
+class RecessionShares:
+    """What is told from rounding of a direction d in which a row's points run off."""
+
+    # The accuracy to which the program of the directions is solved.
+    tolerance: float = 1e-9
+    # A sum q'd below this share of its terms is rounding, and so is an entry of d below this share of it.
+    flat: float = 1e-6
+    # Costs along d below this are a matter of the tolerance.
+    blurred: float = 1e-7
+    # Where multipliers are larger than this, how far d goes is a matter of the tolerance.
+    strained: float = 1e5
+    # Where the last point lies this share of the way or nearer, d is rounding.
+    far: float = 1e-2
+
+
+SHARES = RecessionShares()
 
 
 def recedes(data: Data, x: Tensor) -> Tensor:
@@ -50,12 +65,12 @@ def _recedes(program: Program, P: np.ndarray, q: np.ndarray, A: np.ndarray, x: n
         return False
     wanted = x / np.linalg.norm(x)
     d, usable = _farthest(program, P, q, A, -wanted)
-    d = np.where(np.abs(d) > FLAT, d, 0.0)
+    d = np.where(np.abs(d) > SHARES.flat, d, 0.0)
     # A cost that is small beside the others is none the less one.
     terms = np.abs(q) @ np.abs(d)
-    rises = q @ d > FLAT * terms
-    blurred = 0 < terms <= BLURRED * max(np.abs(q).max(), 1.0)
-    return usable and bool(wanted @ d > FAR) and not rises and not blurred
+    rises = q @ d > SHARES.flat * terms
+    blurred = 0 < terms <= SHARES.blurred * max(np.abs(q).max(), 1.0)
+    return usable and bool(wanted @ d > SHARES.far) and not rises and not blurred
 
 
 def _farthest(
@@ -85,7 +100,7 @@ def _farthest(
     )
     right = np.zeros(form.m)
     right[curved.shape[0] + zeros + 1 :][: 2 * n] = 1.0
-    task = Task(form, np.zeros((1, 0)), costs[None], stacked.data[None], right[None], TOLERANCE)
+    task = Task(form, np.zeros((1, 0)), costs[None], stacked.data[None], right[None], SHARES.tolerance)
     (iterate,) = Clarabel().solve(task)
     held = np.abs(np.delete(iterate.y, slice(curved.shape[0] + zeros + 1, curved.shape[0] + zeros + 1 + 2 * n)))
-    return iterate.x, iterate.status <= Status.INACCURATE and held.max(initial=0.0) <= STRAINED
+    return iterate.x, iterate.status <= Status.INACCURATE and held.max(initial=0.0) <= SHARES.strained

@@ -18,13 +18,29 @@ from convlayer.paths.cone_call import ConeRequest
 from convlayer.paths.evaluation import NEGLIGIBLE
 from convlayer.solution import Status
 
-INACCURATE = 1e-4  # a relative residual above this is no solution
-MEANINGLESS = 1e-2  # a relative error of x above this, and it is no solution at all
-SENSITIVE = 3e-8  # a relative error of x, estimated by one more Newton step, above this is not called solved
-RUNAWAY = 1e6  # nor is an x that many times the size which the data suggest: it may be on its way to infinity
-FAINT = 1e-3  # multipliers that are noise are smaller, in units where multipliers or costs are of size one
-BEYOND = 1e100  # a unit, or its inverse, that is larger: products of such numbers overflow
-SQUARED = 1e-7  # a pivot below this, and a row is not trusted to the program without its auxiliary variables
+
+@dataclass(frozen=True)
+class Trust:
+    """How much a polished point must be trusted to be called what it is called."""
+
+    # A point whose relative residual is above this is not even called INACCURATE.
+    inaccurate: float = 1e-4
+    # One more Newton step would move x by more than this share of it: the point is not called SOLVED.
+    sensitive: float = 3e-8
+    # One more Newton step would move x by more than this share of it: the point is no solution at all.
+    meaningless: float = 1e-2
+    # An x so many times larger than the data suggest may be on its way to infinity, and multipliers so
+    # many times larger than the costs hide them.
+    runaway: float = 1e6
+    # Multipliers that are rounding are smaller than this, in units where multipliers or costs are of size one.
+    faint: float = 1e-3
+    # Products of numbers in units larger than this, or smaller than its inverse, overflow.
+    beyond: float = 1e100
+    # A pivot below this shows that eliminating variables squared too bad a condition.
+    squared: float = 1e-7
+
+
+TRUST = Trust()
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +98,7 @@ def refined(request: ConeRequest, given: Unpolished) -> Refined:
         status = _not_run_away(status, zero.x * given.visible.x * (outer.rho / inner.rho))
     if request.elimination is not None and given.first and zero.pivot is not None:
         # The elimination squared a condition: neither the residual nor the adjoint's check can see what that cost.
-        squared = zero.pivot < SQUARED
+        squared = zero.pivot < TRUST.squared
         status = torch.where(squared & (status < Status.INACCURATE), int(Status.INACCURATE), status)
     if request.selected:
         zero = _selected(request.canonical, zero, inner, eliminated)
@@ -98,9 +114,9 @@ def refined(request: ConeRequest, given: Unpolished) -> Refined:
 def _not_run_away(status: Tensor, seen: Tensor) -> Tensor:
     """seen (rows, n): what is seen of x, in units in which the data suggest that it is of size one."""
     size = seen.abs().amax(1)
-    if size.amax().item() <= RUNAWAY:
+    if size.amax().item() <= TRUST.runaway:
         return status
-    for bound, verdict in ((RUNAWAY, Status.INACCURATE), (RUNAWAY**1.5, Status.NOT_CONVERGED)):
+    for bound, verdict in ((TRUST.runaway, Status.INACCURATE), (TRUST.runaway**1.5, Status.NOT_CONVERGED)):
         status = torch.where((size > bound) & (status < verdict), int(verdict), status)
     return status
 
@@ -109,7 +125,7 @@ def _not_swamped(status: Tensor, data: Data, zero: Zero) -> Tensor:
     """Beside multipliers so large the costs are not seen in the residual: constraints contradict each other by little."""
     q, P = data.largest_costs
     costs = torch.maximum(q, P * largest(zero.x))
-    swamped = largest(zero.y) > (RUNAWAY * costs).clamp(min=FAINT)
+    swamped = largest(zero.y) > (TRUST.runaway * costs).clamp(min=TRUST.faint)
     if not bool(swamped.any()):
         return status
     swamped = (swamped & (costs > 0)).squeeze(1)
@@ -120,9 +136,9 @@ def _within_numbers(status: Tensor, scaling: Scaling) -> Tensor:
     """Products of numbers of some sizes overflow."""
     units = torch.cat([scaling.rho, scaling.tau], 1)
     least, most = (end.item() for end in torch.aminmax(units))
-    if least >= 1 / BEYOND and most <= BEYOND:
+    if least >= 1 / TRUST.beyond and most <= TRUST.beyond:
         return status
-    beyond = ((units < 1 / BEYOND) | (units > BEYOND)).any(1)
+    beyond = ((units < 1 / TRUST.beyond) | (units > TRUST.beyond)).any(1)
     return torch.where(beyond, int(Status.NOT_CONVERGED), status)
 
 
@@ -140,19 +156,19 @@ def _verdict(zero: Zero, tolerance: float) -> Tensor:
 
     A problem so ill-conditioned that the residual's rounding moves the solution is not called solved either.
     """
-    solved = (zero.judged <= tolerance) & (zero.error <= min(max(SENSITIVE, 10 * tolerance), MEANINGLESS))
+    solved = (zero.judged <= tolerance) & (zero.error <= min(max(TRUST.sensitive, 10 * tolerance), TRUST.meaningless))
     if bool(solved.all()):
         return torch.full_like(solved, int(Status.SOLVED), dtype=torch.int64)
-    judged = torch.where(zero.judged <= INACCURATE, int(Status.INACCURATE), int(Status.NOT_CONVERGED))
+    judged = torch.where(zero.judged <= TRUST.inaccurate, int(Status.INACCURATE), int(Status.NOT_CONVERGED))
     judged = torch.where(solved, int(Status.SOLVED), judged)
-    return torch.where(zero.error <= MEANINGLESS, judged, int(Status.NOT_CONVERGED))
+    return torch.where(zero.error <= TRUST.meaningless, judged, int(Status.NOT_CONVERGED))
 
 
 def _judged(request: ConeRequest, zero: Zero, scaling: Scaling, eliminated: Eliminated | None) -> Zero:
     """The zero, its degenerate rows judged by what parameters move and outputs read."""
     if not request.judged or not bool(zero.degenerate.any()):
         return zero
-    rows = torch.nonzero(zero.degenerate & (zero.residual <= INACCURATE)).flatten()
+    rows = torch.nonzero(zero.degenerate & (zero.residual <= TRUST.inaccurate)).flatten()
     return judged(zero, rows, _sides(request.canonical, zero, scaling, eliminated, rows)) if len(rows) else zero
 
 

@@ -14,7 +14,7 @@ from convlayer.conic.residual import normalise
 from convlayer.paths.attempted import Attempted
 from convlayer.paths.phase_one import nearest
 from convlayer.paths.recession import recedes, steepest
-from convlayer.paths.refined import INACCURATE
+from convlayer.paths.refined import TRUST
 from convlayer.solution import Status, is_unsettled
 
 
@@ -60,12 +60,12 @@ def with_a_feasible_point(data: Data, found: Attempted, precision: float) -> Att
         return found
     part, _ = normalise(data.rows(rows).widen(len(rows)))
     gap, y = nearest(part)
-    doubted = (found.verdict.status[rows] == Status.UNBOUNDED) & ~(gap <= INACCURATE)
+    doubted = (found.verdict.status[rows] == Status.UNBOUNDED) & ~(gap <= TRUST.inaccurate)
     status = torch.where(doubted, int(Status.NOT_CONVERGED), found.verdict.status[rows])
     status = torch.where(infeasible(part, y, precision), int(Status.INFEASIBLE), status)
     # A solver's direction may be too rough a proof.
     open_yet = (found.verdict.status[rows] == Status.NOT_CONVERGED) & (status == Status.NOT_CONVERGED)
-    left = torch.nonzero(open_yet & (gap <= INACCURATE)).flatten()
+    left = torch.nonzero(open_yet & (gap <= TRUST.inaccurate)).flatten()
     if len(left):
         one = part.rows(left).widen(len(left))
         falls = unbounded(one, steepest(one))
