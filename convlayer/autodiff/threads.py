@@ -19,7 +19,7 @@ from torch import Tensor
 SMALL = 5e7  # operations of a call up to which it runs on one thread: less time than a second one may take to come
 A_NUMBER = 50  # operations, at most, of a derivative for each number that it reads
 WORTH_SHARING = 1e9  # flops of one operation from which more than one torch thread pays
-_own = threading.local()  # .counts: what one_thread found
+_own = threading.local()  # .counts: what one_thread found; .alone: whether it holds now
 
 
 @cache
@@ -40,22 +40,32 @@ class one_thread:  # noqa: N801
     """
 
     def __enter__(self) -> None:
+        self._nested = is_alone()
+        if self._nested:
+            return
         torch.get_num_threads()  # a thread's first use of torch sets its number; not after ours
         self._before = [library.get_num_threads() for library in _libraries()]
         self._outer = getattr(_own, "counts", None)
-        _own.counts = self._outer or self._before
+        _own.counts, _own.alone = self._outer or self._before, True
         for library in _libraries():
             library.set_num_threads(1)
 
     def __exit__(self, *_: object) -> None:
-        _own.counts = self._outer
+        if self._nested:
+            return
+        _own.counts, _own.alone = self._outer, False
         for library, count in zip(_libraries(), self._before, strict=True):
             library.set_num_threads(count)
 
 
+def is_alone() -> bool:
+    """The calling thread's torch operations run on it alone already."""
+    return getattr(_own, "alone", False)
+
+
 def few_threads(operations: float) -> AbstractContextManager:
     """One thread for work of no more than SMALL operations: flops, or numbers read. The whole of the library's measure of that."""
-    return one_thread() if operations <= SMALL else nullcontext()
+    return nullcontext() if is_alone() or operations > SMALL else one_thread()
 
 
 def few_threads_to_differentiate(tensors: Iterable[Tensor | None]) -> AbstractContextManager:
@@ -67,10 +77,12 @@ class _Shared:
     """Inside `one_thread`: the threads that there were before."""
 
     def __enter__(self) -> None:
+        self._alone, _own.alone = is_alone(), False
         for library, count in zip(_libraries(), getattr(_own, "counts", None) or (), strict=False):
             library.set_num_threads(count)
 
     def __exit__(self, *_: object) -> None:
+        _own.alone = self._alone
         if getattr(_own, "counts", None):
             for library in _libraries():
                 library.set_num_threads(1)
