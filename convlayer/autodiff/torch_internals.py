@@ -48,6 +48,15 @@ def is_of_old_vmap(tensor: Tensor) -> bool:
     return functorch.is_legacy_batchedtensor(tensor)
 
 
+def plain_gradients(
+    outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], bars: tuple[Tensor, ...], retain_graph: bool
+) -> tuple[Tensor | None, ...]:
+    """torch.autograd.grad of plain tensors, None where no way leads to an input; its checks take as long as a small kernel."""
+    return torch.autograd.graph._engine_run_backward(
+        outputs, bars, retain_graph, False, inputs, True, accumulate_grad=False
+    )
+
+
 def keeps_graph() -> bool:
     """Inside a backward: whether the pass that is under way was asked to retain the graph."""
     return torch._C._autograd._get_current_graph_task_keep_graph()

@@ -16,9 +16,15 @@ import cvxpy as cp
 import torch
 from torch import Tensor
 
-from convlayer.autodiff.derivative import Local, Point, Recorded, pulled, pulled_back
+from convlayer.autodiff.derivative import Local, Point, Recorded, pulled_back
 from convlayer.autodiff.threads import few_threads_to_differentiate
-from convlayer.autodiff.torch_internals import is_of_old_vmap, is_transformed, keeps_graph, versions
+from convlayer.autodiff.torch_internals import (
+    is_of_old_vmap,
+    is_transformed,
+    keeps_graph,
+    plain_gradients,
+    versions,
+)
 from convlayer.paths.path import Found, Tell
 from convlayer.paths.specialised import without
 from convlayer.shifts import Shifts
@@ -281,13 +287,24 @@ class _Leave(torch.autograd.Function):
             wanted = [leaf for leaf, need in zip(gate.leaves, needed, strict=True) if need]
             keep = keeps_graph()
             with few_threads_to_differentiate([*thetas, *gate.outputs]):
-                found = iter(pulled(gate.outputs, wanted, gate.guard(bars), retain_graph=keep))
+                found = iter(_pulled(gate, wanted, gate.guard(bars), keep))
             return None, *(next(found) if need else None for need in needed)
         given = [
             torch.zeros_like(output) if bar is None else bar for bar, output in zip(bars, gate.outputs, strict=True)
         ]
         point = Point([len(p.shape) for p in gate.parameters], local=gate.local)
         return None, *pulled_back(point, thetas, gate.filled[0], given, needed)
+
+
+def _pulled(gate: Gate, leaves: Sequence[Tensor], bars: Sequence[Tensor | None], keep: bool) -> list[Tensor]:
+    """Cotangents of the leaves."""
+    both = zip(gate.outputs, bars, strict=True)
+    pairs = [(output, bar) for output, bar in both if output.requires_grad and bar is not None]
+    if not pairs or not leaves:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    ends, starts = zip(*pairs, strict=True)
+    found = plain_gradients(ends, tuple(leaves), starts, keep)
+    return [torch.zeros_like(leaf) if bar is None else bar for leaf, bar in zip(leaves, found, strict=True)]
 
 
 def flatten_batch(tensor: Tensor, parameter: cp.Parameter, batch: tuple[int, ...]) -> Tensor:
