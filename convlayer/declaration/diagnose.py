@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import cvxpy as cp
@@ -14,6 +16,19 @@ from convlayer.declaration.spelling import spelled
 
 class ProblemError(ValueError):
     """The problem cannot be a layer; the message names the sub-expression and the remedy."""
+
+
+@contextmanager
+def within_recursion_limit() -> Iterator[None]:
+    """CVXPY walks expressions by recursion: ProblemError for one that is deeper than Python follows."""
+    try:
+        yield
+    except RecursionError:
+        raise ProblemError(
+            "An expression of the problem has more operations within each other than CVXPY can follow (Python's recursion limit is "
+            f"{sys.getrecursionlimit()}). Give what is computed step by step a variable of its own, as in x[t + 1] == A @ x[t] + B @ u[t], "
+            "or raise the limit by sys.setrecursionlimit."
+        ) from None
 
 
 def check_arguments(

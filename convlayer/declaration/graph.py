@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import cvxpy as cp
+from cvxpy.utilities import scopes
 
 
 def arguments(part: Any) -> list[Any]:
@@ -43,6 +44,12 @@ def _finished(
             if opened(part):
                 stack.extend((argument, False) for argument in onto(arguments(part)))
     return order
+
+
+def is_affine(part: Any) -> bool:
+    """In variables and parameters each."""
+    with scopes.dpp_scope():
+        return part.is_affine()
 
 
 class Contents:

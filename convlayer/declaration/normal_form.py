@@ -31,7 +31,6 @@ from cvxpy.atoms.quad_over_lin import quad_over_lin
 from cvxpy.constraints.nonpos import Inequality, NonNeg, NonPos
 from cvxpy.constraints.psd import PSD
 from cvxpy.constraints.zero import Equality, Zero
-from cvxpy.utilities import scopes
 
 from convlayer.declaration.affine import (
     NONE,
@@ -48,7 +47,7 @@ from convlayer.declaration.affine import (
     summed_into,
     weigh,
 )
-from convlayer.declaration.graph import arguments_first, uses_first
+from convlayer.declaration.graph import arguments_first, is_affine, uses_first
 from convlayer.declaration.spelling import short
 
 
@@ -196,7 +195,7 @@ class _Terms:
     def read(self, objective: Any, weight: Table) -> None:
         """Take sum_i weight_i objective_i. UnsupportedError never leaves: what is not read becomes one of the others."""
         self.add(objective, weight)
-        for expression in uses_first(objective, lambda part: not _is_affine(part)):
+        for expression in uses_first(objective, lambda part: not is_affine(part)):
             given = self._given.pop(id(expression), None)
             if given is None:
                 continue
@@ -210,7 +209,7 @@ class _Terms:
         self._given.setdefault(id(expression), []).append(weight)
 
     def _take(self, expression: Any, weight: Table) -> None:
-        if _is_affine(expression):
+        if is_affine(expression):
             self.linear.append(weigh(weight, self.reader.table(expression)))
         elif isinstance(expression, AddExpression) and all(a.shape == expression.shape for a in expression.args):
             for argument in expression.args:
@@ -340,7 +339,7 @@ class _Rules:
         cone, sign = kind
         expression = constraint.args[0] if cone == "psd" else constraint.expr
         try:
-            if not _is_affine(expression):
+            if not is_affine(expression):
                 raise UnsupportedError("not affine")
             table = self.reader.table(expression).normal.scaled(sign)
         except UnsupportedError:
@@ -393,12 +392,6 @@ class _Rules:
 def _is_unlimited(table: Table) -> bool:
     """An infinite constant makes every row nonnegative: x <= inf is no constraint."""
     return table.size > 0 and len(np.unique(table.row[table.coefficient == np.inf])) == table.size
-
-
-def _is_affine(expression: Any) -> bool:
-    """In variables and parameters each."""
-    with scopes.dpp_scope():
-        return expression.is_affine()
 
 
 def _constant(p: Any) -> float | None:
