@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from convlayer.declaration.affine import NONE, stack
+from convlayer.declaration.atoms.entropy import Entropy
 from convlayer.declaration.normal_form import NormalForm
 from convlayer.kernels.answer import answered
 from convlayer.kernels.entropic_optimal_transport import entropic_optimal_transport
@@ -80,10 +81,10 @@ class EntropicOptimalTransport(Structure):
         return {k: (cp.Problem(cp.Minimize(f), rules), leaves, [P]) for k, (f, rules, leaves) in problems.items()}
 
     def match(self, form: NormalForm) -> Match:
-        only(form, "entropies")
+        only(form, Entropy)
         no_cones(form, "zero", "nonnegative")
         plain_entropy(form)
-        temperature = one_value(form.entropies.weight, form.n, "the entropies have unequal weights")
+        temperature = one_value(form.of(Entropy).weight, form.n, "the entropies have unequal weights")
         grid = _grid(form)
         sign_rows = signs(form)
         layout = Layout(grid.position, (len(grid.rows), len(grid.columns)))

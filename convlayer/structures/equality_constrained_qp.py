@@ -12,8 +12,11 @@ from scipy.linalg import qr
 from torch import Tensor
 
 from convlayer.declaration.affine import NONE, Table, rows_of, stack
+from convlayer.declaration.atoms.atom import Weighted
+from convlayer.declaration.atoms.quadratic_form import QuadraticForm
+from convlayer.declaration.atoms.square import Square
 from convlayer.declaration.binding import Kept
-from convlayer.declaration.normal_form import NormalForm, Quadratic
+from convlayer.declaration.normal_form import NormalForm
 from convlayer.kernels.answer import answered
 from convlayer.kernels.equality_constrained_qp import equality_constrained_qp
 from convlayer.structures.reading import (
@@ -82,9 +85,10 @@ class EqualityConstrainedQP(Structure):
         return {k: (cp.Problem(cp.Minimize(f), rules), leaves, [v]) for k, (f, rules, leaves, v) in problems.items()}
 
     def match(self, form: NormalForm) -> Match:
-        only(form, "squares", "quadratics")
+        only(form, Square, QuadraticForm)
         no_cones(form, "zero")
-        require(form.squares.size > 0 or len(form.quadratics) > 0, "its objective has no quadratic part")
+        squares, quadratics = form.of(Square), form.all_of(QuadraticForm)
+        require(squares.size > 0 or len(quadratics) > 0, "its objective has no quadratic part")
         layout = Layout.of(form)
         n, rules = form.n, in_cone(form, "zero")
         for _, rule in rules:
@@ -96,8 +100,8 @@ class EqualityConstrainedQP(Structure):
             return bound(wanted, table if wanted.duals else _independent(table, n))
 
         def bound(wanted: Wanted, table: Table):
-            terms = [_quadratic_term(form, quadratic, layout) for quadratic in form.quadratics]
-            if form.squares.size:
+            terms = [_quadratic_term(form, quadratic, layout) for quadratic in quadratics]
+            if squares.size:
                 terms.append(_squares_term(form, layout))
             slope = layout.binding(form, linear_cost(form))
             linear, offset = table.linear(), table.offset()
@@ -128,7 +132,7 @@ class EqualityConstrainedQP(Structure):
         return Match(
             words(
                 form,
-                P=[form.squares.weight, form.squares.argument.linear(), *(q.matrix for q in form.quadratics)],
+                P=[squares.weight, squares.argument.linear(), *(quadratic.weight for quadratic in quadratics)],
                 q=form.linear.linear(),
                 A=table.linear(),
                 b=table.offset(),
@@ -136,7 +140,7 @@ class EqualityConstrainedQP(Structure):
             build,
             layout.position,
             Cost(
-                flops=n**3 / 3 + 2.0 * n * n * p + p**3 / 3 + 2.0 * form.squares.size * n * n + 40.0 * n * (n + p),
+                flops=n**3 / 3 + 2.0 * n * n * p + p**3 / 3 + 2.0 * squares.size * n * n + 40.0 * n * (n + p),
                 bytes=40.0 * n * (n + p),
                 rate=1.5e10,
             ),
@@ -157,10 +161,12 @@ def _seen(form: NormalForm, wanted: Wanted, table: Table, layout: Layout, duals:
     x[moved(form.linear)] = x[moved(table)] = True
     linear = table.linear()
     nu[linear.row[linear.parameter != NONE]] = True
-    for argument in (form.squares.argument, *(quadratic.argument for quadratic in form.quadratics)):
-        x[moved(argument)] = True
-    for quadratic in form.quadratics:
-        entry = quadratic.matrix.row[quadratic.matrix.parameter != NONE]
+    quadratics = form.all_of(QuadraticForm)
+    for term in (form.of(Square), *quadratics):
+        x[moved(term.argument)] = True
+    for quadratic in quadratics:
+        P = quadratic.weight
+        entry = P.row[P.parameter != NONE]
         size, argument = quadratic.argument.size, quadratic.argument.linear()
         read = np.zeros(size, dtype=bool)
         read[entry % size] = read[entry // size] = True
@@ -177,10 +183,11 @@ def _seen(form: NormalForm, wanted: Wanted, table: Table, layout: Layout, duals:
 
 def _vouches(form: NormalForm) -> frozenset[int]:
     """The Parameter that is P, if P is one and nothing else."""
-    if len(form.quadratics) != 1 or form.squares.size:
+    quadratics = form.all_of(QuadraticForm)
+    if len(quadratics) != 1 or form.of(Square).size:
         return frozenset()
-    (quadratic,) = form.quadratics
-    matrix = quadratic.matrix.normal
+    (quadratic,) = quadratics
+    matrix = quadratic.weight.normal
     if not is_whole_parameter(form, matrix, quadratic.argument.size) or matrix.coefficient[0] <= 0:
         return frozenset()
     return frozenset((form.parameter_starts.index(int(matrix.parameter.min())),))
@@ -188,7 +195,8 @@ def _vouches(form: NormalForm) -> frozenset[int]:
 
 def _symmetrises(form: NormalForm) -> bool:
     """Symmetric parameters are whole matrices of quadratic forms, which the kernel symmetrises."""
-    whole = sum(is_whole_parameter(form, q.matrix, q.argument.size) for q in form.quadratics)
+    quadratics = form.all_of(QuadraticForm)
+    whole = sum(is_whole_parameter(form, q.weight, q.argument.size) for q in quadratics)
     return whole == sum(1 for p in form.parameters if p.is_symmetric() and p.size > 1)
 
 
@@ -208,10 +216,10 @@ def _independent(table: Table, n: int) -> Table:
     return rows_of(table, kept)
 
 
-def _quadratic_term(form: NormalForm, quadratic: Quadratic, layout: Layout):
+def _quadratic_term(form: NormalForm, quadratic: Weighted, layout: Layout):
     """(values, like) -> its part of (P, q)."""
     size, n, argument = quadratic.argument.size, form.n, quadratic.argument.normal
-    matrix = quadratic.matrix
+    matrix = quadratic.weight
     try:
         variable, factor = alone(argument, "")
         plain = not len(argument.offset().row) and len(np.unique(variable)) == size
@@ -237,8 +245,9 @@ def _quadratic_term(form: NormalForm, quadratic: Quadratic, layout: Layout):
 
 def _squares_term(form: NormalForm, layout: Layout):
     """sum_i w_i (F x + g)_i^2 as 1/2 x'(2 F'W F)x + (2 F'W g)'x."""
-    F, g = _affine(form, form.squares.argument, layout)
-    w = rows_binding(form, form.squares.weight)
+    squares = form.of(Square)
+    F, g = _affine(form, squares.argument, layout)
+    w = rows_binding(form, squares.weight)
 
     def term(values, like):
         map_ = F(values, like)

@@ -71,7 +71,7 @@ class LeadingEigenspace(Structure):
         return gap if answer.degenerate is None else gap.masked_fill(answer.degenerate, 0.0)
 
     def match(self, form: NormalForm) -> Match:
-        only(form, "tied")
+        only(form, tied=True)
         no_cones(form, "zero", "psd")
         require(len(form.variables) == 1 and len(form.tied) == 1, "its variable is not one symmetric matrix")
         n = form.variables[0].shape[0]

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from convlayer.declaration.affine import NONE, Table, chain, nothing, rows_of, stack
+from convlayer.declaration.atoms.atom import Weighted
+from convlayer.declaration.atoms.quadratic_form import QuadraticForm
+from convlayer.declaration.atoms.square import Square
 from convlayer.declaration.binding import Kept
-from convlayer.declaration.normal_form import NormalForm, Quadratic, Weighted
+from convlayer.declaration.normal_form import NormalForm
 from convlayer.kernels.answer import answered
 from convlayer.kernels.least_squares import least_squares
 from convlayer.structures.reading import (
@@ -72,7 +75,7 @@ class LeastSquares(Structure):
         return {**found, "a signed variable": (cp.Problem(cp.Minimize(cp.sum_squares(A @ y - b))), [A, b], [y])}
 
     def match(self, form: NormalForm) -> Match:
-        only(form, "squares", "quadratics")
+        only(form, Square, QuadraticForm)
         no_cones(form)
         require(not (form.linear.variable != NONE).any(), "its objective has a linear term")
         squares = _squares(form)
@@ -152,16 +155,16 @@ def _is_nonnegative(form: NormalForm, weight: Table) -> bool:
 
 def _squares(form: NormalForm) -> Weighted:
     """All squares, constant quadratic forms among them."""
-    parts = [form.squares] if form.squares.size else []
-    for quadratic in form.quadratics:
-        parts.append(_factored(quadratic))
+    squares = form.of(Square)
+    parts = [squares] if squares.size else []
+    parts += [_factored(quadratic) for quadratic in form.all_of(QuadraticForm)]
     weight, argument = stack([p.weight for p in parts]), stack([p.argument for p in parts])
     return Weighted(weight.normal, argument.normal)
 
 
-def _factored(quadratic: Quadratic) -> Weighted:
+def _factored(quadratic: Weighted) -> Weighted:
     """1/2 y'P y with a constant P = V diag(l) V' as squares of V'y."""
-    size, matrix = quadratic.argument.size, quadratic.matrix
+    size, matrix = quadratic.argument.size, quadratic.weight
     require(bool((matrix.parameter == NONE).all()), "its objective has a quadratic form with a Parameter")
     require(size <= LARGEST_CONSTANT, f"its objective has a quadratic form of more than {LARGEST_CONSTANT} variables")
     entries = np.zeros(size * size)

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from convlayer.declaration.affine import NONE, Table, UnsupportedError, add, chain, nothing
+from convlayer.declaration.atoms.atom import NormalAtom
+from convlayer.declaration.atoms.entropy import Entropy
+from convlayer.declaration.atoms.square import Square
 from convlayer.declaration.binding import Binding
 from convlayer.declaration.normal_form import Constraint, NormalForm
 from convlayer.structures.structure import Dual, MismatchError
@@ -21,14 +24,12 @@ def require(condition: bool, reason: str) -> None:
         raise MismatchError(reason)
 
 
-def only(form: NormalForm, *atoms: str) -> None:
-    """The objective has no other atoms than these, and everything was read; variables are free of ties."""
+def only(form: NormalForm, *atoms: type[NormalAtom], tied: bool = False) -> None:
+    """The objective has no other atoms than these, and everything was read; variables are free of ties, unless `tied`."""
     require(not form.others, f"it has {form.others[0] if form.others else ''}, which this structure does not know")
-    words = {"squares": "squares", "absolutes": "absolute values", "entropies": "entropies"}
-    for name, word in words.items():
-        require(name in atoms or not getattr(form, name).size, f"its objective has {word}")
-    require("quadratics" in atoms or not form.quadratics, "its objective has a quadratic form")
-    require("tied" in atoms or not form.tied, f"variable `{form.tied[0] if form.tied else ''}` is symmetric")
+    for atom, _ in form.present:
+        require(isinstance(atom, atoms), f"its objective has {atom.words}")
+    require(tied or not form.tied, f"variable `{form.tied[0] if form.tied else ''}` is symmetric")
 
 
 def linear_cost(form: NormalForm) -> Table:
@@ -72,12 +73,8 @@ def is_whole_parameter(form: NormalForm, table: Table, size: int) -> bool:
         np.array_equal(entry, table.row) or np.array_equal(entry, mirrored[table.row])
     ):
         return False
-    parts = [form.linear, *(constraint.table for constraint in form.constraints)]
-    parts += [
-        t for weighted in (form.squares, form.absolutes, form.entropies) for t in (weighted.weight, weighted.argument)
-    ]
-    parts += [t for quadratic in form.quadratics for t in (quadratic.matrix, quadratic.argument)]
-    reads = sum(int(((t.parameter >= first) & (t.parameter < first + size * size)).sum()) for t in parts)
+    last = first + size * size
+    reads = sum(int(((t.parameter >= first) & (t.parameter < last)).sum()) for t in form.tables)
     return reads == size * size
 
 
@@ -105,7 +102,8 @@ class Separable:
 
 def separable(form: NormalForm) -> Separable:
     """The squares and the linear part, where no square couples two variables."""
-    weight, argument = form.squares.weight, form.squares.argument
+    squares = form.of(Square)
+    weight, argument = squares.weight, squares.argument
     moving = np.zeros(argument.size, dtype=bool)
     moving[argument.row[argument.variable != NONE]] = True
     weight = weight.take(moving[weight.row])
@@ -280,9 +278,10 @@ class Layout:
 def plain_entropy(form: NormalForm) -> None:
     """The entropy is that of each entry of x, once."""
     reason = "its entropies are not those of the variables' entries, once each"
-    variable, coefficient = alone(form.entropies.argument, reason)
+    argument = form.of(Entropy).argument
+    variable, coefficient = alone(argument, reason)
     require(len(variable) == form.n and len(np.unique(variable)) == form.n, reason)
-    require(bool((coefficient == 1.0).all()) and not len(form.entropies.argument.offset().row), reason)
+    require(bool((coefficient == 1.0).all()) and not len(argument.offset().row), reason)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convlayer.declaration.atoms.entropy import Entropy
 from convlayer.declaration.normal_form import NormalForm
 from convlayer.kernels.answer import answered
 from convlayer.kernels.softmax import softmax
@@ -70,10 +71,10 @@ class Softmax(Structure):
         return {k: (cp.Problem(cp.Maximize(f), rules), leaves, [y]) for k, (f, rules, leaves) in problems.items()}
 
     def match(self, form: NormalForm) -> Match:
-        only(form, "entropies")
+        only(form, Entropy)
         no_cones(form, "zero", "nonnegative")
         plain_entropy(form)
-        temperature = one_value(form.entropies.weight, form.n, "the entropies have unequal weights")
+        temperature = one_value(form.of(Entropy).weight, form.n, "the entropies have unequal weights")
         total = simplex(form)
         sign_rows = signs(form)
         layout = Layout.of(form)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convlayer.declaration.atoms.square import Square
 from convlayer.declaration.normal_form import NormalForm
 from convlayer.kernels.answer import answered
 from convlayer.kernels.sparsemax import sparsemax
@@ -71,7 +72,7 @@ class Sparsemax(Structure):
         return {k: (cp.Problem(cp.Minimize(f), rules), leaves, [x]) for k, (f, rules, leaves) in problems.items()}
 
     def match(self, form: NormalForm) -> Match:
-        only(form, "squares")
+        only(form, Square)
         no_cones(form, "zero", "nonnegative")
         parts = separable(form)
         curvature = one_value(parts.curvature, form.n, "the squares have unequal weights")

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from convlayer.declaration.affine import NONE, Table
+from convlayer.declaration.atoms.absolute import Absolute
+from convlayer.declaration.atoms.square import Square
 from convlayer.declaration.normal_form import NormalForm
 from convlayer.kernels.answer import answered
 from convlayer.kernels.total_variation import total_variation
@@ -81,7 +83,7 @@ class TotalVariation(Structure):
         return {k: (cp.Problem(cp.Minimize(f), rules), leaves, [u]) for k, (f, rules, leaves) in problems.items()}
 
     def match(self, form: NormalForm) -> Match:
-        only(form, "squares", "absolutes")
+        only(form, Square, Absolute)
         no_cones(form)
         parts = separable(form)
         curvature = one_value(parts.curvature, form.n, "the squares have unequal weights")
@@ -109,9 +111,10 @@ class TotalVariation(Structure):
 
 def _pairs(form: NormalForm) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(first, second, size of the coefficients) of each row |c (x_i - x_j)|."""
-    argument = form.absolutes.argument.normal
+    absolutes = form.of(Absolute)
+    argument = absolutes.argument.normal
     reason = "an absolute value is not of a difference of two variables"
-    require(form.absolutes.size > 0, "its objective has no absolute value")
+    require(absolutes.size > 0, "its objective has no absolute value")
     require(not (argument.variable == NONE).any(), "an absolute value is of a shifted difference")
     require(bool((np.bincount(argument.row, minlength=argument.size) == 2).all()), reason)
     require(bool((argument.parameter == NONE).all()), reason)
@@ -123,7 +126,7 @@ def _pairs(form: NormalForm) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _steps(form: NormalForm) -> Table:
     """The weight of each step with the size of its coefficients."""
-    return form.absolutes.weight.scaled(_pairs(form)[2])
+    return form.of(Absolute).weight.scaled(_pairs(form)[2])
 
 
 def _line(form: NormalForm) -> np.ndarray:
