@@ -52,6 +52,11 @@ def is_affine(part: Any) -> bool:
         return part.is_affine()
 
 
+def is_curved(part: Any) -> bool:
+    """An expression that is not affine in variables and parameters each; a constraint, which an indicator holds, is none."""
+    return isinstance(part, cp.Expression) and not is_affine(part)
+
+
 class Contents:
     """What stands in the parts of expressions: variables, parameters."""
 

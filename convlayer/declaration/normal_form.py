@@ -36,7 +36,7 @@ from convlayer.declaration.affine import (
 )
 from convlayer.declaration.atoms import ATOMS
 from convlayer.declaration.atoms.atom import NormalAtom, Terms, Weighted, number_of
-from convlayer.declaration.graph import arguments_first, is_affine, uses_first
+from convlayer.declaration.graph import arguments_first, is_affine, is_curved, uses_first
 from convlayer.declaration.spelling import short
 
 # By the type of a CVXPY constraint: the cone of its rows, and the sign with which they are in it.
@@ -164,7 +164,7 @@ class _Objective:
     def read(self, objective: Any, weight: Table) -> None:
         """Take sum_i weight_i objective_i. UnsupportedError never leaves: what is not read becomes one of the others."""
         self._give(objective, weight)
-        for expression in uses_first(objective, lambda part: not is_affine(part)):
+        for expression in uses_first(objective, is_curved):
             given = self._given.pop(id(expression), None)
             if given is None:
                 continue
@@ -309,9 +309,14 @@ def _not_quadratic(problem: cp.Problem) -> str | None:
 def _without_affine_parts(expression: Any) -> Any:
     """The same with a variable in place of each affine part: CVXPY looks for squares in those too, and as a tree."""
     new: dict[int, Any] = {}
-    for part in arguments_first([expression], lambda part: not part.is_affine()):
-        if part.is_affine():
-            new[id(part)] = part if part.is_constant() or not part.args else cp.Variable(part.shape)
+
+    def is_open(part: Any) -> bool:
+        return isinstance(part, cp.Expression) and not part.is_affine()
+
+    for part in arguments_first([expression], is_open):
+        if not is_open(part):
+            stays = not isinstance(part, cp.Expression) or part.is_constant() or not part.args
+            new[id(part)] = part if stays else cp.Variable(part.shape)
             continue
         inner = [new[id(argument)] for argument in part.args]
         same = all(now is before for now, before in zip(inner, part.args, strict=True))

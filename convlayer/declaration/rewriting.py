@@ -3,7 +3,7 @@
 Two rewritings, each to an equal problem whose cone program is the better one:
 
     quad_form(x - p, K)           ->  quad_form(y, K), y == x - p     p a Parameter, K constant
-    f(|z|), f even;  |z|_2^2      ->  f(z);  z'z
+    f(|z|), f even;  |z|_2^2      ->  f(z);  z'z                      z real
 
 The first keeps the objective affine in p. The second has no kink at z = 0, where CVXPY's t >= |z| has one.
 """
@@ -24,7 +24,7 @@ from convlayer.declaration.diagnose import (
     check_convexity,
     within_recursion_limit,
 )
-from convlayer.declaration.graph import Contents, arguments_first, is_affine
+from convlayer.declaration.graph import Contents, arguments_first, is_curved
 
 # Atoms of an even function, under which an absolute value says nothing: a power if its exponent is even.
 MAYBE_EVEN = (Power, cp.quad_over_lin, cp.huber)
@@ -114,7 +114,7 @@ def _smooth(part: Any, arguments: list[Any]) -> Any:
             return None
         is_square = exponent == 2
     inner, *rest = arguments
-    if isinstance(inner, cp.abs):
+    if isinstance(inner, cp.abs) and not inner.args[0].is_complex():
         return part.copy([inner.args[0], *rest])
     if is_square and _is_euclidean(inner):
         (z,) = inner.args
@@ -130,7 +130,7 @@ def _is_euclidean(part: Any) -> bool:
 def _rewritten(roots: Sequence[Any], rule: Rule) -> dict[int, Any]:
     """By id, what stands in the place of each part that a rule replaces, or that holds one that it does."""
     new: dict[int, Any] = {}
-    for part in arguments_first(roots, lambda part: not is_affine(part)):
+    for part in arguments_first(roots, is_curved):
         inner = [new.get(id(argument), argument) for argument in part.args]
         changed = rule(part, inner)
         if changed is None and any(
