@@ -310,15 +310,17 @@ def _without_affine_parts(expression: Any) -> Any:
     """The same with a variable in place of each affine part: CVXPY looks for squares in those too, and as a tree."""
     new: dict[int, Any] = {}
 
-    def is_open(part: Any) -> bool:
-        return isinstance(part, cp.Expression) and not part.is_affine()
-
-    for part in arguments_first([expression], is_open):
-        if not is_open(part):
-            stays = not isinstance(part, cp.Expression) or part.is_constant() or not part.args
+    for part in arguments_first([expression], _is_open):
+        if not _is_open(part):
+            stays = not part.args or not isinstance(part, cp.Expression) or part.is_constant()
             new[id(part)] = part if stays else cp.Variable(part.shape)
             continue
         inner = [new[id(argument)] for argument in part.args]
         same = all(now is before for now, before in zip(inner, part.args, strict=True))
         new[id(part)] = part if same else part.copy(inner)
     return new[id(expression)]
+
+
+def _is_open(part: Any) -> bool:
+    """Neither affine, Parameters taken for numbers, nor a constraint that an indicator holds."""
+    return isinstance(part, cp.Expression) and not part.is_affine()
