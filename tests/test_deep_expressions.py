@@ -120,8 +120,8 @@ def test_maps_that_are_not_affordable_take_the_cone_program(monkeypatch):
     F, G = (random.normal(size=(n, n)) / n for _ in "FG")
     problem = cp.Problem(cp.Minimize(cp.sum_squares(F @ (G @ x) + x - p)))
     assert ConvexLayer(problem, [p], [x]).structure == "least_squares"
-    monkeypatch.setattr(affine, "ENTRIES", 100)
-    monkeypatch.setattr(affine, "PROPORTION", 0)
+    monkeypatch.setattr(affine, "ENTRIES_AT_LEAST", 100)
+    monkeypatch.setattr(affine, "ENTRIES_A_LEAF", 0)
     layer = ConvexLayer(problem, [p], [x])
     assert layer.structure == "quadratic_program"  # which CVXPY says it is, and its cone program solves
     value = random.normal(size=n)

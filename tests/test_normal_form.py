@@ -181,7 +181,7 @@ def test_what_an_atom_is_not_defined_for_is_a_violation():
     problem = cp.Problem(cp.Maximize(p @ y + cp.sum(cp.entr(y))), [cp.sum(y) == 1])
     layer = ConvexLayer(problem, [p], [y])
     assert layer.structure == "softmax"
-    specialised = layer._specialised
+    specialised = layer._choice.kernel
     run, given = specialised._run, [torch.zeros(1, 3, dtype=torch.float64)]
     assert specialised.infeasibility(given, None, torch.float64).item() <= 1e-15
     wrong = torch.tensor([[1.5, -0.5, 0.0]], dtype=torch.float64)

@@ -97,13 +97,13 @@ class Canonical:
         """How P, q, A, b, d change in a random direction of each parameter, (1, values) each."""
         generator, like = torch.Generator().manual_seed(0), torch.zeros((), dtype=torch.float64)
         still = [torch.zeros(1, math.prod(parameter.shape), dtype=torch.float64) for parameter in self.parameters]
-        found = []
+        changes = []
         for k, parameter in enumerate(self.parameters):
             change = torch.randn(1, *parameter.shape, dtype=torch.float64, generator=generator)
             moved = ((change + change.mT) / 2 if parameter.symmetric else change).reshape(1, -1)
             entries = [*still[:k], moved, *still[k + 1 :]]
-            found.append({name: mapping.linear(entries, like) for name, mapping in self.maps.items()})
-        return found
+            changes.append({name: mapping.linear(entries, like) for name, mapping in self.maps.items()})
+        return changes
 
     @cached_property
     def reading(self) -> tuple[Tensor, Tensor]:

@@ -70,6 +70,7 @@ class Declaration:
 
     @property
     def canonical(self) -> Canonical:
+        """The cone program. ProblemError or CanonicalisationError: there is none."""
         with self._lock:
             if self._canonical is None:
                 problem, parameters = self.problem, self.parameters

@@ -155,13 +155,13 @@ def _quote(names: Sequence[str]) -> str:
 
 def _located(problem: cp.Problem, rules: str, dpp: bool, otherwise: str = "") -> str:
     """Where, what and what to write instead, of the first part at fault; `otherwise` goes before words that are of rules in general."""
-    for found in faults(problem, rules, dpp):
-        if not isinstance(found, Fault):
-            place, item = found
+    for fault in faults(problem, rules, dpp):
+        if not isinstance(fault, Fault):
+            place, item = fault
             return f"in {place}, `{spelled(item)}`: CVXPY refuses it as a whole{_rule(item)}."
-        with found.scope():
-            said, of_this_case = remedy(found)
-        return f"{'' if of_this_case else otherwise}in {found.place}, {said}"
+        with fault.scope():
+            said, of_this_case = remedy(fault)
+        return f"{'' if of_this_case else otherwise}in {fault.place}, {said}"
     return "CVXPY refuses the problem as a whole; see problem.is_dcp(dpp=True)."
 
 

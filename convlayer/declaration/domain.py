@@ -11,7 +11,9 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-SIGNS, MATRICES = frozenset(("nonneg", "pos", "nonpos", "neg")), frozenset(("symmetric", "PSD", "NSD"))
+# The attributes of a parameter that are about the sign of its entries, and those of a matrix that equals its transpose.
+SIGNS = frozenset(("nonneg", "pos", "nonpos", "neg"))
+MATRICES = frozenset(("symmetric", "PSD", "NSD"))
 
 
 def is_symmetric(parameter: cp.Parameter) -> bool:

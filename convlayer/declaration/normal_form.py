@@ -30,7 +30,7 @@ from convlayer.declaration.affine import (
     UnsupportedError,
     add,
     nothing,
-    rows_of,
+    selected_rows,
     starts,
     weigh,
 )
@@ -40,7 +40,7 @@ from convlayer.declaration.graph import arguments_first, is_affine, is_curved, u
 from convlayer.declaration.spelling import short
 
 # By the type of a CVXPY constraint: the cone of its rows, and the sign with which they are in it.
-CONES: dict[type, tuple[str, float]] = {
+CONE_OF: dict[type, tuple[str, float]] = {
     Equality: ("zero", 1.0),
     Zero: ("zero", 1.0),
     Inequality: ("nonnegative", -1.0),
@@ -49,9 +49,9 @@ CONES: dict[type, tuple[str, float]] = {
     PSD: ("psd", 1.0),
 }
 # By the attribute of a variable: the sign with which its entries are nonnegative.
-SIGNS = {"nonneg": 1.0, "pos": 1.0, "nonpos": -1.0, "neg": -1.0}
+SIGN_OF = {"nonneg": 1.0, "pos": 1.0, "nonpos": -1.0, "neg": -1.0}
 # By the attribute of a variable that equals its transpose: the sign with which it is semidefinite, zero where it need not be.
-SYMMETRIES = {"symmetric": 0.0, "PSD": 1.0, "NSD": -1.0}
+DEFINITENESS_OF = {"symmetric": 0.0, "PSD": 1.0, "NSD": -1.0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,10 +65,12 @@ class Constraint:
     cone: str  # "zero", "nonnegative", "psd"
     table: Table
     origin: int | None  # the constraint's id; None: an attribute of a variable
-    source: Any  # it, or what says which attribute: printed when words are wanted, which takes CVXPY longer than the reading
+    # The constraint, or what says which attribute: printed when words are wanted, which takes CVXPY longer than the reading.
+    source: Any
 
     @cached_property
     def text(self) -> str:
+        """As the user wrote it, in short."""
         return short(self.source)
 
 
@@ -230,7 +232,7 @@ class _Rules:
 
     def add(self, constraint: Any) -> None:
         """The rows of a constraint; one that is not affine, or in no cone of ours, is among the others."""
-        cone, sign = CONES.get(type(constraint), (None, 1.0))
+        cone, sign = CONE_OF.get(type(constraint), (None, 1.0))
         try:
             if cone is None or (cone == "psd" and any(len(a.shape) > 2 for a in constraint.args)):
                 raise UnsupportedError("no cone of ours")
@@ -253,13 +255,13 @@ class _Rules:
             if value is None or value is False or name in ("diag", "sparsity"):
                 continue
             text = f"Variable `{variable.name()}` {name}"
-            if name in SIGNS:
-                self._attribute("nonnegative", table.scaled(SIGNS[name]), text)
-            elif name in SYMMETRIES:
+            if name in SIGN_OF:
+                self._attribute("nonnegative", table.scaled(SIGN_OF[name]), text)
+            elif name in DEFINITENESS_OF:
                 if variable.size > 1:
                     self.tied.append(variable.name())
-                if SYMMETRIES[name]:
-                    self._attribute("psd", table.scaled(SYMMETRIES[name]), text)
+                if DEFINITENESS_OF[name]:
+                    self._attribute("psd", table.scaled(DEFINITENESS_OF[name]), text)
             elif name == "bounds":
                 self._bounds(value, variable, table, text)
             else:
@@ -285,7 +287,7 @@ class _Rules:
             finite = np.isfinite(flat)
             if finite.any():
                 shifted = add([table.scaled(sign), Table.of_constant(np.where(finite, -sign * flat, 0.0))])
-                self._attribute("nonnegative", rows_of(shifted, finite), text)
+                self._attribute("nonnegative", selected_rows(shifted, finite), text)
 
 
 def _is_unlimited(table: Table) -> bool:

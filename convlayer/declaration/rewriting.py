@@ -30,7 +30,7 @@ from convlayer.declaration.graph import Contents, arguments_first, is_curved
 MAYBE_EVEN = (Power, cp.quad_over_lin, cp.huber)
 
 # A part that is not affine, and its arguments as they now are -> what it becomes; None: it stays as it is.
-Rule = Callable[[Any, list[Any]], Any]
+Replacement = Callable[[Any, list[Any]], Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +127,7 @@ def _is_euclidean(part: Any) -> bool:
     return isinstance(part, Pnorm) and part.p == 2 and part.axis is None and not part.keepdims
 
 
-def _rewritten(roots: Sequence[Any], rule: Rule) -> dict[int, Any]:
+def _rewritten(roots: Sequence[Any], rule: Replacement) -> dict[int, Any]:
     """By id, what stands in the place of each part that a rule replaces, or that holds one that it does."""
     new: dict[int, Any] = {}
     for part in arguments_first(roots, is_curved):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convlayer.declaration.affine import NONE, Table, UnsupportedError, add, chain, nothing
+from convlayer.declaration.affine import NONE, Table, UnsupportedError, add, composed, nothing
 from convlayer.declaration.atoms.atom import NormalAtom
 from convlayer.declaration.atoms.entropy import Entropy
 from convlayer.declaration.atoms.square import Square
@@ -123,7 +123,7 @@ def separable(form: NormalForm) -> Separable:
         form.n, variable[weight.row], weight.row, weight.parameter, 2 * weight.coefficient * factor[weight.row]
     )
     try:
-        slope = add([linear_cost(form), chain(cross, argument.offset())]).normal
+        slope = add([linear_cost(form), composed(cross, argument.offset())]).normal
     except UnsupportedError:
         raise MismatchError("a weight that is a Parameter multiplies another Parameter") from None
     return Separable(curvature.normal, slope)
@@ -164,7 +164,7 @@ class Equality:
 
 def equalities(form: NormalForm) -> list[Equality]:
     """The rows of the equality constraints, with numbers for coefficients."""
-    found = []
+    rows = []
     for k, constraint in enumerate(form.constraints):
         if constraint.cone != "zero":
             continue
@@ -176,8 +176,8 @@ def equalities(form: NormalForm) -> list[Equality]:
             require(bool((moving.parameter == NONE).all()), f"a Parameter multiplies a variable in `{constraint.text}`")
             require(len(moving.row) > 0, f"`{constraint.text}` constrains no variable")
             offset = replace(rest, size=1, row=np.zeros(len(rest.row), dtype=np.int64))
-            found.append(Equality(k, row, moving.variable, moving.coefficient, offset))
-    return found
+            rows.append(Equality(k, row, moving.variable, moving.coefficient, offset))
+    return rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,14 +248,14 @@ def words(form: NormalForm, **inputs: Sequence[Table] | Table | Binding) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class Placement:
     """Where each entry of x stands in a kernel's array, row-major."""
 
     position: np.ndarray  # (n,)
     shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, form: NormalForm) -> Layout:
+    def of(cls, form: NormalForm) -> Placement:
         """One long vector, each variable in torch's order: a whole Parameter of its shape is then passed as it is."""
         places = []
         for variable, start in zip(form.variables, form.variable_starts, strict=False):
@@ -264,14 +264,14 @@ class Layout:
         return cls(np.concatenate(places), (form.n,))
 
     @classmethod
-    def along(cls, order: np.ndarray) -> Layout:
+    def along(cls, order: np.ndarray) -> Placement:
         """A vector of the entries of x in this order."""
         position = np.empty(len(order), dtype=np.int64)
         position[order] = np.arange(len(order))
         return cls(position, (len(order),))
 
     def binding(self, form: NormalForm, table: Table) -> Binding:
-        """A table with a row an entry of x, in this layout."""
+        """A table with a row an entry of x, in this placement."""
         return binding(form, self.shape, self.position[table.row], table.parameter, table.coefficient)
 
 
@@ -304,6 +304,6 @@ def simplex(form: NormalForm) -> Total:
     return Total(row.constraint, scale, row.offset.scaled(-1.0 / scale))
 
 
-def zero_duals(found: Signs) -> dict[int, Dual]:
+def zero_duals(signed: Signs) -> dict[int, Dual]:
     """Signs that the objective keeps strictly: their multipliers are zero."""
-    return {k: Dual(None, v, np.zeros(len(v))) for k, (v, _) in found.rows.items()}
+    return {k: Dual(None, v, np.zeros(len(v))) for k, (v, _) in signed.rows.items()}

@@ -17,7 +17,7 @@ from convlayer.kernels.answer import answered
 from convlayer.kernels.total_variation import total_variation
 from convlayer.solution import Cause
 from convlayer.structures.reading import (
-    Layout,
+    Placement,
     no_cones,
     one_value,
     only,
@@ -29,7 +29,7 @@ from convlayer.structures.reading import (
 )
 from convlayer.structures.structure import (
     Cost,
-    Declaration,
+    DeclaredProblem,
     Match,
     Structure,
     Wanted,
@@ -45,14 +45,14 @@ class TotalVariation(Structure):
     cause = Cause.ONE_SIDED
     refines = "quadratic_program"
 
-    def declare(self) -> Declaration:
+    def declare(self) -> DeclaredProblem:
         x, lam, u = cp.Parameter(12), cp.Parameter(nonneg=True), cp.Variable(12)
         return cp.Problem(cp.Minimize(cp.sum_squares(u - x) / 2 + lam * cp.tv(u))), [x, lam], [u]
 
     def sample(self, batch: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
         return normal(generator, *batch, 12), uniform(generator, 0.2, 0.6, *batch)
 
-    def near_misses(self) -> dict[str, Declaration]:
+    def near_misses(self) -> dict[str, DeclaredProblem]:
         x, lam, u, w = cp.Parameter(12), cp.Parameter(nonneg=True), cp.Variable(12), cp.Parameter(11, nonneg=True)
         weight, fit, steps = np.arange(1.0, 13.0), cp.sum_squares(u - x), cp.diff(u)
         problems = {
@@ -89,10 +89,10 @@ class TotalVariation(Structure):
         curvature = one_value(parts.curvature, form.n, "the squares have unequal weights")
         order = _line(form)
         step = one_value(_steps(form), form.n - 1, "the steps have unequal weights")
-        layout = Layout.along(order)
+        placement = Placement.along(order)
 
         def build(wanted: Wanted):
-            point = over(form, curvature, partial(layout.binding, form), parts.slope.scaled(-1.0))
+            point = over(form, curvature, partial(placement.binding, form), parts.slope.scaled(-1.0))
             lam = over(form, curvature, partial(rows_binding, form), step)
 
             def run(values, like, at=None):
@@ -104,7 +104,7 @@ class TotalVariation(Structure):
         return Match(
             words(form, signal=[parts.slope, curvature], weight=step),
             build,
-            layout.position,
+            placement.position,
             Cost(flops=400.0 * form.n, bytes=1600.0 * form.n),
         )
 

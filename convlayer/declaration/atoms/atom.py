@@ -15,7 +15,7 @@ import cvxpy as cp
 import numpy as np
 from torch import Tensor
 
-from convlayer.declaration.affine import Reader, Table, picked, rows_of, stack, summed_into
+from convlayer.declaration.affine import Reader, Table, picked, selected_rows, stack, summed_into
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +114,7 @@ class Elementwise(NormalAtom):
         used[weight.row] = True
         if used.all():
             return [Weighted(weight, argument)]
-        return [Weighted(rows_of(weight, used), rows_of(argument, used))]
+        return [Weighted(selected_rows(weight, used), selected_rows(argument, used))]
 
 
 def number_of(p: Any) -> float | None:

@@ -10,7 +10,7 @@ import numpy as np
 from cvxpy.atoms.quad_form import QuadForm
 from torch import Tensor
 
-from convlayer.declaration.affine import NONE, Table, chain
+from convlayer.declaration.affine import NONE, Table, composed
 from convlayer.declaration.atoms.atom import NormalAtom, Terms, Weighted
 from convlayer.declaration.atoms.square import Square
 
@@ -31,11 +31,11 @@ class QuadraticForm(NormalAtom):
         scaled = replace(matrix, variable=np.zeros(len(matrix.row), dtype=np.int64))
         diagonal = (matrix.row % size == matrix.row // size).all()
         if diagonal and (matrix.parameter == NONE).all():
-            entries = chain(scaled, weight)
+            entries = composed(scaled, weight)
             weights = replace(entries, size=size, row=entries.row % size)
             terms.keep(Square, weights, argument)
         else:
-            terms.keep(QuadraticForm, chain(scaled, weight.scaled(2.0)).normal, argument)
+            terms.keep(QuadraticForm, composed(scaled, weight.scaled(2.0)).normal, argument)
 
     def gathered(self, terms: Sequence[Weighted]) -> list[Weighted]:
         """As they are."""
