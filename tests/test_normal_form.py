@@ -9,8 +9,11 @@ from structures import SPELLINGS
 from convlayer import ConvexLayer
 from convlayer.declaration.affine import NONE, Reader, Table, UnsupportedError
 from convlayer.declaration.atoms import ATOMS
+from convlayer.declaration.atoms.atom import Elementwise
+from convlayer.declaration.atoms.square import Square
 from convlayer.declaration.graph import arguments_first
 from convlayer.declaration.normal_form import normal_form
+from convlayer.structures import STRUCTURES
 from convlayer.structures.reading import only
 from convlayer.structures.structure import MismatchError
 
@@ -188,3 +191,35 @@ def test_what_an_atom_is_not_defined_for_is_a_violation():
     specialised._run = lambda *arguments: run(*arguments).with_outputs(wrong)
     # Of the size of the solution, whose norm is that of (1.5, -0.5, 0).
     assert specialised.infeasibility(given, None, torch.float64).item() == pytest.approx(0.5 / 2.5**0.5)
+
+
+class Positive(Elementwise):
+    """f(z) = max(z, 0), as one would add it."""
+
+    name = "positive"
+    words = "positive parts"
+
+    def recognises(self, expression):
+        return isinstance(expression, cp.atoms.elementwise.maximum.maximum) and expression.args[1].is_zero()
+
+    def read(self, expression, weight, terms):
+        terms.keep(Positive, weight, terms.reader.table(expression.args[0]))
+
+    def of(self, argument):
+        return argument.clamp(min=0)
+
+
+def test_an_atom_is_added_by_one_class(monkeypatch):
+    target, y = cp.Parameter(3), cp.Variable(3)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(y - target) + 2 * cp.sum(cp.pos(3 * y - 1))))
+    with pytest.raises(MismatchError, match="which this structure does not know"):
+        STRUCTURES["least_squares"].match(normal_form(problem, [target]))
+    monkeypatch.setitem(ATOMS, "positive", Positive())
+    form = normal_form(problem, [target])
+    assert not form.others
+    assert form.of(Positive).size == form.of(Square).size == 3
+    randomise([y, target])
+    assert objective_value(form, stacked([y]), stacked([target])) == pytest.approx(float(problem.objective.value))
+    with pytest.raises(MismatchError, match="its objective has positive parts"):
+        STRUCTURES["least_squares"].match(form)
+    assert ConvexLayer(problem, [target], [y]).structure == "quadratic_program"

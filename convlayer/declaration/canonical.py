@@ -1,4 +1,5 @@
-"""A problem as a parametrised cone program: the program, the maps into it and out of it, and what follows from them alone.
+"""A problem as a parametrised cone program: the program, the maps into it and out of it, and what
+follows from them alone.
 
     minimise    1/2 x'Px + q'x + d
     subject to  Ax + s = b,  s in K         (P, q, A, b, d affine in the parameters' entries)
@@ -32,7 +33,8 @@ class Canonical:
 
     program: Program
     maps: dict[str, AffineMap]  # for each of P, q, A, b, d
-    moving: dict[str, np.ndarray]  # for P and A: positions of the entries that depend on a parameter
+    # For P and A: positions of the entries that depend on a parameter.
+    moving: dict[str, np.ndarray]
     parameters: list[ParameterEntries]
     variables: list[Recovery]
     sign: float  # -1 where the user maximises
@@ -42,17 +44,21 @@ class Canonical:
 
     @cached_property
     def dense_maps(self) -> dict[str, AffineMap]:
-        """The maps to whole matrices P and A in place of their stored entries, back from all entries of their cotangents."""
+        """The maps to whole matrices P and A in place of their stored entries, back from all
+        entries of their cotangents."""
         program, sizes = self.program, [math.prod(p.shape) for p in self.parameters]
         n, m = program.n, program.m
         P, A = self._matrices["P"], self._matrices["A"]
         row = row_of_each(P)
         i, j = program.P_rows[row], program.P_cols[row]
         below = i != j
-        # Below the diagonal a symmetric parameter is read below its own, so that P is the parameter as it lies in memory.
+        # Below the diagonal a symmetric parameter is read below its own, so that P is the parameter
+        # as it lies in memory.
         column = np.concatenate([P.indices, self._mirrored[P.indices[below]]])
         place = np.concatenate([i * n + j, (j * n + i)[below]])
-        whole_P = sp.csr_array((np.concatenate([P.data, P.data[below]]), (place, column)), shape=(n * n, P.shape[1]))
+        whole_P = sp.csr_array(
+            (np.concatenate([P.data, P.data[below]]), (place, column)), shape=(n * n, P.shape[1])
+        )
         row = row_of_each(A)
         place = program.A_rows[row] * n + program.A_cols[row]
         whole_A = sp.csr_array((A.data, (place, A.indices)), shape=(m * n, A.shape[1]))
@@ -60,19 +66,23 @@ class Canonical:
 
     @property
     def _mirrored(self) -> np.ndarray:
-        """The inputs of the maps, with each entry of a symmetric parameter in the place of its mirror image."""
+        """The inputs of the maps, with each entry of a symmetric parameter in the place of its
+        mirror image."""
         order, start = np.arange(self._matrices["P"].shape[1]), ONE + 1
         for parameter in self.parameters:
             size = math.prod(parameter.shape)
             if parameter.symmetric:
-                order[start : start + size] = order[start : start + size].reshape(parameter.shape).T.ravel()
+                own = order[start : start + size]
+                order[start : start + size] = own.reshape(parameter.shape).T.ravel()
             start += size
         return order
 
     @cached_property
     def visible(self) -> Visible:
-        """What some output reads or some parameter moves, and the multipliers of curved cones: how x moves along one depends on them."""
-        x, y = torch.zeros(self.program.n, dtype=torch.bool), torch.zeros(self.program.m, dtype=torch.bool)
+        """What some output reads or some parameter moves, and the multipliers of curved cones: how
+        x moves along one depends on them."""
+        x = torch.zeros(self.program.n, dtype=torch.bool)
+        y = torch.zeros(self.program.m, dtype=torch.bool)
         for recovery in self.variables:
             (y if recovery.dual else x)[recovery.position] = True
         for name, seen in (("q", x), ("b", y)):
@@ -96,22 +106,31 @@ class Canonical:
     def directions(self) -> list[dict[str, Tensor]]:
         """How P, q, A, b, d change in a random direction of each parameter, (1, values) each."""
         generator, like = torch.Generator().manual_seed(0), torch.zeros((), dtype=torch.float64)
-        still = [torch.zeros(1, math.prod(parameter.shape), dtype=torch.float64) for parameter in self.parameters]
+        still = [
+            torch.zeros(1, math.prod(parameter.shape), dtype=torch.float64)
+            for parameter in self.parameters
+        ]
         changes = []
         for k, parameter in enumerate(self.parameters):
             change = torch.randn(1, *parameter.shape, dtype=torch.float64, generator=generator)
             moved = ((change + change.mT) / 2 if parameter.symmetric else change).reshape(1, -1)
             entries = [*still[:k], moved, *still[k + 1 :]]
-            changes.append({name: mapping.linear(entries, like) for name, mapping in self.maps.items()})
+            changes.append(
+                {name: mapping.linear(entries, like) for name, mapping in self.maps.items()}
+            )
         return changes
 
     @cached_property
     def reading(self) -> tuple[Tensor, Tensor]:
         """Random cotangents of x (1, n) and y (1, m), through the outputs."""
         generator = torch.Generator().manual_seed(1)
-        x, y = (torch.zeros(1, size, dtype=torch.float64) for size in (self.program.n, self.program.m))
+        x, y = (
+            torch.zeros(1, size, dtype=torch.float64) for size in (self.program.n, self.program.m)
+        )
         for recovery in self.variables:
-            weights = torch.randn(1, len(recovery.position), dtype=torch.float64, generator=generator)
+            weights = torch.randn(
+                1, len(recovery.position), dtype=torch.float64, generator=generator
+            )
             if recovery.coefficient is not None:
                 weights = weights * recovery.coefficient
             (y if recovery.dual else x).index_add_(1, recovery.position, weights)
@@ -136,7 +155,8 @@ class Canonical:
 
     @cached_property
     def limits(self) -> list[np.ndarray]:
-        """For each parameter its entries (size,) that are right-hand sides of inequalities alone, where infinity has a meaning.
+        """For each parameter its entries (size,) that are right-hand sides of inequalities alone,
+        where infinity has a meaning.
 
         Not in a log-log convex program, whose limits are logarithms within exponentials.
         """
@@ -156,7 +176,7 @@ class Canonical:
 
     @cached_property
     def elimination(self) -> Elimination | None:
-        """Of auxiliary variables, if that makes the program cheaper to solve and to differentiate."""
+        """Of auxiliary variables, if the program is then cheaper to solve and to differentiate."""
         return Elimination.of(self.program, *self._constants, self.visible, _row_seconds)
 
     @cached_property
@@ -167,7 +187,8 @@ class Canonical:
     @cached_property
     def _constants(self) -> tuple[np.ndarray, np.ndarray]:
         """(nnz(A),) which entries of A no parameter moves, and their values."""
-        fixed, values = np.ones(len(self.program.A_rows), dtype=bool), np.zeros(len(self.program.A_rows))
+        count = len(self.program.A_rows)
+        fixed, values = np.ones(count, dtype=bool), np.zeros(count)
         fixed[self.moving["A"]] = False
         matrix = self._matrices["A"]
         constant = matrix.indices == ONE
@@ -180,7 +201,8 @@ class Canonical:
         ones = torch.ones(batch, 1, dtype=torch.float64)
         head = torch.cat([torch.zeros_like(ones), ones], 1)
         parts = [head, *(part.detach().abs().cpu().expand(batch, -1) for part in entries)]
-        return torch.from_numpy(np.ascontiguousarray((abs(self._matrices["b"]) @ torch.cat(parts, 1).numpy().T).T))
+        sizes = abs(self._matrices["b"]) @ torch.cat(parts, 1).numpy().T
+        return torch.from_numpy(np.ascontiguousarray(sizes.T))
 
     def objective(self, value: Tensor) -> Tensor:
         """The user's objective from the cone program's."""
@@ -188,7 +210,8 @@ class Canonical:
 
 
 def _row_seconds(program: Program, dense: bool) -> float:
-    """Of solving a row by the cheaper of the solvers that go row by row, its polish and its adjoint, `dense` or as is cheaper."""
+    """Of solving a row by the cheaper of the solvers that go row by row, its polish and its
+    adjoint, `dense` or as is cheaper."""
     system = dense_seconds(program) if dense else system_seconds(program)
     solvers = (solver for solver in SOLVERS.values() if isinstance(solver, Solver))
     return min(solver.row_seconds(program) for solver in solvers) + 2 * system

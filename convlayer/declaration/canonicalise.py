@@ -1,12 +1,15 @@
-"""CVXPY problem -> Canonical: the affine map from parameters to (P, q, A, b), the cones, and the way back.
+"""CVXPY problem -> Canonical: the affine map from parameters to (P, q, A, b), the cones, and the
+way back.
 
-CVXPY canonicalises; what is read here is its parametrised cone program, kept sparse and split by parameter:
+CVXPY canonicalises; what is read here is its parametrised cone program, kept sparse and split by
+parameter:
 
     (P, q, A, b, d) = constant + sum over parameters of map_p @ theta_p,
 
-with theta_p the parameter's entries as CVXPY reduces them (upper triangle of a symmetric one, logarithm in a log-log convex
-program). The maps back, from (x, y) to the user's variables, are read off CVXPY by probing its own reductions. Both are checked
-against CVXPY on random data whenever a layer is built.
+with theta_p the parameter's entries as CVXPY reduces them (upper triangle of a symmetric one,
+logarithm in a log-log convex program). The maps back, from (x, y) to the user's variables, are read
+off CVXPY by probing its own reductions. Both are checked against CVXPY on random data whenever a
+layer is built.
 """
 
 from __future__ import annotations
@@ -35,9 +38,11 @@ from convlayer.declaration.reductions import (
 from convlayer.declaration.rewriting import Prepared, prepared
 from convlayer.notices import quiet_cvxpy
 
-# The largest difference between our maps and CVXPY's matrices at random parameters, relative to their largest entry.
+# The largest difference between our maps and CVXPY's matrices at random parameters, relative to
+# their largest entry.
 AGREEMENT_OF_MAPS = 1e-10
-# Between a variable as it is gathered from a random point and as CVXPY recovers it: relative to the entry, and absolute.
+# Between a variable as it is gathered from a random point and as CVXPY recovers it: relative to the
+# entry, and absolute.
 AGREEMENT_OF_RECOVERIES, AGREEMENT_AT_ZERO = 1e-9, 1e-12
 
 
@@ -49,10 +54,11 @@ def canonicalise(
     gp: bool = False,
     checked: Prepared | None = None,
 ) -> Canonical:
-    """Canonicalise `problem` once and for all values of its parameters; `checked`: what `prepared` has returned for it.
+    """Canonicalise `problem` once and for all values of its parameters; `checked`: what `prepared`
+    has returned for it.
 
-    Errors: ValueError or TypeError naming the argument or the sub-expression at fault, and the remedy;
-    CanonicalisationError if this CVXPY's cone program is not the one our map gives.
+    Errors: ValueError or TypeError naming the argument or the sub-expression at fault, and the
+    remedy; CanonicalisationError if this CVXPY's cone program is not the one our map gives.
     """
     # CVXPY's part: refusals, rewritings, and the chain of reductions.
     with quiet_cvxpy(), within_recursion_limit():
@@ -89,7 +95,8 @@ def canonicalise(
 
 
 def _tensors(cone_program) -> tuple[Program, dict[str, sp.csr_array]]:
-    """CVXPY's tensors: for each of P, q, A, b, d a row for each stored value, a column for each parameter entry and one for the constant."""
+    """CVXPY's tensors: for each of P, q, A, b, d a row for each stored value, a column for each
+    parameter entry and one for the constant."""
     n, m = cone_program.x.size, int(cone_program.constr_size)
     cones = _cones(cone_program.cone_dims, m)
     A_rows, A_cols, A, b = _constraints(cone_program, n, m)
@@ -100,7 +107,8 @@ def _tensors(cone_program) -> tuple[Program, dict[str, sp.csr_array]]:
         tensor.sum_duplicates()
         tensor.eliminate_zeros()
 
-    # Infinity is the absence of a bound, in the constant part of an inequality, and nothing elsewhere.
+    # Infinity is the absence of a bound, in the constant part of an inequality, and nothing
+    # elsewhere.
     dims = cone_program.cone_dims
     row = row_of_each(b)
     inequality = (row >= dims.zero) & (row < dims.zero + dims.nonneg)
@@ -108,8 +116,8 @@ def _tensors(cone_program) -> tuple[Program, dict[str, sp.csr_array]]:
     b.data[unlimited] = np.sign(b.data[unlimited]) * NO_BOUND
     if not all(np.isfinite(tensor.data).all() for tensor in tensors.values()):
         raise ProblemError(
-            "A constant of the problem holds NaN or infinity. Infinity means `no bound` on the large side of an inequality, as in "
-            "x <= np.inf, and nothing elsewhere."
+            "A constant of the problem holds NaN or infinity. Infinity means `no bound` on the large "
+            "side of an inequality, as in x <= np.inf, and nothing elsewhere."
         )
     return Program(n, m, cones, P_rows, P_cols, A_rows, A_cols), tensors
 
@@ -119,7 +127,8 @@ def _constraints(
 ) -> tuple[np.ndarray, np.ndarray, sp.csr_array, sp.csr_array]:
     """(rows and columns of A's stored entries, the tensor of these, the tensor of b).
 
-    CVXPY's tensor holds s = A' x + b, the expression inside the cone, as its (m, n + 1) matrix by columns; ours is s = b - A x.
+    CVXPY's tensor holds s = A' x + b, the expression inside the cone, as its (m, n + 1) matrix by
+    columns; ours is s = b - A x.
     """
     tensor = sp.coo_array(cone_program.A)
     width = cone_program.q.shape[1]
@@ -168,7 +177,8 @@ def _cones(dims, m: int) -> Product:
     )
     if cones.size != m or dims.pnd:
         raise CanonicalisationError(
-            f"CVXPY's cones have {cones.size} rows and its matrix {m}; this version is not supported."
+            f"CVXPY's cones have {cones.size} rows and its matrix {m}; "
+            "this version is not supported."
         )
     return cones
 
@@ -176,7 +186,8 @@ def _cones(dims, m: int) -> Product:
 def _parameter_maps(
     parameters: Sequence[cp.Parameter], reduced: Reduced, tensors: dict[str, sp.csr_array]
 ) -> tuple[list[ParameterEntries], dict[str, sp.csr_array]]:
-    """How each parameter is read, and for each of P, q, A, b, d the matrix (values, 2 + all entries) of its map."""
+    """How each parameter is read, and for each of P, q, A, b, d the matrix (values, 2 + all
+    entries) of its map."""
     cone_program = reduced.cone_program
     columns = cone_program.param_id_to_col
     entries, first = [], ONE + 1
@@ -188,8 +199,8 @@ def _parameter_maps(
         log = entering is not parameter
         if log and parameter.id in columns:
             raise ValueError(
-                f"Parameter `{parameter.name()}` stands both as a factor and as an exponent of the log-log convex program; "
-                "use two parameters and pass the same tensor twice."
+                f"Parameter `{parameter.name()}` stands both as a factor and as an exponent of the "
+                "log-log convex program; use two parameters and pass the same tensor twice."
             )
         entries.append(ParameterEntries(tuple(parameter.shape), is_symmetric(parameter), log=log))
         if standing.id in columns:
@@ -221,7 +232,8 @@ def _moving_rows(tensor: sp.csr_array) -> np.ndarray:
 def _recoveries(
     variables: Sequence[cp.Variable], owners: dict[int, Any], reduced: Reduced, gp: bool
 ) -> list[Recovery]:
-    """Of each variable, by CVXPY's own inverse: a few evaluations of it, which give all variables at once."""
+    """Of each variable, by CVXPY's own inverse: a few evaluations of it, which give all variables
+    at once."""
     # By the constraint whose multipliers they are; None: of x.
     probes: dict[Any, tuple[np.ndarray, list[dict[int, np.ndarray]]]] = {}
     recoveries = []
@@ -235,7 +247,8 @@ def _recoveries(
 
 
 def _probed(owner: Any, reduced: Reduced) -> tuple[np.ndarray, list[dict[int, np.ndarray]]]:
-    """A random point, and CVXPY's variables from i + 1, from its square and from that point, i the place in x.
+    """A random point, and CVXPY's variables from i + 1, from its square and from that point, i the
+    place in x.
 
     With an owner its dual variables, and y for x.
     """
@@ -256,7 +269,8 @@ def _recovery(
     random: np.ndarray,
     values: list[dict[int, np.ndarray]],
 ) -> Recovery:
-    """From the variable's values at i + 1, at its square, and at a random point: two tell the map, the third checks it."""
+    """From the variable's values at i + 1, at its square, and at a random point: two tell the map,
+    the third checks it."""
     once, squared, there = (
         np.asarray(value[variable.id].reshape(variable.shape), dtype=float).ravel()
         for value in values
@@ -279,9 +293,11 @@ def _recovery(
 
 
 def _gathered(once: np.ndarray, squared: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Read off a map that gathers entries and scales each: (positions, coefficients) from two evaluations.
+    """Read off a map that gathers entries and scales each: (positions, coefficients) from two
+    evaluations.
 
-    With input i + 1 an output is c (i + 1), with (i + 1)^2 it is c (i + 1)^2: their ratio tells the position.
+    With input i + 1 an output is c (i + 1), with (i + 1)^2 it is c (i + 1)^2: their ratio tells the
+    position.
     """
     used = once != 0
     position = np.zeros(len(once), dtype=np.int64)
@@ -296,9 +312,7 @@ def _gathered(once: np.ndarray, squared: np.ndarray, size: int) -> tuple[np.ndar
 # Whether the maps are CVXPY's -------------------------------------------------------------------
 
 
-def _self_check(
-    canonical: Canonical, parameters: Sequence[cp.Parameter], reduced: Reduced
-) -> None:
+def _self_check(canonical: Canonical, parameters: Sequence[cp.Parameter], reduced: Reduced) -> None:
     """Compare our map with CVXPY's own matrices at random parameter entries."""
     # Theirs.
     cone_program = reduced.cone_program
@@ -318,11 +332,10 @@ def _self_check(
     for entering, standing in reduced.parameters(parameters):
         whole = np.zeros(entering.size)
         if standing.id in values:
-            whole[positions(entering, standing)] = np.asarray(values[standing.id]).flatten(order="F")
+            reduced_value = np.asarray(values[standing.id])
+            whole[positions(entering, standing)] = reduced_value.flatten(order="F")
         inputs.append(whole)
-    ours = {
-        name: matrix @ np.concatenate(inputs) for name, matrix in canonical._matrices.items()
-    }
+    ours = {name: matrix @ np.concatenate(inputs) for name, matrix in canonical._matrices.items()}
 
     # The difference of each.
     program = canonical.program
@@ -344,7 +357,8 @@ def _self_check(
     for name, difference in differences.items():
         if not difference <= AGREEMENT_OF_MAPS * scale:
             raise CanonicalisationError(
-                f"Our {name} differs from the one of CVXPY {cp.__version__}; this version is not supported."
+                f"Our {name} differs from the one of CVXPY {cp.__version__}; "
+                "this version is not supported."
             )
 
 
@@ -355,7 +369,8 @@ def _apart(
     their_places: tuple[np.ndarray, np.ndarray],
     rows: int,
 ) -> float:
-    """The largest entry of the difference of two matrices, each given by values and (rows, columns)."""
+    """The largest entry of the difference of two matrices, each given by values and (rows,
+    columns)."""
     height = max(rows, 1)
     keys = [
         row.astype(np.int64) + height * column.astype(np.int64)

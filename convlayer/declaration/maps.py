@@ -1,10 +1,11 @@
-"""Sparse affine maps: from the user's parameters to a cone program's data, and from its solution to the user's variables.
+"""Sparse affine maps: from the user's parameters to a cone program's data, and from its solution to
+the user's variables.
 
     (P, q, A, b, d) = constant + sum over parameters of map_p @ theta_p
 
-theta_p are the parameter's entries as they are read (`ParameterEntries`); a map is one sparse matrix over a constant zero,
-a constant one and the entries of all parameters (`AffineMap`). Variables and dual variables are gathered from (x, y), with
-one coefficient an entry (`Recovery`).
+theta_p are the parameter's entries as they are read (`ParameterEntries`); a map is one sparse
+matrix over a constant zero, a constant one and the entries of all parameters (`AffineMap`).
+Variables and dual variables are gathered from (x, y), with one coefficient an entry (`Recovery`).
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ from torch import Tensor
 
 from convlayer.conic.linear_map import LinearMap
 
-# The columns of an AffineMap's matrix before those of the parameters' entries: a constant zero, which blanks are
-# gathered from, and a constant one, whose coefficients are the constant part of the map.
+# The columns of an AffineMap's matrix before those of the parameters' entries: a constant zero,
+# which blanks are gathered from, and a constant one, whose coefficients are the constant part of
+# the map.
 ZERO, ONE = 0, 1
 
 
 @dataclass(frozen=True, eq=False)
 class ParameterEntries:
-    """How a user's parameter is read: row-major, a symmetric one from both triangles alike, in a log-log program by its logarithm."""
+    """How a user's parameter is read: row-major, a symmetric one from both triangles alike, in a
+    log-log program by its logarithm."""
 
     shape: tuple[int, ...]
     symmetric: bool
@@ -41,7 +44,8 @@ class ParameterEntries:
         return flat.log() if self.log else flat
 
     def pull_back(self, bar: Tensor, value: Tensor) -> Tensor:
-        """The cotangent of `read`, (B, size) -> (B, *shape). Through a logarithm nothing comes of nothing, be the value what it may."""
+        """The cotangent of `read`, (B, size) -> (B, *shape). Through a logarithm nothing comes of
+        nothing, be the value what it may."""
         bar = bar.reshape(value.shape)
         if self.log:
             bar = torch.where(bar == 0, 0.0, bar / value)
@@ -51,8 +55,11 @@ class ParameterEntries:
 class AffineMap:
     """From the parameters' entries to one of P, q, A, b, d, and back."""
 
-    def __init__(self, matrix: sp.csr_array, sizes: Sequence[int], moving: np.ndarray | None) -> None:
-        """matrix (values, 2 + all parameter entries); sizes of the parameters; moving: the outputs of which cotangents come back."""
+    def __init__(
+        self, matrix: sp.csr_array, sizes: Sequence[int], moving: np.ndarray | None
+    ) -> None:
+        """matrix (values, 2 + all parameter entries); sizes of the parameters; moving: the outputs
+        of which cotangents come back."""
         self._matrix, self._moving = matrix, moving
         self._starts = starts = np.cumsum([ONE + 1, *sizes])
         used = np.zeros(matrix.shape[1], dtype=bool)
@@ -76,12 +83,16 @@ class AffineMap:
     @cached_property
     def back(self) -> dict[int, LinearMap]:
         """For each parameter that it reads, from the outputs' cotangents to the parameter's."""
-        starts, outputs = self._starts, self._matrix if self._moving is None else self._matrix[self._moving]
-        columns = sp.csc_array(outputs)
-        return {k: LinearMap(sp.csr_array(columns[:, starts[k] : starts[k + 1]].T)) for k in self.parameters}
+        starts, matrix, moving = self._starts, self._matrix, self._moving
+        columns = sp.csc_array(matrix if moving is None else matrix[moving])
+        return {
+            k: LinearMap(sp.csr_array(columns[:, starts[k] : starts[k + 1]].T))
+            for k in self.parameters
+        }
 
     def __call__(self, entries: Sequence[Tensor], like: Tensor) -> Tensor:
-        """Entries (B or 1, size) of every parameter -> (B or 1, values): shared where all that it reads is."""
+        """Entries (B or 1, size) of every parameter -> (B or 1, values): shared where all that it
+        reads is."""
         mine = [entries[k] for k in self.parameters]
         run = self.forward.run
         if run is not None and len(mine) == 1 and run.start > ONE:
@@ -107,7 +118,8 @@ def _constants(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Recovery:
-    """From (x, y) to one of the user's variables: value = coefficient * (x, y)[position], then exp in a log-log program."""
+    """From (x, y) to one of the user's variables: value = coefficient * (x, y)[position], then exp
+    in a log-log program."""
 
     shape: tuple[int, ...]
     dual: bool
@@ -116,12 +128,14 @@ class Recovery:
     exp: bool
 
     def _on(self, device: torch.device) -> tuple[Tensor | slice, Tensor | None]:
-        """Where the entries stand, as a slice if they stand in order, and their coefficients, on a device."""
+        """Where the entries stand, as a slice if they stand in order, and their coefficients, on a
+        device."""
         if device not in self._places:
             first, size = int(self.position[0]) if len(self.position) else 0, len(self.position)
             in_order = bool((self.position == torch.arange(first, first + size)).all())
             position = slice(first, first + size) if in_order else self.position.to(device)
-            self._places[device] = position, None if self.coefficient is None else self.coefficient.to(device)
+            coefficient = None if self.coefficient is None else self.coefficient.to(device)
+            self._places[device] = position, coefficient
         return self._places[device]
 
     @cached_property

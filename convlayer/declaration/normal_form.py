@@ -1,10 +1,12 @@
-"""CVXPY problem -> weighted atoms of affine maps: what a structure is recognised on, however the problem was spelt.
+"""CVXPY problem -> weighted atoms of affine maps: what a structure is recognised on, however the
+problem was spelt.
 
     minimise    sum over atoms f and their terms of  w'f(F x + g)  +  c'x + d
     subject to  rows of A x + b in the zero, nonnegative and psd cones
 
-The atoms are those of `convlayer.declaration.atoms`. Weights, F, g, c, A and b are affine in the parameters, sparse and exact
-(`Table`). Whatever has another form is named in `others`, so that a structure can say what it does not know.
+The atoms are those of `convlayer.declaration.atoms`. Weights, F, g, c, A and b are affine in the
+parameters, sparse and exact (`Table`). Whatever has another form is named in `others`, so that a
+structure can say what it does not know.
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ CONE_OF: dict[type, tuple[str, float]] = {
 }
 # By the attribute of a variable: the sign with which its entries are nonnegative.
 SIGN_OF = {"nonneg": 1.0, "pos": 1.0, "nonpos": -1.0, "neg": -1.0}
-# By the attribute of a variable that equals its transpose: the sign with which it is semidefinite, zero where it need not be.
+# By the attribute of a variable that equals its transpose: the sign with which it is semidefinite,
+# zero where it need not be.
 DEFINITENESS_OF = {"symmetric": 0.0, "PSD": 1.0, "NSD": -1.0}
 
 
@@ -58,14 +61,15 @@ DEFINITENESS_OF = {"symmetric": 0.0, "PSD": 1.0, "NSD": -1.0}
 class Constraint:
     """The rows of `table` in a cone, column-major.
 
-    With CVXPY's multiplier y of the constraint, the Lagrangian has y'table added to the objective (minimised) where the rows are
-    zero, and taken off it in the other cones.
+    With CVXPY's multiplier y of the constraint, the Lagrangian has y'table added to the objective
+    (minimised) where the rows are zero, and taken off it in the other cones.
     """
 
     cone: str  # "zero", "nonnegative", "psd"
     table: Table
     origin: int | None  # the constraint's id; None: an attribute of a variable
-    # The constraint, or what says which attribute: printed when words are wanted, which takes CVXPY longer than the reading.
+    # The constraint, or what says which attribute: printed when words are wanted, which takes CVXPY
+    # longer than the reading.
     source: Any
 
     @cached_property
@@ -76,7 +80,8 @@ class Constraint:
 
 @dataclass(frozen=True, eq=False)
 class NormalForm:
-    """See the module. The objective is minimised; where the user maximises, it is the negative of theirs."""
+    """See the module. The objective is minimised; where the user maximises, it is the negative of
+    theirs."""
 
     variables: list[cp.Variable]
     parameters: list[cp.Parameter]
@@ -164,7 +169,8 @@ class _Objective:
         self._given: dict[int, list[Table]] = {}
 
     def read(self, objective: Any, weight: Table) -> None:
-        """Take sum_i weight_i objective_i. UnsupportedError never leaves: what is not read becomes one of the others."""
+        """Take sum_i weight_i objective_i. UnsupportedError never leaves: what is not read becomes
+        one of the others."""
         self._give(objective, weight)
         for expression in uses_first(objective, is_curved):
             given = self._given.pop(id(expression), None)
@@ -180,7 +186,8 @@ class _Objective:
         self._given.setdefault(id(expression), []).append(weight)
 
     def _take(self, expression: Any, weight: Table) -> None:
-        """sum_i weight_i expression_i: to its arguments what is affine in them, to an atom of ours what it recognises."""
+        """sum_i weight_i expression_i: to its arguments what is affine in them, to an atom of ours
+        what it recognises."""
         if is_affine(expression):
             self.terms.keep_linear(weigh(weight, self._reader.table(expression)))
         elif _is_plain_sum(expression):
@@ -200,7 +207,8 @@ class _Objective:
                 atom.read(expression, weight, self.terms)
 
     def _pass_on(self, expression: Any, weight: Table) -> None:
-        """weight'(M y + c) with the arguments y: weight'c is linear, and y has the weights M'weight."""
+        """weight'(M y + c) with the arguments y: weight'c is linear, and y has the weights
+        M'weight."""
         table, arguments = self._reader.operator(expression)
         self.terms.keep_linear(weigh(weight, table.offset()))
         pulled = weigh(weight, table.linear())
@@ -231,7 +239,8 @@ class _Rules:
         self.tied: list[str] = []
 
     def add(self, constraint: Any) -> None:
-        """The rows of a constraint; one that is not affine, or in no cone of ours, is among the others."""
+        """The rows of a constraint; one that is not affine, or in no cone of ours, is among the
+        others."""
         cone, sign = CONE_OF.get(type(constraint), (None, 1.0))
         try:
             if cone is None or (cone == "psd" and any(len(a.shape) > 2 for a in constraint.args)):
@@ -282,11 +291,15 @@ class _Rules:
             if isinstance(bound, cp.Expression) and (bound.parameters() or bound.variables()):
                 self.others.append(text)
                 continue
-            value = np.broadcast_to(np.asarray(getattr(bound, "value", bound), dtype=float), variable.shape)
+            value = np.broadcast_to(
+                np.asarray(getattr(bound, "value", bound), dtype=float), variable.shape
+            )
             flat = value.ravel(order="F")
             finite = np.isfinite(flat)
             if finite.any():
-                shifted = add([table.scaled(sign), Table.of_constant(np.where(finite, -sign * flat, 0.0))])
+                shifted = add(
+                    [table.scaled(sign), Table.of_constant(np.where(finite, -sign * flat, 0.0))]
+                )
                 self._attribute("nonnegative", selected_rows(shifted, finite), text)
 
 
@@ -300,16 +313,22 @@ def _not_quadratic(problem: cp.Problem) -> str | None:
         return "its objective is not quadratic or piecewise affine"
     for constraint in problem.constraints:
         if type(constraint) not in (Equality, Zero) and not (
-            type(constraint) in (Inequality, NonPos, NonNeg) and _without_affine_parts(constraint.expr).is_pwl()
+            type(constraint) in (Inequality, NonPos, NonNeg)
+            and _without_affine_parts(constraint.expr).is_pwl()
         ):
             return f"`{short(constraint)}` is not a linear constraint"
-    if any(variable.attributes[name] for variable in problem.variables() for name in ("PSD", "NSD", "hermitian")):
+    if any(
+        variable.attributes[name]
+        for variable in problem.variables()
+        for name in ("PSD", "NSD", "hermitian")
+    ):
         return "a variable is semidefinite"
     return None
 
 
 def _without_affine_parts(expression: Any) -> Any:
-    """The same with a variable in place of each affine part: CVXPY looks for squares in those too, and as a tree."""
+    """The same with a variable in place of each affine part: CVXPY looks for squares in those too,
+    and as a tree."""
     new: dict[int, Any] = {}
 
     for part in arguments_first([expression], _is_open):

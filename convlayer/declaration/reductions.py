@@ -1,7 +1,7 @@
 """CVXPY's reductions of a problem to a parametrised cone program, and the way back through them.
 
-All that is CVXPY's own about it stands here, so that our maps can be read off by probing: what a parameter becomes, which
-variables a primal point x gives, which multipliers a dual point y.
+All that is CVXPY's own about it stands here, so that our maps can be read off by probing: what a
+parameter becomes, which variables a primal point x gives, which multipliers a dual point y.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class CanonicalisationError(RuntimeError):
 
 
 class _StandardForm(CLARABEL):
-    """The cone program we ask CVXPY for: quadratic objective, all six cones, psd by its upper triangle, values not applied."""
+    """The cone program we ask CVXPY for: quadratic objective, all six cones, psd by its upper
+    triangle, values not applied."""
 
     SUPPORTED_CONSTRAINTS = [
         cone for cone in CLARABEL.SUPPORTED_CONSTRAINTS if cone is not PowConeND
@@ -76,7 +77,8 @@ class Reductions:
             or cone_program.upper_bounds is not None
         ):
             raise CanonicalisationError(
-                "CVXPY left bounds or cones outside the constraint matrix; this version is not supported."
+                "CVXPY left bounds or cones outside the constraint matrix; "
+                "this version is not supported."
             )
         return Reduced(cone_program, list(zip(self.steps, inverse, strict=True)))
 
@@ -89,7 +91,8 @@ class Reduced:
     steps: list[tuple[Any, Any]]  # each reduction, and what it kept for the way back
 
     def parameters(self, users: Sequence[cp.Parameter]) -> list[tuple[cp.Parameter, cp.Parameter]]:
-        """For each of the user's: (it or its logarithm, the reduced one that stands in the cone program)."""
+        """For each of the user's: (it or its logarithm, the reduced one that stands in the cone
+        program)."""
         logarithms: dict = {}
         lowered: dict = {}
         for reduction, _ in self.steps:
@@ -101,7 +104,8 @@ class Reduced:
         return [(p, lowered.get(p.id, p)) for p in entering]
 
     def primal(self, x: np.ndarray) -> dict[int, np.ndarray]:
-        """By id, the user's variables (their logarithms in a log-log program), without projecting."""
+        """By id, the user's variables (their logarithms in a log-log program), without
+        projecting."""
         values = self.cone_program.split_solution(x)
         for reduction, _ in reversed(self.steps):
             if isinstance(reduction, Dgp2Dcp):
@@ -113,7 +117,8 @@ class Reduced:
         return {key: _dense(value) for key, value in values.items()}
 
     def dual(self, y: np.ndarray, constraint: Any) -> dict[int, np.ndarray]:
-        """By id, the dual variables of one of the user's constraints, whose own values stay as they are."""
+        """By id, the dual variables of one of the user's constraints, whose own values stay as they
+        are."""
         x = np.zeros(self.cone_program.x.size)
         solution = SimpleNamespace(
             status="Solved", x=x, z=y, obj_val=0.0, solve_time=0.0, iterations=0
@@ -135,7 +140,8 @@ class Reduced:
 
 
 def positions(parameter: cp.Parameter, reduced: cp.Parameter) -> np.ndarray:
-    """The row-major positions in a parameter of the entries that stand in the cone program, in CVXPY's order."""
+    """The row-major positions in a parameter of the entries that stand in the cone program, in
+    CVXPY's order."""
     places = np.arange(parameter.size).reshape(parameter.shape)
     read = places if reduced is parameter else np.asarray(lower_value(parameter, places))
     return read.flatten(order="F").astype(np.int64)
@@ -156,7 +162,8 @@ def _in_the_users_terms() -> Iterator[None]:
 
 
 def _not_canonicalised(error: Exception) -> ProblemError:
-    """What CVXPY could not turn into cones, in the user's terms: the innermost atom that it was at when the error was raised."""
+    """What CVXPY could not turn into cones, in the user's terms: the innermost atom that it was at
+    when the error was raised."""
     atoms = []
     for frame, _ in traceback.walk_tb(error.__traceback__):
         atom = frame.f_locals.get("expr")

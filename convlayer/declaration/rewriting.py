@@ -5,7 +5,8 @@ Two rewritings, each to an equal problem whose cone program is the better one:
     quad_form(x - p, K)           ->  quad_form(y, K), y == x - p     p a Parameter, K constant
     f(|z|), f even;  |z|_2^2      ->  f(z);  z'z                      z real
 
-The first keeps the objective affine in p. The second has no kink at z = 0, where CVXPY's t >= |z| has one.
+The first keeps the objective affine in p. The second has no kink at z = 0, where CVXPY's t >= |z|
+has one.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from convlayer.declaration.diagnose import (
 )
 from convlayer.declaration.graph import Contents, arguments_first, is_curved
 
-# Atoms of an even function, under which an absolute value says nothing: a power if its exponent is even.
+# Atoms of an even function, under which an absolute value says nothing: a power if its exponent is
+# even.
 MAYBE_EVEN = (Power, cp.quad_over_lin, cp.huber)
 
-# A part that is not affine, and its arguments as they now are -> what it becomes; None: it stays as it is.
+# A part that is not affine, and its arguments as they now are -> what it becomes; None: it stays as
+# it is.
 Replacement = Callable[[Any, list[Any]], Any]
 
 
@@ -38,7 +41,9 @@ class Prepared:
     """What has been let in, as it will be canonicalised."""
 
     problem: cp.Problem
-    owners: dict[int, Any]  # by the id of each dual variable, the user's constraint that it belongs to
+    owners: dict[
+        int, Any
+    ]  # by the id of each dual variable, the user's constraint that it belongs to
 
 
 def prepared(
@@ -60,9 +65,11 @@ def prepared(
 
 
 def _without_parametrised_arguments(problem: cp.Problem) -> cp.Problem:
-    """The problem with y in place of x - p in each quad_form(x - p, K) of the objective, K constant, and y == x - p.
+    """The problem with y in place of x - p in each quad_form(x - p, K) of the objective, K
+    constant, and y == x - p.
 
-    (x - p)'K(x - p) is DPP, but its constant is quadratic in p; with y the objective stays quadratic and affine in p.
+    (x - p)'K(x - p) is DPP, but its constant is quadratic in p; with y the objective stays
+    quadratic and affine in p.
     """
     contents, equalities = Contents(), list[cp.Constraint]()
 
@@ -85,7 +92,8 @@ def _without_parametrised_arguments(problem: cp.Problem) -> cp.Problem:
 
 
 def _without_hidden_kinks(problem: cp.Problem) -> cp.Problem:
-    """The problem with f(z) in place of f(|z|), f an even power, a sum of squares or a Huber function, and z'z in place of |z|^2.
+    """The problem with f(z) in place of f(|z|), f an even power, a sum of squares or a Huber
+    function, and z'z in place of |z|^2.
 
     CVXPY writes them as f(t), t >= |z|, which has a kink at z = 0 where f(|z|) has none.
     """
@@ -128,7 +136,8 @@ def _is_euclidean(part: Any) -> bool:
 
 
 def _rewritten(roots: Sequence[Any], rule: Replacement) -> dict[int, Any]:
-    """By id, what stands in the place of each part that a rule replaces, or that holds one that it does."""
+    """By id, what stands in the place of each part that a rule replaces, or that holds one that it
+    does."""
     new: dict[int, Any] = {}
     for part in arguments_first(roots, is_curved):
         inner = [new.get(id(argument), argument) for argument in part.args]

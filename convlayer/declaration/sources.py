@@ -38,14 +38,17 @@ _KNOWN: weakref.WeakKeyDictionary[Canonical, list[Source]] = weakref.WeakKeyDict
 
 
 def sources_of(canonical: Canonical, declared: Declaration) -> list[Source]:
-    """Every row that may have a kink under one name: the user's constraints in order, the variables' attributes, the rest."""
+    """Every row that may have a kink under one name: the user's constraints in order, the
+    variables' attributes, the rest."""
     if canonical not in _KNOWN:
         _KNOWN[canonical] = _read(canonical, declared)
     return _KNOWN[canonical]
 
 
 def _read(canonical: Canonical, declared: Declaration) -> list[Source]:
-    names = {c.id: f"constraint {k}, `{short(c)}`" for k, c in enumerate(declared.problem.constraints)}
+    names = {
+        c.id: f"constraint {k}, `{short(c)}`" for k, c in enumerate(declared.problem.constraints)
+    }
     nothing = torch.zeros(0, dtype=torch.int64)
     # Listed even without rows, as a constraint on nothing is.
     sources = {name: Source(name, nothing, nothing.bool(), nothing) for name in names.values()}
@@ -57,18 +60,23 @@ def _read(canonical: Canonical, declared: Declaration) -> list[Source]:
         entries = torch.full_like(rows, -1)
         if own and isinstance(constraint, (cp.constraints.NonNeg, cp.constraints.Zero)):
             # Rows are in column-major order.
-            entries = torch.from_numpy(np.arange(len(rows)).reshape(constraint.shape).flatten(order="F"))
+            entries = torch.from_numpy(
+                np.arange(len(rows)).reshape(constraint.shape).flatten(order="F")
+            )
         new = (rows, torch.full((len(rows),), own), entries)
         old = sources.get(name, Source(name, nothing, nothing.bool(), nothing))
         sources[name] = Source(name, *(torch.cat(pair) for pair in zip(old[1:], new, strict=True)))
     users = set(names.values())
-    return sorted(sources.values(), key=lambda source: (source.name not in users, not bool(source.own.any())))
+    return sorted(
+        sources.values(), key=lambda source: (source.name not in users, not bool(source.own.any()))
+    )
 
 
 def _named(
     canonical: Canonical, declared: Declaration, names: dict[int, str]
 ) -> Iterator[tuple[Any, str, bool]]:
-    """(constraint of the cone program in row order, the name of its source, whether it is the source itself)."""
+    """(constraint of the cone program in row order, the name of its source, whether it is the
+    source itself)."""
     # The reductions once more, watched: for what does CVXPY make each auxiliary constraint?
     problem = prepared(
         declared.problem, declared.parameters, declared.variables, declared.gp
@@ -84,7 +92,8 @@ def _named(
     constraints = reduced.cone_program.constraints
     if sum(c.size for c in constraints) != canonical.program.m:
         raise CanonicalisationError(
-            f"CVXPY {cp.__version__} orders its constraints otherwise; this version is not supported."
+            f"CVXPY {cp.__version__} orders its constraints otherwise; "
+            "this version is not supported."
         )
 
     # Each reduction gives its constraints new ids: names follow.
@@ -98,14 +107,21 @@ def _named(
             new, old, _ = kept
             attributes = {variable.id: _attributes(old[key]) for key, variable in new.items()}
 
-    # A constraint of the user's, one for an atom of theirs, one of a variable's attribute, or CVXPY's own.
+    # A constraint of the user's, one for an atom of theirs, one of a variable's attribute, or
+    # CVXPY's own.
     for constraint in constraints:
         if constraint.id in owned:
             yield constraint, owned[constraint.id], True
         elif constraint.id in atoms:
             top, atom = atoms[constraint.id]
-            term = f"the term `{short(atom)}` of the objective" if not declared.gp else "the objective"
-            yield constraint, term if isinstance(top, cp.Minimize) else entering.get(top.id, AUXILIARY), False
+            term = (
+                f"the term `{short(atom)}` of the objective" if not declared.gp else "the objective"
+            )
+            yield (
+                constraint,
+                term if isinstance(top, cp.Minimize) else entering.get(top.id, AUXILIARY),
+                False,
+            )
         else:
             of = [variable.id for variable in constraint.variables()]
             kind = "psd" if isinstance(constraint, (cp.constraints.PSD, SvecPSD)) else "bound"
@@ -114,7 +130,8 @@ def _named(
 
 
 def _traced(reduction: Dcp2Cone) -> dict[int, tuple[Any, Any]]:
-    """Id of each auxiliary constraint that the reduction is going to make -> (the objective or constraint, the atom) it is for."""
+    """Id of each auxiliary constraint that the reduction is going to make -> (the objective or
+    constraint, the atom) it is for."""
     origins: dict[int, tuple[Any, Any]] = {}
     tree, step = reduction.canonicalize_tree, reduction.canonicalize_expr
     top: Any = None

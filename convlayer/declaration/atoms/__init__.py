@@ -1,4 +1,4 @@
-"""The atoms of the normal form, by name; a file that defines a NormalAtom is found by being there."""
+"""The atoms of the normal form, by name; a file with a NormalAtom is found by being there."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""What an atom of the normal form is: how CVXPY spells it, its value, and what it adds to the cone program.
+"""What an atom of the normal form is: how CVXPY spells it, its value, its cost as a cone program.
 
-A new atom is a new file beside this one: a subclass of `NormalAtom`, or of `Elementwise`, found by being there. The structures
-that do not name it take no problem with it, and those that do ask for its terms by its class.
+A new atom is a new file beside this one: a subclass of `NormalAtom`, or of `Elementwise`, found by
+being there. The structures that do not name it take no problem with it, and those that do ask for
+its terms by its class.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from convlayer.declaration.affine import Reader, Table, picked, selected_rows, s
 
 @dataclass(frozen=True, eq=False)
 class Weighted:
-    """A term of an atom: its weight, a table without variables, and the affine map that is its argument.
+    """A term of an atom: its weight, a table without variables, and the affine map that is its
+    argument.
 
-    Of an elementwise atom sum_i weight_i atom(argument_i), with as many rows; otherwise as the atom says.
+    Of an elementwise atom sum_i weight_i atom(argument_i), with as many rows in both; of another as
+    the atom says.
     """
 
     weight: Table
@@ -52,7 +55,8 @@ class Terms:
 
 
 class NormalAtom(ABC):
-    """A function of which the objective of a normal form has terms; one file, one atom, one instance in the registry."""
+    """A function of which the objective of a normal form has terms; one file, one atom, one
+    instance in the registry."""
 
     name: ClassVar[str]
     words: ClassVar[str]  # what an objective with such terms has
@@ -62,7 +66,7 @@ class NormalAtom(ABC):
 
     @abstractmethod
     def recognises(self, expression: Any) -> bool:
-        """Whether a CVXPY atom, no affine one, is this one. At most one atom of the registry says so."""
+        """Whether a CVXPY atom, no affine one, is this. At most one of the registry says so."""
 
     @abstractmethod
     def read(self, expression: Any, weight: Table, terms: Terms) -> None:
@@ -79,7 +83,8 @@ class NormalAtom(ABC):
         """Of one term, from the rows of its two tables: (B or 1, rows) each -> (B or 1,)."""
 
     def outside(self, argument: Tensor) -> Tensor | None:
-        """(B or 1, k) how far the argument is outside of the atom's domain; None: it is defined everywhere."""
+        """(B or 1, k) how far the argument is outside of the atom's domain; None: it is defined
+        everywhere."""
         return None
 
     # What it costs as a cone program ------------------------------------------------------------
@@ -89,7 +94,7 @@ class NormalAtom(ABC):
         return 0
 
     def joined(self, term: Weighted) -> np.ndarray:
-        """Variables that the matrix P joins, each to the next: enough to tell the width of a band."""
+        """Variables that P joins, each to the next: enough to tell the width of a band."""
         return np.zeros(0, dtype=np.int64)
 
 
@@ -105,7 +110,8 @@ class Elementwise(NormalAtom):
         return (weight * self.of(argument)).sum(1)
 
     def gathered(self, terms: Sequence[Weighted]) -> list[Weighted]:
-        """One term, of no rows where there is none; without rows of weight zero, unless they restrict their argument."""
+        """One term, of no rows where there is none; without rows of weight zero, unless they
+        restrict their argument."""
         weight = stack([term.weight for term in terms]).normal
         argument = stack([term.argument for term in terms]).normal
         if self.restricts:

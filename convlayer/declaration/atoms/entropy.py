@@ -34,7 +34,7 @@ class Entropy(Elementwise):
             _keep_divergence(expression, weight, terms)
 
     def of(self, argument: Tensor) -> Tensor:
-        """z log z, whose slope stays finite at zero, where every solution has a vanishing derivative."""
+        """Its slope stays finite at zero, where every solution has a vanishing derivative."""
         tiny = torch.finfo(argument.dtype).tiny
         return argument * argument.clamp(min=tiny).log()
 

@@ -33,7 +33,8 @@ class Square(Elementwise):
             divisor = number_of(expression.args[1])
             assert divisor
             weight = along_axis(weight, expression).scaled(1.0 / divisor)
-        # Under a square a sign and an absolute value say nothing, and a Euclidean norm is a sum of squares.
+        # Under a square a sign and an absolute value say nothing, and a Euclidean norm is a sum of
+        # squares.
         while True:
             if isinstance(z, (CvxpyAbsolute, NegExpression)) or _is_absolute(z):
                 z = z.args[0]
