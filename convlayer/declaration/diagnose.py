@@ -37,6 +37,32 @@ def check_arguments(
     """Parameters and variables must be the problem's own. Returns dual variable id -> the constraint it belongs to."""
     if not isinstance(problem, cp.Problem):
         raise TypeError(f"`problem` must be a cvxpy.Problem; got {type(problem).__name__}.")
+    _check_lists(parameters, variables)
+    if not problem.variables():
+        raise ProblemError("The problem has no variables: there is nothing to solve for.")
+    if not variables:
+        raise ProblemError(
+            "`variables` is empty: name at least one variable whose solution the layer returns."
+        )
+    _check_parameters(problem, parameters)
+
+    owners = {
+        dual.id: constraint
+        for constraint in problem.constraints
+        for dual in constraint.dual_variables
+    }
+    primal = {v.id for v in problem.variables()}
+    strangers = [v.name() for v in variables if v.id not in primal and v.id not in owners]
+    if strangers:
+        raise ProblemError(
+            f"`variables` holds {_quote(strangers)}, which is neither a variable of the problem nor a dual variable of one of its "
+            "constraints (constraint.dual_variables[0])."
+        )
+    return owners
+
+
+def _check_lists(parameters: Any, variables: Any) -> None:
+    """Lists of leaves of the right kind."""
     for name, given, kind in (("parameters", parameters, cp.Parameter), ("variables", variables, cp.Variable)):
         if not isinstance(given, (list, tuple)):
             raise TypeError(f"`{name}` must be a list or tuple of cvxpy.{kind.__name__}; got {type(given).__name__}.")
@@ -49,11 +75,10 @@ def check_arguments(
                 raise TypeError(
                     f"`{name}` holds {item!r} of type {type(item).__name__}; expected cvxpy.{kind.__name__}."
                 )
-    if not problem.variables():
-        raise ProblemError("The problem has no variables: there is nothing to solve for.")
-    if not variables:
-        raise ProblemError("`variables` is empty: name at least one variable whose solution the layer returns.")
 
+
+def _check_parameters(problem: cp.Problem, parameters: Sequence[cp.Parameter]) -> None:
+    """All of the problem's, each once, and no others."""
     own = {p.id: p for p in problem.parameters()}
     given_ids = [p.id for p in parameters]
     missing = [p.name() for key, p in own.items() if key not in given_ids]
@@ -78,16 +103,6 @@ def check_arguments(
         )
     if twice:
         raise ProblemError(f"`parameters` holds {_quote(twice)} more than once.")
-
-    owners = {dual.id: constraint for constraint in problem.constraints for dual in constraint.dual_variables}
-    primal = {v.id for v in problem.variables()}
-    strangers = [v.name() for v in variables if v.id not in primal and v.id not in owners]
-    if strangers:
-        raise ProblemError(
-            f"`variables` holds {_quote(strangers)}, which is neither a variable of the problem nor a dual variable of one of its "
-            "constraints (constraint.dual_variables[0])."
-        )
-    return owners
 
 
 def check_attributes(problem: cp.Problem) -> None:
