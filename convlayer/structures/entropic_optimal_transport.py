@@ -81,6 +81,7 @@ class EntropicOptimalTransport(Structure):
         return {k: (cp.Problem(cp.Minimize(f), rules), leaves, [P]) for k, (f, rules, leaves) in problems.items()}
 
     def match(self, form: NormalForm) -> Match:
+        # Is it this problem, with every coefficient?
         only(form, Entropy)
         no_cones(form, "zero", "nonnegative")
         plain_entropy(form)
@@ -93,6 +94,7 @@ class EntropicOptimalTransport(Structure):
             stack([row.offset.scaled(-1.0 / row.coefficient[0]) for row in side]) for side in (grid.rows, grid.columns)
         )
 
+        # The kernel, bound to the parameters once the structure is chosen.
         def build(wanted: Wanted):
             M = placement.binding(form, cost)
             r, c, eps = rows_binding(form, first), rows_binding(form, second), rows_binding(form, temperature)

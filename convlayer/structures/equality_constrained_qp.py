@@ -86,6 +86,7 @@ class EqualityConstrainedQP(Structure):
         return {k: (cp.Problem(cp.Minimize(f), rules), leaves, [v]) for k, (f, rules, leaves, v) in problems.items()}
 
     def match(self, form: NormalForm) -> Match:
+        # Is it this problem, with every coefficient?
         only(form, Square, QuadraticForm)
         no_cones(form, "zero")
         squares, quadratics = form.of(Square), form.all_of(QuadraticForm)
@@ -97,6 +98,7 @@ class EqualityConstrainedQP(Structure):
             require(bool(moving.all()), f"`{rule.text}` constrains no variable")
         table = stack([rule.table for _, rule in rules]).normal
 
+        # The kernel, bound to the parameters once the structure is chosen.
         def build(wanted: Wanted):
             return bound(wanted, table if wanted.duals else _independent(table, n))
 
@@ -124,6 +126,7 @@ class EqualityConstrainedQP(Structure):
 
             return run
 
+        # Where the multipliers stand in its answer.
         p = table.size
         duals, start = {}, 0
         for k, rule in rules:

@@ -79,6 +79,7 @@ class LeadingEigenspace(Structure):
         return gap if answer.degenerate is None else gap.masked_fill(answer.degenerate, 0.0)
 
     def match(self, form: NormalForm) -> Match:
+        # Is it this problem, with every coefficient?
         only(form, tied=True)
         no_cones(form, "zero", "psd")
         require(len(form.variables) == 1 and len(form.tied) == 1, "its variable is not one symmetric matrix")
@@ -90,13 +91,15 @@ class LeadingEigenspace(Structure):
         require(k <= n, "the trace exceeds what the bound allows")
         cost = linear_cost(form)
         placement = Placement(Placement.of(form).position, (n, n))
-        # Minimising <C, Z>: of C as it stands the trailing eigenspace, or of -C the leading one, whichever is the Parameter itself.
+        # Minimising <C, Z>: of C as it stands the trailing eigenspace, or of -C the leading one,
+        # whichever is the Parameter itself.
         leading = bool(len(cost.coefficient)) and cost.coefficient[0] < 0
         unit = total if bound is None else bound
         fixed = bool((unit.parameter == NONE).all())
         require(not fixed or unit.coefficient.sum() > 0, "the trace is not positive")
         plain = fixed and float(unit.coefficient.sum()) == 1.0
 
+        # The kernel, bound to the parameters once the structure is chosen.
         def build(wanted: Wanted):
             X = placement.binding(form, cost.scaled(-1.0) if leading else cost)
             size = rows_binding(form, unit)
@@ -120,12 +123,14 @@ class LeadingEigenspace(Structure):
 
             return run
 
+        # Where the multipliers stand in its answer.
         duals = {}
         if bound is None:
-            duals = {trace: Dual(1, np.zeros(1, dtype=np.int64), np.full(1, 1.0 / scale))}
-            duals |= {place: Dual(2, placement.position, np.full(n * n, 1.0 / factor)) for place, factor in lower.items()}
-            if len(lower) > 1:
-                duals = {trace: duals[trace]}
+            duals[trace] = Dual(1, np.zeros(1, dtype=np.int64), np.full(1, 1.0 / scale))
+            # Of two cones that say the same, neither's multiplier is unique.
+            if len(lower) == 1:
+                ((cone, factor),) = lower.items()
+                duals[cone] = Dual(2, placement.position, np.full(n * n, 1.0 / factor))
         what = "leading" if leading else "trailing"
         return Match(
             words(form, matrix=cost, trace=total) + f"; the {what} {k} of {n}",

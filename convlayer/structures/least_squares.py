@@ -76,17 +76,21 @@ class LeastSquares(Structure):
         return {**declared, "a signed variable": (cp.Problem(cp.Minimize(cp.sum_squares(A @ y - b))), [A, b], [y])}
 
     def match(self, form: NormalForm) -> Match:
+        # Is it this problem, with every coefficient?
         only(form, Square, QuadraticForm)
         no_cones(form)
         require(not (form.linear.variable != NONE).any(), "its objective has a linear term")
         squares = _squares(form)
         require(squares.size > 0, "its objective has no squares")
         require(_is_nonnegative(form, squares.weight), "a square has a weight that is not nonnegative for itself")
+
+        # Ridge, and the rows of one problem or of many equal ones.
         ridge, rows = _split(squares, form.n)
         blocks = _blocks(form, rows, ridge) or _Blocks(rows, ridge, np.arange(form.n), form.n, 1)
         m, n, k = blocks.rows.size // blocks.k, blocks.n, blocks.k
         level = _level(blocks.rows.weight, blocks.rows.size)
 
+        # The kernel, bound to the parameters once the structure is chosen.
         def build(wanted: Wanted):
             argument = blocks.rows.argument
             linear, offset = argument.linear(), argument.offset()

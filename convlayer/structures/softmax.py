@@ -71,6 +71,7 @@ class Softmax(Structure):
         return {k: (cp.Problem(cp.Maximize(f), rules), leaves, [y]) for k, (f, rules, leaves) in problems.items()}
 
     def match(self, form: NormalForm) -> Match:
+        # Is it this problem, with every coefficient?
         only(form, Entropy)
         no_cones(form, "zero", "nonnegative")
         plain_entropy(form)
@@ -80,6 +81,7 @@ class Softmax(Structure):
         placement = Placement.of(form)
         scores = linear_cost(form).scaled(-1.0)
 
+        # The kernel, bound to the parameters once the structure is chosen.
         def build(wanted: Wanted):
             theta = placement.binding(form, scores)
             tau, r = (None if is_one(table) else rows_binding(form, table) for table in (temperature, total.right))
@@ -95,6 +97,7 @@ class Softmax(Structure):
 
             return run
 
+        # Where the multipliers stand in its answer.
         multiplier = Dual(1, np.zeros(1, dtype=np.int64), np.full(1, 1.0 / total.scale))
         return Match(
             words(form, scores=scores, temperature=temperature, total=total.right),

@@ -72,6 +72,7 @@ class Sparsemax(Structure):
         return {k: (cp.Problem(cp.Minimize(f), rules), leaves, [x]) for k, (f, rules, leaves) in problems.items()}
 
     def match(self, form: NormalForm) -> Match:
+        # Is it this problem, with every coefficient?
         only(form, Square)
         no_cones(form, "zero", "nonnegative")
         parts = separable(form)
@@ -81,6 +82,7 @@ class Sparsemax(Structure):
         require(bool(sign_rows.nonnegative.all()), "not every variable is nonnegative")
         placement = Placement.of(form)
 
+        # The kernel, bound to the parameters once the structure is chosen.
         def build(wanted: Wanted):
             point = over(form, curvature, partial(placement.binding, form), parts.slope.scaled(-1.0))
             h, r = rows_binding(form, curvature), rows_binding(form, total.right)
@@ -96,6 +98,7 @@ class Sparsemax(Structure):
 
             return run
 
+        # Where the multipliers stand in its answer.
         duals = {total.constraint: Dual(1, np.zeros(1, dtype=np.int64), np.full(1, 1.0 / total.scale))}
         if not sign_rows.repeated:
             duals |= {k: Dual(2, placement.position[v], 1.0 / c) for k, (v, c) in sign_rows.rows.items()}

@@ -83,6 +83,7 @@ class TotalVariation(Structure):
         return {k: (cp.Problem(cp.Minimize(f), rules), leaves, [u]) for k, (f, rules, leaves) in problems.items()}
 
     def match(self, form: NormalForm) -> Match:
+        # Is it this problem, with every coefficient?
         only(form, Square, Absolute)
         no_cones(form)
         parts = separable(form)
@@ -91,6 +92,7 @@ class TotalVariation(Structure):
         step = one_value(_steps(form), form.n - 1, "the steps have unequal weights")
         placement = Placement.along(order)
 
+        # The kernel, bound to the parameters once the structure is chosen.
         def build(wanted: Wanted):
             point = over(form, curvature, partial(placement.binding, form), parts.slope.scaled(-1.0))
             lam = over(form, curvature, partial(rows_binding, form), step)
