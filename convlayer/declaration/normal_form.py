@@ -21,7 +21,6 @@ import numpy as np
 from cvxpy.atoms.affine.add_expr import AddExpression
 from cvxpy.atoms.affine.unary_operators import NegExpression
 from cvxpy.atoms.atom import Atom
-from cvxpy.atoms.elementwise.power import Power
 from cvxpy.constraints.nonpos import Inequality, NonNeg, NonPos
 from cvxpy.constraints.psd import PSD
 from cvxpy.constraints.zero import Equality, Zero
@@ -37,7 +36,7 @@ from convlayer.declaration.affine import (
     weigh,
 )
 from convlayer.declaration.atoms import ATOMS
-from convlayer.declaration.atoms.atom import NormalAtom, Terms, Weighted, number_of
+from convlayer.declaration.atoms.atom import NormalAtom, Terms, Weighted
 from convlayer.declaration.graph import arguments_first, is_affine, is_curved, uses_first
 from convlayer.declaration.spelling import short
 
@@ -195,8 +194,6 @@ class _Objective:
                 self._give(argument, weight)
         elif isinstance(expression, NegExpression):
             self._give(expression.args[0], weight.scaled(-1.0))
-        elif isinstance(expression, Power) and number_of(expression.p) == 1:
-            self._give(expression.args[0], weight)
         elif isinstance(expression, Atom) and expression.is_atom_affine():
             self._pass_on(expression, weight)
         else:
@@ -330,9 +327,16 @@ def _without_affine_parts(expression: Any) -> Any:
     """The same with a variable in place of each affine part: CVXPY looks for squares in those too,
     and as a tree."""
     new: dict[int, Any] = {}
+    opened: set[int] = set()
 
-    for part in arguments_first([expression], _is_open):
-        if not _is_open(part):
+    def is_open(part: Any) -> bool:
+        """Neither affine, Parameters taken for numbers, nor a constraint that an indicator holds."""
+        if isinstance(part, cp.Expression) and not part.is_affine():
+            opened.add(id(part))
+        return id(part) in opened
+
+    for part in arguments_first([expression], is_open):
+        if id(part) not in opened:
             stays = not part.args or not isinstance(part, cp.Expression) or part.is_constant()
             new[id(part)] = part if stays else cp.Variable(part.shape)
             continue
@@ -340,8 +344,3 @@ def _without_affine_parts(expression: Any) -> Any:
         same = all(now is before for now, before in zip(inner, part.args, strict=True))
         new[id(part)] = part if same else part.copy(inner)
     return new[id(expression)]
-
-
-def _is_open(part: Any) -> bool:
-    """Neither affine, Parameters taken for numbers, nor a constraint that an indicator holds."""
-    return isinstance(part, cp.Expression) and not part.is_affine()

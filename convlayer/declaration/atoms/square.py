@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from cvxpy.atoms.affine.unary_operators import NegExpression
 from cvxpy.atoms.elementwise.abs import abs as CvxpyAbsolute  # noqa: N812, a class
 from cvxpy.atoms.elementwise.power import Power
@@ -30,8 +31,7 @@ class Square(Elementwise):
     def read(self, expression: Any, weight: Table, terms: Terms) -> None:
         z = expression.args[0]
         if isinstance(expression, quad_over_lin):
-            divisor = number_of(expression.args[1])
-            assert divisor
+            divisor = np.asarray(expression.args[1].value, dtype=float).item()
             weight = along_axis(weight, expression).scaled(1.0 / divisor)
         # Under a square a sign and an absolute value say nothing, and a Euclidean norm is a sum of
         # squares.
