@@ -25,7 +25,7 @@ from benchmarks.certificate import kkt_residual
 from benchmarks.peer import MISSING, peer_layer
 from benchmarks.table import Family, Options, Row
 from convlayer import ConvexLayer
-from convlayer.declaration.canonical import canonicalise
+from convlayer.declaration.canonicalise import canonicalise
 from convlayer.problems import Declared, Prebuilt
 
 ROWS, DIRECTIONS, STEP = 4, 4, 4e-4

@@ -1,7 +1,7 @@
 """convlayer: any CVXPY problem as a differentiable torch layer."""
 
-from convlayer.declaration.canonical import CanonicalisationError
 from convlayer.declaration.diagnose import ProblemError
+from convlayer.declaration.reductions import CanonicalisationError
 from convlayer.layer import ConvexLayer
 from convlayer.report.check import Check
 from convlayer.report.verification import Verification

@@ -7,8 +7,9 @@ import torch
 from cases import CASES, set_values
 from oracles import ThreeDimensionalPowers, cone_program
 
-import convlayer.declaration.canonical
+import convlayer.declaration.canonicalise
 from convlayer import CanonicalisationError, ConvexLayer
+from convlayer.declaration.reductions import Reduced
 from convlayer.paths.evaluation import evaluate
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -124,7 +125,7 @@ def test_a_user_who_changes_the_problem_afterwards_does_not_change_the_layer(cas
 
 
 def tampered(monkeypatch, name, change):
-    original = convlayer.declaration.canonical._tensors
+    original = convlayer.declaration.canonicalise._tensors
 
     def replaced(cone_program):
         program, tensors = original(cone_program)
@@ -132,7 +133,7 @@ def tampered(monkeypatch, name, change):
         tensors[name] = change(tensors[name].copy())
         return program, tensors
 
-    monkeypatch.setattr(convlayer.declaration.canonical, "_tensors", replaced)
+    monkeypatch.setattr(convlayer.declaration.canonicalise, "_tensors", replaced)
 
 
 @pytest.mark.parametrize("name", ["P", "q", "A", "b"])
@@ -170,7 +171,7 @@ def test_an_offset_that_is_not_cvxpys_raises(monkeypatch):
 @pytest.mark.parametrize("name", ["every_cone", "posynomial", "three_dimensional", "sparse", "nearest_correlation"])
 def test_parameters_that_are_swapped_in_the_map_raise(monkeypatch, name):
     case = CASES[name]
-    original = convlayer.declaration.canonical._final_parameters
+    original = Reduced.parameters
     if len(case.declare().parameters) < 2:
         pytest.skip("one parameter cannot be swapped")
 
@@ -178,18 +179,18 @@ def test_parameters_that_are_swapped_in_the_map_raise(monkeypatch, name):
         pairs = original(*arguments)
         return [*pairs[1:], pairs[0]]
 
-    monkeypatch.setattr(convlayer.declaration.canonical, "_final_parameters", swapped)
+    monkeypatch.setattr(Reduced, "parameters", swapped)
     with pytest.raises((CanonicalisationError, ValueError)):
         case.layer()
 
 
 def test_a_recovery_that_is_no_gather_raises(monkeypatch):
-    original = convlayer.declaration.canonical._invert_primal
+    original = Reduced.primal
 
-    def mixed(x, *arguments):
-        return {key: value + 0.1 * np.roll(value, 1) for key, value in original(x, *arguments).items()}
+    def mixed(self, x):
+        return {key: value + 0.1 * np.roll(value, 1) for key, value in original(self, x).items()}
 
-    monkeypatch.setattr(convlayer.declaration.canonical, "_invert_primal", mixed)
+    monkeypatch.setattr(Reduced, "primal", mixed)
     with pytest.raises(CanonicalisationError):
         CASES["quadratic_program"].layer()
 

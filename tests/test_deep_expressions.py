@@ -12,6 +12,7 @@ import torch
 from convlayer import ConvexLayer, ProblemError
 from convlayer.declaration import affine
 from convlayer.declaration.affine import NONE, Reader
+from convlayer.declaration.atoms.square import Square
 from convlayer.declaration.graph import arguments_first
 from convlayer.declaration.normal_form import normal_form
 
@@ -91,8 +92,8 @@ def test_a_cost_that_is_used_often_is_taken_once():
     for _ in range(8):
         weight = 2.5 * weight + 2
     assert not form.others
-    assert form.squares.size == 3
-    np.testing.assert_allclose(form.squares.weight.coefficient, weight, rtol=1e-14)
+    assert form.of(Square).size == 3
+    np.testing.assert_allclose(form.of(Square).weight.coefficient, weight, rtol=1e-14)
 
 
 def test_a_store_of_170_hours_is_recognised():
@@ -119,8 +120,8 @@ def test_maps_that_are_not_affordable_take_the_cone_program(monkeypatch):
     F, G = (random.normal(size=(n, n)) / n for _ in "FG")
     problem = cp.Problem(cp.Minimize(cp.sum_squares(F @ (G @ x) + x - p)))
     assert ConvexLayer(problem, [p], [x]).structure == "least_squares"
-    monkeypatch.setattr(affine, "ENTRIES", 100)
-    monkeypatch.setattr(affine, "PROPORTION", 0)
+    monkeypatch.setattr(affine, "ENTRIES_AT_LEAST", 100)
+    monkeypatch.setattr(affine, "ENTRIES_A_LEAF", 0)
     layer = ConvexLayer(problem, [p], [x])
     assert layer.structure == "quadratic_program"  # which CVXPY says it is, and its cone program solves
     value = random.normal(size=n)

@@ -21,6 +21,7 @@ import convlayer.conic.kinks
 import convlayer.conic.kkt
 import convlayer.conic.residual
 import convlayer.declaration.canonical
+import convlayer.declaration.canonicalise
 import convlayer.declaration.declaration
 import convlayer.paths.cone_derivative
 import convlayer.paths.cone_solution
@@ -136,8 +137,8 @@ def value_without_its_gradient(patch):
 
 
 def symmetry_lost(patch):
-    original = convlayer.declaration.canonical.ParameterEntries
-    patch.setattr(convlayer.declaration.canonical, "ParameterEntries", lambda shape, symmetric, log: original(shape, False, log))
+    original = convlayer.declaration.canonicalise.ParameterEntries
+    patch.setattr(convlayer.declaration.canonicalise, "ParameterEntries", lambda shape, symmetric, log: original(shape, False, log))
 
 
 def polish_skipped(patch):
@@ -281,20 +282,20 @@ def test_a_flag_on_what_is_harmless_is_caught(monkeypatch):
 
 
 def test_a_recovery_in_the_wrong_order_is_caught(monkeypatch):
-    original = convlayer.declaration.canonical._recovery
+    original = convlayer.declaration.canonicalise._recovery
 
     def mutant(variable, *arguments):
         recovery = original(variable, *arguments)
         return dataclasses.replace(recovery, position=recovery.position.flip(0))
 
     caught(lambda: test_canon.test_variables_and_duals_are_recovered_as_cvxpy_does(fresh("least_norm")),
-           lambda patch: patch.setattr(convlayer.declaration.canonical, "_recovery", mutant), monkeypatch, "least_norm")
+           lambda patch: patch.setattr(convlayer.declaration.canonicalise, "_recovery", mutant), monkeypatch, "least_norm")
 
 
 def test_a_constraint_that_is_dropped_is_caught(monkeypatch):
     """An accelerated peer drops x >= 0 without a word: the problem handed on is not the user's."""
     def plant(patch):
-        original = convlayer.declaration.canonical.canonicalise
+        original = convlayer.declaration.canonicalise.canonicalise
 
         def mutant(problem, *arguments, checked=None, **named):
             return original(cp.Problem(problem.objective, problem.constraints[:-1]), *arguments, **named)

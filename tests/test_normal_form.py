@@ -3,10 +3,19 @@
 import cvxpy as cp
 import numpy as np
 import pytest
+import torch
 from structures import SPELLINGS
 
+from convlayer import ConvexLayer
 from convlayer.declaration.affine import NONE, Reader, Table, UnsupportedError
+from convlayer.declaration.atoms import ATOMS
+from convlayer.declaration.atoms.atom import Elementwise
+from convlayer.declaration.atoms.square import Square
+from convlayer.declaration.graph import arguments_first
 from convlayer.declaration.normal_form import normal_form
+from convlayer.structures import STRUCTURES
+from convlayer.structures.reading import only
+from convlayer.structures.structure import MismatchError
 
 RNG = np.random.default_rng(3)
 C2x4, D3, KERNEL = RNG.standard_normal((2, 4)), RNG.standard_normal((3, 3)), RNG.standard_normal(4)
@@ -104,13 +113,9 @@ def objective_value(form, x_value: np.ndarray, theta: np.ndarray) -> float:
         return evaluate(table, x_value, theta)
 
     total = rows(form.linear)[0]
-    total += rows(form.squares.weight) @ rows(form.squares.argument) ** 2
-    total += rows(form.absolutes.weight) @ np.abs(rows(form.absolutes.argument))
-    z = rows(form.entropies.argument)
-    total += rows(form.entropies.weight) @ (z * np.log(z))
-    for quadratic in form.quadratics:
-        y = rows(quadratic.argument)
-        total += y @ rows(quadratic.matrix).reshape(len(y), len(y), order="F") @ y / 2
+    for atom, term in form.present:
+        sides = (torch.from_numpy(rows(table))[None] for table in (term.weight, term.argument))
+        total += atom.value(*sides).item()
     return -total if form.maximise else total
 
 
@@ -143,3 +148,78 @@ def test_the_objective_has_cvxpys_value_and_the_constraints_their_violations(spe
 ], ids=str)  # fmt: skip
 def test_what_has_another_form_is_named(objective):
     assert normal_form(cp.Problem(cp.Minimize(objective)), []).others
+
+
+# An atom is a file: what holds of every one that is there -----------------------------------------
+
+
+def test_an_expression_is_of_one_atom_at_most_and_every_atom_is_spelt_somewhere():
+    spelt = set()
+    for spelling in SPELLINGS:
+        for part in arguments_first([spelling.declare()[0].objective.args[0]]):
+            names = [] if part.is_affine() else [name for name, atom in ATOMS.items() if atom.recognises(part)]
+            assert len(names) <= 1, f"{part}: {names}"
+            spelt.update(names)
+    assert spelt == set(ATOMS)
+
+
+@pytest.mark.parametrize("name", ATOMS)
+def test_a_structure_that_does_not_name_an_atom_takes_no_problem_with_it(name):
+    asked = 0
+    for spelling in KNOWN:
+        form = normal_form(*spelling.declare()[:2])
+        held = {atom.name for atom, _ in form.present}
+        if name not in held:
+            continue
+        asked += 1
+        others = [type(ATOMS[other]) for other in held - {name}]
+        with pytest.raises(MismatchError, match=ATOMS[name].words):
+            only(form, *others, tied=True)
+        only(form, *others, type(ATOMS[name]), tied=True)
+    assert asked
+
+
+def test_what_an_atom_is_not_defined_for_is_a_violation():
+    p, y = cp.Parameter(3), cp.Variable(3)
+    problem = cp.Problem(cp.Maximize(p @ y + cp.sum(cp.entr(y))), [cp.sum(y) == 1])
+    layer = ConvexLayer(problem, [p], [y])
+    assert layer.structure == "softmax"
+    specialised = layer._choice.kernel
+    run, given = specialised._run, [torch.zeros(1, 3, dtype=torch.float64)]
+    assert specialised.infeasibility(given, None, torch.float64).item() <= 1e-15
+    wrong = torch.tensor([[1.5, -0.5, 0.0]], dtype=torch.float64)
+    specialised._run = lambda *arguments: run(*arguments).with_outputs(wrong)
+    # Of the size of the solution, whose norm is that of (1.5, -0.5, 0).
+    assert specialised.infeasibility(given, None, torch.float64).item() == pytest.approx(0.5 / 2.5**0.5)
+
+
+class Positive(Elementwise):
+    """f(z) = max(z, 0), as one would add it."""
+
+    name = "positive"
+    words = "positive parts"
+
+    def recognises(self, expression):
+        return isinstance(expression, cp.atoms.elementwise.maximum.maximum) and expression.args[1].is_zero()
+
+    def read(self, expression, weight, terms):
+        terms.keep(Positive, weight, terms.reader.table(expression.args[0]))
+
+    def of(self, argument):
+        return argument.clamp(min=0)
+
+
+def test_an_atom_is_added_by_one_class(monkeypatch):
+    target, y = cp.Parameter(3), cp.Variable(3)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(y - target) + 2 * cp.sum(cp.pos(3 * y - 1))))
+    with pytest.raises(MismatchError, match="which this structure does not know"):
+        STRUCTURES["least_squares"].match(normal_form(problem, [target]))
+    monkeypatch.setitem(ATOMS, "positive", Positive())
+    form = normal_form(problem, [target])
+    assert not form.others
+    assert form.of(Positive).size == form.of(Square).size == 3
+    randomise([y, target])
+    assert objective_value(form, stacked([y]), stacked([target])) == pytest.approx(float(problem.objective.value))
+    with pytest.raises(MismatchError, match="its objective has positive parts"):
+        STRUCTURES["least_squares"].match(form)
+    assert ConvexLayer(problem, [target], [y]).structure == "quadratic_program"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from convlayer import ConvexLayer, ProblemError
-from convlayer.declaration.spelling import ATOMS, _Speller, short, spelled
+from convlayer.declaration.spelling import MOST_ATOMS, _Speller, short, spelled
 
 x, y, w = (cp.Variable(3, name="x"), cp.Variable(3, name="y"), cp.Variable(3, name="w", pos=True))
 t, u = cp.Variable(name="t"), cp.Variable(name="u")
@@ -87,7 +87,7 @@ def test_no_text_is_long_however_large_the_expression():
     for _ in range(14):
         z = z + K @ z  # 2**14 atoms, written out
     text = spelled(cp.sum_squares(z) <= 1)
-    assert text.count("x") <= ATOMS
+    assert text.count("x") <= MOST_ATOMS
     assert "..." in text
     assert len(short(cp.sum_squares(z) <= 1)) <= 60
 

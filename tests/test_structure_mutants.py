@@ -5,14 +5,22 @@ import dataclasses
 import numpy as np
 import pytest
 import structures
+import test_audit
+import test_normal_form
 import test_structures
 import torch
+from cvxpy.atoms.elementwise.power import Power
+from cvxpy.atoms.quad_over_lin import quad_over_lin
 
 import convlayer.declaration.binding
 import convlayer.layer
 import convlayer.paths.specialised
 from convlayer import GradientWarning
 from convlayer.declaration.affine import Table
+from convlayer.declaration.atoms.absolute import Absolute
+from convlayer.declaration.atoms.entropy import Entropy
+from convlayer.declaration.atoms.quadratic_form import QuadraticForm
+from convlayer.declaration.atoms.square import Square
 from convlayer.kernels.answer import Answer
 from convlayer.paths.gate import Gate
 from convlayer.structures import (
@@ -75,6 +83,41 @@ MATCHERS = {
 def test_a_matcher_that_agrees_too_easily_is_caught(mutant, monkeypatch):
     module, name, planted, law = MATCHERS[mutant]
     caught(law, lambda patch: patch.setattr(module, name, planted), monkeypatch)
+
+
+def changed_atom(atom, method, planted):
+    return lambda patch: patch.setattr(atom, method, planted)
+
+
+def objective(name):
+    return lambda: test_normal_form.test_the_objective_has_cvxpys_value_and_the_constraints_their_violations(BY_NAME[name])
+
+
+ATOMS = {
+    "an absolute value is read as nothing": (
+        changed_atom(Absolute, "read", lambda *a: None), near_miss("least_squares", "the l1 norm")),
+    "an entropy is read as nothing": (
+        changed_atom(Entropy, "read", lambda *a: None), near_miss("equality_constrained_qp", "entropy")),
+    "a power is a square": (
+        changed_atom(Square, "recognises", lambda self, part: isinstance(part, (Power, quad_over_lin))),
+        near_miss("least_squares", "a fourth power")),
+    "every quadratic form is a diagonal": (
+        changed_atom(QuadraticForm, "read", lambda self, part, weight, terms: terms.keep(
+            Square, Table.of_constant(np.ones(part.args[0].size)), terms.reader.table(part.args[0]))),
+        objective("equality_constrained_qp-its_multipliers")),
+    "half is forgotten": (
+        changed_atom(QuadraticForm, "value", lambda self, P, z: (z @ P.unflatten(1, (z.shape[1], -1)) @ z.mT).flatten()),
+        objective("equality_constrained_qp-its_multipliers")),
+    "rows of weight zero restrict nothing": (
+        changed_atom(Entropy, "restricts", False),
+        lambda: test_audit.test_whatever_the_spelling_auto_agrees_with_generic("an_entropy_of_weight_zero")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutant", ATOMS)
+def test_an_atom_that_is_misread_is_caught(mutant, monkeypatch):
+    plant, law = ATOMS[mutant]
+    caught(law, plant, monkeypatch)
 
 
 def changed_kernel(module, name, change):

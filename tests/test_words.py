@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from convlayer import ConvexLayer, ProblemError
-from convlayer.declaration.spelling import LENGTH, short
+from convlayer.declaration.spelling import SHORT_LENGTH, short
 
 
 def unprintable():
@@ -42,7 +42,7 @@ def test_words_about_a_shared_part_do_not_grow_with_its_uses():
     z = x
     for _ in range(40):  # a million million uses
         z = z - 0.1 * cp.mean(z)
-    assert len(short(cp.sum_squares(z))) <= LENGTH
+    assert len(short(cp.sum_squares(z))) <= SHORT_LENGTH
 
 
 @pytest.mark.parametrize("leaf", ["Variable", "Parameter"])

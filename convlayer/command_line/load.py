@@ -10,8 +10,8 @@ from typing import Any
 
 import cvxpy as cp
 
-from convlayer.declaration.canonical import CanonicalisationError
 from convlayer.declaration.diagnose import ProblemError
+from convlayer.declaration.reductions import CanonicalisationError
 from convlayer.layer import ConvexLayer
 from convlayer.problems import Declared
 

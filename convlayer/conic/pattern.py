@@ -162,7 +162,7 @@ class KKTPattern:
     def _counts(self) -> np.ndarray:
         """Nonzeros of each column of the factor, the diagonal included."""
         quasidefinite = np.full(self.nnz, 1e-3)
-        quasidefinite[self.place_diagonal] = 1e3 * self.signs.numpy()
+        quasidefinite[self.place_diagonal.numpy()] = 1e3 * self.signs.numpy()
         return Factor(self.matrix(quasidefinite)).counts() if self.nnz else np.zeros(0)
 
     @cached_property

@@ -35,11 +35,15 @@ from cvxpy.atoms.elementwise.power import Power
 
 from convlayer.declaration.graph import Contents, arguments_first
 
+# In the place of a variable or a parameter, where an entry has none: an index that finds the 1 behind a long vector.
 NONE = -1
-LARGEST_SUM = 2000  # terms of a running sum
-ENTRIES = 10_000_000  # of all tables that a reader makes, or of one product's terms, beyond what is in proportion to its leaves
-PROPORTION = 8
-FEW = 64  # entries among which duplicates do no harm yet
+# The longest running sum that is read: its matrix is a full triangle.
+LONGEST_RUNNING_SUM = 2000
+# A reader gives up when its tables, or the terms of one product, hold more entries than these and so many for each entry
+# of what they are made of: the problem then goes the generic way, whose map CVXPY makes.
+ENTRIES_AT_LEAST, ENTRIES_A_LEAF = 10_000_000, 8
+# Tables of at most so many entries may keep duplicates until they are asked for: adding them up would cost more.
+FEW_ENTRIES = 64
 
 
 class UnsupportedError(Exception):
@@ -58,6 +62,7 @@ class Table:
 
     @classmethod
     def of_constant(cls, value: Any) -> Table:
+        """An array of numbers, dense or sparse, column-major."""
         if sp.issparse(value):
             part = sp.coo_array(value)
             row = part.row.astype(np.int64) + part.shape[0] * part.col.astype(np.int64)
@@ -68,6 +73,7 @@ class Table:
 
     @classmethod
     def zero(cls, size: int) -> Table:
+        """Rows of zeros."""
         return cls.of_constant(np.zeros(size))
 
     def take(self, which: np.ndarray) -> Table:
@@ -158,7 +164,7 @@ def nothing(count: int) -> np.ndarray:
 def picked(table: Table, which: np.ndarray) -> Table:
     """The rows `which` of a table, in that order; NONE picks a row of zeros."""
     row = np.flatnonzero(which != NONE)
-    return chain(Table(len(which), row, which[row], nothing(len(row)), np.ones(len(row))), table)
+    return composed(Table(len(which), row, which[row], nothing(len(row)), np.ones(len(row))), table)
 
 
 def stack(tables: Sequence[Table]) -> Table:
@@ -170,7 +176,7 @@ def stack(tables: Sequence[Table]) -> Table:
     return Table(int(starts[-1]), *_joined(tables, rows))
 
 
-def rows_of(table: Table, kept: np.ndarray) -> Table:
+def selected_rows(table: Table, kept: np.ndarray) -> Table:
     """Only the rows `kept` (bool), in order."""
     if kept.all():
         return table
@@ -190,7 +196,7 @@ def _joined(tables: Sequence[Table], rows: Sequence[np.ndarray]) -> tuple[np.nda
     return (np.concatenate(rows), *(np.concatenate(part) for part in parts))
 
 
-def chain(first: Table, second: Table) -> Table:
+def composed(first: Table, second: Table) -> Table:
     """first(y) with y = second(x): the variables of `first` are the rows of `second`."""
     inner = first.take(first.variable != NONE)
     ours, theirs = _pairs(inner.variable, second.by_row)
@@ -208,7 +214,7 @@ def _pairs(key: np.ndarray, groups: tuple[np.ndarray, np.ndarray]) -> tuple[np.n
     """Each position in `key` with every member of the group that it names: (positions, members)."""
     order, pointer = groups
     count = np.diff(pointer)[key]
-    if int(count.sum()) > ENTRIES + PROPORTION * (len(key) + len(order)):
+    if int(count.sum()) > ENTRIES_AT_LEAST + ENTRIES_A_LEAF * (len(key) + len(order)):
         raise UnsupportedError("its map has too many terms")
     positions = np.repeat(np.arange(len(key)), count)
     within = np.arange(len(positions)) - np.repeat(np.cumsum(count) - count, count)
@@ -218,7 +224,7 @@ def _pairs(key: np.ndarray, groups: tuple[np.ndarray, np.ndarray]) -> tuple[np.n
 def weigh(weight: Table, argument: Table) -> Table:
     """The one row sum_i weight_i argument_i."""
     first = Table(1, np.zeros(len(weight.row), np.int64), weight.row, weight.parameter, weight.coefficient)
-    return chain(first, argument)
+    return composed(first, argument)
 
 
 def _one_of_two(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -258,11 +264,11 @@ class Reader:
         if not part.args:
             self._leaves += len(table.row)
             return table
-        if len(table.row) > FEW and not isinstance(part, _MOVING):
+        if len(table.row) > FEW_ENTRIES and not isinstance(part, _MOVING):
             # Sums of sums would double at each step.
             table = table.normal
         self._made += len(table.row)
-        if self._made > ENTRIES + PROPORTION * self._leaves:
+        if self._made > ENTRIES_AT_LEAST + ENTRIES_A_LEAF * self._leaves:
             raise UnsupportedError("its maps have too many terms")
         return table
 
@@ -303,7 +309,7 @@ class Reader:
             raise UnsupportedError(f"`{type(expression).__name__}` is not affine")
         if len(bearing) > 1 and any(not self.contents.variables(a) for a in bearing):
             raise UnsupportedError(f"`{type(expression).__name__}` of a Parameter and a variable")
-        if isinstance(expression, cumsum) and expression.size > LARGEST_SUM:
+        if isinstance(expression, cumsum) and expression.size > LONGEST_RUNNING_SUM:
             raise UnsupportedError("a running sum of many terms, whose matrix is dense")
 
     def _by_cvxpy(self, expression: Any) -> Table:
@@ -332,7 +338,7 @@ class Reader:
         row, column = matrix.row.astype(np.int64), matrix.col.astype(np.int64)
         linear = Table(expression.size, row, column, nothing(len(row)), matrix.data.astype(float))
         first = add([linear, Table.of_constant(np.where(np.abs(offset) <= 1e-13 * (1 + np.abs(here)), 0.0, offset))])
-        return chain(first, stack([self._memory[id(a)][1] for a in bearing]))
+        return composed(first, stack([self._memory[id(a)][1] for a in bearing]))
 
 
 def _is_identity(expression: Any) -> bool:
@@ -393,7 +399,7 @@ def _product(left: Table, right: Table, expression: Any) -> Table:
     factor, argument = (left, right) if not (left.variable != NONE).any() else (right, left)
     if (factor.variable != NONE).any():
         raise UnsupportedError(f"`{type(expression).__name__}` of two variables")
-    return chain(replace(factor, variable=factor.row), argument)
+    return composed(replace(factor, variable=factor.row), argument)
 
 
 def _multiply(expression: Any, tables: list[Table]) -> Table:
@@ -432,7 +438,9 @@ def _matmul(expression: Any, tables: list[Table]) -> Table:
     )
 
 
+# Atoms that move entries about, and leave their values as they are.
 _GATHERS = (index, special_index, reshape, transpose, Promote, broadcast_to, Vstack, Hstack, Concatenate, diag_vec, diag_mat, upper_tri)  # fmt: skip
+# How the table of an atom is made of its arguments' tables; of every other atom through CVXPY's own matrix of it.
 _READERS: list[tuple[Any, Callable[[Any, list[Table]], Table]]] = [
     (_GATHERS, _gather),
     (AddExpression, _add),
@@ -442,5 +450,7 @@ _READERS: list[tuple[Any, Callable[[Any, list[Table]], Table]]] = [
     (DivExpression, _divide),
     (MulExpression, _matmul),
 ]
+# The atoms that are read without CVXPY's matrix.
 _READ = tuple(kind for kinds, _ in _READERS for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
-_MOVING = (*_GATHERS, NegExpression)  # of which no two entries meet in one
+# Atoms in which no two entries meet in one, so that none is to be added to another.
+_MOVING = (*_GATHERS, NegExpression)

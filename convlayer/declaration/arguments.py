@@ -15,33 +15,33 @@ from torch import Tensor
 
 def ordered(parameters: Sequence[cp.Parameter], given: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, ...]:
     """The values in the order of the parameters. A dictionary alone may hold them by parameter, or by name."""
-    found: dict[int, Any] = {}
+    by_place: dict[int, Any] = {}
     if len(given) == 1 and isinstance(given[0], Mapping):
-        found, given = _by_key(parameters, given[0]), given[1:]
+        by_place, given = _by_key(parameters, given[0]), given[1:]
     elif not named:
         return given
     for name, value in named.items():
         place = _place(parameters, name)
-        if place in found or place < len(given):
+        if place in by_place or place < len(given):
             raise TypeError(f"Parameter `{name}` was given twice.")
-        found[place] = value
-    missing = [k for k in range(len(given), len(parameters)) if k not in found]
+        by_place[place] = value
+    missing = [k for k in range(len(given), len(parameters)) if k not in by_place]
     if missing:
         raise TypeError(f"The layer was not given {', '.join(f'`{parameters[k].name()}`' for k in missing)}.")
-    return (*given, *(found[k] for k in range(len(given), len(parameters))))
+    return (*given, *(by_place[k] for k in range(len(given), len(parameters))))
 
 
 def _by_key(parameters: Sequence[cp.Parameter], given: Mapping[Any, Any]) -> dict[int, Any]:
-    found: dict[int, Any] = {}
+    by_place: dict[int, Any] = {}
     for key, value in given.items():
         places = [k for k, parameter in enumerate(parameters) if parameter is key]
         if not places and not isinstance(key, str):
             raise TypeError(f"{key!r} is no Parameter of the layer, which has {_listed(parameters)}.")
         place = places[0] if places else _place(parameters, key)
-        if place in found:
+        if place in by_place:
             raise TypeError(f"Parameter `{parameters[place].name()}` was given twice.")
-        found[place] = value
-    return found
+        by_place[place] = value
+    return by_place
 
 
 def _place(parameters: Sequence[cp.Parameter], name: str) -> int:

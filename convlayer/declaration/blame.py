@@ -15,7 +15,9 @@ from typing import Any
 import cvxpy as cp
 from cvxpy.utilities import scopes
 
+# What a rule asks of an expression, in the words that CVXPY's own questions end with: is_convex, is_atom_log_log_concave.
 CONVEX, CONCAVE, AFFINE = "convex", "concave", "affine"
+# The two sets of rules: of convex programs, and of log-log convex ones.
 DCP, DGP = "dcp", "dgp"
 
 
@@ -37,10 +39,12 @@ class Fault:
 
     @property
     def culprit(self) -> Any:
+        """The expression that breaks the rule."""
         return self.path[-1]
 
     @property
     def parent(self) -> Any:
+        """What it is an argument of; None: it stands alone."""
         return self.path[-2] if len(self.path) > 1 else None
 
 
@@ -51,12 +55,12 @@ def faults(problem: cp.Problem, rules: str, dpp: bool) -> Iterator[Fault | tuple
             if item.is_dcp() if rules == DCP else item.is_dgp():
                 continue
             search = _Search(rules)
-            found = [search.path(e, asked) for e, asked in zip(expressions, wanted, strict=True)]
-            chosen = next((side for side, path in enumerate(found) if path is not None), None)
+            paths = [search.path(e, asked) for e, asked in zip(expressions, wanted, strict=True)]
+            chosen = next((side for side, path in enumerate(paths) if path is not None), None)
         if chosen is None:
             yield place, item
             continue
-        path = found[chosen]
+        path = paths[chosen]
         assert path is not None
         yield Fault(place, item, chosen, [e for e, _ in path], path[-1][1], rules, dpp)
 
@@ -112,9 +116,9 @@ class _Search:
         elif unknown:  # an atom without a curvature: perhaps since an argument has none
             asked = [CONVEX if not self._has_curvature(argument) else "" for argument in e.args]
         for argument, what in zip(e.args, asked, strict=bool(asked)):
-            found = self.path(argument, what) if what else None
-            if found is not None:
-                return [mine, *found]
+            below = self.path(argument, what) if what else None
+            if below is not None:
+                return [mine, *below]
         return [mine]
 
     def _has_curvature(self, e: Any) -> bool:

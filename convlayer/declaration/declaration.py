@@ -11,8 +11,10 @@ import cvxpy as cp
 from cvxpy.lin_ops import lin_utils
 
 from convlayer.declaration import domain
-from convlayer.declaration.canonical import Canonical, canonicalise, check
+from convlayer.declaration.canonical import Canonical
+from convlayer.declaration.canonicalise import canonicalise
 from convlayer.declaration.hashing import digest_of_declaration
+from convlayer.declaration.rewriting import Prepared, prepared
 from convlayer.notices import quiet_cvxpy
 
 
@@ -39,7 +41,7 @@ class Declaration:
     ) -> None:
         self.problem, self.parameters, self.variables, self.gp, self.owners = problem, parameters, variables, gp, owners
         self.weight = weight
-        self._checked: tuple[dict[int, Any], cp.Problem] | None = None  # the problem as it will be canonicalised
+        self._prepared: Prepared | None = None
         self._canonical: Canonical | None = None
         self._digest: str | None = None
         self._lock = threading.Lock()
@@ -50,9 +52,9 @@ class Declaration:
     ) -> Declaration:
         """ProblemError or TypeError: what cannot be a layer."""
         with quiet_cvxpy():
-            owners, rewritten = check(problem, parameters, variables, gp)
-        declared = cls(problem, list(parameters), list(variables), gp, owners)
-        declared._checked = owners, rewritten
+            ready = prepared(problem, parameters, variables, gp)
+        declared = cls(problem, list(parameters), list(variables), gp, ready.owners)
+        declared._prepared = ready
         return declared
 
     def least_norm(self) -> Declaration:
@@ -68,13 +70,14 @@ class Declaration:
 
     @property
     def canonical(self) -> Canonical:
+        """The cone program. ProblemError or CanonicalisationError: there is none."""
         with self._lock:
             if self._canonical is None:
                 problem, parameters = self.problem, self.parameters
                 if self.weight is not None:
                     problem, parameters = with_proximal_term(problem, self.weight), [*parameters, self.weight]
-                self._canonical = canonicalise(problem, parameters, self.variables, gp=self.gp, checked=self._checked)
-                self._checked = None
+                self._canonical = canonicalise(problem, parameters, self.variables, gp=self.gp, checked=self._prepared)
+                self._prepared = None
             return self._canonical
 
     @cached_property
@@ -100,7 +103,7 @@ class Declaration:
         made = {
             "problem": problem,
             "_canonical": None,
-            "_checked": None,
+            "_prepared": None,
             "_lock": None,
             "_next": lin_utils.ID_COUNTER.count,
         }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import cvxpy as cp
@@ -16,12 +18,51 @@ class ProblemError(ValueError):
     """The problem cannot be a layer; the message names the sub-expression and the remedy."""
 
 
+@contextmanager
+def within_recursion_limit() -> Iterator[None]:
+    """CVXPY walks expressions by recursion: ProblemError for one that is deeper than Python follows."""
+    try:
+        yield
+    except RecursionError:
+        raise ProblemError(
+            "An expression of the problem has more operations within each other than CVXPY can follow (Python's recursion limit is "
+            f"{sys.getrecursionlimit()}). Give what is computed step by step a variable of its own, as in x[t + 1] == A @ x[t] + B @ u[t], "
+            "or raise the limit by sys.setrecursionlimit."
+        ) from None
+
+
 def check_arguments(
     problem: cp.Problem, parameters: Sequence[cp.Parameter], variables: Sequence[cp.Variable]
 ) -> dict[int, Any]:
     """Parameters and variables must be the problem's own. Returns dual variable id -> the constraint it belongs to."""
     if not isinstance(problem, cp.Problem):
         raise TypeError(f"`problem` must be a cvxpy.Problem; got {type(problem).__name__}.")
+    _check_lists(parameters, variables)
+    if not problem.variables():
+        raise ProblemError("The problem has no variables: there is nothing to solve for.")
+    if not variables:
+        raise ProblemError(
+            "`variables` is empty: name at least one variable whose solution the layer returns."
+        )
+    _check_parameters(problem, parameters)
+
+    owners = {
+        dual.id: constraint
+        for constraint in problem.constraints
+        for dual in constraint.dual_variables
+    }
+    primal = {v.id for v in problem.variables()}
+    strangers = [v.name() for v in variables if v.id not in primal and v.id not in owners]
+    if strangers:
+        raise ProblemError(
+            f"`variables` holds {_quote(strangers)}, which is neither a variable of the problem nor a dual variable of one of its "
+            "constraints (constraint.dual_variables[0])."
+        )
+    return owners
+
+
+def _check_lists(parameters: Any, variables: Any) -> None:
+    """Lists of leaves of the right kind."""
     for name, given, kind in (("parameters", parameters, cp.Parameter), ("variables", variables, cp.Variable)):
         if not isinstance(given, (list, tuple)):
             raise TypeError(f"`{name}` must be a list or tuple of cvxpy.{kind.__name__}; got {type(given).__name__}.")
@@ -34,11 +75,10 @@ def check_arguments(
                 raise TypeError(
                     f"`{name}` holds {item!r} of type {type(item).__name__}; expected cvxpy.{kind.__name__}."
                 )
-    if not problem.variables():
-        raise ProblemError("The problem has no variables: there is nothing to solve for.")
-    if not variables:
-        raise ProblemError("`variables` is empty: name at least one variable whose solution the layer returns.")
 
+
+def _check_parameters(problem: cp.Problem, parameters: Sequence[cp.Parameter]) -> None:
+    """All of the problem's, each once, and no others."""
     own = {p.id: p for p in problem.parameters()}
     given_ids = [p.id for p in parameters]
     missing = [p.name() for key, p in own.items() if key not in given_ids]
@@ -63,16 +103,6 @@ def check_arguments(
         )
     if twice:
         raise ProblemError(f"`parameters` holds {_quote(twice)} more than once.")
-
-    owners = {dual.id: constraint for constraint in problem.constraints for dual in constraint.dual_variables}
-    primal = {v.id for v in problem.variables()}
-    strangers = [v.name() for v in variables if v.id not in primal and v.id not in owners]
-    if strangers:
-        raise ProblemError(
-            f"`variables` holds {_quote(strangers)}, which is neither a variable of the problem nor a dual variable of one of its "
-            "constraints (constraint.dual_variables[0])."
-        )
-    return owners
 
 
 def check_attributes(problem: cp.Problem) -> None:
@@ -140,13 +170,13 @@ def _quote(names: Sequence[str]) -> str:
 
 def _located(problem: cp.Problem, rules: str, dpp: bool, otherwise: str = "") -> str:
     """Where, what and what to write instead, of the first part at fault; `otherwise` goes before words that are of rules in general."""
-    for found in faults(problem, rules, dpp):
-        if not isinstance(found, Fault):
-            place, item = found
+    for fault in faults(problem, rules, dpp):
+        if not isinstance(fault, Fault):
+            place, item = fault
             return f"in {place}, `{spelled(item)}`: CVXPY refuses it as a whole{_rule(item)}."
-        with found.scope():
-            said, of_this_case = remedy(found)
-        return f"{'' if of_this_case else otherwise}in {found.place}, {said}"
+        with fault.scope():
+            said, of_this_case = remedy(fault)
+        return f"{'' if of_this_case else otherwise}in {fault.place}, {said}"
     return "CVXPY refuses the problem as a whole; see problem.is_dcp(dpp=True)."
 
 

@@ -11,7 +11,9 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-SIGNS, MATRICES = frozenset(("nonneg", "pos", "nonpos", "neg")), frozenset(("symmetric", "PSD", "NSD"))
+# The attributes of a parameter that are about the sign of its entries, and those of a matrix that equals its transpose.
+SIGNS = frozenset(("nonneg", "pos", "nonpos", "neg"))
+MATRICES = frozenset(("symmetric", "PSD", "NSD"))
 
 
 def is_symmetric(parameter: cp.Parameter) -> bool:
@@ -39,81 +41,99 @@ def violations(parameter: cp.Parameter, value: Tensor) -> Iterator[tuple[Tensor,
 
     Tolerances are relative to the row's largest entry: 1e-9 in float64, 1e-5 in float32, ten roundings in half.
     """
-    name, attributes = parameter.name(), parameter.attributes
     value = value.detach()
     flat = value.unsqueeze(-1).flatten(1)
     if not flat.shape[1]:
         return
     slack = relative(value.dtype) * torch.where(torch.isfinite(flat), flat, 0.0).abs().amax(1)
+    for look in (_wrong_signs, _wrong_matrices, _off_pattern, _out_of_bounds):
+        for bad, problem, remedy in look(parameter, value, slack):
+            if bool(bad.any()):
+                yield bad, f"Parameter `{parameter.name()}` was declared {problem} {remedy}"
 
-    def report(bad: Tensor, problem: str, remedy: str) -> Iterator[tuple[Tensor, str]]:
-        if bool(bad.any()):
-            yield bad, f"Parameter `{name}` was declared {problem} {remedy}"
 
+# (rows (B,) that are bad, perhaps none; what was declared and is not so; the remedy)
+_Violations = Iterator[tuple[Tensor, str, str]]
+
+
+def _wrong_signs(parameter: cp.Parameter, value: Tensor, slack: Tensor) -> _Violations:
+    attributes, flat = parameter.attributes, value.unsqueeze(-1).flatten(1)
     low, high = flat.amin(1), flat.amax(1)
     if attributes["nonneg"] or attributes["pos"]:
         bad = low < -slack if attributes["nonneg"] else low <= 0
-        yield from report(
+        word = "nonneg" if attributes["nonneg"] else "pos"
+        yield (
             bad,
-            f"{'nonneg' if attributes['nonneg'] else 'pos'}=True, but its smallest entry is {_worst(low, bad, min)}.",
+            f"{word}=True, but its smallest entry is {_worst(low, bad, min)}.",
             "Pass it through torch.nn.functional.softplus or clamp it.",
         )
     if attributes["nonpos"] or attributes["neg"]:
         bad = high > slack if attributes["nonpos"] else high >= 0
-        yield from report(
+        word = "nonpos" if attributes["nonpos"] else "neg"
+        yield (
             bad,
-            f"{'nonpos' if attributes['nonpos'] else 'neg'}=True, but its largest entry is {_worst(high, bad, max)}.",
+            f"{word}=True, but its largest entry is {_worst(high, bad, max)}.",
             "Clamp it, or declare the parameter without a sign.",
         )
-    if any(attributes[a] for a in ("symmetric", "PSD", "NSD")) and value.ndim >= 3:
-        gap = (value - value.mT).abs().flatten(1).amax(1)
-        bad = gap > 10 * slack
-        yield from report(
-            bad, f"symmetric, but differs from its transpose by {_worst(gap, bad, max)}.", "Write (X + X.mT) / 2."
+
+
+def _wrong_matrices(parameter: cp.Parameter, value: Tensor, slack: Tensor) -> _Violations:
+    """Not symmetric, or not semidefinite."""
+    attributes = parameter.attributes
+    if value.ndim < 3 or not any(attributes[name] for name in MATRICES):
+        return
+    gap = (value - value.mT).abs().flatten(1).amax(1)
+    bad = gap > 10 * slack
+    yield (
+        bad,
+        f"symmetric, but differs from its transpose by {_worst(gap, bad, max)}.",
+        "Write (X + X.mT) / 2.",
+    )
+    for attribute, sign, pick, minus in (("PSD", 1.0, min, ""), ("NSD", -1.0, max, "-")):
+        if not attributes[attribute]:
+            continue
+        finite = torch.where(torch.isfinite(value), value, 0.0).double()
+        finite = sign * (finite + finite.mT) / 2
+        allowed = 10 * slack.double() * value.shape[-1]
+        # Cholesky's method settles what eigenvalues would, at a fraction of their cost.
+        half = (allowed / 2).view(-1, *[1] * (value.ndim - 2)).expand(finite.shape[:-1])
+        if not bool(torch.linalg.cholesky_ex(finite + torch.diag_embed(half))[1].any()):
+            continue
+        smallest = torch.linalg.eigvalsh(finite)[..., 0].unsqueeze(-1).flatten(1).amin(1)
+        bad = smallest < -allowed
+        yield (
+            bad,
+            f"{attribute}=True, but has the eigenvalue {_worst(sign * smallest, bad, pick)}.",
+            f"Write {minus}L @ L.mT for some L.",
         )
-        for attribute, sign in (("PSD", 1.0), ("NSD", -1.0)):
-            if attributes[attribute]:
-                finite = torch.where(torch.isfinite(value), value, 0.0).double()
-                finite = sign * (finite + finite.mT) / 2
-                allowed = 10 * slack.double() * value.shape[-1]
-                # Cholesky's method settles what eigenvalues would, at a fraction of their cost.
-                shift = torch.diag_embed((allowed / 2).view(-1, *[1] * (value.ndim - 2)).expand(finite.shape[:-1]))
-                if not bool(torch.linalg.cholesky_ex(finite + shift)[1].any()):
-                    continue
-                smallest = torch.linalg.eigvalsh(finite)[..., 0].unsqueeze(-1).flatten(1).amin(1)
-                bad = smallest < -allowed
-                yield from report(
-                    bad,
-                    f"{attribute}=True, but has the eigenvalue {_worst(sign * smallest, bad, min if sign > 0 else max)}.",
-                    f"Write {'' if sign > 0 else '-'}L @ L.mT for some L.",
-                )
-    if attributes["diag"] or parameter.sparse_idx:
-        pattern = np.zeros(parameter.shape, dtype=bool)
-        if attributes["diag"]:
-            np.fill_diagonal(pattern, True)
-        else:
-            pattern[parameter.sparse_idx] = True
-        outside = torch.from_numpy(~pattern).to(value.device)
-        stray = (value * outside).flatten(1).abs().amax(1)
-        yield from report(
-            stray > slack,
-            f"{'diag=True' if attributes['diag'] else 'sparse'}, but is nonzero outside that pattern.",
-            "Zero those entries; they would be ignored.",
-        )
-    bounds = attributes.get("bounds")
-    if isinstance(bounds, (list, tuple)):
-        lower, upper = (_dense(b, parameter.shape, value) for b in bounds)
-        yield from report(
-            (
-                (value < lower - slack.view(-1, *[1] * (value.ndim - 1)))
-                | (value > upper + slack.view(-1, *[1] * (value.ndim - 1)))
-            )
-            .unsqueeze(-1)
-            .flatten(1)
-            .any(1),
-            "with bounds, and lies outside them.",
-            "Clamp it.",
-        )
+
+
+def _off_pattern(parameter: cp.Parameter, value: Tensor, slack: Tensor) -> _Violations:
+    """Nonzero where a diagonal or sparse parameter has no entries."""
+    diagonal = parameter.attributes["diag"]
+    if not diagonal and not parameter.sparse_idx:
+        return
+    pattern = np.zeros(parameter.shape, dtype=bool)
+    if diagonal:
+        np.fill_diagonal(pattern, True)
+    else:
+        pattern[parameter.sparse_idx] = True
+    stray = (value * torch.from_numpy(~pattern).to(value.device)).flatten(1).abs().amax(1)
+    yield (
+        stray > slack,
+        f"{'diag=True' if diagonal else 'sparse'}, but is nonzero outside that pattern.",
+        "Zero those entries; they would be ignored.",
+    )
+
+
+def _out_of_bounds(parameter: cp.Parameter, value: Tensor, slack: Tensor) -> _Violations:
+    bounds = parameter.attributes.get("bounds")
+    if not isinstance(bounds, (list, tuple)):
+        return
+    lower, upper = (_dense_bound(bound, parameter.shape, value) for bound in bounds)
+    off = slack.view(-1, *[1] * (value.ndim - 1))
+    outside = (value < lower - off) | (value > upper + off)
+    yield outside.unsqueeze(-1).flatten(1).any(1), "with bounds, and lies outside them.", "Clamp it."
 
 
 def _plainly_inside(domain: frozenset[str], value: Tensor) -> bool:
@@ -157,6 +177,6 @@ def _worst(values: Tensor, bad: Tensor, pick) -> str:
     return f"{pick(values[bad].tolist()):.3g}" if bool(bad.any()) else ""
 
 
-def _dense(bound, shape: tuple[int, ...], like: Tensor) -> Tensor:
+def _dense_bound(bound, shape: tuple[int, ...], like: Tensor) -> Tensor:
     array = bound.toarray() if sp.issparse(bound) else np.asarray(bound, dtype=float)
     return torch.from_numpy(np.broadcast_to(array, shape).copy()).to(like.device, like.dtype)

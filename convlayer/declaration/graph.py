@@ -1,6 +1,8 @@
-"""A CVXPY expression as the graph that it is: parts that are used twice are one part, however deep they lie.
+"""A CVXPY expression as the graph that it is: parts that are used twice are one part, however deep
+they lie.
 
-CVXPY's own walks write a shared part out at each use and recurse. What is asked here of every part costs the graph's size.
+CVXPY's own walks write a shared part out at each use and recurse. What is asked here of every part
+costs the graph's size.
 """
 
 from __future__ import annotations
@@ -9,27 +11,37 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import cvxpy as cp
+from cvxpy.utilities import scopes
 
 
 def arguments(part: Any) -> list[Any]:
-    """The arguments of an expression, a constraint, an objective or a problem; CVXPY has some in lists."""
-    return [inner for given in part.args for inner in (given if isinstance(given, list) else [given])]
+    """The arguments of an expression, a constraint, an objective or a problem; CVXPY has some in
+    lists."""
+    return [
+        inner for given in part.args for inner in (given if isinstance(given, list) else [given])
+    ]
 
 
-def arguments_first(roots: Iterable[Any], opened: Callable[[Any], bool] = lambda part: True) -> list[Any]:
+def arguments_first(
+    roots: Iterable[Any], opened: Callable[[Any], bool] = lambda part: True
+) -> list[Any]:
     """Every part once, after its arguments; those of a part that is not `opened` are left out."""
     return _finished(roots, opened, lambda parts: reversed(list(parts)))
 
 
 def uses_first(root: Any, opened: Callable[[Any], bool]) -> list[Any]:
-    """Every part once, after all the parts that use it; an argument before those that follow it, where uses leave the choice."""
+    """Every part once, after all the parts that use it; an argument before those that follow it,
+    where uses leave the choice."""
     return _finished([root], opened, iter)[::-1]
 
 
 def _finished(
-    roots: Iterable[Any], opened: Callable[[Any], bool], onto: Callable[[Iterable[Any]], Iterable[Any]]
+    roots: Iterable[Any],
+    opened: Callable[[Any], bool],
+    onto: Callable[[Iterable[Any]], Iterable[Any]],
 ) -> list[Any]:
-    """Every part once, when all below it are done. onto: in which order arguments go onto the stack; the last is taken first."""
+    """Every part once, when all below it are done. onto: in which order arguments go onto the
+    stack; the last is taken first."""
     order: list[Any] = []
     seen: set[int] = set()
     stack = [(root, False) for root in onto(roots)]
@@ -43,6 +55,18 @@ def _finished(
             if opened(part):
                 stack.extend((argument, False) for argument in onto(arguments(part)))
     return order
+
+
+def is_affine(part: Any) -> bool:
+    """In variables and parameters each."""
+    with scopes.dpp_scope():
+        return part.is_affine()
+
+
+def is_curved(part: Any) -> bool:
+    """An expression that is not affine in variables and parameters each; a constraint, which an
+    indicator holds, is none."""
+    return isinstance(part, cp.Expression) and not is_affine(part)
 
 
 class Contents:

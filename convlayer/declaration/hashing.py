@@ -20,10 +20,13 @@ import scipy.sparse as sp
 from cvxpy.expressions.leaf import Leaf
 from cvxpy.problems.objective import Objective
 
-FORMAT = 1  # of what is read, and how: names of another format are other names
+# The number of this way of reading: what is read otherwise is to get other names.
+FORMAT = 1
+# What is read as a node of the graph, by its type, its attributes and its arguments.
 NODES = (cp.Expression, cp.Constraint, Objective)
 # Attributes of a node that are no content: what CVXPY numbers, derives from the rest, or found out before.
 PASSING = frozenset(("args", "id", "constr_id", "dual_variables", "_label", "_expr", "approx_error"))
+# How the names of attributes begin in which CVXPY keeps what it has worked out.
 LAZY = ("_lazy", "_cached")
 
 

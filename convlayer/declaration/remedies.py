@@ -16,9 +16,13 @@ import scipy.sparse as sp
 from convlayer.declaration.blame import AFFINE, CONCAVE, CONVEX, DGP, Fault
 from convlayer.declaration.spelling import exponent_of, is_scaled_squares, plain, spelled
 
-ROUNDING = 1e-6  # an eigenvalue of the wrong sign below this share of the largest comes from rounding
-LARGEST = 2000  # matrices up to this size have their eigenvalues found
-STEPS = ("ceil", "floor", "sign", "length")
+# An eigenvalue of the wrong sign comes from rounding if it is below this share of the largest.
+ROUNDING_OF_EIGENVALUES = 1e-6
+# Of a larger matrix no eigenvalues are looked for.
+LARGEST_LOOKED_AT = 2000
+# Atoms whose values jump.
+STEP_FUNCTIONS = ("ceil", "floor", "sign", "length")
+# What to do with a function of Parameters alone, as a sentence ends.
 IN_TORCH = "compute it in torch before the layer"
 
 Rule = Callable[[Fault, Any], "str | None"]
@@ -353,7 +357,7 @@ def _quadratic_form(fault: Fault, e: Any) -> str | None:
     wrong, size = (most, -least) if fault.wanted == CONCAVE else (-least, most)
     if wrong <= 0 or e.is_convex() or e.is_concave():
         return None
-    if wrong <= ROUNDING * size:
+    if wrong <= ROUNDING_OF_EIGENVALUES * size:
         minus, inside = ("-", f"-{_of_matrix(matrix)}") if fault.wanted == CONCAVE else ("", _of_matrix(matrix))
         return (
             f"the matrix of {text} is semidefinite but for rounding (eigenvalues from {least:.2g} to {most:.2g}). Write "
@@ -372,7 +376,7 @@ def _of_matrix(matrix: Any) -> str:
 
 def _eigenvalues(matrix: Any) -> tuple[float, float]:
     """The least and the greatest; (0, 0) where they cost too much."""
-    if matrix.shape[0] > LARGEST:
+    if matrix.shape[0] > LARGEST_LOOKED_AT:
         return 0.0, 0.0
     value = matrix.value
     values = np.linalg.eigvalsh(value.toarray() if sp.issparse(value) else np.asarray(value))
@@ -535,7 +539,7 @@ def _by_the_rules(fault: Fault) -> str:
     e, parent, log_log = fault.culprit, fault.parent, "log-log " if fault.rules == DGP else ""
     text = _text(e)
     shape = _shape(fault)
-    if shape is None and _kind(e) in STEPS:
+    if shape is None and _kind(e) in STEP_FUNCTIONS:
         return f"{text} is a step function: it is constant but for jumps, and no derivative tells of them. Relax it, or keep it out of the layer."
     if shape is None:
         return f"{text} is neither {log_log}convex nor {log_log}concave by the rules of disciplined programming."

@@ -12,15 +12,14 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from cvxpy.constraints import SvecPSD
-from cvxpy.problems.problem_form import make_problem_form
 from cvxpy.reductions.cvx_attr2constr import CvxAttr2Constr
 from cvxpy.reductions.dcp2cone.dcp2cone import Dcp2Cone
-from cvxpy.reductions.solvers.solving_chain import _build_solving_chain
 from torch import Tensor
 
-from convlayer.declaration import canonical as canon
-from convlayer.declaration.canonical import Canonical, CanonicalisationError
+from convlayer.declaration.canonical import Canonical
 from convlayer.declaration.declaration import Declaration
+from convlayer.declaration.reductions import CanonicalisationError, Reductions
+from convlayer.declaration.rewriting import prepared
 from convlayer.declaration.spelling import short
 
 AUXILIARY = "an auxiliary constraint of CVXPY"
@@ -39,68 +38,90 @@ _KNOWN: weakref.WeakKeyDictionary[Canonical, list[Source]] = weakref.WeakKeyDict
 
 
 def sources_of(canonical: Canonical, declared: Declaration) -> list[Source]:
-    """Every row that may have a kink under one name: the user's constraints in order, the variables' attributes, the rest."""
+    """Every row that may have a kink under one name: the user's constraints in order, the
+    variables' attributes, the rest."""
     if canonical not in _KNOWN:
         _KNOWN[canonical] = _read(canonical, declared)
     return _KNOWN[canonical]
 
 
 def _read(canonical: Canonical, declared: Declaration) -> list[Source]:
-    names = {c.id: f"constraint {k}, `{short(c)}`" for k, c in enumerate(declared.problem.constraints)}
+    names = {
+        c.id: f"constraint {k}, `{short(c)}`" for k, c in enumerate(declared.problem.constraints)
+    }
     nothing = torch.zeros(0, dtype=torch.int64)
     # Listed even without rows, as a constraint on nothing is.
-    found = {name: Source(name, nothing, nothing.bool(), nothing) for name in names.values()}
+    sources = {name: Source(name, nothing, nothing.bool(), nothing) for name in names.values()}
     start = 0
     for constraint, name, own in _named(canonical, declared, names):
         rows = torch.arange(start, start := start + constraint.size)
-        if name not in found and not own and isinstance(constraint, cp.constraints.Zero):
+        if name not in sources and not own and isinstance(constraint, cp.constraints.Zero):
             continue  # the definition of an auxiliary variable: no kink, and no choice
         entries = torch.full_like(rows, -1)
         if own and isinstance(constraint, (cp.constraints.NonNeg, cp.constraints.Zero)):
             # Rows are in column-major order.
-            entries = torch.from_numpy(np.arange(len(rows)).reshape(constraint.shape).flatten(order="F"))
+            entries = torch.from_numpy(
+                np.arange(len(rows)).reshape(constraint.shape).flatten(order="F")
+            )
         new = (rows, torch.full((len(rows),), own), entries)
-        old = found.get(name, Source(name, nothing, nothing.bool(), nothing))
-        found[name] = Source(name, *(torch.cat(pair) for pair in zip(old[1:], new, strict=True)))
+        old = sources.get(name, Source(name, nothing, nothing.bool(), nothing))
+        sources[name] = Source(name, *(torch.cat(pair) for pair in zip(old[1:], new, strict=True)))
     users = set(names.values())
-    return sorted(found.values(), key=lambda source: (source.name not in users, not bool(source.own.any())))
+    return sorted(
+        sources.values(), key=lambda source: (source.name not in users, not bool(source.own.any()))
+    )
 
 
-def _named(canonical: Canonical, declared: Declaration, names: dict[int, str]) -> Iterator[tuple[Any, str, bool]]:
-    """(constraint of the cone program in row order, the name of its source, whether it is the source itself)."""
-    _, problem = canon.check(declared.problem, declared.parameters, declared.variables, declared.gp)
-    problem = cp.Problem(problem.objective, problem.constraints)
-    form = make_problem_form(problem, declared.gp, False)
-    chain = _build_solving_chain(problem, canon._StandardForm(), form, declared.gp, enforce_dpp=True)
+def _named(
+    canonical: Canonical, declared: Declaration, names: dict[int, str]
+) -> Iterator[tuple[Any, str, bool]]:
+    """(constraint of the cone program in row order, the name of its source, whether it is the
+    source itself)."""
+    # The reductions once more, watched: for what does CVXPY make each auxiliary constraint?
+    problem = prepared(
+        declared.problem, declared.parameters, declared.variables, declared.gp
+    ).problem
+    reductions = Reductions(problem, declared.gp)
     atoms: dict[int, tuple[Any, Any]] = {}
-    for reduction in chain.reductions:
+    for reduction in reductions.steps:
         if isinstance(reduction, Dcp2Cone):
             atoms = _traced(reduction)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        data, inverse = chain.apply(problem)
-    cone_program = data[cp.settings.PARAM_PROB]
-    if sum(c.size for c in cone_program.constraints) != canonical.program.m:
+        reduced = reductions.apply()
+    constraints = reduced.cone_program.constraints
+    if sum(c.size for c in constraints) != canonical.program.m:
         raise CanonicalisationError(
-            f"CVXPY {cp.__version__} orders its constraints otherwise; this version is not supported."
+            f"CVXPY {cp.__version__} orders its constraints otherwise; "
+            "this version is not supported."
         )
 
+    # Each reduction gives its constraints new ids: names follow.
     owned, attributes = dict(names), dict[int, dict[str, list[str]]]()
     entering = owned  # names by the ids that Dcp2Cone saw
-    for reduction, inverted in zip(chain.reductions, inverse, strict=True):
+    for reduction, kept in reduced.steps:
         entering = owned if isinstance(reduction, Dcp2Cone) else entering
         owned = {reduction.cons_id_map.get(key, key): name for key, name in owned.items()}
         atoms = {reduction.cons_id_map.get(key, key): origin for key, origin in atoms.items()}
-        if isinstance(reduction, CvxAttr2Constr) and inverted:
-            new, old, _ = inverted
+        if isinstance(reduction, CvxAttr2Constr) and kept:
+            new, old, _ = kept
             attributes = {variable.id: _attributes(old[key]) for key, variable in new.items()}
-    for constraint in cone_program.constraints:
+
+    # A constraint of the user's, one for an atom of theirs, one of a variable's attribute, or
+    # CVXPY's own.
+    for constraint in constraints:
         if constraint.id in owned:
             yield constraint, owned[constraint.id], True
         elif constraint.id in atoms:
             top, atom = atoms[constraint.id]
-            term = f"the term `{short(atom)}` of the objective" if not declared.gp else "the objective"
-            yield constraint, term if isinstance(top, cp.Minimize) else entering.get(top.id, AUXILIARY), False
+            term = (
+                f"the term `{short(atom)}` of the objective" if not declared.gp else "the objective"
+            )
+            yield (
+                constraint,
+                term if isinstance(top, cp.Minimize) else entering.get(top.id, AUXILIARY),
+                False,
+            )
         else:
             of = [variable.id for variable in constraint.variables()]
             kind = "psd" if isinstance(constraint, (cp.constraints.PSD, SvecPSD)) else "bound"
@@ -109,8 +130,9 @@ def _named(canonical: Canonical, declared: Declaration, names: dict[int, str]) -
 
 
 def _traced(reduction: Dcp2Cone) -> dict[int, tuple[Any, Any]]:
-    """Id of each auxiliary constraint that the reduction is going to make -> (the objective or constraint, the atom) it is for."""
-    found: dict[int, tuple[Any, Any]] = {}
+    """Id of each auxiliary constraint that the reduction is going to make -> (the objective or
+    constraint, the atom) it is for."""
+    origins: dict[int, tuple[Any, Any]] = {}
     tree, step = reduction.canonicalize_tree, reduction.canonicalize_expr
     top: Any = None
 
@@ -122,11 +144,11 @@ def _traced(reduction: Dcp2Cone) -> dict[int, tuple[Any, Any]]:
 
     def note(expression, *rest, **options):
         new, constraints = step(expression, *rest, **options)
-        found.update({constraint.id: (top, expression) for constraint in constraints})
+        origins.update({constraint.id: (top, expression) for constraint in constraints})
         return new, constraints
 
     vars(reduction).update(canonicalize_tree=follow, canonicalize_expr=note)
-    return found
+    return origins
 
 
 def _attributes(variable: cp.Variable) -> dict[str, list[str]]:

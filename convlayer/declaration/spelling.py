@@ -16,13 +16,19 @@ import numpy as np
 import scipy.sparse as sp
 from cvxpy.constraints.constraint import Constraint
 
-ATOMS = 60  # that a text may hold
-LENGTH = 60  # of a short one
+# So many atoms of an expression are written out; dots stand for the rest.
+MOST_ATOMS = 60
+# The characters of a short text.
+SHORT_LENGTH = 60
+# The significant digits of a number.
 DIGITS = 4
-ENTRIES = 4  # of a constant that is written out
+# A constant of more entries is said by its size.
+MOST_ENTRIES = 4
 
-SUM, PRODUCT, SIGN, POWER, ATOM = range(5)  # how tightly a text holds together
+# How tightly a text holds together, from the loosest: what is looser than its surroundings gets brackets.
+SUM, PRODUCT, SIGN, POWER, ATOM = range(5)
 
+# By CVXPY's class the user's function; nothing: its argument stands alone.
 NAMED = {
     "Trace": "trace",
     "Prod": "prod",
@@ -42,14 +48,15 @@ NAMED = {
     "conj": "",
     "Hstack": "hstack",
     "Vstack": "vstack",
-}  # CVXPY's class -> the user's function; nothing: its argument alone
+}
+# By the user's function the attributes that are written behind the arguments, where CVXPY would write others.
 COUNTED = {
     "sum_largest": ("k",),
     "lambda_sum_largest": ("k",),
     "huber": ("M",),
     "kron": (),
     "perspective": (),
-}  # what to write behind the arguments
+}
 
 
 def spelled(item: Any) -> str:
@@ -63,7 +70,7 @@ def spelled(item: Any) -> str:
 def short(item: Any) -> str:
     """The same, cut to one short line."""
     text = spelled(item)
-    return text if len(text) <= LENGTH else f"{text[: LENGTH - 3]}..."
+    return text if len(text) <= SHORT_LENGTH else f"{text[: SHORT_LENGTH - 3]}..."
 
 
 def is_scaled_squares(expression: Any) -> bool:
@@ -97,7 +104,7 @@ class _Speller:
     """One text: it counts what it has written."""
 
     def __init__(self) -> None:
-        self.left = ATOMS
+        self.left = MOST_ATOMS
 
     def top(self, item: Any) -> str:
         if isinstance(item, (cp.Minimize, cp.Maximize)):
@@ -255,7 +262,7 @@ class _Speller:
                 words.append(_slice(key, -1))
             else:
                 array = np.asarray(key)
-                words.append(str(array.tolist()) if array.size <= ENTRIES else f"<{array.size} entries>")
+                words.append(str(array.tolist()) if array.size <= MOST_ENTRIES else f"<{array.size} entries>")
         return f"{self.text(e.args[0], ATOM)}[{', '.join(words)}]", ATOM
 
     def of_transpose(self, e: Any) -> tuple[str, int]:
@@ -386,7 +393,7 @@ def _number(constant: Any) -> tuple[str, int]:
         if bool((array == array.flat[0]).all()):
             text = _figure(array.flat[0])
             return text, SIGN if text.startswith("-") else ATOM
-        if array.size <= ENTRIES and array.ndim == 1:
+        if array.size <= MOST_ENTRIES and array.ndim == 1:
             return f"[{', '.join(_figure(v) for v in array.tolist())}]", ATOM
         if array.ndim == 2 and array.shape[0] == array.shape[1] and bool((array == np.eye(len(array))).all()):
             return f"eye({len(array)})", ATOM

@@ -46,16 +46,11 @@ from convlayer.cones import Cone, Nonnegative, Product, SecondOrder, Zero
 from convlayer.conic.certificates import CERTIFICATE, infeasible
 from convlayer.conic.kkt import Visible
 from convlayer.conic.program import Data, Program, take_rows
-from convlayer.declaration.canonical import (
-    ONE,
-    AffineMap,
-    Canonical,
-    CanonicalisationError,
-    ParameterEntries,
-    Recovery,
-    canonicalise,
-)
+from convlayer.declaration.canonical import Canonical
+from convlayer.declaration.canonicalise import canonicalise
 from convlayer.declaration.declaration import Declaration
+from convlayer.declaration.maps import ONE, AffineMap, ParameterEntries, Recovery
+from convlayer.declaration.reductions import CanonicalisationError
 from convlayer.declaration.spelling import short
 from convlayer.paths.cone_call import ConeFound, ConeRequest
 from convlayer.paths.cone_derivative import ConeDerivative

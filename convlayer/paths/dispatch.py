@@ -128,11 +128,10 @@ def _ask(name: str, form: NormalForm | None, variables: Sequence[cp.Variable], o
 
 def generic_cost(form: NormalForm) -> Cost:
     """An estimate for the cone program, without canonicalising: from the pattern of its KKT matrix, reordered to a band."""
-    tables = [form.squares.argument, form.absolutes.argument, form.entropies.argument]
-    tables += [q.argument for q in form.quadratics] + [c.table for c in form.constraints]
+    tables = [term.argument for _, term in form.present] + [c.table for c in form.constraints]
     rows = sum(t.size for t in tables)
     entries = sum(int((t.variable >= 0).sum()) for t in tables)
-    entries += sum(len(q.matrix.row) for q in form.quadratics)
+    entries += sum(atom.matrix_entries(term) for atom, term in form.present)
     unknowns = form.n + rows
     if unknowns <= SMALL or entries > SPARSE * form.n * max(rows, 1):
         flops = unknowns**3 / 6.0
@@ -155,10 +154,10 @@ def _band_flops(form: NormalForm, tables: list[Table], unknowns: int) -> float:
         lower.append(start + linear.row)
         upper.append(linear.variable)
         start += table.size
-    for quadratic in form.quadratics:
-        linear = quadratic.argument.linear()
-        lower.append(linear.variable[:-1])
-        upper.append(linear.variable[1:])
+    for atom, term in form.present:
+        joined = atom.joined(term)
+        lower.append(joined[:-1])
+        upper.append(joined[1:])
     i, j = np.concatenate(lower), np.concatenate(upper)
     pattern = sp.csr_array((np.ones(len(i)), (i, j)), shape=(unknowns, unknowns))
     pattern = sp.csr_array(pattern + pattern.T)

@@ -14,7 +14,7 @@ from torch import Tensor
 from convlayer.declaration.affine import Table
 from convlayer.declaration.binding import Binding, Kept
 from convlayer.declaration.domain import is_symmetric
-from convlayer.declaration.normal_form import NormalForm, Weighted
+from convlayer.declaration.normal_form import NormalForm
 from convlayer.declaration.spelling import short
 from convlayer.kernels.answer import Answer
 from convlayer.paths.evaluation import ROUNDING
@@ -151,6 +151,10 @@ class Specialised:
                 violation = -torch.linalg.eigvalsh((square + square.mT) / 2)
             if violation.shape[1]:
                 worst = torch.maximum(worst, violation.amax(1))
+        for k, (atom, term) in enumerate(self.form.present):
+            outside = atom.outside(self._rows((k, "argument"), term.argument, values, x))
+            if outside is not None:
+                worst = torch.maximum(worst, outside.amax(1))
         return worst / x.norm(dim=1).clamp(min=1.0)
 
     def gap(self, values: Sequence[Tensor]) -> Tensor | None:
@@ -169,27 +173,12 @@ class Specialised:
         return x.index_select(1, self._kept.tensor("x", self.match.x, x))
 
     def _objective(self, values: list[Tensor], x: Tensor) -> Tensor:
-        form = self.form
-        total = self._rows("linear", form.linear, values, x)[:, 0]
-        if form.squares.size:
-            total = total + self._weighted("squares", form.squares, values, x, torch.square)
-        if form.absolutes.size:
-            total = total + self._weighted("absolutes", form.absolutes, values, x, torch.abs)
-        if form.entropies.size:
-            # x log x, whose slope stays finite at zero, where every solution has a vanishing derivative.
-            tiny = torch.finfo(x.dtype).tiny
-            total = total + self._weighted(
-                "entropies", form.entropies, values, x, lambda z: z * z.clamp(min=tiny).log()
-            )
-        for k, quadratic in enumerate(form.quadratics):
-            y = self._rows(("argument", k), quadratic.argument, values, x)
-            P = self._rows(("matrix", k), quadratic.matrix, values, x).unflatten(1, (y.shape[1], y.shape[1]))
-            total = total + (y.unsqueeze(1) @ P @ y.unsqueeze(2)).flatten() / 2
+        """c'x + d and the terms of the atoms, (B or 1,)."""
+        total = self._rows("linear", self.form.linear, values, x)[:, 0]
+        for k, (atom, term) in enumerate(self.form.present):
+            weight = self._rows((k, "weight"), term.weight, values, x)
+            total = total + atom.value(weight, self._rows((k, "argument"), term.argument, values, x))
         return total
-
-    def _weighted(self, name, part: Weighted, values: list[Tensor], x: Tensor, atom) -> Tensor:
-        weight = self._rows((name, "weight"), part.weight, values, x)
-        return (weight * atom(self._rows((name, "argument"), part.argument, values, x))).sum(1)
 
     def _rows(self, key, table: Table, values: list[Tensor], x: Tensor) -> Tensor:
         """The rows of a table at x, (B or 1, rows)."""

@@ -9,27 +9,28 @@ from pkgutil import iter_modules
 
 from convlayer.structures.structure import (
     Cost,
-    Declaration,
+    DeclaredProblem,
     Match,
     MismatchError,
     Structure,
     Wanted,
 )
 
-ROOT = "cone_program"  # what every structure refines in the end
+# What every structure refines in the end.
+ROOT = "cone_program"
 
 
-def in_order(found: Mapping[str, Structure]) -> dict[str, Structure]:
+def in_order(structures: Mapping[str, Structure]) -> dict[str, Structure]:
     """The most special first. ValueError: a structure refines what is none."""
-    for name, structure in found.items():
-        if structure.refines not in (ROOT, *found):
-            known = ", ".join(repr(one) for one in (ROOT, *sorted(found)))
+    for name, structure in structures.items():
+        if structure.refines not in (ROOT, *structures):
+            known = ", ".join(repr(one) for one in (ROOT, *sorted(structures)))
             raise ValueError(f"Structure `{name}` refines {structure.refines!r}, which is none; expected one of {known}.")
 
     def depth(name: str) -> int:
-        return 0 if name == ROOT else 1 + depth(found[name].refines)
+        return 0 if name == ROOT else 1 + depth(structures[name].refines)
 
-    return {name: found[name] for name in sorted(found, key=lambda name: (-depth(name), name))}
+    return {name: structures[name] for name in sorted(structures, key=lambda name: (-depth(name), name))}
 
 
 def _found() -> dict[str, Structure]:
@@ -45,4 +46,4 @@ def _found() -> dict[str, Structure]:
 
 STRUCTURES: dict[str, Structure] = in_order(_found())
 
-__all__ = ["ROOT", "STRUCTURES", "Cost", "Declaration", "Match", "MismatchError", "Structure", "Wanted"]
+__all__ = ["ROOT", "STRUCTURES", "Cost", "DeclaredProblem", "Match", "MismatchError", "Structure", "Wanted"]

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from convlayer.declaration.affine import NONE, stack
+from convlayer.declaration.atoms.entropy import Entropy
 from convlayer.declaration.normal_form import NormalForm
 from convlayer.kernels.answer import answered
 from convlayer.kernels.entropic_optimal_transport import entropic_optimal_transport
 from convlayer.solution import Cause
 from convlayer.structures.reading import (
     Equality,
-    Layout,
+    Placement,
     equalities,
     in_cone,
     linear_cost,
@@ -32,7 +33,7 @@ from convlayer.structures.reading import (
 )
 from convlayer.structures.structure import (
     Cost,
-    Declaration,
+    DeclaredProblem,
     Dual,
     Match,
     Structure,
@@ -48,7 +49,7 @@ class EntropicOptimalTransport(Structure):
     cause = Cause.ILL_CONDITIONED
     refines = "cone_program"
 
-    def declare(self) -> Declaration:
+    def declare(self) -> DeclaredProblem:
         M, r, c = cp.Parameter((4, 3)), cp.Parameter(4, nonneg=True), cp.Parameter(3, nonneg=True)
         eps, P = cp.Parameter(nonneg=True), cp.Variable((4, 3))
         objective = cp.Minimize(cp.sum(cp.multiply(M, P)) - eps * cp.sum(cp.entr(P)))
@@ -60,7 +61,7 @@ class EntropicOptimalTransport(Structure):
         r, c = r / r.sum(-1, keepdim=True), c / c.sum(-1, keepdim=True)
         return M, r, c, uniform(generator, 0.1, 0.5, *batch)
 
-    def near_misses(self) -> dict[str, Declaration]:
+    def near_misses(self) -> dict[str, DeclaredProblem]:
         M, r, c = cp.Parameter((4, 3)), cp.Parameter(4, nonneg=True), cp.Parameter(3, nonneg=True)
         P, W = cp.Variable((4, 3)), cp.Parameter((4, 3), nonneg=True)
         cost, entropy = cp.sum(cp.multiply(M, P)), 0.1 * cp.sum(cp.entr(P))
@@ -80,20 +81,22 @@ class EntropicOptimalTransport(Structure):
         return {k: (cp.Problem(cp.Minimize(f), rules), leaves, [P]) for k, (f, rules, leaves) in problems.items()}
 
     def match(self, form: NormalForm) -> Match:
-        only(form, "entropies")
+        # Is it this problem, with every coefficient?
+        only(form, Entropy)
         no_cones(form, "zero", "nonnegative")
         plain_entropy(form)
-        temperature = one_value(form.entropies.weight, form.n, "the entropies have unequal weights")
+        temperature = one_value(form.of(Entropy).weight, form.n, "the entropies have unequal weights")
         grid = _grid(form)
         sign_rows = signs(form)
-        layout = Layout(grid.position, (len(grid.rows), len(grid.columns)))
+        placement = Placement(grid.position, (len(grid.rows), len(grid.columns)))
         cost = linear_cost(form)
         first, second = (
             stack([row.offset.scaled(-1.0 / row.coefficient[0]) for row in side]) for side in (grid.rows, grid.columns)
         )
 
+        # The kernel, bound to the parameters once the structure is chosen.
         def build(wanted: Wanted):
-            M = layout.binding(form, cost)
+            M = placement.binding(form, cost)
             r, c, eps = rows_binding(form, first), rows_binding(form, second), rows_binding(form, temperature)
 
             def run(values, like, at=None):
@@ -104,12 +107,12 @@ class EntropicOptimalTransport(Structure):
 
             return run
 
-        m, n = layout.shape
+        m, n = placement.shape
         small = min(m, n)
         return Match(
             words(form, cost=cost, rows=first, columns=second, epsilon=temperature),
             build,
-            layout.position,
+            placement.position,
             Cost(flops=60.0 * 20 * m * n + 8 * (small**3 / 3 + m * n * small), bytes=60.0 * 16 * m * n),
             duals={**zero_duals(sign_rows), **_duals(form, grid)},
         )
@@ -165,7 +168,7 @@ def _grid(form: NormalForm) -> _Grid:
 
 def _duals(form: NormalForm, grid: _Grid) -> dict[int, Dual]:
     """The potentials are the negative multipliers of the sums: eps (1 + log P) + M - f - g = 0."""
-    found: dict[int, Dual] = {}
+    duals: dict[int, Dual] = {}
     for k, constraint in enumerate(form.constraints):
         if constraint.cone != "zero":
             continue
@@ -178,5 +181,5 @@ def _duals(form: NormalForm, grid: _Grid) -> dict[int, Dual]:
         if len(outputs) == 1:
             mine.sort()
             place, scale = np.array([p for _, _, p, _ in mine]), np.array([s for *_, s in mine])
-            found[k] = Dual(outputs.pop(), place, -1.0 / scale)
-    return found
+            duals[k] = Dual(outputs.pop(), place, -1.0 / scale)
+    return duals

@@ -11,13 +11,16 @@ import torch
 from scipy.linalg import qr
 from torch import Tensor
 
-from convlayer.declaration.affine import NONE, Table, rows_of, stack
+from convlayer.declaration.affine import NONE, Table, selected_rows, stack
+from convlayer.declaration.atoms.atom import Weighted
+from convlayer.declaration.atoms.quadratic_form import QuadraticForm
+from convlayer.declaration.atoms.square import Square
 from convlayer.declaration.binding import Kept
-from convlayer.declaration.normal_form import NormalForm, Quadratic
+from convlayer.declaration.normal_form import NormalForm
 from convlayer.kernels.answer import answered
 from convlayer.kernels.equality_constrained_qp import equality_constrained_qp
 from convlayer.structures.reading import (
-    Layout,
+    Placement,
     alone,
     binding,
     in_cone,
@@ -32,7 +35,7 @@ from convlayer.structures.reading import (
 )
 from convlayer.structures.structure import (
     Cost,
-    Declaration,
+    DeclaredProblem,
     Dual,
     Match,
     MismatchError,
@@ -41,7 +44,8 @@ from convlayer.structures.structure import (
     normal,
 )
 
-LARGEST_CONSTANT = 2000  # constraint rows that are looked through for repetitions when the layer is built
+# Up to so many constant rows are looked through, when the layer is built, for those that follow from others.
+MOST_ROWS_COMPARED = 2000
 
 
 class EqualityConstrainedQP(Structure):
@@ -51,7 +55,7 @@ class EqualityConstrainedQP(Structure):
     least_norm = True
     refines = "quadratic_program"
 
-    def declare(self) -> Declaration:
+    def declare(self) -> DeclaredProblem:
         P, q, A, b = cp.Parameter((5, 5), PSD=True), cp.Parameter(5), cp.Parameter((2, 5)), cp.Parameter(2)
         x = cp.Variable(5)
         objective = cp.Minimize(cp.quad_form(x, P) / 2 + q @ x)
@@ -66,7 +70,7 @@ class EqualityConstrainedQP(Structure):
             normal(generator, *batch, 2),
         )
 
-    def near_misses(self) -> dict[str, Declaration]:
+    def near_misses(self) -> dict[str, DeclaredProblem]:
         P, q, A, b = cp.Parameter((5, 5), PSD=True), cp.Parameter(5), cp.Parameter((2, 5)), cp.Parameter(2)
         x, y = cp.Variable(5), cp.Variable(5, nonneg=True)
         cost = cp.quad_form(x, P) / 2 + q @ x
@@ -82,29 +86,32 @@ class EqualityConstrainedQP(Structure):
         return {k: (cp.Problem(cp.Minimize(f), rules), leaves, [v]) for k, (f, rules, leaves, v) in problems.items()}
 
     def match(self, form: NormalForm) -> Match:
-        only(form, "squares", "quadratics")
+        # Is it this problem, with every coefficient?
+        only(form, Square, QuadraticForm)
         no_cones(form, "zero")
-        require(form.squares.size > 0 or len(form.quadratics) > 0, "its objective has no quadratic part")
-        layout = Layout.of(form)
+        squares, quadratics = form.of(Square), form.all_of(QuadraticForm)
+        require(squares.size > 0 or len(quadratics) > 0, "its objective has no quadratic part")
+        placement = Placement.of(form)
         n, rules = form.n, in_cone(form, "zero")
         for _, rule in rules:
             moving = np.bincount(rule.table.linear().row, minlength=rule.table.size)
             require(bool(moving.all()), f"`{rule.text}` constrains no variable")
         table = stack([rule.table for _, rule in rules]).normal
 
+        # The kernel, bound to the parameters once the structure is chosen.
         def build(wanted: Wanted):
             return bound(wanted, table if wanted.duals else _independent(table, n))
 
         def bound(wanted: Wanted, table: Table):
-            terms = [_quadratic_term(form, quadratic, layout) for quadratic in form.quadratics]
-            if form.squares.size:
-                terms.append(_squares_term(form, layout))
-            slope = layout.binding(form, linear_cost(form))
+            terms = [_quadratic_term(form, quadratic, placement) for quadratic in quadratics]
+            if squares.size:
+                terms.append(_squares_term(form, placement))
+            slope = placement.binding(form, linear_cost(form))
             linear, offset = table.linear(), table.offset()
-            target = linear.row * n + layout.position[linear.variable]
+            target = linear.row * n + placement.position[linear.variable]
             A = binding(form, (table.size, n), target, linear.parameter, linear.coefficient)
             b = rows_binding(form, replace(offset, coefficient=-offset.coefficient))
-            seen, kept = _seen(form, wanted, table, layout, found), Kept()
+            seen, kept = _seen(form, wanted, table, placement, duals), Kept()
             everything = bool(seen.all())
 
             def run(values, like, at=None):
@@ -119,34 +126,35 @@ class EqualityConstrainedQP(Structure):
 
             return run
 
+        # Where the multipliers stand in its answer.
         p = table.size
-        found, start = {}, 0
+        duals, start = {}, 0
         for k, rule in rules:
             rows = start + np.arange(rule.table.size)
-            found[k] = Dual(1, rows, np.ones(len(rows)))
+            duals[k] = Dual(1, rows, np.ones(len(rows)))
             start += rule.table.size
         return Match(
             words(
                 form,
-                P=[form.squares.weight, form.squares.argument.linear(), *(q.matrix for q in form.quadratics)],
+                P=[squares.weight, squares.argument.linear(), *(quadratic.weight for quadratic in quadratics)],
                 q=form.linear.linear(),
                 A=table.linear(),
                 b=table.offset(),
             ),
             build,
-            layout.position,
+            placement.position,
             Cost(
-                flops=n**3 / 3 + 2.0 * n * n * p + p**3 / 3 + 2.0 * form.squares.size * n * n + 40.0 * n * (n + p),
+                flops=n**3 / 3 + 2.0 * n * n * p + p**3 / 3 + 2.0 * squares.size * n * n + 40.0 * n * (n + p),
                 bytes=40.0 * n * (n + p),
                 rate=1.5e10,
             ),
-            duals=found,
+            duals=duals,
             vouches=_vouches(form),
             symmetrises=_symmetrises(form),
         )
 
 
-def _seen(form: NormalForm, wanted: Wanted, table: Table, layout: Layout, duals: dict[int, Dual]) -> np.ndarray:
+def _seen(form: NormalForm, wanted: Wanted, table: Table, placement: Placement, duals: dict[int, Dual]) -> np.ndarray:
     """(n + p,) one where an output reads an entry of the kernel's (x, nu) or a Parameter moves what it enters, else zero.
 
     A quadratic form of an argument or a weighted square of it does not change along what is not unique, nor does its weight's gradient.
@@ -157,10 +165,12 @@ def _seen(form: NormalForm, wanted: Wanted, table: Table, layout: Layout, duals:
     x[moved(form.linear)] = x[moved(table)] = True
     linear = table.linear()
     nu[linear.row[linear.parameter != NONE]] = True
-    for argument in (form.squares.argument, *(quadratic.argument for quadratic in form.quadratics)):
-        x[moved(argument)] = True
-    for quadratic in form.quadratics:
-        entry = quadratic.matrix.row[quadratic.matrix.parameter != NONE]
+    quadratics = form.all_of(QuadraticForm)
+    for term in (form.of(Square), *quadratics):
+        x[moved(term.argument)] = True
+    for quadratic in quadratics:
+        P = quadratic.weight
+        entry = P.row[P.parameter != NONE]
         size, argument = quadratic.argument.size, quadratic.argument.linear()
         read = np.zeros(size, dtype=bool)
         read[entry % size] = read[entry // size] = True
@@ -170,17 +180,18 @@ def _seen(form: NormalForm, wanted: Wanted, table: Table, layout: Layout, duals:
             if wanted.constraints is None or k in wanted.constraints:
                 nu[dual.position] = True
     seen = np.zeros(form.n + table.size)
-    seen[layout.position] = x
+    seen[placement.position] = x
     seen[form.n :] = nu
     return seen
 
 
 def _vouches(form: NormalForm) -> frozenset[int]:
     """The Parameter that is P, if P is one and nothing else."""
-    if len(form.quadratics) != 1 or form.squares.size:
+    quadratics = form.all_of(QuadraticForm)
+    if len(quadratics) != 1 or form.of(Square).size:
         return frozenset()
-    (quadratic,) = form.quadratics
-    matrix = quadratic.matrix.normal
+    (quadratic,) = quadratics
+    matrix = quadratic.weight.normal
     if not is_whole_parameter(form, matrix, quadratic.argument.size) or matrix.coefficient[0] <= 0:
         return frozenset()
     return frozenset((form.parameter_starts.index(int(matrix.parameter.min())),))
@@ -188,13 +199,14 @@ def _vouches(form: NormalForm) -> frozenset[int]:
 
 def _symmetrises(form: NormalForm) -> bool:
     """Symmetric parameters are whole matrices of quadratic forms, which the kernel symmetrises."""
-    whole = sum(is_whole_parameter(form, q.matrix, q.argument.size) for q in form.quadratics)
+    quadratics = form.all_of(QuadraticForm)
+    whole = sum(is_whole_parameter(form, q.weight, q.argument.size) for q in quadratics)
     return whole == sum(1 for p in form.parameters if p.is_symmetric() and p.size > 1)
 
 
 def _independent(table: Table, n: int) -> Table:
     """Without the rows that follow from others, where no parameter moves any: they change nothing but their own multipliers."""
-    if not 1 < table.size <= LARGEST_CONSTANT or (table.parameter != NONE).any():
+    if not 1 < table.size <= MOST_ROWS_COMPARED or (table.parameter != NONE).any():
         return table
     rows = np.zeros((table.size, n + 1))
     np.add.at(rows, (table.row, table.variable), table.coefficient)  # the offset stands last
@@ -205,13 +217,13 @@ def _independent(table: Table, n: int) -> Table:
         return table  # as they are: independent, or inconsistent
     kept = np.zeros(table.size, dtype=bool)
     kept[order[:rank]] = True
-    return rows_of(table, kept)
+    return selected_rows(table, kept)
 
 
-def _quadratic_term(form: NormalForm, quadratic: Quadratic, layout: Layout):
+def _quadratic_term(form: NormalForm, quadratic: Weighted, placement: Placement):
     """(values, like) -> its part of (P, q)."""
     size, n, argument = quadratic.argument.size, form.n, quadratic.argument.normal
-    matrix = quadratic.matrix
+    matrix = quadratic.weight
     try:
         variable, factor = alone(argument, "")
         plain = not len(argument.offset().row) and len(np.unique(variable)) == size
@@ -219,11 +231,11 @@ def _quadratic_term(form: NormalForm, quadratic: Quadratic, layout: Layout):
         plain = False
     if plain:
         i, j = matrix.row % size, matrix.row // size
-        target = layout.position[variable[i]] * n + layout.position[variable[j]]
+        target = placement.position[variable[i]] * n + placement.position[variable[j]]
         P = binding(form, (n, n), target, matrix.parameter, matrix.coefficient * factor[i] * factor[j])
         return lambda values, like: (P(values, like), None)
     inner = binding(form, (size, size), matrix.row, matrix.parameter, matrix.coefficient)
-    F, g = _affine(form, argument, layout)
+    F, g = _affine(form, argument, placement)
 
     def term(values, like):
         half = inner(values, like)
@@ -235,10 +247,11 @@ def _quadratic_term(form: NormalForm, quadratic: Quadratic, layout: Layout):
     return term
 
 
-def _squares_term(form: NormalForm, layout: Layout):
+def _squares_term(form: NormalForm, placement: Placement):
     """sum_i w_i (F x + g)_i^2 as 1/2 x'(2 F'W F)x + (2 F'W g)'x."""
-    F, g = _affine(form, form.squares.argument, layout)
-    w = rows_binding(form, form.squares.weight)
+    squares = form.of(Square)
+    F, g = _affine(form, squares.argument, placement)
+    w = rows_binding(form, squares.weight)
 
     def term(values, like):
         map_ = F(values, like)
@@ -248,9 +261,9 @@ def _squares_term(form: NormalForm, layout: Layout):
     return term
 
 
-def _affine(form: NormalForm, argument: Table, layout: Layout):
+def _affine(form: NormalForm, argument: Table, placement: Placement):
     """Bindings of F (rows, n) and g (rows,)."""
     linear = argument.linear()
-    target = linear.row * form.n + layout.position[linear.variable]
+    target = linear.row * form.n + placement.position[linear.variable]
     F = binding(form, (argument.size, form.n), target, linear.parameter, linear.coefficient)
     return F, rows_binding(form, argument.offset())

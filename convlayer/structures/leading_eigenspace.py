@@ -12,7 +12,7 @@ from convlayer.declaration.normal_form import NormalForm
 from convlayer.kernels.answer import Answer, answered
 from convlayer.kernels.leading_eigenspace import leading_eigenspace
 from convlayer.structures.reading import (
-    Layout,
+    Placement,
     equalities,
     in_cone,
     is_whole_parameter,
@@ -24,7 +24,15 @@ from convlayer.structures.reading import (
     rows_binding,
     words,
 )
-from convlayer.structures.structure import Cost, Declaration, Dual, Match, Structure, Wanted, normal
+from convlayer.structures.structure import (
+    Cost,
+    DeclaredProblem,
+    Dual,
+    Match,
+    Structure,
+    Wanted,
+    normal,
+)
 
 
 class LeadingEigenspace(Structure):
@@ -33,7 +41,7 @@ class LeadingEigenspace(Structure):
     name = "leading_eigenspace"
     refines = "cone_program"
 
-    def declare(self) -> Declaration:
+    def declare(self) -> DeclaredProblem:
         X, Z = cp.Parameter((5, 5), symmetric=True), cp.Variable((5, 5), symmetric=True)
         rules = [cp.trace(Z) == 2, Z >> 0, np.eye(5) - Z >> 0]
         return cp.Problem(cp.Maximize(cp.trace(X @ Z)), rules), [X], [Z]
@@ -42,7 +50,7 @@ class LeadingEigenspace(Structure):
         X = normal(generator, *batch, 5, 5)
         return ((X + X.mT) / 2,)
 
-    def near_misses(self) -> dict[str, Declaration]:
+    def near_misses(self) -> dict[str, DeclaredProblem]:
         X, Z, Y = cp.Parameter((5, 5), symmetric=True), cp.Variable((5, 5), symmetric=True), cp.Variable((5, 5))
         gain, unit, psd = cp.trace(X @ Z), cp.trace(Z) == 1, Z >> 0
         problems = {
@@ -71,7 +79,8 @@ class LeadingEigenspace(Structure):
         return gap if answer.degenerate is None else gap.masked_fill(answer.degenerate, 0.0)
 
     def match(self, form: NormalForm) -> Match:
-        only(form, "tied")
+        # Is it this problem, with every coefficient?
+        only(form, tied=True)
         no_cones(form, "zero", "psd")
         require(len(form.variables) == 1 and len(form.tied) == 1, "its variable is not one symmetric matrix")
         n = form.variables[0].shape[0]
@@ -81,16 +90,18 @@ class LeadingEigenspace(Structure):
         k = 1 if bound is None else _multiple(total, bound)
         require(k <= n, "the trace exceeds what the bound allows")
         cost = linear_cost(form)
-        layout = Layout(Layout.of(form).position, (n, n))
-        # Minimising <C, Z>: of C as it stands the trailing eigenspace, or of -C the leading one, whichever is the Parameter itself.
+        placement = Placement(Placement.of(form).position, (n, n))
+        # Minimising <C, Z>: of C as it stands the trailing eigenspace, or of -C the leading one,
+        # whichever is the Parameter itself.
         leading = bool(len(cost.coefficient)) and cost.coefficient[0] < 0
         unit = total if bound is None else bound
         fixed = bool((unit.parameter == NONE).all())
         require(not fixed or unit.coefficient.sum() > 0, "the trace is not positive")
         plain = fixed and float(unit.coefficient.sum()) == 1.0
 
+        # The kernel, bound to the parameters once the structure is chosen.
         def build(wanted: Wanted):
-            X = layout.binding(form, cost.scaled(-1.0) if leading else cost)
+            X = placement.binding(form, cost.scaled(-1.0) if leading else cost)
             size = rows_binding(form, unit)
 
             def run(values, like, at=None):
@@ -112,19 +123,21 @@ class LeadingEigenspace(Structure):
 
             return run
 
-        found = {}
+        # Where the multipliers stand in its answer.
+        duals = {}
         if bound is None:
-            found = {trace: Dual(1, np.zeros(1, dtype=np.int64), np.full(1, 1.0 / scale))}
-            found |= {place: Dual(2, layout.position, np.full(n * n, 1.0 / factor)) for place, factor in lower.items()}
-            if len(lower) > 1:
-                found = {trace: found[trace]}
+            duals[trace] = Dual(1, np.zeros(1, dtype=np.int64), np.full(1, 1.0 / scale))
+            # Of two cones that say the same, neither's multiplier is unique.
+            if len(lower) == 1:
+                ((cone, factor),) = lower.items()
+                duals[cone] = Dual(2, placement.position, np.full(n * n, 1.0 / factor))
         what = "leading" if leading else "trailing"
         return Match(
             words(form, matrix=cost, trace=total) + f"; the {what} {k} of {n}",
             build,
-            layout.position,
+            placement.position,
             Cost(flops=11.0 * n**3 + (8.0 * n**2 if k == 1 else 8.0 * n**3), bytes=80.0 * n**2),
-            duals=found,
+            duals=duals,
             symmetrises=is_whole_parameter(form, cost, n),
         )
 

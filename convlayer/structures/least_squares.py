@@ -10,9 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convlayer.declaration.affine import NONE, Table, chain, nothing, rows_of, stack
+from convlayer.declaration.affine import NONE, Table, composed, nothing, selected_rows, stack
+from convlayer.declaration.atoms.atom import Weighted
+from convlayer.declaration.atoms.quadratic_form import QuadraticForm
+from convlayer.declaration.atoms.square import Square
 from convlayer.declaration.binding import Kept
-from convlayer.declaration.normal_form import NormalForm, Quadratic, Weighted
+from convlayer.declaration.normal_form import NormalForm
 from convlayer.kernels.answer import answered
 from convlayer.kernels.least_squares import least_squares
 from convlayer.structures.reading import (
@@ -26,7 +29,7 @@ from convlayer.structures.reading import (
 )
 from convlayer.structures.structure import (
     Cost,
-    Declaration,
+    DeclaredProblem,
     Match,
     MismatchError,
     Structure,
@@ -35,7 +38,8 @@ from convlayer.structures.structure import (
     uniform,
 )
 
-LARGEST_CONSTANT = 2000  # of a constant quadratic form that is factored when the layer is built
+# A constant quadratic form of up to so many variables is factored when the layer is built.
+LARGEST_FACTORED = 2000
 
 
 class LeastSquares(Structure):
@@ -45,7 +49,7 @@ class LeastSquares(Structure):
     least_norm = True
     refines = "equality_constrained_qp"
 
-    def declare(self) -> Declaration:
+    def declare(self) -> DeclaredProblem:
         A, b, lam, x = cp.Parameter((7, 4)), cp.Parameter(7), cp.Parameter(nonneg=True), cp.Variable(4)
         objective = cp.Minimize(cp.sum_squares(A @ x - b) + lam * cp.sum_squares(x))
         return cp.Problem(objective), [A, b, lam], [x]
@@ -53,7 +57,7 @@ class LeastSquares(Structure):
     def sample(self, batch: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
         return normal(generator, *batch, 7, 4), normal(generator, *batch, 7), uniform(generator, 0.1, 1, *batch)
 
-    def near_misses(self) -> dict[str, Declaration]:
+    def near_misses(self) -> dict[str, DeclaredProblem]:
         A, b, x, lam = cp.Parameter((7, 4)), cp.Parameter(7), cp.Variable(4), cp.Parameter(nonneg=True)
         fit = cp.sum_squares(A @ x - b)
         problems = {
@@ -67,22 +71,26 @@ class LeastSquares(Structure):
             "positive part": (cp.sum_squares(cp.pos(A @ x - b)), [], [A, b]),
             "the norm of a matrix": (fit + cp.square(cp.norm(cp.reshape(x, (2, 2), order="C"), 2)), [], [A, b]),
         }
-        found = {k: (cp.Problem(cp.Minimize(f), rules), leaves, [x]) for k, (f, rules, leaves) in problems.items()}
+        declared = {k: (cp.Problem(cp.Minimize(f), rules), leaves, [x]) for k, (f, rules, leaves) in problems.items()}
         y = cp.Variable(4, nonneg=True)
-        return {**found, "a signed variable": (cp.Problem(cp.Minimize(cp.sum_squares(A @ y - b))), [A, b], [y])}
+        return {**declared, "a signed variable": (cp.Problem(cp.Minimize(cp.sum_squares(A @ y - b))), [A, b], [y])}
 
     def match(self, form: NormalForm) -> Match:
-        only(form, "squares", "quadratics")
+        # Is it this problem, with every coefficient?
+        only(form, Square, QuadraticForm)
         no_cones(form)
         require(not (form.linear.variable != NONE).any(), "its objective has a linear term")
         squares = _squares(form)
         require(squares.size > 0, "its objective has no squares")
         require(_is_nonnegative(form, squares.weight), "a square has a weight that is not nonnegative for itself")
+
+        # Ridge, and the rows of one problem or of many equal ones.
         ridge, rows = _split(squares, form.n)
         blocks = _blocks(form, rows, ridge) or _Blocks(rows, ridge, np.arange(form.n), form.n, 1)
         m, n, k = blocks.rows.size // blocks.k, blocks.n, blocks.k
         level = _level(blocks.rows.weight, blocks.rows.size)
 
+        # The kernel, bound to the parameters once the structure is chosen.
         def build(wanted: Wanted):
             argument = blocks.rows.argument
             linear, offset = argument.linear(), argument.offset()
@@ -152,18 +160,18 @@ def _is_nonnegative(form: NormalForm, weight: Table) -> bool:
 
 def _squares(form: NormalForm) -> Weighted:
     """All squares, constant quadratic forms among them."""
-    parts = [form.squares] if form.squares.size else []
-    for quadratic in form.quadratics:
-        parts.append(_factored(quadratic))
+    squares = form.of(Square)
+    parts = [squares] if squares.size else []
+    parts += [_factored(quadratic) for quadratic in form.all_of(QuadraticForm)]
     weight, argument = stack([p.weight for p in parts]), stack([p.argument for p in parts])
     return Weighted(weight.normal, argument.normal)
 
 
-def _factored(quadratic: Quadratic) -> Weighted:
+def _factored(quadratic: Weighted) -> Weighted:
     """1/2 y'P y with a constant P = V diag(l) V' as squares of V'y."""
-    size, matrix = quadratic.argument.size, quadratic.matrix
+    size, matrix = quadratic.argument.size, quadratic.weight
     require(bool((matrix.parameter == NONE).all()), "its objective has a quadratic form with a Parameter")
-    require(size <= LARGEST_CONSTANT, f"its objective has a quadratic form of more than {LARGEST_CONSTANT} variables")
+    require(size <= LARGEST_FACTORED, f"its objective has a quadratic form of more than {LARGEST_FACTORED} variables")
     entries = np.zeros(size * size)
     np.add.at(entries, matrix.row, matrix.coefficient)
     P = entries.reshape(size, size)
@@ -173,7 +181,7 @@ def _factored(quadratic: Quadratic) -> Weighted:
     kept = np.flatnonzero(values > noise)
     row, column = np.divmod(np.arange(len(kept) * size), size)
     first = Table(len(kept), row, column, nothing(len(row)), vectors[:, kept].T.ravel())
-    return Weighted(Table.of_constant(values[kept] / 2), chain(first, quadratic.argument))
+    return Weighted(Table.of_constant(values[kept] / 2), composed(first, quadratic.argument))
 
 
 def _split(squares: Weighted, n: int) -> tuple[Table, Weighted]:
@@ -192,7 +200,7 @@ def _split(squares: Weighted, n: int) -> tuple[Table, Weighted]:
     moving = np.zeros(argument.size, dtype=bool)
     moving[argument.row[argument.variable != NONE]] = True
     kept = moving & ~single
-    return ridge, Weighted(rows_of(weight, kept), rows_of(argument, kept))
+    return ridge, Weighted(selected_rows(weight, kept), selected_rows(argument, kept))
 
 
 def _level(weight: Table, size: int) -> float | None:

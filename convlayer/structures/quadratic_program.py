@@ -9,7 +9,7 @@ from torch import Tensor
 
 from convlayer.declaration.normal_form import NormalForm
 from convlayer.structures.reading import require
-from convlayer.structures.structure import Declaration, Match, Structure, normal, uniform
+from convlayer.structures.structure import DeclaredProblem, Match, Structure, normal, uniform
 
 
 class QuadraticProgram(Structure):
@@ -21,7 +21,7 @@ class QuadraticProgram(Structure):
     name = "quadratic_program"
     refines = "cone_program"
 
-    def declare(self) -> Declaration:
+    def declare(self) -> DeclaredProblem:
         P, q, G, h = cp.Parameter((4, 4), PSD=True), cp.Parameter(4), cp.Parameter((6, 4)), cp.Parameter(6)
         A, b, x = cp.Parameter((2, 4)), cp.Parameter(2), cp.Variable(4)
         objective = cp.Minimize(cp.quad_form(x, P) / 2 + q @ x)
@@ -34,7 +34,7 @@ class QuadraticProgram(Structure):
         P = torch.eye(4, dtype=torch.float64) + L @ L.mT / 4
         return P, normal(generator, *batch, 4), G, h, A, (A @ inside.unsqueeze(-1)).squeeze(-1)
 
-    def near_misses(self) -> dict[str, Declaration]:
+    def near_misses(self) -> dict[str, DeclaredProblem]:
         q, x, X = cp.Parameter(4), cp.Variable(4), cp.Variable((2, 2), PSD=True)
         problems = {
             "a norm": (cp.norm(x - q), [x >= 0], x),

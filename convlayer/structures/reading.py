@@ -9,7 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convlayer.declaration.affine import NONE, Table, UnsupportedError, add, chain, nothing
+from convlayer.declaration.affine import NONE, Table, UnsupportedError, add, composed, nothing
+from convlayer.declaration.atoms.atom import NormalAtom
+from convlayer.declaration.atoms.entropy import Entropy
+from convlayer.declaration.atoms.square import Square
 from convlayer.declaration.binding import Binding
 from convlayer.declaration.normal_form import Constraint, NormalForm
 from convlayer.structures.structure import Dual, MismatchError
@@ -21,14 +24,12 @@ def require(condition: bool, reason: str) -> None:
         raise MismatchError(reason)
 
 
-def only(form: NormalForm, *atoms: str) -> None:
-    """The objective has no other atoms than these, and everything was read; variables are free of ties."""
+def only(form: NormalForm, *atoms: type[NormalAtom], tied: bool = False) -> None:
+    """The objective has no other atoms than these, and everything was read; variables are free of ties, unless `tied`."""
     require(not form.others, f"it has {form.others[0] if form.others else ''}, which this structure does not know")
-    words = {"squares": "squares", "absolutes": "absolute values", "entropies": "entropies"}
-    for name, word in words.items():
-        require(name in atoms or not getattr(form, name).size, f"its objective has {word}")
-    require("quadratics" in atoms or not form.quadratics, "its objective has a quadratic form")
-    require("tied" in atoms or not form.tied, f"variable `{form.tied[0] if form.tied else ''}` is symmetric")
+    for atom, _ in form.present:
+        require(isinstance(atom, atoms), f"its objective has {atom.words}")
+    require(tied or not form.tied, f"variable `{form.tied[0] if form.tied else ''}` is symmetric")
 
 
 def linear_cost(form: NormalForm) -> Table:
@@ -72,12 +73,8 @@ def is_whole_parameter(form: NormalForm, table: Table, size: int) -> bool:
         np.array_equal(entry, table.row) or np.array_equal(entry, mirrored[table.row])
     ):
         return False
-    parts = [form.linear, *(constraint.table for constraint in form.constraints)]
-    parts += [
-        t for weighted in (form.squares, form.absolutes, form.entropies) for t in (weighted.weight, weighted.argument)
-    ]
-    parts += [t for quadratic in form.quadratics for t in (quadratic.matrix, quadratic.argument)]
-    reads = sum(int(((t.parameter >= first) & (t.parameter < first + size * size)).sum()) for t in parts)
+    last = first + size * size
+    reads = sum(int(((t.parameter >= first) & (t.parameter < last)).sum()) for t in form.tables)
     return reads == size * size
 
 
@@ -105,7 +102,8 @@ class Separable:
 
 def separable(form: NormalForm) -> Separable:
     """The squares and the linear part, where no square couples two variables."""
-    weight, argument = form.squares.weight, form.squares.argument
+    squares = form.of(Square)
+    weight, argument = squares.weight, squares.argument
     moving = np.zeros(argument.size, dtype=bool)
     moving[argument.row[argument.variable != NONE]] = True
     weight = weight.take(moving[weight.row])
@@ -125,7 +123,7 @@ def separable(form: NormalForm) -> Separable:
         form.n, variable[weight.row], weight.row, weight.parameter, 2 * weight.coefficient * factor[weight.row]
     )
     try:
-        slope = add([linear_cost(form), chain(cross, argument.offset())]).normal
+        slope = add([linear_cost(form), composed(cross, argument.offset())]).normal
     except UnsupportedError:
         raise MismatchError("a weight that is a Parameter multiplies another Parameter") from None
     return Separable(curvature.normal, slope)
@@ -166,7 +164,7 @@ class Equality:
 
 def equalities(form: NormalForm) -> list[Equality]:
     """The rows of the equality constraints, with numbers for coefficients."""
-    found = []
+    rows = []
     for k, constraint in enumerate(form.constraints):
         if constraint.cone != "zero":
             continue
@@ -178,8 +176,8 @@ def equalities(form: NormalForm) -> list[Equality]:
             require(bool((moving.parameter == NONE).all()), f"a Parameter multiplies a variable in `{constraint.text}`")
             require(len(moving.row) > 0, f"`{constraint.text}` constrains no variable")
             offset = replace(rest, size=1, row=np.zeros(len(rest.row), dtype=np.int64))
-            found.append(Equality(k, row, moving.variable, moving.coefficient, offset))
-    return found
+            rows.append(Equality(k, row, moving.variable, moving.coefficient, offset))
+    return rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,14 +248,14 @@ def words(form: NormalForm, **inputs: Sequence[Table] | Table | Binding) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class Placement:
     """Where each entry of x stands in a kernel's array, row-major."""
 
     position: np.ndarray  # (n,)
     shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, form: NormalForm) -> Layout:
+    def of(cls, form: NormalForm) -> Placement:
         """One long vector, each variable in torch's order: a whole Parameter of its shape is then passed as it is."""
         places = []
         for variable, start in zip(form.variables, form.variable_starts, strict=False):
@@ -266,23 +264,24 @@ class Layout:
         return cls(np.concatenate(places), (form.n,))
 
     @classmethod
-    def along(cls, order: np.ndarray) -> Layout:
+    def along(cls, order: np.ndarray) -> Placement:
         """A vector of the entries of x in this order."""
         position = np.empty(len(order), dtype=np.int64)
         position[order] = np.arange(len(order))
         return cls(position, (len(order),))
 
     def binding(self, form: NormalForm, table: Table) -> Binding:
-        """A table with a row an entry of x, in this layout."""
+        """A table with a row an entry of x, in this placement."""
         return binding(form, self.shape, self.position[table.row], table.parameter, table.coefficient)
 
 
 def plain_entropy(form: NormalForm) -> None:
     """The entropy is that of each entry of x, once."""
     reason = "its entropies are not those of the variables' entries, once each"
-    variable, coefficient = alone(form.entropies.argument, reason)
+    argument = form.of(Entropy).argument
+    variable, coefficient = alone(argument, reason)
     require(len(variable) == form.n and len(np.unique(variable)) == form.n, reason)
-    require(bool((coefficient == 1.0).all()) and not len(form.entropies.argument.offset().row), reason)
+    require(bool((coefficient == 1.0).all()) and not len(argument.offset().row), reason)
 
 
 @dataclass(frozen=True, eq=False)
@@ -305,6 +304,6 @@ def simplex(form: NormalForm) -> Total:
     return Total(row.constraint, scale, row.offset.scaled(-1.0 / scale))
 
 
-def zero_duals(found: Signs) -> dict[int, Dual]:
+def zero_duals(signed: Signs) -> dict[int, Dual]:
     """Signs that the objective keeps strictly: their multipliers are zero."""
-    return {k: Dual(None, v, np.zeros(len(v))) for k, (v, _) in found.rows.items()}
+    return {k: Dual(None, v, np.zeros(len(v))) for k, (v, _) in signed.rows.items()}

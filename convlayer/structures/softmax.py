@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convlayer.declaration.atoms.entropy import Entropy
 from convlayer.declaration.normal_form import NormalForm
 from convlayer.kernels.answer import answered
 from convlayer.kernels.softmax import softmax
 from convlayer.solution import Cause
 from convlayer.structures.reading import (
-    Layout,
+    Placement,
     is_one,
     linear_cost,
     no_cones,
@@ -27,7 +28,7 @@ from convlayer.structures.reading import (
 )
 from convlayer.structures.structure import (
     Cost,
-    Declaration,
+    DeclaredProblem,
     Dual,
     Match,
     Structure,
@@ -44,7 +45,7 @@ class Softmax(Structure):
     cause = Cause.ONE_SIDED
     refines = "cone_program"
 
-    def declare(self) -> Declaration:
+    def declare(self) -> DeclaredProblem:
         theta, tau, r, y = cp.Parameter(6), cp.Parameter(nonneg=True), cp.Parameter(nonneg=True), cp.Variable(6)
         objective = cp.Maximize(theta @ y + tau * cp.sum(cp.entr(y)))
         return cp.Problem(objective, [cp.sum(y) == r, y >= 0]), [theta, tau, r], [y]
@@ -53,7 +54,7 @@ class Softmax(Structure):
         theta = normal(generator, *batch, 6)
         return theta, uniform(generator, 0.5, 2, *batch), uniform(generator, 0.5, 2, *batch)
 
-    def near_misses(self) -> dict[str, Declaration]:
+    def near_misses(self) -> dict[str, DeclaredProblem]:
         theta, tau, y = cp.Parameter(6), cp.Parameter(nonneg=True), cp.Variable(6)
         scale, entropy, one = cp.Parameter(6, nonneg=True), tau * cp.sum(cp.entr(y)), cp.sum(y) == 1
         problems = {
@@ -70,17 +71,19 @@ class Softmax(Structure):
         return {k: (cp.Problem(cp.Maximize(f), rules), leaves, [y]) for k, (f, rules, leaves) in problems.items()}
 
     def match(self, form: NormalForm) -> Match:
-        only(form, "entropies")
+        # Is it this problem, with every coefficient?
+        only(form, Entropy)
         no_cones(form, "zero", "nonnegative")
         plain_entropy(form)
-        temperature = one_value(form.entropies.weight, form.n, "the entropies have unequal weights")
+        temperature = one_value(form.of(Entropy).weight, form.n, "the entropies have unequal weights")
         total = simplex(form)
         sign_rows = signs(form)
-        layout = Layout.of(form)
+        placement = Placement.of(form)
         scores = linear_cost(form).scaled(-1.0)
 
+        # The kernel, bound to the parameters once the structure is chosen.
         def build(wanted: Wanted):
-            theta = layout.binding(form, scores)
+            theta = placement.binding(form, scores)
             tau, r = (None if is_one(table) else rows_binding(form, table) for table in (temperature, total.right))
 
             def run(values, like, at=None):
@@ -94,11 +97,12 @@ class Softmax(Structure):
 
             return run
 
+        # Where the multipliers stand in its answer.
         multiplier = Dual(1, np.zeros(1, dtype=np.int64), np.full(1, 1.0 / total.scale))
         return Match(
             words(form, scores=scores, temperature=temperature, total=total.right),
             build,
-            layout.position,
+            placement.position,
             Cost(flops=40.0 * form.n, bytes=64.0 * form.n),
             duals={total.constraint: multiplier, **zero_duals(sign_rows)},
         )

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convlayer.declaration.atoms.square import Square
 from convlayer.declaration.normal_form import NormalForm
 from convlayer.kernels.answer import answered
 from convlayer.kernels.sparsemax import sparsemax
 from convlayer.solution import Cause
 from convlayer.structures.reading import (
-    Layout,
+    Placement,
     no_cones,
     one_value,
     only,
@@ -28,7 +29,7 @@ from convlayer.structures.reading import (
 )
 from convlayer.structures.structure import (
     Cost,
-    Declaration,
+    DeclaredProblem,
     Dual,
     Match,
     Structure,
@@ -45,14 +46,14 @@ class Sparsemax(Structure):
     cause = Cause.ONE_SIDED
     refines = "quadratic_program"
 
-    def declare(self) -> Declaration:
+    def declare(self) -> DeclaredProblem:
         y, r, x = cp.Parameter(6), cp.Parameter(nonneg=True), cp.Variable(6)
         return cp.Problem(cp.Minimize(cp.sum_squares(x - y)), [cp.sum(x) == r, x >= 0]), [y, r], [x]
 
     def sample(self, batch: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
         return normal(generator, *batch, 6), uniform(generator, 0.5, 2, *batch)
 
-    def near_misses(self) -> dict[str, Declaration]:
+    def near_misses(self) -> dict[str, DeclaredProblem]:
         y, x, weight = cp.Parameter(6), cp.Variable(6), np.arange(1.0, 7.0)
         distance, one = cp.sum_squares(x - y), cp.sum(x) == 1
         problems = {
@@ -71,17 +72,19 @@ class Sparsemax(Structure):
         return {k: (cp.Problem(cp.Minimize(f), rules), leaves, [x]) for k, (f, rules, leaves) in problems.items()}
 
     def match(self, form: NormalForm) -> Match:
-        only(form, "squares")
+        # Is it this problem, with every coefficient?
+        only(form, Square)
         no_cones(form, "zero", "nonnegative")
         parts = separable(form)
         curvature = one_value(parts.curvature, form.n, "the squares have unequal weights")
         total = simplex(form)
         sign_rows = signs(form)
         require(bool(sign_rows.nonnegative.all()), "not every variable is nonnegative")
-        layout = Layout.of(form)
+        placement = Placement.of(form)
 
+        # The kernel, bound to the parameters once the structure is chosen.
         def build(wanted: Wanted):
-            point = over(form, curvature, partial(layout.binding, form), parts.slope.scaled(-1.0))
+            point = over(form, curvature, partial(placement.binding, form), parts.slope.scaled(-1.0))
             h, r = rows_binding(form, curvature), rows_binding(form, total.right)
 
             def run(values, like, at=None):
@@ -95,13 +98,14 @@ class Sparsemax(Structure):
 
             return run
 
-        found = {total.constraint: Dual(1, np.zeros(1, dtype=np.int64), np.full(1, 1.0 / total.scale))}
+        # Where the multipliers stand in its answer.
+        duals = {total.constraint: Dual(1, np.zeros(1, dtype=np.int64), np.full(1, 1.0 / total.scale))}
         if not sign_rows.repeated:
-            found |= {k: Dual(2, layout.position[v], 1.0 / c) for k, (v, c) in sign_rows.rows.items()}
+            duals |= {k: Dual(2, placement.position[v], 1.0 / c) for k, (v, c) in sign_rows.rows.items()}
         return Match(
             words(form, point=[parts.slope, curvature], total=total.right),
             build,
-            layout.position,
+            placement.position,
             Cost(flops=30.0 * form.n, bytes=96.0 * form.n),
-            duals=found,
+            duals=duals,
         )

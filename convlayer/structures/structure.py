@@ -16,12 +16,15 @@ from convlayer.declaration.normal_form import NormalForm
 from convlayer.kernels.answer import Answer
 from convlayer.solution import Cause
 
-Declaration = tuple[cp.Problem, Sequence[cp.Parameter], Sequence[cp.Variable]]
+# A problem, the parameters that its layer takes, and the variables that it returns.
+DeclaredProblem = tuple[cp.Problem, Sequence[cp.Parameter], Sequence[cp.Variable]]
 
+# What one core moves, in bytes a second: for estimates of time.
+BYTES_A_SECOND = 8e9
 
-BANDWIDTH = 8e9  # bytes a second that one core moves
-
-Run = Callable[..., Answer]  # (values of the parameters, a tensor of their dtype and device, at=None: see `answered`) -> Answer
+# A kernel bound to a problem's parameters:
+# (their values, a tensor of their dtype and device, at=None: see `answered`) -> Answer.
+Run = Callable[..., Answer]
 
 
 class MismatchError(Exception):
@@ -40,7 +43,7 @@ class Cost:
 
     def seconds(self, batch: int = 1) -> float:
         """A coarse estimate on one core, for choosing between paths and for nothing else."""
-        return self.fixed + batch * (self.a_row + max(self.flops / self.rate, self.bytes / BANDWIDTH))
+        return self.fixed + batch * (self.a_row + max(self.flops / self.rate, self.bytes / BYTES_A_SECOND))
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +61,8 @@ class Wanted:
 
     duals: bool = True  # multipliers among it
     x: np.ndarray | None = None  # (n,) bool, of the stacked variables; None: all of them
-    constraints: frozenset[int] | None = None  # whose multipliers, by position among the normal form's; None: all of them
+    # Whose multipliers, by position among the normal form's constraints; None: all of them.
+    constraints: frozenset[int] | None = None
 
 
 Builder = Callable[[Wanted], Run]  # -> the bound kernel
@@ -69,13 +73,14 @@ class Match:
     """A problem recognised: how its parameters are bound to the kernel, and where its variables are in the answer."""
 
     bound: str  # what was bound to what, in words
-    build: Builder | None  # made only if the structure is chosen; None: it has no kernel, and is the cone program
+    # Made only if the structure is chosen; None: it has no kernel, and is the cone program.
+    build: Builder | None
     x: np.ndarray  # (n,) where each entry of x stands in outputs[0], flattened by row
     cost: Cost | None  # None: known with the cone program
-    vouches: frozenset[int] = (
-        frozenset()
-    )  # parameters, by number, that are semidefinite where the answer says `definite`
-    symmetrises: bool = False  # the kernel reads symmetric parameters from both triangles alike by itself
+    # Parameters, by number, that are semidefinite where the answer says `definite`.
+    vouches: frozenset[int] = frozenset()
+    # The kernel reads symmetric parameters from both triangles alike by itself.
+    symmetrises: bool = False
     duals: Mapping[int, Dual] = field(default_factory=dict)  # by position among the normal form's constraints
 
 
@@ -84,11 +89,12 @@ class Structure(ABC):
 
     name: ClassVar[str]
     cause: ClassVar[Cause] = Cause.SINGULAR  # why its kernel flags a row
-    least_norm: ClassVar[bool] = False  # of solutions that are not unique its kernel gives the one of least norm
+    # Of solutions that are not unique its kernel gives the one of least norm.
+    least_norm: ClassVar[bool] = False
     refines: ClassVar[str]  # the more general structure that also answers it
 
     @abstractmethod
-    def declare(self) -> Declaration:
+    def declare(self) -> DeclaredProblem:
         """The problem it answers."""
 
     @abstractmethod
@@ -96,7 +102,7 @@ class Structure(ABC):
         """Float64 parameters of `declare`, inside their domain, with a solution that is differentiable almost surely."""
 
     @abstractmethod
-    def near_misses(self) -> dict[str, Declaration]:
+    def near_misses(self) -> dict[str, DeclaredProblem]:
         """Problems that look alike and are not of this structure."""
 
     @abstractmethod

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from convlayer.declaration.affine import NONE, Table
+from convlayer.declaration.atoms.absolute import Absolute
+from convlayer.declaration.atoms.square import Square
 from convlayer.declaration.normal_form import NormalForm
 from convlayer.kernels.answer import answered
 from convlayer.kernels.total_variation import total_variation
 from convlayer.solution import Cause
 from convlayer.structures.reading import (
-    Layout,
+    Placement,
     no_cones,
     one_value,
     only,
@@ -27,7 +29,7 @@ from convlayer.structures.reading import (
 )
 from convlayer.structures.structure import (
     Cost,
-    Declaration,
+    DeclaredProblem,
     Match,
     Structure,
     Wanted,
@@ -43,14 +45,14 @@ class TotalVariation(Structure):
     cause = Cause.ONE_SIDED
     refines = "quadratic_program"
 
-    def declare(self) -> Declaration:
+    def declare(self) -> DeclaredProblem:
         x, lam, u = cp.Parameter(12), cp.Parameter(nonneg=True), cp.Variable(12)
         return cp.Problem(cp.Minimize(cp.sum_squares(u - x) / 2 + lam * cp.tv(u))), [x, lam], [u]
 
     def sample(self, batch: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
         return normal(generator, *batch, 12), uniform(generator, 0.2, 0.6, *batch)
 
-    def near_misses(self) -> dict[str, Declaration]:
+    def near_misses(self) -> dict[str, DeclaredProblem]:
         x, lam, u, w = cp.Parameter(12), cp.Parameter(nonneg=True), cp.Variable(12), cp.Parameter(11, nonneg=True)
         weight, fit, steps = np.arange(1.0, 13.0), cp.sum_squares(u - x), cp.diff(u)
         problems = {
@@ -81,16 +83,18 @@ class TotalVariation(Structure):
         return {k: (cp.Problem(cp.Minimize(f), rules), leaves, [u]) for k, (f, rules, leaves) in problems.items()}
 
     def match(self, form: NormalForm) -> Match:
-        only(form, "squares", "absolutes")
+        # Is it this problem, with every coefficient?
+        only(form, Square, Absolute)
         no_cones(form)
         parts = separable(form)
         curvature = one_value(parts.curvature, form.n, "the squares have unequal weights")
         order = _line(form)
         step = one_value(_steps(form), form.n - 1, "the steps have unequal weights")
-        layout = Layout.along(order)
+        placement = Placement.along(order)
 
+        # The kernel, bound to the parameters once the structure is chosen.
         def build(wanted: Wanted):
-            point = over(form, curvature, partial(layout.binding, form), parts.slope.scaled(-1.0))
+            point = over(form, curvature, partial(placement.binding, form), parts.slope.scaled(-1.0))
             lam = over(form, curvature, partial(rows_binding, form), step)
 
             def run(values, like, at=None):
@@ -102,16 +106,17 @@ class TotalVariation(Structure):
         return Match(
             words(form, signal=[parts.slope, curvature], weight=step),
             build,
-            layout.position,
+            placement.position,
             Cost(flops=400.0 * form.n, bytes=1600.0 * form.n),
         )
 
 
 def _pairs(form: NormalForm) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(first, second, size of the coefficients) of each row |c (x_i - x_j)|."""
-    argument = form.absolutes.argument.normal
+    absolutes = form.of(Absolute)
+    argument = absolutes.argument.normal
     reason = "an absolute value is not of a difference of two variables"
-    require(form.absolutes.size > 0, "its objective has no absolute value")
+    require(absolutes.size > 0, "its objective has no absolute value")
     require(not (argument.variable == NONE).any(), "an absolute value is of a shifted difference")
     require(bool((np.bincount(argument.row, minlength=argument.size) == 2).all()), reason)
     require(bool((argument.parameter == NONE).all()), reason)
@@ -123,7 +128,7 @@ def _pairs(form: NormalForm) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _steps(form: NormalForm) -> Table:
     """The weight of each step with the size of its coefficients."""
-    return form.absolutes.weight.scaled(_pairs(form)[2])
+    return form.of(Absolute).weight.scaled(_pairs(form)[2])
 
 
 def _line(form: NormalForm) -> np.ndarray:

@@ -1,0 +1,380 @@
+"""CVXPY problem -> Canonical: the affine map from parameters to (P, q, A, b), the cones, and the
+way back.
+
+CVXPY canonicalises; what is read here is its parametrised cone program, kept sparse and split by
+parameter:
+
+    (P, q, A, b, d) = constant + sum over parameters of map_p @ theta_p,
+
+with theta_p the parameter's entries as CVXPY reduces them (upper triangle of a symmetric one,
+logarithm in a log-log convex program). The maps back, from (x, y) to the user's variables, are read
+off CVXPY by probing its own reductions. Both are checked against CVXPY on random data whenever a
+layer is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import cvxpy as cp
+import numpy as np
+import scipy.sparse as sp
+import torch
+
+from convlayer.cones import Product
+from convlayer.conic.bounds import NO_BOUND
+from convlayer.conic.program import Program
+from convlayer.declaration.canonical import Canonical
+from convlayer.declaration.diagnose import ProblemError, within_recursion_limit
+from convlayer.declaration.domain import is_symmetric
+from convlayer.declaration.maps import ONE, AffineMap, ParameterEntries, Recovery, row_of_each
+from convlayer.declaration.reductions import (
+    CanonicalisationError,
+    Reduced,
+    Reductions,
+    positions,
+)
+from convlayer.declaration.rewriting import Prepared, prepared
+from convlayer.notices import quiet_cvxpy
+
+# The largest difference between our maps and CVXPY's matrices at random parameters, relative to
+# their largest entry.
+AGREEMENT_OF_MAPS = 1e-10
+# Between a variable as it is gathered from a random point and as CVXPY recovers it: relative to the
+# entry, and absolute.
+AGREEMENT_OF_RECOVERIES, AGREEMENT_AT_ZERO = 1e-9, 1e-12
+
+
+def canonicalise(
+    problem: cp.Problem,
+    parameters: Sequence[cp.Parameter],
+    variables: Sequence[cp.Variable],
+    *,
+    gp: bool = False,
+    checked: Prepared | None = None,
+) -> Canonical:
+    """Canonicalise `problem` once and for all values of its parameters; `checked`: what `prepared`
+    has returned for it.
+
+    Errors: ValueError or TypeError naming the argument or the sub-expression at fault, and the
+    remedy; CanonicalisationError if this CVXPY's cone program is not the one our map gives.
+    """
+    # CVXPY's part: refusals, rewritings, and the chain of reductions.
+    with quiet_cvxpy(), within_recursion_limit():
+        checked = checked or prepared(problem, parameters, variables, gp)
+        reduced = Reductions(checked.problem, gp).apply()
+
+    # Ours: the maps into the program, and those out of its solution.
+    program, tensors = _tensors(reduced.cone_program)
+    moving = {name: _moving_rows(tensors[name]) for name in ("P", "A")}
+    entries, matrices = _parameter_maps(parameters, reduced, tensors)
+    sizes = [p.size for p in parameters]
+    canonical = Canonical(
+        program=program,
+        moving=moving,
+        maps={
+            name: AffineMap(matrix, sizes, moving.get(name)) for name, matrix in matrices.items()
+        },
+        parameters=entries,
+        variables=_recoveries(variables, checked.owners, reduced, gp),
+        sign=-1.0 if isinstance(problem.objective, cp.Maximize) else 1.0,
+        gp=gp,
+        sizes={
+            "variables": sum(v.size for v in problem.variables()),
+            "parameters": sum(sizes),
+            "constraints": sum(int(np.prod(c.shape)) for c in problem.constraints),
+        },
+        _matrices=matrices,
+    )
+    _self_check(canonical, parameters, reduced)
+    return canonical
+
+
+# From CVXPY's tensors to the program and the maps into it ---------------------------------------
+
+
+def _tensors(cone_program) -> tuple[Program, dict[str, sp.csr_array]]:
+    """CVXPY's tensors: for each of P, q, A, b, d a row for each stored value, a column for each
+    parameter entry and one for the constant."""
+    n, m = cone_program.x.size, int(cone_program.constr_size)
+    cones = _cones(cone_program.cone_dims, m)
+    A_rows, A_cols, A, b = _constraints(cone_program, n, m)
+    P_rows, P_cols, P = _quadratic(cone_program, n)
+    q = sp.csr_array(cone_program.q)
+    tensors = {"P": P, "q": q[:n], "A": A, "b": b, "d": q[n:]}
+    for tensor in tensors.values():
+        tensor.sum_duplicates()
+        tensor.eliminate_zeros()
+
+    # Infinity is the absence of a bound, in the constant part of an inequality, and nothing
+    # elsewhere.
+    dims = cone_program.cone_dims
+    row = row_of_each(b)
+    inequality = (row >= dims.zero) & (row < dims.zero + dims.nonneg)
+    unlimited = np.isinf(b.data) & inequality & (b.indices == b.shape[1] - 1)
+    b.data[unlimited] = np.sign(b.data[unlimited]) * NO_BOUND
+    if not all(np.isfinite(tensor.data).all() for tensor in tensors.values()):
+        raise ProblemError(
+            "A constant of the problem holds NaN or infinity. Infinity means `no bound` on the large "
+            "side of an inequality, as in x <= np.inf, and nothing elsewhere."
+        )
+    return Program(n, m, cones, P_rows, P_cols, A_rows, A_cols), tensors
+
+
+def _constraints(
+    cone_program, n: int, m: int
+) -> tuple[np.ndarray, np.ndarray, sp.csr_array, sp.csr_array]:
+    """(rows and columns of A's stored entries, the tensor of these, the tensor of b).
+
+    CVXPY's tensor holds s = A' x + b, the expression inside the cone, as its (m, n + 1) matrix by
+    columns; ours is s = b - A x.
+    """
+    tensor = sp.coo_array(cone_program.A)
+    width = cone_program.q.shape[1]
+    place, column = tensor.row.astype(np.int64), tensor.col
+    i, j = (place % m, place // m) if m else (place, place)
+    height = max(m, 1)
+
+    in_A = (j < n) & (tensor.data != 0)
+    key, entry = np.unique(j[in_A] * height + i[in_A], return_inverse=True)
+    cols, rows = np.divmod(key, height)
+    A = sp.csr_array((-tensor.data[in_A], (entry, column[in_A])), shape=(len(key), width))
+
+    in_b = j == n
+    b = sp.csr_array((tensor.data[in_b], (i[in_b], column[in_b])), shape=(m, width))
+    return rows, cols, A, b
+
+
+def _quadratic(cone_program, n: int) -> tuple[np.ndarray, np.ndarray, sp.csr_array]:
+    """(rows and columns of the stored entries of P's upper triangle, their tensor).
+
+    An entry and its mirror image, half of each, make the symmetric part.
+    """
+    width = cone_program.q.shape[1]
+    if cone_program.P is None:
+        nowhere = np.zeros(0, dtype=np.int64)
+        return nowhere, nowhere, sp.csr_array((0, width))
+    tensor = sp.coo_array(cone_program.P)
+    place = tensor.row.astype(np.int64)
+    i, j = place % n, place // n
+    upper, lower = np.minimum(i, j), np.maximum(i, j)
+    key, entry = np.unique(lower * n + upper, return_inverse=True)
+    cols, rows = np.divmod(key, n)
+    half = np.where(i == j, 1.0, 0.5) * tensor.data
+    return rows, cols, sp.csr_array((half, (entry, tensor.col)), shape=(len(key), width))
+
+
+def _cones(dims, m: int) -> Product:
+    """In the order in which CVXPY stacks their rows."""
+    cones = Product.from_dims(
+        zero=dims.zero,
+        nonnegative=dims.nonneg,
+        second_order=tuple(dims.soc),
+        psd=tuple(dims.psd),
+        exponential=dims.exp,
+        power=tuple(float(a) for a in dims.p3d),
+    )
+    if cones.size != m or dims.pnd:
+        raise CanonicalisationError(
+            f"CVXPY's cones have {cones.size} rows and its matrix {m}; "
+            "this version is not supported."
+        )
+    return cones
+
+
+def _parameter_maps(
+    parameters: Sequence[cp.Parameter], reduced: Reduced, tensors: dict[str, sp.csr_array]
+) -> tuple[list[ParameterEntries], dict[str, sp.csr_array]]:
+    """How each parameter is read, and for each of P, q, A, b, d the matrix (values, 2 + all
+    entries) of its map."""
+    cone_program = reduced.cone_program
+    columns = cone_program.param_id_to_col
+    entries, first = [], ONE + 1
+    # Of each of CVXPY's columns, of which the last is the constant, the column in our maps.
+    target = np.full(cone_program.total_param_size + 1, ONE)
+    for parameter, (entering, standing) in zip(
+        parameters, reduced.parameters(parameters), strict=True
+    ):
+        log = entering is not parameter
+        if log and parameter.id in columns:
+            raise ValueError(
+                f"Parameter `{parameter.name()}` stands both as a factor and as an exponent of the "
+                "log-log convex program; use two parameters and pass the same tensor twice."
+            )
+        entries.append(ParameterEntries(tuple(parameter.shape), is_symmetric(parameter), log=log))
+        if standing.id in columns:
+            read = positions(entering, standing)
+            start = columns[standing.id]
+            target[start : start + len(read)] = first + read
+        first += parameter.size
+    return entries, {name: _relabelled(tensor, target, first) for name, tensor in tensors.items()}
+
+
+def _relabelled(tensor: sp.csr_array, target: np.ndarray, width: int) -> sp.csr_array:
+    """With each column in the place of its target; no two have the same."""
+    shape = tensor.shape[0], width
+    matrix = sp.csr_array((tensor.data, target[tensor.indices], tensor.indptr), shape=shape)
+    matrix.sort_indices()
+    return matrix
+
+
+def _moving_rows(tensor: sp.csr_array) -> np.ndarray:
+    """The values that some parameter moves: entries before the last column."""
+    moving = np.zeros(tensor.shape[0], dtype=bool)
+    moving[row_of_each(tensor)[tensor.indices < tensor.shape[1] - 1]] = True
+    return np.flatnonzero(moving)
+
+
+# From the program's solution to the user's variables --------------------------------------------
+
+
+def _recoveries(
+    variables: Sequence[cp.Variable], owners: dict[int, Any], reduced: Reduced, gp: bool
+) -> list[Recovery]:
+    """Of each variable, by CVXPY's own inverse: a few evaluations of it, which give all variables
+    at once."""
+    # By the constraint whose multipliers they are; None: of x.
+    probes: dict[Any, tuple[np.ndarray, list[dict[int, np.ndarray]]]] = {}
+    recoveries = []
+    for variable in variables:
+        owner = owners.get(variable.id)
+        key = None if owner is None else owner.id
+        if key not in probes:
+            probes[key] = _probed(owner, reduced)
+        recoveries.append(_recovery(variable, owner is not None, gp, *probes[key]))
+    return recoveries
+
+
+def _probed(owner: Any, reduced: Reduced) -> tuple[np.ndarray, list[dict[int, np.ndarray]]]:
+    """A random point, and CVXPY's variables from i + 1, from its square and from that point, i the
+    place in x.
+
+    With an owner its dual variables, and y for x.
+    """
+    cone_program = reduced.cone_program
+    size = cone_program.x.size if owner is None else int(cone_program.constr_size)
+    random = np.random.default_rng(0).standard_normal(size)
+    number = np.arange(1, size + 1, dtype=float)
+    points = [number, number**2, random]
+    if owner is None:
+        return random, [reduced.primal(point) for point in points]
+    return random, [reduced.dual(point, owner) for point in points]
+
+
+def _recovery(
+    variable: cp.Variable,
+    dual: bool,
+    gp: bool,
+    random: np.ndarray,
+    values: list[dict[int, np.ndarray]],
+) -> Recovery:
+    """From the variable's values at i + 1, at its square, and at a random point: two tell the map,
+    the third checks it."""
+    once, squared, there = (
+        np.asarray(value[variable.id].reshape(variable.shape), dtype=float).ravel()
+        for value in values
+    )
+    position, coefficient = _gathered(once, squared, len(random))
+    expected = coefficient * (random[position] if len(random) else 0.0)
+    allowed = AGREEMENT_AT_ZERO + AGREEMENT_OF_RECOVERIES * np.abs(expected)
+    if not (np.abs(there - expected) <= allowed).all():
+        raise CanonicalisationError(
+            f"The map to variable `{variable.name()}` does not reproduce CVXPY's."
+        )
+    exact = bool(np.all(coefficient == 1.0))
+    return Recovery(
+        tuple(variable.shape),
+        dual,
+        torch.from_numpy(position),
+        None if exact else torch.from_numpy(coefficient),
+        exp=gp and not dual,
+    )
+
+
+def _gathered(once: np.ndarray, squared: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Read off a map that gathers entries and scales each: (positions, coefficients) from two
+    evaluations.
+
+    With input i + 1 an output is c (i + 1), with (i + 1)^2 it is c (i + 1)^2: their ratio tells the
+    position.
+    """
+    used = once != 0
+    position = np.zeros(len(once), dtype=np.int64)
+    position[used] = np.rint(squared[used] / once[used]).astype(np.int64) - 1
+    if used.any() and not (position.min() >= 0 and position.max() < size):
+        raise CanonicalisationError(
+            "CVXPY recovers a variable by more than a gather; this version is not supported."
+        )
+    return position, np.where(used, once / (position + 1), 0.0)
+
+
+# Whether the maps are CVXPY's -------------------------------------------------------------------
+
+
+def _self_check(canonical: Canonical, parameters: Sequence[cp.Parameter], reduced: Reduced) -> None:
+    """Compare our map with CVXPY's own matrices at random parameter entries."""
+    # Theirs.
+    cone_program = reduced.cone_program
+    theta = np.random.default_rng(0).standard_normal(cone_program.total_param_size + 1)
+    theta[-1] = 1.0
+    values = {
+        p.id: theta[cone_program.param_id_to_col[p.id] :][: p.size].reshape(p.shape, order="F")
+        for p in cone_program.parameters
+    }
+    quadratic = cone_program.P is not None
+    applied = cone_program.apply_parameters(values, quad_obj=quadratic)
+    P, q, d, A, b = applied if quadratic else (None, *applied)
+    A = sp.coo_array(A)
+
+    # Ours, at the same.
+    inputs = [np.array([0.0, 1.0])]
+    for entering, standing in reduced.parameters(parameters):
+        whole = np.zeros(entering.size)
+        if standing.id in values:
+            reduced_value = np.asarray(values[standing.id])
+            whole[positions(entering, standing)] = reduced_value.flatten(order="F")
+        inputs.append(whole)
+    ours = {name: matrix @ np.concatenate(inputs) for name, matrix in canonical._matrices.items()}
+
+    # The difference of each.
+    program = canonical.program
+    our_A, our_P = (program.A_rows, program.A_cols), (program.P_rows, program.P_cols)
+    differences = {
+        "A": _apart(ours["A"], our_A, -A.data, (A.row, A.col), program.m),
+        "q": np.abs(ours["q"] - q).max(initial=0.0),
+        "offset": np.abs(ours["d"] - d).max(initial=0.0),
+    }
+    if program.m:
+        finite = np.where(np.isinf(b), np.sign(b) * NO_BOUND, b)
+        differences["b"] = np.abs(ours["b"] - finite).max()
+    if quadratic:
+        P = sp.coo_array(P)
+        upper = np.minimum(P.row, P.col), np.maximum(P.row, P.col)
+        half = np.where(P.row == P.col, 1.0, 0.5) * P.data
+        differences["P"] = _apart(ours["P"], our_P, half, upper, program.n)
+    scale = 1.0 + max(np.abs(part).max(initial=0.0) for part in (A.data, q, b[np.isfinite(b)]))
+    for name, difference in differences.items():
+        if not difference <= AGREEMENT_OF_MAPS * scale:
+            raise CanonicalisationError(
+                f"Our {name} differs from the one of CVXPY {cp.__version__}; "
+                "this version is not supported."
+            )
+
+
+def _apart(
+    ours: np.ndarray,
+    places: tuple[np.ndarray, np.ndarray],
+    theirs: np.ndarray,
+    their_places: tuple[np.ndarray, np.ndarray],
+    rows: int,
+) -> float:
+    """The largest entry of the difference of two matrices, each given by values and (rows,
+    columns)."""
+    height = max(rows, 1)
+    keys = [
+        row.astype(np.int64) + height * column.astype(np.int64)
+        for row, column in (places, their_places)
+    ]
+    _, entry = np.unique(np.concatenate(keys), return_inverse=True)
+    return float(np.abs(np.bincount(entry, np.concatenate([ours, -theirs]))).max(initial=0.0))
