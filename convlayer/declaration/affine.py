@@ -15,24 +15,30 @@ from typing import Any
 import cvxpy as cp
 import numpy as np
 import scipy.sparse as sp
-from cvxpy.atoms.affine.add_expr import AddExpression
-from cvxpy.atoms.affine.binary_operators import DivExpression, MulExpression, multiply
-from cvxpy.atoms.affine.broadcast_to import broadcast_to
-from cvxpy.atoms.affine.concatenate import Concatenate
-from cvxpy.atoms.affine.cumsum import cumsum
-from cvxpy.atoms.affine.diag import diag_mat, diag_vec
-from cvxpy.atoms.affine.hstack import Hstack
-from cvxpy.atoms.affine.index import index, special_index
-from cvxpy.atoms.affine.promote import Promote
-from cvxpy.atoms.affine.reshape import reshape
-from cvxpy.atoms.affine.sum import Sum
-from cvxpy.atoms.affine.transpose import transpose
-from cvxpy.atoms.affine.unary_operators import NegExpression
-from cvxpy.atoms.affine.upper_tri import upper_tri
-from cvxpy.atoms.affine.vstack import Vstack
-from cvxpy.atoms.atom import Atom
-from cvxpy.atoms.elementwise.power import Power
 
+from convlayer.declaration.cvxpy_internals import (
+    AddExpression,
+    Atom,
+    Concatenate,
+    DivExpression,
+    Hstack,
+    MulExpression,
+    NegExpression,
+    Power,
+    Promote,
+    Sum,
+    Vstack,
+    broadcast_to,
+    cumsum,
+    diag_mat,
+    diag_vec,
+    index,
+    multiply,
+    reshape,
+    special_index,
+    transpose,
+    upper_tri,
+)
 from convlayer.declaration.graph import Contents, arguments_first
 
 # In the place of a variable or a parameter, where an entry has none: an index that finds the 1 behind a long vector.

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import cvxpy as cp
-from cvxpy.utilities import scopes
+
+from convlayer.declaration.cvxpy_internals import scopes
 
 # What a rule asks of an expression, in the words that CVXPY's own questions end with: is_convex, is_atom_log_log_concave.
 CONVEX, CONCAVE, AFFINE = "convex", "concave", "affine"

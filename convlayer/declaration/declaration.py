@@ -8,11 +8,11 @@ from functools import cached_property
 from typing import Any
 
 import cvxpy as cp
-from cvxpy.lin_ops import lin_utils
 
 from convlayer.declaration import domain
 from convlayer.declaration.canonical import Canonical
 from convlayer.declaration.canonicalise import canonicalise
+from convlayer.declaration.cvxpy_internals import lin_utils
 from convlayer.declaration.hashing import digest_of_declaration
 from convlayer.declaration.rewriting import Prepared, prepared
 from convlayer.notices import quiet_cvxpy

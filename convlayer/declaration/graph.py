@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import cvxpy as cp
-from cvxpy.utilities import scopes
+
+from convlayer.declaration.cvxpy_internals import scopes
 
 
 def arguments(part: Any) -> list[Any]:

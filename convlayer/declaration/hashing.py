@@ -17,8 +17,8 @@ from uuid import uuid4
 import cvxpy as cp
 import numpy as np
 import scipy.sparse as sp
-from cvxpy.expressions.leaf import Leaf
-from cvxpy.problems.objective import Objective
+
+from convlayer.declaration.cvxpy_internals import Leaf, Objective
 
 # The number of this way of reading: what is read otherwise is to get other names.
 FORMAT = 1

@@ -18,12 +18,6 @@ from typing import Any
 
 import cvxpy as cp
 import numpy as np
-from cvxpy.atoms.affine.add_expr import AddExpression
-from cvxpy.atoms.affine.unary_operators import NegExpression
-from cvxpy.atoms.atom import Atom
-from cvxpy.constraints.nonpos import Inequality, NonNeg, NonPos
-from cvxpy.constraints.psd import PSD
-from cvxpy.constraints.zero import Equality, Zero
 
 from convlayer.declaration.affine import (
     Reader,
@@ -37,6 +31,17 @@ from convlayer.declaration.affine import (
 )
 from convlayer.declaration.atoms import ATOMS
 from convlayer.declaration.atoms.atom import NormalAtom, Terms, Weighted
+from convlayer.declaration.cvxpy_internals import (
+    PSD,
+    AddExpression,
+    Atom,
+    Equality,
+    Inequality,
+    NegExpression,
+    NonNeg,
+    NonPos,
+    Zero,
+)
 from convlayer.declaration.graph import arguments_first, is_affine, is_curved, uses_first
 from convlayer.declaration.spelling import short
 

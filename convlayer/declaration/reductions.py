@@ -16,16 +16,19 @@ from typing import Any
 import cvxpy as cp
 import numpy as np
 import scipy.sparse as sp
-from cvxpy.atoms.atom import Atom
-from cvxpy.constraints import PowConeND
-from cvxpy.problems.problem_form import make_problem_form
-from cvxpy.reductions.canonicalization import Canonicalization
-from cvxpy.reductions.cvx_attr2constr import CvxAttr2Constr, lower_value
-from cvxpy.reductions.dgp2dcp.dgp2dcp import Dgp2Dcp
-from cvxpy.reductions.solvers.conic_solvers.clarabel_conif import CLARABEL
-from cvxpy.reductions.solvers.solver_inverse_data import SolverInverseData
-from cvxpy.reductions.solvers.solving_chain import _build_solving_chain
 
+from convlayer.declaration.cvxpy_internals import (
+    CLARABEL,
+    Atom,
+    Canonicalization,
+    CvxAttr2Constr,
+    Dgp2Dcp,
+    PowConeND,
+    SolverInverseData,
+    build_solving_chain,
+    lower_value,
+    make_problem_form,
+)
 from convlayer.declaration.diagnose import ProblemError
 from convlayer.declaration.spelling import short
 
@@ -56,7 +59,7 @@ class Reductions:
         self._problem = cp.Problem(problem.objective, problem.constraints)
         with _in_the_users_terms():
             form = make_problem_form(self._problem, gp, False)
-            self._chain = _build_solving_chain(
+            self._chain = build_solving_chain(
                 self._problem, _StandardForm(), form, gp, enforce_dpp=True
             )
 

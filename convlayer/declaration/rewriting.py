@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import cvxpy as cp
-from cvxpy.atoms.elementwise.power import Power
-from cvxpy.atoms.pnorm import Pnorm
 
+from convlayer.declaration.cvxpy_internals import Pnorm, Power
 from convlayer.declaration.diagnose import (
     check_arguments,
     check_attributes,

@@ -11,12 +11,10 @@ import cvxpy as cp
 import numpy as np
 import scipy.sparse as sp
 import torch
-from cvxpy.constraints import SvecPSD
-from cvxpy.reductions.cvx_attr2constr import CvxAttr2Constr
-from cvxpy.reductions.dcp2cone.dcp2cone import Dcp2Cone
 from torch import Tensor
 
 from convlayer.declaration.canonical import Canonical
+from convlayer.declaration.cvxpy_internals import CvxAttr2Constr, Dcp2Cone, SvecPSD
 from convlayer.declaration.declaration import Declaration
 from convlayer.declaration.reductions import CanonicalisationError, Reductions
 from convlayer.declaration.rewriting import prepared

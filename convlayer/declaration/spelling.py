@@ -14,7 +14,8 @@ from typing import Any
 import cvxpy as cp
 import numpy as np
 import scipy.sparse as sp
-from cvxpy.constraints.constraint import Constraint
+
+from convlayer.declaration.cvxpy_internals import Constraint
 
 # So many atoms of an expression are written out; dots stand for the rest.
 MOST_ATOMS = 60

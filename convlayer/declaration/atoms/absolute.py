@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from cvxpy.atoms.elementwise.abs import abs as CvxpyAbsolute  # noqa: N812, a class
-from cvxpy.atoms.norm1 import norm1
-from cvxpy.atoms.pnorm import Pnorm
 from torch import Tensor
 
 from convlayer.declaration.affine import Table
 from convlayer.declaration.atoms.atom import Elementwise, Terms, along_axis
+from convlayer.declaration.cvxpy_internals import CvxpyAbsolute, Pnorm, norm1
 
 
 class Absolute(Elementwise):

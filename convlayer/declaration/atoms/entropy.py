@@ -7,13 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from cvxpy.atoms.elementwise.entr import entr
-from cvxpy.atoms.elementwise.kl_div import kl_div
-from cvxpy.atoms.elementwise.rel_entr import rel_entr
 from torch import Tensor
 
 from convlayer.declaration.affine import NONE, Table, UnsupportedError, weigh
 from convlayer.declaration.atoms.atom import Elementwise, Terms
+from convlayer.declaration.cvxpy_internals import entr, kl_div, rel_entr
 
 
 class Entropy(Elementwise):

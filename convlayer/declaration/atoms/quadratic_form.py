@@ -7,12 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from cvxpy.atoms.quad_form import QuadForm
 from torch import Tensor
 
 from convlayer.declaration.affine import NONE, Table, composed
 from convlayer.declaration.atoms.atom import NormalAtom, Terms, Weighted
 from convlayer.declaration.atoms.square import Square
+from convlayer.declaration.cvxpy_internals import QuadForm
 
 
 class QuadraticForm(NormalAtom):

@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from cvxpy.atoms.affine.unary_operators import NegExpression
-from cvxpy.atoms.elementwise.abs import abs as CvxpyAbsolute  # noqa: N812, a class
-from cvxpy.atoms.elementwise.power import Power
-from cvxpy.atoms.norm1 import norm1
-from cvxpy.atoms.pnorm import Pnorm
-from cvxpy.atoms.quad_over_lin import quad_over_lin
 from torch import Tensor
 
 from convlayer.declaration.affine import Table
 from convlayer.declaration.atoms.atom import Elementwise, Terms, along_axis, number_of
+from convlayer.declaration.cvxpy_internals import (
+    CvxpyAbsolute,
+    NegExpression,
+    Pnorm,
+    Power,
+    norm1,
+    quad_over_lin,
+)
 
 
 class Square(Elementwise):
