@@ -102,7 +102,7 @@ class UnknownSolverError(ValueError, RuntimeError, cp.error.SolverError):
     """No such solver. The incumbent raises cvxpy's SolverError for some names and RuntimeError for the others."""
 
 
-class Settings(NamedTuple):
+class CallSettings(NamedTuple):
     """What of `solver_args` chooses the layer that runs, and what is passed to it."""
 
     solver: str | Solver
@@ -208,7 +208,7 @@ class CvxpyLayer(torch.nn.Module):
             state_dict.pop(prefix + name, None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _layer_for(self, settings: Settings) -> ConvexLayer:
+    def _layer_for(self, settings: CallSettings) -> ConvexLayer:
         """The layer, or a sibling with other settings that shares what was canonicalised.
 
         It is not built anew from the problem: CVXPY can abort the process on one that was copied or pickled.
@@ -241,7 +241,7 @@ class CvxpyLayer(torch.nn.Module):
             self._without_effect("solver", f"{name} is not used here; Clarabel runs in its place")
         return SOLVER_NAMES[name]
 
-    def _translate(self, solver_args: Mapping[str, Any]) -> Settings:
+    def _translate(self, solver_args: Mapping[str, Any]) -> CallSettings:
         """Their options in our terms."""
         given = dict(solver_args)
         solver = self._default_solver
@@ -263,7 +263,7 @@ class CvxpyLayer(torch.nn.Module):
         options = {(FOR_CLARABEL.get(name, name) if clarabel else name): value for name, value in given.items()}
         if tolerances:
             options["tolerance"] = _tolerance(tolerances)
-        return Settings(solver, on_failure, jobs, gradient, options)
+        return CallSettings(solver, on_failure, jobs, gradient, options)
 
     def _solve_method(self, method: Any) -> str:
         if method not in SOLVE_METHODS:

@@ -46,7 +46,7 @@ def spanned(values: Tensor) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], more: int = 0) -> str:
+def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], more: int = 0) -> str:
     """HTML."""
     lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
     if more:

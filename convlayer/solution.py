@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convlayer.display import SHOWN, counted, rows_of, spanned, table
+from convlayer.display import SHOWN, counted, rows_of, spanned, html_table
 from convlayer.shifts import Shifts
 
 
@@ -228,4 +228,4 @@ class Solution:
         ]  # fmt: skip
         header = ("row", "status", "objective", "residual", "iterations", "degenerate")
         words = "<br>".join(escape(line) for line in repr(self).splitlines())
-        return f"<p>{words}</p>{table(header, rows, size - len(rows))}"
+        return f"<p>{words}</p>{html_table(header, rows, size - len(rows))}"
