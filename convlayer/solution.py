@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convlayer.display import SHOWN, counted, rows_of, spanned, html_table
+from convlayer.display import SHOWN, counted, html_table, rows_of, spanned
 from convlayer.shifts import Shifts
 
 
