@@ -99,29 +99,46 @@ def test_the_citation_names_the_version():
     assert version == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 
+def tables():
+    """The modules that the architecture names, by room, in their order; those at the top level under None."""
+    found = {}
+    for table in re.split(r"\n\n", DOCUMENTS["docs/architecture.md"]):
+        if table.startswith("|"):
+            heading = re.match(r"\| `convlayer/(\w+)/`", table)
+            found.setdefault(heading and heading[1], []).extend(re.findall(r"`(\w+)\.py`", table))
+    return found
+
+
+def in_room(module):
+    """The other modules of its room, or of the top level, that a module imports."""
+    package = ".".join(("convlayer", *module.relative_to(ROOT / "convlayer").parts[:-1]))
+    for statement in ast.parse(module.read_text()).body:
+        if isinstance(statement, ast.ImportFrom) and (statement.module or "").startswith(package):
+            inside = statement.module.removeprefix(package).strip(".").split(".")[0]
+            yield from [inside] if inside else [name.name for name in statement.names]
+
+
 def test_every_module_has_its_place_in_the_architecture():
-    named = set(re.findall(r"`(?:convlayer/)?([\w/]+\.py)`", DOCUMENTS["docs/architecture.md"]))
-    modules = {path.name for path in (ROOT / "convlayer").glob("*.py")} - {"__init__.py"}
-    assert modules <= named
-    assert named - modules <= {path.name for path in (ROOT / "convlayer").glob("*/*.py")}
+    named, rooms = tables(), [path for path in (ROOT / "convlayer").iterdir() if (path / "__init__.py").exists() and path.name != "problems"]
+    assert named.keys() == {None} | {room.name for room in rooms if room.name != "command_line"}
+    everything = {module for modules in named.values() for module in modules}
+    for room in rooms:
+        modules = {path.stem for path in room.glob("*.py")} - {"__init__"}
+        one_a_file = {"cones", "kernels", "solvers", "structures"}
+        assert modules <= set(named.get(room.name, everything)) or room.name in one_a_file, room.name
+        assert set(named.get(room.name, ())) <= modules, room.name
+    assert {path.stem for path in (ROOT / "convlayer").glob("*.py")} - {"__init__"} <= set(named[None])
 
 
-def imported(module):
-    """What a module of the package, or the modules of a folder of it, import from it when they are loaded."""
-    folder = ROOT / "convlayer" / module
-    for path in folder.glob("*.py") if folder.is_dir() else [folder.with_suffix(".py")]:
-        for statement in ast.parse(path.read_text()).body:
-            if isinstance(statement, ast.ImportFrom) and statement.module.split(".")[0] == "convlayer":
-                inside = statement.module.split(".")[1:2]
-                yield from inside or [name.name for name in statement.names]
-
-
-def test_imports_run_in_the_order_in_which_modules_are_to_be_read():
-    text = DOCUMENTS["CONTRIBUTING.md"]
-    (listed,) = re.findall(r"in the order of the imports:(.*?)Imports run", text, re.DOTALL)
-    order = re.findall(r"`(\w+)`", listed)
-    assert len(order) == len(set(order)) > 40
-    later = [(a, b) for k, a in enumerate(order) for b in imported(a) if b in order[k + 1 :]]
+@pytest.mark.parametrize("room", [room for room in tables() if room])
+def test_modules_are_named_after_those_that_they_import(room):
+    order = tables()[room]
+    later = [
+        (module, other)
+        for k, module in enumerate(order)
+        for other in in_room(ROOT / "convlayer" / room / f"{module}.py")
+        if other in order[k + 1 :]
+    ]
     assert not later
 
 
