@@ -53,7 +53,7 @@ def _waves(n: int, device: torch.device) -> Tensor:
     return 2**0.5 * torch.stack((phase.cos(), phase.sin())).unsqueeze(1)
 
 
-def rounding(terms: Tensor) -> Tensor:
+def rounding_samples(terms: Tensor) -> Tensor:
     """(F, k, n) -> (F, 2 k, n): two samples of what rounding makes of sums of terms of these sizes."""
     waves = _waves(terms.shape[2], terms.device)
     return (ACCURACY.rounding * terms.unsqueeze(1) * waves).flatten(1, 2)
@@ -64,7 +64,7 @@ def largest_sample(step: Tensor) -> Tensor:
     return step.abs().unflatten(1, (2, -1)).amax(1)
 
 
-def relative(error: Tensor, *terms: Tensor) -> Tensor:
+def relative_residual(error: Tensor, *terms: Tensor) -> Tensor:
     """(F, k) the length of each row of `error`, relative to those of its terms together."""
     first, *others = (torch.linalg.vector_norm(t, dim=2) for t in terms)
     size = sum(others, first)
@@ -82,7 +82,7 @@ def corrections_for(size: float, enough: tuple[tuple[float, int], ...]) -> int:
     return next((count for limit, count in enough if size <= limit), enough[-1][1])
 
 
-def judged(residual: Tensor, error: Tensor | None, precision: float = 0.0) -> Tensor:
+def accuracy_status(residual: Tensor, error: Tensor | None, precision: float = 0.0) -> Tensor:
     """The status of rows by their residuals and, where it was estimated, by how far their solutions are off.
 
     precision: of the data; no more is asked of a residual or a solution.

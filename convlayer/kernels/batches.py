@@ -55,6 +55,6 @@ def or_one(size: Tensor) -> Tensor:
     return torch.where(size > 0, size, 1.0)
 
 
-def moved(t: Tensor) -> Tensor:
+def movement(t: Tensor) -> Tensor:
     """Zero, with the derivatives of t: no rounding of t reaches what it is added to."""
     return t - t.detach()

@@ -12,13 +12,13 @@ from torch import Tensor
 from convlayer.autodiff.once import once_differentiable
 from convlayer.kernels.accuracy import (
     ACCURACY,
+    accuracy_status,
     corrections_for,
-    judged,
     largest_sample,
     probe,
-    relative,
+    relative_residual,
     relative_to,
-    rounding,
+    rounding_samples,
 )
 from convlayer.kernels.answer import Answer
 from convlayer.kernels.batches import add_rows, mm, or_one, outer, regrouped, sum_to, the_others
@@ -272,12 +272,12 @@ def _solve(problem: _Problem, visible: Tensor | None) -> _Solved:
     z = factor.solve(problem, right)
     gap, units = problem.residual(right, z), factor.units
     terms = torch.cat(right, 2) / units, torch.cat(z, 2) * units
-    residual = relative(torch.cat(gap, 2) / units, *terms)
+    residual = relative_residual(torch.cat(gap, 2) / units, *terms)
     doubted = not worst <= ACCURACY.doubtful
     error = _error(problem, factor, right, z, gap, visible) if doubted else None
 
     # The verdict, row by row.
-    status = judged(residual, error, 10 * problem.rank)
+    status = accuracy_status(residual, error, 10 * problem.rank)
     degenerate = torch.zeros_like(status, dtype=torch.bool)
     failed = apart = None
     if singular is not None:
@@ -358,7 +358,7 @@ def _error(
     Of x's, relative to x, and of nu's the larger.
     """
     sizes, units = (z.x.shape[2], z.nu.shape[2]), factor.units
-    samples = rounding(torch.cat(problem.terms(right, z), 2)).split(sizes, 2)
+    samples = rounding_samples(torch.cat(problem.terms(right, z), 2)).split(sizes, 2)
     doubt = _Pair(*(g.repeat(1, 2, 1) + t for g, t in zip(gap, samples, strict=True)))
     off = largest_sample(torch.cat(factor.solve(problem, doubt), 2) * units)
     if visible is not None:

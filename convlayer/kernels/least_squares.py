@@ -12,13 +12,13 @@ from torch import Tensor
 from convlayer.autodiff.once import once_differentiable
 from convlayer.kernels.accuracy import (
     ACCURACY,
+    accuracy_status,
     corrections_for,
-    judged,
     largest_sample,
     probe,
-    relative,
+    relative_residual,
     relative_to,
-    rounding,
+    rounding_samples,
 )
 from convlayer.kernels.answer import Answer
 from convlayer.kernels.batches import add_rows, mm, or_one, outer, regrouped, sum_to, the_others
@@ -217,7 +217,7 @@ def _solve(problem: _Problem, visible: Tensor | None) -> _Solved:
     # The verdict, row by row.
     residual = fit.residual.reshape(problem.shape).amax(1)
     error = None if off is None else _relative_error(problem, off, fit.x, visible)
-    status = judged(residual, error)
+    status = accuracy_status(residual, error)
     if gram.bad is not None:
         status = status.masked_fill(gram.bad, int(Status.BAD_INPUT))
         residual = residual.masked_fill(gram.bad, torch.nan)
@@ -282,14 +282,14 @@ def _by_cholesky(problem: _Problem, tall: _Problem, gram: _Gram, corrections: in
         # A'W r - ridge x = 0, beside sqrt(W) b.
         error = problem.penalise(mm(y, problem.A), x)
         size = b if problem.w is None else b * problem.w.sqrt()
-        return _Fit(x, r, y, relative(error / gram.units, size))
+        return _Fit(x, r, y, relative_residual(error / gram.units, size))
     # The dual: (A ridge^-1 A' + W^-1) y = b, with x = ridge^-1 A'y and r = W^-1 y.
     y, x = _span(tall, gram.L, b, gram.first, corrections)
     r = torch.zeros_like(y) if tall.ridge is None else tall.ridge * y
     error, size = b - x @ problem.A.mT - r, x
     if tall.ridge is not None and tall.w is not None:
         size = torch.cat((x / tall.w.sqrt(), y * tall.ridge.sqrt()), 2)
-    return _Fit(x, r, y, relative(error / gram.units, size))
+    return _Fit(x, r, y, relative_residual(error / gram.units, size))
 
 
 def _off(problem: _Problem, tall: _Problem, L: Tensor, fit: _Fit, corrections: int) -> Tensor:
@@ -303,19 +303,19 @@ def _off(problem: _Problem, tall: _Problem, L: Tensor, fit: _Fit, corrections: i
     terms = problem.b.abs() + mm(fit.x.abs(), size)
     if tall.ridge is not None:
         left, terms = left - tall.ridge * fit.y, terms + tall.ridge * fit.y.abs()
-    doubt = left.repeat(1, 2, 1) + rounding(terms)
+    doubt = left.repeat(1, 2, 1) + rounding_samples(terms)
     step = _span(tall, L, doubt, corrections=corrections)[1]
-    return step + rounding(tall.weigh(mm(fit.y.abs(), size.mT)))
+    return step + rounding_samples(tall.weigh(mm(fit.y.abs(), size.mT)))
 
 
 def _doubtful(problem: _Problem, x: Tensor, r: Tensor) -> Tensor:
     """A'W r - ridge x with two samples of its rounding, and of that of r = b - A x, (F, 2 k, n)."""
     size = problem.A.abs()
-    inner = r.repeat(1, 2, 1) + rounding(problem.b.abs() + mm(x.abs(), size.mT))
+    inner = r.repeat(1, 2, 1) + rounding_samples(problem.b.abs() + mm(x.abs(), size.mT))
     terms = problem.weigh(r.abs()) @ size
     if problem.ridge is not None:
         terms = terms + problem.ridge * x.abs()
-    return _gradient(problem, inner, x.repeat(1, 2, 1)) + rounding(terms)
+    return _gradient(problem, inner, x.repeat(1, 2, 1)) + rounding_samples(terms)
 
 
 def _relative_error(
@@ -465,7 +465,7 @@ class _Orthogonal:
         r = b - x @ A.mT
         scaled = b if self.root_w is None else b * self.root_w
         error = _gradient(problem, r, x) / self.size
-        return _Fit(x, r, problem.weigh(r), relative(error, scaled.expand(len(x), -1, -1)))
+        return _Fit(x, r, problem.weigh(r), relative_residual(error, scaled.expand(len(x), -1, -1)))
 
     def off(self, problem: _Problem, fit: _Fit) -> Tensor:
         """How far x may be off, (R, 2 k, n), by one more solve."""
