@@ -85,11 +85,11 @@ class _Layers:
             layer, alive = self._by_name.get(name), list(self._by_number.values())
         if layer is not None and layer._graph_name == name:
             return layer
-        found = next((layer for layer in reversed(alive) if layer._graph_name == name), None)
-        if found is not None:
+        layer = next((layer for layer in reversed(alive) if layer._graph_name == name), None)
+        if layer is not None:
             with self._lock:
-                self._by_name[name] = found
-        return found
+                self._by_name[name] = layer
+        return layer
 
 
 _layers = _Layers()
@@ -155,8 +155,8 @@ def _adjoint(
     with recording():
         if local is None:
             _, local = _layer(layer)._evaluate(thetas, None, True)
-        found = local.cotangent(thetas, bars, needed)
-    return [part.clone(memory_format=torch.contiguous_format) for part in found]
+        cotangents = local.cotangent(thetas, bars, needed)
+    return [part.clone(memory_format=torch.contiguous_format) for part in cotangents]
 
 
 @_adjoint.register_fake
@@ -176,8 +176,8 @@ def _save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
 
 def _backward(ctx: Any, bars: Sequence[Tensor]) -> tuple:
     number, *thetas = ctx.saved_tensors
-    found = iter(_adjoint(thetas, number, list(bars[:-1]), ctx.needed, ctx.layer))
-    return [next(found) if need else None for need in ctx.needed], None, None, None
+    cotangents = iter(_adjoint(thetas, number, list(bars[:-1]), ctx.needed, ctx.layer))
+    return [next(cotangents) if need else None for need in ctx.needed], None, None, None
 
 
 _solve.register_autograd(_backward, setup_context=_save)

@@ -31,6 +31,7 @@ from convlayer.autodiff.threads import few_threads_to_differentiate
 from convlayer.autodiff.torch_internals import in_vmap_alone, is_reached, is_view
 
 Tensors = Sequence[Tensor]
+# What a third derivative is answered with.
 THIRD = "ConvexLayer can be differentiated twice, not three times: a third derivative is not implemented, and would be wrong."
 
 
@@ -81,6 +82,7 @@ class Recorded(Local):
 
     @_on_one_thread
     def cotangent(self, thetas: Tensors, bars: Tensors, needed: Sequence[bool]) -> list[Tensor]:
+        # D' bars
         bars = self.guard(bars)
         if all(theta.shape == leaf.shape for theta, leaf in zip(thetas, self.leaves, strict=True)):
             return pulled(self.outputs, _only(self.leaves, needed), bars, retain_graph=True)
@@ -101,6 +103,7 @@ class Recorded(Local):
     @_on_one_thread
     def second(self, thetas: Tensors, a: Tensors, b: Tensors) -> list[Tensor]:
         def tangent(*at: Tensor) -> tuple[Tensor, ...]:
+            """D a there."""
             return torch.func.jvp(lambda *x: tuple(self.again(*x)), at, tuple(a))[1]
 
         return self.spoil(torch.func.jvp(tangent, tuple(theta.detach() for theta in thetas), tuple(b))[1])
@@ -109,8 +112,9 @@ class Recorded(Local):
     def mixed(self, thetas: Tensors, bars: Tensors, a: Tensors, needed: Sequence[bool]) -> list[Tensor]:
         with torch.enable_grad():
             leaves = _leaves(thetas)
-            found = pulled(self.again(*leaves), leaves, self.guard(bars), create_graph=True)
-            return pulled(found, _only(leaves, needed), a)
+            # The gradient of <D' bars, a>.
+            cotangents = pulled(self.again(*leaves), leaves, self.guard(bars), create_graph=True)
+            return pulled(cotangents, _only(leaves, needed), a)
 
 
 def _leaves(thetas: Tensors) -> list[Tensor]:
@@ -128,8 +132,8 @@ def pulled(outputs: Tensors, inputs: Tensors, bars: Sequence[Tensor | None], **o
     if not pairs or not inputs:
         return [torch.zeros_like(x) for x in inputs]
     ends, starts = zip(*pairs, strict=True)
-    found = torch.autograd.grad(ends, inputs, starts, allow_unused=True, **options)
-    return [torch.zeros_like(x) if part is None else part for x, part in zip(inputs, found, strict=True)]
+    gradients = torch.autograd.grad(ends, inputs, starts, allow_unused=True, **options)
+    return _filled(gradients, inputs)
 
 
 class Point:
@@ -240,11 +244,11 @@ class _Transformable(Function):
         if not size:  # of outputs without entries: one of zeros tells the shapes
             pairs = zip(fronts, mapped, strict=True)
             fronts = [t.new_zeros(1, *t.shape[1:]) if is_mapped else t for t, is_mapped in pairs]
-        found = []
+        rows = []
         for k in range(max(size, 1)):
             row = [t[k] if is_mapped else t for t, is_mapped in zip(fronts, mapped, strict=True)]
-            found.append(cls.apply(point, needed, *row))
-        return [torch.stack(parts)[:size] for parts in zip(*found, strict=True)]
+            rows.append(cls.apply(point, needed, *row))
+        return [torch.stack(parts)[:size] for parts in zip(*rows, strict=True)]
 
     @classmethod
     def _as_one_batch(
@@ -321,8 +325,8 @@ class _Solved(_Transformable):
     def jvp(ctx: Any, _: None, __: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         # dz = D dtheta
         *thetas, first = ctx.saved_tensors
-        found = _Tangent.apply(ctx.point, None, *thetas, first, *_filled(tangents, thetas))
-        return *found, *[None] * (ctx.total - len(found))
+        dz = _Tangent.apply(ctx.point, None, *thetas, first, *_filled(tangents, thetas))
+        return *dz, *[None] * (ctx.total - len(dz))
 
 
 class _Tangent(_Transformable):
@@ -465,6 +469,7 @@ def _spread(parts: Tensors, needed: Sequence[bool]) -> list[Tensor | None]:
 
 
 def _filled(parts: Sequence[Tensor | None], like: Tensors) -> list[Tensor]:
+    """Zeros where there is none."""
     return [torch.zeros_like(x) if part is None else part for part, x in zip(parts, like, strict=True)]
 
 

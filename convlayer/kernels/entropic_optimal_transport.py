@@ -176,6 +176,8 @@ class _Held(NamedTuple):
 
 
 class _Transport(torch.autograd.Function):
+    """The plan and the potentials, with the first derivative by the factor of the last Newton step."""
+
     @staticmethod
     def forward(ctx: Any, held: list[_Held], M: Tensor, r: Tensor, c: Tensor, eps: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
@@ -251,11 +253,11 @@ class _Transport(torch.autograd.Function):
             dM, a, b = None if dM is None else dM.mT, b, a
         gradients = (dM, a.squeeze(1), b.squeeze(1), deps)
         needed = zip(gradients, ctx.sizes, ctx.needs_input_grad[1:], strict=True)
-        found = (
+        bars = (
             sum_to(size, t).to(ctx.dtype) if t is not None and need else None
             for t, size, need in needed
         )
-        return None, *found
+        return None, *bars
 
 
 def _centred(
@@ -291,6 +293,7 @@ class _Task:
 
 
 def _posed(M: Tensor, r: Tensor, c: Tensor, eps: Tensor) -> _Task:
+    """The task, by a short way where every row is plain: positive marginals of one mass, finite costs."""
     dtype = M.dtype
     B = max(len(M), len(r), len(c), len(eps))
     M, eps = M.double(), eps.double().view(-1, 1, 1)
@@ -507,6 +510,7 @@ class _End:
     steps: Tensor  # (B,) int64
 
     def updated(self, which: Tensor, rows: _End) -> _End:
+        """With these rows in the place of some."""
         return _End(*(getattr(self, name).index_copy(0, which, getattr(rows, name)) for name in _FIELDS))
 
 

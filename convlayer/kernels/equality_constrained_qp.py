@@ -92,6 +92,8 @@ def equality_constrained_qp(
 
 
 class _Differentiable(torch.autograd.Function):
+    """A solution that is known, with its first derivative by the same factor."""
+
     @staticmethod
     def forward(ctx, solved: _Solved, P, q, A, b):
         x, nu = solved.x.to(P.dtype), solved.nu.to(P.dtype)
@@ -231,6 +233,7 @@ class _PseudoInverse:
 
 
 def _sum(z: _Pair, step: _Pair) -> _Pair:
+    """z + step."""
     return _Pair(z.x + step.x, z.nu + step.nu)
 
 
@@ -255,6 +258,7 @@ class _Solved:
 
 
 def _solve(problem: _Problem, visible: Tensor | None) -> _Solved:
+    """Every row by its factor, corrected; those that it does not serve by K^+; and the verdict on each."""
     right = problem.right
 
     # The factor of K; K^+ itself for rows in which it is nearly singular, or is.
@@ -281,10 +285,10 @@ def _solve(problem: _Problem, visible: Tensor | None) -> _Solved:
     degenerate = torch.zeros_like(status, dtype=torch.bool)
     failed = apart = None
     if singular is not None:
-        found = torch.zeros_like(status).index_copy_(0, index, singular.status)
-        failed = found > 0
+        failure = torch.zeros_like(status).index_copy_(0, index, singular.status)
+        failed = failure > 0
         z = _Pair(*(t.masked_fill(failed.unsqueeze(2), 0.0) for t in z))
-        status = torch.where(failed, found, status)
+        status = torch.where(failed, failure, status)
         residual = residual.masked_fill(failed, torch.nan)
         degenerate[index] = singular.is_seen(visible).unsqueeze(1) & ~failed[index]
         apart = torch.zeros_like(residual).index_copy(0, index, singular.apart)

@@ -122,6 +122,8 @@ def _bent(zero: Tensor, rows: Tensor) -> Tensor:
 
 
 class _Eigenspace(Function):
+    """Z and l_k with their first derivative, and where they have none."""
+
     @staticmethod
     def forward(
         ctx: Any, X: Tensor, k: int, largest: bool, kept: list[Any]

@@ -86,6 +86,8 @@ def least_squares(
 
 
 class _Differentiable(torch.autograd.Function):
+    """A solution that is known, with its first derivative by the same factor."""
+
     @staticmethod
     def forward(ctx, solved: _Solved, A, b, w, ridge):
         x = solved.x.to(A.dtype)
@@ -138,6 +140,7 @@ class _Problem:
         return replace(self, A=self.A.mT, w=1.0 / self.ridge, ridge=shift)
 
     def weigh(self, rows: Tensor) -> Tensor:
+        """rows W."""
         return rows if self.w is None else rows * self.w
 
     def penalise(self, rows: Tensor, x: Tensor) -> Tensor:
@@ -185,6 +188,7 @@ class _Solved:
 
 
 def _solve(problem: _Problem, visible: Tensor | None) -> _Solved:
+    """Every row by the Gram matrix's factor, corrected; those that it does not serve by orthogonal factors; and the verdict."""
     # The factor of the Gram matrix, and the solution by it.
     tall = problem.tall
     gram = _factorised(problem, tall)
@@ -243,6 +247,7 @@ class _Gram(NamedTuple):
 
 
 def _factorised(problem: _Problem, tall: _Problem) -> _Gram:
+    """S'S = LL', with how far it can be trusted."""
     gram = _gram(tall, problem.factors)
     L, info = torch.linalg.cholesky_ex(gram)
     units = gram.diagonal(dim1=1, dim2=2).sqrt().unsqueeze(1)
@@ -275,6 +280,7 @@ class _Fit(NamedTuple):
 
 
 def _by_cholesky(problem: _Problem, tall: _Problem, gram: _Gram, corrections: int) -> _Fit:
+    """The solution with the Gram matrix's factor: of the normal equations, or of their dual where A is wide."""
     b = problem.b
     if not problem.wide:
         x, r = _fit(tall, gram.L, b, gram.first, corrections)
@@ -344,8 +350,9 @@ def _sees_beyond(problem: _Problem, L: Tensor, visible: Tensor) -> Tensor:
 
 def _negative(problem: _Problem) -> Tensor | None:
     """Which rows have a negative weight or ridge."""
-    found = [(given < 0).any(2).any(1) for given in (problem.w, problem.ridge) if given is not None]
-    return found[0] | found[-1] if found else None
+    given = [t for t in (problem.w, problem.ridge) if t is not None]
+    negative = [(t < 0).any(2).any(1) for t in given]
+    return negative[0] | negative[-1] if negative else None
 
 
 def _gram(problem: _Problem, count: int) -> Tensor:

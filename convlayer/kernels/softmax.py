@@ -59,8 +59,9 @@ def softmax(
     return Answer(outputs, status=status, degenerate=edge, local=local)
 
 
-def _outputs(found: tuple[Tensor, Tensor | None]) -> tuple[Tensor, ...]:
-    return tuple(output for output in found if output is not None)
+def _outputs(both: tuple[Tensor, Tensor | None]) -> tuple[Tensor, ...]:
+    """y, and nu if it was wanted."""
+    return tuple(output for output in both if output is not None)
 
 
 def _expression(
@@ -82,6 +83,8 @@ def _expression(
 
 
 class _Softmax(Function):
+    """y and nu with their first derivative, in as few passes as they take."""
+
     @staticmethod
     def forward(
         ctx: Any,

@@ -66,6 +66,8 @@ def _on_support(x: Tensor, tau: Tensor, tie: Tensor | None, y: Tensor, r: Tensor
 
 
 class _Sparsemax(Function):
+    """x and tau with their first derivative, and where they have none."""
+
     @staticmethod
     def forward(ctx: Any, y: Tensor, r: Tensor) -> tuple[Tensor, Tensor, *tuple[Tensor | None, ...]]:
         ctx.set_materialize_grads(False)

@@ -79,6 +79,8 @@ def _on_segments(
 
 
 class _TotalVariation(torch.autograd.Function):
+    """u with its first derivative, and what is known of its rows."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, lam: Tensor, kept: list[Any]) -> tuple[Tensor, ...]:
         rows, n = 0 if 0 in (len(x), len(lam)) else max(len(x), len(lam)), x.shape[1]
