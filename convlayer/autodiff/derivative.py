@@ -136,7 +136,7 @@ def pulled(outputs: Tensors, inputs: Tensors, bars: Sequence[Tensor | None], **o
     return _filled(gradients, inputs)
 
 
-class Point:
+class EvaluationPoint:
     """One call: how it is solved, and what is known once it is."""
 
     def __init__(
@@ -162,7 +162,7 @@ class Point:
         self._local = local
 
 
-def solved(point: Point, thetas: Tensors) -> tuple[Tensor, ...]:
+def solved(point: EvaluationPoint, thetas: Tensors) -> tuple[Tensor, ...]:
     """The solution, and what else there is to say, differentiable in every way; for parameters that are transformed."""
     point.recorded = not in_vmap_alone()
     return _Solved.apply(point, None, *thetas)
@@ -173,7 +173,7 @@ def anew(
 ) -> tuple[Tensor, ...]:
     """What `solve` finds for these parameters, differentiable in every way; it is called outside of any transform."""
     # Views: of a leaf it cannot be told whether a backward pass goes on to it, see `is_reached`.
-    return _Solved.apply(Point([t.ndim for t in thetas], solve), None, *(t.view_as(t) for t in thetas))
+    return _Solved.apply(EvaluationPoint([t.ndim for t in thetas], solve), None, *(t.view_as(t) for t in thetas))
 
 
 def known(solution: Tensors, local: Callable[[], Local], thetas: Tensors) -> tuple[Tensor, ...]:
@@ -182,7 +182,7 @@ def known(solution: Tensors, local: Callable[[], Local], thetas: Tensors) -> tup
 
 
 def pulled_back(
-    point: Point, thetas: Tensors, first: Tensor, bars: Tensors, needed: Sequence[bool]
+    point: EvaluationPoint, thetas: Tensors, first: Tensor, bars: Tensors, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """Cotangents of the parameters from those of the solution, of which `first` is the first output; differentiable once more."""
     return (
@@ -208,7 +208,7 @@ class _Transformable(Function):
 
     @classmethod
     def batched(
-        cls, info: Any, in_dims: tuple, point: Point, needed: Any, *tensors: Tensor
+        cls, info: Any, in_dims: tuple, point: EvaluationPoint, needed: Any, *tensors: Tensor
     ) -> tuple[Any, Any]:
         """vmap of this function, over any of its tensors.
 
@@ -239,7 +239,7 @@ class _Transformable(Function):
 
     @classmethod
     def _one_by_one(
-        cls, point: Point, needed: Any, size: int, fronts: list[Tensor], mapped: list[bool]
+        cls, point: EvaluationPoint, needed: Any, size: int, fronts: list[Tensor], mapped: list[bool]
     ) -> list[Tensor]:
         if not size:  # of outputs without entries: one of zeros tells the shapes
             pairs = zip(fronts, mapped, strict=True)
@@ -252,7 +252,7 @@ class _Transformable(Function):
 
     @classmethod
     def _as_one_batch(
-        cls, point: Point, needed: Any, size: int, fronts: list[Tensor], mapped: list[bool]
+        cls, point: EvaluationPoint, needed: Any, size: int, fronts: list[Tensor], mapped: list[bool]
     ) -> list[Tensor]:
         ranks, kinds = point.ranks, cls._kinds(len(point.ranks), len(fronts))
         shapes = [t.shape[is_mapped:] for t, is_mapped in zip(fronts, mapped, strict=True)]
@@ -300,7 +300,7 @@ class _Solved(_Transformable):
     """z, and what else there is to say of its rows."""
 
     @staticmethod
-    def forward(point: Point, needed: None, *thetas: Tensor) -> tuple[Tensor, ...]:
+    def forward(point: EvaluationPoint, needed: None, *thetas: Tensor) -> tuple[Tensor, ...]:
         assert point.solve is not None
         differentiable = point.recorded or any(theta.requires_grad for theta in thetas)
         outputs, rest, point.local = point.solve(thetas, differentiable)
@@ -335,7 +335,7 @@ class _Tangent(_Transformable):
     groups = ("parameters",)
 
     @staticmethod
-    def forward(point: Point, needed: None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(point: EvaluationPoint, needed: None, *tensors: Tensor) -> tuple[Tensor, ...]:
         thetas, _, a = _split(len(point.ranks), tensors)
         return _apart(point.local.tangent(thetas, a))
 
@@ -374,7 +374,7 @@ class _Cotangent(_Transformable):
     result = "parameters"
 
     @staticmethod
-    def forward(point: Point, needed: Sequence[bool], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(point: EvaluationPoint, needed: Sequence[bool], *tensors: Tensor) -> tuple[Tensor, ...]:
         thetas, _, bars = _split(len(point.ranks), tensors)
         return _apart(point.local.cotangent(thetas, bars, needed))
 
@@ -424,7 +424,7 @@ class _Second(_Last):
     groups = ("parameters", "parameters")
 
     @staticmethod
-    def forward(point: Point, needed: None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(point: EvaluationPoint, needed: None, *tensors: Tensor) -> tuple[Tensor, ...]:
         n = len(point.ranks)
         thetas, _, directions = _split(n, tensors)
         return _apart(point.local.second(thetas, directions[:n], directions[n:]))
@@ -437,7 +437,7 @@ class _Mixed(_Last):
     result = "parameters"
 
     @staticmethod
-    def forward(point: Point, needed: Sequence[bool], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(point: EvaluationPoint, needed: Sequence[bool], *tensors: Tensor) -> tuple[Tensor, ...]:
         n = len(point.ranks)
         thetas, _, rest = _split(n, tensors)
         bars, a = rest[: len(rest) - n], rest[len(rest) - n :]
