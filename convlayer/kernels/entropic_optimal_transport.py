@@ -230,10 +230,9 @@ class _Transport(torch.autograd.Function):
             df, dg = _balanced(df, dg, ctx.blocks, ctx.absent)
             q1, q2 = torch.addcmul(q1, eps, df), torch.addcmul(q2, eps, dg)
 
-        # S a = q1 - P (q2 / c),  b = (q2 - P'a) / c;  dr = a,  dc = b
-        right = q1 - torch.bmm(q2 / c, P.mT)
-        a = _adjoint(P, factor, rho, c, right, ctx.refinements, ctx.blocks)
-        a, b = _balanced(a, (q2 - torch.bmm(a, P)) / c, ctx.blocks, None)
+        # dr = a,  dc = b
+        a, b = _eliminated(P, factor, rho, c, q1, q2, ctx.refinements, ctx.blocks)
+        a, b = _balanced(a, b, ctx.blocks, None)
 
         # dM = -P o (V - a 1' - 1 b') / eps,  deps = <dM, log P + 1>
         dM = deps = None
@@ -260,8 +259,32 @@ class _Transport(torch.autograd.Function):
         return None, *bars
 
 
+def _eliminated(
+    P: Tensor,
+    factor: Tensor,
+    rho: Tensor,
+    c: Tensor,
+    q1: Tensor,
+    q2: Tensor,
+    refinements: int,
+    blocks: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """(a, b) with diag(rho) a + P b = q1 and P'a + diag(c) b = q2:  S a = q1 - P (q2 / c),  b = (q2 - P'a) / c."""
+    right = q1 - torch.bmm(q2 / c, P.mT)
+    a = _adjoint(P, factor, rho, c, right, refinements, blocks)
+    return a, (q2 - torch.bmm(a, P)) / c
+
+
 def _centred(
-    P: Tensor, V: Tensor, PV: Tensor, a: Tensor, b: Tensor, factor: Tensor, rho: Tensor, c: Tensor, ctx: Any
+    P: Tensor,
+    V: Tensor,
+    PV: Tensor,
+    a: Tensor,
+    b: Tensor,
+    factor: Tensor,
+    rho: Tensor,
+    c: Tensor,
+    ctx: Any,
 ) -> Tensor:
     """P o (V - a 1' - 1 b'). Where it nearly cancels, as it does for a plan near a vertex, it is centred once more: the operator
     that takes V there is as small as its result, and so is what it makes of the rounding in V - a 1' - 1 b'."""
@@ -269,8 +292,8 @@ def _centred(
     PW = P * W
     if bool((PW.abs().amax((1, 2)) < CANCELLED * PV.abs().amax((1, 2))).any()):
         q1, q2 = PW.sum(2).unsqueeze(1), PW.sum(1, keepdim=True)
-        more = _adjoint(P, factor, rho, c, q1 - torch.bmm(q2 / c, P.mT), ctx.refinements, ctx.blocks)
-        PW.sub_((more.mT + (q2 - torch.bmm(more, P)) / c).mul_(P))
+        more, beside = _eliminated(P, factor, rho, c, q1, q2, ctx.refinements, ctx.blocks)
+        PW.sub_((more.mT + beside).mul_(P))
     return PW
 
 
@@ -299,10 +322,7 @@ def _posed(M: Tensor, r: Tensor, c: Tensor, eps: Tensor) -> _Task:
     M, eps = M.double(), eps.double().view(-1, 1, 1)
     masses = r, c = r.double().unsqueeze(1), c.double().unsqueeze(1)
     total, other = r.sum(2, keepdim=True), c.sum(2, keepdim=True)
-    low = M.amin(2).unsqueeze(1)
-    C = (M - low.mT) / eps
-    base = C.amin(1, keepdim=True)
-    C.sub_(base)
+    C, low, base = _reduced(M, eps)
     spread = C.amax((1, 2), keepdim=True)
     r, c = r / total, c / other
     # one number tells the plain case: the widest range of costs, or NaN for anything else
@@ -316,8 +336,17 @@ def _posed(M: Tensor, r: Tensor, c: Tensor, eps: Tensor) -> _Task:
     return _special(M, r, c, eps, MASSES[dtype])
 
 
+def _reduced(M: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(M - low) / eps - base with a zero in every row and column, `low` of the rows and `base` of the columns."""
+    low = M.amin(2).unsqueeze(1)
+    C = (M - low.mT) / eps
+    base = C.amin(1, keepdim=True)
+    return C.sub_(base), low, base
+
+
 def _special(M: Tensor, r: Tensor, c: Tensor, eps: Tensor, tolerance: float) -> _Task:
     """The same where some row is wrong, infeasible, holds zero marginals or forbidden pairs."""
+    # Rows that are wrong or cannot be: they hold ones and zeros from here on.
     total, other = r.sum(2, keepdim=True), c.sum(2, keepdim=True)
     bad = ~((r >= 0).all(2, True) & (c >= 0).all(2, True) & (eps > 0) & (eps < torch.inf) & (total + other < torch.inf))
     bad |= ~(M.amin((1, 2), keepdim=True) > -torch.inf)
@@ -327,10 +356,14 @@ def _special(M: Tensor, r: Tensor, c: Tensor, eps: Tensor, tolerance: float) -> 
     failed = status != Status.SOLVED
     M, r, c = M.masked_fill(failed, 0.0), r.masked_fill(failed, 1.0), c.masked_fill(failed, 1.0)
     eps, total, other = eps.masked_fill(failed, 1.0), r.sum(2, keepdim=True), c.sum(2, keepdim=True)
+
+    # Zero marginals: next to nothing instead, and known.
     absent = r <= ABSENT * total, c <= ABSENT * other
     empty = total == 0
     total, other = total.masked_fill(empty, 1.0), other.masked_fill(empty, 1.0)
     r, c = (r / total).clamp_min(ABSENT), (c / other).clamp_min(ABSENT)
+
+    # Forbidden pairs: each connected component of the others has a mass of its own.
     blocks = None
     if bool(M.isposinf().any()):
         M = _attached(_attached(M, absent[0], c).mT, absent[1], r).mT
@@ -339,10 +372,8 @@ def _special(M: Tensor, r: Tensor, c: Tensor, eps: Tensor, tolerance: float) -> 
         status = torch.where(unequal & ~failed, int(Status.INFEASIBLE), status)
         failed = status != Status.SOLVED
         M = M.masked_fill(failed, 0.0)
-    low = M.amin(2).unsqueeze(1)
-    C = (M - low.mT) / eps
-    base = C.amin(1, keepdim=True)
-    C.sub_(base)
+
+    C, low, base = _reduced(M, eps)
     spread = torch.where(C.isposinf(), 0.0, C).amax((1, 2), keepdim=True)
     known = absent if bool(absent[0].any() | absent[1].any()) else None
     return _Task(C, low, eps * base, r, c, total, eps, spread, spread.max().item(), status.view(-1), known, blocks)
