@@ -93,7 +93,8 @@ class _Layers:
 
 
 _layers = _Layers()
-# What adjoints need, by the numbers that stand for it in graphs. One operation of a dict, which threads do not part.
+# What adjoints need, by the numbers that stand for it in graphs. One operation of a dict, which
+# threads do not part.
 _kept: dict[int, Local] = {}
 _numbers = itertools.count(1)
 

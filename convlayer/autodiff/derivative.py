@@ -92,8 +92,9 @@ class Recorded(Local):
 
     @_on_one_thread
     def tangent(self, thetas: Tensors, a: Tensors) -> list[Tensor]:
-        # D a is the gradient of <D' c, a> in c. torch's forward mode would do, but has one level for all threads, and a second
-        # derivative in reverse mode, which comes here, is to be had from any; nor does it nest inside a dual level of the user's.
+        # D a is the gradient of <D' c, a> in c. torch's forward mode would do, but has one level
+        # for all threads, and a second derivative in reverse mode, which comes here, is to be had
+        # from any; nor does it nest inside a dual level of the user's.
         with torch.enable_grad():
             leaves = _leaves(thetas)
             outputs = self.again(*leaves)
@@ -231,7 +232,8 @@ class _Transformable(Function):
         """
         dims, mapped = in_dims[2:], [dim is not None for dim in in_dims[2:]]
         fronts = [t if dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, dims, strict=True)]
-        # The solution's first output follows the parameters; `_Solved` has none, since it is what finds it.
+        # The solution's first output follows the parameters; `_Solved` has none, since it is what
+        # finds it.
         of_one = bool(cls.groups) and not mapped[len(point.ranks)]
         route = cls._one_by_one if of_one else cls._as_one_batch
         results = route(point, needed, info.batch_size, fronts, mapped)
@@ -258,7 +260,8 @@ class _Transformable(Function):
         shapes = [t.shape[is_mapped:] for t, is_mapped in zip(fronts, mapped, strict=True)]
         # The dimensions of the batch that is under way already, before the one that vmap adds.
         lead = max((len(shape) - rank for shape, rank in zip(shapes, ranks, strict=False)), default=0)
-        # A parameter gets the new dimension where it or what is like it is mapped, or its gradient is wanted.
+        # A parameter gets the new dimension where it or what is like it is mapped, or its gradient
+        # is wanted.
         wide = [cls.result == "parameters" and need for need in needed or [False] * len(ranks)]
         for kind, is_mapped in zip(kinds, mapped, strict=True):
             if kind is not None:
@@ -343,7 +346,8 @@ class _Tangent(_Transformable):
     def backward(ctx: Any, *bars: Tensor) -> tuple[Tensor | None, ...]:
         thetas, first, a = _split(ctx.n, ctx.saved_tensors)
         by_theta, _, by_a = _split(ctx.n, ctx.needs_input_grad[2:])
-        # The second derivative in the parameters is not to be worked out where only that in a cotangent is asked for.
+        # The second derivative in the parameters is not to be worked out where only that in a
+        # cotangent is asked for.
         by_theta = [need and is_reached(theta) for need, theta in zip(by_theta, thetas, strict=True)]
         # Of bar' D a:  theta_bar = bar' D^2[a, .],  a_bar = D' bar
         thetas_bar: Sequence[Tensor | None] = [None] * ctx.n

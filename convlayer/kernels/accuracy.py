@@ -26,11 +26,13 @@ class Accuracy:
     sensitive: float = 3e-8
     # A row whose solution is further off has none: NOT_CONVERGED.
     meaningless: float = 1e-2
-    # The inverse, in equilibrated units, is at least this large where rounding moves a solution by `sensitive`.
+    # The inverse, in equilibrated units, is at least this large where rounding moves a solution by
+    # `sensitive`.
     doubtful: float = 1e6
     # Rounding of an entry of a residual is this share of the terms that it is the sum of.
     rounding: float = 2e-16
-    # An error is relative to the solution, or to this share of the data where the solution is smaller.
+    # An error is relative to the solution, or to this share of the data where the solution is
+    # smaller.
     floor: float = 1e-3
     # An entry of a unit null vector is zero up to this.
     hidden: float = 1e-7

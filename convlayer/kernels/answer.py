@@ -29,7 +29,8 @@ class Answer:
     definite: bool = False
     # The outputs as a function of the inputs, see `again`; None: no input is to be differentiated.
     local: Callable[..., tuple[Tensor, ...]] | None = None
-    # (B,) by how much equalities that depend on each other disagree, relative to their right-hand sides.
+    # (B,) by how much equalities that depend on each other disagree, relative to their right-hand
+    # sides.
     apart: Callable[[], Tensor] | None = None
     # Without `local`: the kernel's outputs, from which `outputs` were made.
     constant: tuple[Tensor, ...] | None = None

@@ -25,8 +25,8 @@ from convlayer.solution import Status
 MASSES = {torch.float32: 1e-5, torch.float64: 1e-9}
 # A zero marginal is this share of the total: small enough not to be seen in any other sum.
 ABSENT = 1e-100
-# The Schur complement is factorised up to this length of the shorter side; above, conjugate gradients
-# serve.
+# The Schur complement is factorised up to this length of the shorter side; above, conjugate
+# gradients serve.
 DENSE = 512
 
 
@@ -52,16 +52,17 @@ class _Newton:
     steps: int = 60
     # A row is given up when steps longer than 1 have led it further than this at one temperature.
     far: float = 200.0
-    # A factor serves while log u has moved by at most this since it was made. A step of less that is not
-    # half as long as the one before is rounding.
+    # A factor serves while log u has moved by at most this since it was made. A step of less that
+    # is not half as long as the one before is rounding.
     reuse: float = 0.02
     # Up to this size a new factor costs less than the steps it saves: it serves for less far.
     small: int = 50
     renew: float = 1e-4
     # At the last temperature Newton ends where the error of log u is predicted to be at most this.
     exact: float = 1e-14
-    # A pivot of the scaled Schur complement, whose diagonal is at most 2, is no pivot below this: the row is
-    # flagged, and `shift` added to the diagonal, so that steps along links that rounding hides stay bounded.
+    # A pivot of the scaled Schur complement, whose diagonal is at most 2, is no pivot below this:
+    # the row is flagged, and `shift` added to the diagonal, so that steps along links that rounding
+    # hides stay bounded.
     singular: float = 1e-10
     shift: float = 1e-12
 
@@ -87,7 +88,8 @@ class _Verdict:
     # A row is SOLVED up to this relative residual of the marginals, and INACCURATE up to the other.
     solved: float = 1e-10
     inaccurate: float = 1e-6
-    # Costs / eps up to this are rounded by too little to move an entry of a plan by `ACCURACY.sensitive`.
+    # Costs / eps up to this are rounded by too little to move an entry of a plan by
+    # `ACCURACY.sensitive`.
     sharp: float = 1e8
     # Sweeps that look for rows whose mass has nowhere to go.
     trials: int = 200
@@ -200,7 +202,8 @@ class _Transport(torch.autograd.Function):
         if ctx.flipped:
             P, f, g, kept = P.mT, g, f, kept.mT
         outputs = P.to(ctx.dtype), f.squeeze(1).to(ctx.dtype), g.squeeze(1).to(ctx.dtype)
-        # the output itself is saved where it is the plan: saving a view of it would count as a second tensor
+        # the output itself is saved where it is the plan: saving a view of it would count as a
+        # second tensor
         kept = outputs[0] if task.absent is None and ctx.dtype == kept.dtype else kept
         c = task.c * task.total
         ctx.save_for_backward(kept, plan.factor, plan.rho, c, task.eps)

@@ -36,7 +36,8 @@ class _Limits:
     safe: float = 1e11
     # Up to each size, so many corrections of a solve with the Cholesky factors leave at most 1e-12.
     corrections: tuple[tuple[float, int], ...] = ((1e4, 0), (1e7, 1), (1e11, 2))
-    # Singular values and curvatures below this share of the largest are zero (float32: 8 of its roundings).
+    # Singular values and curvatures below this share of the largest are zero (float32: 8 of its
+    # roundings).
     rank: float = 1e-12
     # A dependent row of Ax = b, and a slope without curvature, vanish to this share of their terms.
     consistent: float = 1e-9
@@ -411,7 +412,8 @@ def _null_space(problem: _Problem, count: int) -> _Singular:
     e, f = D[:, :n], D[:, n:]
     P, A = e.unsqueeze(2) * P * e.unsqueeze(1), f.unsqueeze(2) * A * e.unsqueeze(1)
 
-    # A = U diag(values) V':  A^+ = V diag(1 / values) U' over those that are not zero, Z the rest of V.
+    # A = U diag(values) V':  A^+ = V diag(1 / values) U' over those that are not zero, Z the rest
+    # of V.
     U, values, Vt = torch.linalg.svd(A, full_matrices=True)
     used = values > problem.rank * values.amax(1, keepdim=True) if p else values > 0
     range_x, range_nu = (torch.nn.functional.pad(used, (0, size - used.shape[1])) for size in (n, p))
@@ -453,8 +455,8 @@ def _null_space(problem: _Problem, count: int) -> _Singular:
     apart = _apart(free, g)
     infeasible = apart > problem.consistent
 
-    # UNBOUNDED: a negative curvature, or a slope q + P x along flat directions, at the minimum along
-    # the curved ones: rounding may turn one a little into the other.
+    # UNBOUNDED: a negative curvature, or a slope q + P x along flat directions, at the minimum
+    # along the curved ones: rounding may turn one a little into the other.
     q = -problem.right.x * e.unsqueeze(1)
     x = g @ pinv.mT
     x = x - (q + x @ P) @ G

@@ -163,7 +163,8 @@ class _Eigenspace(Function):
         ctx: Any, Z_bar: Tensor | None, l_bar: Tensor | None, *_: None
     ) -> tuple[Tensor | None, None, None, None]:
         l, U, weight = ctx.saved_tensors
-        # X_bar = left U_a' + U_a left', with a the block, or everything where some row has a tie at the cut
+        # X_bar = left U_a' + U_a left', with a the block, or everything where some row has a tie at
+        # the cut
         block, rest = (ctx.block, ctx.rest) if weight is None else (slice(None), slice(None))
         Ua, Ub = U[..., block], U[..., rest]
         # left = U_b ((U_b'G U_a) / (l_a - l_b)),  and u_k l_bar / 2 for l_k

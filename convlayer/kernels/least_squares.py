@@ -199,7 +199,8 @@ def _solve(problem: _Problem, visible: Tensor | None) -> _Solved:
     if not worst <= ACCURACY.doubtful:
         off = _off(problem, tall, gram.L, fit, corrections)
 
-    # By this way x is of minimum norm where A is wide and no ridge chooses it: a change of rank flags it.
+    # By this way x is of minimum norm where A is wide and no ridge chooses it: a change of rank
+    # flags it.
     chosen = problem.wide and problem.ridge is None
     degenerate = torch.full_like(gram.hard, chosen, dtype=torch.bool)
     if visible is not None and chosen:
@@ -532,7 +533,8 @@ def _pull_back(
         bend = factor.orthogonal.bend(part, x[index], v[index])
     A_bar = b_bar = w_bar = ridge_bar = None
     if needed[0]:
-        # A_bar = W r z' - W A z x' + W A y s', with y = W r here, and the last for rows of deficient rank.
+        # A_bar = W r z' - W A z x' + W A y s', with y = W r here, and the last for rows of
+        # deficient rank.
         A_bar = outer(len(A), (y, -u), (z, x))
         if bend is not None:
             A_bar = add_rows(A_bar, index, outer(len(A), bend[:1], bend[1:]))

@@ -104,7 +104,8 @@ class _Softmax(Function):
         top = theta.amax(-1, keepdim=True) if tau is not None or multiplier else None
         exponent = theta
         if tau is not None and top is not None:
-            # the maximum is subtracted before the division: theta / tau would round the exponent by eps |theta| / tau
+            # the maximum is subtracted before the division: theta / tau would round the exponent by
+            # eps |theta| / tau
             exponent = theta - top
             exponent = exponent.div_(tau) if tau.shape[0] in (1, theta.shape[0]) else exponent / tau
         # p = softmax(theta / tau),  y = r p

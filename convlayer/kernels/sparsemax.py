@@ -155,7 +155,8 @@ def _start(d: Tensor, r: Tensor) -> Tensor:
     bound = torch.maximum((d.sum(-1, keepdim=True) - r).div_(n), -r)
     if n < 8 * BLOCK:
         return bound
-    # the maxima of blocks are some of the entries: the threshold of a part is not above that of the whole
+    # the maxima of blocks are some of the entries: the threshold of a part is not above that of the
+    # whole
     even = n // BLOCK * BLOCK
     maxima = d[:, :even].unflatten(-1, (BLOCK, n // BLOCK)).amax(1)
     if even < n:  # a part without the largest entry, 0, might have none in reach of it

@@ -150,7 +150,8 @@ def _taut_string(x: Tensor, lam: Tensor) -> tuple[Tensor, ...]:
     repairs = count = 0
     while True:
         count += 1
-        # The slopes between the knots:  u = (the segment's sum of x - the rise of the dual) / length.
+        # The slopes between the knots:  u = (the segment's sum of x - the rise of the dual) /
+        # length.
         q = torch.cat([zero, knots.nonzero().squeeze(1)])  # the knots; q[k], q[k + 1] bound segment k
         a, length = anchors[q], torch.diff(q)
         mass = torch.diff(sums.index_select(1, q)).sum(0)
