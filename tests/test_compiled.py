@@ -3,6 +3,8 @@
 import copy
 import gc
 import pickle
+import sys
+import threading
 
 import cvxpy as cp
 import pytest
@@ -326,3 +328,36 @@ def test_solve_in_a_compiled_function_is_left_out_of_its_graph(structure):
     bar = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64)
     found, wanted = (torch.autograd.grad(answer, theta, bar)[0] for answer in (compiled, plain))
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+class Named:
+    """As much of a layer as has a name in graphs."""
+
+    _graph_name = "one of many"
+
+
+def test_a_graph_looks_for_its_layer_while_other_threads_build_theirs():
+    alive = [Named() for _ in range(3000)]  # so many that another thread comes in while they are looked through
+    numbers = [compiled.registered(layer) for layer in alive]
+    looked = threading.Event()
+
+    def build():
+        built = []
+        while not looked.is_set():
+            built.append(Named())
+            numbers.append(compiled.registered(built[-1]))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    builder = threading.Thread(target=build)
+    try:
+        builder.start()
+        for _ in range(40):
+            with pytest.raises(RuntimeError, match="declaration of none"):
+                compiled._layer("of none")
+    finally:
+        looked.set()
+        builder.join()
+        sys.setswitchinterval(interval)
+    assert len(set(numbers)) == len(numbers) > len(alive)
+    assert compiled._layer(Named._graph_name)._graph_name == Named._graph_name

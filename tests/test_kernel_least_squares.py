@@ -352,7 +352,7 @@ def test_numbers_whose_squares_overflow_or_vanish(size):
 def test_a_large_gram_matrix_is_made_in_blocks(monkeypatch):
     data = draw(12, 11)
     whole = least_squares(*data).outputs[0]
-    monkeypatch.setattr(module, "BLOCK", 4)
+    monkeypatch.setattr(module, "GRAM_BLOCK", 4)
     close(least_squares(*data).outputs[0], whole, 1e-13)
 
 

@@ -74,6 +74,17 @@ def test_a_spelling_is_matched_and_agrees_with_the_cone_program(spelling):
     assert bool((found.gradient[exact] < 1e-7).all()), found
 
 
+@pytest.mark.parametrize("spelling", [s for s in SPELLINGS if s.structure in KERNELS], ids=str)
+def test_a_layer_first_called_for_inference_can_be_trained_after_it(spelling):
+    layer, tensors = spelling.layer(), spelling.sample((2,), 3)
+    with torch.inference_mode():
+        seen = [output.clone() for output in layer(*tensors)]
+    inputs = leaves(tensors)
+    outputs = layer(*inputs)
+    assert all(torch.equal(a, b.detach()) for a, b in zip(seen, outputs, strict=True))
+    assert all(g.isfinite().all() for g in torch.autograd.grad(outputs, inputs, weights(outputs)))
+
+
 @pytest.mark.parametrize("spelling", [s for s in SPELLINGS if s.structure == "quadratic_program"], ids=str)
 def test_the_batched_interior_point_agrees_with_the_other_solver(spelling):
     layer, tensors = spelling.layer(solver="interior_point"), spelling.sample((5,), 4)

@@ -11,6 +11,7 @@ kept a copy of the number alone, the adjoint solves again.
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -52,43 +53,74 @@ def _without_tangents() -> None:
         )
 
 
-_living: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()  # by a number of this process
-_found: weakref.WeakValueDictionary[str, Any] = (
-    weakref.WeakValueDictionary()
-)  # by name, those that a graph has asked for
+class _Layers:
+    """The layers of this process, for as long as they live; threads may build and look for them at once."""
+
+    def __init__(self) -> None:
+        self._lock, self._numbers = threading.RLock(), itertools.count(1)
+        self._by_number: weakref.WeakValueDictionary[str, Layer] = weakref.WeakValueDictionary()
+        # Those that a graph has asked for; of several of one content the last that was compiled.
+        self._by_name: weakref.WeakValueDictionary[str, Layer] = weakref.WeakValueDictionary()
+
+    def add(self, layer: Layer) -> str:
+        """A number for it, of this process."""
+        with self._lock:
+            number = str(next(self._numbers))
+            self._by_number[number] = layer
+        return number
+
+    def named(self, number: str) -> str:
+        """The name of the layer with this number, which serves graphs that have the name from now on."""
+        with self._lock:
+            layer = self._by_number[number]
+        # Made only now: building a layer does not wait for its name.
+        name = layer._graph_name
+        with self._lock:
+            self._by_name[name] = layer
+        return name
+
+    def find(self, name: str) -> Layer | None:
+        """A layer of this name: one that has served it, or else the one built last."""
+        with self._lock:
+            layer, alive = self._by_name.get(name), list(self._by_number.values())
+        if layer is not None and layer._graph_name == name:
+            return layer
+        layer = next((layer for layer in reversed(alive) if layer._graph_name == name), None)
+        if layer is not None:
+            with self._lock:
+                self._by_name[name] = layer
+        return layer
+
+
+_layers = _Layers()
+# What adjoints need, by the numbers that stand for it in graphs. One operation of a dict, which
+# threads do not part.
 _kept: dict[int, Local] = {}
 _numbers = itertools.count(1)
 
 
 def registered(layer: Layer) -> str:
     """A number by which the layer's name is found, for as long as it lives."""
-    number = str(next(_numbers))
-    _living[number] = layer
-    return number
+    return _layers.add(layer)
 
 
 def name(number: str, on_failure: str, validate: bool) -> str:
     """The name in a graph of the layer with this number; told what of it may change, so that the compiler looks at it."""
-    layer = _living[number]
-    _found[layer._graph_name] = layer  # of several with this content the last one that was compiled serves
-    return layer._graph_name
+    return _layers.named(number)
 
 
-name._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, which imports the compiler
+# As torch.compiler.assume_constant_result, which imports the compiler.
+name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _layer(wanted: str) -> Layer:
     """A layer of this content."""
-    layer = _found.get(wanted)
-    if layer is None or layer._graph_name != wanted:
-        # Names are made only now: building a layer does not wait for them.
-        layer = next((layer for layer in reversed(list(_living.values())) if layer._graph_name == wanted), None)
-        if layer is None:
-            raise RuntimeError(
-                f"This graph holds a ConvexLayer (declaration {wanted}) that does not exist in this process. Build the layer first, of the same "
-                "problem, parameters, variables and options as the one that was compiled or exported, and keep it while the graph is in use."
-            )
-        _found[wanted] = layer
+    layer = _layers.find(wanted)
+    if layer is None:
+        raise RuntimeError(
+            f"This graph holds a ConvexLayer (declaration {wanted}) that does not exist in this process. Build the layer first, of the same "
+            "problem, parameters, variables and options as the one that was compiled or exported, and keep it while the graph is in use."
+        )
     return layer
 
 
@@ -124,8 +156,8 @@ def _adjoint(
     with recording():
         if local is None:
             _, local = _layer(layer)._evaluate(thetas, None, True)
-        found = local.cotangent(thetas, bars, needed)
-    return [part.clone(memory_format=torch.contiguous_format) for part in found]
+        cotangents = local.cotangent(thetas, bars, needed)
+    return [part.clone(memory_format=torch.contiguous_format) for part in cotangents]
 
 
 @_adjoint.register_fake
@@ -145,8 +177,8 @@ def _save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
 
 def _backward(ctx: Any, bars: Sequence[Tensor]) -> tuple:
     number, *thetas = ctx.saved_tensors
-    found = iter(_adjoint(thetas, number, list(bars[:-1]), ctx.needed, ctx.layer))
-    return [next(found) if need else None for need in ctx.needed], None, None, None
+    cotangents = iter(_adjoint(thetas, number, list(bars[:-1]), ctx.needed, ctx.layer))
+    return [next(cotangents) if need else None for need in ctx.needed], None, None, None
 
 
 _solve.register_autograd(_backward, setup_context=_save)

@@ -12,7 +12,8 @@ With z the solution and D its derivative in the parameters:
     Second      D^2[a, b]               refused
     Mixed       z_bar' D^2[a, .]        refused: it is the derivative of both Tangent and Cotangent in the parameters
 
-vmap adds a batch dimension, which the paths take as they take any other, so that a vmapped layer is one batched solve.
+vmap adds a batch dimension, which the paths take as they take any other, so that a vmapped layer is one batched solve;
+`_Transformable.batched` shows what becomes of the shapes.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from convlayer.autodiff.threads import few_threads_to_differentiate
 from convlayer.autodiff.torch_internals import in_vmap_alone, is_reached, is_view
 
 Tensors = Sequence[Tensor]
+# What a third derivative is answered with.
 THIRD = "ConvexLayer can be differentiated twice, not three times: a third derivative is not implemented, and would be wrong."
 
 
@@ -80,6 +82,7 @@ class Recorded(Local):
 
     @_on_one_thread
     def cotangent(self, thetas: Tensors, bars: Tensors, needed: Sequence[bool]) -> list[Tensor]:
+        # D' bars
         bars = self.guard(bars)
         if all(theta.shape == leaf.shape for theta, leaf in zip(thetas, self.leaves, strict=True)):
             return pulled(self.outputs, _only(self.leaves, needed), bars, retain_graph=True)
@@ -89,8 +92,9 @@ class Recorded(Local):
 
     @_on_one_thread
     def tangent(self, thetas: Tensors, a: Tensors) -> list[Tensor]:
-        # D a is the gradient of <D' c, a> in c. torch's forward mode would do, but has one level for all threads, and a second
-        # derivative in reverse mode, which comes here, is to be had from any; nor does it nest inside a dual level of the user's.
+        # D a is the gradient of <D' c, a> in c. torch's forward mode would do, but has one level
+        # for all threads, and a second derivative in reverse mode, which comes here, is to be had
+        # from any; nor does it nest inside a dual level of the user's.
         with torch.enable_grad():
             leaves = _leaves(thetas)
             outputs = self.again(*leaves)
@@ -100,6 +104,7 @@ class Recorded(Local):
     @_on_one_thread
     def second(self, thetas: Tensors, a: Tensors, b: Tensors) -> list[Tensor]:
         def tangent(*at: Tensor) -> tuple[Tensor, ...]:
+            """D a there."""
             return torch.func.jvp(lambda *x: tuple(self.again(*x)), at, tuple(a))[1]
 
         return self.spoil(torch.func.jvp(tangent, tuple(theta.detach() for theta in thetas), tuple(b))[1])
@@ -108,8 +113,9 @@ class Recorded(Local):
     def mixed(self, thetas: Tensors, bars: Tensors, a: Tensors, needed: Sequence[bool]) -> list[Tensor]:
         with torch.enable_grad():
             leaves = _leaves(thetas)
-            found = pulled(self.again(*leaves), leaves, self.guard(bars), create_graph=True)
-            return pulled(found, _only(leaves, needed), a)
+            # The gradient of <D' bars, a>.
+            cotangents = pulled(self.again(*leaves), leaves, self.guard(bars), create_graph=True)
+            return pulled(cotangents, _only(leaves, needed), a)
 
 
 def _leaves(thetas: Tensors) -> list[Tensor]:
@@ -127,11 +133,11 @@ def pulled(outputs: Tensors, inputs: Tensors, bars: Sequence[Tensor | None], **o
     if not pairs or not inputs:
         return [torch.zeros_like(x) for x in inputs]
     ends, starts = zip(*pairs, strict=True)
-    found = torch.autograd.grad(ends, inputs, starts, allow_unused=True, **options)
-    return [torch.zeros_like(x) if part is None else part for x, part in zip(inputs, found, strict=True)]
+    gradients = torch.autograd.grad(ends, inputs, starts, allow_unused=True, **options)
+    return _filled(gradients, inputs)
 
 
-class Point:
+class EvaluationPoint:
     """One call: how it is solved, and what is known once it is."""
 
     def __init__(
@@ -157,7 +163,7 @@ class Point:
         self._local = local
 
 
-def solved(point: Point, thetas: Tensors) -> tuple[Tensor, ...]:
+def solved(point: EvaluationPoint, thetas: Tensors) -> tuple[Tensor, ...]:
     """The solution, and what else there is to say, differentiable in every way; for parameters that are transformed."""
     point.recorded = not in_vmap_alone()
     return _Solved.apply(point, None, *thetas)
@@ -168,7 +174,7 @@ def anew(
 ) -> tuple[Tensor, ...]:
     """What `solve` finds for these parameters, differentiable in every way; it is called outside of any transform."""
     # Views: of a leaf it cannot be told whether a backward pass goes on to it, see `is_reached`.
-    return _Solved.apply(Point([t.ndim for t in thetas], solve), None, *(t.view_as(t) for t in thetas))
+    return _Solved.apply(EvaluationPoint([t.ndim for t in thetas], solve), None, *(t.view_as(t) for t in thetas))
 
 
 def known(solution: Tensors, local: Callable[[], Local], thetas: Tensors) -> tuple[Tensor, ...]:
@@ -177,7 +183,7 @@ def known(solution: Tensors, local: Callable[[], Local], thetas: Tensors) -> tup
 
 
 def pulled_back(
-    point: Point, thetas: Tensors, first: Tensor, bars: Tensors, needed: Sequence[bool]
+    point: EvaluationPoint, thetas: Tensors, first: Tensor, bars: Tensors, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """Cotangents of the parameters from those of the solution, of which `first` is the first output; differentiable once more."""
     return (
@@ -202,44 +208,83 @@ class _Transformable(Function):
         ctx.save_for_forward(*tensors)
 
     @classmethod
-    def batched(cls, info: Any, in_dims: tuple, point: Point, needed: Any, *tensors: Tensor) -> tuple[Any, Any]:
-        """Where the solution is batched, by a new leading batch dimension. Where only tangents or cotangents are, one by one, with
-        the same factor."""
-        size, ranks, dims = info.batch_size, point.ranks, in_dims[2:]
+    def batched(
+        cls, info: Any, in_dims: tuple, point: EvaluationPoint, needed: Any, *tensors: Tensor
+    ) -> tuple[Any, Any]:
+        """vmap of this function, over any of its tensors.
+
+        Where the parameters are mapped, and the solution with them, it is one call for the whole of it: the paths
+        take a batch dimension more. Where only tangents or cotangents are mapped, as by jacrev, the solution is one,
+        and they go one by one, with its factor.
+
+        Example. A layer of A (3, 2), b (3,), c (2,) with a solution x (2,) is called with a batch of 7 for A and b,
+        and mapped five times over b; this is the cotangent, of which A's and b's gradients are needed:
+
+            tensor   from vmap       to the call     why
+            b        (7, 5, 3) at 1  (5, 7, 3)       what is mapped comes first, before the batch
+            A        (7, 3, 2)       (5, 7, 3, 2)    a gradient is wanted for each of the five
+            c        (2,)            (2,)            one serves all: the call broadcasts it
+            x        (5, 7, 2) at 0  (5, 7, 2)       the solution, mapped since b is
+            x_bar    (7, 2)          (5, 7, 2)       what is like the solution has its shape
+
+        and the results are A_bar (5, 7, 3, 2) and b_bar (5, 7, 3), mapped at 0. Were c mapped, (5, 2), and not b, it
+        would become (5, 1, 2): without the one, its five would be taken for the batch.
+        """
+        dims, mapped = in_dims[2:], [dim is not None for dim in in_dims[2:]]
         fronts = [t if dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, dims, strict=True)]
-        if cls.groups and dims[len(ranks)] is None:
-            if not size:  # of outputs without entries: one of zeros tells the shapes
-                fronts = [
-                    t if dim is None else t.new_zeros(1, *t.shape[1:]) for t, dim in zip(fronts, dims, strict=True)
-                ]
-            rows = (
-                [t if dim is None else t[k] for t, dim in zip(fronts, dims, strict=True)] for k in range(max(size, 1))
-            )
-            parts = zip(*(cls.apply(point, needed, *row) for row in rows), strict=True)
-            results = [torch.stack(part)[:size] for part in parts]
-            return tuple(results), (0,) * len(results)
-        kinds = cls._kinds(len(ranks), len(tensors))
-        wide = [cls.result == "parameters" and need for need in needed or [False] * len(ranks)]
-        for kind, dim in zip(kinds, dims, strict=True):
-            if kind is not None:
-                wide[kind] = wide[kind] or dim is not None
-        shapes = [t.shape[dim is not None :] for t, dim in zip(fronts, dims, strict=True)]
-        lead = max((len(shape) - rank for shape, rank in zip(shapes, ranks, strict=False)), default=0)
-        lowered = []
-        for t, dim, kind, shape in zip(fronts, dims, kinds, shapes, strict=True):
-            if kind is None:
-                lowered.append(t if dim is not None else t.expand(size, *shape))
-            elif wide[kind]:
-                ones = [1] * (lead - len(shape) + ranks[kind])
-                t = t.reshape(1 if dim is None else size, *ones, *shape)
-                lowered.append(t.expand(size, *t.shape[1:]))
-            else:
-                lowered.append(t)
-        results = cls.apply(point, needed, *lowered)
-        if cls.result == "parameters":
-            wanted = [shape for shape, need in zip(shapes, needed, strict=False) if need]
-            results = [part.reshape(size, *shape) for part, shape in zip(results, wanted, strict=True)]
+        # The solution's first output follows the parameters; `_Solved` has none, since it is what
+        # finds it.
+        of_one = bool(cls.groups) and not mapped[len(point.ranks)]
+        route = cls._one_by_one if of_one else cls._as_one_batch
+        results = route(point, needed, info.batch_size, fronts, mapped)
         return tuple(results), (0,) * len(results)
+
+    @classmethod
+    def _one_by_one(
+        cls, point: EvaluationPoint, needed: Any, size: int, fronts: list[Tensor], mapped: list[bool]
+    ) -> list[Tensor]:
+        if not size:  # of outputs without entries: one of zeros tells the shapes
+            pairs = zip(fronts, mapped, strict=True)
+            fronts = [t.new_zeros(1, *t.shape[1:]) if is_mapped else t for t, is_mapped in pairs]
+        rows = []
+        for k in range(max(size, 1)):
+            row = [t[k] if is_mapped else t for t, is_mapped in zip(fronts, mapped, strict=True)]
+            rows.append(cls.apply(point, needed, *row))
+        return [torch.stack(parts)[:size] for parts in zip(*rows, strict=True)]
+
+    @classmethod
+    def _as_one_batch(
+        cls, point: EvaluationPoint, needed: Any, size: int, fronts: list[Tensor], mapped: list[bool]
+    ) -> list[Tensor]:
+        ranks, kinds = point.ranks, cls._kinds(len(point.ranks), len(fronts))
+        shapes = [t.shape[is_mapped:] for t, is_mapped in zip(fronts, mapped, strict=True)]
+        # The dimensions of the batch that is under way already, before the one that vmap adds.
+        lead = max((len(shape) - rank for shape, rank in zip(shapes, ranks, strict=False)), default=0)
+        # A parameter gets the new dimension where it or what is like it is mapped, or its gradient
+        # is wanted.
+        wide = [cls.result == "parameters" and need for need in needed or [False] * len(ranks)]
+        for kind, is_mapped in zip(kinds, mapped, strict=True):
+            if kind is not None:
+                wide[kind] = wide[kind] or is_mapped
+
+        def entered(t: Tensor, is_mapped: bool, kind: int | None, shape: torch.Size) -> Tensor:
+            """As the call wants it."""
+            if kind is None:
+                return t if is_mapped else t.expand(size, *shape)
+            if not wide[kind]:
+                return t
+            ones = [1] * (lead - len(shape) + ranks[kind])
+            t = t.reshape(size if is_mapped else 1, *ones, *shape)
+            return t.expand(size, *t.shape[1:])
+
+        everything = zip(fronts, mapped, kinds, shapes, strict=True)
+        results = cls.apply(point, needed, *(entered(*one) for one in everything))
+        if cls.result == "solution":
+            return list(results)
+        # Without the ones that stood for dimensions which this parameter does not have.
+        wanted = [shape for shape, need in zip(shapes, needed, strict=False) if need]
+        both = zip(results, wanted, strict=True)
+        return [part.reshape(size, *shape) for part, shape in both]
 
     @classmethod
     def _kinds(cls, n: int, total: int) -> list[int | None]:
@@ -255,8 +300,10 @@ class _Transformable(Function):
 
 
 class _Solved(_Transformable):
+    """z, and what else there is to say of its rows."""
+
     @staticmethod
-    def forward(point: Point, needed: None, *thetas: Tensor) -> tuple[Tensor, ...]:
+    def forward(point: EvaluationPoint, needed: None, *thetas: Tensor) -> tuple[Tensor, ...]:
         assert point.solve is not None
         differentiable = point.recorded or any(theta.requires_grad for theta in thetas)
         outputs, rest, point.local = point.solve(thetas, differentiable)
@@ -273,21 +320,25 @@ class _Solved(_Transformable):
 
     @staticmethod
     def backward(ctx: Any, *bars: Tensor) -> tuple[Tensor | None, ...]:
+        # theta_bar = D' z_bar
         point, needed = ctx.point, ctx.needs_input_grad[2:]
         return None, None, *_spread(_Cotangent.apply(point, needed, *ctx.saved_tensors, *bars[: point.outputs]), needed)
 
     @staticmethod
     def jvp(ctx: Any, _: None, __: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        # dz = D dtheta
         *thetas, first = ctx.saved_tensors
-        found = _Tangent.apply(ctx.point, None, *thetas, first, *_filled(tangents, thetas))
-        return *found, *[None] * (ctx.total - len(found))
+        dz = _Tangent.apply(ctx.point, None, *thetas, first, *_filled(tangents, thetas))
+        return *dz, *[None] * (ctx.total - len(dz))
 
 
 class _Tangent(_Transformable):
+    """D a."""
+
     groups = ("parameters",)
 
     @staticmethod
-    def forward(point: Point, needed: None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(point: EvaluationPoint, needed: None, *tensors: Tensor) -> tuple[Tensor, ...]:
         thetas, _, a = _split(len(point.ranks), tensors)
         return _apart(point.local.tangent(thetas, a))
 
@@ -295,8 +346,10 @@ class _Tangent(_Transformable):
     def backward(ctx: Any, *bars: Tensor) -> tuple[Tensor | None, ...]:
         thetas, first, a = _split(ctx.n, ctx.saved_tensors)
         by_theta, _, by_a = _split(ctx.n, ctx.needs_input_grad[2:])
-        # The second derivative in the parameters is not to be worked out where only that in a cotangent is asked for.
+        # The second derivative in the parameters is not to be worked out where only that in a
+        # cotangent is asked for.
         by_theta = [need and is_reached(theta) for need, theta in zip(by_theta, thetas, strict=True)]
+        # Of bar' D a:  theta_bar = bar' D^2[a, .],  a_bar = D' bar
         thetas_bar: Sequence[Tensor | None] = [None] * ctx.n
         a_bar: Sequence[Tensor | None] = [None] * ctx.n
         if any(by_theta):
@@ -309,6 +362,7 @@ class _Tangent(_Transformable):
     def jvp(ctx: Any, _: None, __: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
         thetas, first, a = _split(ctx.n, ctx.saved_tensors)
         d_thetas, _first, d_a = _split(ctx.n, tangents)
+        # d(D a) = D^2[a, dtheta] + D da
         parts = []
         if _any(d_thetas):
             parts.append(_Second.apply(ctx.point, None, *thetas, first, *a, *_filled(d_thetas, thetas)))
@@ -318,11 +372,13 @@ class _Tangent(_Transformable):
 
 
 class _Cotangent(_Transformable):
+    """D' z_bar."""
+
     groups = ("solution",)
     result = "parameters"
 
     @staticmethod
-    def forward(point: Point, needed: Sequence[bool], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(point: EvaluationPoint, needed: Sequence[bool], *tensors: Tensor) -> tuple[Tensor, ...]:
         thetas, _, bars = _split(len(point.ranks), tensors)
         return _apart(point.local.cotangent(thetas, bars, needed))
 
@@ -331,6 +387,7 @@ class _Cotangent(_Transformable):
         thetas, first, bars = _split(ctx.n, ctx.saved_tensors)
         by_theta, _, by_bars = _split(ctx.n, ctx.needs_input_grad[2:])
         by_theta = [need and is_reached(theta) for need, theta in zip(by_theta, thetas, strict=True)]
+        # Of a' D' z_bar:  theta_bar = z_bar' D^2[a, .],  the cotangent of z_bar = D a
         direction = _filled(_spread(a, ctx.needed), thetas)
         thetas_bar: Sequence[Tensor | None] = [None] * ctx.n
         bars_bar: Sequence[Tensor | None] = [None] * len(bars)
@@ -344,6 +401,7 @@ class _Cotangent(_Transformable):
     def jvp(ctx: Any, _: None, __: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
         thetas, first, bars = _split(ctx.n, ctx.saved_tensors)
         d_thetas, _first, d_bars = _split(ctx.n, tangents)
+        # d(D' z_bar) = z_bar' D^2[dtheta, .] + D' dz_bar
         parts = []
         if _any(d_thetas):
             parts.append(_Mixed.apply(ctx.point, ctx.needed, *thetas, first, *bars, *_filled(d_thetas, thetas)))
@@ -353,6 +411,8 @@ class _Cotangent(_Transformable):
 
 
 class _Last(_Transformable):
+    """What has no derivative here."""
+
     @staticmethod
     def backward(ctx: Any, *bars: Tensor) -> None:
         raise RuntimeError(THIRD)
@@ -363,21 +423,25 @@ class _Last(_Transformable):
 
 
 class _Second(_Last):
+    """D^2[a, b]."""
+
     groups = ("parameters", "parameters")
 
     @staticmethod
-    def forward(point: Point, needed: None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(point: EvaluationPoint, needed: None, *tensors: Tensor) -> tuple[Tensor, ...]:
         n = len(point.ranks)
         thetas, _, directions = _split(n, tensors)
         return _apart(point.local.second(thetas, directions[:n], directions[n:]))
 
 
 class _Mixed(_Last):
+    """z_bar' D^2[a, .]."""
+
     groups = ("solution", "parameters")
     result = "parameters"
 
     @staticmethod
-    def forward(point: Point, needed: Sequence[bool], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(point: EvaluationPoint, needed: Sequence[bool], *tensors: Tensor) -> tuple[Tensor, ...]:
         n = len(point.ranks)
         thetas, _, rest = _split(n, tensors)
         bars, a = rest[: len(rest) - n], rest[len(rest) - n :]
@@ -409,6 +473,7 @@ def _spread(parts: Tensors, needed: Sequence[bool]) -> list[Tensor | None]:
 
 
 def _filled(parts: Sequence[Tensor | None], like: Tensors) -> list[Tensor]:
+    """Zeros where there is none."""
     return [torch.zeros_like(x) if part is None else part for part, x in zip(parts, like, strict=True)]
 
 

@@ -16,10 +16,16 @@ import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-SMALL = 5e7  # operations of a call up to which it runs on one thread: less time than a second one may take to come
-A_NUMBER = 50  # operations, at most, of a derivative for each number that it reads
-WORTH_SHARING = 1e9  # flops of one operation from which more than one torch thread pays
-_own = threading.local()  # .counts: what one_thread found; .alone: whether it holds now
+# A call of at most so many operations runs on one thread: it takes less time than a second one may
+# take to come.
+ALONE = 5e7
+# A derivative takes at most so many operations for each number that it reads.
+PER_NUMBER = 50
+# More than one torch thread pays for one operation of more flops than this.
+WORTH_SHARING = 1e9
+# Of each thread `.counts`, the threads that the outermost `one_thread` found, and `.alone`, whether it
+# holds now.
+_own = threading.local()
 
 
 @cache
@@ -30,6 +36,7 @@ def cores() -> int:
 
 @cache
 def _libraries() -> list:
+    """The OpenMP libraries of this process, whose settings are each thread's own."""
     return [library for library in ThreadpoolController().lib_controllers if library.user_api == "openmp"]
 
 
@@ -64,13 +71,13 @@ def is_alone() -> bool:
 
 
 def few_threads(operations: float) -> AbstractContextManager:
-    """One thread for work of no more than SMALL operations: flops, or numbers read. The whole of the library's measure of that."""
-    return nullcontext() if is_alone() or operations > SMALL else one_thread()
+    """One thread for work of no more than ALONE operations: flops, or numbers read. The whole of the library's measure of that."""
+    return nullcontext() if is_alone() or operations > ALONE else one_thread()
 
 
 def few_threads_to_differentiate(tensors: Iterable[Tensor | None]) -> AbstractContextManager:
     """The same for a derivative that reads these."""
-    return few_threads(A_NUMBER * sum(tensor.numel() for tensor in tensors if tensor is not None))
+    return few_threads(PER_NUMBER * sum(tensor.numel() for tensor in tensors if tensor is not None))
 
 
 class _Shared:

@@ -14,7 +14,8 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 functorch: Any = torch._C._functorch
-# Inside an operator torch records nothing, whatever its grad mode: there the dispatcher passes autograd by. As it is here it does not.
+# Inside an operator torch records nothing, whatever its grad mode: there the dispatcher passes
+# autograd by. As it is here it does not.
 _OUTSIDE = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
 
 

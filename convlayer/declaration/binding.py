@@ -27,7 +27,9 @@ class Kept(dict):
         place = (key, dtype, like.device)
         tensor = self.get(place)
         if tensor is None:
-            tensor = self[place] = torch.from_numpy(np.ascontiguousarray(array)).to(like.device, dtype)
+            with torch.inference_mode(False):  # it serves calls that are differentiated too
+                found = torch.from_numpy(np.ascontiguousarray(array)).to(like.device, dtype)
+            tensor = self.setdefault(place, found)  # atomic: threads that meet here take the same one
         return tensor
 
     def __reduce__(self):

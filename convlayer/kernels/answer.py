@@ -15,15 +15,25 @@ from convlayer.solution import Status
 class Answer:
     """The solution of a batch by a kernel; None stands for what holds for every row of a closed form."""
 
-    outputs: tuple[Tensor, ...]  # (B, ...) each: the primal solution, then the duals, as the kernel's docstring says
-    status: Tensor | None = None  # (B,) int64, values of Status; None: every row is SOLVED
-    iterations: Tensor | None = None  # (B,) int64; None: a closed form, 0
-    residual: Tensor | None = None  # (B,) float64, relative residual of the optimality conditions; None: rounding, 0
-    degenerate: Tensor | None = None  # (B,) bool, rows differentiated one-sidedly or least-norm; None: nowhere
-    definite: bool = False  # the kernel has found its matrices positive definite, all of them
-    local: Callable[..., tuple[Tensor, ...]] | None = None  # `outputs` again, see `again`; None: no input is to be differentiated
-    apart: Callable[[], Tensor] | None = None  # (B,) by how much equalities that depend on each other disagree, relative to their right-hand sides
-    constant: tuple[Tensor, ...] | None = None  # without `local`: the kernel's outputs, from which `outputs` were made
+    # (B, ...) each: the primal solution, then the duals, as the kernel's docstring says.
+    outputs: tuple[Tensor, ...]
+    # (B,) int64, values of Status; None: every row is SOLVED.
+    status: Tensor | None = None
+    # (B,) int64; None: a closed form, 0.
+    iterations: Tensor | None = None
+    # (B,) float64, relative residual of the optimality conditions; None: rounding, 0.
+    residual: Tensor | None = None
+    # (B,) bool, rows differentiated one-sidedly or least-norm; None: nowhere.
+    degenerate: Tensor | None = None
+    # The kernel has found its matrices positive definite, all of them.
+    definite: bool = False
+    # The outputs as a function of the inputs, see `again`; None: no input is to be differentiated.
+    local: Callable[..., tuple[Tensor, ...]] | None = None
+    # (B,) by how much equalities that depend on each other disagree, relative to their right-hand
+    # sides.
+    apart: Callable[[], Tensor] | None = None
+    # Without `local`: the kernel's outputs, from which `outputs` were made.
+    constant: tuple[Tensor, ...] | None = None
 
     def unsettled(self, rows: Tensor | None) -> Answer:
         """With these rows (B or 1,) bool, if any, left to the cone program."""
@@ -34,9 +44,8 @@ class Answer:
 
     def flagged(self) -> Answer:
         """With every row differentiated by rule."""
-        return replace(
-            self, degenerate=torch.ones(len(self.outputs[0]), dtype=torch.bool, device=self.outputs[0].device)
-        )
+        first = self.outputs[0]
+        return replace(self, degenerate=torch.ones(len(first), dtype=torch.bool, device=first.device))
 
     def again(self, *inputs: Tensor | None) -> Answer:
         """The same answer for the same inputs, in plain torch operations with the kernel's own factor: its first and second

@@ -16,32 +16,89 @@ import torch
 from torch import Tensor
 
 from convlayer.autodiff.once import once_differentiable
+from convlayer.kernels.accuracy import ACCURACY
 from convlayer.kernels.answer import Answer
+from convlayer.kernels.batches import movement, sum_to
 from convlayer.solution import Status
 
-MASSES = {torch.float32: 1e-5, torch.float64: 1e-9}  # the marginals' totals may differ by this share
-ABSENT = 1e-100  # of the total: the mass that stands for a zero marginal, small enough not to be seen in any other sum
-SPREAD = 30.0  # exponents within this range need no continuation
-COOLING = 4.0  # ratio of successive temperatures
-SWEEPS = 10  # of Sinkhorn at each temperature; Newton takes fewer than five steps from there
-BASIN = 0.1  # the last Newton step in the potentials / temperature, at every temperature but the last
-STEPS = 60  # of Newton at one temperature, at most
-FAR = 200.0  # the way of log u in steps longer than 1 at one temperature at which a row is given up
-REUSE = 0.02  # the factor serves while the potentials / eps have moved by less;
-SMALL, RENEW = 50, 1e-4  # up to this size a new one costs less than the steps it saves: then by less than this
-EXACT = 1e-14  # predicted error of the potentials / eps at which Newton ends
-ROUNDING = 1e-11  # a residual below this that stops falling is rounding
-SOLVED, INACCURATE = 1e-10, 1e-6  # relative residual of the marginals
-SHARP = 1e8  # costs / eps up to which their rounding moves no entry of a plan by as much as SENSITIVE
-SENSITIVE, MEANINGLESS = 3e-8, 1e-2  # relative errors above which a row is flagged, and no solution
-UNIT = 2e-16  # the rounding of costs / eps
-SINGULAR = 1e-10  # a pivot of the Schur complement, scaled to diagonal at most 2, below this is flagged,
-SHIFT = 1e-12  # and this is added to the diagonal: steps along links that rounding hides stay bounded
-DENSE = 512  # the shorter side up to which the Schur complement is factorised
-INEXACT, ADJOINT = 1e-4, 1e-14  # relative residual of conjugate gradients, in a Newton step and in the backward pass
-CANCELLED = 1e-3  # of P o V: a derivative smaller than this is worked out to its own digits
-TRIALS = 200  # sweeps that look for rows whose mass has nowhere to go
-GRADIENTS = 3000  # steps of conjugate gradients, at most
+# The totals of the two marginals may differ by this share.
+MASSES = {torch.float32: 1e-5, torch.float64: 1e-9}
+# A zero marginal is this share of the total: small enough not to be seen in any other sum.
+ABSENT = 1e-100
+# The Schur complement is factorised up to this length of the shorter side; above, conjugate
+# gradients serve.
+DENSE = 512
+
+
+@dataclass(frozen=True)
+class _Continuation:
+    """The way from a high temperature, where the problem is easy, to that of the problem."""
+
+    # Costs / temperature in a range of at most this need no higher temperature.
+    spread: float = 30.0
+    # The ratio of successive temperatures.
+    cooling: float = 4.0
+    # Sweeps of Sinkhorn at each temperature: Newton takes fewer than five steps from there.
+    sweeps: int = 10
+    # Newton ends with a step of at most this in log u, at every temperature but the last.
+    basin: float = 0.1
+
+
+@dataclass(frozen=True)
+class _Newton:
+    """Steps in log u, which is the potential / temperature."""
+
+    # No more steps are taken at one temperature.
+    steps: int = 60
+    # A row is given up when steps longer than 1 have led it further than this at one temperature.
+    far: float = 200.0
+    # A factor serves while log u has moved by at most this since it was made. A step of less that
+    # is not half as long as the one before is rounding.
+    reuse: float = 0.02
+    # Up to this size a new factor costs less than the steps it saves: it serves for less far.
+    small: int = 50
+    renew: float = 1e-4
+    # At the last temperature Newton ends where the error of log u is predicted to be at most this.
+    exact: float = 1e-14
+    # A pivot of the scaled Schur complement, whose diagonal is at most 2, is no pivot below this:
+    # the row is flagged, and `shift` added to the diagonal, so that steps along links that rounding
+    # hides stay bounded.
+    singular: float = 1e-10
+    shift: float = 1e-12
+
+
+@dataclass(frozen=True)
+class _Conjugate:
+    """Conjugate gradients, where the Schur complement is not factorised; residuals are relative."""
+
+    # They end at this residual in a step of Newton's method.
+    inexact: float = 1e-4
+    # They end at this residual in a derivative.
+    adjoint: float = 1e-14
+    # No more steps are taken.
+    steps: int = 3000
+    # The preconditioner divides by the diagonal, or by this where that is smaller.
+    diagonal: float = 1e-11
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """What makes a row what it is, beside the relative errors of `ACCURACY`."""
+
+    # A row is SOLVED up to this relative residual of the marginals, and INACCURATE up to the other.
+    solved: float = 1e-10
+    inaccurate: float = 1e-6
+    # Costs / eps up to this are rounded by too little to move an entry of a plan by
+    # `ACCURACY.sensitive`.
+    sharp: float = 1e8
+    # Sweeps that look for rows whose mass has nowhere to go.
+    trials: int = 200
+
+
+CONTINUATION, NEWTON, CONJUGATE, VERDICT = _Continuation(), _Newton(), _Conjugate(), _Verdict()
+# A derivative smaller than this share of the terms that it is the difference of is worked out to
+# its own digits.
+CANCELLED = 1e-3
 
 
 def entropic_optimal_transport(
@@ -90,7 +147,7 @@ def entropic_optimal_transport(
         return Answer(outputs, local=_nothing if outputs[0].requires_grad else None)
     held: list[_Held] = []
     P, f, g, status, iterations, residual, degenerate = _Transport.apply(held, M, r, c, eps)
-    local = partial(_again, held[0], f, g) if P.requires_grad else None
+    local = partial(_by_chord_steps, held[0], f, g) if P.requires_grad else None
     return Answer((P, f, g), status, iterations, residual, degenerate, local=local, apart=partial(_apart, r, c, len(P)))
 
 
@@ -107,7 +164,7 @@ def _nothing(M: Tensor, r: Tensor, c: Tensor, eps: Tensor) -> tuple[Tensor, Tens
 
 
 class _Held(NamedTuple):
-    """What `_again` reads, all of it kept for backward too; m <= n."""
+    """What `_by_chord_steps` reads, all of it kept for backward too; m <= n."""
 
     P: Tensor
     factor: Tensor
@@ -121,10 +178,13 @@ class _Held(NamedTuple):
 
 
 class _Transport(torch.autograd.Function):
+    """The plan and the potentials, with the first derivative by the factor of the last Newton step."""
+
     @staticmethod
     def forward(ctx: Any, held: list[_Held], M: Tensor, r: Tensor, c: Tensor, eps: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.inputs, ctx.dtype, ctx.flipped = (M.shape, r.shape, c.shape, eps.shape), M.dtype, M.shape[1] > M.shape[2]
+        ctx.sizes, ctx.dtype = (len(M), len(r), len(c), len(eps)), M.dtype
+        ctx.flipped = M.shape[1] > M.shape[2]
         if ctx.flipped:
             M, r, c = M.mT, c, r
         task = _posed(M, r, c, eps)
@@ -142,7 +202,8 @@ class _Transport(torch.autograd.Function):
         if ctx.flipped:
             P, f, g, kept = P.mT, g, f, kept.mT
         outputs = P.to(ctx.dtype), f.squeeze(1).to(ctx.dtype), g.squeeze(1).to(ctx.dtype)
-        # the output itself is saved where it is the plan: saving a view of it would count as a second tensor
+        # the output itself is saved where it is the plan: saving a view of it would count as a
+        # second tensor
         kept = outputs[0] if task.absent is None and ctx.dtype == kept.dtype else kept
         c = task.c * task.total
         ctx.save_for_backward(kept, plan.factor, plan.rho, c, task.eps)
@@ -160,6 +221,8 @@ class _Transport(torch.autograd.Function):
         P, factor, rho, c, eps = ctx.saved_tensors
         if ctx.flipped:
             P, P_bar, f_bar, g_bar = P.mT, None if P_bar is None else P_bar.mT, g_bar, f_bar
+
+        # q1 = (P o V) 1 + eps f_bar,  q2 = (P o V)'1 + eps g_bar
         PV, q1, q2 = None, torch.zeros_like(rho), torch.zeros_like(c)
         if P_bar is not None:
             PV = P * P_bar
@@ -169,8 +232,12 @@ class _Transport(torch.autograd.Function):
             dg = q2.new_zeros(q2.shape) if g_bar is None else g_bar.to(q2.dtype).unsqueeze(1)
             df, dg = _balanced(df, dg, ctx.blocks, ctx.absent)
             q1, q2 = torch.addcmul(q1, eps, df), torch.addcmul(q2, eps, dg)
-        a = _adjoint(P, factor, rho, c, q1 - torch.bmm(q2 / c, P.mT), ctx.refinements, ctx.blocks)
-        a, b = _balanced(a, (q2 - torch.bmm(a, P)) / c, ctx.blocks, None)
+
+        # dr = a,  dc = b
+        a, b = _eliminated(P, factor, rho, c, q1, q2, ctx.refinements, ctx.blocks)
+        a, b = _balanced(a, b, ctx.blocks, None)
+
+        # dM = -P o (V - a 1' - 1 b') / eps,  deps = <dM, log P + 1>
         dM = deps = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[4]:
             if P_bar is None or PV is None or f_bar is not None or g_bar is not None:
@@ -181,17 +248,46 @@ class _Transport(torch.autograd.Function):
             if ctx.absent is not None:
                 dM = dM.masked_fill_(ctx.absent[0].mT | ctx.absent[1], 0.0)
             if ctx.needs_input_grad[4]:
-                deps = (P.clamp_min(torch.finfo(P.dtype).tiny).log_().add_(1.0).mul_(dM)).sum((1, 2))
+                log_P = P.clamp_min(torch.finfo(P.dtype).tiny).log_()
+                deps = log_P.add_(1.0).mul_(dM).sum((1, 2))
+
         if ctx.flipped:
             dM, a, b = None if dM is None else dM.mT, b, a
         gradients = (dM, a.squeeze(1), b.squeeze(1), deps)
-        needed = zip(gradients, ctx.inputs, ctx.needs_input_grad[1:], strict=True)
-        found = (_gathered(t, shape).to(ctx.dtype) if t is not None and need else None for t, shape, need in needed)
-        return None, *found
+        needed = zip(gradients, ctx.sizes, ctx.needs_input_grad[1:], strict=True)
+        bars = (
+            sum_to(size, t).to(ctx.dtype) if t is not None and need else None
+            for t, size, need in needed
+        )
+        return None, *bars
+
+
+def _eliminated(
+    P: Tensor,
+    factor: Tensor,
+    rho: Tensor,
+    c: Tensor,
+    q1: Tensor,
+    q2: Tensor,
+    refinements: int,
+    blocks: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """(a, b) with diag(rho) a + P b = q1 and P'a + diag(c) b = q2:  S a = q1 - P (q2 / c),  b = (q2 - P'a) / c."""
+    right = q1 - torch.bmm(q2 / c, P.mT)
+    a = _adjoint(P, factor, rho, c, right, refinements, blocks)
+    return a, (q2 - torch.bmm(a, P)) / c
 
 
 def _centred(
-    P: Tensor, V: Tensor, PV: Tensor, a: Tensor, b: Tensor, factor: Tensor, rho: Tensor, c: Tensor, ctx: Any
+    P: Tensor,
+    V: Tensor,
+    PV: Tensor,
+    a: Tensor,
+    b: Tensor,
+    factor: Tensor,
+    rho: Tensor,
+    c: Tensor,
+    ctx: Any,
 ) -> Tensor:
     """P o (V - a 1' - 1 b'). Where it nearly cancels, as it does for a plan near a vertex, it is centred once more: the operator
     that takes V there is as small as its result, and so is what it makes of the rounding in V - a 1' - 1 b'."""
@@ -199,14 +295,9 @@ def _centred(
     PW = P * W
     if bool((PW.abs().amax((1, 2)) < CANCELLED * PV.abs().amax((1, 2))).any()):
         q1, q2 = PW.sum(2).unsqueeze(1), PW.sum(1, keepdim=True)
-        more = _adjoint(P, factor, rho, c, q1 - torch.bmm(q2 / c, P.mT), ctx.refinements, ctx.blocks)
-        PW.sub_((more.mT + (q2 - torch.bmm(more, P)) / c).mul_(P))
+        more, beside = _eliminated(P, factor, rho, c, q1, q2, ctx.refinements, ctx.blocks)
+        PW.sub_((more.mT + beside).mul_(P))
     return PW
-
-
-def _gathered(gradient: Tensor, shape: torch.Size) -> Tensor:
-    """The gradient of an input of this shape: a shared one sums over the rows."""
-    return gradient if gradient.shape == shape else gradient.sum(0, keepdim=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,15 +319,13 @@ class _Task:
 
 
 def _posed(M: Tensor, r: Tensor, c: Tensor, eps: Tensor) -> _Task:
+    """The task, by a short way where every row is plain: positive marginals of one mass, finite costs."""
     dtype = M.dtype
     B = max(len(M), len(r), len(c), len(eps))
     M, eps = M.double(), eps.double().view(-1, 1, 1)
     masses = r, c = r.double().unsqueeze(1), c.double().unsqueeze(1)
     total, other = r.sum(2, keepdim=True), c.sum(2, keepdim=True)
-    low = M.amin(2).unsqueeze(1)
-    C = (M - low.mT) / eps
-    base = C.amin(1, keepdim=True)
-    C.sub_(base)
+    C, low, base = _reduced(M, eps)
     spread = C.amax((1, 2), keepdim=True)
     r, c = r / total, c / other
     # one number tells the plain case: the widest range of costs, or NaN for anything else
@@ -250,8 +339,17 @@ def _posed(M: Tensor, r: Tensor, c: Tensor, eps: Tensor) -> _Task:
     return _special(M, r, c, eps, MASSES[dtype])
 
 
+def _reduced(M: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(M - low) / eps - base with a zero in every row and column, `low` of the rows and `base` of the columns."""
+    low = M.amin(2).unsqueeze(1)
+    C = (M - low.mT) / eps
+    base = C.amin(1, keepdim=True)
+    return C.sub_(base), low, base
+
+
 def _special(M: Tensor, r: Tensor, c: Tensor, eps: Tensor, tolerance: float) -> _Task:
     """The same where some row is wrong, infeasible, holds zero marginals or forbidden pairs."""
+    # Rows that are wrong or cannot be: they hold ones and zeros from here on.
     total, other = r.sum(2, keepdim=True), c.sum(2, keepdim=True)
     bad = ~((r >= 0).all(2, True) & (c >= 0).all(2, True) & (eps > 0) & (eps < torch.inf) & (total + other < torch.inf))
     bad |= ~(M.amin((1, 2), keepdim=True) > -torch.inf)
@@ -261,10 +359,14 @@ def _special(M: Tensor, r: Tensor, c: Tensor, eps: Tensor, tolerance: float) -> 
     failed = status != Status.SOLVED
     M, r, c = M.masked_fill(failed, 0.0), r.masked_fill(failed, 1.0), c.masked_fill(failed, 1.0)
     eps, total, other = eps.masked_fill(failed, 1.0), r.sum(2, keepdim=True), c.sum(2, keepdim=True)
+
+    # Zero marginals: next to nothing instead, and known.
     absent = r <= ABSENT * total, c <= ABSENT * other
     empty = total == 0
     total, other = total.masked_fill(empty, 1.0), other.masked_fill(empty, 1.0)
     r, c = (r / total).clamp_min(ABSENT), (c / other).clamp_min(ABSENT)
+
+    # Forbidden pairs: each connected component of the others has a mass of its own.
     blocks = None
     if bool(M.isposinf().any()):
         M = _attached(_attached(M, absent[0], c).mT, absent[1], r).mT
@@ -273,10 +375,8 @@ def _special(M: Tensor, r: Tensor, c: Tensor, eps: Tensor, tolerance: float) -> 
         status = torch.where(unequal & ~failed, int(Status.INFEASIBLE), status)
         failed = status != Status.SOLVED
         M = M.masked_fill(failed, 0.0)
-    low = M.amin(2).unsqueeze(1)
-    C = (M - low.mT) / eps
-    base = C.amin(1, keepdim=True)
-    C.sub_(base)
+
+    C, low, base = _reduced(M, eps)
     spread = torch.where(C.isposinf(), 0.0, C).amax((1, 2), keepdim=True)
     known = absent if bool(absent[0].any() | absent[1].any()) else None
     return _Task(C, low, eps * base, r, c, total, eps, spread, spread.max().item(), status.view(-1), known, blocks)
@@ -347,6 +447,8 @@ def _balanced(
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
+    """A solution in the units of its task."""
+
     P: Tensor  # (B, m, n) with the mass, absent marginals at ABSENT
     phi: Tensor  # (B, 1, m) and
     gamma: Tensor  # (B, 1, n): P = r c exp(phi + gamma - C), all in units of the mass and of eps
@@ -364,14 +466,18 @@ def _solved(task: _Task) -> _Plan:
     Source: Schmitzer (2019), the kernel with the potentials absorbed.
     """
     C, r, c = task.C, task.r, task.c
-    hot = (task.spread / SPREAD).clamp_min(1.0)
-    levels = max(0, ceil(log(max(task.widest, 1.0) / SPREAD) / log(COOLING)))
+    # Temperatures in units of eps: hot, hot^((levels - 1) / levels), .., 1.
+    hot = (task.spread / CONTINUATION.spread).clamp_min(1.0)
+    widest = max(task.widest, 1.0) / CONTINUATION.spread
+    levels = max(0, ceil(log(widest) / log(CONTINUATION.cooling)))
     phi, gamma = torch.zeros_like(r), torch.zeros_like(c)
     iterations = torch.zeros(r.shape[0], dtype=torch.int64, device=r.device)
     before: tuple[Tensor, Tensor, Tensor] | None = None
     tau = hot
     for level in range(levels, -1, -1):
         cooler = hot ** (level / levels) if level else torch.ones_like(hot)
+
+        # K = exp((phi + gamma - C) / tau), the potentials where the last two temperatures point.
         if level == levels:
             K = torch.exp(C / -cooler).expand(r.shape[0], -1, -1).contiguous()
         else:
@@ -379,22 +485,43 @@ def _solved(task: _Task) -> _Plan:
             if before is not None:
                 # rows that need fewer temperatures stand still: 0 / 0
                 ahead = 1.0 + ((cooler - tau) / (tau - before[2])).nan_to_num_(0.0, 0.0, 0.0)
-                phi, gamma = torch.lerp(before[0], phi, ahead), torch.lerp(before[1], gamma, ahead)
+                phi = torch.lerp(before[0], phi, ahead)
+                gamma = torch.lerp(before[1], gamma, ahead)
             before = here
             K, phi, gamma = _kernel(phi, gamma, C, cooler)
-        tau, Kt, v = cooler, K.mT, c
-        for _ in range(SWEEPS):
+        tau, Kt = cooler, K.mT
+
+        # Sinkhorn:  u = r / K v,  v = c / K'u.
+        v = c
+        for _ in range(CONTINUATION.sweeps):
             u = r / torch.bmm(v, Kt)
             v = c / torch.bmm(u, K)
+
+        # Newton, and what it finds goes into the potentials:  P = diag(u) K diag(v).
         end, drift = _newton(K, u, v, r, c, task.blocks, level == 0)
-        iterations += end.steps + SWEEPS
+        iterations += end.steps + CONTINUATION.sweeps
         phi, gamma = phi + tau * (end.u / r).log_(), gamma + tau * (end.v / c).log_()
+
     rho = end.u * torch.bmm(end.v, Kt)
     residual = (r / rho - 1.0).abs_().amax((1, 2))
-    refinements = max(1, ceil(log(EXACT) / log(min(max(4.0 * drift, 1e-9), 0.1))) - 1)
     P = K.mul_((task.total * end.u).mT).mul_(end.v)
-    rho = task.total * rho
-    return _Plan(P, phi, gamma, rho, end.factor, refinements, iterations, residual, end.pivot < SINGULAR)
+    return _Plan(
+        P,
+        phi,
+        gamma,
+        task.total * rho,
+        end.factor,
+        _refinements(drift),
+        iterations,
+        residual,
+        end.pivot < NEWTON.singular,
+    )
+
+
+def _refinements(drift: float) -> int:
+    """Of a solve with a factor that errs by 4 drift: so many that the error is that of an exact step."""
+    rate = min(max(4.0 * drift, 1e-9), 0.1)
+    return max(1, ceil(log(NEWTON.exact) / log(rate)) - 1)
 
 
 def _kernel(phi: Tensor, gamma: Tensor, C: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -417,6 +544,7 @@ class _End:
     steps: Tensor  # (B,) int64
 
     def updated(self, which: Tensor, rows: _End) -> _End:
+        """With these rows in the place of some."""
         return _End(*(getattr(self, name).index_copy(0, which, getattr(rows, name)) for name in _FIELDS))
 
 
@@ -424,50 +552,70 @@ _FIELDS = tuple(_End.__dataclass_fields__)
 
 
 def _newton(
-    K: Tensor, u: Tensor, v: Tensor, r: Tensor, c: Tensor, blocks: tuple[Tensor, Tensor] | None, last: bool
+    K: Tensor,
+    u: Tensor,
+    v: Tensor,
+    r: Tensor,
+    c: Tensor,
+    blocks: tuple[Tensor, Tensor] | None,
+    last: bool,
 ) -> tuple[_End, float]:
-    """Damped Newton on the semi-dual: log u moves by x, S x = r - P 1, and v follows so that the columns stay right.
+    """Damped Newton on the semi-dual, the transport's dual with the columns' potentials eliminated:
 
-    Stretching every link of a graph by at most e^h stretches its Laplacian S by at most e^h, whatever its condition. So
-    a factor made when log u was d away errs by 4 d at most, relatively, in every direction. Also returned: the largest
-    d of a row at its end.
+        maximise    D(log u) = r'log u - c'log(K'u)
+
+    Columns:     v = c / K'u, so that P = diag(u) K diag(v) has the column sums c.
+    Gradient:    r - rho, with rho = u o K v the row sums of P.
+    Hessian:     -S, with S = diag(rho) - P diag(1/c) P', the Laplacian of a graph whose links are P's.
+    Factor:      stretching every link by at most e^h stretches S by at most e^h, whatever its condition. So a
+                 factor made when log u was d away errs by 4 d at most, relatively, in every direction.
+
+    Also returned: the largest d of a row at its end.
     """
-    Kt, dense, drift, drifted = K.mT, K.shape[1] <= DENSE, torch.inf, 0.0
-    reuse = REUSE if K.shape[1] > SMALL else RENEW
-    factor, pivot, far, previous = (
-        K.new_empty(len(K), 0, 0),
-        r[:, 0, 0],
-        r.new_zeros(len(r)),
-        r.new_full((len(r),), torch.inf),
-    )
-    live: Tensor | None = None
+    dense = K.shape[1] <= DENSE
+    reuse = NEWTON.reuse if K.shape[1] > NEWTON.small else NEWTON.renew
+    Kt, drift, drifted = K.mT, torch.inf, 0.0
+    factor, pivot = K.new_empty(len(K), 0, 0), r[:, 0, 0]
+    far, previous = r.new_zeros(len(r)), r.new_full((len(r),), torch.inf)
+    live: Tensor | None = None  # of all rows those that are still here; None: every one
     ends: _End | None = None
-    for step in range(1, STEPS + 1):
+    for step in range(1, NEWTON.steps + 1):
+        # The direction:  S x = r - rho, in units of w = rho^-1/2 on both sides.
         rho = u * torch.bmm(v, Kt)
         w = rho.rsqrt()
-        if not dense:
-            x, reached = _conjugate(K, u * w, v * v / c, rho.sqrt(), (r - rho) * w, INEXACT, blocks)
-            x, pivot, drift = x * w, torch.where(reached, torch.inf, 0.0), INEXACT / 4
-        else:
+        if dense:
             if not drift <= reuse:
                 factor, pivot = _factorised(K, u * w, v * c.rsqrt(), rho.sqrt(), blocks)
                 drift = 0.0
             x = _solve(factor, (r - rho) * w) * w
+        else:
+            x, reached = _conjugate(
+                K, u * w, v * v / c, rho.sqrt(), (r - rho) * w, CONJUGATE.inexact, blocks
+            )
+            x, pivot = x * w, torch.where(reached, torch.inf, 0.0)
+            drift = CONJUGATE.inexact / 4
+
+        # Damping:  a step longer than 1 goes log(1 + |x|) far.
         size = x.abs().amax((1, 2))
         low, top = torch.stack(torch.aminmax(size)).tolist()
         if not top <= 1.0:
-            moved = torch.where(size > 1.0, size.log1p(), 0.0)
-            far = far + moved
-            x = x * torch.where(size > 1.0, moved / size, 1.0).view(-1, 1, 1)
+            length = torch.where(size > 1.0, size.log1p(), 0.0)
+            far = far + length
+            x = x * torch.where(size > 1.0, length / size, 1.0).view(-1, 1, 1)
+
+        # The step:  log u <- log u + x,  v = c / K'u.
         u = u * x.exp_()
         v = c / torch.bmm(u, K)
+
+        # Rows that end here: all of them, or those that have arrived, or are rounding, or lost.
         ended, done = 0, None
-        if (top * (top + 4.0 * drift) <= EXACT if last else top <= BASIN) or step == STEPS:
+        if step == NEWTON.steps or _has_arrived(top, drift, last):
             ended = len(size)
-        elif not low > (REUSE if last else BASIN) or top == torch.inf:
-            # below REUSE a step is at most a tenth of the one before, unless rounding made it
-            done = size * (size + 4.0 * drift) <= EXACT if last else size <= BASIN
-            done = done | ((size < REUSE) & (size > 0.5 * previous)) | ~((far < FAR) & (size < torch.inf))
+        elif not low > (NEWTON.reuse if last else CONTINUATION.basin) or top == torch.inf:
+            # below `reuse` a step is at most a tenth of the one before, unless rounding made it
+            stuck = (size < NEWTON.reuse) & (size > 0.5 * previous)
+            lost = ~((far < NEWTON.far) & (size < torch.inf))
+            done = _has_arrived(size, drift, last) | stuck | lost
             ended = int(done.sum())
         if ended:
             drifted = max(drifted, drift + (top if done is None else size[done].max().item()))
@@ -476,18 +624,32 @@ def _newton(
         previous = size
         if not ended:
             continue
-        end = _End(
-            u, v, factor if last else factor[:, :0, :0], pivot, far, torch.full_like(size, step, dtype=torch.int64)
-        )
+        kept = factor if last else factor[:, :0, :0]
+        steps = torch.full_like(size, step, dtype=torch.int64)
+        end = _End(u, v, kept, pivot, far, steps)
         ends = end if ends is None or live is None else ends.updated(live, end)
         if done is None or ended == len(size):
             break
+
+        # The others go on.
         stay = torch.nonzero(~done).view(-1)
         live = stay if live is None else live[stay]
-        K, u, v, r, c, factor, pivot, far, previous = (t[stay] for t in (K, u, v, r, c, factor, pivot, far, previous))
+        K, u, v, r, c, factor, pivot, far, previous = (
+            t[stay] for t in (K, u, v, r, c, factor, pivot, far, previous)
+        )
         Kt, blocks = K.mT, blocks and (blocks[0][stay], blocks[1][stay])
     assert ends is not None  # the last step ends every row
     return ends, drifted
+
+
+def _has_arrived(size: Any, drift: float, last: bool) -> Any:
+    """Whether a step of this size (a number, or one for each row) needs none after it.
+
+    The next one would be about size^2 long by Newton's method, and 4 drift size by the factor's age.
+    """
+    if not last:
+        return size <= CONTINUATION.basin
+    return size * (size + 4.0 * drift) <= NEWTON.exact
 
 
 def _factorised(
@@ -503,9 +665,9 @@ def _factorised(
     S.diagonal(dim1=1, dim2=2).add_(1.0)
     factor, info = torch.linalg.cholesky_ex(S)
     pivot = torch.where(info > 0, 0.0, factor.diagonal(dim1=1, dim2=2).amin(1).square())
-    singular = ~(pivot >= SINGULAR)
+    singular = ~(pivot >= NEWTON.singular)
     if bool(singular.any()):
-        S.diagonal(dim1=1, dim2=2).add_(SHIFT * singular.unsqueeze(1))
+        S.diagonal(dim1=1, dim2=2).add_(NEWTON.shift * singular.unsqueeze(1))
         shifted, _ = torch.linalg.cholesky_ex(S)
         factor = torch.where(singular.view(-1, 1, 1), shifted, factor)
     return factor, pivot
@@ -524,7 +686,7 @@ def _conjugate(
 
     The scaled Schur complement as in `_factorised`, with null vector s in each component: h loses what it has of that.
     """
-    scale = (1.0 - a * a * torch.bmm(b, (P * P).mT)).clamp_min_(ROUNDING)
+    scale = (1.0 - a * a * torch.bmm(b, (P * P).mT)).clamp_min_(CONJUGATE.diagonal)
     labels = torch.zeros_like(h, dtype=torch.int64) if blocks is None else blocks[0]
     share = _sums(h * s, labels, h.shape[2]) / _sums(s * s, labels, h.shape[2]).clamp_min(ABSENT)
     h = h - s * share.gather(2, labels)
@@ -532,7 +694,7 @@ def _conjugate(
     z = residual / scale
     p, fall = z, (residual * z).sum(2, keepdim=True)
     goal = fall * tolerance**2
-    for step in range(GRADIENTS):
+    for step in range(CONJUGATE.steps):
         if step % 10 == 0 and not bool((fall > goal).any()):
             break
         Sp = p - a * torch.bmm(torch.bmm(p * a, P) * b, P.mT)
@@ -557,7 +719,7 @@ def _adjoint(
     """a with (diag(rho) - P diag(1/c) P') a = h."""
     w = rho.rsqrt()
     if factor.shape[1] == 0:
-        return _conjugate(P, w, 1.0 / c, (rho / rho.sum(2, keepdim=True)).sqrt(), h * w, ADJOINT, blocks)[0] * w
+        return _conjugate(P, w, 1.0 / c, (rho / rho.sum(2, keepdim=True)).sqrt(), h * w, CONJUGATE.adjoint, blocks)[0] * w
     a = _solve(factor, h * w) * w
     for _ in range(refinements):
         left = h - (rho * a - torch.bmm(torch.bmm(a, P) / c, P.mT))
@@ -567,13 +729,15 @@ def _adjoint(
 
 def _judged(task: _Task, plan: _Plan) -> tuple[_Plan, Tensor]:
     """The status of each row, and the plan with zeros where it failed."""
-    status = torch.where(plan.residual <= INACCURATE, int(Status.INACCURATE), int(Status.NOT_CONVERGED))
-    status = torch.where(plan.residual <= SOLVED, int(Status.SOLVED), status)
+    status = torch.where(plan.residual <= VERDICT.inaccurate, int(Status.INACCURATE), int(Status.NOT_CONVERGED))
+    status = torch.where(plan.residual <= VERDICT.solved, int(Status.SOLVED), status)
     base = task.base.abs() / task.eps
-    if float((task.spread + base.amax(2, keepdim=True)).max()) > SHARP:
-        error = UNIT * torch.where(plan.P.gt(UNIT * task.total), task.C + base, 0.0).amax((1, 2))
-        plan = replace(plan, degenerate=plan.degenerate | (error > SENSITIVE))
-        status = torch.where(error > MEANINGLESS, int(Status.NOT_CONVERGED), status)
+    if float((task.spread + base.amax(2, keepdim=True)).max()) > VERDICT.sharp:
+        # costs / eps are rounded by this; it moves the logarithm of an entry as much
+        seen = plan.P.gt(ACCURACY.rounding * task.total)
+        error = ACCURACY.rounding * torch.where(seen, task.C + base, 0.0).amax((1, 2))
+        plan = replace(plan, degenerate=plan.degenerate | (error > ACCURACY.sensitive))
+        status = torch.where(error > ACCURACY.meaningless, int(Status.NOT_CONVERGED), status)
     if task.status is not None:
         status = torch.where(task.status == Status.SOLVED, status, task.status)
     failed = status >= Status.INFEASIBLE
@@ -617,7 +781,7 @@ def _starved(C: Tensor, r: Tensor, c: Tensor) -> Tensor:
     """
     allowed = (~C.isposinf()).to(r.dtype)
     v = c
-    for _ in range(TRIALS):
+    for _ in range(VERDICT.trials):
         u = r / torch.bmm(v, allowed.mT)
         v = c / torch.bmm(u, allowed)
     order = (u * torch.bmm(v, allowed.mT) / r).argsort(2)
@@ -628,13 +792,19 @@ def _starved(C: Tensor, r: Tensor, c: Tensor) -> Tensor:
     return (r.gather(2, order).cumsum(2) > reached * (1 + MASSES[torch.float64])).any(2).view(-1)
 
 
-def _again(
+def _by_chord_steps(
     held: _Held, f: Tensor, g: Tensor, M: Tensor, r: Tensor, c: Tensor, eps: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The outputs as a function of the inputs in plain torch operations: exact to second order.
 
-    With r = rho o up, c = c o down and P_ij = P_ij up_i down_j exp(phi_i + gamma_j - dM_ij/eps), each relative to the solution,
-    row i says sum_j P_ij down_j exp(..) = rho_i and does not know up_i: so a marginal may be next to nothing, and leave it.
+    Relative to the solution, r = rho o up, c = c o down, and P_ij is
+
+        up_i Q_ij down_j   with   Q_ij = P_ij exp(phi_i + gamma_j - dC_ij),  dC what M / eps moves by.
+
+    Row i says Q_i down = rho_i and does not know up_i, column j says up'Q_j = c_j and does not know down_j: so a
+    marginal may be next to nothing, and leave it. Two chord steps, with S the Schur complement of the solution:
+
+        S a = rho - Q down - P q2,  q2 = (c - Q'up) / c;   phi <- phi + a,  gamma <- gamma + q2 - P'a / c.
     """
     P, _, rho, kept, _, absent, blocks, failed, flipped = held
     dtype, P = M.dtype, P.detach()
@@ -644,36 +814,36 @@ def _again(
     r, c = (t.double().unsqueeze(1).expand(len(P), -1, -1) for t in (r, c))
     still = M.isposinf()
     if failed is not None:
-        r, c, eps, still = (
-            r.masked_fill(failed, 1.0),
-            c.masked_fill(failed, 1.0),
-            eps.masked_fill(failed, 1.0),
-            still | failed,
-        )
-    cost = _moved(M.masked_fill(still, 0.0) / eps)
-    dr, dc = _balanced(_moved(r), _moved(c), blocks, None)
+        r, c, eps = (t.masked_fill(failed, 1.0) for t in (r, c, eps))
+        still = still | failed
+
+    # What the inputs move by; the marginals on sum r = sum c only.
+    dC = movement(M.masked_fill(still, 0.0) / eps)
+    dr, dc = _balanced(movement(r), movement(c), blocks, None)
     up, down = 1.0 + dr / rho, 1.0 + dc / kept
+
     phi, gamma = torch.zeros_like(rho), torch.zeros_like(kept)
     for _ in range(2):
-        Q = P * torch.exp(phi.mT + gamma - cost)
-        q2 = -_moved(torch.bmm(up, Q)) / kept
-        a = _SelfAdjoint.apply(partial(_potential, held), -_moved(torch.bmm(down, Q.mT)) - torch.bmm(q2, P.mT))
+        Q = P * torch.exp(phi.mT + gamma - dC)
+        # at the solution the equations hold: what they are off by is what moves
+        q1 = -movement(torch.bmm(down, Q.mT))
+        q2 = -movement(torch.bmm(up, Q)) / kept
+        a = _SelfAdjoint.apply(partial(_potential, held), q1 - torch.bmm(q2, P.mT))
         phi, gamma = phi + a, gamma + q2 - torch.bmm(a, P) / kept
-    P = P * up.mT * down * torch.exp(phi.mT + gamma - cost)
+
+    # P = diag(up) Q diag(down),  f = eps (f / eps + phi + log up),  and g likewise.
+    P = P * up.mT * down * torch.exp(phi.mT + gamma - dC)
     if absent is not None:
-        P = torch.where(absent[0].mT | absent[1], _moved(P), P)
+        P = torch.where(absent[0].mT | absent[1], movement(P), P)
     f, g = ((t.detach().double().unsqueeze(1) / eps.detach()) for t in (f, g))
-    f, g = _balanced(eps * (f + phi + up.log()), eps * (g + gamma + down.log()), blocks, absent)
+    f, g = eps * (f + phi + up.log()), eps * (g + gamma + down.log())
+    f, g = _balanced(f, g, blocks, absent)
     P, f, g = P.to(dtype), f.squeeze(1).to(dtype), g.squeeze(1).to(dtype)
     return (P.mT, g, f) if flipped else (P, f, g)
 
 
-def _moved(t: Tensor) -> Tensor:
-    """Zero, with the derivatives of t."""
-    return t - t.detach()
-
-
 def _potential(held: _Held, h: Tensor) -> Tensor:
+    """S^+ h at the solution."""
     return _adjoint(held.P.detach(), held.factor, held.rho, held.c, h, held.refinements, held.blocks)
 
 

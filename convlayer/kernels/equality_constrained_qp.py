@@ -3,28 +3,49 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from convlayer.autodiff.once import once_differentiable
+from convlayer.kernels.accuracy import (
+    ACCURACY,
+    accuracy_status,
+    corrections_for,
+    largest_sample,
+    probe,
+    relative_residual,
+    relative_to,
+    rounding_samples,
+)
 from convlayer.kernels.answer import Answer
+from convlayer.kernels.batches import add_rows, mm, or_one, outer, regrouped, sum_to, the_others
 from convlayer.solution import Status
 
-SAFE = 1e11  # product of the sizes of both factored matrices' inverses above which a row takes the null-space method
-CORRECTIONS = ((1e4, 0), (1e7, 1), (SAFE, 2))  # below each such product, that many leave at most 1e-12
-RANK = 1e-12  # singular values and curvatures below this share of the largest are zero (float32: 8 of its roundings)
-CONSISTENT = 1e-9  # share of its terms to which a dependent row of Ax = b, or a slope without curvature, must vanish
-ACCURATE = 1e-8  # residual above which a row is INACCURATE
-DOUBTFUL = 1e6  # product as in SAFE up to which rounding cannot move the solution by as much as SENSITIVE
-SENSITIVE = 3e-8  # relative error of the solution, estimated by one more solve, above which a row is INACCURATE,
-MEANINGLESS = 1e-2  # and above which it is none
-ROUNDING = 2e-16  # of an entry of the residual, relative to the terms that it is the sum of
-FLOOR = 1e-3  # a solution smaller than this share of the data is measured by them
-HIDDEN = 1e-7  # an entry of a unit null vector up to which it is zero
-SWEEPS = 8  # of equilibration before the null-space method
+
+@dataclass(frozen=True)
+class _Limits:
+    """What decides how a row is solved, and whether it has a solution.
+
+    Sizes are those of both factored matrices' inverses in equilibrated units, multiplied.
+    """
+
+    # A row of a larger size takes the null-space method.
+    safe: float = 1e11
+    # Up to each size, so many corrections of a solve with the Cholesky factors leave at most 1e-12.
+    corrections: tuple[tuple[float, int], ...] = ((1e4, 0), (1e7, 1), (1e11, 2))
+    # Singular values and curvatures below this share of the largest are zero (float32: 8 of its
+    # roundings).
+    rank: float = 1e-12
+    # A dependent row of Ax = b, and a slope without curvature, vanish to this share of their terms.
+    consistent: float = 1e-9
+    # Rounds of equilibration before the null-space method.
+    sweeps: int = 8
+
+
+LIMITS = _Limits()
 
 
 def equality_constrained_qp(
@@ -64,7 +85,7 @@ def equality_constrained_qp(
         solved = _solve(_Problem.of(P, q, A, b), visible)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (P, q, A, b)):
         x, nu = _Differentiable.apply(solved, P, q, A, b)
-        local = partial(_again, solved.factor, solved.failed, x, nu)
+        local = partial(_by_chord_steps, solved.factor, solved.failed, x, nu)
     else:
         x, nu, local = solved.x.to(P.dtype), solved.nu.to(P.dtype), None
     apart = None if solved.apart is None else partial(torch.Tensor.detach, solved.apart)
@@ -72,6 +93,8 @@ def equality_constrained_qp(
 
 
 class _Differentiable(torch.autograd.Function):
+    """A solution that is known, with its first derivative by the same factor."""
+
     @staticmethod
     def forward(ctx, solved: _Solved, P, q, A, b):
         x, nu = solved.x.to(P.dtype), solved.nu.to(P.dtype)
@@ -104,7 +127,7 @@ class _Problem:
     right: _Pair  # (-q, b)
     factors: int  # F
     batch: int  # B
-    rank: float  # RANK and CONSISTENT for this dtype
+    rank: float  # LIMITS.rank and .consistent for this dtype
     consistent: float
 
     @classmethod
@@ -113,7 +136,7 @@ class _Problem:
         batch, factors = max(sizes) if min(sizes) else 0, max(sizes[0], sizes[2]) if sizes[0] and sizes[2] else 0
         eps = torch.finfo(P.dtype).eps
         right = _Pair(-_rows(q, factors, batch), _rows(b, factors, batch))
-        return cls(P, A.double(), right, factors, batch, max(RANK, 8 * eps), max(CONSISTENT, 100 * eps))
+        return cls(P, A.double(), right, factors, batch, max(LIMITS.rank, 8 * eps), max(LIMITS.consistent, 100 * eps))
 
     @cached_property
     def P(self) -> Tensor:
@@ -123,18 +146,18 @@ class _Problem:
 
     def residual(self, right: _Pair, z: _Pair) -> _Pair:
         """right - K z."""
-        x = right.x - _mm(z.x, self.P)
+        x = right.x - mm(z.x, self.P)
         if not self.A.shape[1]:
             return _Pair(x, right.nu)
-        return _Pair(x - _mm(z.nu, self.A), right.nu - _mm(z.x, self.A.mT))
+        return _Pair(x - mm(z.nu, self.A), right.nu - mm(z.x, self.A.mT))
 
     def terms(self, right: _Pair, z: _Pair) -> _Pair:
         """The sizes of what `residual` adds up."""
         x, nu = z.x.abs(), z.nu.abs()
-        rows = right.x.abs() + _mm(x, self.P.abs())
+        rows = right.x.abs() + mm(x, self.P.abs())
         if not self.A.shape[1]:
             return _Pair(rows, right.nu)
-        return _Pair(rows + _mm(nu, self.A.abs()), right.nu.abs() + _mm(x, self.A.abs().mT))
+        return _Pair(rows + mm(nu, self.A.abs()), right.nu.abs() + mm(x, self.A.abs().mT))
 
     def take(self, index: Tensor) -> _Problem:
         """The problem of some rows of the batch of matrices."""
@@ -146,11 +169,6 @@ def _rows(vectors: Tensor, factors: int, batch: int) -> Tensor:
     """(B or 1, .) -> rows."""
     vectors = vectors.double()
     return (vectors if len(vectors) == batch else vectors.expand(batch, -1)).unsqueeze(0 if factors == 1 else 1)
-
-
-def _mm(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right without the price of broadcasting where there is none."""
-    return torch.bmm(left, right) if len(left) == len(right) else left @ right
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,15 +184,18 @@ class _Factor:
     exact: _PseudoInverse | None = None  # of some rows
 
     def substitute(self, A: Tensor, right: _Pair) -> _Pair:
-        """K^-1 right, uncorrected."""
+        """K^-1 (f, g), uncorrected: (P + A'RA) x + A'nu = f + A'R g and A x = g."""
         f, g = right
         if self.R is not None:
-            f = f + _mm(g * self.R, A)
+            f = f + mm(g * self.R, A)
+        # half = L^-1 f
         half, nu = torch.linalg.solve_triangular(self.L, f.mT, upper=False), g
         if g.shape[2]:
-            nu = torch.linalg.solve_triangular(self.M, _mm(self.Y.mT, half) - g.mT, upper=False)
+            # MM' nu = Y' half - g,  then half - Y nu is left for x
+            nu = torch.linalg.solve_triangular(self.M, mm(self.Y.mT, half) - g.mT, upper=False)
             nu = torch.linalg.solve_triangular(self.M.mT, nu, upper=True)
-            half, nu = half - _mm(self.Y, nu), nu.mT
+            half, nu = half - mm(self.Y, nu), nu.mT
+        # L' x = half
         return _Pair(torch.linalg.solve_triangular(self.L.mT, half, upper=True).mT, nu)
 
     def solve(self, problem: _Problem, right: _Pair) -> _Pair:
@@ -213,6 +234,7 @@ class _PseudoInverse:
 
 
 def _sum(z: _Pair, step: _Pair) -> _Pair:
+    """z + step."""
     return _Pair(z.x + step.x, z.nu + step.nu)
 
 
@@ -223,6 +245,8 @@ def _times(z: _Pair, matrix: Tensor) -> _Pair:
 
 @dataclass(frozen=True, eq=False)
 class _Solved:
+    """The solution of a batch, its verdict, and what a derivative needs."""
+
     factor: _Factor
     failed: Tensor | None  # (F, k)
     x: Tensor  # (B, n)
@@ -235,125 +259,121 @@ class _Solved:
 
 
 def _solve(problem: _Problem, visible: Tensor | None) -> _Solved:
-    P, A, right = problem.P, problem.A, problem.right
-    factor, hard = _factorise(problem, None)
-    worst = float(hard.max()) if len(hard) else 0.0
-    definite = worst <= SAFE
-    if not worst <= SAFE and A.shape[1]:
-        # A term that vanishes on Ax = b, as large as P, for the rows that want it.
-        curvature = _or_one(P.diagonal(dim1=1, dim2=2).abs().amax(1))[:, None, None]
-        R = (curvature / _or_one(A.square().sum(2)).unsqueeze(1)).masked_fill((hard <= SAFE)[:, None, None], 0.0)
-        factor, hard = _factorise(problem, R)
-        worst = float(hard.max())
-    corrections = next((count for limit, count in CORRECTIONS if worst <= limit), CORRECTIONS[-1][1])
-    factor = replace(factor, corrections=corrections)
-    failed = apart = None
-    if not worst <= SAFE:
-        index = torch.nonzero(~(hard <= SAFE)).flatten()
-        inverse, null, units, found, gaps = _null_space(problem.take(index), len(index))
-        exact, units = _PseudoInverse(index, inverse, null), factor.units.index_copy(0, index, units)
+    """Every row by its factor, corrected; those that it does not serve by K^+; and the verdict on each."""
+    right = problem.right
+
+    # The factor of K; K^+ itself for rows in which it is nearly singular, or is.
+    factor, hard, worst, definite = _factorised(problem)
+    factor = replace(factor, corrections=corrections_for(worst, LIMITS.corrections))
+    singular = None
+    if not worst <= LIMITS.safe:
+        index = torch.nonzero(~(hard <= LIMITS.safe)).flatten()
+        singular = _null_space(problem.take(index), len(index))
+        exact = _PseudoInverse(index, singular.inverse, singular.null)
+        units = factor.units.index_copy(0, index, singular.units)
         factor = replace(factor, exact=exact, units=units)
-        status = torch.zeros(right.x.shape[:2], dtype=torch.int64, device=A.device).index_copy_(0, index, found)
-        failed = status > 0
-        apart = torch.zeros_like(right.x[:, :, 0]).expand(status.shape).index_copy(0, index, gaps).reshape(problem.batch)
+
+    # K z = (-q, b), what is left of it in K's units, and how far z may be off.
     z = factor.solve(problem, right)
-    gap = problem.residual(right, z)
-    residual = _relative(factor.units, gap, z, right)
-    accurate = residual <= max(ACCURATE, 10 * problem.rank)
-    accuracy = torch.where(accurate, int(Status.SOLVED), int(Status.INACCURATE))
-    if not worst <= DOUBTFUL:
-        error = _error(problem, factor, right, z, gap, visible)
-        sure = error <= max(SENSITIVE, 10 * problem.rank)
-        accuracy = torch.where(accurate & sure, int(Status.SOLVED), int(Status.INACCURATE))
-        accuracy = torch.where(error <= MEANINGLESS, accuracy, int(Status.NOT_CONVERGED))
-    degenerate = torch.zeros_like(accuracy, dtype=torch.bool)
-    if failed is None:
-        status = accuracy
-    else:
-        shown = null if visible is None else null * visible.to(null).unsqueeze(1)
-        singular = torch.any(shown.abs() > HIDDEN, 2).any(1)
-        degenerate[index] = singular.unsqueeze(1) & ~failed[index]
+    gap, units = problem.residual(right, z), factor.units
+    terms = torch.cat(right, 2) / units, torch.cat(z, 2) * units
+    residual = relative_residual(torch.cat(gap, 2) / units, *terms)
+    doubted = not worst <= ACCURACY.doubtful
+    error = _error(problem, factor, right, z, gap, visible) if doubted else None
+
+    # The verdict, row by row.
+    status = accuracy_status(residual, error, 10 * problem.rank)
+    degenerate = torch.zeros_like(status, dtype=torch.bool)
+    failed = apart = None
+    if singular is not None:
+        failure = torch.zeros_like(status).index_copy_(0, index, singular.status)
+        failed = failure > 0
         z = _Pair(*(t.masked_fill(failed.unsqueeze(2), 0.0) for t in z))
-        status, residual = torch.where(failed, status, accuracy), residual.masked_fill(failed, torch.nan)
+        status = torch.where(failed, failure, status)
+        residual = residual.masked_fill(failed, torch.nan)
+        degenerate[index] = singular.is_seen(visible).unsqueeze(1) & ~failed[index]
+        apart = torch.zeros_like(residual).index_copy(0, index, singular.apart)
+        apart = apart.reshape(problem.batch)
     x, nu, status, residual, degenerate = (
         t.reshape(problem.batch, *t.shape[2:]) for t in (*z, status, residual, degenerate)
     )
     return _Solved(factor, failed, x, nu, status, residual, degenerate, definite, apart)
 
 
-@lru_cache(maxsize=64)
-def _probe(n: int, device: torch.device) -> Tensor:
-    """Entries without a pattern, so that no vector of interest is orthogonal to it."""
-    return torch.arange(n, dtype=torch.float64, device=device).square().cos()
+def _factorised(problem: _Problem) -> tuple[_Factor, Tensor, float, bool]:
+    """The factor, the size of each row, the largest, and whether every P is positive definite."""
+    P, A = problem.P, problem.A
+    factor, hard = _factorise(problem, None)
+    worst = float(hard.max()) if len(hard) else 0.0
+    definite = worst <= LIMITS.safe
+    if definite or not A.shape[1]:
+        return factor, hard, worst, definite
+    # P + A'RA has the same solution, R being a term that vanishes on Ax = b, as large as P: for the
+    # rows that want it.
+    curvature = or_one(P.diagonal(dim1=1, dim2=2).abs().amax(1))[:, None, None]
+    R = curvature / or_one(A.square().sum(2)).unsqueeze(1)
+    R = R.masked_fill((hard <= LIMITS.safe)[:, None, None], 0.0)
+    factor, hard = _factorise(problem, R)
+    return factor, hard, float(hard.max()), definite
 
 
 def _factorise(problem: _Problem, R: Tensor | None) -> tuple[_Factor, Tensor]:
-    """The factor, and the sizes of the two inverses in equilibrated units, multiplied."""
+    """The factor with this R, and the sizes of the two inverses in equilibrated units, multiplied."""
     count, (p, n) = problem.factors, problem.A.shape[1:]
     A = problem.A if len(problem.A) == count else problem.A.expand(count, -1, -1)
+    # LL' = H = P + A'RA. One substitution gives Y = L^-1 A' and L^-1 of a probe in H's units.
     H = problem.P if R is None else problem.P + A.mT @ (A * R.mT)
     L, info = torch.linalg.cholesky_ex(H)
     units = H.diagonal(dim1=1, dim2=2).sqrt().unsqueeze(1)
     if len(H) != count:
         units = units.expand(count, -1, -1)
-    half = torch.linalg.solve_triangular(L, torch.cat((A, units * _probe(n, L.device)), 1).mT, upper=False)
+    probed = torch.cat((A, units * probe(n, L.device)), 1)
+    half = torch.linalg.solve_triangular(L, probed.mT, upper=False)
     hard = _size(L, units, half[:, :, p:]).masked_fill(info != 0, torch.inf)
     if not p:
         return _Factor(L, half, L, R, units), hard.nan_to_num(torch.inf, torch.inf)
+    # MM' = S = A H^-1 A' = Y'Y
     Y = half[:, :, :p]
-    S = _mm(Y.mT, Y)
+    S = mm(Y.mT, Y)
     M, info = torch.linalg.cholesky_ex(S)
     units_nu = S.diagonal(dim1=1, dim2=2).sqrt().unsqueeze(1)
-    probe = torch.linalg.solve_triangular(M, (units_nu * _probe(p, M.device)).mT, upper=False)
-    hard = (hard * _size(M, units_nu, probe)).masked_fill(info != 0, torch.inf)
-    return _Factor(L, Y, M, R, torch.cat((units, units_nu), 2)), hard.nan_to_num(torch.inf, torch.inf)
+    probed = (units_nu * probe(p, M.device)).mT
+    half = torch.linalg.solve_triangular(M, probed, upper=False)
+    hard = (hard * _size(M, units_nu, half)).masked_fill(info != 0, torch.inf)
+    factor = _Factor(L, Y, M, R, torch.cat((units, units_nu), 2))
+    return factor, hard.nan_to_num(torch.inf, torch.inf)
 
 
-def _size(L: Tensor, unit: Tensor, probe: Tensor) -> Tensor:
+def _size(L: Tensor, unit: Tensor, probed: Tensor) -> Tensor:
     """Of (LL')^-1 in equilibrated units: as seen by a probe's half solution, or by pivots where that should miss it."""
     pivots = unit.squeeze(1) / L.diagonal(dim1=1, dim2=2)
-    return torch.maximum(probe.square().sum((1, 2)) / probe.shape[1], pivots.square().amax(1))
+    return torch.maximum(probed.square().sum((1, 2)) / probed.shape[1], pivots.square().amax(1))
 
 
-def _or_one(size: Tensor) -> Tensor:
-    return torch.where(size > 0, size, 1.0)
+def _error(
+    problem: _Problem,
+    factor: _Factor,
+    right: _Pair,
+    z: _Pair,
+    gap: _Pair,
+    visible: Tensor | None,
+) -> Tensor:
+    """(F, k) how far z may be off, in K's equilibrated units, by one more solve from its residual `gap`.
 
-
-def _relative(units: Tensor, error: _Pair, z: _Pair, right: _Pair) -> Tensor:
-    """The size of an error of K z = right, in K's equilibrated units, relative to that of its terms."""
-    terms = torch.cat(error, 2) / units, torch.cat(right, 2) / units, torch.cat(z, 2) * units
-    error_size, right_size, z_size = (torch.linalg.vector_norm(t, dim=2) for t in terms)
-    return error_size / (right_size + z_size).clamp(min=torch.finfo(z_size.dtype).tiny)
-
-
-def _error(problem: _Problem, factor: _Factor, right: _Pair, z: _Pair, gap: _Pair, visible: Tensor | None) -> Tensor:
-    """(F, k) how far z may be off, in K's equilibrated units, by one more solve from a residual, right - K z = `gap`, of which no more
-    is known than rounding leaves; the larger of x's, relative to x, and nu's."""
-    sizes, terms = (z.x.shape[2], z.nu.shape[2]), problem.terms(right, z)
-    waves = _waves(sum(sizes), z.x.device).split(sizes, 1)
-    doubtful = (_doubtful(g, t, wave) for g, t, wave in zip(gap, terms, waves, strict=True))
-    step, at = (torch.cat(pair, 2) * factor.units for pair in (factor.solve(problem, _Pair(*doubtful)), z))
-    off = step.abs().unflatten(1, (2, -1)).amax(1)
+    Of x's, relative to x, and of nu's the larger.
+    """
+    sizes, units = (z.x.shape[2], z.nu.shape[2]), factor.units
+    samples = rounding_samples(torch.cat(problem.terms(right, z), 2)).split(sizes, 2)
+    doubt = _Pair(*(g.repeat(1, 2, 1) + t for g, t in zip(gap, samples, strict=True)))
+    off = largest_sample(torch.cat(factor.solve(problem, doubt), 2) * units)
     if visible is not None:
         off = off * visible.to(off)
-    data = FLOOR * _largest(torch.cat(right, 2) / factor.units)
-    parts = [
-        _largest(moved) / torch.maximum(_largest(here), data).clamp(min=torch.finfo(data.dtype).tiny)
-        for moved, here in zip(off.split(sizes, 2), at.split(sizes, 2), strict=True)
-    ]
+    here, data = torch.cat(z, 2) * units, _largest(torch.cat(right, 2) / units)
+    parts = (
+        relative_to(_largest(part), _largest(size), data)
+        for part, size in zip(off.split(sizes, 2), here.split(sizes, 2), strict=True)
+    )
     return torch.maximum(*parts)
-
-
-def _doubtful(gap: Tensor, terms: Tensor, waves: Tensor) -> Tensor:
-    """(F, k, .) -> (F, 2 k, .): the residual with two samples of its rounding."""
-    return (gap.unsqueeze(1) + ROUNDING * terms.unsqueeze(1) * waves.unsqueeze(1)).flatten(1, 2)
-
-
-@lru_cache(maxsize=64)
-def _waves(n: int, device: torch.device) -> Tensor:
-    """(2, n) in which no two columns, and so no two rows of a matrix, are alike."""
-    phase = torch.arange(n, dtype=torch.float64, device=device).square()
-    return 2**0.5 * torch.stack((phase.cos(), phase.sin()))
 
 
 def _largest(rows: Tensor) -> Tensor:
@@ -361,9 +381,23 @@ def _largest(rows: Tensor) -> Tensor:
     return rows.abs().amax(2) if rows.shape[2] else rows.new_zeros(rows.shape[:2])
 
 
-def _null_space(problem: _Problem, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(K^+, null basis of K, sizes of K's rows, statuses, how far dependent rows of Ax = b are apart), by orthogonal factors of the
-    equilibrated A and of P on its null space.
+class _Singular(NamedTuple):
+    """What the null-space method finds of some rows."""
+
+    inverse: Tensor  # (rows, n + p, n + p), K^+
+    null: Tensor  # (rows, n + p, n + p), an orthonormal basis of the null space of K, and zeros
+    units: Tensor  # (rows, 1, n + p), sizes of K's rows
+    status: Tensor  # (rows, k)
+    apart: Tensor  # (rows, k), how far dependent rows of Ax = b are apart
+
+    def is_seen(self, visible: Tensor | None) -> Tensor:
+        """(rows,) whether a null vector is not zero in what is visible."""
+        shown = self.null if visible is None else self.null * visible.to(self.null).unsqueeze(1)
+        return torch.any(shown.abs() > ACCURACY.hidden, 2).any(1)
+
+
+def _null_space(problem: _Problem, count: int) -> _Singular:
+    """K^+ by orthogonal factors of the equilibrated A and of P on its null space.
 
     With A^+ the pseudo-inverse, Z its null basis, and G = Z (Z'PZ)^+ Z', a generalised inverse of K is
 
@@ -377,49 +411,69 @@ def _null_space(problem: _Problem, count: int) -> tuple[Tensor, Tensor, Tensor, 
     D = _equilibrate(P, A)
     e, f = D[:, :n], D[:, n:]
     P, A = e.unsqueeze(2) * P * e.unsqueeze(1), f.unsqueeze(2) * A * e.unsqueeze(1)
+
+    # A = U diag(values) V':  A^+ = V diag(1 / values) U' over those that are not zero, Z the rest
+    # of V.
     U, values, Vt = torch.linalg.svd(A, full_matrices=True)
     used = values > problem.rank * values.amax(1, keepdim=True) if p else values > 0
     range_x, range_nu = (torch.nn.functional.pad(used, (0, size - used.shape[1])) for size in (n, p))
     V, r = Vt.mT, min(n, p)
     pinv = V[:, :, :r] * torch.where(used, 1.0 / values, 0.0).unsqueeze(1) @ U[:, :, :r].mT
     Z = V * ~range_x.unsqueeze(1)
-    size = P.abs().amax((1, 2))
+
+    # Z'PZ = Q diag(curvature) Q':  G = Z Q diag(1 / curvature) Q'Z' over those that are not flat.
     # A marker takes the columns of Z that are zero to the end.
-    curvature, Q = torch.linalg.eigh(Z.mT @ P @ Z + torch.diag_embed(range_x * (4.0 * n * _or_one(size)).unsqueeze(1)))
+    size = P.abs().amax((1, 2))
+    marker = torch.diag_embed(range_x * (4.0 * n * or_one(size)).unsqueeze(1))
+    curvature, Q = torch.linalg.eigh(Z.mT @ P @ Z + marker)
     Z, inside = Z @ Q, ~range_x.flip(1)
     threshold = problem.rank * n * size.unsqueeze(1)
     flat = (curvature.abs() <= threshold) & inside
     G = Z * torch.where(inside & ~flat, 1.0 / curvature, 0.0).unsqueeze(1) @ Z.mT
+
+    # The generalised inverse: C = A^+ - G P A^+,  below it -(P A^+)'C, symmetrised.
     C = pinv - G @ (P @ pinv)
     lower = -(P @ pinv).mT @ C
-    K = torch.cat((torch.cat((G, C), 2), torch.cat((C.mT, (lower + lower.mT) * 0.5), 2)), 1)
+    lower = (lower + lower.mT) * 0.5
+    inverse = torch.cat((torch.cat((G, C), 2), torch.cat((C.mT, lower), 2)), 1)
+
+    # The null vectors (Z flat, -A^+' P Z flat) and (0, U free), in the units of K itself.
     level = Z * flat.unsqueeze(1)
     free = U * ~range_nu.unsqueeze(1)
-    null = torch.cat((torch.cat((level, -pinv.mT @ (P @ level)), 1), torch.nn.functional.pad(free, (0, 0, n, 0))), 2)
+    by_x = torch.cat((level, -pinv.mT @ (P @ level)), 1)
+    by_nu = torch.nn.functional.pad(free, (0, 0, n, 0))
+    null = torch.cat((by_x, by_nu), 2)
     null = _orthonormal(D.unsqueeze(2) * null, torch.cat((flat, ~range_nu), 1))
-    K = D.unsqueeze(2) * K * D.unsqueeze(1)
-    K = K - null @ (null.mT @ K)
-    K = K - (K @ null) @ null.mT
+
+    # K^+ = (I - N N') D inverse D (I - N N')
+    inverse = D.unsqueeze(2) * inverse * D.unsqueeze(1)
+    inverse = inverse - null @ (null.mT @ inverse)
+    inverse = inverse - (inverse @ null) @ null.mT
+
+    # INFEASIBLE: b sticks out of the range of A.
     g = problem.right.nu * f.unsqueeze(1)
-    start = g @ pinv.mT
     apart = _apart(free, g)
     infeasible = apart > problem.consistent
-    # The slope along flat directions, at the minimum along the curved ones: rounding may turn one a little into the other.
+
+    # UNBOUNDED: a negative curvature, or a slope q + P x along flat directions, at the minimum
+    # along the curved ones: rounding may turn one a little into the other.
     q = -problem.right.x * e.unsqueeze(1)
-    start = start - (q + start @ P) @ G
-    slope, terms = q + start @ P, q.abs() + start.abs() @ P.abs()
+    x = g @ pinv.mT
+    x = x - (q + x @ P) @ G
+    slope, terms = q + x @ P, q.abs() + x.abs() @ P.abs()
     unbounded = _sticks_out(level, slope, terms, problem.consistent)
     unbounded = unbounded | ((curvature < -threshold) & inside).any(1, keepdim=True)
-    status = torch.where(infeasible, int(Status.INFEASIBLE), torch.where(unbounded, int(Status.UNBOUNDED), 0))
-    return K, null, 1.0 / D.unsqueeze(1), status, apart
+    status = torch.where(unbounded, int(Status.UNBOUNDED), 0)
+    status = torch.where(infeasible, int(Status.INFEASIBLE), status)
+    return _Singular(inverse, null, 1.0 / D.unsqueeze(1), status, apart)
 
 
 def _equilibrate(P: Tensor, A: Tensor) -> Tensor:
     """D with the largest entry of every row of D K D near 1, rows of zeros apart."""
     K = torch.cat((torch.cat((P, A.mT), 2), torch.nn.functional.pad(A, (0, A.shape[1]))), 1).abs()
     D = torch.ones_like(K[:, 0])
-    for _ in range(SWEEPS):
-        D = D / _or_one((D.unsqueeze(2) * K * D.unsqueeze(1)).amax(2)).sqrt()
+    for _ in range(LIMITS.sweeps):
+        D = D / or_one((D.unsqueeze(2) * K * D.unsqueeze(1)).amax(2)).sqrt()
     return D
 
 
@@ -436,10 +490,10 @@ def _apart(basis: Tensor, rows: Tensor) -> Tensor:
     if not rows.shape[2]:
         return rows.new_zeros(rows.shape[:2])
     projector = basis @ basis.mT
-    linked = (projector.abs() > HIDDEN).unsqueeze(1)  # (F, 1, p, p)
+    linked = (projector.abs() > ACCURACY.hidden).unsqueeze(1)  # (F, 1, p, p)
     size = torch.where(linked, rows.abs().unsqueeze(2), 0.0).amax(3)
-    rounding = ROUNDING * rows.shape[2] * rows.abs().amax(2, keepdim=True)
-    part = ((rows @ projector).abs() - rounding).clamp(min=0.0)
+    noise = ACCURACY.rounding * rows.shape[2] * rows.abs().amax(2, keepdim=True)
+    part = ((rows @ projector).abs() - noise).clamp(min=0.0)
     return (part / size.clamp(min=torch.finfo(size.dtype).tiny)).amax(2)
 
 
@@ -448,8 +502,8 @@ def _sticks_out(basis: Tensor, rows: Tensor, terms: Tensor, tolerance: float) ->
     if not rows.shape[2]:
         return torch.zeros(rows.shape[:2], dtype=torch.bool, device=rows.device)
     projector = basis @ basis.mT
-    rounding = 1e-5 * tolerance * terms.amax(2, keepdim=True)
-    return ((rows @ projector).abs() > tolerance * terms @ projector.abs() + rounding).any(2)
+    noise = 1e-5 * tolerance * terms.amax(2, keepdim=True)
+    return ((rows @ projector).abs() > tolerance * terms @ projector.abs() + noise).any(2)
 
 
 def _pull_back(
@@ -461,45 +515,40 @@ def _pull_back(
     (x, nu), right = (_Pair(*(_rows(t, problem.factors, problem.batch) for t in pair)) for pair in (z, z_bar))
     if failed is not None:
         right = _Pair(*(torch.where(failed.unsqueeze(2), 0.0 * t, t) for t in right))
+    # K (d, e) = (x_bar, nu_bar)
     d, e = factor.solve(problem, right)
     P_bar = q_bar = A_bar = b_bar = None
     if needed[0]:
-        P_bar = -0.5 * _outer(P, (d, x), (x, d))
+        # P_bar = -(d x' + x d') / 2
+        P_bar = -0.5 * outer(len(P), (d, x), (x, d))
     if needed[1]:
-        q_bar = -_of_batch(q, d, problem.batch)
+        # q_bar = -d
+        q_bar = sum_to(len(q), -_of_batch(d, problem.batch))
     if needed[2]:
-        A_bar = -_outer(A, (e, nu), (x, d))
+        # A_bar = -(e x' + nu d')
+        A_bar = -outer(len(A), (e, nu), (x, d))
     if needed[3]:
-        b_bar = _of_batch(b, e, problem.batch)
+        # b_bar = e
+        b_bar = sum_to(len(b), _of_batch(e, problem.batch))
     if factor.exact is not None:
+        # Of rows with a singular K there is more, with (s, t) the null part of (x_bar, nu_bar) and
+        # (y, u) = K^+ (x, nu):  P_bar + (s y' + y s') / 2,  A_bar + t y' + u s'.
         index, null = factor.exact.index, factor.exact.null
         s, t = _times(_Pair(right.x[index], right.nu[index]), null @ null.mT)
         y, u = _times(_Pair(x[index], nu[index]), factor.exact.inverse)
         if P_bar is not None:
-            P_bar = _add(P_bar, index, 0.5 * _outer(P, (s, y), (y, s)))
+            P_bar = add_rows(P_bar, index, 0.5 * outer(len(P), (s, y), (y, s)))
         if A_bar is not None:
-            A_bar = _add(A_bar, index, _outer(A, (t, u), (y, s)))
+            A_bar = add_rows(A_bar, index, outer(len(A), (t, u), (y, s)))
     return P_bar, q_bar, A_bar, b_bar
 
 
-def _outer(given: Tensor, lefts: tuple[Tensor, ...], rights: tuple[Tensor, ...]) -> Tensor:
-    """The sum of the products of rows, over the batch where `given` is one for it."""
-    left, right = torch.cat(lefts, 1), torch.cat(rights, 1)
-    if len(given) == 1:
-        left, right = left.flatten(0, 1).unsqueeze(0), right.flatten(0, 1).unsqueeze(0)
-    return _mm(left.mT, right)
+def _of_batch(rows: Tensor, batch: int) -> Tensor:
+    """(F, k, .) -> (B, .)."""
+    return rows.reshape(batch, rows.shape[2])
 
 
-def _add(bar: Tensor, index: Tensor, part: Tensor) -> Tensor:
-    return bar + part if len(bar) == 1 else bar.index_add(0, index, part)
-
-
-def _of_batch(given: Tensor, rows: Tensor, batch: int) -> Tensor:
-    rows = rows.reshape(batch, rows.shape[2])
-    return rows.sum(0, keepdim=True) if len(given) == 1 else rows
-
-
-def _again(
+def _by_chord_steps(
     factor: _Factor,
     failed: Tensor | None,
     x: Tensor,  # (B, n), the solution
@@ -522,11 +571,10 @@ def _again(
     else:
         # Apart, so that no matrix without a factor comes near a derivative.
         hard = exact.index
-        easy = torch.ones(count, dtype=torch.bool, device=x.device).index_fill_(0, hard, False).nonzero().flatten()
+        easy, order = the_others(hard, count)
         first = _Pair(z.x[easy], z.nu[easy])
         first = _regular(problem.take(easy), here.take(easy), factor.take(easy), first)
         last = _of_minimum_norm(problem.take(hard), here.take(hard), exact, _Pair(z.x[hard], z.nu[hard]))
-        order = torch.cat((easy, hard)).argsort()
         z = _Pair(*(torch.cat(parts).index_select(0, order) for parts in zip(first, last, strict=True)))
     x, nu = (t.reshape(problem.batch, t.shape[2]).to(P.dtype) for t in z)
     if failed is not None:
@@ -537,24 +585,26 @@ def _again(
 
 def _laid(z: _Pair, factors: int) -> _Pair:
     """Rows of the whole batch as those of so many matrices."""
-    return _Pair(*(t if len(t) == factors else _regrouped(t, factors) for t in z))
-
-
-def _regrouped(rows: Tensor, factors: int) -> Tensor:
-    """(F, k, .) -> (factors, ., .), of rows without entries too."""
-    return rows.reshape(factors, len(rows) * rows.shape[1] // factors if factors else 0, rows.shape[2])
+    return _Pair(*(regrouped(t, factors) for t in z))
 
 
 def _regular(problem: _Problem, here: _Problem, factor: _Factor, z: _Pair) -> _Pair:
-    """z by chord steps on K z = (-q, b) with the factor of K, here."""
+    """z by two chord steps with the factor of K, here:  z <- z + K^-1 ((-q, b) - K z)."""
     for _ in range(2):
         gap = problem.residual(problem.right, z)
         z = _sum(z, _laid(factor.solve(here, _laid(gap, len(factor.units))), len(gap.x)))
     return z
 
 
-def _of_minimum_norm(problem: _Problem, here: _Problem, exact: _PseudoInverse, z: _Pair) -> _Pair:
-    """z by chord steps with K^+ on K z = (-q, b); the part of z that this leaves free, on z = K y, y in the range of K^+."""
+def _of_minimum_norm(
+    problem: _Problem, here: _Problem, exact: _PseudoInverse, z: _Pair
+) -> _Pair:
+    """z by two chord steps with K^+, and N the projector on the null space of K, here.
+
+    What K z = (-q, b) leaves free of z follows z = K y, with y in the range of K^+:
+
+        z <- z + K^+ ((-q, b) - K z) + N (K y - z),   y <- y + K^+ (z - K y).
+    """
 
     def solve(right: _Pair) -> _Pair:
         return _laid(exact.solve(here, _laid(right, len(exact.inverse))), len(right.x))

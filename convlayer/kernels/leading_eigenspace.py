@@ -11,9 +11,13 @@ from torch.autograd import Function
 
 from convlayer.autodiff.once import once_differentiable
 from convlayer.kernels.answer import Answer
+from convlayer.kernels.batches import movement
 
-TIE = 8.0  # in units of eps n |X|: the eigenvalues that rounding alone can part
-NEAR = 0.5  # in units of sqrt(eps) n |X|: eigenvalues whose vectors rounding mixes in the last half of their digits
+# Rounding alone can part equal eigenvalues by this, in units of eps n |X|.
+TIE = 8.0
+# Rounding mixes the vectors of eigenvalues this near in the last half of their digits, in units of
+# sqrt(eps) n |X|.
+NEAR = 0.5
 
 
 def leading_eigenspace(
@@ -83,20 +87,22 @@ def _perturbed(
     """
     block, rest, cut = _sides(X.shape[-1], k, largest)
     half = 0.5 * X
-    dX = half + half.mT
-    dX = dX - dX.detach()  # zero, with the derivative of X: no rounding reaches the solution
+    dX = movement(half + half.mT)
     Ua, Ub = U[..., block], U[..., rest]
     inverse = 1 / (l[:, None, block] - l[:, rest, None])
     if tied is not None:
         inverse = inverse.masked_fill(tied[:, None, None], 0)
+    # Y = E_ba / (l_a - l_b),  then  Y + (E_bb Y - Y E_aa) / (l_a - l_b)
     Y = inverse * (Ub.mT @ (dX @ Ua))
     Y = Y + inverse * (Ub.mT @ (dX @ (Ub @ Y)) - Y @ (Ua.mT @ (dX @ Ua)))
+    # Z + U_b Y U_a' + U_a Y'U_b' + U_b Y Y'U_b' - U_a Y'Y U_a', the projector to second order in Y
     V = Ub @ Y
     Z = Z.detach() + V @ Ua.mT + Ua @ V.mT + V @ V.mT - Ua @ (V.mT @ V) @ Ua.mT
     if tied is not None and weight is not None:  # the untied pairs of these rows, to first order
         step, gap = (a.unsqueeze(-2) - a.unsqueeze(-1) for a in (weight, l))
         slope = torch.where((step == 0) | ~tied[:, None, None], 0, step / gap)
         Z = Z + U @ (slope * (U.mT @ dX @ U)) @ U.mT + _bent(dX, tied)[:, None, None]
+    # dl_k = u_k'dX u_k + sum_j (u_j'dX u_k)^2 / (l_k - l_j), the first averaged over equals
     l_k = l[:, cut, None]
     equal = (l - l_k).abs() <= _tie(l).unsqueeze(-1)
     count = equal.sum(-1, keepdim=True, dtype=l.dtype)
@@ -116,6 +122,8 @@ def _bent(zero: Tensor, rows: Tensor) -> Tensor:
 
 
 class _Eigenspace(Function):
+    """Z and l_k with their first derivative, and where they have none."""
+
     @staticmethod
     def forward(
         ctx: Any, X: Tensor, k: int, largest: bool, kept: list[Any]
@@ -155,9 +163,11 @@ class _Eigenspace(Function):
         ctx: Any, Z_bar: Tensor | None, l_bar: Tensor | None, *_: None
     ) -> tuple[Tensor | None, None, None, None]:
         l, U, weight = ctx.saved_tensors
-        # X_bar = left U_a' + U_a left', with a the block, or everything where some row has a tie at the cut
+        # X_bar = left U_a' + U_a left', with a the block, or everything where some row has a tie at
+        # the cut
         block, rest = (ctx.block, ctx.rest) if weight is None else (slice(None), slice(None))
         Ua, Ub = U[..., block], U[..., rest]
+        # left = U_b ((U_b'G U_a) / (l_a - l_b)),  and u_k l_bar / 2 for l_k
         left = None
         if Z_bar is not None and Ub.shape[-1]:
             slope = torch.bmm(Ub.mT, torch.bmm(Z_bar, Ua).baddbmm_(Z_bar.mT, Ua, beta=0.5, alpha=0.5))

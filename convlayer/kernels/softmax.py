@@ -12,10 +12,14 @@ from torch.autograd import Function
 from convlayer.autodiff.once import once_differentiable
 from convlayer.autodiff.torch_internals import softmax_backward
 from convlayer.kernels.answer import Answer
+from convlayer.kernels.batches import sum_to
 from convlayer.solution import Status
 
-BLOCK = 262_144  # numbers of a block: fresh memory for a whole array costs more than the arithmetic
-VANISHED = 1000.0  # exp(-VANISHED) is zero in every precision
+# The backward pass goes over blocks of so many numbers: fresh memory for a whole array costs more
+# than the arithmetic.
+CACHED = 262_144
+# exp(-VANISHED) is zero in every precision.
+VANISHED = 1000.0
 
 
 def softmax(
@@ -55,8 +59,9 @@ def softmax(
     return Answer(outputs, status=status, degenerate=edge, local=local)
 
 
-def _outputs(found: tuple[Tensor, Tensor | None]) -> tuple[Tensor, ...]:
-    return tuple(output for output in found if output is not None)
+def _outputs(both: tuple[Tensor, Tensor | None]) -> tuple[Tensor, ...]:
+    """y, and nu if it was wanted."""
+    return tuple(output for output in both if output is not None)
 
 
 def _expression(
@@ -78,6 +83,8 @@ def _expression(
 
 
 class _Softmax(Function):
+    """y and nu with their first derivative, in as few passes as they take."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -97,17 +104,22 @@ class _Softmax(Function):
         top = theta.amax(-1, keepdim=True) if tau is not None or multiplier else None
         exponent = theta
         if tau is not None and top is not None:
-            # the maximum is subtracted before the division: theta / tau would round the exponent by eps |theta| / tau
+            # the maximum is subtracted before the division: theta / tau would round the exponent by
+            # eps |theta| / tau
             exponent = theta - top
             exponent = exponent.div_(tau) if tau.shape[0] in (1, theta.shape[0]) else exponent / tau
+        # p = softmax(theta / tau),  y = r p
         p = torch.softmax(exponent, -1)
         y = p if r is None else p * r
         nu = log_largest = None
-        if (multiplier or by_tau) and top is not None:  # the stationarity of the largest entry
+        if (multiplier or by_tau) and top is not None:
+            # the stationarity of the largest entry:  nu = theta_i - tau (1 + log y_i)
             log_largest = y.amax(-1, keepdim=True).log()
-            nu = (
-                top - 1 - log_largest if tau is None else torch.addcmul(top - tau, tau, log_largest, value=-1)
-            ).squeeze(-1)
+            if tau is None:
+                nu = top - 1 - log_largest
+            else:
+                nu = torch.addcmul(top - tau, tau, log_largest, value=-1)
+            nu = nu.squeeze(-1)
         empty = bad | edge if bad is not None and edge is not None else None
         ctx.save_for_backward(p, tau, r, empty, *((theta, top, log_largest) if by_tau else (None, None, None)))
         if empty is not None and bad is not None:
@@ -124,12 +136,14 @@ class _Softmax(Function):
         mean, theta_bar = _pulled_back(p.expand_as(v), v)
         if w is not None:
             w = w.unsqueeze(-1) if empty is None else w.masked_fill(empty, 0).unsqueeze(-1)
+        # r_bar = p'v - tau w / r
         r_bar = None
         if by_r:
             r_bar = mean if w is None else mean - w * (1 if tau is None else tau) / r
-            r_bar = _sum_to(ctx.sizes[2], r_bar.squeeze(-1))
+            r_bar = sum_to(ctx.sizes[2], r_bar.squeeze(-1))
         if not (by_theta or by_tau):
             return None, None, r_bar, None, None, None
+        # theta_bar = y o (v - r_bar) / tau = p o (v - p'v) r / tau + p w
         if r is not None:
             theta_bar = theta_bar * r if r.shape[0] > theta_bar.shape[0] else theta_bar.mul_(r)
         if tau is not None:
@@ -138,15 +152,16 @@ class _Softmax(Function):
             theta_bar = theta_bar + p * w
         if empty is not None:
             theta_bar = theta_bar * (~empty).unsqueeze(-1)
+        # tau_bar = -theta_bar'(1 + log y), with log y = (theta - top) / tau + log max y
         tau_bar = None
         if by_tau:
-            # log p up to a constant; bounded, since 0 * inf would be NaN where p underflows
+            # bounded, since 0 * inf would be NaN where p underflows
             height = (theta - top).clamp_(min=torch.finfo(p.dtype).min)
             tau_bar = -(theta_bar * height).sum(-1, keepdim=True) / tau
             if w is not None:
                 tau_bar = tau_bar - w * (1 + log_largest)
-            tau_bar = _sum_to(ctx.sizes[1], tau_bar.squeeze(-1))
-        return _sum_to(ctx.sizes[0], theta_bar) if by_theta else None, tau_bar, r_bar, None, None, None
+            tau_bar = sum_to(ctx.sizes[1], tau_bar.squeeze(-1))
+        return sum_to(ctx.sizes[0], theta_bar) if by_theta else None, tau_bar, r_bar, None, None, None
 
 
 def _pulled_back(p: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,7 +169,7 @@ def _pulled_back(p: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
     Near a vertex v - p'v cancels in the largest entry, and centring what is left once more makes that exact.
     """
-    rows = max(1, BLOCK // max(1, v.shape[1]))
+    rows = max(1, CACHED // max(1, v.shape[1]))
     if v.is_cuda or v.shape[0] <= rows:
         mean = torch.linalg.vecdot(v, p).unsqueeze(-1)
         return mean, softmax_backward(v - mean, p)
@@ -168,8 +183,3 @@ def _pulled_back(p: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         torch.sum(product, -1, keepdim=True, out=mean)
         softmax_backward(torch.sub(one, mean, out=product), other, out=bar)
     return means, bars
-
-
-def _sum_to(size: int, gradient: Tensor) -> Tensor:
-    """The gradient of an input of batch size `size`: a shared one is summed over the rows."""
-    return gradient if size == len(gradient) else gradient.sum(0, keepdim=True)

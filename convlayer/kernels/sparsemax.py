@@ -11,13 +11,18 @@ from torch.autograd import Function
 
 from convlayer.autodiff.once import once_differentiable
 from convlayer.kernels.answer import Answer
+from convlayer.kernels.batches import movement, sum_to
 from convlayer.solution import Status
 
-# in units of eps (|t| + r / |S|), the rounding of t = tau - max y:
-TIE = 8.0  # entries this near the threshold count as on it
-SLACK = 4.0  # a step that rounding alone can ask for
+# Entries this near the threshold count as on it, in units of eps (|t| + r / |S|): that is the
+# rounding of t = tau - max y.
+TIE = 8.0
+# Rounding alone can ask for a step of this size, in the same units.
+SLACK = 4.0
+# A first threshold of long rows is that of the maxima of blocks of so many entries.
 BLOCK = 8
-SORTED = 2048  # entries up to which one sort costs less than the passes it saves
+# Up to so many entries one sort costs less than the passes it saves.
+SORTED = 2048
 
 
 def sparsemax(
@@ -54,12 +59,15 @@ def _on_support(x: Tensor, tau: Tensor, tie: Tensor | None, y: Tensor, r: Tensor
     support = x > (0 if tie is None else tie)
     size = support.sum(-1, keepdim=True, dtype=x.dtype)
     size = size.masked_fill(size == 0, torch.inf)
-    dy, dr = y - y.detach(), r - r.detach()  # zero, with the derivative of the inputs: no rounding reaches the solution
+    dy, dr = movement(y), movement(r)
+    # dtau = (sum_S dy - dr) / |S|,  dx = 1_S (dy - dtau)
     shift = (torch.where(support, dy, 0).sum(-1, keepdim=True) - dr.unsqueeze(-1)) / size
     return x + torch.where(support, dy - shift, 0), tau + shift.squeeze(-1)
 
 
 class _Sparsemax(Function):
+    """x and tau with their first derivative, and where they have none."""
+
     @staticmethod
     def forward(ctx: Any, y: Tensor, r: Tensor) -> tuple[Tensor, Tensor, *tuple[Tensor | None, ...]]:
         ctx.set_materialize_grads(False)
@@ -90,17 +98,19 @@ class _Sparsemax(Function):
         support, size, infeasible = ctx.saved_tensors
         by_y, by_r = ctx.needs_input_grad
         v = torch.zeros_like(support) if v is None else v
+        # r_bar = mean_S v - w / |S|
         on_support = torch.ops.aten.threshold_backward(v, support, 0)
         shift = on_support.sum(-1, keepdim=True)
         shift = (shift if w is None else shift - w.unsqueeze(-1)).div_(size)
-        r_bar = _sum_to(ctx.sizes[1], shift.squeeze(-1)) if by_r else None
+        r_bar = sum_to(ctx.sizes[1], shift.squeeze(-1)) if by_r else None
         if not by_y:
             return None, r_bar
+        # y_bar = 1_S (v - r_bar)
         y_bar = on_support.sub_(shift)
         torch.ops.aten.threshold_backward.grad_input(y_bar, support, 0, grad_input=y_bar)
         if infeasible is not None:
             y_bar = torch.where(infeasible.unsqueeze(-1), 0 * v, y_bar)
-        return _sum_to(ctx.sizes[0], y_bar), r_bar
+        return sum_to(ctx.sizes[0], y_bar), r_bar
 
 
 def _newton(d: Tensor, r: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,6 +122,7 @@ def _newton(d: Tensor, r: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     t = t * (1 + 0.25 * unit)
     first = True
     while True:
+        # sum_i max(d_i - t, 0) = r:  t <- t + (sum x - r) / |S|
         x = (d - t).relu_()
         support = x.sign()
         size = support.sum(-1, keepdim=True).clamp_(min=1)
@@ -144,14 +155,10 @@ def _start(d: Tensor, r: Tensor) -> Tensor:
     bound = torch.maximum((d.sum(-1, keepdim=True) - r).div_(n), -r)
     if n < 8 * BLOCK:
         return bound
-    # the maxima of blocks are some of the entries: the threshold of a part is not above that of the whole
+    # the maxima of blocks are some of the entries: the threshold of a part is not above that of the
+    # whole
     even = n // BLOCK * BLOCK
     maxima = d[:, :even].unflatten(-1, (BLOCK, n // BLOCK)).amax(1)
     if even < n:  # a part without the largest entry, 0, might have none in reach of it
         maxima = torch.cat([maxima, d[:, even:]], -1)
     return torch.maximum(bound, _newton(maxima, r, _start(maxima, r))[1])
-
-
-def _sum_to(size: int, gradient: Tensor) -> Tensor:
-    """The gradient of an input of batch size `size`: a shared one is summed over the rows."""
-    return gradient if size == len(gradient) else gradient.sum(0, keepdim=True)

@@ -12,13 +12,19 @@ from torch.nn.functional import pad
 
 from convlayer.autodiff.once import once_differentiable
 from convlayer.kernels.answer import Answer
+from convlayer.kernels.batches import movement
 from convlayer.solution import Status
 
+# The rounding of float64.
 EPS = 2.0**-52
-WINDOW = 16  # ratio of the window lengths in which `_certain_knots` looks; 8 to 32 measure alike
+# `_certain_knots` looks in windows whose lengths have this ratio; 8 to 32 measure alike.
+WINDOW = 16
+# A residual is divided by no less than this, where all data are zero.
 TINY = 2.0**-1000
-ACCURATE = 1e-12  # residual up to which a row is SOLVED; rounding leaves some 1e-17
-REPAIRS = 8  # rounds of dropping knots that rounding placed; one is common with ties
+# A row is SOLVED up to this residual; rounding leaves some 1e-17.
+ACCURATE = 1e-12
+# Knots that rounding placed are dropped in so many rounds; one is common with ties.
+REPAIRS = 8
 
 
 def total_variation(
@@ -59,10 +65,11 @@ def _on_segments(
     u: Tensor, ids: Tensor, length: Tensor, step: Tensor, special: Tensor | None, x: Tensor, lam: Tensor
 ) -> tuple[Tensor]:
     """The output u in differentiable operations: what the inputs move it by, on its segments."""
-    moves = (x - x.detach(), (lam - lam.detach()).unsqueeze(1))  # zero, with the derivative of the inputs
+    moves = movement(x), movement(lam).unsqueeze(1)
     dx, dlam = torch.broadcast_tensors(*(d.double() for d in moves))
     flat = ids.view(-1)
     stacked = dx.reshape(len(dx) // max(1, len(ids)), len(flat))  # a row solved alone may now stand for many
+    # du = the mean of dx over the segment + dlam (s_right - s_left) / length
     sums = dx.new_zeros(len(stacked), len(length)).index_add(1, flat, stacked)
     du = (sums / length).index_select(1, flat).view_as(dx)
     if special is not None:
@@ -72,6 +79,8 @@ def _on_segments(
 
 
 class _TotalVariation(torch.autograd.Function):
+    """u with its first derivative, and what is known of its rows."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, lam: Tensor, kept: list[Any]) -> tuple[Tensor, ...]:
         rows, n = 0 if 0 in (len(x), len(lam)) else max(len(x), len(lam)), x.shape[1]
@@ -102,12 +111,14 @@ class _TotalVariation(torch.autograd.Function):
         x_bar = lam_bar = None
         flat = ids.view(-1)
         if ctx.needs_input_grad[0]:
+            # x_bar = the mean of v over the segment
             sums = v.new_zeros(length.shape).index_add_(0, flat, v.reshape(-1))
             x_bar = (sums / length).index_select(0, flat).view(v.shape)
             if ctx.special:
                 x_bar = torch.where(lam == 0, v, x_bar)
             x_bar = x_bar.sum_to_size(ctx.shapes[0], v.shape[1]).to(ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
+            # lam_bar = sum_i v_i (s_right - s_left) / length
             lam_bar = (step / length).index_select(0, flat).view(v.shape).mul_(v).sum(1)
             lam_bar = lam_bar.sum_to_size(ctx.shapes[1]).to(ctx.dtypes[1])
         return x_bar, lam_bar, None
@@ -139,11 +150,14 @@ def _taut_string(x: Tensor, lam: Tensor) -> tuple[Tensor, ...]:
     repairs = count = 0
     while True:
         count += 1
+        # The slopes between the knots:  u = (the segment's sum of x - the rise of the dual) /
+        # length.
         q = torch.cat([zero, knots.nonzero().squeeze(1)])  # the knots; q[k], q[k + 1] bound segment k
         a, length = anchors[q], torch.diff(q)
         mass = torch.diff(sums.index_select(1, q)).sum(0)
         u = (mass - torch.diff(a)) / length
         torch.cumsum(knots[:-1], 0, dtype=torch.int32, out=flat[1:])
+        # The dual z = sum (x - u), and where it leaves the tube.
         r = x - u.index_select(0, flat).view(B, n + 1)
         r[:, 0] = 0
         z = r.cumsum(1)
@@ -154,11 +168,13 @@ def _taut_string(x: Tensor, lam: Tensor) -> tuple[Tensor, ...]:
             local = local - (local[q] - a).index_select(0, flat)
             height, slack = local.abs().view(B, n + 1), tol.index_select(0, flat).view(B, n + 1)
             c = (height - slack > tight).gt(knot).view(-1).nonzero().squeeze(1)
+        # More knots, the farthest point of every run outside;
         if len(c):
             j, side = _farthest(c, local[c], flat[c])
             row = j // (n + 1)
             knots[j], anchors[j], passes[row] = True, torch.copysign(half[row], side), count + 1
             continue
+        # or none: those that rounding placed have steps of the dual's sign, and go.
         rise, a = torch.diff(u[1:]), a[2:-1]
         false = ((rise * a >= 0) & (a != 0)).nonzero().squeeze(1)
         if not len(false) or repairs >= REPAIRS:
@@ -167,6 +183,7 @@ def _taut_string(x: Tensor, lam: Tensor) -> tuple[Tensor, ...]:
         knots[q[2:-1][false]] = False
         anchors[q[2:-1][false]] = 0.0
 
+    # The verdict: jumps of sign at the knots, kinks within the rounding of a slope, the residual.
     end = q % (n + 1)
     sign = torch.copysign(torch.ones_like(u[:1]), -anchors[q]).masked_fill((end == 0) | (end == n), 0.0)
     error = 4 * EPS * (mass.abs() + torch.diff(anchors[q]).abs()) / length

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convlayer.autodiff.derivative import Local, Point, solved
+from convlayer.autodiff.derivative import EvaluationPoint, Local, solved
 from convlayer.autodiff.threads import few_threads
 from convlayer.autodiff.torch_internals import is_transformed
 from convlayer.declaration import arguments
@@ -100,7 +100,7 @@ class Front:
             return gate.filled, gate.table() if call.everything else (), gate.local
 
         self.shapes(tensors)
-        point = Point([len(p.shape) for p in self.declared.parameters], solve)
+        point = EvaluationPoint([len(p.shape) for p in self.declared.parameters], solve)
         outputs = solved(point, tensors)
         return outputs[: point.outputs], outputs[point.outputs :], gates[0].without_iterate()
 

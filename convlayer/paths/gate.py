@@ -16,7 +16,7 @@ import cvxpy as cp
 import torch
 from torch import Tensor
 
-from convlayer.autodiff.derivative import Local, Point, Recorded, pulled_back
+from convlayer.autodiff.derivative import EvaluationPoint, Local, Recorded, pulled_back
 from convlayer.autodiff.threads import few_threads_to_differentiate
 from convlayer.autodiff.torch_internals import (
     is_of_old_vmap,
@@ -292,7 +292,7 @@ class _Leave(torch.autograd.Function):
         given = [
             torch.zeros_like(output) if bar is None else bar for bar, output in zip(bars, gate.outputs, strict=True)
         ]
-        point = Point([len(p.shape) for p in gate.parameters], local=gate.local)
+        point = EvaluationPoint([len(p.shape) for p in gate.parameters], local=gate.local)
         return None, *pulled_back(point, thetas, gate.filled[0], given, needed)
 
 
