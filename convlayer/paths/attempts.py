@@ -23,7 +23,8 @@ from convlayer.paths.refined import Refined, Unpolished, refined
 from convlayer.paths.unsettled import claims_checked, refuted, running_off, with_a_feasible_point
 from convlayer.paths.verdict import Verdict
 from convlayer.solution import Status
-from convlayer.solvers.solver import Inline, Points, in_threads, solve_batch
+from convlayer.solvers.dealing import Inline, in_threads, solve_batch
+from convlayer.solvers.solver import Points
 
 LARGE = 1_000_000  # numbers in dense matrices of a batch from which it is worked off in pieces,
 PIECE = 500_000  # of about so many (4 MB)
