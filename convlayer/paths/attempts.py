@@ -46,7 +46,8 @@ def attempted(request: ConeRequest, data: Data, start: tuple[Tensor, ...] | None
         (alone, data.between(lo, hi), None if start is None else tuple(part[lo:hi] for part in start))
         for lo, hi in ranges
     ]
-    return Attempted.joined(in_threads(lambda job: _settled(*job), jobs), [lo for lo, _ in ranges])
+    found = in_threads(lambda job: _settled(*job), jobs, [hi - lo for lo, hi in ranges])
+    return Attempted.joined(found, [lo for lo, _ in ranges])
 
 
 def _settled(request: ConeRequest, data: Data, start: tuple[Tensor, ...] | None) -> Attempted:

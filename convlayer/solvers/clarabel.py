@@ -15,6 +15,7 @@ import scipy.sparse as sp
 
 from convlayer.conic.pattern import kkt_pattern
 from convlayer.conic.program import Program
+from convlayer.progress import current
 from convlayer.solution import Status
 from convlayer.solvers.solver import SHORT, Iterate, Solver, Task, interrupted
 
@@ -64,6 +65,8 @@ class Clarabel(Solver):
         cones = [CONES[block.name](block) for block in task.program.cones.blocks]
         solver, iterates = None, []
         for row in range(len(task)):
+            if interrupted():
+                return []  # nobody reads them
             solver = self._load(solver, task, row, cones, settings)
             iterates.append(_iterate(solver.solve(), settings.time_limit))
         return iterates
@@ -102,8 +105,17 @@ class Clarabel(Solver):
             return solver
         solver = clarabel.DefaultSolver(*task.matrices(row), cones, settings)
         if task.program.n + task.program.m > SHORT:
-            solver.set_termination_callback(lambda _: interrupted())
+            solver.set_termination_callback(_seen)
         return solver
+
+
+def _seen(info) -> bool:
+    """Between two iterations: whether to end."""
+    work = current()
+    if work.watched:
+        error = max(info.res_primal, info.res_dual, info.gap_rel)
+        work.note(f"iteration {info.iterations}, error {error:.0e}")
+    return interrupted()
 
 
 def _iterate(result, time_limit: float) -> Iterate:

@@ -16,7 +16,7 @@ import numpy as np
 
 from convlayer.conic.program import Program
 from convlayer.solution import Status
-from convlayer.solvers.solver import Iterate, Solver, Task, fits_densely
+from convlayer.solvers.solver import Iterate, Solver, Task, fits_densely, interrupted
 
 EQUALITY = 5  # its code for a constraint that is always active
 FREE = -1e30  # its lower bound where there is none
@@ -63,6 +63,8 @@ class Daqp(Solver):
                 model = None
         found = []
         for row in range(len(task)):
+            if interrupted():
+                return []  # nobody reads them
             q, b = task.q[row], task.b[row]
             if not program.m:
                 found.append(_unconstrained(P[row % len(P)], q))

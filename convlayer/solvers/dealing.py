@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor, as_completed
 from contextvars import copy_context
 from functools import cache
 from itertools import chain, pairwise
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from convlayer.autodiff.threads import cores, one_thread
 from convlayer.conic.program import Data, Program
+from convlayer.progress import SILENT, Silent, track
 from convlayer.solution import Status
 from convlayer.solvers.solver import (
     ABANDONED,
@@ -35,6 +36,8 @@ from convlayer.solvers.solver import (
 
 # With fewer rows than this for each worker, a second task costs more to set up than it balances.
 FEW = 32
+# Where rows are watched, each worker has at least so many tasks, one after the other, to be seen.
+STAGES = 50
 
 
 def solve_batch(
@@ -46,13 +49,14 @@ def solve_batch(
     executor: Executor | None,  # None: the threads of this process
 ) -> Points:
     """Solve every row of `data`."""
-    if isinstance(solver, BatchSolver):
-        return solver.solve_data(data, tolerance, options)
-    assert isinstance(solver, Solver)
-    executor = executor or default_executor()
-    pieces, inline = _pieces(solver, data.program, data.batch, executor)
-    tasks = _tasks(solver, tolerance, options, data, start, pieces)
-    results = [solver.solve(tasks[0])] if inline else _dealt(executor, solver, tasks)
+    with track(solver.name, data.batch) as work:
+        if isinstance(solver, BatchSolver):
+            return solver.solve_data(data, tolerance, options)
+        assert isinstance(solver, Solver)
+        executor = executor or default_executor()
+        pieces, inline = _pieces(solver, data.program, data.batch, executor, work.watched)
+        tasks = _tasks(solver, tolerance, options, data, start, pieces)
+        results = [solver.solve(tasks[0])] if inline else _dealt(executor, solver, tasks, work)
     iterates = list(chain.from_iterable(results))
     if len(iterates) != data.batch:
         raise RuntimeError(
@@ -65,7 +69,9 @@ def solve_batch(
     return Points._make(None if part is None else part.to(data.q.device) for part in points)
 
 
-def _pieces(solver: Solver, program: Program, batch: int, executor: Executor) -> tuple[int, bool]:
+def _pieces(
+    solver: Solver, program: Program, batch: int, executor: Executor, watched: bool
+) -> tuple[int, bool]:
     """In how many tasks a batch is dealt, and whether its only one is solved by the calling thread.
 
     A task reuses its solver from row to row; of many rows two tasks a worker, for balance.
@@ -77,7 +83,8 @@ def _pieces(solver: Solver, program: Program, batch: int, executor: Executor) ->
     inline = threads and solver.is_brief(program, batch) and not long
     if inline or (batch < 4 and not (threads and long)):
         return 1, inline
-    return min(batch, workers if batch < FEW * workers else 2 * workers), False
+    each = STAGES if watched else 1 if batch < FEW * workers else 2
+    return min(batch, each * workers), False
 
 
 def _tasks(
@@ -120,12 +127,18 @@ def _iterates(start: Sequence[Tensor], lo: int, hi: int) -> list[Iterate | None]
     ]
 
 
-def _dealt(executor: Executor, solver: Solver, tasks: Sequence[Task]) -> list[list[Iterate]]:
+def _dealt(
+    executor: Executor, solver: Solver, tasks: Sequence[Task], work: Silent
+) -> list[list[Iterate]]:
     """Every task solved by the executor's workers, in order."""
     try:
         if isinstance(executor, ThreadPoolExecutor):
-            return _in_pool(executor, solver.solve, tasks)
-        return list(executor.map(solver.solve, tasks))
+            return _in_pool(executor, solver.solve, tasks, work, [len(task) for task in tasks])
+        results = []
+        for task, found in zip(tasks, executor.map(solver.solve, tasks), strict=True):
+            results.append(found)
+            work.advance(len(task))
+        return results
     except BrokenExecutor as error:
         raise BrokenExecutor(
             f"A worker of the executor that you gave, a {type(executor).__name__}, died, and it "
@@ -136,8 +149,11 @@ def _dealt(executor: Executor, solver: Solver, tasks: Sequence[Task]) -> list[li
         ) from error
 
 
-def in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-    """Small torch work on each item, one torch thread each, on all cores."""
+def in_threads(
+    function: Callable[[Any], Any], items: Sequence[Any], rows: Sequence[int] = ()
+) -> list[Any]:
+    """Small torch work on each item, one torch thread each, on all cores; of so many rows, each
+    item's, where they are to be shown."""
 
     def alone(item: Any) -> Any:
         with torch.no_grad(), one_thread():
@@ -145,11 +161,18 @@ def in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any
 
     if len(items) < 2:
         return list(map(alone, items))
-    return _in_pool(default_executor(), alone, items)
+    if not rows:
+        return _in_pool(default_executor(), alone, items)
+    with track("solved and polished", sum(rows)) as work:
+        return _in_pool(default_executor(), alone, items, work, rows)
 
 
 def _in_pool(
-    executor: ThreadPoolExecutor, function: Callable[[Any], Any], items: Sequence[Any]
+    executor: ThreadPoolExecutor,
+    function: Callable[[Any], Any],
+    items: Sequence[Any],
+    work: Silent = SILENT,
+    rows: Sequence[int] = (),  # each item's
 ) -> list[Any]:
     """The function of every item, by the pool's threads.
 
@@ -162,8 +185,15 @@ def _in_pool(
         ABANDONED.set(event)  # in this item's own copy of the context
         return function(item)
 
-    futures = [executor.submit(copy_context().run, watched, item) for item in items]
-    try:
+    futures: list[Future[Any]] = []
+    try:  # from the first on: an interrupt may come while they are being handed over
+        for item in items:
+            futures.append(executor.submit(copy_context().run, watched, item))
+        if work.watched:
+            count = dict(zip(futures, rows, strict=True))
+            for future in as_completed(futures):
+                future.result()  # its error, if there was one, as soon as it is there
+                work.advance(count[future])
         return [future.result() for future in futures]
     except BaseException as error:
         event.set()

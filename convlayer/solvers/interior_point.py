@@ -40,6 +40,7 @@ from torch import Tensor
 
 from convlayer.autodiff.threads import one_thread
 from convlayer.conic.program import Data, Program, dense_A, dense_P, take_rows
+from convlayer.progress import current
 from convlayer.solution import Status, is_unsettled
 from convlayer.solvers.product import RANK, Cones, Layout, Pairs, Weight
 from convlayer.solvers.solver import BatchSolver, Points, fits_densely, interrupted
@@ -461,8 +462,10 @@ def _embedding(form: _Form, tolerance: float, ends: Ends) -> list[Tensor]:
     K = form.c.new_empty(batch, N, N)
     v, Y, S = _start(form, K)
     length = v.new_ones(batch, 1)
+    work, finished = current(), 0
     near = ALMOST if form.cones.rows else tolerance  # with cones a later point may be worse, and every one is looked at
     for iteration in range(limit + 1):
+        work.note(f"iteration {iteration}")
         r = _residual(form, v, Y, S)
         stuck = (length <= STALLED) | (S[:, l:] > HOPELESS * Y[:, l:])
         late = ends.late
@@ -489,6 +492,9 @@ def _embedding(form: _Form, tolerance: float, ends: Ends) -> list[Tensor]:
                 record[3] = record[3].masked_fill(stopped, int(Status.NOT_CONVERGED))
                 record.append(stopped)
             running = running & ~over
+            if work.watched:
+                solved, finished = finished, batch - int(running.sum())
+                work.advance(finished - solved)
             if late or on_host or iteration % PATIENCE == 0 or iteration == limit:
                 left = torch.nonzero(running.squeeze(1)).flatten()
                 if not len(left):

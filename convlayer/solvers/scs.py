@@ -15,7 +15,7 @@ import scs
 
 from convlayer.conic.program import Program
 from convlayer.solution import Status
-from convlayer.solvers.solver import Iterate, Solver, Task
+from convlayer.solvers.solver import Iterate, Solver, Task, interrupted
 
 STATUS = {
     scs.SOLVED: Status.SOLVED,
@@ -60,6 +60,8 @@ class SCS(Solver):
         cone = _cone(task.program)
         solver, iterates = None, []
         for row in range(len(task)):
+            if interrupted():
+                return []  # nobody reads them
             if solver is not None and task.vectors_only:
                 _, q, _, b = task.values(row)
                 solver.update(b[order], q)
