@@ -42,7 +42,7 @@ from convlayer.autodiff.threads import one_thread
 from convlayer.conic.program import Data, Program, dense_A, dense_P, take_rows
 from convlayer.progress import current
 from convlayer.solution import Status, is_unsettled
-from convlayer.solvers.product import RANK, Cones, Layout, Pairs, Weight
+from convlayer.solvers.product import RANK, Cones, Layout, Pairs, Point, Weight
 from convlayer.solvers.solver import BatchSolver, Points, fits_densely, interrupted
 
 SHIFT = 1e-10  # on K's diagonal, against singularity; proximal: it slows the last digits down, and moves no solution;
@@ -520,115 +520,291 @@ def _file(answer: list[Tensor], live: Tensor, record: list[Tensor]) -> None:
         kept[live] = part
 
 
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """A point with its scaling H, and K factored there.
+
+    The first `cone_rows` lie in the cones of the form; in the others, the orthant, H^-1 is y / s.
+    """
+
+    form: _Form
+    y: Tensor  # (B, l)
+    s: Tensor  # (B, l)
+    tau: Tensor  # (B, 1)
+    kappa: Tensor  # (B, 1)
+    orthant_y: Tensor  # (B, .) y of the orthant, then tau
+    orthant_s: Tensor  # (B, .) s of the orthant, then kappa
+    product: Tensor  # (B, l + 1) Y S
+    point: Point | None  # of the cones
+    weight: Weight  # H^-1
+    lu: Tensor
+    pivots: Tensor
+    shift: float | Tensor  # of K's diagonal
+
+    @classmethod
+    def of(cls, form: _Form, Y: Tensor, S: Tensor, K: Tensor) -> _Place:
+        l, g = form.b.shape[1], form.cones.rows
+        (y, tau), (s, kappa) = Y.split_with_sizes((l, 1), 1), S.split_with_sizes((l, 1), 1)
+        orthant_y, orthant_s = (Y[:, g:], S[:, g:]) if g else (Y, S)
+        point = form.cones.at(s[:, :g], y[:, :g]) if g else None
+        weight = Weight(orthant_y[:, :-1] / orthant_s[:, :-1], point)
+        factor = _factorise(form, weight, K, CONE_SHIFT if g else SHIFT)
+        return cls(
+            form, y, s, tau, kappa, orthant_y, orthant_s, Y * S, point, weight, *factor
+        )
+
+    @property
+    def cone_rows(self) -> int:
+        return self.form.cones.rows
+
+    def of_orthant(self, values: Tensor) -> Tensor:
+        return values[:, self.cone_rows :] if self.cone_rows else values
+
+    def reduced(self, a: Tensor, r_s: Tensor, ky: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(v, y, h) by K, each (B, k, .), of
+
+            base v + A'y = a
+            A v + r_s    = h = H (y + ky)
+
+        ky = H^-1 ks is not left to H^-1, which may be of size 1 / mu while ky is of size one.
+        """
+        right = a + self.form.At_times(ky - self.weight(r_s))
+        v = torch.linalg.lu_solve(self.lu, self.pivots, right.mT).mT
+        h = self.form.A_times(v) + r_s
+        return v, self.weight(h) - ky, h
+
+
+@dataclass(frozen=True, eq=False)
+class _Ray:
+    """How v and y follow tau:  base v' + A'y' + c = 0,  A v' - b = H y'  (a slack follows by -H y').
+
+    v and y are along themselves, divided by tau, and a turn, which is small near a solution: nothing
+    cancels. Where no solution is to be expected (v, y) / tau is what cancels: the turn is the whole.
+    """
+
+    v: Tensor  # (B, N) v'
+    y: Tensor  # (B, l) y'
+    orthant_y: Tensor  # (B, .)
+    h: Tensor | None  # (B, cone_rows) H y' in the cones
+    scaled_h: Tensor | None  # (B, cone_rows) W^-T H y' = W y'
+    bend: Tensor  # (B, N) the derivative of x'Px / tau along v', with the shift of K as curvature
+    pivot: Tensor  # (B, 1) the Schur complement of tau
+    common: Tensor  # (B, 1) what r leaves of tau's equation
+
+    @staticmethod
+    def sides(
+        at: _Place, r: _Residual, lost: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """1 / tau, or zero where a solution is not expected; (a, r_s, ky) of the turn."""
+        lead = at.tau.reciprocal()
+        if lost is not None:
+            lead = lead.masked_fill(lost, 0.0)
+        a, r_s, ky = r.v * lead, r.s * lead, at.y * (2 * lead)
+        if lost is not None:
+            a = torch.where(lost, at.form.c, a)
+            r_s = torch.where(lost, -at.form.b, r_s)
+        return lead, a, r_s, ky
+
+    @classmethod
+    def of(
+        cls,
+        at: _Place,
+        r: _Residual,
+        v: Tensor,
+        lead: Tensor,
+        *,
+        turn: Tensor,  # (B, N) of v
+        turn_y: Tensor,  # (B, l)
+        turn_h: Tensor,  # (B, l) H (turn_y + 2 y lead)
+        scaled_turn_h: Tensor | None,
+    ) -> _Ray:
+        form, n, g = at.form, at.form.n, at.cone_rows
+        along_v, along_y = torch.addcmul(turn, lead, v), torch.addcmul(turn_y, lead, at.y)
+        mirrored = along_v
+        if form.c.shape[1] > n:
+            mirrored = torch.cat([along_v[:, :n], -along_v[:, n:]], 1)
+        orthant_y = along_y[:, g:]
+        # pivot = kappa / tau + |y'|_H^2 + |v' - v / tau|_P^2, and K's shift, as the ray's equations
+        # hold with it. It is positive, whatever rounding says.
+        least = at.kappa / at.tau
+        in_orthant = (orthant_y.square() / at.weight.w).sum(1, keepdim=True)
+        pivot = least + in_orthant + at.shift * _dot(along_v, turn)
+        bend = (along_v + turn) * at.shift
+        if form.curved:
+            off = (along_v - v / at.tau)[:, :n]
+            P_off = form.P_times(off)
+            pivot = pivot + _dot(P_off, off)
+            bend[:, :n].add_(P_off, alpha=2)
+        h = scaled_h = None
+        if at.point is not None and scaled_turn_h is not None:
+            # W y' = W^-T H y': products with H lose no digits where W is taken apart, however large
+            # H^-1 is.
+            scaled_h = torch.addcmul(scaled_turn_h, lead, at.point.scaled, value=-1)
+            h = torch.addcmul(turn_h[:, :g], lead, at.s[:, :g], value=-1)
+            pivot = pivot + _dot(scaled_h, scaled_h)
+        pivot = torch.maximum(pivot, least)
+        # q'v + b'y by the ray's equations: of terms as small as the residuals.
+        common = r.tau - _dot(mirrored, r.v) + _dot(along_y, r.s)
+        return cls(along_v, along_y, orthant_y, h, scaled_h, bend, pivot, common)
+
+
+class _Step(NamedTuple):
+    """A change of the point. In the cones also in scaled terms, d_s = W^-T ds and d_y = W dy."""
+
+    d_tau: Tensor  # (B, 1)
+    dy: Tensor  # (B, l + 1) of y and tau
+    orthant_ds: Tensor  # (B, .) of the orthant's s and kappa
+    scaled_ds: Tensor | None  # (B, cone_rows)
+    scaled_dy: Tensor | None
+    worst: Tensor  # (B, 1) -1 / (longest step), but for cones that are not symmetric
+
+
+def _step(
+    at: _Place,
+    ray: _Ray,
+    v: Tensor,  # (B, N) v, y, h of `reduced`: the step while tau stays
+    y: Tensor,
+    h: Tensor,
+    scaled_h: Tensor | None,  # W^-T h in the cones
+    common: Tensor,  # (B, 1) what is to be taken away of tau's equation
+    target: Tensor,  # (B, .) Y S in the orthant and tau, with what the corrector adds
+    pull: Tensor | None = None,  # (B, .) what it adds, over y
+    correction: Tensor | None = None,  # (B, cone_rows) and in the cones, scaled
+) -> _Step:
+    """tau's change, by the equation that is left for it, and the others by the ray.
+
+        pivot dtau = common - target_tau / tau + y''(s + pull - 2h) - bend'v        in the orthant
+                     - (W y')'(2 W^-T h - lambda - correction)                      in the cones
+
+        dY = y + dtau y',   dS = -(target / Y + S / Y dY)
+        d_s = -(W^-T h + dtau W y'),   d_y = -(lambda + correction + d_s)
+    """
+    g, slack = at.cone_rows, at.orthant_s[:, :-1]
+    right = common
+    if at.point is not None and scaled_h is not None and ray.scaled_h is not None:
+        left = 2 * scaled_h - at.point.scaled
+        right = right - _dot(ray.scaled_h, left if correction is None else left - correction)
+    rest = torch.sub(slack if pull is None else slack + pull, h[:, g:], alpha=2)
+    right = right - target[:, -1:] / at.tau + _dot(ray.orthant_y, rest) - _dot(ray.bend, v)
+    d_tau = right / ray.pivot
+
+    dY = torch.cat([torch.addcmul(y, d_tau, ray.y), d_tau], 1)
+    relative_Y = at.of_orthant(dY) / at.orthant_y
+    relative_S = -(target / at.of_orthant(at.product) + relative_Y)
+    dS = relative_S * at.orthant_s
+    worst = torch.minimum(relative_S, relative_Y).amin(1, keepdim=True)
+    if at.point is None or scaled_h is None or ray.scaled_h is None:
+        return _Step(d_tau, dY, dS, None, None, worst)
+
+    aim = at.point.scaled if correction is None else at.point.scaled + correction
+    d_s = -torch.addcmul(scaled_h, d_tau, ray.scaled_h)
+    d_y = -(aim + d_s)
+    return _Step(d_tau, dY, dS, d_s, d_y, at.point.worst(d_s, d_y, worst))
+
+
+def _change_of_s(ray: _Ray, h: Tensor, d_tau: Tensor) -> Tensor:
+    """(B, cone_rows) ds = -H (y + dtau y') as it is, not scaled."""
+    assert ray.h is not None
+    return -torch.addcmul(h[:, : ray.h.shape[1]], d_tau, ray.h)
+
+
 def _direction(
-    form: _Form, r: _Residual, v: Tensor, Y: Tensor, S: Tensor, K: Tensor, before: Tensor, lost: Tensor | None
+    form: _Form,
+    r: _Residual,
+    v: Tensor,
+    Y: Tensor,
+    S: Tensor,
+    K: Tensor,
+    before: Tensor,  # (B, 1) the length of the last step
+    lost: Tensor | None,  # (B, 1) where no solution is to be expected
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dv, dY, dS, length of the step); `before` is the length of the last one, `lost` says where no solution is to be expected."""
-    n, l, g = form.n, form.b.shape[1], form.cones.rows
-    (y, tau), (s, kappa) = Y.split_with_sizes((l, 1), 1), S.split_with_sizes((l, 1), 1)
-    inner_Y, inner_S = (Y[:, g:], S[:, g:]) if g else (Y, S)  # the orthant, tau and kappa
-    point = form.cones.at(s[:, :g], y[:, :g]) if g else None
-    weight = Weight(inner_Y[:, :-1] / inner_S[:, :-1], point)
-    lu, pivots, delta = _factorise(form, weight, K, CONE_SHIFT if g else SHIFT)
+    """(dv, dY, dS, length of the step): Newton's equations, for 1 - sigma of the residuals,
 
-    def reduced(a: Tensor, r_s: Tensor, ky: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(v, y, Av + r_s) of  base v + A'y = a,  Av + r_s = H (y + ky),  each (B, k, .), by K: ky = H^-1 s is not left to H^-1,
-        which may be of size 1 / mu while ky is of size one."""
-        right = a + form.At_times(ky - weight(r_s))
-        v = torch.linalg.lu_solve(lu, pivots, right.mT).mT
-        h = form.A_times(v) + r_s
-        return v, weight(h) - ky, h
+        base dv + A'dy + c dtau                    = -(1 - sigma) r_v
+        A dv + ds - b dtau                         = -(1 - sigma) r_s
+        d(q'v + b'y + x'Px / tau) + dkappa         = -(1 - sigma) r_tau
+        H dy + ds                                  = -(s + H push)
+        tau dkappa + kappa dtau                    = -(tau kappa + more)
 
-    # A change of tau moves (v, y) along themselves and by a ray, which is small near a solution: nothing cancels. Where there is
-    # none, (v, y) / tau is what cancels, and the whole is solved for.
-    lead = tau.reciprocal()
-    if lost is not None:
-        lead = lead.masked_fill(lost, 0.0)
-    a, c, ky = r.v * lead, r.s * lead, y * (2 * lead)
-    if lost is not None:
-        a, c = torch.where(lost, form.c, a), torch.where(lost, -form.b, c)
-    v1, y1, h1 = reduced(torch.stack([r.v, a], 1).neg_(), torch.stack([r.s, c], 1), torch.stack([y, ky], 1))
-    turn = v1[:, 1]
-    along_v, along_y = torch.addcmul(turn, lead, v), torch.addcmul(y1[:, 1], lead, y)
-    product = Y * S
-    total = product.sum(1, keepdim=True)
-    inner_product = product[:, g:] if g else product
-    mirrored = along_v if form.c.shape[1] == n else torch.cat([along_v[:, :n], -along_v[:, n:]], 1)
-    # K's shift counts as curvature: the equations of the ray hold with it.
-    bend = (along_v + turn) * delta
-    inner_along = along_y[:, g:]
-    # The Schur complement of tau: kappa/tau + |ray|_P^2 + |y / tau + ray_y|_H^2.
-    least = kappa / tau
-    pivot = least + (inner_along.square() / weight.w).sum(1, keepdim=True) + delta * _dot(along_v, turn)
-    if form.curved:
-        ray = (along_v - v / tau)[:, :n]
-        curve = form.P_times(ray)
-        pivot = pivot + _dot(curve, ray)
-        bend[:, :n].add_(curve, alpha=2)
+    with sigma = push = more = 0 to predict.
+    """
+    g, symmetric = form.cones.rows, form.cones.symmetric
+    at = _Place.of(form, Y, S, K)
+    point = at.point
+
+    # What follows tau, and the predictor while tau stays: by one call of the factor.
+    lead, *turning = _Ray.sides(at, r, lost)
+    a, r_s, ky = (torch.stack(pair, 1) for pair in zip((r.v, r.s, at.y), turning, strict=True))
+    v1, y1, h1 = at.reduced(a.neg_(), r_s, ky)
+    scaled_h, scaled_turn_h = (None, None)
     if point is not None:
-        # W y = W^-T h: products with H lose no digits where W is taken apart, however large H^-1 is.
-        scaled, (reduced_h, along) = point.scaled, point.reduce(h1[..., :g]).unbind(1)
-        along = torch.addcmul(along, lead, scaled, value=-1)
-        along_h = torch.addcmul(h1[:, 1, :g], lead, s[:, :g], value=-1)
-        pivot = pivot + _dot(along, along)
-    pivot = torch.maximum(pivot, least)
+        scaled_h, scaled_turn_h = point.reduce(h1[..., :g]).unbind(1)
+    ray = _Ray.of(
+        at,
+        r,
+        v,
+        lead,
+        turn=v1[:, 1],
+        turn_y=y1[:, 1],
+        turn_h=h1[:, 1],
+        scaled_turn_h=scaled_turn_h,
+    )
 
-    # q'v + b'y by the ray's equations: of terms as small as the residuals.
-    common = r.tau - _dot(mirrored, r.v) + _dot(along_y, r.s)
-
-    def whole(v1: Tensor, y1: Tensor, right: Tensor, rest: Tensor, target: Tensor):
-        """(change of tau, dY, dS and -1 / (longest step) in the orthant); rest = -(c + ks + 2Hy) there, but for r_s."""
-        d_tau = (right - target[:, -1:] / tau + _dot(inner_along, rest) - _dot(bend, v1)) / pivot
-        dY = torch.cat([torch.addcmul(y1, d_tau, along_y), d_tau], 1)
-        relative = (dY[:, g:] if g else dY) / inner_Y
-        other = -(target / inner_product + relative)
-        return d_tau, dY, other * inner_S, torch.minimum(other, relative).amin(1, keepdim=True)
-
-    inner_s = inner_S[:, :-1]
-    rest, right = torch.sub(inner_s, h1[:, 0, g:], alpha=2), common
-    if point is not None:
-        right = right - _dot(along, 2 * reduced_h - scaled)
-    d_tau, dY, dS, worst = whole(v1[:, 0], y1[:, 0], right, rest, inner_product)
-    if point is not None:
-        d_s = -torch.addcmul(reduced_h, d_tau, along)
-        d_y = -(scaled + d_s)
-        worst = point.worst(d_s, d_y, worst)
-    length = worst.neg().clamp(min=1).reciprocal()
+    # Predictor:  H dy + ds = -s,  Y dS + S dY = -Y S.
+    product = at.of_orthant(at.product)
+    ahead = _step(at, ray, v1[:, 0], y1[:, 0], h1[:, 0], scaled_h, ray.common, product)
+    length = ahead.worst.neg().clamp(min=1).reciprocal()
     ds = None
-    if point is not None and not form.cones.symmetric:
-        ds = -torch.addcmul(h1[:, 0, :g], d_tau, along_h)
-        length = point.shorten(length.clamp(max=NEAREST), ds, dY[:, :g])
+    if point is not None and not symmetric:
+        ds = _change_of_s(ray, h1[:, 0], ahead.d_tau)
+        length = point.shorten(length.clamp(max=NEAREST), ds, ahead.dy[:, :g])
+
+    # Centring:  sigma = (1 - length)^3,  mu = (s'y + tau kappa) / degree.
     sigma = (1 - length) ** 3
-    if not form.cones.symmetric:
+    if not symmetric:
         jammed = before < JAMMED
         sigma = torch.where(jammed, sigma.clamp(min=CENTRING), sigma)
-    keep, sigma_mu = 1 - sigma, sigma * (total / form.degree)
-    more = torch.addcmul(-sigma_mu, dY[:, g:] if g else dY, dS)
-    pull = more[:, :-1] / inner_Y[:, :-1]
-    push = pull * weight.w
-    if point is not None:
-        correction = point.correction(d_s, d_y, ds, dY[:, :g], sigma_mu)
+    mu = at.product.sum(1, keepdim=True) / form.degree
+    keep, sigma_mu = 1 - sigma, sigma * mu
+
+    # Corrector, with what the predictor left out:  in the orthant  more = dY dS - sigma mu,
+    # push = more / s;  in the cones  push = W^-1 correction, of lambda \ (d_s o d_y - sigma mu e).
+    more = torch.addcmul(-sigma_mu, at.of_orthant(ahead.dy), ahead.orthant_ds)
+    pull = more[:, :-1] / at.orthant_y[:, :-1]
+    push, correction = pull * at.weight.w, None
+    if point is not None and ahead.scaled_ds is not None and ahead.scaled_dy is not None:
+        scaled = (ahead.scaled_ds, ahead.scaled_dy)
+        correction = point.correction(*scaled, ds, ahead.dy[:, :g], sigma_mu)
         push = torch.cat([point.enlarge(correction), push], 1)
-    v1, y1, h = (
-        part.squeeze(1)
-        for part in reduced(((sigma - 1) * r.v).unsqueeze(1), (keep * r.s).unsqueeze(1), (y + push).unsqueeze(1))
-    )
-    rest, right = torch.sub(inner_s + pull, h[:, g:], alpha=2), keep * common
+    sides = ((sigma - 1) * r.v, keep * r.s, at.y + push)
+    found = at.reduced(*(side.unsqueeze(1) for side in sides))
+    v1, y1, h = (part.squeeze(1) for part in found)
     if point is not None:
-        reduced_h = point.reduce(h[:, None, :g]).squeeze(1)
-        right = right - _dot(along, 2 * reduced_h - scaled - correction)
-    d_tau, dY, dS, worst = whole(v1, y1, right, rest, inner_product + more)
+        scaled_h = point.reduce(h[:, None, :g]).squeeze(1)
+    target = product + more
+    step = _step(at, ray, v1, y1, h, scaled_h, keep * ray.common, target, pull, correction)
+
+    # The step, and how much of it stays inside.
+    dv = torch.addcmul(v1, step.d_tau, ray.v)
+    dS = step.orthant_ds
+    length = NEAREST * step.worst.neg().clamp(min=NEAREST).reciprocal()
     if point is not None:
-        d_s = -torch.addcmul(reduced_h, d_tau, along)
-        worst = point.worst(d_s, -(scaled + correction + d_s), worst)
-        dS = torch.cat([-torch.addcmul(h[:, :g], d_tau, along_h), dS], 1)
-    dv, length = torch.addcmul(v1, d_tau, along_v), NEAREST * worst.neg().clamp(min=NEAREST).reciprocal()
-    if point is not None and not form.cones.symmetric:
-        length = point.shorten(length.clamp(max=NEAREST), dS[:, :g], dY[:, :g])
-    # What is not finite anywhere in a row is so in its longest step.
-    if not dv.is_cpu or not math.isfinite(worst.sum().item()):
-        broken = ~torch.isfinite(worst + length + dv.sum(1, keepdim=True) + dS.sum(1, keepdim=True))
-        dv, dY, dS, length = (torch.where(broken, 0.0, part) for part in (dv, dY, dS, length))
+        ds = _change_of_s(ray, h, step.d_tau)
+        dS = torch.cat([ds, dS], 1)
+        if not symmetric:
+            length = point.shorten(length.clamp(max=NEAREST), ds, step.dy[:, :g])
+    return _unless_broken(step.worst, dv, step.dy, dS, length)
+
+
+def _unless_broken(
+    worst: Tensor, dv: Tensor, dY: Tensor, dS: Tensor, length: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Zero where a row is not finite: what is not anywhere in it is not so in its longest step."""
+    if dv.is_cpu and math.isfinite(worst.sum().item()):
+        return dv, dY, dS, length
+    total = worst + length + dv.sum(1, keepdim=True) + dS.sum(1, keepdim=True)
+    broken = ~torch.isfinite(total)
+    dv, dY, dS, length = (torch.where(broken, 0.0, part) for part in (dv, dY, dS, length))
     return dv, dY, dS, length
 
 
