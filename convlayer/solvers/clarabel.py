@@ -13,6 +13,7 @@ import clarabel
 import numpy as np
 import scipy.sparse as sp
 
+from convlayer.cones import Exponential, Nonnegative, Power, Psd, SecondOrder, Zero
 from convlayer.conic.pattern import kkt_pattern
 from convlayer.conic.program import Program
 from convlayer.progress import current
@@ -28,18 +29,19 @@ STATUS = {
     "AlmostDualInfeasible": Status.UNBOUNDED,
 }
 
+# What Clarabel calls a block of each cone.
 CONES = {
-    "zero": lambda block: clarabel.ZeroConeT(block.size),
-    "nonnegative": lambda block: clarabel.NonnegativeConeT(block.size),
-    "second_order": lambda block: clarabel.SecondOrderConeT(block.size),
-    "psd": lambda block: clarabel.PSDTriangleConeT(block.parameter),
-    "exponential": lambda block: clarabel.ExponentialConeT(),
-    "power": lambda block: clarabel.PowerConeT(block.parameter),
+    Zero.name: lambda block: clarabel.ZeroConeT(block.size),
+    Nonnegative.name: lambda block: clarabel.NonnegativeConeT(block.size),
+    SecondOrder.name: lambda block: clarabel.SecondOrderConeT(block.size),
+    Psd.name: lambda block: clarabel.PSDTriangleConeT(block.parameter),
+    Exponential.name: lambda block: clarabel.ExponentialConeT(),
+    Power.name: lambda block: clarabel.PowerConeT(block.parameter),
 }
-
-
-FACTORISATIONS = 14  # of a solve with its polish
-ROW, ROW_RATE = 5e-5, 1e9  # seconds a row, flops a second, on one core; fitted to measurements
+# A solve with its polish takes about so many factorisations.
+FACTORISATIONS = 14
+# A row takes so many seconds, and its flops at such a rate, on one core: fitted to measurements.
+ROW, ROW_RATE = 5e-5, 1e9
 
 
 class Clarabel(Solver):

@@ -42,38 +42,91 @@ from convlayer.autodiff.threads import one_thread
 from convlayer.conic.program import Data, Program, dense_A, dense_P, take_rows
 from convlayer.progress import current
 from convlayer.solution import Status, is_unsettled
-from convlayer.solvers.product import RANK, Cones, Layout, Pairs, Point, Weight
+from convlayer.solvers.product import CONES, Cones, Layout, Pairs, Point, Weight
 from convlayer.solvers.solver import BatchSolver, Points, fits_densely, interrupted
 
-SHIFT = 1e-10  # on K's diagonal, against singularity; proximal: it slows the last digits down, and moves no solution;
-CONE_SHIFT = 1e-8  # with cones, whose H^-1 is not diagonal and blurs the rest of K:
-BLUR = 1e-16  # and no less than this share of K's largest entry, below which LU sees nothing of it
-START_SHIFT = 1e-4  # the same for the starting point, which is to be of moderate size
-PIVOTS = 1e-3  # least pivot of P's Cholesky factor, as a share of the largest, for the dual to be solved instead
-GROWTH = 1e2  # and the most by which P^-1 may blow up the right-hand side
-PRODUCT_RATE = 3  # flops of a batched product in the time of one of a batched LU; measured
-NEAREST = 0.99  # share of the way to the boundary that a step may go
-DOUBT = 10.0  # kappa above this many tau: look for a certificate
-CERTIFICATE = 1e-6  # relative error of a certificate;
-SURE, LOOSE = 1e8, 5e-5  # this is enough where kappa is above so many tau
-HOPELESS = 1e15  # and without a certificate by then, there will be none
-ALMOST = 1e-5  # relative error up to which a point that is not accurate is still some solution
-STALLED = 1e-5  # a step shorter than this is its row's last
-WORSE = 1e2  # than the best one by this factor: rounding has taken over
-JAMMED, CENTRING = 0.1, 0.5  # after a step this short, where cones are not symmetric, sigma is at least so much
-COMPACT = 0.875  # finished rows leave the batch when the others are at most this share of it
-LARGE = 1e3  # slack that no longer counts for the starting point's size
-PATIENCE = 4  # steps between two looks at whether all rows are done, where a look waits for the device
+# Finished rows leave the batch when the others are at most this share of it.
+COMPACT = 0.875
+# A slack above this no longer counts for the starting point's size.
+LARGE = 1e3
+# Where a look waits for the device, so many steps lie between two looks at whether rows are done.
+PATIENCE = 4
+# A row that has not converged ends after so many iterations, where the user says nothing else.
 ITERATIONS = 50
-# What it costs, fitted to measurements on two cores: iterations, seconds of one and of a row in it, flops a second.
+# A program takes about so many iterations, and one of them so many seconds; each row of a batch adds
+# so many to an iteration, and its flops at such a rate: fitted to measurements on two cores.
 STEPS, STEP, ROW_STEP, RATE = 10, 4.5e-4, 8e-6, 1e10
+
+
+@dataclass(frozen=True)
+class _Shifts:
+    """What is added to K's diagonal against singularity. It is proximal: it slows the last digits
+    down, and moves no solution."""
+
+    # In the orthant alone it is so small.
+    orthant: float = 1e-10
+    # With cones H^-1 is not diagonal, and blurs the rest of K: it is at least so much,
+    cones: float = 1e-8
+    # and at least this share of K's largest entry, since LU sees nothing of what is smaller.
+    blur: float = 1e-16
+    # The starting point is to be of moderate size.
+    start: float = 1e-4
+
+
+@dataclass(frozen=True)
+class _ByDual:
+    """When the dual is solved in the program's place."""
+
+    # P's Cholesky factor has no pivot below this share of its largest.
+    pivots: float = 1e-3
+    # P^-1 makes nothing of the right-hand side larger than this.
+    growth: float = 1e2
+    # A batched product does so many flops in the time of one of a batched LU; measured.
+    product_rate: float = 3
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    """How far a step goes."""
+
+    # It goes at most this share of the way to the boundary.
+    nearest: float = 0.99
+    # After a step shorter than this, where cones are not symmetric,
+    jammed: float = 0.1
+    # sigma is at least so much, which brings the next one back to the central path.
+    centring: float = 0.5
+
+
+@dataclass(frozen=True)
+class _Endings:
+    """When a row has ended, and as what; errors are relative."""
+
+    # Where kappa is above this many tau, a certificate is looked for,
+    doubt: float = 10.0
+    # and may have this error,
+    certificate: float = 1e-6
+    # or, where kappa is above so many tau,
+    sure: float = 1e8
+    # this one.
+    loose: float = 5e-5
+    # Where kappa is above this many tau and there is no certificate, there will be none.
+    hopeless: float = 1e15
+    # A point that is not accurate is still some solution up to this error.
+    almost: float = 1e-5
+    # A step shorter than this is its row's last.
+    stalled: float = 1e-5
+    # Where a point is worse than the best one by this factor, rounding has taken over.
+    worse: float = 1e2
+
+
+SHIFTS, BY_DUAL, LENGTHS, ENDINGS = _Shifts(), _ByDual(), _Lengths(), _Endings()
 
 
 class InteriorPoint(BatchSolver):
     """Dense: for programs of up to some hundred variables and constraints."""
 
     name: ClassVar[str] = "interior_point"
-    cones: ClassVar[frozenset[str] | None] = frozenset(RANK)
+    cones: ClassVar[frozenset[str] | None] = CONES
     manner: ClassVar[str] = "dense and batched"
 
     def check(self, program: Program, options: Mapping[str, Any]) -> None:
@@ -153,7 +206,7 @@ def solve_data(data: Data, tolerance: float, ends: Ends = UNLIMITED) -> Points:
     order = None if layout.order is None else layout.order.to(device)
     if order is not None:
         C, b = C[:, order], b[:, order]
-    parts, cones = (dense_P(data), q, C, b), layout.cones(device)
+    parts, cones = (dense_P(data), q, C, b), layout.cones()
     by_dual, factor = torch.zeros(rows, dtype=torch.bool, device=device), C
     if program.m and cones.symmetric and _dual_is_cheaper(program.n, layout.free, program.m - layout.free):
         by_dual, factor = _invertible(parts[0], q, C)
@@ -318,15 +371,15 @@ def _times(rows: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _dual_is_cheaper(n: int, p: int, l: int) -> bool:
-    return (p + l) ** 3 <= (n + p) ** 3 + 3 * l * n**2 / PRODUCT_RATE
+    return (p + l) ** 3 <= (n + p) ** 3 + 3 * l * n**2 / BY_DUAL.product_rate
 
 
 def _invertible(P: Tensor, q: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     """(B,) rows whose P is so well conditioned that the dual can be solved in its place; Cholesky factor of P."""
     factor, info = torch.linalg.cholesky_ex(P)
     pivots = factor.diagonal(dim1=1, dim2=2)
-    sound = (info == 0) & (pivots.amin(1) >= PIVOTS * pivots.amax(1))
-    return sound & (_largest(_times(_solve_P(factor, q).unsqueeze(1), C.mT).squeeze(1)).squeeze(1) <= GROWTH), factor
+    sound = (info == 0) & (pivots.amin(1) >= BY_DUAL.pivots * pivots.amax(1))
+    return sound & (_largest(_times(_solve_P(factor, q).unsqueeze(1), C.mT).squeeze(1)).squeeze(1) <= BY_DUAL.growth), factor
 
 
 def _rows(values: Tensor, index: Tensor, rows: int) -> Tensor:
@@ -425,12 +478,12 @@ def _judge(form: _Form, r: _Residual, v: Tensor, Y: Tensor, S: Tensor, tolerance
     equal = _largest(r.v[:, n:] / torch.addcmul(x_size, form.c_size[:, n:], tau))
     primal = _largest(r.s / torch.addcmul(x_size, form.b_size, tau))
     error = torch.stack([dual, equal, primal, r.gap]).amax(0)
-    status = torch.where(error <= ALMOST, int(Status.INACCURATE), int(Status.NOT_CONVERGED))
+    status = torch.where(error <= ENDINGS.almost, int(Status.INACCURATE), int(Status.NOT_CONVERGED))
     status = torch.where(error <= tolerance, int(Status.SOLVED), status)
     scale = tau
-    if not v.is_cpu or bool((kappa > DOUBT * tau).any()):
+    if not v.is_cpu or bool((kappa > ENDINGS.doubt * tau).any()):
         Px = 0.0 if r.Px is None else r.Px
-        share = torch.where(kappa > SURE * tau, LOOSE, CERTIFICATE)
+        share = torch.where(kappa > ENDINGS.sure * tau, ENDINGS.loose, ENDINGS.certificate)
         qx = _dot(form.gradient[:, :n], v[:, :n])
         gain, ray_gain = qx - r.cv - r.by, -qx  # -(e'u + b'y), -q'x
         size = _size(torch.cat([form.c_size[:, n:], form.b_size], 1))
@@ -439,7 +492,7 @@ def _judge(form: _Form, r: _Residual, v: Tensor, Y: Tensor, S: Tensor, tolerance
         errors += [] if r.Px is None else [_largest(r.Px)]
         unbounded = torch.stack(errors).amax(0) <= share * ray_gain
         infeasible, unbounded = (
-            (kappa > DOUBT * tau) & claim for claim in (infeasible & (gain > 0), unbounded & (ray_gain > 0))
+            (kappa > ENDINGS.doubt * tau) & claim for claim in (infeasible & (gain > 0), unbounded & (ray_gain > 0))
         )
         status = torch.where(unbounded, int(Status.UNBOUNDED), status)
         status = torch.where(infeasible, int(Status.INFEASIBLE), status)
@@ -463,22 +516,22 @@ def _embedding(form: _Form, tolerance: float, ends: Ends) -> list[Tensor]:
     v, Y, S = _start(form, K)
     length = v.new_ones(batch, 1)
     work, finished = current(), 0
-    near = ALMOST if form.cones.rows else tolerance  # with cones a later point may be worse, and every one is looked at
+    near = ENDINGS.almost if form.cones.rows else tolerance  # with cones a later point may be worse, and every one is looked at
     for iteration in range(limit + 1):
         work.note(f"iteration {iteration}")
         r = _residual(form, v, Y, S)
-        stuck = (length <= STALLED) | (S[:, l:] > HOPELESS * Y[:, l:])
+        stuck = (length <= ENDINGS.stalled) | (S[:, l:] > ENDINGS.hopeless * Y[:, l:])
         late = ends.late
         if iteration == limit or late:
             stuck = torch.ones_like(stuck)
-        lost = S[:, l:] > DOUBT * Y[:, l:]
+        lost = S[:, l:] > ENDINGS.doubt * Y[:, l:]
         close = ((r.gap <= near) | lost | stuck) & running
         some = not on_host or bool(close.any())
         if some:
             status, error, scale = _judge(form, r, v, Y, S, tolerance)
             done = (status < Status.NOT_CONVERGED) & (status != Status.INACCURATE)
             better = running & (done | (error < best))
-            over = running & (done | stuck | ((best <= ALMOST) & (error > WORSE * best)))
+            over = running & (done | stuck | ((best <= ENDINGS.almost) & (error > ENDINGS.worse * best)))
             best = torch.where(better, error, best)
             now = (v / scale, S[:, :l] / scale, Y[:, :l] / scale)
             record = [torch.where(better, new, old) for new, old in zip(now, record[:3], strict=True)] + [
@@ -509,7 +562,7 @@ def _embedding(form: _Form, tolerance: float, ends: Ends) -> list[Tensor]:
                     r = _Residual._make(None if part is None else part[left] for part in r)
         dv, dY, dS, length = _direction(form, r, v, Y, S, K, length, lost if some else None)
         # A row that stalls stays where it is: a direction that allows no step is rounding, and may be of any size.
-        taken = length.masked_fill(length <= STALLED, 0.0)
+        taken = length.masked_fill(length <= ENDINGS.stalled, 0.0)
         v, Y, S = (torch.addcmul(part, taken, step) for part, step in ((v, dv), (Y, dY), (S, dS)))
     _file(answer, live, record)
     return answer
@@ -548,7 +601,7 @@ class _Place:
         orthant_y, orthant_s = (Y[:, g:], S[:, g:]) if g else (Y, S)
         point = form.cones.at(s[:, :g], y[:, :g]) if g else None
         weight = Weight(orthant_y[:, :-1] / orthant_s[:, :-1], point)
-        factor = _factorise(form, weight, K, CONE_SHIFT if g else SHIFT)
+        factor = _factorise(form, weight, K, SHIFTS.cones if g else SHIFTS.orthant)
         return cls(
             form, y, s, tau, kappa, orthant_y, orthant_s, Y * S, point, weight, *factor
         )
@@ -757,13 +810,13 @@ def _direction(
     ds = None
     if point is not None and not symmetric:
         ds = _change_of_s(ray, h1[:, 0], ahead.d_tau)
-        length = point.shorten(length.clamp(max=NEAREST), ds, ahead.dy[:, :g])
+        length = point.shorten(length.clamp(max=LENGTHS.nearest), ds, ahead.dy[:, :g])
 
     # Centring:  sigma = (1 - length)^3,  mu = (s'y + tau kappa) / degree.
     sigma = (1 - length) ** 3
     if not symmetric:
-        jammed = before < JAMMED
-        sigma = torch.where(jammed, sigma.clamp(min=CENTRING), sigma)
+        jammed = before < LENGTHS.jammed
+        sigma = torch.where(jammed, sigma.clamp(min=LENGTHS.centring), sigma)
     mu = at.product.sum(1, keepdim=True) / form.degree
     keep, sigma_mu = 1 - sigma, sigma * mu
 
@@ -787,12 +840,12 @@ def _direction(
     # The step, and how much of it stays inside.
     dv = torch.addcmul(v1, step.d_tau, ray.v)
     dS = step.orthant_ds
-    length = NEAREST * step.worst.neg().clamp(min=NEAREST).reciprocal()
+    length = LENGTHS.nearest * step.worst.neg().clamp(min=LENGTHS.nearest).reciprocal()
     if point is not None:
         ds = _change_of_s(ray, h, step.d_tau)
         dS = torch.cat([ds, dS], 1)
         if not symmetric:
-            length = point.shorten(length.clamp(max=NEAREST), ds, step.dy[:, :g])
+            length = point.shorten(length.clamp(max=LENGTHS.nearest), ds, step.dy[:, :g])
     return _unless_broken(step.worst, dv, step.dy, dS, length)
 
 
@@ -830,7 +883,7 @@ def _assemble(form: _Form, weight: Weight, K: Tensor, least: float) -> float | T
     K.copy_(form.base)
     form.add_weighted(K, weight)
     diagonal = K.diagonal(dim1=1, dim2=2)
-    shift = (BLUR * diagonal.amax(1, keepdim=True)).clamp(min=least) if form.cones.rows else least
+    shift = (SHIFTS.blur * diagonal.amax(1, keepdim=True)).clamp(min=least) if form.cones.rows else least
     if form.n == K.shape[1]:
         diagonal += shift
     else:
@@ -846,7 +899,7 @@ def _start(form: _Form, K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         centre = torch.cat([form.cones.unit(form.b), torch.ones_like(form.b[:, form.cones.rows :]), one], 1)
         return torch.zeros_like(form.c), centre, centre.clone()
     point = form.cones.at_unit(form.b) if form.cones.rows else None
-    lu, pivots, _ = _factorise(form, Weight(torch.ones_like(form.b[:, form.cones.rows :]), point), K, START_SHIFT)
+    lu, pivots, _ = _factorise(form, Weight(torch.ones_like(form.b[:, form.cones.rows :]), point), K, SHIFTS.start)
     right = form.At_times(form.b.unsqueeze(1)).squeeze(1) - form.c
     v = torch.linalg.lu_solve(lu, pivots, right.unsqueeze(2)).squeeze(2)
     y = form.A_times(v.unsqueeze(1)).squeeze(1) - form.b

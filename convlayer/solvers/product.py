@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import isclass
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -15,12 +16,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convlayer.cones.product import Block
+from convlayer.cones import Block, Nonnegative, Zero
 from convlayer.conic.program import Program
-from convlayer.solvers.barriers import ExponentialKind, PowerKind
-from convlayer.solvers.scalings import Kind, PsdKind, Scaling, SecondOrderKind
+from convlayer.solvers import barriers, scalings
+from convlayer.solvers.scalings import Kind, Scaling
 
-FEW = 0.05  # terms of A'H^-1 A, as a share of those of dense products, up to which they are added one by one; measured
+# The terms of A'H^-1 A are added one by one where they are at most this share of those of dense
+# products; measured.
+FEW = 0.05
+
+
+def _kinds() -> dict[str, type[Kind]]:
+    """By the cone's name, in the order of their rows: whatever scaling there is, the symmetric
+    first."""
+    found = (kind for module in (scalings, barriers) for kind in vars(module).values())
+    own = [kind for kind in found if isclass(kind) and issubclass(kind, Kind) and "cone" in vars(kind)]
+    return {kind.cone.name: kind for kind in own}
+
+
+KINDS = _kinds()
+# The cones of a program, in the order of their rows.
+ORDER = (Zero.name, *KINDS, Nonnegative.name)
+CONES = frozenset(ORDER)
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +46,7 @@ class Layout:
 
     order: Tensor | None  # (m,) the Program's row for each row; None for the same order
     free: int  # rows of the zero cone, the first
-    runs: list[tuple[str, list[Block]]]  # the cones that are not nonnegative, by name
+    runs: list[tuple[str, list[Block]]]  # the cones that are in KINDS, by name
     pairs: Pairs | None  # where A'H^-1 A has few terms
 
     @classmethod
@@ -44,42 +61,27 @@ class Layout:
         members: dict[tuple, list] = {}
         for block in program.cones.blocks:
             members.setdefault(_key(block), []).append(block)
-        keys = sorted(members, key=lambda key: (RANK[key[0]], key[1]))
+        keys = sorted(members, key=lambda key: (ORDER.index(key[0]), key[1]))
         rows = [np.arange(block.start, block.start + block.size) for key in keys for block in members[key]]
         order = np.concatenate(rows) if rows else np.zeros(0, np.int64)
-        runs = [(key[0], members[key]) for key in keys if key[0] not in ("zero", "nonnegative")]
-        free = sum(block.size for block in members.get(("zero", 0), []))
+        runs = [(key[0], members[key]) for key in keys if key[0] in KINDS]
+        free = sum(block.size for block in members.get((Zero.name, 0), []))
         same = bool((np.diff(order) == 1).all())
         return cls(None if same else torch.from_numpy(order), free, runs, Pairs.of(program, order, free, runs))
 
-    def cones(self, device: torch.device) -> Cones:
-        kinds: list[Kind] = []
-        for name, blocks in self.runs:
-            match name:
-                case "second_order":
-                    kinds.append(SecondOrderKind(len(blocks), blocks[0].size))
-                case "psd":
-                    kinds.append(PsdKind(len(blocks), int(blocks[0].parameter or 0)))
-                case "exponential":
-                    kinds.append(ExponentialKind(len(blocks)))
-                case "power":
-                    kinds.append(PowerKind([float(block.parameter or 0) for block in blocks]))
-        return Cones(kinds)
+    def cones(self) -> Cones:
+        return Cones([KINDS[name].of(blocks) for name, blocks in self.runs])
 
 
 _LAYOUTS: WeakKeyDictionary[Program, Layout] = WeakKeyDictionary()
 
-RANK = {name: rank for rank, name in enumerate(("zero", "second_order", "psd", "exponential", "power", "nonnegative"))}
 
-
-def _key(block) -> tuple[str, int]:
-    match block.name:
-        case "zero" | "nonnegative":
-            return block.name, 0
-        case "second_order" | "psd" if block.size == 1:
-            return "nonnegative", 0
-        case _:
-            return block.name, block.size
+def _key(block: Block) -> tuple[str, int]:
+    """Blocks with the same key are served by one call."""
+    if block.elementwise:
+        return block.name, 0
+    # A cone of one row is a half-line.
+    return (Nonnegative.name, 0) if block.size == 1 else (block.name, block.size)
 
 
 class Pairs(NamedTuple):

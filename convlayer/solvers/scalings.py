@@ -21,7 +21,7 @@ Sources:  Nesterov and Todd (1997); Vandenberghe, The CVXOPT linear and quadrati
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
@@ -29,9 +29,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from convlayer.cones.psd import smat, svec
+from convlayer.cones import Block, Cone, Psd, SecondOrder, smat, svec
 
-LARGEST = 1e150  # of an eigenvalue's square that still has a square root worth taking
+# A matrix with a larger entry than this is not decomposed: its eigenvalues' squares overflow.
+LARGEST = 1e150
 
 
 class Scaling(ABC):
@@ -69,12 +70,19 @@ class Scaling(ABC):
 
 
 class Kind(ABC):
-    """`count` cones of one kind and size."""
+    """`count` cones of one kind and size. One that says its `cone` is what the interior point takes
+    that cone by."""
 
+    cone: ClassVar[type[Cone]]
     symmetric: ClassVar[bool] = True
 
     def __init__(self, count: int, size: int, degree: int) -> None:
         self.count, self.size, self.degree = count, size, degree
+
+    @classmethod
+    @abstractmethod
+    def of(cls, blocks: Sequence[Block]) -> Kind:
+        """The kind of these blocks, which are of one size."""
 
     @abstractmethod
     def unit(self, like: Tensor) -> Tensor:
@@ -92,8 +100,14 @@ class Kind(ABC):
 class SecondOrderKind(Kind):
     """{(t, z) : |z| <= t}, of two rows or more."""
 
+    cone: ClassVar[type[Cone]] = SecondOrder
+
     def __init__(self, count: int, size: int) -> None:
         super().__init__(count, size, 1)
+
+    @classmethod
+    def of(cls, blocks: Sequence[Block]) -> SecondOrderKind:
+        return cls(len(blocks), blocks[0].size)
 
     def unit(self, like: Tensor) -> Tensor:
         point = like.new_zeros(self.count, self.size)
@@ -200,9 +214,15 @@ def _hyperbolic(head: Tensor, tail: Tensor) -> Tensor:
 class PsdKind(Kind):
     """svec of the psd matrices of n rows, n >= 2."""
 
+    cone: ClassVar[type[Cone]] = Psd
+
     def __init__(self, count: int, n: int) -> None:
         super().__init__(count, n * (n + 1) // 2, n)
         self.n = n
+
+    @classmethod
+    def of(cls, blocks: Sequence[Block]) -> PsdKind:
+        return cls(len(blocks), int(blocks[0].parameter or 0))
 
     def unit(self, like: Tensor) -> Tensor:
         return svec(torch.eye(self.n, dtype=like.dtype, device=like.device)).expand(self.count, -1)
