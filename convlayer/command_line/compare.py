@@ -87,7 +87,7 @@ CASES = (
 )  # fmt: skip
 
 
-def main(*, quick: bool, device: str, dtype: str, out: str) -> int:
+def compare(*, quick: bool, device: str, dtype: str, out: str) -> int:
     """Measure, print the table, write compare.json and compare.png into `out`."""
     try:
         place = torch.zeros((), device=device).device
@@ -107,10 +107,10 @@ def main(*, quick: bool, device: str, dtype: str, out: str) -> int:
             bar.update()
         for small in rivals.SMALL:
             bar.set_description(f"{small.title:<24}")
-            rivalries.append(rivals.measure(small, effort))
+            rivalries.append(rivals.rivalry(small, effort))
             bar.update()
-    print("\n" + table(rows))
-    print("\n" + rivals.table(rivalries))
+    print("\n" + table_of_rows(rows))
+    print("\n" + rivals.table_of_rivalries(rivalries))
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     where = f"{_device_name(place)}, {dtype}"
@@ -167,7 +167,7 @@ def scale(case: Case, effort: Effort, device: torch.device, dtype: torch.dtype) 
     return Curve(case.title, case.axis, batch, sizes[: max(map(len, times))], *times)
 
 
-def table(rows: list[Row]) -> str:
+def table_of_rows(rows: list[Row]) -> str:
     """For the terminal."""
     head = ("problem", "size", "batch", "cone program", "kernel", "speed-up", "value", "gradient", "memory, MB")
     lines = [

@@ -50,7 +50,7 @@ SMALL = (
 )
 
 
-def measure(small: Small, effort: Effort) -> Rivalry:
+def rivalry(small: Small, effort: Effort) -> Rivalry:
     """Every way once, then in turn; and how far the layer's answers are from diffcp's."""
     library = getattr(problems, small.problem)
     tensors = [t.requires_grad_() for t in library.sample(BATCH, 0, *small.sizes)]
@@ -88,23 +88,23 @@ def _by_diffcp(declared: Any, tensors: list[Tensor]) -> Work:
     return work
 
 
-def table(rivalries: Sequence[Rivalry]) -> str:
+def table_of_rivalries(rivalries: Sequence[Rivalry]) -> str:
     """For the terminal."""
     ways = ("layer", "Clarabel", "SCS", "CVXPY+diffcp")
     head = ("small problem", "size", "batch", *ways, "value", "gradient")
     lines = [
         (
-            rivalry.title,
-            rivalry.size,
-            str(rivalry.batch),
-            milliseconds(rivalry.layer),
-            milliseconds(rivalry.clarabel),
-            milliseconds(rivalry.scs),
-            milliseconds(rivalry.diffcp),
-            f"{rivalry.value:.0e}",
-            f"{rivalry.gradient:.0e}",
+            found.title,
+            found.size,
+            str(found.batch),
+            milliseconds(found.layer),
+            milliseconds(found.clarabel),
+            milliseconds(found.scs),
+            milliseconds(found.diffcp),
+            f"{found.value:.0e}",
+            f"{found.gradient:.0e}",
         )
-        for rivalry in rivalries
+        for found in rivalries
     ]
     notes = [
         "layer: what it chose; Clarabel, SCS: the layer's cone program by these; all on the CPU, in float64.",

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from convlayer.cones import Block, Cone, Exponential, Power
-from convlayer.solvers.scalings import Kind, Scaling
+from convlayer.solvers.scalings import ConeScaling, Kind
 
 # Within this relative distance from the central path the direction of its offset is noise.
 CENTRAL = 1.5e-8
@@ -60,7 +60,7 @@ class ThreefoldKind(Kind):
     def inside(self, v: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         raise NotImplementedError("A cone that is not symmetric has no eigenvalues; start from `unit`.")
 
-    def at(self, s: Tensor, y: Tensor) -> Scaling:
+    def at(self, s: Tensor, y: Tensor) -> ConeScaling:
         return ThreefoldScaling(self, s.movedim(-1, 0).contiguous(), y.movedim(-1, 0).contiguous())
 
     @abstractmethod
@@ -80,7 +80,7 @@ class ThreefoldKind(Kind):
         """The same for the dual cone."""
 
 
-class ThreefoldScaling(Scaling):
+class ThreefoldScaling(ConeScaling):
     """W^-T has the rows  y / sqrt(s'y),  dy / sqrt(ds'dy),  b / sqrt(t),  b normal to s and ds with a'b = 1."""
 
     def __init__(self, kind: ThreefoldKind, s: Tensor, y: Tensor) -> None:

@@ -42,7 +42,7 @@ from convlayer.autodiff.threads import one_thread
 from convlayer.conic.program import Data, Program, dense_A, dense_P, take_rows
 from convlayer.progress import current
 from convlayer.solution import Status, is_unsettled
-from convlayer.solvers.product import CONES, Cones, Layout, Pairs, Point, Weight
+from convlayer.solvers.product import CONES, Cones, Pairs, RowOrder, ScaledPoint, Weight
 from convlayer.solvers.solver import BatchSolver, Points, fits_densely, interrupted
 
 # Finished rows leave the batch when the others are at most this share of it.
@@ -200,28 +200,28 @@ def solve_data(data: Data, tolerance: float, ends: Ends = UNLIMITED) -> Points:
     program, rows, device = data.program, data.batch, data.q.device
     if not all(len(part) for part in (data.P, data.q, data.A, data.b)):
         return _blank(0, program.n, program.m, device)
-    layout = Layout.of(program)
+    row_order = RowOrder.of(program)
     answer = _blank(rows, program.n, program.m, device)
     C, b, q = dense_A(data), data.b.expand(rows, -1), data.q.expand(rows, -1)
-    order = None if layout.order is None else layout.order.to(device)
+    order = None if row_order.order is None else row_order.order.to(device)
     if order is not None:
         C, b = C[:, order], b[:, order]
-    parts, cones = (dense_P(data), q, C, b), layout.cones()
+    parts, cones = (dense_P(data), q, C, b), row_order.cones()
     by_dual, factor = torch.zeros(rows, dtype=torch.bool, device=device), C
-    if program.m and cones.symmetric and _dual_is_cheaper(program.n, layout.free, program.m - layout.free):
+    if program.m and cones.symmetric and _dual_is_cheaper(program.n, row_order.free, program.m - row_order.free):
         by_dual, factor = _invertible(parts[0], q, C)
         by_dual = by_dual.expand(rows)
     index = torch.nonzero(by_dual).flatten()
     if len(index):
         mine = [_rows(part, index, rows) for part in (*parts, factor)]
-        _put(answer, index, _by_dual(*mine, p=layout.free, cones=cones, tolerance=tolerance, ends=ends))
+        _put(answer, index, _by_dual(*mine, p=row_order.free, cones=cones, tolerance=tolerance, ends=ends))
     # Where the dual falters, as with a certificate that its squared matrix G blurs, the primal is tried.
     index = torch.nonzero(is_unsettled(answer.status) & ~answer.late).flatten()
     if len(index):
         mine = [_rows(part, index, rows) for part in parts]
-        pairs = None if layout.pairs is None else layout.pairs.to(device)
+        pairs = None if row_order.pairs is None else row_order.pairs.to(device)
         _put(
-            answer, index, _by_primal(*mine, p=layout.free, cones=cones, pairs=pairs, tolerance=tolerance, ends=ends)
+            answer, index, _by_primal(*mine, p=row_order.free, cones=cones, pairs=pairs, tolerance=tolerance, ends=ends)
         )
     if order is not None:
         s, y = torch.empty_like(answer.s), torch.empty_like(answer.y)
@@ -588,7 +588,7 @@ class _Place:
     orthant_y: Tensor  # (B, .) y of the orthant, then tau
     orthant_s: Tensor  # (B, .) s of the orthant, then kappa
     product: Tensor  # (B, l + 1) Y S
-    point: Point | None  # of the cones
+    point: ScaledPoint | None  # of the cones
     weight: Weight  # H^-1
     lu: Tensor
     pivots: Tensor

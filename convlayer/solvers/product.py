@@ -19,7 +19,7 @@ from torch import Tensor
 from convlayer.cones import Block, Nonnegative, Zero
 from convlayer.conic.program import Program
 from convlayer.solvers import barriers, scalings
-from convlayer.solvers.scalings import Kind, Scaling
+from convlayer.solvers.scalings import ConeScaling, Kind
 
 # The terms of A'H^-1 A are added one by one where they are at most this share of those of dense
 # products; measured.
@@ -41,7 +41,7 @@ CONES = frozenset(ORDER)
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class RowOrder:
     """The solver's row order, and the cones in it."""
 
     order: Tensor | None  # (m,) the Program's row for each row; None for the same order
@@ -50,14 +50,14 @@ class Layout:
     pairs: Pairs | None  # where A'H^-1 A has few terms
 
     @classmethod
-    def of(cls, program: Program) -> Layout:
+    def of(cls, program: Program) -> RowOrder:
         """Found once for each Program."""
-        if program not in _LAYOUTS:
-            _LAYOUTS[program] = cls._found(program)
-        return _LAYOUTS[program]
+        if program not in _ROW_ORDERS:
+            _ROW_ORDERS[program] = cls._found(program)
+        return _ROW_ORDERS[program]
 
     @classmethod
-    def _found(cls, program: Program) -> Layout:
+    def _found(cls, program: Program) -> RowOrder:
         members: dict[tuple, list] = {}
         for block in program.cones.blocks:
             members.setdefault(_key(block), []).append(block)
@@ -73,7 +73,7 @@ class Layout:
         return Cones([KINDS[name].of(blocks) for name, blocks in self.runs])
 
 
-_LAYOUTS: WeakKeyDictionary[Program, Layout] = WeakKeyDictionary()
+_ROW_ORDERS: WeakKeyDictionary[Program, RowOrder] = WeakKeyDictionary()
 
 
 def _key(block: Block) -> tuple[str, int]:
@@ -159,10 +159,10 @@ class Cones:
         parts = [kind.unit(like).flatten() for kind in self.kinds]
         return torch.cat(parts).expand(len(like), -1) if parts else like[:, :0]
 
-    def at(self, s: Tensor, y: Tensor) -> Point:
-        return Point(self, [k.at(s, y) for k, s, y in zip(self.kinds, self.split(s), self.split(y))])
+    def at(self, s: Tensor, y: Tensor) -> ScaledPoint:
+        return ScaledPoint(self, [k.at(s, y) for k, s, y in zip(self.kinds, self.split(s), self.split(y))])
 
-    def at_unit(self, like: Tensor) -> Point:
+    def at_unit(self, like: Tensor) -> ScaledPoint:
         """The point with H = I."""
         unit = self.unit(like)
         return self.at(unit, unit)
@@ -180,10 +180,10 @@ class Cones:
         return torch.cat(values, 1), back
 
 
-class Point:
+class ScaledPoint:
     """The scalings of a point of the product, on rows side by side."""
 
-    def __init__(self, cones: Cones, scalings: list[Scaling]) -> None:
+    def __init__(self, cones: Cones, scalings: list[ConeScaling]) -> None:
         self.cones, self.scalings = cones, scalings
 
     def weigh(self, x: Tensor) -> Tensor:
@@ -239,7 +239,7 @@ class Weight:
     """H^-1 of all rows: the cones' first, then w = y / s of the orthant."""
 
     w: Tensor  # (B, orthant's rows)
-    point: Point | None
+    point: ScaledPoint | None
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B or 1, k, l) -> (B, k, l)"""

@@ -10,7 +10,7 @@ and Newton's equations for s o y = mu e are, in scaled terms d_s = W^-T ds and d
     d_s + d_y = -(lambda + lambda \\ (d_s^a o d_y^a - sigma mu e))      (corrector, after Mehrotra)
 
 with o the product of the cone's Jordan algebra and \\ its inverse. The longest step is read off the eigenvalues of a direction
-seen from lambda. A `Kind` is a run of equal cones, its `at` gives the `Scaling` of a point; everything is (B, count, size).
+seen from lambda. A `Kind` is a run of equal cones, its `at` gives the `ConeScaling` of a point; everything is (B, count, size).
 
 Cost:     second order: some passes over the rows, H^-1 being diagonal plus rank one. psd: a Cholesky factor, an eigendecomposition
           and two of eigenvalues for each matrix, and two matrices of size^2.
@@ -35,7 +35,7 @@ from convlayer.cones import Block, Cone, Psd, SecondOrder, smat, svec
 LARGEST = 1e150
 
 
-class Scaling(ABC):
+class ConeScaling(ABC):
     """A point (s, y) inside a cone and its dual, and Newton's equations there. x is (B or 1, k, count, size)."""
 
     scaled: Tensor  # (B, count, size) lambda
@@ -93,7 +93,7 @@ class Kind(ABC):
         """Eigenvalues (B, .) of v, and the map from new ones to a point: for the start; of symmetric cones."""
 
     @abstractmethod
-    def at(self, s: Tensor, y: Tensor) -> Scaling:
+    def at(self, s: Tensor, y: Tensor) -> ConeScaling:
         """The scaling of a point inside."""
 
 
@@ -126,11 +126,11 @@ class SecondOrderKind(Kind):
 
         return torch.cat([t - length, t + length], 1), back
 
-    def at(self, s: Tensor, y: Tensor) -> Scaling:
+    def at(self, s: Tensor, y: Tensor) -> ConeScaling:
         return SecondOrderScaling(s, y)
 
 
-class SecondOrderScaling(Scaling):
+class SecondOrderScaling(ConeScaling):
     """W = eta [ w_0  w_1' ; w_1  I + w_1 w_1'/(1 + w_0) ],  H = eta^2 (2 w w' - J),  J = diag(1, -1, ..., -1),
 
     with w of hyperbolic length one: w = (s + J y)/(2 gamma), s and y brought to that length, gamma^2 = (1 + s'y)/2.
@@ -235,11 +235,11 @@ class PsdKind(Kind):
 
         return values.flatten(1), back
 
-    def at(self, s: Tensor, y: Tensor) -> Scaling:
+    def at(self, s: Tensor, y: Tensor) -> ConeScaling:
         return PsdScaling(s, y, self.n)
 
 
-class PsdScaling(Scaling):
+class PsdScaling(ConeScaling):
     """W X = R' X R,  with S = LL', L'YL = V Lambda^2 V', R = L V Lambda^-1/2, so that R'YR = R^-1 S R^-T = Lambda.
 
     Near the central path L'YL is mu I: its eigenvalues are as accurate as the singular values of a product of two factors.
