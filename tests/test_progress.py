@@ -194,7 +194,7 @@ print("usable", bool((many[:3] - expected).abs().max() < 1e-9), flush=True)
     [
         ("clarabel", "module.Clarabel._load", 1, True),
         pytest.param("clarabel", "module.Clarabel._load", 1, False, marks=pytest.mark.long),
-        ("interior_point", "module._direction", 0, False),
+        ("interior_point", "module.direction", 0, False),
     ],
 )
 def test_ctrl_c_ends_a_batch_at_the_next_row_or_iteration_and_leaves_pools_usable(module, target, waits, shown):

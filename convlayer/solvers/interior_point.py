@@ -30,25 +30,32 @@ from __future__ import annotations
 
 import math
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from convlayer.autodiff.threads import one_thread
 from convlayer.conic.program import Data, Program, dense_A, dense_P, take_rows
 from convlayer.progress import current
 from convlayer.solution import Status, is_unsettled
-from convlayer.solvers.product import CONES, Cones, Pairs, RowOrder, ScaledPoint, Weight
+from convlayer.solvers.direction import direction, starting_point
+from convlayer.solvers.forms import (
+    DualForm,
+    EmbeddingResidual,
+    Form,
+    PrimalForm,
+    dot,
+    embedding_residual,
+    largest_entry,
+    row_products,
+)
+from convlayer.solvers.product import CONES, Cones, Pairs, RowOrder
 from convlayer.solvers.solver import BatchSolver, Points, fits_densely, interrupted
 
 # Finished rows leave the batch when the others are at most this share of it.
 COMPACT = 0.875
-# A slack above this no longer counts for the starting point's size.
-LARGE = 1e3
 # Where a look waits for the device, so many steps lie between two looks at whether rows are done.
 PATIENCE = 4
 # A row that has not converged ends after so many iterations, where the user says nothing else.
@@ -56,21 +63,6 @@ ITERATIONS = 50
 # A program takes about so many iterations, and one of them so many seconds; each row of a batch adds
 # so many to an iteration, and its flops at such a rate: fitted to measurements on two cores.
 STEPS, STEP, ROW_STEP, RATE = 10, 4.5e-4, 8e-6, 1e10
-
-
-@dataclass(frozen=True)
-class _Shifts:
-    """What is added to K's diagonal against singularity. It is proximal: it slows the last digits
-    down, and moves no solution."""
-
-    # In the orthant alone it is so small.
-    orthant: float = 1e-10
-    # With cones H^-1 is not diagonal, and blurs the rest of K: it is at least so much,
-    cones: float = 1e-8
-    # and at least this share of K's largest entry, since LU sees nothing of what is smaller.
-    blur: float = 1e-16
-    # The starting point is to be of moderate size.
-    start: float = 1e-4
 
 
 @dataclass(frozen=True)
@@ -83,18 +75,6 @@ class _ByDual:
     growth: float = 1e2
     # A batched product does so many flops in the time of one of a batched LU; measured.
     product_rate: float = 3
-
-
-@dataclass(frozen=True)
-class _Lengths:
-    """How far a step goes."""
-
-    # It goes at most this share of the way to the boundary.
-    nearest: float = 0.99
-    # After a step shorter than this, where cones are not symmetric,
-    jammed: float = 0.1
-    # sigma is at least so much, which brings the next one back to the central path.
-    centring: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -119,7 +99,7 @@ class _Endings:
     worse: float = 1e2
 
 
-SHIFTS, BY_DUAL, LENGTHS, ENDINGS = _Shifts(), _ByDual(), _Lengths(), _Endings()
+BY_DUAL, ENDINGS = _ByDual(), _Endings()
 
 
 class InteriorPoint(BatchSolver):
@@ -230,146 +210,6 @@ def solve_data(data: Data, tolerance: float, ends: Ends = UNLIMITED) -> Points:
     return answer if ends.late else answer._replace(stopped=None)  # without asking the device
 
 
-@dataclass(frozen=True, eq=False)
-class _Form(ABC):
-    """minimise 1/2 x'Px + q'x subject to Ax + s = b, s >= 0, Ex = e, with v = (x, u): matrices shared by all rows have B = 1."""
-
-    base: Tensor  # (B or 1, N, N) [ P  E' ; E  0 ]
-    c: Tensor  # (B, N) (q, -e)
-    b: Tensor  # (B, l)
-    gradient: Tensor  # (B, N) (q, e)
-    c_size: Tensor  # (B, N) against which residuals are measured
-    b_size: Tensor  # (B, l)
-    n: int  # of x
-    curved: bool  # P is not zero
-    cones: Cones  # that the first rows of s lie in; the others are nonnegative
-
-    def rows(self, index: Tensor):
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        chosen: dict[str, Any] = {name: take_rows(v, index) for name, v in parts.items() if isinstance(v, Tensor)}
-        return replace(self, **chosen)
-
-    @property
-    def degree(self) -> int:
-        """Of the barrier of s and kappa."""
-        return self.cones.degree + self.b.shape[1] - self.cones.rows + 1
-
-    def P_times(self, x: Tensor) -> Tensor:
-        """(B, n) -> (B, n)"""
-        return _times(x.unsqueeze(1), self.base[:, : self.n, : self.n]).squeeze(1)
-
-    @abstractmethod
-    def A_times(self, v: Tensor) -> Tensor:
-        """(B, k, N) -> (B, k, l)"""
-
-    @abstractmethod
-    def At_times(self, y: Tensor) -> Tensor:
-        """(B, k, l) -> (B, k, N), zero beyond x"""
-
-    @abstractmethod
-    def add_weighted(self, K: Tensor, weight: Weight) -> None:
-        """K (B, N, N) += A'H^-1 A"""
-
-    @abstractmethod
-    def ray_error(self, v: Tensor) -> Tensor:
-        """(B, 1) error of a ray as a certificate, beyond Px = 0 and Ax <= 0."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Primal(_Form):
-    """The program itself."""
-
-    A: Tensor  # (B or 1, l, n)
-    At: Tensor  # (B or 1, n, l) contiguous: a row times a matrix runs at twice the speed of a matrix times a column
-    entries: Tensor  # (B or 1, nnz) of A, where `pairs` is there
-    terms: Tensor  # (B or 1, terms) A[left] A[right]
-    pairs: Pairs | None
-
-    @classmethod
-    def of(cls, P: Tensor, q: Tensor, C: Tensor, b: Tensor, p: int, cones: Cones, pairs: Pairs | None) -> _Primal:
-        n, E, A, e = P.shape[1], C[:, :p], C[:, p:], b[:, :p]
-        base, c, gradient = P, q, q
-        if p:
-            base = P.new_zeros(max(len(P), len(C)), n + p, n + p)
-            base[:, :n, :n], base[:, n:, :n], base[:, :n, n:] = P, E, E.mT
-            c, gradient = torch.cat([q, -e], 1), torch.cat([q, e], 1)
-        curved, terms, entries = bool((P != 0).any()), C[:, :0, 0], C[:, :0, 0]
-        if pairs is not None:
-            entries, flat = A[:, pairs.rows, pairs.columns], C.flatten(1)
-            terms = flat.index_select(1, pairs.left) * flat.index_select(1, pairs.right)
-        At = A.mT.contiguous()
-        return cls(base, c, b[:, p:], gradient, c.abs(), b[:, p:].abs(), n, curved, cones, A, At, entries, terms, pairs)
-
-    def A_times(self, v: Tensor) -> Tensor:
-        if self.pairs is not None:
-            into = v.new_zeros(*v.shape[:2], self.A.shape[1])
-            return into.index_add_(
-                2, self.pairs.rows, v.index_select(2, self.pairs.columns) * self.entries.unsqueeze(1)
-            )
-        return _times(v[..., : self.n] if v.shape[2] > self.n else v, self.At)
-
-    def At_times(self, y: Tensor) -> Tensor:
-        if self.pairs is not None:
-            into = y.new_zeros(*y.shape[:2], self.c.shape[1])
-            return into.index_add_(
-                2, self.pairs.columns, y.index_select(2, self.pairs.rows) * self.entries.unsqueeze(1)
-            )
-        found, p = _times(y, self.A), self.c.shape[1] - self.n
-        return torch.constant_pad_nd(found, (0, p)) if p else found
-
-    def add_weighted(self, K: Tensor, weight: Weight) -> None:
-        if self.pairs is not None:
-            self._add_terms(K, weight)
-            return
-        block, weighted = K[:, : self.n, : self.n], weight(self.At)
-        if len(self.A) == 1:
-            block += weighted @ self.A[0]
-        else:
-            block.baddbmm_(weighted, self.A)
-
-    def _add_terms(self, K: Tensor, weight: Weight) -> None:
-        pairs, n = self.pairs, self.n
-        assert pairs is not None
-        values = weight.flat().index_select(1, pairs.source) * self.terms
-        if K.shape[1] == n:
-            K.view(len(K), -1).index_add_(1, pairs.target, values)
-            return
-        block = K.new_zeros(len(K), n * n).index_add_(1, pairs.target, values)
-        K[:, :n, :n] += block.view(-1, n, n)
-
-    def ray_error(self, v: Tensor) -> Tensor:
-        return v.new_zeros(len(v), 1)
-
-
-@dataclass(frozen=True, eq=False)
-class _Dual(_Form):
-    """minimise 1/2 z'Gz + h'z  subject to  z >= 0 but for the first k: the dual, with G = C P^-1 C', h = b + C P^-1 q.
-
-    Its A is minus the last rows of the identity, its slack is z, and its multiplier is the primal's slack.
-    """
-
-    free: int
-    C: Tensor  # (B or 1, m, n) for the primal's certificate C'z = 0, which Gz = 0 says with half the digits
-    size: Tensor  # (B, 1) of b
-
-    def A_times(self, v: Tensor) -> Tensor:
-        return -v[..., self.free :]
-
-    def At_times(self, y: Tensor) -> Tensor:
-        return torch.constant_pad_nd(-y, (self.free, 0)) if self.free else -y
-
-    def add_weighted(self, K: Tensor, weight: Weight) -> None:
-        weight.add_to(K[:, self.free :, self.free :])
-
-    def ray_error(self, v: Tensor) -> Tensor:
-        return _times(v.unsqueeze(1), self.C).squeeze(1).abs().sum(1, keepdim=True) * self.size
-
-
-def _times(rows: Tensor, matrix: Tensor) -> Tensor:
-    """(B, k, i) and (B or 1, i, j) -> (B, k, j)."""
-    return torch.matmul(rows, matrix[0]) if len(matrix) == 1 else torch.bmm(rows, matrix)
-
-
 def _dual_is_cheaper(n: int, p: int, l: int) -> bool:
     return (p + l) ** 3 <= (n + p) ** 3 + 3 * l * n**2 / BY_DUAL.product_rate
 
@@ -379,7 +219,7 @@ def _invertible(P: Tensor, q: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     factor, info = torch.linalg.cholesky_ex(P)
     pivots = factor.diagonal(dim1=1, dim2=2)
     sound = (info == 0) & (pivots.amin(1) >= BY_DUAL.pivots * pivots.amax(1))
-    return sound & (_largest(_times(_solve_P(factor, q).unsqueeze(1), C.mT).squeeze(1)).squeeze(1) <= BY_DUAL.growth), factor
+    return sound & (largest_entry(row_products(_solve_P(factor, q).unsqueeze(1), C.mT).squeeze(1)).squeeze(1) <= BY_DUAL.growth), factor
 
 
 def _rows(values: Tensor, index: Tensor, rows: int) -> Tensor:
@@ -406,7 +246,7 @@ def _by_primal(
     ends: Ends,
 ) -> Points:
     n = P.shape[1]
-    v, s, y, *told = _embedding(_Primal.of(P, q, C, b, p, cones, pairs), tolerance, ends)
+    v, s, y, *told = _embedding(PrimalForm.of(P, q, C, b, p, cones, pairs), tolerance, ends)
     return Points(v[:, :n], torch.constant_pad_nd(s, (p, 0)), torch.cat([v[:, n:], y], 1), *told)
 
 
@@ -417,12 +257,12 @@ def _by_dual(
     V = torch.linalg.solve_triangular(factor, C.mT, upper=False)
     G = V.mT @ V
     unconstrained = _solve_P(factor, q)
-    h = b + _times(unconstrained.unsqueeze(1), C.mT).squeeze(1)
+    h = b + row_products(unconstrained.unsqueeze(1), C.mT).squeeze(1)
     zero = torch.zeros_like(b[:, p:])
-    form = _Dual(G, h, zero, h, b.abs(), zero, h.shape[1], True, cones, p, C, _size(b))
+    form = DualForm(G, h, zero, h, b.abs(), zero, h.shape[1], True, cones, p, C, _size(b))
     z, s, y, status, iterations, stopped = _embedding(form, tolerance, ends)
     z = torch.cat([z[:, :p], s], 1)
-    x = -unconstrained - _solve_P(factor, _times(z.unsqueeze(1), C).squeeze(1))
+    x = -unconstrained - _solve_P(factor, row_products(z.unsqueeze(1), C).squeeze(1))
     # A ray of the dual is the primal's certificate; the dual itself is never infeasible.
     status = torch.where(status == Status.UNBOUNDED, int(Status.INFEASIBLE), status)
     return Points(x, torch.constant_pad_nd(y, (p, 0)), z, status, iterations, stopped)
@@ -434,49 +274,13 @@ def _size(b: Tensor) -> Tensor:
     return torch.where(size < 1e7, size, 0.0).sum(1, keepdim=True).clamp(min=1.0)
 
 
-class _Residual(NamedTuple):
-    """What the embedding's equations leave, and what the tests of a row's end need beside it."""
-
-    v: Tensor  # (B, N)
-    s: Tensor  # (B, l)
-    tau: Tensor  # (B, 1)
-    gap: Tensor  # (B, 1) relative
-    Px: Tensor | None  # (B, n), None for zero
-    homogeneous: Tensor  # (B, N) (Px + E'u + A'y, Ex)
-    Ax_s: Tensor  # (B, l)
-    cv: Tensor  # (B, 1) q'x + e'u
-    by: Tensor  # (B, 1)
-
-
-def _residual(form: _Form, v: Tensor, Y: Tensor, S: Tensor) -> _Residual:
-    n, l = form.n, form.b.shape[1]
-    (y, tau), (s, kappa) = Y.split_with_sizes((l, 1), 1), S.split_with_sizes((l, 1), 1)
-    total = form.At_times(y.unsqueeze(1)).squeeze(1)
-    Px = None
-    if form.c.shape[1] > n:
-        x = v[:, :n]
-        total = total + _times(v.unsqueeze(1), form.base).squeeze(1)
-        if form.curved:
-            Px = form.P_times(x)
-    elif form.curved:
-        x, Px = v, form.P_times(v)
-        total = total + Px
-    xPx = _dot(x, Px) if Px is not None else torch.zeros_like(tau)
-    Ax_s = form.A_times(v.unsqueeze(1)).squeeze(1) + s
-    cv, by, curve = _dot(form.gradient, v), _dot(form.b, y), xPx / tau
-    r_tau = cv + by + curve
-    gap = r_tau.abs() / torch.maximum((curve / 2 + by).abs(), tau)
-    r_v, r_s = torch.addcmul(total, form.c, tau), torch.addcmul(Ax_s, form.b, tau, value=-1)
-    return _Residual(r_v, r_s, r_tau + kappa, gap, Px, total, Ax_s, cv, by)
-
-
-def _judge(form: _Form, r: _Residual, v: Tensor, Y: Tensor, S: Tensor, tolerance: float) -> tuple[Tensor, ...]:
+def _judge(form: Form, r: EmbeddingResidual, v: Tensor, Y: Tensor, S: Tensor, tolerance: float) -> tuple[Tensor, ...]:
     """(status (B, 1), its error (B, 1), scale (B, 1) by which the point is to be divided)"""
     n, tau, kappa = form.n, Y[:, -1:], S[:, -1:]
-    x_size, y_size = torch.maximum(_largest(v[:, :n]), tau), torch.maximum(_largest(v[:, n:]), _largest(Y))
-    dual = _largest(r.v[:, :n] / torch.addcmul(y_size, form.c_size[:, :n], tau))
-    equal = _largest(r.v[:, n:] / torch.addcmul(x_size, form.c_size[:, n:], tau))
-    primal = _largest(r.s / torch.addcmul(x_size, form.b_size, tau))
+    x_size, y_size = torch.maximum(largest_entry(v[:, :n]), tau), torch.maximum(largest_entry(v[:, n:]), largest_entry(Y))
+    dual = largest_entry(r.v[:, :n] / torch.addcmul(y_size, form.c_size[:, :n], tau))
+    equal = largest_entry(r.v[:, n:] / torch.addcmul(x_size, form.c_size[:, n:], tau))
+    primal = largest_entry(r.s / torch.addcmul(x_size, form.b_size, tau))
     error = torch.stack([dual, equal, primal, r.gap]).amax(0)
     status = torch.where(error <= ENDINGS.almost, int(Status.INACCURATE), int(Status.NOT_CONVERGED))
     status = torch.where(error <= tolerance, int(Status.SOLVED), status)
@@ -484,12 +288,12 @@ def _judge(form: _Form, r: _Residual, v: Tensor, Y: Tensor, S: Tensor, tolerance
     if not v.is_cpu or bool((kappa > ENDINGS.doubt * tau).any()):
         Px = 0.0 if r.Px is None else r.Px
         share = torch.where(kappa > ENDINGS.sure * tau, ENDINGS.loose, ENDINGS.certificate)
-        qx = _dot(form.gradient[:, :n], v[:, :n])
+        qx = dot(form.gradient[:, :n], v[:, :n])
         gain, ray_gain = qx - r.cv - r.by, -qx  # -(e'u + b'y), -q'x
         size = _size(torch.cat([form.c_size[:, n:], form.b_size], 1))
         infeasible = (r.homogeneous[:, :n] - Px).abs().sum(1, keepdim=True) * size <= share * gain
-        errors = [_largest(r.homogeneous[:, n:]), _largest(r.Ax_s), form.ray_error(v)]
-        errors += [] if r.Px is None else [_largest(r.Px)]
+        errors = [largest_entry(r.homogeneous[:, n:]), largest_entry(r.Ax_s), form.ray_error(v)]
+        errors += [] if r.Px is None else [largest_entry(r.Px)]
         unbounded = torch.stack(errors).amax(0) <= share * ray_gain
         infeasible, unbounded = (
             (kappa > ENDINGS.doubt * tau) & claim for claim in (infeasible & (gain > 0), unbounded & (ray_gain > 0))
@@ -500,7 +304,7 @@ def _judge(form: _Form, r: _Residual, v: Tensor, Y: Tensor, S: Tensor, tolerance
     return status, error, scale
 
 
-def _embedding(form: _Form, tolerance: float, ends: Ends) -> list[Tensor]:
+def _embedding(form: Form, tolerance: float, ends: Ends) -> list[Tensor]:
     """v (B, N), s and y (B, l), statuses, iterations and whether time ended it (B,), by Mehrotra's predictor and corrector.
 
     Y = (y, tau) and S = (s, kappa) are kept together: one cone. A row that has finished is recorded, and left to itself until
@@ -513,13 +317,13 @@ def _embedding(form: _Form, tolerance: float, ends: Ends) -> list[Tensor]:
     live, running = torch.arange(batch, device=device), torch.ones(batch, 1, dtype=torch.bool, device=device)
     record, best, on_host = answer, form.c.new_full((batch, 1), torch.inf), device.type == "cpu"
     K = form.c.new_empty(batch, N, N)
-    v, Y, S = _start(form, K)
+    v, Y, S = starting_point(form, K)
     length = v.new_ones(batch, 1)
     work, finished = current(), 0
     near = ENDINGS.almost if form.cones.rows else tolerance  # with cones a later point may be worse, and every one is looked at
     for iteration in range(limit + 1):
         work.note(f"iteration {iteration}")
-        r = _residual(form, v, Y, S)
+        r = embedding_residual(form, v, Y, S)
         stuck = (length <= ENDINGS.stalled) | (S[:, l:] > ENDINGS.hopeless * Y[:, l:])
         late = ends.late
         if iteration == limit or late:
@@ -559,8 +363,8 @@ def _embedding(form: _Form, tolerance: float, ends: Ends) -> list[Tensor]:
                         part[left] for part in (live, running, best, length, lost, v, Y, S)
                     )
                     record = [part[left] for part in record]
-                    r = _Residual._make(None if part is None else part[left] for part in r)
-        dv, dY, dS, length = _direction(form, r, v, Y, S, K, length, lost if some else None)
+                    r = EmbeddingResidual._make(None if part is None else part[left] for part in r)
+        dv, dY, dS, length = direction(form, r, v, Y, S, K, length, lost if some else None)
         # A row that stalls stays where it is: a direction that allows no step is rounding, and may be of any size.
         taken = length.masked_fill(length <= ENDINGS.stalled, 0.0)
         v, Y, S = (torch.addcmul(part, taken, step) for part, step in ((v, dv), (Y, dY), (S, dS)))
@@ -571,358 +375,3 @@ def _embedding(form: _Form, tolerance: float, ends: Ends) -> list[Tensor]:
 def _file(answer: list[Tensor], live: Tensor, record: list[Tensor]) -> None:
     for kept, part in zip(answer, record, strict=False):  # whether time ended it, where it did
         kept[live] = part
-
-
-@dataclass(frozen=True, eq=False)
-class _Place:
-    """A point with its scaling H, and K factored there.
-
-    The first `cone_rows` lie in the cones of the form; in the others, the orthant, H^-1 is y / s.
-    """
-
-    form: _Form
-    y: Tensor  # (B, l)
-    s: Tensor  # (B, l)
-    tau: Tensor  # (B, 1)
-    kappa: Tensor  # (B, 1)
-    orthant_y: Tensor  # (B, .) y of the orthant, then tau
-    orthant_s: Tensor  # (B, .) s of the orthant, then kappa
-    product: Tensor  # (B, l + 1) Y S
-    point: ScaledPoint | None  # of the cones
-    weight: Weight  # H^-1
-    lu: Tensor
-    pivots: Tensor
-    shift: float | Tensor  # of K's diagonal
-
-    @classmethod
-    def of(cls, form: _Form, Y: Tensor, S: Tensor, K: Tensor) -> _Place:
-        l, g = form.b.shape[1], form.cones.rows
-        (y, tau), (s, kappa) = Y.split_with_sizes((l, 1), 1), S.split_with_sizes((l, 1), 1)
-        orthant_y, orthant_s = (Y[:, g:], S[:, g:]) if g else (Y, S)
-        point = form.cones.at(s[:, :g], y[:, :g]) if g else None
-        weight = Weight(orthant_y[:, :-1] / orthant_s[:, :-1], point)
-        factor = _factorise(form, weight, K, SHIFTS.cones if g else SHIFTS.orthant)
-        return cls(
-            form, y, s, tau, kappa, orthant_y, orthant_s, Y * S, point, weight, *factor
-        )
-
-    @property
-    def cone_rows(self) -> int:
-        return self.form.cones.rows
-
-    def of_orthant(self, values: Tensor) -> Tensor:
-        return values[:, self.cone_rows :] if self.cone_rows else values
-
-    def reduced(self, a: Tensor, r_s: Tensor, ky: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(v, y, h) by K, each (B, k, .), of
-
-            base v + A'y = a
-            A v + r_s    = h = H (y + ky)
-
-        ky = H^-1 ks is not left to H^-1, which may be of size 1 / mu while ky is of size one.
-        """
-        right = a + self.form.At_times(ky - self.weight(r_s))
-        v = torch.linalg.lu_solve(self.lu, self.pivots, right.mT).mT
-        h = self.form.A_times(v) + r_s
-        return v, self.weight(h) - ky, h
-
-
-@dataclass(frozen=True, eq=False)
-class _Ray:
-    """How v and y follow tau:  base v' + A'y' + c = 0,  A v' - b = H y'  (a slack follows by -H y').
-
-    v and y are along themselves, divided by tau, and a turn, which is small near a solution: nothing
-    cancels. Where no solution is to be expected (v, y) / tau is what cancels: the turn is the whole.
-    """
-
-    v: Tensor  # (B, N) v'
-    y: Tensor  # (B, l) y'
-    orthant_y: Tensor  # (B, .)
-    h: Tensor | None  # (B, cone_rows) H y' in the cones
-    scaled_h: Tensor | None  # (B, cone_rows) W^-T H y' = W y'
-    bend: Tensor  # (B, N) the derivative of x'Px / tau along v', with the shift of K as curvature
-    pivot: Tensor  # (B, 1) the Schur complement of tau
-    common: Tensor  # (B, 1) what r leaves of tau's equation
-
-    @staticmethod
-    def sides(
-        at: _Place, r: _Residual, lost: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """1 / tau, or zero where a solution is not expected; (a, r_s, ky) of the turn."""
-        lead = at.tau.reciprocal()
-        if lost is not None:
-            lead = lead.masked_fill(lost, 0.0)
-        a, r_s, ky = r.v * lead, r.s * lead, at.y * (2 * lead)
-        if lost is not None:
-            a = torch.where(lost, at.form.c, a)
-            r_s = torch.where(lost, -at.form.b, r_s)
-        return lead, a, r_s, ky
-
-    @classmethod
-    def of(
-        cls,
-        at: _Place,
-        r: _Residual,
-        v: Tensor,
-        lead: Tensor,
-        *,
-        turn: Tensor,  # (B, N) of v
-        turn_y: Tensor,  # (B, l)
-        turn_h: Tensor,  # (B, l) H (turn_y + 2 y lead)
-        scaled_turn_h: Tensor | None,
-    ) -> _Ray:
-        form, n, g = at.form, at.form.n, at.cone_rows
-        along_v, along_y = torch.addcmul(turn, lead, v), torch.addcmul(turn_y, lead, at.y)
-        mirrored = along_v
-        if form.c.shape[1] > n:
-            mirrored = torch.cat([along_v[:, :n], -along_v[:, n:]], 1)
-        orthant_y = along_y[:, g:]
-        # pivot = kappa / tau + |y'|_H^2 + |v' - v / tau|_P^2, and K's shift, as the ray's equations
-        # hold with it. It is positive, whatever rounding says.
-        least = at.kappa / at.tau
-        in_orthant = (orthant_y.square() / at.weight.w).sum(1, keepdim=True)
-        pivot = least + in_orthant + at.shift * _dot(along_v, turn)
-        bend = (along_v + turn) * at.shift
-        if form.curved:
-            off = (along_v - v / at.tau)[:, :n]
-            P_off = form.P_times(off)
-            pivot = pivot + _dot(P_off, off)
-            bend[:, :n].add_(P_off, alpha=2)
-        h = scaled_h = None
-        if at.point is not None and scaled_turn_h is not None:
-            # W y' = W^-T H y': products with H lose no digits where W is taken apart, however large
-            # H^-1 is.
-            scaled_h = torch.addcmul(scaled_turn_h, lead, at.point.scaled, value=-1)
-            h = torch.addcmul(turn_h[:, :g], lead, at.s[:, :g], value=-1)
-            pivot = pivot + _dot(scaled_h, scaled_h)
-        pivot = torch.maximum(pivot, least)
-        # q'v + b'y by the ray's equations: of terms as small as the residuals.
-        common = r.tau - _dot(mirrored, r.v) + _dot(along_y, r.s)
-        return cls(along_v, along_y, orthant_y, h, scaled_h, bend, pivot, common)
-
-
-class _Step(NamedTuple):
-    """A change of the point. In the cones also in scaled terms, d_s = W^-T ds and d_y = W dy."""
-
-    d_tau: Tensor  # (B, 1)
-    dy: Tensor  # (B, l + 1) of y and tau
-    orthant_ds: Tensor  # (B, .) of the orthant's s and kappa
-    scaled_ds: Tensor | None  # (B, cone_rows)
-    scaled_dy: Tensor | None
-    worst: Tensor  # (B, 1) -1 / (longest step), but for cones that are not symmetric
-
-
-def _step(
-    at: _Place,
-    ray: _Ray,
-    v: Tensor,  # (B, N) v, y, h of `reduced`: the step while tau stays
-    y: Tensor,
-    h: Tensor,
-    scaled_h: Tensor | None,  # W^-T h in the cones
-    common: Tensor,  # (B, 1) what is to be taken away of tau's equation
-    target: Tensor,  # (B, .) Y S in the orthant and tau, with what the corrector adds
-    pull: Tensor | None = None,  # (B, .) what it adds, over y
-    correction: Tensor | None = None,  # (B, cone_rows) and in the cones, scaled
-) -> _Step:
-    """tau's change, by the equation that is left for it, and the others by the ray.
-
-        pivot dtau = common - target_tau / tau + y''(s + pull - 2h) - bend'v        in the orthant
-                     - (W y')'(2 W^-T h - lambda - correction)                      in the cones
-
-        dY = y + dtau y',   dS = -(target / Y + S / Y dY)
-        d_s = -(W^-T h + dtau W y'),   d_y = -(lambda + correction + d_s)
-    """
-    g, slack = at.cone_rows, at.orthant_s[:, :-1]
-    right = common
-    if at.point is not None and scaled_h is not None and ray.scaled_h is not None:
-        left = 2 * scaled_h - at.point.scaled
-        right = right - _dot(ray.scaled_h, left if correction is None else left - correction)
-    rest = torch.sub(slack if pull is None else slack + pull, h[:, g:], alpha=2)
-    right = right - target[:, -1:] / at.tau + _dot(ray.orthant_y, rest) - _dot(ray.bend, v)
-    d_tau = right / ray.pivot
-
-    dY = torch.cat([torch.addcmul(y, d_tau, ray.y), d_tau], 1)
-    relative_Y = at.of_orthant(dY) / at.orthant_y
-    relative_S = -(target / at.of_orthant(at.product) + relative_Y)
-    dS = relative_S * at.orthant_s
-    worst = torch.minimum(relative_S, relative_Y).amin(1, keepdim=True)
-    if at.point is None or scaled_h is None or ray.scaled_h is None:
-        return _Step(d_tau, dY, dS, None, None, worst)
-
-    aim = at.point.scaled if correction is None else at.point.scaled + correction
-    d_s = -torch.addcmul(scaled_h, d_tau, ray.scaled_h)
-    d_y = -(aim + d_s)
-    return _Step(d_tau, dY, dS, d_s, d_y, at.point.worst(d_s, d_y, worst))
-
-
-def _change_of_s(ray: _Ray, h: Tensor, d_tau: Tensor) -> Tensor:
-    """(B, cone_rows) ds = -H (y + dtau y') as it is, not scaled."""
-    assert ray.h is not None
-    return -torch.addcmul(h[:, : ray.h.shape[1]], d_tau, ray.h)
-
-
-def _direction(
-    form: _Form,
-    r: _Residual,
-    v: Tensor,
-    Y: Tensor,
-    S: Tensor,
-    K: Tensor,
-    before: Tensor,  # (B, 1) the length of the last step
-    lost: Tensor | None,  # (B, 1) where no solution is to be expected
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dv, dY, dS, length of the step): Newton's equations, for 1 - sigma of the residuals,
-
-        base dv + A'dy + c dtau                    = -(1 - sigma) r_v
-        A dv + ds - b dtau                         = -(1 - sigma) r_s
-        d(q'v + b'y + x'Px / tau) + dkappa         = -(1 - sigma) r_tau
-        H dy + ds                                  = -(s + H push)
-        tau dkappa + kappa dtau                    = -(tau kappa + more)
-
-    with sigma = push = more = 0 to predict.
-    """
-    g, symmetric = form.cones.rows, form.cones.symmetric
-    at = _Place.of(form, Y, S, K)
-    point = at.point
-
-    # What follows tau, and the predictor while tau stays: by one call of the factor.
-    lead, *turning = _Ray.sides(at, r, lost)
-    a, r_s, ky = (torch.stack(pair, 1) for pair in zip((r.v, r.s, at.y), turning, strict=True))
-    v1, y1, h1 = at.reduced(a.neg_(), r_s, ky)
-    scaled_h, scaled_turn_h = (None, None)
-    if point is not None:
-        scaled_h, scaled_turn_h = point.reduce(h1[..., :g]).unbind(1)
-    ray = _Ray.of(
-        at,
-        r,
-        v,
-        lead,
-        turn=v1[:, 1],
-        turn_y=y1[:, 1],
-        turn_h=h1[:, 1],
-        scaled_turn_h=scaled_turn_h,
-    )
-
-    # Predictor:  H dy + ds = -s,  Y dS + S dY = -Y S.
-    product = at.of_orthant(at.product)
-    ahead = _step(at, ray, v1[:, 0], y1[:, 0], h1[:, 0], scaled_h, ray.common, product)
-    length = ahead.worst.neg().clamp(min=1).reciprocal()
-    ds = None
-    if point is not None and not symmetric:
-        ds = _change_of_s(ray, h1[:, 0], ahead.d_tau)
-        length = point.shorten(length.clamp(max=LENGTHS.nearest), ds, ahead.dy[:, :g])
-
-    # Centring:  sigma = (1 - length)^3,  mu = (s'y + tau kappa) / degree.
-    sigma = (1 - length) ** 3
-    if not symmetric:
-        jammed = before < LENGTHS.jammed
-        sigma = torch.where(jammed, sigma.clamp(min=LENGTHS.centring), sigma)
-    mu = at.product.sum(1, keepdim=True) / form.degree
-    keep, sigma_mu = 1 - sigma, sigma * mu
-
-    # Corrector, with what the predictor left out:  in the orthant  more = dY dS - sigma mu,
-    # push = more / s;  in the cones  push = W^-1 correction, of lambda \ (d_s o d_y - sigma mu e).
-    more = torch.addcmul(-sigma_mu, at.of_orthant(ahead.dy), ahead.orthant_ds)
-    pull = more[:, :-1] / at.orthant_y[:, :-1]
-    push, correction = pull * at.weight.w, None
-    if point is not None and ahead.scaled_ds is not None and ahead.scaled_dy is not None:
-        scaled = (ahead.scaled_ds, ahead.scaled_dy)
-        correction = point.correction(*scaled, ds, ahead.dy[:, :g], sigma_mu)
-        push = torch.cat([point.enlarge(correction), push], 1)
-    sides = ((sigma - 1) * r.v, keep * r.s, at.y + push)
-    found = at.reduced(*(side.unsqueeze(1) for side in sides))
-    v1, y1, h = (part.squeeze(1) for part in found)
-    if point is not None:
-        scaled_h = point.reduce(h[:, None, :g]).squeeze(1)
-    target = product + more
-    step = _step(at, ray, v1, y1, h, scaled_h, keep * ray.common, target, pull, correction)
-
-    # The step, and how much of it stays inside.
-    dv = torch.addcmul(v1, step.d_tau, ray.v)
-    dS = step.orthant_ds
-    length = LENGTHS.nearest * step.worst.neg().clamp(min=LENGTHS.nearest).reciprocal()
-    if point is not None:
-        ds = _change_of_s(ray, h, step.d_tau)
-        dS = torch.cat([ds, dS], 1)
-        if not symmetric:
-            length = point.shorten(length.clamp(max=LENGTHS.nearest), ds, step.dy[:, :g])
-    return _unless_broken(step.worst, dv, step.dy, dS, length)
-
-
-def _unless_broken(
-    worst: Tensor, dv: Tensor, dY: Tensor, dS: Tensor, length: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Zero where a row is not finite: what is not anywhere in it is not so in its longest step."""
-    if dv.is_cpu and math.isfinite(worst.sum().item()):
-        return dv, dY, dS, length
-    total = worst + length + dv.sum(1, keepdim=True) + dS.sum(1, keepdim=True)
-    broken = ~torch.isfinite(total)
-    dv, dY, dS, length = (torch.where(broken, 0.0, part) for part in (dv, dY, dS, length))
-    return dv, dY, dS, length
-
-
-def _factorise(form: _Form, weight: Weight, K: Tensor, least: float) -> tuple[Tensor, Tensor, float | Tensor]:
-    """LU of K (B, N, N), made quasidefinite by a shift of at least `least`, and the shift, a number or (B, 1).
-
-    In K's own memory: fresh pages cost more than the arithmetic.
-    """
-    shift = _assemble(form, weight, K, least)
-    # K is symmetric, and its transpose in the column order that LAPACK wants.
-    lu = K.mT
-    pivots, info = (torch.empty(shape, dtype=torch.int32, device=K.device) for shape in (lu.shape[:2], lu.shape[:1]))
-    torch.linalg.lu_factor_ex(lu, out=(lu, pivots, info))
-    if lu.is_cpu and pivots.numel() and int(pivots.min()) < 1:  # see `lu_factor`
-        _assemble(form, weight, K, least)
-        with one_thread():
-            torch.linalg.lu_factor_ex(lu, out=(lu, pivots, info))
-    return lu, pivots, shift
-
-
-def _assemble(form: _Form, weight: Weight, K: Tensor, least: float) -> float | Tensor:
-    """Fills K and returns the shift of its diagonal."""
-    K.copy_(form.base)
-    form.add_weighted(K, weight)
-    diagonal = K.diagonal(dim1=1, dim2=2)
-    shift = (SHIFTS.blur * diagonal.amax(1, keepdim=True)).clamp(min=least) if form.cones.rows else least
-    if form.n == K.shape[1]:
-        diagonal += shift
-    else:
-        diagonal[:, : form.n] += shift
-        diagonal[:, form.n :] -= shift
-    return shift
-
-
-def _start(form: _Form, K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The point with H = I, y + s = 0, both shifted inside; with cones that are not symmetric, the central point of each cone."""
-    one = form.b.new_ones(len(form.b), 1)
-    if not form.cones.symmetric:
-        centre = torch.cat([form.cones.unit(form.b), torch.ones_like(form.b[:, form.cones.rows :]), one], 1)
-        return torch.zeros_like(form.c), centre, centre.clone()
-    point = form.cones.at_unit(form.b) if form.cones.rows else None
-    lu, pivots, _ = _factorise(form, Weight(torch.ones_like(form.b[:, form.cones.rows :]), point), K, SHIFTS.start)
-    right = form.At_times(form.b.unsqueeze(1)).squeeze(1) - form.c
-    v = torch.linalg.lu_solve(lu, pivots, right.unsqueeze(2)).squeeze(2)
-    y = form.A_times(v.unsqueeze(1)).squeeze(1) - form.b
-    return v, torch.cat([_inside(y, form.cones), one], 1), torch.cat([_inside(-y, form.cones), one], 1)
-
-
-def _inside(v: Tensor, cones: Cones) -> Tensor:
-    """Every eigenvalue of v at least their typical size, at least 1; what is as good as infinite does not count."""
-    if not v.shape[1]:
-        return v
-    if not cones.rows:
-        return torch.maximum(v, _floor(v))
-    values, back = cones.inside(v)
-    return back(torch.maximum(values, _floor(values)))
-
-
-def _floor(values: Tensor) -> Tensor:
-    return values.clamp(0.0, LARGE).mean(1, keepdim=True).clamp(min=1.0)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(1, keepdim=True)
-
-
-def _largest(values: Tensor) -> Tensor:
-    return values.abs().amax(1, keepdim=True) if values.shape[1] else values.new_zeros(len(values), 1)
