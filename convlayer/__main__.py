@@ -50,7 +50,7 @@ def _compare(options: argparse.Namespace) -> int:
         if (missing.name or "").partition(".")[0] not in OPTIONAL:
             raise
         return _refuse(f"compare needs {missing.name}: pip install 'convlayer[examples]'")
-    return compare.main(quick=options.quick, device=options.device, dtype=options.dtype, out=options.out)
+    return compare.compare(quick=options.quick, device=options.device, dtype=options.dtype, out=options.out)
 
 
 def _explain(options: argparse.Namespace) -> int:
@@ -65,7 +65,7 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    return doctor.main()
+    return doctor.examine()
 
 
 def _refuse(message: str) -> int:

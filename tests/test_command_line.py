@@ -82,6 +82,11 @@ def test_the_comparison_writes_a_picture_and_its_figures_and_both_paths_agree(dt
         assert max(row["value"], row["gradient"]) < bound, row
         assert row["title"] in said
     assert all(len(curve["specialised"]) == len(curve["sizes"]) for curve in figures["scaling"])
+    ways = ("layer", "clarabel", "scs", "diffcp")
+    for row in figures["small"]:  # in float64 either way
+        assert max(row["value"], row["gradient"]) < 1e-6, row
+        assert row["title"] in said
+        assert min(row[way] for way in ways) > 0
 
 
 @pytest.mark.parametrize("name", ["matplotlib", "tqdm"])

@@ -24,7 +24,7 @@ from torch.nn.utils import parameters_to_vector
 from convlayer import problems
 from convlayer.conic.program import Program
 from convlayer.solvers.clarabel import Clarabel
-from convlayer.solvers.solver import Inline, workers_of
+from convlayer.solvers.dealing import Inline, workers_of
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "distributed_training.py"
 ROWS, TASKS = 64, 4  # so many rows are dealt to two workers in so many tasks

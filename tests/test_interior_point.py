@@ -10,8 +10,9 @@ from convlayer.conic.program import Data, Operators, Program
 from convlayer.conic.residual import normalise
 from convlayer.solution import Status
 from convlayer.solvers.clarabel import Clarabel
+from convlayer.solvers.dealing import solve_batch
 from convlayer.solvers.interior_point import InteriorPoint
-from convlayer.solvers.solver import Iterate, Task, solve_batch
+from convlayer.solvers.solver import Iterate, Task
 
 SIZES = [(1, 0, 1), (4, 0, 0), (5, 2, 0), (6, 0, 9), (10, 3, 5), (10, 3, 20), (12, 0, 6), (8, 3, 40)]
 KINDS = ["definite", "semidefinite", "linear"]

@@ -157,7 +157,7 @@ original = module.interrupted
 
 def interrupted():
     send()
-    for _ in range(60_000):
+    for _ in range(60_000 * ("told" not in events)):
         if original():
             events.append("told")
             return True

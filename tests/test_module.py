@@ -17,7 +17,7 @@ from cases import CASES
 
 from convlayer import ConvexLayer, GradientWarning
 from convlayer.conic.kkt import DenseSystem, SparseSystem
-from convlayer.solvers.solver import default_executor
+from convlayer.solvers.dealing import default_executor
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from convlayer.conic.residual import normalise, recentre
 from convlayer.conic.smoothing import smoothed
 from convlayer.paths.evaluation import evaluate
 from convlayer.solvers.clarabel import Clarabel
-from convlayer.solvers.solver import solve_batch
+from convlayer.solvers.dealing import solve_batch
 
 FOUND = 1e-12
 NAMES = (

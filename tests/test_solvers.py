@@ -20,8 +20,8 @@ from convlayer.cones import Cone, Exponential, Nonnegative, Power, Product, Psd,
 from convlayer.conic.program import Data, Program
 from convlayer.solvers import DEFAULT, SOLVERS, BatchSolver
 from convlayer.solvers.clarabel import Clarabel
+from convlayer.solvers.dealing import Inline, solve_batch
 from convlayer.solvers.scs import SCS
-from convlayer.solvers.solver import Inline, solve_batch
 
 FOR_SCS = names(lambda case: case.scs and case.shared._canonical.program.m > 0)
 OPTIONS = {"max_iters": 100_000, "acceleration_lookback": 0}

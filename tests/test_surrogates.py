@@ -17,7 +17,7 @@ from convlayer.paths import surrogates
 from convlayer.paths.surrogates import blackbox, lpgd, perturbed
 from convlayer.solution import Status
 from convlayer.solvers import SOLVERS
-from convlayer.solvers.solver import solve_batch
+from convlayer.solvers.dealing import solve_batch
 
 
 def solve(data):

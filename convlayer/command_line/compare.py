@@ -1,4 +1,5 @@
-"""Six problems by the kernel of their structure and by the cone program, on the same data: time, agreement, memory.
+"""Six problems by the kernel of their structure and by the cone program, on the same data: time, agreement, memory; and small ones beside
+CVXPY with diffcp.
 
 Times are medians of a forward and a backward pass, run in turn so that drift cancels. The cone program has one thread a core; the
 kernels have one torch thread, whose times neighbours on the machine disturb least.
@@ -12,7 +13,6 @@ import os
 import resource
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,7 +26,10 @@ from tqdm import tqdm
 
 from convlayer import __version__, problems
 from convlayer.autodiff.threads import one_thread
+from convlayer.command_line import rivals
+from convlayer.command_line.figures import Curve, Rivalry, Row, aligned, milliseconds
 from convlayer.command_line.picture import draw
+from convlayer.command_line.timing import Effort, Work, forward_and_backward, in_turn, seconds_of
 from convlayer.layer import ConvexLayer
 
 PATHS: tuple[dict[str, str], ...] = (
@@ -84,53 +87,7 @@ CASES = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Row:
-    """One problem's line of the table; times in seconds, memory in megabytes."""
-
-    title: str
-    structure: str
-    size: str
-    batch: int
-    specialised: float
-    generic: float
-    value: float
-    gradient: float
-    memory_specialised: float
-    memory_generic: float
-
-    @property
-    def speedup(self) -> float:
-        return self.generic / self.specialised
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Seconds by size; the cone program's list may be the shorter one."""
-
-    title: str
-    axis: str
-    batch: int
-    sizes: list[int]
-    specialised: list[float]
-    generic: list[float]
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How much of it: seconds of timing a problem, the longest run on a curve, sizes and batches."""
-
-    seconds: float
-    limit: float
-    points: int
-    shrink: int
-
-    @classmethod
-    def of(cls, quick: bool) -> Effort:
-        return cls(0.15, 0.1, 3, 4) if quick else cls(2.5, 1.0, 5, 1)
-
-
-def main(*, quick: bool, device: str, dtype: str, out: str) -> int:
+def compare(*, quick: bool, device: str, dtype: str, out: str) -> int:
     """Measure, print the table, write compare.json and compare.png into `out`."""
     try:
         place = torch.zeros((), device=device).device
@@ -139,19 +96,25 @@ def main(*, quick: bool, device: str, dtype: str, out: str) -> int:
         return 2
     warnings.simplefilter("ignore")  # a degenerate row among random ones is no news here
     effort, kind = Effort.of(quick), getattr(torch, dtype)
-    rows, curves = [], []
-    with one_thread(), tqdm(total=2 * len(CASES), unit="part") as bar:
+    rows, curves, rivalries = [], [], []
+    total = 2 * len(CASES) + len(rivals.SMALL)
+    with one_thread(), tqdm(total=total, unit="part") as bar:
         for case in CASES:
             bar.set_description(f"{case.title:<24}")
             rows.append(measure(case, effort, place, kind))
             bar.update()
             curves.append(scale(case, effort, place, kind))
             bar.update()
-    print("\n" + table(rows))
+        for small in rivals.SMALL:
+            bar.set_description(f"{small.title:<24}")
+            rivalries.append(rivals.rivalry(small, effort))
+            bar.update()
+    print("\n" + table_of_rows(rows))
+    print("\n" + rivals.table_of_rivalries(rivalries))
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     where = f"{_device_name(place)}, {dtype}"
-    (folder / "compare.json").write_text(json.dumps(_record(rows, curves, where), indent=1) + "\n")
+    (folder / "compare.json").write_text(json.dumps(_record(rows, curves, rivalries, where), indent=1) + "\n")
     worst = max(max(row.value, row.gradient) for row in rows)
     draw(
         rows,
@@ -168,8 +131,9 @@ def measure(case: Case, effort: Effort, device: torch.device, dtype: torch.dtype
     batch, sizes = BATCH // effort.shrink, case.sizes(case.size)
     tensors = _sample(case, case.size, batch, device, dtype)
     layers = [_layer(case, case.size, path) for path in PATHS]
-    memory = [_peak(layer, tensors, device) for layer in layers]
-    seconds = _in_turn(layers, tensors, device, effort.seconds)
+    works = [forward_and_backward(layer, tensors) for layer in layers]
+    memory = [_peak(work, device) for work in works]
+    seconds = in_turn(works, device, effort.seconds)
     found = layers[0].verify(*tensors)
     return Row(
         title=case.title,
@@ -195,30 +159,25 @@ def scale(case: Case, effort: Effort, device: torch.device, dtype: torch.dtype) 
             if len(mine) > 1 and mine[-1] * (mine[-1] / mine[-2]) > 2 * effort.limit:
                 break
             tensors = _sample(case, size, batch, device, dtype)
-            layer = _layer(case, size, path)
-            first = _seconds(layer, tensors, device)  # a warm-up, unless it is long
-            again = [] if first > effort.limit / 2 else [_seconds(layer, tensors, device) for _ in range(3)]
+            work = forward_and_backward(_layer(case, size, path), tensors)
+            first = seconds_of(work, device)  # a warm-up, unless it is long
+            again = [] if first > effort.limit / 2 else [seconds_of(work, device) for _ in range(3)]
             mine.append(statistics.median(again or [first]))
         times.append(mine)
     return Curve(case.title, case.axis, batch, sizes[: max(map(len, times))], *times)
 
 
-def table(rows: list[Row]) -> str:
+def table_of_rows(rows: list[Row]) -> str:
     """For the terminal."""
     head = ("problem", "size", "batch", "cone program", "kernel", "speed-up", "value", "gradient", "memory, MB")
     lines = [
         (
-            row.title, row.size, str(row.batch), _milliseconds(row.generic), _milliseconds(row.specialised), f"{row.speedup:.3g}x",
+            row.title, row.size, str(row.batch), milliseconds(row.generic), milliseconds(row.specialised), f"{row.speedup:.3g}x",
             f"{row.value:.0e}", f"{row.gradient:.0e}", f"{row.memory_generic:.1f} -> {row.memory_specialised:.1f}",
         )
         for row in rows
     ]  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(head, *lines)]
-    text = [
-        "  ".join(cell.ljust(w) if k < 2 else cell.rjust(w) for k, (cell, w) in enumerate(zip(line, widths)))
-        for line in (head, *lines)
-    ]
-    text.insert(1, "-" * len(text[0]))
+    text = aligned(head, lines)
     text += [
         "cone program: by Clarabel; kernel: what the layer chose. Medians of forward and backward; memory: the peak of a call of each.",
         "value, gradient: the worst relative difference between the two.",
@@ -235,39 +194,15 @@ def _layer(case: Case, size: int, path: dict[str, str]) -> ConvexLayer:
     return getattr(problems, case.problem).layer(*case.sizes(size), **path)
 
 
-def _seconds(layer: ConvexLayer, tensors: list[Tensor], device: torch.device) -> float:
-    """Of a forward and a backward, the device's work included."""
-    start = _clock(device)
-    outputs = layer(*tensors)
-    torch.autograd.grad(sum(o.square().sum() for o in outputs), tensors)
-    return _clock(device) - start
-
-
-def _clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def _in_turn(layers: list[ConvexLayer], tensors: list[Tensor], device: torch.device, seconds: float) -> list[float]:
-    """The median of each layer's times, at least three of them. The layers have run before."""
-    times: list[list[float]] = [[] for _ in layers]
-    start = time.perf_counter()
-    while len(times[0]) < 3 or (time.perf_counter() - start < seconds and len(times[0]) < 50):
-        for mine, layer in zip(times, layers, strict=True):
-            mine.append(_seconds(layer, tensors, device))
-    return [statistics.median(mine) for mine in times]
-
-
-def _peak(layer: ConvexLayer, tensors: list[Tensor], device: torch.device) -> float:
+def _peak(work: Work, device: torch.device) -> float:
     """Megabytes by which a call raises the memory at its highest: the device's, or the process's resident one."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        _seconds(layer, tensors, device)
+        seconds_of(work, device)
         return (torch.cuda.max_memory_allocated(device) - before) / MEGABYTE
     with _ResidentPeak() as peak:
-        _seconds(layer, tensors, device)
+        seconds_of(work, device)
     return peak.megabytes
 
 
@@ -295,17 +230,15 @@ def _resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
-def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms" if seconds < 0.9995 else f"{seconds:.2f} s"
-
-
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{os.cpu_count()} CPU cores"
 
 
-def _record(rows: list[Row], curves: list[Curve], where: str) -> dict[str, Any]:
+def _record(
+    rows: list[Row], curves: list[Curve], rivalries: list[Rivalry], where: str
+) -> dict[str, Any]:
     return {
         "convlayer": __version__,
         "torch": torch.__version__,
@@ -313,4 +246,5 @@ def _record(rows: list[Row], curves: list[Curve], where: str) -> dict[str, Any]:
         "units": {"times": "seconds", "memory": "megabytes", "value, gradient": "relative difference"},
         "problems": [{**asdict(row), "speedup": row.speedup} for row in rows],
         "scaling": [asdict(curve) for curve in curves],
+        "small": [asdict(rivalry) for rivalry in rivalries],
     }

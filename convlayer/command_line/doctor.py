@@ -24,7 +24,7 @@ BATCH = 8
 STEP, TOLERANCE = 1e-6, 1e-6  # of the differences, and of the gradient against them
 
 
-def main() -> int:
+def examine() -> int:
     """Print it all; 0 if every check passes, 1 otherwise."""
     print(f"{'convlayer':<14}{__version__}, in {Path(__file__).parent}")
     print(f"{'python':<14}{platform.python_version()}, {platform.platform()}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 
@@ -13,8 +13,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 from PIL import Image
 
-if TYPE_CHECKING:
-    from convlayer.command_line.compare import Curve, Row
+from convlayer.command_line.figures import Curve, Row
 
 GENERIC, SPECIALISED, INK, GREY = "#c8763a", "#1f6f8b", "#222222", "#8a8a8a"
 STYLE: Any = {

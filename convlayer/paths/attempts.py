@@ -23,7 +23,8 @@ from convlayer.paths.refined import Refined, Unpolished, refined
 from convlayer.paths.unsettled import claims_checked, refuted, running_off, with_a_feasible_point
 from convlayer.paths.verdict import Verdict
 from convlayer.solution import Status
-from convlayer.solvers.solver import Inline, Points, in_threads, solve_batch
+from convlayer.solvers.dealing import Inline, in_threads, solve_batch
+from convlayer.solvers.solver import Points
 
 LARGE = 1_000_000  # numbers in dense matrices of a batch from which it is worked off in pieces,
 PIECE = 500_000  # of about so many (4 MB)
@@ -45,7 +46,8 @@ def attempted(request: ConeRequest, data: Data, start: tuple[Tensor, ...] | None
         (alone, data.between(lo, hi), None if start is None else tuple(part[lo:hi] for part in start))
         for lo, hi in ranges
     ]
-    return Attempted.joined(in_threads(lambda job: _settled(*job), jobs), [lo for lo, _ in ranges])
+    found = in_threads(lambda job: _settled(*job), jobs, [hi - lo for lo, hi in ranges])
+    return Attempted.joined(found, [lo for lo, _ in ranges])
 
 
 def _settled(request: ConeRequest, data: Data, start: tuple[Tensor, ...] | None) -> Attempted:

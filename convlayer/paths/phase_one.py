@@ -19,7 +19,7 @@ from convlayer.cones import Nonnegative, Product
 from convlayer.conic.program import Data, Program
 from convlayer.solution import Status
 from convlayer.solvers.clarabel import Clarabel
-from convlayer.solvers.solver import solve_batch
+from convlayer.solvers.dealing import solve_batch
 
 TOLERANCE = 1e-10
 

@@ -15,7 +15,7 @@ from convlayer.conic.residual import Scaling
 from convlayer.declaration.canonical import Canonical
 from convlayer.paths.path import Tell
 from convlayer.solution import Cause
-from convlayer.solvers.solver import in_threads
+from convlayer.solvers.dealing import in_threads
 
 NOTHING = 1e-10  # a derivative below this, relative to solution and costs, is zero
 

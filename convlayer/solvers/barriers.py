@@ -24,28 +24,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from convlayer.solvers.scalings import Kind, Scaling
+from convlayer.cones import Block, Cone, Exponential, Power
+from convlayer.solvers.scalings import ConeScaling, Kind
 
-CENTRAL = 1.5e-8  # relative distance from the central path within which its direction is noise
-SHORTER = (
-    1.0,
-    0.98,
-    0.95,
-    0.9,
-    0.85,
-    0.8,
-    0.72,
-    0.64,
-    0.55,
-    0.45,
-    0.35,
-    0.25,
-    0.15,
-    0.07,
-    0.02,
-    0.003,
-)  # of a step, tried in turn
-NEWTON = 5  # steps for the conjugate gradient, from a start within a factor of two
+# Within this relative distance from the central path the direction of its offset is noise.
+CENTRAL = 1.5e-8
+# So much of a step is tried in turn, until it stays inside.
+SHORTER = (1.0, 0.98, 0.95, 0.9, 0.85, 0.8, 0.72, 0.64, 0.55, 0.45, 0.35, 0.25, 0.15, 0.07, 0.02, 0.003)  # fmt: skip
+# From a start within a factor of two, so many of Newton's steps give the conjugate gradient.
+NEWTON = 5
 
 
 class Barrier(ABC):
@@ -73,7 +60,7 @@ class ThreefoldKind(Kind):
     def inside(self, v: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         raise NotImplementedError("A cone that is not symmetric has no eigenvalues; start from `unit`.")
 
-    def at(self, s: Tensor, y: Tensor) -> Scaling:
+    def at(self, s: Tensor, y: Tensor) -> ConeScaling:
         return ThreefoldScaling(self, s.movedim(-1, 0).contiguous(), y.movedim(-1, 0).contiguous())
 
     @abstractmethod
@@ -93,7 +80,7 @@ class ThreefoldKind(Kind):
         """The same for the dual cone."""
 
 
-class ThreefoldScaling(Scaling):
+class ThreefoldScaling(ConeScaling):
     """W^-T has the rows  y / sqrt(s'y),  dy / sqrt(ds'dy),  b / sqrt(t),  b normal to s and ds with a'b = 1."""
 
     def __init__(self, kind: ThreefoldKind, s: Tensor, y: Tensor) -> None:
@@ -170,6 +157,12 @@ def _by_dual_hessian(barrier: Barrier, s: Tensor, y: Tensor, gap: Tensor, mu: Te
 class ExponentialKind(ThreefoldKind):
     """K = cl{(r, s, t) : s > 0, s e^(r/s) <= t}; f* = -log psi - log(-u) - log w, psi = v - u + u log(-u/w)."""
 
+    cone: ClassVar[type[Cone]] = Exponential
+
+    @classmethod
+    def of(cls, blocks: Sequence[Block]) -> ExponentialKind:
+        return cls(len(blocks))
+
     def unit(self, like: Tensor) -> Tensor:
         point = torch.tensor([-1.051383945322714, 0.556409619469370, 1.258967884768947], dtype=like.dtype)
         return point.to(like.device).expand(self.count, 3)
@@ -238,6 +231,12 @@ class ExponentialBarrier(Barrier):
 
 class PowerKind(ThreefoldKind):
     """K = {(x, y, z) : x^a y^b >= |z|}, b = 1 - a; f* = -log psi - b log x - a log y, psi = (x/a)^2a (y/b)^2b - z^2."""
+
+    cone: ClassVar[type[Cone]] = Power
+
+    @classmethod
+    def of(cls, blocks: Sequence[Block]) -> PowerKind:
+        return cls([float(block.parameter or 0) for block in blocks])
 
     def __init__(self, alphas: Sequence[float]) -> None:
         super().__init__(len(alphas))

@@ -13,8 +13,10 @@ import clarabel
 import numpy as np
 import scipy.sparse as sp
 
+from convlayer.cones import Exponential, Nonnegative, Power, Psd, SecondOrder, Zero
 from convlayer.conic.pattern import kkt_pattern
 from convlayer.conic.program import Program
+from convlayer.progress import current
 from convlayer.solution import Status
 from convlayer.solvers.solver import SHORT, Iterate, Solver, Task, interrupted
 
@@ -27,18 +29,19 @@ STATUS = {
     "AlmostDualInfeasible": Status.UNBOUNDED,
 }
 
+# What Clarabel calls a block of each cone.
 CONES = {
-    "zero": lambda block: clarabel.ZeroConeT(block.size),
-    "nonnegative": lambda block: clarabel.NonnegativeConeT(block.size),
-    "second_order": lambda block: clarabel.SecondOrderConeT(block.size),
-    "psd": lambda block: clarabel.PSDTriangleConeT(block.parameter),
-    "exponential": lambda block: clarabel.ExponentialConeT(),
-    "power": lambda block: clarabel.PowerConeT(block.parameter),
+    Zero.name: lambda block: clarabel.ZeroConeT(block.size),
+    Nonnegative.name: lambda block: clarabel.NonnegativeConeT(block.size),
+    SecondOrder.name: lambda block: clarabel.SecondOrderConeT(block.size),
+    Psd.name: lambda block: clarabel.PSDTriangleConeT(block.parameter),
+    Exponential.name: lambda block: clarabel.ExponentialConeT(),
+    Power.name: lambda block: clarabel.PowerConeT(block.parameter),
 }
-
-
-FACTORISATIONS = 14  # of a solve with its polish
-ROW, ROW_RATE = 5e-5, 1e9  # seconds a row, flops a second, on one core; fitted to measurements
+# A solve with its polish takes about so many factorisations.
+FACTORISATIONS = 14
+# A row takes so many seconds, and its flops at such a rate, on one core: fitted to measurements.
+ROW, ROW_RATE = 5e-5, 1e9
 
 
 class Clarabel(Solver):
@@ -64,6 +67,8 @@ class Clarabel(Solver):
         cones = [CONES[block.name](block) for block in task.program.cones.blocks]
         solver, iterates = None, []
         for row in range(len(task)):
+            if interrupted():
+                return []  # nobody reads them
             solver = self._load(solver, task, row, cones, settings)
             iterates.append(_iterate(solver.solve(), settings.time_limit))
         return iterates
@@ -102,8 +107,17 @@ class Clarabel(Solver):
             return solver
         solver = clarabel.DefaultSolver(*task.matrices(row), cones, settings)
         if task.program.n + task.program.m > SHORT:
-            solver.set_termination_callback(lambda _: interrupted())
+            solver.set_termination_callback(_seen)
         return solver
+
+
+def _seen(info) -> bool:
+    """Between two iterations: whether to end."""
+    work = current()
+    if work.watched:
+        error = max(info.res_primal, info.res_dual, info.gap_rel)
+        work.note(f"iteration {info.iterations}, error {error:.0e}")
+    return interrupted()
 
 
 def _iterate(result, time_limit: float) -> Iterate:

@@ -14,25 +14,33 @@ from typing import Any, ClassVar
 import daqp
 import numpy as np
 
+from convlayer.cones import Nonnegative, Zero
 from convlayer.conic.program import Program
 from convlayer.solution import Status
-from convlayer.solvers.solver import Iterate, Solver, Task, fits_densely
+from convlayer.solvers.solver import Iterate, Solver, Task, fits_densely, interrupted
 
-EQUALITY = 5  # its code for a constraint that is always active
-FREE = -1e30  # its lower bound where there is none
-OPTIMAL, LATE, FAILED = 1, -7, 0  # its codes for a solution and for the end of its time, and ours for a system without one
-BRIEF = 5e6  # cubed unknowns of a batch that is solved before a thread has taken it up
+# DAQP's code for a constraint that is always active.
+EQUALITY = 5
+# Its lower bound where there is none.
+FREE = -1e30
+# Its codes for a solution and for the end of its time, and ours for a system without one.
+OPTIMAL, LATE, FAILED = 1, -7, 0
+# A batch is solved before a thread has taken it up where rows times cubed unknowns are fewer.
+BRIEF = 5e6
 SETTINGS = {"primal_tol": 1e-9}
-LINEAR = {"eps_prox": 0.1, "eta_prox": 1e-12}  # of linear programs: proximal steps that degenerate ones survive, until they stand still
-ROW, ROW_RATE = 2e-5, 3e9  # seconds a row, flops a second, on one core; fitted to measurements
-STEPS = 20  # of the active set for each variable and row: beyond that another solver is the faster one
+# Linear programs take proximal steps, which degenerate ones survive, until they stand still.
+LINEAR = {"eps_prox": 0.1, "eta_prox": 1e-12}
+# A row takes so many seconds, and its flops at such a rate, on one core: fitted to measurements.
+ROW, ROW_RATE = 2e-5, 3e9
+# A row ends after so many steps for each variable and row: another solver is the faster one then.
+STEPS = 20
 
 
 class Daqp(Solver):
     """Linear and quadratic programs, by dense active sets in compiled code, row by row."""
 
     name: ClassVar[str] = "daqp"
-    cones: ClassVar[frozenset[str] | None] = frozenset({"zero", "nonnegative"})
+    cones: ClassVar[frozenset[str] | None] = frozenset({Zero.name, Nonnegative.name})
     programs: ClassVar[str] = "linear and quadratic programs"
     manner: ClassVar[str] = "dense active sets, compiled, row by row"
     dense: ClassVar[bool] = True
@@ -63,6 +71,8 @@ class Daqp(Solver):
                 model = None
         found = []
         for row in range(len(task)):
+            if interrupted():
+                return []  # nobody reads them
             q, b = task.q[row], task.b[row]
             if not program.m:
                 found.append(_unconstrained(P[row % len(P)], q))

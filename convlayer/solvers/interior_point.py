@@ -30,49 +30,83 @@ from __future__ import annotations
 
 import math
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from convlayer.autodiff.threads import one_thread
 from convlayer.conic.program import Data, Program, dense_A, dense_P, take_rows
+from convlayer.progress import current
 from convlayer.solution import Status, is_unsettled
-from convlayer.solvers.product import RANK, Cones, Layout, Pairs, Weight
+from convlayer.solvers.direction import direction, starting_point
+from convlayer.solvers.forms import (
+    DualForm,
+    EmbeddingResidual,
+    Form,
+    PrimalForm,
+    dot,
+    embedding_residual,
+    largest_entry,
+    row_products,
+)
+from convlayer.solvers.product import CONES, Cones, Pairs, RowOrder
 from convlayer.solvers.solver import BatchSolver, Points, fits_densely, interrupted
 
-SHIFT = 1e-10  # on K's diagonal, against singularity; proximal: it slows the last digits down, and moves no solution;
-CONE_SHIFT = 1e-8  # with cones, whose H^-1 is not diagonal and blurs the rest of K:
-BLUR = 1e-16  # and no less than this share of K's largest entry, below which LU sees nothing of it
-START_SHIFT = 1e-4  # the same for the starting point, which is to be of moderate size
-PIVOTS = 1e-3  # least pivot of P's Cholesky factor, as a share of the largest, for the dual to be solved instead
-GROWTH = 1e2  # and the most by which P^-1 may blow up the right-hand side
-PRODUCT_RATE = 3  # flops of a batched product in the time of one of a batched LU; measured
-NEAREST = 0.99  # share of the way to the boundary that a step may go
-DOUBT = 10.0  # kappa above this many tau: look for a certificate
-CERTIFICATE = 1e-6  # relative error of a certificate;
-SURE, LOOSE = 1e8, 5e-5  # this is enough where kappa is above so many tau
-HOPELESS = 1e15  # and without a certificate by then, there will be none
-ALMOST = 1e-5  # relative error up to which a point that is not accurate is still some solution
-STALLED = 1e-5  # a step shorter than this is its row's last
-WORSE = 1e2  # than the best one by this factor: rounding has taken over
-JAMMED, CENTRING = 0.1, 0.5  # after a step this short, where cones are not symmetric, sigma is at least so much
-COMPACT = 0.875  # finished rows leave the batch when the others are at most this share of it
-LARGE = 1e3  # slack that no longer counts for the starting point's size
-PATIENCE = 4  # steps between two looks at whether all rows are done, where a look waits for the device
+# Finished rows leave the batch when the others are at most this share of it.
+COMPACT = 0.875
+# Where a look waits for the device, so many steps lie between two looks at whether rows are done.
+PATIENCE = 4
+# A row that has not converged ends after so many iterations, where the user says nothing else.
 ITERATIONS = 50
-# What it costs, fitted to measurements on two cores: iterations, seconds of one and of a row in it, flops a second.
+# A program takes about so many iterations, and one of them so many seconds; each row of a batch adds
+# so many to an iteration, and its flops at such a rate: fitted to measurements on two cores.
 STEPS, STEP, ROW_STEP, RATE = 10, 4.5e-4, 8e-6, 1e10
+
+
+@dataclass(frozen=True)
+class _ByDual:
+    """When the dual is solved in the program's place."""
+
+    # P's Cholesky factor has no pivot below this share of its largest.
+    pivots: float = 1e-3
+    # P^-1 makes nothing of the right-hand side larger than this.
+    growth: float = 1e2
+    # A batched product does so many flops in the time of one of a batched LU; measured.
+    product_rate: float = 3
+
+
+@dataclass(frozen=True)
+class _Endings:
+    """When a row has ended, and as what; errors are relative."""
+
+    # Where kappa is above this many tau, a certificate is looked for,
+    doubt: float = 10.0
+    # and may have this error,
+    certificate: float = 1e-6
+    # or, where kappa is above so many tau,
+    sure: float = 1e8
+    # this one.
+    loose: float = 5e-5
+    # Where kappa is above this many tau and there is no certificate, there will be none.
+    hopeless: float = 1e15
+    # A point that is not accurate is still some solution up to this error.
+    almost: float = 1e-5
+    # A step shorter than this is its row's last.
+    stalled: float = 1e-5
+    # Where a point is worse than the best one by this factor, rounding has taken over.
+    worse: float = 1e2
+
+
+BY_DUAL, ENDINGS = _ByDual(), _Endings()
 
 
 class InteriorPoint(BatchSolver):
     """Dense: for programs of up to some hundred variables and constraints."""
 
     name: ClassVar[str] = "interior_point"
-    cones: ClassVar[frozenset[str] | None] = frozenset(RANK)
+    cones: ClassVar[frozenset[str] | None] = CONES
     manner: ClassVar[str] = "dense and batched"
 
     def check(self, program: Program, options: Mapping[str, Any]) -> None:
@@ -146,28 +180,28 @@ def solve_data(data: Data, tolerance: float, ends: Ends = UNLIMITED) -> Points:
     program, rows, device = data.program, data.batch, data.q.device
     if not all(len(part) for part in (data.P, data.q, data.A, data.b)):
         return _blank(0, program.n, program.m, device)
-    layout = Layout.of(program)
+    row_order = RowOrder.of(program)
     answer = _blank(rows, program.n, program.m, device)
     C, b, q = dense_A(data), data.b.expand(rows, -1), data.q.expand(rows, -1)
-    order = None if layout.order is None else layout.order.to(device)
+    order = None if row_order.order is None else row_order.order.to(device)
     if order is not None:
         C, b = C[:, order], b[:, order]
-    parts, cones = (dense_P(data), q, C, b), layout.cones(device)
+    parts, cones = (dense_P(data), q, C, b), row_order.cones()
     by_dual, factor = torch.zeros(rows, dtype=torch.bool, device=device), C
-    if program.m and cones.symmetric and _dual_is_cheaper(program.n, layout.free, program.m - layout.free):
+    if program.m and cones.symmetric and _dual_is_cheaper(program.n, row_order.free, program.m - row_order.free):
         by_dual, factor = _invertible(parts[0], q, C)
         by_dual = by_dual.expand(rows)
     index = torch.nonzero(by_dual).flatten()
     if len(index):
         mine = [_rows(part, index, rows) for part in (*parts, factor)]
-        _put(answer, index, _by_dual(*mine, p=layout.free, cones=cones, tolerance=tolerance, ends=ends))
+        _put(answer, index, _by_dual(*mine, p=row_order.free, cones=cones, tolerance=tolerance, ends=ends))
     # Where the dual falters, as with a certificate that its squared matrix G blurs, the primal is tried.
     index = torch.nonzero(is_unsettled(answer.status) & ~answer.late).flatten()
     if len(index):
         mine = [_rows(part, index, rows) for part in parts]
-        pairs = None if layout.pairs is None else layout.pairs.to(device)
+        pairs = None if row_order.pairs is None else row_order.pairs.to(device)
         _put(
-            answer, index, _by_primal(*mine, p=layout.free, cones=cones, pairs=pairs, tolerance=tolerance, ends=ends)
+            answer, index, _by_primal(*mine, p=row_order.free, cones=cones, pairs=pairs, tolerance=tolerance, ends=ends)
         )
     if order is not None:
         s, y = torch.empty_like(answer.s), torch.empty_like(answer.y)
@@ -176,156 +210,16 @@ def solve_data(data: Data, tolerance: float, ends: Ends = UNLIMITED) -> Points:
     return answer if ends.late else answer._replace(stopped=None)  # without asking the device
 
 
-@dataclass(frozen=True, eq=False)
-class _Form(ABC):
-    """minimise 1/2 x'Px + q'x subject to Ax + s = b, s >= 0, Ex = e, with v = (x, u): matrices shared by all rows have B = 1."""
-
-    base: Tensor  # (B or 1, N, N) [ P  E' ; E  0 ]
-    c: Tensor  # (B, N) (q, -e)
-    b: Tensor  # (B, l)
-    gradient: Tensor  # (B, N) (q, e)
-    c_size: Tensor  # (B, N) against which residuals are measured
-    b_size: Tensor  # (B, l)
-    n: int  # of x
-    curved: bool  # P is not zero
-    cones: Cones  # that the first rows of s lie in; the others are nonnegative
-
-    def rows(self, index: Tensor):
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        chosen: dict[str, Any] = {name: take_rows(v, index) for name, v in parts.items() if isinstance(v, Tensor)}
-        return replace(self, **chosen)
-
-    @property
-    def degree(self) -> int:
-        """Of the barrier of s and kappa."""
-        return self.cones.degree + self.b.shape[1] - self.cones.rows + 1
-
-    def P_times(self, x: Tensor) -> Tensor:
-        """(B, n) -> (B, n)"""
-        return _times(x.unsqueeze(1), self.base[:, : self.n, : self.n]).squeeze(1)
-
-    @abstractmethod
-    def A_times(self, v: Tensor) -> Tensor:
-        """(B, k, N) -> (B, k, l)"""
-
-    @abstractmethod
-    def At_times(self, y: Tensor) -> Tensor:
-        """(B, k, l) -> (B, k, N), zero beyond x"""
-
-    @abstractmethod
-    def add_weighted(self, K: Tensor, weight: Weight) -> None:
-        """K (B, N, N) += A'H^-1 A"""
-
-    @abstractmethod
-    def ray_error(self, v: Tensor) -> Tensor:
-        """(B, 1) error of a ray as a certificate, beyond Px = 0 and Ax <= 0."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Primal(_Form):
-    """The program itself."""
-
-    A: Tensor  # (B or 1, l, n)
-    At: Tensor  # (B or 1, n, l) contiguous: a row times a matrix runs at twice the speed of a matrix times a column
-    entries: Tensor  # (B or 1, nnz) of A, where `pairs` is there
-    terms: Tensor  # (B or 1, terms) A[left] A[right]
-    pairs: Pairs | None
-
-    @classmethod
-    def of(cls, P: Tensor, q: Tensor, C: Tensor, b: Tensor, p: int, cones: Cones, pairs: Pairs | None) -> _Primal:
-        n, E, A, e = P.shape[1], C[:, :p], C[:, p:], b[:, :p]
-        base, c, gradient = P, q, q
-        if p:
-            base = P.new_zeros(max(len(P), len(C)), n + p, n + p)
-            base[:, :n, :n], base[:, n:, :n], base[:, :n, n:] = P, E, E.mT
-            c, gradient = torch.cat([q, -e], 1), torch.cat([q, e], 1)
-        curved, terms, entries = bool((P != 0).any()), C[:, :0, 0], C[:, :0, 0]
-        if pairs is not None:
-            entries, flat = A[:, pairs.rows, pairs.columns], C.flatten(1)
-            terms = flat.index_select(1, pairs.left) * flat.index_select(1, pairs.right)
-        At = A.mT.contiguous()
-        return cls(base, c, b[:, p:], gradient, c.abs(), b[:, p:].abs(), n, curved, cones, A, At, entries, terms, pairs)
-
-    def A_times(self, v: Tensor) -> Tensor:
-        if self.pairs is not None:
-            into = v.new_zeros(*v.shape[:2], self.A.shape[1])
-            return into.index_add_(
-                2, self.pairs.rows, v.index_select(2, self.pairs.columns) * self.entries.unsqueeze(1)
-            )
-        return _times(v[..., : self.n] if v.shape[2] > self.n else v, self.At)
-
-    def At_times(self, y: Tensor) -> Tensor:
-        if self.pairs is not None:
-            into = y.new_zeros(*y.shape[:2], self.c.shape[1])
-            return into.index_add_(
-                2, self.pairs.columns, y.index_select(2, self.pairs.rows) * self.entries.unsqueeze(1)
-            )
-        found, p = _times(y, self.A), self.c.shape[1] - self.n
-        return torch.constant_pad_nd(found, (0, p)) if p else found
-
-    def add_weighted(self, K: Tensor, weight: Weight) -> None:
-        if self.pairs is not None:
-            self._add_terms(K, weight)
-            return
-        block, weighted = K[:, : self.n, : self.n], weight(self.At)
-        if len(self.A) == 1:
-            block += weighted @ self.A[0]
-        else:
-            block.baddbmm_(weighted, self.A)
-
-    def _add_terms(self, K: Tensor, weight: Weight) -> None:
-        pairs, n = self.pairs, self.n
-        assert pairs is not None
-        values = weight.flat().index_select(1, pairs.source) * self.terms
-        if K.shape[1] == n:
-            K.view(len(K), -1).index_add_(1, pairs.target, values)
-            return
-        block = K.new_zeros(len(K), n * n).index_add_(1, pairs.target, values)
-        K[:, :n, :n] += block.view(-1, n, n)
-
-    def ray_error(self, v: Tensor) -> Tensor:
-        return v.new_zeros(len(v), 1)
-
-
-@dataclass(frozen=True, eq=False)
-class _Dual(_Form):
-    """minimise 1/2 z'Gz + h'z  subject to  z >= 0 but for the first k: the dual, with G = C P^-1 C', h = b + C P^-1 q.
-
-    Its A is minus the last rows of the identity, its slack is z, and its multiplier is the primal's slack.
-    """
-
-    free: int
-    C: Tensor  # (B or 1, m, n) for the primal's certificate C'z = 0, which Gz = 0 says with half the digits
-    size: Tensor  # (B, 1) of b
-
-    def A_times(self, v: Tensor) -> Tensor:
-        return -v[..., self.free :]
-
-    def At_times(self, y: Tensor) -> Tensor:
-        return torch.constant_pad_nd(-y, (self.free, 0)) if self.free else -y
-
-    def add_weighted(self, K: Tensor, weight: Weight) -> None:
-        weight.add_to(K[:, self.free :, self.free :])
-
-    def ray_error(self, v: Tensor) -> Tensor:
-        return _times(v.unsqueeze(1), self.C).squeeze(1).abs().sum(1, keepdim=True) * self.size
-
-
-def _times(rows: Tensor, matrix: Tensor) -> Tensor:
-    """(B, k, i) and (B or 1, i, j) -> (B, k, j)."""
-    return torch.matmul(rows, matrix[0]) if len(matrix) == 1 else torch.bmm(rows, matrix)
-
-
 def _dual_is_cheaper(n: int, p: int, l: int) -> bool:
-    return (p + l) ** 3 <= (n + p) ** 3 + 3 * l * n**2 / PRODUCT_RATE
+    return (p + l) ** 3 <= (n + p) ** 3 + 3 * l * n**2 / BY_DUAL.product_rate
 
 
 def _invertible(P: Tensor, q: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     """(B,) rows whose P is so well conditioned that the dual can be solved in its place; Cholesky factor of P."""
     factor, info = torch.linalg.cholesky_ex(P)
     pivots = factor.diagonal(dim1=1, dim2=2)
-    sound = (info == 0) & (pivots.amin(1) >= PIVOTS * pivots.amax(1))
-    return sound & (_largest(_times(_solve_P(factor, q).unsqueeze(1), C.mT).squeeze(1)).squeeze(1) <= GROWTH), factor
+    sound = (info == 0) & (pivots.amin(1) >= BY_DUAL.pivots * pivots.amax(1))
+    return sound & (largest_entry(row_products(_solve_P(factor, q).unsqueeze(1), C.mT).squeeze(1)).squeeze(1) <= BY_DUAL.growth), factor
 
 
 def _rows(values: Tensor, index: Tensor, rows: int) -> Tensor:
@@ -352,7 +246,7 @@ def _by_primal(
     ends: Ends,
 ) -> Points:
     n = P.shape[1]
-    v, s, y, *told = _embedding(_Primal.of(P, q, C, b, p, cones, pairs), tolerance, ends)
+    v, s, y, *told = _embedding(PrimalForm.of(P, q, C, b, p, cones, pairs), tolerance, ends)
     return Points(v[:, :n], torch.constant_pad_nd(s, (p, 0)), torch.cat([v[:, n:], y], 1), *told)
 
 
@@ -363,12 +257,12 @@ def _by_dual(
     V = torch.linalg.solve_triangular(factor, C.mT, upper=False)
     G = V.mT @ V
     unconstrained = _solve_P(factor, q)
-    h = b + _times(unconstrained.unsqueeze(1), C.mT).squeeze(1)
+    h = b + row_products(unconstrained.unsqueeze(1), C.mT).squeeze(1)
     zero = torch.zeros_like(b[:, p:])
-    form = _Dual(G, h, zero, h, b.abs(), zero, h.shape[1], True, cones, p, C, _size(b))
+    form = DualForm(G, h, zero, h, b.abs(), zero, h.shape[1], True, cones, p, C, _size(b))
     z, s, y, status, iterations, stopped = _embedding(form, tolerance, ends)
     z = torch.cat([z[:, :p], s], 1)
-    x = -unconstrained - _solve_P(factor, _times(z.unsqueeze(1), C).squeeze(1))
+    x = -unconstrained - _solve_P(factor, row_products(z.unsqueeze(1), C).squeeze(1))
     # A ray of the dual is the primal's certificate; the dual itself is never infeasible.
     status = torch.where(status == Status.UNBOUNDED, int(Status.INFEASIBLE), status)
     return Points(x, torch.constant_pad_nd(y, (p, 0)), z, status, iterations, stopped)
@@ -380,65 +274,29 @@ def _size(b: Tensor) -> Tensor:
     return torch.where(size < 1e7, size, 0.0).sum(1, keepdim=True).clamp(min=1.0)
 
 
-class _Residual(NamedTuple):
-    """What the embedding's equations leave, and what the tests of a row's end need beside it."""
-
-    v: Tensor  # (B, N)
-    s: Tensor  # (B, l)
-    tau: Tensor  # (B, 1)
-    gap: Tensor  # (B, 1) relative
-    Px: Tensor | None  # (B, n), None for zero
-    homogeneous: Tensor  # (B, N) (Px + E'u + A'y, Ex)
-    Ax_s: Tensor  # (B, l)
-    cv: Tensor  # (B, 1) q'x + e'u
-    by: Tensor  # (B, 1)
-
-
-def _residual(form: _Form, v: Tensor, Y: Tensor, S: Tensor) -> _Residual:
-    n, l = form.n, form.b.shape[1]
-    (y, tau), (s, kappa) = Y.split_with_sizes((l, 1), 1), S.split_with_sizes((l, 1), 1)
-    total = form.At_times(y.unsqueeze(1)).squeeze(1)
-    Px = None
-    if form.c.shape[1] > n:
-        x = v[:, :n]
-        total = total + _times(v.unsqueeze(1), form.base).squeeze(1)
-        if form.curved:
-            Px = form.P_times(x)
-    elif form.curved:
-        x, Px = v, form.P_times(v)
-        total = total + Px
-    xPx = _dot(x, Px) if Px is not None else torch.zeros_like(tau)
-    Ax_s = form.A_times(v.unsqueeze(1)).squeeze(1) + s
-    cv, by, curve = _dot(form.gradient, v), _dot(form.b, y), xPx / tau
-    r_tau = cv + by + curve
-    gap = r_tau.abs() / torch.maximum((curve / 2 + by).abs(), tau)
-    r_v, r_s = torch.addcmul(total, form.c, tau), torch.addcmul(Ax_s, form.b, tau, value=-1)
-    return _Residual(r_v, r_s, r_tau + kappa, gap, Px, total, Ax_s, cv, by)
-
-
-def _judge(form: _Form, r: _Residual, v: Tensor, Y: Tensor, S: Tensor, tolerance: float) -> tuple[Tensor, ...]:
+def _judge(form: Form, r: EmbeddingResidual, v: Tensor, Y: Tensor, S: Tensor, tolerance: float) -> tuple[Tensor, ...]:
     """(status (B, 1), its error (B, 1), scale (B, 1) by which the point is to be divided)"""
     n, tau, kappa = form.n, Y[:, -1:], S[:, -1:]
-    x_size, y_size = torch.maximum(_largest(v[:, :n]), tau), torch.maximum(_largest(v[:, n:]), _largest(Y))
-    dual = _largest(r.v[:, :n] / torch.addcmul(y_size, form.c_size[:, :n], tau))
-    equal = _largest(r.v[:, n:] / torch.addcmul(x_size, form.c_size[:, n:], tau))
-    primal = _largest(r.s / torch.addcmul(x_size, form.b_size, tau))
+    x_size, y_size = torch.maximum(largest_entry(v[:, :n]), tau), torch.maximum(largest_entry(v[:, n:]), largest_entry(Y))
+    dual = largest_entry(r.v[:, :n] / torch.addcmul(y_size, form.c_size[:, :n], tau))
+    equal = largest_entry(r.v[:, n:] / torch.addcmul(x_size, form.c_size[:, n:], tau))
+    primal = largest_entry(r.s / torch.addcmul(x_size, form.b_size, tau))
     error = torch.stack([dual, equal, primal, r.gap]).amax(0)
-    status = torch.where(error <= ALMOST, int(Status.INACCURATE), int(Status.NOT_CONVERGED))
+    status = torch.where(error <= ENDINGS.almost, int(Status.INACCURATE), int(Status.NOT_CONVERGED))
     status = torch.where(error <= tolerance, int(Status.SOLVED), status)
     scale = tau
-    if not v.is_cpu or bool((kappa > DOUBT * tau).any()):
+    if not v.is_cpu or bool((kappa > ENDINGS.doubt * tau).any()):
         Px = 0.0 if r.Px is None else r.Px
-        share = torch.where(kappa > SURE * tau, LOOSE, CERTIFICATE)
-        qx = _dot(form.gradient[:, :n], v[:, :n])
+        share = torch.where(kappa > ENDINGS.sure * tau, ENDINGS.loose, ENDINGS.certificate)
+        qx = dot(form.gradient[:, :n], v[:, :n])
         gain, ray_gain = qx - r.cv - r.by, -qx  # -(e'u + b'y), -q'x
         size = _size(torch.cat([form.c_size[:, n:], form.b_size], 1))
         infeasible = (r.homogeneous[:, :n] - Px).abs().sum(1, keepdim=True) * size <= share * gain
-        errors = [_largest(r.homogeneous[:, n:]), _largest(r.Ax_s), form.ray_error(v)]
-        errors += [] if r.Px is None else [_largest(r.Px)]
+        errors = [largest_entry(r.homogeneous[:, n:]), largest_entry(r.Ax_s), form.ray_error(v)]
+        errors += [] if r.Px is None else [largest_entry(r.Px)]
         unbounded = torch.stack(errors).amax(0) <= share * ray_gain
         infeasible, unbounded = (
-            (kappa > DOUBT * tau) & claim for claim in (infeasible & (gain > 0), unbounded & (ray_gain > 0))
+            (kappa > ENDINGS.doubt * tau) & claim for claim in (infeasible & (gain > 0), unbounded & (ray_gain > 0))
         )
         status = torch.where(unbounded, int(Status.UNBOUNDED), status)
         status = torch.where(infeasible, int(Status.INFEASIBLE), status)
@@ -446,7 +304,7 @@ def _judge(form: _Form, r: _Residual, v: Tensor, Y: Tensor, S: Tensor, tolerance
     return status, error, scale
 
 
-def _embedding(form: _Form, tolerance: float, ends: Ends) -> list[Tensor]:
+def _embedding(form: Form, tolerance: float, ends: Ends) -> list[Tensor]:
     """v (B, N), s and y (B, l), statuses, iterations and whether time ended it (B,), by Mehrotra's predictor and corrector.
 
     Y = (y, tau) and S = (s, kappa) are kept together: one cone. A row that has finished is recorded, and left to itself until
@@ -459,23 +317,25 @@ def _embedding(form: _Form, tolerance: float, ends: Ends) -> list[Tensor]:
     live, running = torch.arange(batch, device=device), torch.ones(batch, 1, dtype=torch.bool, device=device)
     record, best, on_host = answer, form.c.new_full((batch, 1), torch.inf), device.type == "cpu"
     K = form.c.new_empty(batch, N, N)
-    v, Y, S = _start(form, K)
+    v, Y, S = starting_point(form, K)
     length = v.new_ones(batch, 1)
-    near = ALMOST if form.cones.rows else tolerance  # with cones a later point may be worse, and every one is looked at
+    work, finished = current(), 0
+    near = ENDINGS.almost if form.cones.rows else tolerance  # with cones a later point may be worse, and every one is looked at
     for iteration in range(limit + 1):
-        r = _residual(form, v, Y, S)
-        stuck = (length <= STALLED) | (S[:, l:] > HOPELESS * Y[:, l:])
+        work.note(f"iteration {iteration}")
+        r = embedding_residual(form, v, Y, S)
+        stuck = (length <= ENDINGS.stalled) | (S[:, l:] > ENDINGS.hopeless * Y[:, l:])
         late = ends.late
         if iteration == limit or late:
             stuck = torch.ones_like(stuck)
-        lost = S[:, l:] > DOUBT * Y[:, l:]
+        lost = S[:, l:] > ENDINGS.doubt * Y[:, l:]
         close = ((r.gap <= near) | lost | stuck) & running
         some = not on_host or bool(close.any())
         if some:
             status, error, scale = _judge(form, r, v, Y, S, tolerance)
             done = (status < Status.NOT_CONVERGED) & (status != Status.INACCURATE)
             better = running & (done | (error < best))
-            over = running & (done | stuck | ((best <= ALMOST) & (error > WORSE * best)))
+            over = running & (done | stuck | ((best <= ENDINGS.almost) & (error > ENDINGS.worse * best)))
             best = torch.where(better, error, best)
             now = (v / scale, S[:, :l] / scale, Y[:, :l] / scale)
             record = [torch.where(better, new, old) for new, old in zip(now, record[:3], strict=True)] + [
@@ -489,6 +349,9 @@ def _embedding(form: _Form, tolerance: float, ends: Ends) -> list[Tensor]:
                 record[3] = record[3].masked_fill(stopped, int(Status.NOT_CONVERGED))
                 record.append(stopped)
             running = running & ~over
+            if work.watched:
+                solved, finished = finished, batch - int(running.sum())
+                work.advance(finished - solved)
             if late or on_host or iteration % PATIENCE == 0 or iteration == limit:
                 left = torch.nonzero(running.squeeze(1)).flatten()
                 if not len(left):
@@ -500,10 +363,10 @@ def _embedding(form: _Form, tolerance: float, ends: Ends) -> list[Tensor]:
                         part[left] for part in (live, running, best, length, lost, v, Y, S)
                     )
                     record = [part[left] for part in record]
-                    r = _Residual._make(None if part is None else part[left] for part in r)
-        dv, dY, dS, length = _direction(form, r, v, Y, S, K, length, lost if some else None)
+                    r = EmbeddingResidual._make(None if part is None else part[left] for part in r)
+        dv, dY, dS, length = direction(form, r, v, Y, S, K, length, lost if some else None)
         # A row that stalls stays where it is: a direction that allows no step is rounding, and may be of any size.
-        taken = length.masked_fill(length <= STALLED, 0.0)
+        taken = length.masked_fill(length <= ENDINGS.stalled, 0.0)
         v, Y, S = (torch.addcmul(part, taken, step) for part, step in ((v, dv), (Y, dY), (S, dS)))
     _file(answer, live, record)
     return answer
@@ -512,182 +375,3 @@ def _embedding(form: _Form, tolerance: float, ends: Ends) -> list[Tensor]:
 def _file(answer: list[Tensor], live: Tensor, record: list[Tensor]) -> None:
     for kept, part in zip(answer, record, strict=False):  # whether time ended it, where it did
         kept[live] = part
-
-
-def _direction(
-    form: _Form, r: _Residual, v: Tensor, Y: Tensor, S: Tensor, K: Tensor, before: Tensor, lost: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dv, dY, dS, length of the step); `before` is the length of the last one, `lost` says where no solution is to be expected."""
-    n, l, g = form.n, form.b.shape[1], form.cones.rows
-    (y, tau), (s, kappa) = Y.split_with_sizes((l, 1), 1), S.split_with_sizes((l, 1), 1)
-    inner_Y, inner_S = (Y[:, g:], S[:, g:]) if g else (Y, S)  # the orthant, tau and kappa
-    point = form.cones.at(s[:, :g], y[:, :g]) if g else None
-    weight = Weight(inner_Y[:, :-1] / inner_S[:, :-1], point)
-    lu, pivots, delta = _factorise(form, weight, K, CONE_SHIFT if g else SHIFT)
-
-    def reduced(a: Tensor, r_s: Tensor, ky: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(v, y, Av + r_s) of  base v + A'y = a,  Av + r_s = H (y + ky),  each (B, k, .), by K: ky = H^-1 s is not left to H^-1,
-        which may be of size 1 / mu while ky is of size one."""
-        right = a + form.At_times(ky - weight(r_s))
-        v = torch.linalg.lu_solve(lu, pivots, right.mT).mT
-        h = form.A_times(v) + r_s
-        return v, weight(h) - ky, h
-
-    # A change of tau moves (v, y) along themselves and by a ray, which is small near a solution: nothing cancels. Where there is
-    # none, (v, y) / tau is what cancels, and the whole is solved for.
-    lead = tau.reciprocal()
-    if lost is not None:
-        lead = lead.masked_fill(lost, 0.0)
-    a, c, ky = r.v * lead, r.s * lead, y * (2 * lead)
-    if lost is not None:
-        a, c = torch.where(lost, form.c, a), torch.where(lost, -form.b, c)
-    v1, y1, h1 = reduced(torch.stack([r.v, a], 1).neg_(), torch.stack([r.s, c], 1), torch.stack([y, ky], 1))
-    turn = v1[:, 1]
-    along_v, along_y = torch.addcmul(turn, lead, v), torch.addcmul(y1[:, 1], lead, y)
-    product = Y * S
-    total = product.sum(1, keepdim=True)
-    inner_product = product[:, g:] if g else product
-    mirrored = along_v if form.c.shape[1] == n else torch.cat([along_v[:, :n], -along_v[:, n:]], 1)
-    # K's shift counts as curvature: the equations of the ray hold with it.
-    bend = (along_v + turn) * delta
-    inner_along = along_y[:, g:]
-    # The Schur complement of tau: kappa/tau + |ray|_P^2 + |y / tau + ray_y|_H^2.
-    least = kappa / tau
-    pivot = least + (inner_along.square() / weight.w).sum(1, keepdim=True) + delta * _dot(along_v, turn)
-    if form.curved:
-        ray = (along_v - v / tau)[:, :n]
-        curve = form.P_times(ray)
-        pivot = pivot + _dot(curve, ray)
-        bend[:, :n].add_(curve, alpha=2)
-    if point is not None:
-        # W y = W^-T h: products with H lose no digits where W is taken apart, however large H^-1 is.
-        scaled, (reduced_h, along) = point.scaled, point.reduce(h1[..., :g]).unbind(1)
-        along = torch.addcmul(along, lead, scaled, value=-1)
-        along_h = torch.addcmul(h1[:, 1, :g], lead, s[:, :g], value=-1)
-        pivot = pivot + _dot(along, along)
-    pivot = torch.maximum(pivot, least)
-
-    # q'v + b'y by the ray's equations: of terms as small as the residuals.
-    common = r.tau - _dot(mirrored, r.v) + _dot(along_y, r.s)
-
-    def whole(v1: Tensor, y1: Tensor, right: Tensor, rest: Tensor, target: Tensor):
-        """(change of tau, dY, dS and -1 / (longest step) in the orthant); rest = -(c + ks + 2Hy) there, but for r_s."""
-        d_tau = (right - target[:, -1:] / tau + _dot(inner_along, rest) - _dot(bend, v1)) / pivot
-        dY = torch.cat([torch.addcmul(y1, d_tau, along_y), d_tau], 1)
-        relative = (dY[:, g:] if g else dY) / inner_Y
-        other = -(target / inner_product + relative)
-        return d_tau, dY, other * inner_S, torch.minimum(other, relative).amin(1, keepdim=True)
-
-    inner_s = inner_S[:, :-1]
-    rest, right = torch.sub(inner_s, h1[:, 0, g:], alpha=2), common
-    if point is not None:
-        right = right - _dot(along, 2 * reduced_h - scaled)
-    d_tau, dY, dS, worst = whole(v1[:, 0], y1[:, 0], right, rest, inner_product)
-    if point is not None:
-        d_s = -torch.addcmul(reduced_h, d_tau, along)
-        d_y = -(scaled + d_s)
-        worst = point.worst(d_s, d_y, worst)
-    length = worst.neg().clamp(min=1).reciprocal()
-    ds = None
-    if point is not None and not form.cones.symmetric:
-        ds = -torch.addcmul(h1[:, 0, :g], d_tau, along_h)
-        length = point.shorten(length.clamp(max=NEAREST), ds, dY[:, :g])
-    sigma = (1 - length) ** 3
-    if not form.cones.symmetric:
-        jammed = before < JAMMED
-        sigma = torch.where(jammed, sigma.clamp(min=CENTRING), sigma)
-    keep, sigma_mu = 1 - sigma, sigma * (total / form.degree)
-    more = torch.addcmul(-sigma_mu, dY[:, g:] if g else dY, dS)
-    pull = more[:, :-1] / inner_Y[:, :-1]
-    push = pull * weight.w
-    if point is not None:
-        correction = point.correction(d_s, d_y, ds, dY[:, :g], sigma_mu)
-        push = torch.cat([point.enlarge(correction), push], 1)
-    v1, y1, h = (
-        part.squeeze(1)
-        for part in reduced(((sigma - 1) * r.v).unsqueeze(1), (keep * r.s).unsqueeze(1), (y + push).unsqueeze(1))
-    )
-    rest, right = torch.sub(inner_s + pull, h[:, g:], alpha=2), keep * common
-    if point is not None:
-        reduced_h = point.reduce(h[:, None, :g]).squeeze(1)
-        right = right - _dot(along, 2 * reduced_h - scaled - correction)
-    d_tau, dY, dS, worst = whole(v1, y1, right, rest, inner_product + more)
-    if point is not None:
-        d_s = -torch.addcmul(reduced_h, d_tau, along)
-        worst = point.worst(d_s, -(scaled + correction + d_s), worst)
-        dS = torch.cat([-torch.addcmul(h[:, :g], d_tau, along_h), dS], 1)
-    dv, length = torch.addcmul(v1, d_tau, along_v), NEAREST * worst.neg().clamp(min=NEAREST).reciprocal()
-    if point is not None and not form.cones.symmetric:
-        length = point.shorten(length.clamp(max=NEAREST), dS[:, :g], dY[:, :g])
-    # What is not finite anywhere in a row is so in its longest step.
-    if not dv.is_cpu or not math.isfinite(worst.sum().item()):
-        broken = ~torch.isfinite(worst + length + dv.sum(1, keepdim=True) + dS.sum(1, keepdim=True))
-        dv, dY, dS, length = (torch.where(broken, 0.0, part) for part in (dv, dY, dS, length))
-    return dv, dY, dS, length
-
-
-def _factorise(form: _Form, weight: Weight, K: Tensor, least: float) -> tuple[Tensor, Tensor, float | Tensor]:
-    """LU of K (B, N, N), made quasidefinite by a shift of at least `least`, and the shift, a number or (B, 1).
-
-    In K's own memory: fresh pages cost more than the arithmetic.
-    """
-    shift = _assemble(form, weight, K, least)
-    # K is symmetric, and its transpose in the column order that LAPACK wants.
-    lu = K.mT
-    pivots, info = (torch.empty(shape, dtype=torch.int32, device=K.device) for shape in (lu.shape[:2], lu.shape[:1]))
-    torch.linalg.lu_factor_ex(lu, out=(lu, pivots, info))
-    if lu.is_cpu and pivots.numel() and int(pivots.min()) < 1:  # see `lu_factor`
-        _assemble(form, weight, K, least)
-        with one_thread():
-            torch.linalg.lu_factor_ex(lu, out=(lu, pivots, info))
-    return lu, pivots, shift
-
-
-def _assemble(form: _Form, weight: Weight, K: Tensor, least: float) -> float | Tensor:
-    """Fills K and returns the shift of its diagonal."""
-    K.copy_(form.base)
-    form.add_weighted(K, weight)
-    diagonal = K.diagonal(dim1=1, dim2=2)
-    shift = (BLUR * diagonal.amax(1, keepdim=True)).clamp(min=least) if form.cones.rows else least
-    if form.n == K.shape[1]:
-        diagonal += shift
-    else:
-        diagonal[:, : form.n] += shift
-        diagonal[:, form.n :] -= shift
-    return shift
-
-
-def _start(form: _Form, K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The point with H = I, y + s = 0, both shifted inside; with cones that are not symmetric, the central point of each cone."""
-    one = form.b.new_ones(len(form.b), 1)
-    if not form.cones.symmetric:
-        centre = torch.cat([form.cones.unit(form.b), torch.ones_like(form.b[:, form.cones.rows :]), one], 1)
-        return torch.zeros_like(form.c), centre, centre.clone()
-    point = form.cones.at_unit(form.b) if form.cones.rows else None
-    lu, pivots, _ = _factorise(form, Weight(torch.ones_like(form.b[:, form.cones.rows :]), point), K, START_SHIFT)
-    right = form.At_times(form.b.unsqueeze(1)).squeeze(1) - form.c
-    v = torch.linalg.lu_solve(lu, pivots, right.unsqueeze(2)).squeeze(2)
-    y = form.A_times(v.unsqueeze(1)).squeeze(1) - form.b
-    return v, torch.cat([_inside(y, form.cones), one], 1), torch.cat([_inside(-y, form.cones), one], 1)
-
-
-def _inside(v: Tensor, cones: Cones) -> Tensor:
-    """Every eigenvalue of v at least their typical size, at least 1; what is as good as infinite does not count."""
-    if not v.shape[1]:
-        return v
-    if not cones.rows:
-        return torch.maximum(v, _floor(v))
-    values, back = cones.inside(v)
-    return back(torch.maximum(values, _floor(values)))
-
-
-def _floor(values: Tensor) -> Tensor:
-    return values.clamp(0.0, LARGE).mean(1, keepdim=True).clamp(min=1.0)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(1, keepdim=True)
-
-
-def _largest(values: Tensor) -> Tensor:
-    return values.abs().amax(1, keepdim=True) if values.shape[1] else values.new_zeros(len(values), 1)

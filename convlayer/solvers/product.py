@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import isclass
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -15,71 +16,72 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convlayer.cones.product import Block
+from convlayer.cones import Block, Nonnegative, Zero
 from convlayer.conic.program import Program
-from convlayer.solvers.barriers import ExponentialKind, PowerKind
-from convlayer.solvers.scalings import Kind, PsdKind, Scaling, SecondOrderKind
+from convlayer.solvers import barriers, scalings
+from convlayer.solvers.scalings import ConeScaling, Kind
 
-FEW = 0.05  # terms of A'H^-1 A, as a share of those of dense products, up to which they are added one by one; measured
+# The terms of A'H^-1 A are added one by one where they are at most this share of those of dense
+# products; measured.
+FEW = 0.05
+
+
+def _kinds() -> dict[str, type[Kind]]:
+    """By the cone's name, in the order of their rows: whatever scaling there is, the symmetric
+    first."""
+    found = (kind for module in (scalings, barriers) for kind in vars(module).values())
+    own = [kind for kind in found if isclass(kind) and issubclass(kind, Kind) and "cone" in vars(kind)]
+    return {kind.cone.name: kind for kind in own}
+
+
+KINDS = _kinds()
+# The cones of a program, in the order of their rows.
+ORDER = (Zero.name, *KINDS, Nonnegative.name)
+CONES = frozenset(ORDER)
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class RowOrder:
     """The solver's row order, and the cones in it."""
 
     order: Tensor | None  # (m,) the Program's row for each row; None for the same order
     free: int  # rows of the zero cone, the first
-    runs: list[tuple[str, list[Block]]]  # the cones that are not nonnegative, by name
+    runs: list[tuple[str, list[Block]]]  # the cones that are in KINDS, by name
     pairs: Pairs | None  # where A'H^-1 A has few terms
 
     @classmethod
-    def of(cls, program: Program) -> Layout:
+    def of(cls, program: Program) -> RowOrder:
         """Found once for each Program."""
-        if program not in _LAYOUTS:
-            _LAYOUTS[program] = cls._found(program)
-        return _LAYOUTS[program]
+        if program not in _ROW_ORDERS:
+            _ROW_ORDERS[program] = cls._found(program)
+        return _ROW_ORDERS[program]
 
     @classmethod
-    def _found(cls, program: Program) -> Layout:
+    def _found(cls, program: Program) -> RowOrder:
         members: dict[tuple, list] = {}
         for block in program.cones.blocks:
             members.setdefault(_key(block), []).append(block)
-        keys = sorted(members, key=lambda key: (RANK[key[0]], key[1]))
+        keys = sorted(members, key=lambda key: (ORDER.index(key[0]), key[1]))
         rows = [np.arange(block.start, block.start + block.size) for key in keys for block in members[key]]
         order = np.concatenate(rows) if rows else np.zeros(0, np.int64)
-        runs = [(key[0], members[key]) for key in keys if key[0] not in ("zero", "nonnegative")]
-        free = sum(block.size for block in members.get(("zero", 0), []))
+        runs = [(key[0], members[key]) for key in keys if key[0] in KINDS]
+        free = sum(block.size for block in members.get((Zero.name, 0), []))
         same = bool((np.diff(order) == 1).all())
         return cls(None if same else torch.from_numpy(order), free, runs, Pairs.of(program, order, free, runs))
 
-    def cones(self, device: torch.device) -> Cones:
-        kinds: list[Kind] = []
-        for name, blocks in self.runs:
-            match name:
-                case "second_order":
-                    kinds.append(SecondOrderKind(len(blocks), blocks[0].size))
-                case "psd":
-                    kinds.append(PsdKind(len(blocks), int(blocks[0].parameter or 0)))
-                case "exponential":
-                    kinds.append(ExponentialKind(len(blocks)))
-                case "power":
-                    kinds.append(PowerKind([float(block.parameter or 0) for block in blocks]))
-        return Cones(kinds)
+    def cones(self) -> Cones:
+        return Cones([KINDS[name].of(blocks) for name, blocks in self.runs])
 
 
-_LAYOUTS: WeakKeyDictionary[Program, Layout] = WeakKeyDictionary()
-
-RANK = {name: rank for rank, name in enumerate(("zero", "second_order", "psd", "exponential", "power", "nonnegative"))}
+_ROW_ORDERS: WeakKeyDictionary[Program, RowOrder] = WeakKeyDictionary()
 
 
-def _key(block) -> tuple[str, int]:
-    match block.name:
-        case "zero" | "nonnegative":
-            return block.name, 0
-        case "second_order" | "psd" if block.size == 1:
-            return "nonnegative", 0
-        case _:
-            return block.name, block.size
+def _key(block: Block) -> tuple[str, int]:
+    """Blocks with the same key are served by one call."""
+    if block.elementwise:
+        return block.name, 0
+    # A cone of one row is a half-line.
+    return (Nonnegative.name, 0) if block.size == 1 else (block.name, block.size)
 
 
 class Pairs(NamedTuple):
@@ -157,10 +159,10 @@ class Cones:
         parts = [kind.unit(like).flatten() for kind in self.kinds]
         return torch.cat(parts).expand(len(like), -1) if parts else like[:, :0]
 
-    def at(self, s: Tensor, y: Tensor) -> Point:
-        return Point(self, [k.at(s, y) for k, s, y in zip(self.kinds, self.split(s), self.split(y))])
+    def at(self, s: Tensor, y: Tensor) -> ScaledPoint:
+        return ScaledPoint(self, [k.at(s, y) for k, s, y in zip(self.kinds, self.split(s), self.split(y))])
 
-    def at_unit(self, like: Tensor) -> Point:
+    def at_unit(self, like: Tensor) -> ScaledPoint:
         """The point with H = I."""
         unit = self.unit(like)
         return self.at(unit, unit)
@@ -178,10 +180,10 @@ class Cones:
         return torch.cat(values, 1), back
 
 
-class Point:
+class ScaledPoint:
     """The scalings of a point of the product, on rows side by side."""
 
-    def __init__(self, cones: Cones, scalings: list[Scaling]) -> None:
+    def __init__(self, cones: Cones, scalings: list[ConeScaling]) -> None:
         self.cones, self.scalings = cones, scalings
 
     def weigh(self, x: Tensor) -> Tensor:
@@ -237,7 +239,7 @@ class Weight:
     """H^-1 of all rows: the cones' first, then w = y / s of the orthant."""
 
     w: Tensor  # (B, orthant's rows)
-    point: Point | None
+    point: ScaledPoint | None
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B or 1, k, l) -> (B, k, l)"""

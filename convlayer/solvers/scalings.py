@@ -10,7 +10,7 @@ and Newton's equations for s o y = mu e are, in scaled terms d_s = W^-T ds and d
     d_s + d_y = -(lambda + lambda \\ (d_s^a o d_y^a - sigma mu e))      (corrector, after Mehrotra)
 
 with o the product of the cone's Jordan algebra and \\ its inverse. The longest step is read off the eigenvalues of a direction
-seen from lambda. A `Kind` is a run of equal cones, its `at` gives the `Scaling` of a point; everything is (B, count, size).
+seen from lambda. A `Kind` is a run of equal cones, its `at` gives the `ConeScaling` of a point; everything is (B, count, size).
 
 Cost:     second order: some passes over the rows, H^-1 being diagonal plus rank one. psd: a Cholesky factor, an eigendecomposition
           and two of eigenvalues for each matrix, and two matrices of size^2.
@@ -21,7 +21,7 @@ Sources:  Nesterov and Todd (1997); Vandenberghe, The CVXOPT linear and quadrati
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
@@ -29,12 +29,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from convlayer.cones.psd import smat, svec
+from convlayer.cones import Block, Cone, Psd, SecondOrder, smat, svec
 
-LARGEST = 1e150  # of an eigenvalue's square that still has a square root worth taking
+# A matrix with a larger entry than this is not decomposed: its eigenvalues' squares overflow.
+LARGEST = 1e150
 
 
-class Scaling(ABC):
+class ConeScaling(ABC):
     """A point (s, y) inside a cone and its dual, and Newton's equations there. x is (B or 1, k, count, size)."""
 
     scaled: Tensor  # (B, count, size) lambda
@@ -69,12 +70,19 @@ class Scaling(ABC):
 
 
 class Kind(ABC):
-    """`count` cones of one kind and size."""
+    """`count` cones of one kind and size. One that says its `cone` is what the interior point takes
+    that cone by."""
 
+    cone: ClassVar[type[Cone]]
     symmetric: ClassVar[bool] = True
 
     def __init__(self, count: int, size: int, degree: int) -> None:
         self.count, self.size, self.degree = count, size, degree
+
+    @classmethod
+    @abstractmethod
+    def of(cls, blocks: Sequence[Block]) -> Kind:
+        """The kind of these blocks, which are of one size."""
 
     @abstractmethod
     def unit(self, like: Tensor) -> Tensor:
@@ -85,15 +93,21 @@ class Kind(ABC):
         """Eigenvalues (B, .) of v, and the map from new ones to a point: for the start; of symmetric cones."""
 
     @abstractmethod
-    def at(self, s: Tensor, y: Tensor) -> Scaling:
+    def at(self, s: Tensor, y: Tensor) -> ConeScaling:
         """The scaling of a point inside."""
 
 
 class SecondOrderKind(Kind):
     """{(t, z) : |z| <= t}, of two rows or more."""
 
+    cone: ClassVar[type[Cone]] = SecondOrder
+
     def __init__(self, count: int, size: int) -> None:
         super().__init__(count, size, 1)
+
+    @classmethod
+    def of(cls, blocks: Sequence[Block]) -> SecondOrderKind:
+        return cls(len(blocks), blocks[0].size)
 
     def unit(self, like: Tensor) -> Tensor:
         point = like.new_zeros(self.count, self.size)
@@ -112,11 +126,11 @@ class SecondOrderKind(Kind):
 
         return torch.cat([t - length, t + length], 1), back
 
-    def at(self, s: Tensor, y: Tensor) -> Scaling:
+    def at(self, s: Tensor, y: Tensor) -> ConeScaling:
         return SecondOrderScaling(s, y)
 
 
-class SecondOrderScaling(Scaling):
+class SecondOrderScaling(ConeScaling):
     """W = eta [ w_0  w_1' ; w_1  I + w_1 w_1'/(1 + w_0) ],  H = eta^2 (2 w w' - J),  J = diag(1, -1, ..., -1),
 
     with w of hyperbolic length one: w = (s + J y)/(2 gamma), s and y brought to that length, gamma^2 = (1 + s'y)/2.
@@ -200,9 +214,15 @@ def _hyperbolic(head: Tensor, tail: Tensor) -> Tensor:
 class PsdKind(Kind):
     """svec of the psd matrices of n rows, n >= 2."""
 
+    cone: ClassVar[type[Cone]] = Psd
+
     def __init__(self, count: int, n: int) -> None:
         super().__init__(count, n * (n + 1) // 2, n)
         self.n = n
+
+    @classmethod
+    def of(cls, blocks: Sequence[Block]) -> PsdKind:
+        return cls(len(blocks), int(blocks[0].parameter or 0))
 
     def unit(self, like: Tensor) -> Tensor:
         return svec(torch.eye(self.n, dtype=like.dtype, device=like.device)).expand(self.count, -1)
@@ -215,11 +235,11 @@ class PsdKind(Kind):
 
         return values.flatten(1), back
 
-    def at(self, s: Tensor, y: Tensor) -> Scaling:
+    def at(self, s: Tensor, y: Tensor) -> ConeScaling:
         return PsdScaling(s, y, self.n)
 
 
-class PsdScaling(Scaling):
+class PsdScaling(ConeScaling):
     """W X = R' X R,  with S = LL', L'YL = V Lambda^2 V', R = L V Lambda^-1/2, so that R'YR = R^-1 S R^-T = Lambda.
 
     Near the central path L'YL is mu I: its eigenvalues are as accurate as the singular values of a product of two factors.

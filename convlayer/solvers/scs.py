@@ -6,16 +6,25 @@ Source: O'Donoghue (2021), Operator splitting for a homogeneous embedding of the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import scipy.sparse as sp
 import scs
 
+from convlayer.cones import (
+    Block,
+    Exponential,
+    Nonnegative,
+    Power,
+    Psd,
+    SecondOrder,
+    Zero,
+)
 from convlayer.conic.program import Program
 from convlayer.solution import Status
-from convlayer.solvers.solver import Iterate, Solver, Task
+from convlayer.solvers.solver import Iterate, Solver, Task, interrupted
 
 STATUS = {
     scs.SOLVED: Status.SOLVED,
@@ -27,8 +36,27 @@ STATUS = {
 }
 
 
-# By kind of cone its name in SCS's description of a program.
-KINDS = {"zero": "z", "nonnegative": "l", "second_order": "q", "psd": "s", "exponential": "ep", "power": "p"}
+def _rows(blocks: Sequence[Block]) -> int:
+    return sum(block.size for block in blocks)
+
+
+def _sizes(blocks: Sequence[Block]) -> list[int]:
+    return [block.size for block in blocks]
+
+
+def _parameters(blocks: Sequence[Block]) -> list[Any]:
+    return [block.parameter for block in blocks]
+
+
+# By cone, its name in SCS's description of a program and what SCS is told of its blocks.
+KINDS: dict[str, tuple[str, Callable[[Sequence[Block]], Any]]] = {
+    Zero.name: ("z", _rows),
+    Nonnegative.name: ("l", _rows),
+    SecondOrder.name: ("q", _sizes),
+    Psd.name: ("s", _parameters),
+    Exponential.name: ("ep", len),
+    Power.name: ("p", _parameters),
+}
 
 
 class SCS(Solver):
@@ -60,6 +88,8 @@ class SCS(Solver):
         cone = _cone(task.program)
         solver, iterates = None, []
         for row in range(len(task)):
+            if interrupted():
+                return []  # nobody reads them
             if solver is not None and task.vectors_only:
                 _, q, _, b = task.values(row)
                 solver.update(b[order], q)
@@ -74,7 +104,7 @@ def svec_order(program: Program) -> np.ndarray:
     """(m,) for each of SCS's rows, ours: the lower triangle by columns is the upper triangle with its entries reordered."""
     order = np.arange(program.m)
     for block in program.cones.blocks:
-        if block.name == "psd":
+        if block.name == Psd.name:
             k = int(block.parameter or 0)
             column, row = np.triu_indices(k)  # SCS's order: column by column, downwards
             order[block.start : block.start + block.size] = block.start + row * (row + 1) // 2 + column
@@ -82,17 +112,10 @@ def svec_order(program: Program) -> np.ndarray:
 
 
 def _cone(program: Program) -> dict[str, Any]:
-    blocks: dict[str, list] = {name: [] for name in KINDS}
+    blocks: dict[str, list[Block]] = {name: [] for name in KINDS}
     for block in program.cones.blocks:
         blocks[block.name].append(block)
-    return {
-        "z": sum(b.size for b in blocks["zero"]),
-        "l": sum(b.size for b in blocks["nonnegative"]),
-        "q": [b.size for b in blocks["second_order"]],
-        "s": [b.parameter for b in blocks["psd"]],
-        "ep": len(blocks["exponential"]),
-        "p": [b.parameter for b in blocks["power"]],
-    }
+    return {key: told(blocks[name]) for name, (key, told) in KINDS.items()}
 
 
 def _run(solver, task: Task, row: int, order: np.ndarray) -> dict[str, Any]:
