@@ -1,0 +1,75 @@
+"""What is worked out once: for each object (and device), or for each size (and device).
+
+    @once_for_each              its value for an object lives in the object, and goes with it; a pickle or a copy works it out again
+    def pattern(program): ...
+
+    @once_for_each              a method, or with further keys
+    def on(self, device): ...
+
+    @constants                  of sizes, kinds and devices alone: the last of them are kept
+    def identity(n, device): ...
+
+Threads that ask for the same value at the same time wait for the first of them. Tensors made here serve calls under
+`torch.inference_mode` and others alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from threading import RLock
+from typing import Any, ParamSpec, TypeVar, cast
+
+import torch
+
+Given = ParamSpec("Given")
+Work = TypeVar("Work", bound=Callable)
+Value = TypeVar("Value")
+
+# Of one function of sizes and devices: so many values are kept, those of a program with cones of many sizes among them.
+KEPT = 256
+_NOTHING: Any = object()
+
+
+class _Known(dict):
+    """The values of one function for one object, by its further arguments; empty in a copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = RLock()
+
+    def __reduce__(self) -> tuple[type[_Known], tuple[()]]:
+        return _Known, ()
+
+
+def once_for_each(work: Work) -> Work:
+    """A function of an object, and of hashable arguments beside it, that is called once for each."""
+    place = f"_known_{work.__module__}.{work.__qualname__}"
+
+    @wraps(work)
+    def known(owner: Any, *given: Any) -> Any:
+        kept = vars(owner)
+        mine = kept.get(place)
+        if mine is None:
+            mine = kept.setdefault(place, _Known())  # atomic: of two threads' the same one is taken by both
+        value = mine.get(given, _NOTHING)
+        if value is _NOTHING:
+            with mine.lock:
+                value = mine.get(given, _NOTHING)
+                if value is _NOTHING:
+                    with torch.inference_mode(False):
+                        value = mine[given] = work(owner, *given)
+        return value
+
+    return cast(Work, known)
+
+
+def constants(work: Callable[Given, Value]) -> Callable[Given, Value]:
+    """A function of hashable arguments alone whose last values are kept."""
+
+    @wraps(work)
+    def made(*given: Given.args, **named: Given.kwargs) -> Value:
+        with torch.inference_mode(False):
+            return work(*given, **named)
+
+    return cast(Callable[Given, Value], lru_cache(maxsize=KEPT)(made))
