@@ -72,6 +72,14 @@ class ProductSpectrum:
         """The spectrum of a subset of a flattened batch, values (B, m) -> (len(rows), m)."""
         return ProductSpectrum(self.values[rows], [(where, basis[rows]) for where, basis in self.bases])
 
+    def put(self, rows: Tensor, other: ProductSpectrum) -> ProductSpectrum:
+        """This one, with that of some rows of a flattened batch replaced."""
+        bases = [
+            (where, basis.index_copy(0, rows, new))
+            for (where, basis), (_, new) in zip(self.bases, other.bases, strict=True)
+        ]
+        return ProductSpectrum(self.values.index_copy(0, rows, other.values), bases)
+
     def _rotate(self, x: Tensor, columns: bool, turn: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         if not self.bases:
             return x

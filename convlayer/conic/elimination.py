@@ -43,12 +43,16 @@ class Elimination:
     def of(
         cls,
         program: Program,
-        fixed: np.ndarray,  # (nnz(A),) entries that no parameter moves,
-        values: np.ndarray,  # with their values
+        fixed: np.ndarray,
+        values: np.ndarray,
         visible: Visible,
-        seconds: Callable[[Program, bool], float],  # a row costs, solved and differentiated; densely, or as is cheaper
+        seconds: Callable[[Program, bool], float],
     ) -> Elimination | None:
-        """None: nothing to eliminate, or nothing gained."""
+        """None: nothing to eliminate, or nothing gained.
+
+        fixed:    (nnz(A),) entries that no parameter moves, with their values.
+        seconds:  what a row costs, solved and differentiated; densely, or as is cheaper.
+        """
         zero_rows = sum(block.size for block in program.cones.blocks if block.name == "zero")
         if not zero_rows or program.cones.blocks[0].size != zero_rows:
             return None

@@ -35,8 +35,8 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from convlayer.cones import Product, ProductSpectrum
-from convlayer.conic.adjoint import MARGIN, Zero, units_of
 from convlayer.conic.kkt import DenseSystem, SparseSystem, factorise
+from convlayer.conic.polish import MARGIN, Root, units_of
 from convlayer.conic.program import Operators
 
 FELT = 1e-7  # share of a right-hand side along null vectors from which it works against them
@@ -58,7 +58,7 @@ class Sides:
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """Some rows of a zero, with the system that straddles their kinks."""
+    """Some rows of a root, with the system that straddles their kinks."""
 
     operators: Operators
     spectrum: ProductSpectrum
@@ -68,16 +68,16 @@ class _Part:
     known: Tensor  # (R,) all null vectors were found
 
 
-def judged(zero: Zero, rows: Tensor, sides: Sides) -> Zero:
-    """The zero with those of its degenerate `rows` acquitted that have a derivative, and differentiated by the system which gives it."""
-    v = (zero.y - zero.s)[rows]
-    weak, spectrum, known = zero.cones.straddle_dual(v, MARGIN)
-    known = known & ~(zero.near & (zero.margin >= MARGIN))[rows]  # near a kink for all that its error tells
-    part = _factorised(zero, rows, spectrum, again=bool(weak.any()))
+def judged(root: Root, rows: Tensor, sides: Sides) -> Root:
+    """The root with those of its degenerate `rows` acquitted that have a derivative, and differentiated by the system which gives it."""
+    v = (root.y - root.s)[rows]
+    weak, spectrum, known = root.cones.straddle_dual(v, MARGIN)
+    known = known & ~(root.near & (root.margin >= MARGIN))[rows]  # near a kink for all that its error tells
+    part = _factorised(root, rows, spectrum, again=bool(weak.any()))
     unread, unmoved = _unfelt(part, sides.read, None), _unfelt(part, sides.moved, sides.constant)
-    released = _released(zero, rows, part, unread & ~unmoved)
+    released = _released(root, rows, part, unread & ~unmoved)
     if released is not None:
-        part = _factorised(zero, rows, released)
+        part = _factorised(root, rows, released)
         unread, unmoved = _unfelt(part, sides.read, None), _unfelt(part, sides.moved, sides.constant)
     w, e = part.system.solve(sides.moved[0], part.spectrum.to_basis(sides.moved[1]))
     size = torch.cat([w, e], 1).abs().amax(1) + _size(sides.moved)
@@ -88,30 +88,30 @@ def judged(zero: Zero, rows: Tensor, sides: Sides) -> Zero:
     u = part.spectrum.from_basis(e)
     response = _Response(sides, torch.arange(len(rows), device=rows.device), v, across, w, u, sides.read[1] - part.operators.A(w) - u)
     if part.null is not None and bool(good.any()):
-        good = good & ~_turns(zero.cones, part, part.null, response)[1]
-    good = good & _unique(zero, rows, good, weak, v, sides, response)
-    return _acquitted(zero, rows, good, part)
+        good = good & ~_turns(root.cones, part, part.null, response)[1]
+    good = good & _unique(root, rows, good, weak, v, sides, response)
+    return _acquitted(root, rows, good, part)
 
 
-def _factorised(zero: Zero, rows: Tensor, spectrum: ProductSpectrum, *, again: bool = True) -> _Part:
-    """The system of some rows; unless `again`, that of the zero, where it is of just these."""
-    assert zero.operators is not None
-    operators, units = zero.operators.rows(rows), units_of(zero.units, rows)
-    system = zero.last
-    if again or system is None or len(rows) < len(zero.x):
-        system = factorise(operators, spectrum, zero.visible, units)
+def _factorised(root: Root, rows: Tensor, spectrum: ProductSpectrum, *, again: bool = True) -> _Part:
+    """The system of some rows; unless `again`, that of the root, where it is of just these."""
+    assert root.operators is not None
+    operators, units = root.operators.rows(rows), units_of(root.units, rows)
+    system = root.last
+    if again or system is None or len(rows) < len(root.x):
+        system = factorise(operators, spectrum, root.visible, units)
     else:
-        spectrum = zero.spectrum
+        spectrum = root.spectrum
     system.judge()
     known = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
     if isinstance(system, SparseSystem) and system.dense is not None:
         known[system.dense[0]] = False
     if system.null_space is not None:
         known[system.null_space.rows] = False
-    n, m = zero.x.shape[1], zero.y.shape[1]
+    n, m = root.x.shape[1], root.y.shape[1]
     # A variable that nothing holds is a null vector by itself.
     loose = torch.nonzero((~system.held).any(0)).flatten()
-    null = zero.x.new_zeros(len(rows), n + m, len(loose))
+    null = root.x.new_zeros(len(rows), n + m, len(loose))
     null[:, loose, torch.arange(len(loose), device=rows.device)] = (~system.held[:, loose]).to(null.dtype)
     if system.projector is None:
         return _Part(operators, spectrum, system, units, null if len(loose) else None, known)
@@ -202,7 +202,7 @@ def _turns(cones: Product, part: _Part, null: Tensor, response: _Response) -> tu
 
 
 def _unique(
-    zero: Zero,
+    root: Root,
     rows: Tensor,
     asked: Tensor,
     weak: Tensor,
@@ -217,23 +217,23 @@ def _unique(
     dy_W in its cone): parameters that work along it choose among them by their sign.
     """
     unique = torch.ones_like(asked)
-    for tolerance, doubtful in ((MARGIN, zero.flagged[rows]), (-MARGIN, asked)):
+    for tolerance, doubtful in ((MARGIN, root.flagged[rows]), (-MARGIN, asked)):
         chosen = torch.nonzero(asked & weak.any(1) & doubtful).flatten()
         if not len(chosen):
             continue
-        part = _factorised(zero, rows[chosen], zero.cones.linearise_dual(v[chosen], tolerance)[2])
+        part = _factorised(root, rows[chosen], root.cones.linearise_dual(v[chosen], tolerance)[2])
         unique[chosen] &= part.known
         if part.null is None:
             continue
-        turning = _turns(zero.cones, part, part.null, response.only(chosen))
+        turning = _turns(root.cones, part, part.null, response.only(chosen))
         for null, along, felt in (
             _felt(part, tuple(values[chosen] for values in sides.read), None),
             _felt(part, tuple(values[chosen] for values in sides.moved), sides.constant),
             (part.null, *turning),
         ):
-            step = _steps(part, null) if tolerance > 0 else null[:, zero.x.shape[1] :]
+            step = _steps(part, null) if tolerance > 0 else null[:, root.x.shape[1] :]
             for k in torch.nonzero(felt).flatten().tolist():
-                spaces = _half_spaces(zero.cones, weak[chosen[k]], step[k])
+                spaces = _half_spaces(root.cones, weak[chosen[k]], step[k])
                 unique[chosen[k]] &= not _one_sided(spaces.cpu().numpy(), along[k].cpu().numpy())
     return unique
 
@@ -280,12 +280,12 @@ def _one_sided(spaces: np.ndarray, along: np.ndarray) -> bool:
     return any(nnls(spaces.T, sign * along)[1] > FELT * size for sign in (1.0, -1.0)) if len(spaces) else True
 
 
-def _released(zero: Zero, rows: Tensor, part: _Part, wanted: Tensor) -> ProductSpectrum | None:
+def _released(root: Root, rows: Tensor, part: _Part, wanted: Tensor) -> ProductSpectrum | None:
     """The spectrum with D = 1/2 on the cone of a norm that is zero, where it is the only inequality in the null vectors that are felt,
     and its multiplier in their span."""
     if part.null is None or not bool(wanted.any()):
         return None
-    cones, n = zero.cones, zero.x.shape[1]
+    cones, n = root.cones, root.x.shape[1]
     values, changed = part.spectrum.values, False
     free = ~cones.rows_of("zero").to(rows.device)
     for block in cones.blocks:
@@ -298,11 +298,11 @@ def _released(zero: Zero, rows: Tensor, part: _Part, wanted: Tensor) -> ProductS
         null = _beyond(part.null, ~free)
         mine = mine & (null[:, n:][:, free & ~own].abs().flatten(1).sum(1) <= FELT)
         span = part.spectrum.from_basis(null[:, n:], columns=True)[:, own][:, 1:]
-        y = zero.y[rows][:, own][:, 1:]
+        y = root.y[rows][:, own][:, 1:]
         left, size, _ = torch.linalg.svd(span, full_matrices=False)
         left = left * (size > FELT).unsqueeze(1)
         rest = y - (left @ (left.mT @ y.unsqueeze(-1))).squeeze(-1)
-        mine = mine & (size[:, 0] > FELT) & (rest.norm(dim=1) <= MOVED * zero.y[rows][:, block.start])
+        mine = mine & (size[:, 0] > FELT) & (rest.norm(dim=1) <= MOVED * root.y[rows][:, block.start])
         if bool(mine.any()):
             values = torch.where(mine.unsqueeze(1) & own, 0.5, values)
             changed = True
@@ -313,17 +313,17 @@ def _size(side: tuple[Tensor, ...]) -> Tensor:
     return torch.cat(side, 1).abs().amax(1)
 
 
-def _acquitted(zero: Zero, rows: Tensor, good: Tensor, part: _Part) -> Zero:
-    """Where the system of the zero was singular it gives way to the one that was found."""
-    unfelt = zero.unfelt.index_copy(0, rows, good)
-    changed = good & zero.flagged[rows]
+def _acquitted(root: Root, rows: Tensor, good: Tensor, part: _Part) -> Root:
+    """Where the system of the root was singular it gives way to the one that was found."""
+    unfelt = root.unfelt.index_copy(0, rows, good)
+    changed = good & root.flagged[rows]
     if not bool(changed.any()):
-        return replace(zero, unfelt=unfelt)
+        return replace(root, unfelt=unfelt)
     where = rows[changed]
-    values = zero.spectrum.values.index_copy(0, where, part.spectrum.values[changed])
+    values = root.spectrum.values.index_copy(0, where, part.spectrum.values[changed])
     bases = [
         (place, basis.index_copy(0, where, new[changed]))
-        for (place, basis), (_, new) in zip(zero.spectrum.bases, part.spectrum.bases, strict=True)
+        for (place, basis), (_, new) in zip(root.spectrum.bases, part.spectrum.bases, strict=True)
     ]
-    last = part.system if len(where) == len(zero.x) else None
-    return replace(zero, unfelt=unfelt, spectrum=ProductSpectrum(values, bases), last=last)
+    last = part.system if len(where) == len(root.x) else None
+    return replace(root, unfelt=unfelt, spectrum=ProductSpectrum(values, bases), last=last)
