@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from convlayer.cones.cone import Cone, Spectrum, bend, distinct, finite_rows, rotate, split
 from convlayer.cones.interior import Interior, minimise, rest_of, unit_scale
+from convlayer.memo import constants
 
 FLAT = 1e-60  # relative to |v|: |z| below this is 0
 NEAR = 1e-160  # relative to |z|: the least distance of the root from its anchor
@@ -352,13 +352,13 @@ def _point(root: _Root, sign: Tensor) -> Tensor:
     return torch.stack((root.x, root.y, sign * root.w), -1)
 
 
-@lru_cache(maxsize=64)
+@constants
 def _exponents(alphas: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """alpha and 1 - alpha, () for one block and (k,) for k."""
     alpha = torch.tensor(alphas if len(alphas) > 1 else alphas[0], dtype=dtype).to(device)
     return alpha, 1 - alpha
 
 
-@lru_cache(maxsize=16)
+@constants
 def _identity(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.eye(3, dtype=dtype, device=device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from math import sqrt
 from typing import ClassVar
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from convlayer.cones.cone import Cone, Spectrum, distinct, finite_rows, lift, spectral_weight, split
+from convlayer.memo import constants
 
 
 def svec(matrix: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ def _basis(q: Tensor, layout: _Layout) -> Tensor:
     return basis.addcmul_(rows[..., layout.column], columns[..., layout.row]).mul_(layout.pair)
 
 
-@lru_cache(maxsize=64)
+@constants
 def _layout(n: int, dtype: torch.dtype, device: torch.device) -> _Layout:
     column, row = torch.tril_indices(n, n, device=device)
     index = torch.arange(n, device=device)

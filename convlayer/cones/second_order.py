@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from math import sqrt
 from typing import ClassVar
 
@@ -22,6 +21,7 @@ from convlayer.cones.cone import (
     split,
     to_basis,
 )
+from convlayer.memo import constants
 
 COMPACT = 48  # rows from which on u stands for the basis
 
@@ -139,7 +139,7 @@ def _towards(u: Tensor) -> Tensor:
     return f
 
 
-@lru_cache(maxsize=64)
+@constants
 def _constants(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """The axis e_1 of R^(size - 1), the signs (1, -1), and the basis where it does not depend on u."""
     axis = torch.zeros(size - 1, dtype=dtype, device=device)

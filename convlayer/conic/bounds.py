@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from convlayer.cones.product import Block
 from convlayer.conic.program import Data, Program
+from convlayer.memo import once_for_each
 
 NO_BOUND = (
     1e100  # what stands for an infinite right-hand side of an inequality: beyond `residual.INFINITE` in all units
@@ -47,20 +47,22 @@ class Bounds:
 
     def hold(self, x: Tensor, b: Tensor) -> Tensor:
         """x (B, n), where it is outside them moved onto its bounds; b (B or 1, m)."""
-        for sign, rows, columns, coefficients in self._sides:
-            rows, columns, coefficients = (part.to(x.device) for part in (rows, columns, coefficients))
+        for sign, rows, columns, coefficients in self._sides(x.device):
             # A bound that is NaN, as in rows that are left out, says nothing.
             limits = (b.index_select(1, rows) / coefficients).nan_to_num(sign * torch.inf, torch.inf, -torch.inf)
             index, limits = (part.expand(len(x), -1) for part in (columns, limits))
             x = x.scatter_reduce(1, index, limits, "amin" if sign > 0 else "amax")
         return x
 
-    @cached_property
-    def _sides(self) -> list[tuple[float, Tensor, Tensor, Tensor]]:
+    @once_for_each
+    def _sides(self, device: torch.device) -> list[tuple[float, Tensor, Tensor, Tensor]]:
         """(1 or -1, rows, columns, coefficients) of the bounds from above and from below, where there are some."""
         sides = [(sign, torch.nonzero(sign * self.coefficients > 0).flatten()) for sign in (1.0, -1.0)]
+        rows, columns, coefficients = self.rows, self.columns, self.coefficients
         return [
-            (sign, self.rows[which], self.columns[which], self.coefficients[which]) for sign, which in sides if len(which)
+            (sign, rows[which].to(device), columns[which].to(device), coefficients[which].to(device))
+            for sign, which in sides
+            if len(which)
         ]
 
 

@@ -22,6 +22,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from convlayer.conic.program import Program
+from convlayer.memo import once_for_each
 
 NULL = 1e-12  # |E'n| below this, E having rows of size one, makes n a null vector
 SQUARED = 1e-9  # an eigenvalue of EE' below this is looked at
@@ -62,18 +63,14 @@ class Dependence:
         parts = equalities[touched], basis, group.astype(np.int64), empty
         return cls(*(torch.from_numpy(np.ascontiguousarray(part)) for part in parts))
 
-    @cached_property
-    def _placed(self) -> dict[torch.device, Dependence]:
-        return {}
-
     def on(self, device: torch.device) -> Dependence:
         """The same on a device."""
-        if device.type == "cpu":
-            return self
-        if device not in self._placed:
-            parts = self.rows, self.basis, self.group, self.empty
-            self._placed[device] = Dependence(*(part.to(device) for part in parts))
-        return self._placed[device]
+        return self if device.type == "cpu" else self._moved(device)
+
+    @once_for_each
+    def _moved(self, device: torch.device) -> Dependence:
+        parts = self.rows, self.basis, self.group, self.empty
+        return Dependence(*(part.to(device) for part in parts))
 
     def agreed(self, b: Tensor) -> Tensor:
         """b (B or 1, m) with the least change after which the equalities agree."""

@@ -26,6 +26,7 @@ from convlayer.cones import Product, Zero
 from convlayer.conic.kkt import Visible
 from convlayer.conic.linear_map import LinearMap
 from convlayer.conic.program import DENSE_ENTRIES, Data, Program, product, take_rows
+from convlayer.memo import once_for_each
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,15 +108,11 @@ class Elimination:
             "P_tt": _placed(gone, place_t[row[gone]], len(row), k),
         }
 
-    @cached_property
-    def _index(self) -> dict[torch.device, dict[str, Tensor]]:
-        return {}
-
+    @once_for_each
     def index(self, device: torch.device) -> dict[str, Tensor]:
-        if device not in self._index:
-            arrays = {"t": self.t, "r": self.r, "x": self.x, "rows": self.rows, "E": self.E}
-            self._index[device] = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-        return self._index[device]
+        """Where they stand, and E, on a device."""
+        arrays = {"t": self.t, "r": self.r, "x": self.x, "rows": self.rows, "E": self.E}
+        return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
     def enter(self, data: Data) -> Eliminated:
         """The values that are left, dense; `data` by entries."""

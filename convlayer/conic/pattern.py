@@ -14,7 +14,6 @@ of r in the rows' own coordinates, four unknowns more than rows, and two rows th
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
@@ -30,18 +29,16 @@ from torch import Tensor
 from convlayer.cones import ProductSpectrum
 from convlayer.cones.cone import axes, to_basis
 from convlayer.conic.program import Program
+from convlayer.memo import once_for_each
 
-KEPT_BYTES = 64_000_000  # factors kept for reuse between calls, a program
+# Factors of a program that are kept for reuse between calls may take so much memory.
+KEPT_BYTES = 64_000_000
 
-_patterns: weakref.WeakKeyDictionary[Program, KKTPattern] = weakref.WeakKeyDictionary()
 
-
+@once_for_each
 def kkt_pattern(program: Program) -> KKTPattern:
     """The pattern of a program, worked out once."""
-    pattern = _patterns.get(program)
-    if pattern is None:
-        pattern = _patterns[program] = KKTPattern(program)
-    return pattern
+    return KKTPattern(program)
 
 
 class KKTPattern:

@@ -20,6 +20,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from convlayer.cones import Product
+from convlayer.memo import once_for_each
 
 DENSE_ENTRIES = 4_000_000  # dense copies of P and A may take this many numbers at a time (32 MB)
 
@@ -84,27 +85,22 @@ class Program:
             for name in ("P_rows", "P_cols", "A_rows", "A_cols")
         }
 
+    @once_for_each
     def on(self, device: torch.device) -> dict[str, Tensor]:
         """The patterns as index tensors, and the rows' kinds as masks, on a device."""
-        if device not in self._on:
-            masks = {
-                "inequalities": self.inequalities,
-                "elementwise": self.elementwise,
-                "scale_group": self.scale_group,
-                "A_groups": self.scale_group[self.indices["A_rows"]],
-                "single_entry": self.single_entry,
-                "part_of_x": self.parts[0],
-                "part_of_y": self.parts[1],
-                "P_off_diagonal": self.P_off_diagonal,
-                "P_off_rows": self.indices["P_rows"][self.P_off_diagonal],
-                "P_off_cols": self.indices["P_cols"][self.P_off_diagonal],
-            }
-            self._on[device] = {name: part.to(device) for name, part in {**self.indices, **masks}.items()}
-        return self._on[device]
-
-    @cached_property
-    def _on(self) -> dict[torch.device, dict[str, Tensor]]:
-        return {}
+        masks = {
+            "inequalities": self.inequalities,
+            "elementwise": self.elementwise,
+            "scale_group": self.scale_group,
+            "A_groups": self.scale_group[self.indices["A_rows"]],
+            "single_entry": self.single_entry,
+            "part_of_x": self.parts[0],
+            "part_of_y": self.parts[1],
+            "P_off_diagonal": self.P_off_diagonal,
+            "P_off_rows": self.indices["P_rows"][self.P_off_diagonal],
+            "P_off_cols": self.indices["P_cols"][self.P_off_diagonal],
+        }
+        return {name: part.to(device) for name, part in {**self.indices, **masks}.items()}
 
     @cached_property
     def P_off_diagonal(self) -> Tensor:
