@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -69,11 +69,22 @@ class Exponential(Cone):
     """
 
     name: ClassVar[str] = "exponential"
+    dims: ClassVar[str] = "exp"
+    place: ClassVar[int] = 4
     two_branched: ClassVar[bool] = False
     size: ClassVar[int] = 3  # type: ignore[misc]
 
     def inside(self) -> Tensor:
         return torch.tensor([-1.0, 1.0, 1.0], dtype=torch.float64)
+
+    @property
+    def signed(self) -> Sequence[int]:
+        """s and t."""
+        return 1, 2
+
+    @classmethod
+    def read(cls, count: int) -> Sequence[Cone]:
+        return [cls()] * count
 
     def project(self, v: Tensor) -> Tensor:
         return self._solve(v)[0]

@@ -70,6 +70,8 @@ class Power(Cone):
 
     alphas: tuple[float, ...]
     name: ClassVar[str] = "power"
+    dims: ClassVar[str] = "p3d"
+    place: ClassVar[int] = 5
     two_branched: ClassVar[bool] = False
     size: ClassVar[int] = 3  # type: ignore[misc]
 
@@ -81,6 +83,15 @@ class Power(Cone):
 
     def inside(self) -> Tensor:
         return torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
+
+    @property
+    def signed(self) -> Sequence[int]:
+        """x and y."""
+        return 0, 1
+
+    @classmethod
+    def read(cls, count: Sequence[float]) -> Sequence[Cone]:
+        return [cls(alpha) for alpha in count]
 
     @classmethod
     def describe(cls, cones: Sequence[Cone]) -> str:
@@ -155,6 +166,9 @@ class Power(Cone):
     def merge(cls, cones: Sequence[Cone]) -> tuple[Cone, int]:
         alphas = [alpha for cone in cones if isinstance(cone, Power) for alpha in cone.alphas]
         return cls(alphas), len(alphas)
+
+    def apart(self) -> Sequence[Cone]:
+        return [Power(alpha) for alpha in self.alphas]
 
     def _exponents(self, v: Tensor) -> tuple[Tensor, Tensor]:
         return _exponents(self.alphas, v.dtype, v.device)

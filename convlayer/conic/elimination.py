@@ -54,8 +54,8 @@ class Elimination:
         fixed:    (nnz(A),) entries that no parameter moves, with their values.
         seconds:  what a row costs, solved and differentiated; densely, or as is cheaper.
         """
-        zero_rows = sum(block.size for block in program.cones.blocks if block.name == "zero")
-        if not zero_rows or program.cones.blocks[0].size != zero_rows:
+        zero_rows = int(program.equalities.sum())
+        if not zero_rows or not bool(program.equalities[:zero_rows].all()):
             return None
         alone = np.bincount(program.A_cols, minlength=program.n) == 1
         bound = np.zeros(program.n, dtype=bool)  # by a product with another variable

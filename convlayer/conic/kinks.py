@@ -27,14 +27,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from math import sqrt
 
 import numpy as np
 import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
-from convlayer.cones import Product, ProductSpectrum
+from convlayer.cones import Product, ProductSpectrum, Zero
 from convlayer.conic.kkt import DenseSystem, SparseSystem, factorise
 from convlayer.conic.polish import MARGIN, Root, units_of
 from convlayer.conic.program import Operators
@@ -251,25 +250,9 @@ def _half_spaces(cones: Product, weak: Tensor, step: Tensor) -> Tensor:
     several weakly active directions the half-spaces along its axes, which hold it."""
     parts = [step[:0]]
     for block in cones.blocks:
-        own = slice(block.start, block.start + block.size)
-        inside = weak[own]
-        if not bool(inside.any()):
-            continue
-        mine = step[own]
-        if block.name == "second_order" and block.size > 1 and bool(inside.all()):
-            # t >= |z| in the basis (1, u)/sqrt 2, (1, -u)/sqrt 2 and the complement of u
-            t, along = (mine[0] + mine[1]) / sqrt(2), (mine[0] - mine[1]) / sqrt(2)
-            z = torch.cat([along.unsqueeze(0), mine[2:]])
-            parts += [t + z, t - z]
-        elif block.name == "psd":
-            assert isinstance(block.parameter, int)
-            row, column = np.tril_indices(block.parameter)[::-1]
-            diagonal = mine[torch.from_numpy(np.flatnonzero(row == column))]
-            i, j = (torch.from_numpy(part[inside.cpu().numpy()]) for part in (row, column))
-            off = mine[inside] * torch.where(i == j, 0.0, sqrt(2)).to(mine).unsqueeze(1)
-            parts += [diagonal[i] + diagonal[j] + off, diagonal[i] + diagonal[j] - off]
-        else:
-            parts.append(mine[inside])
+        mine = weak[block.rows]
+        if bool(mine.any()):
+            parts += block.cone.half_spaces(mine, step[block.rows])
     return torch.cat(parts)
 
 
@@ -287,12 +270,12 @@ def _released(root: Root, rows: Tensor, part: _Part, wanted: Tensor) -> ProductS
         return None
     cones, n = root.cones, root.x.shape[1]
     values, changed = part.spectrum.values, False
-    free = ~cones.rows_of("zero").to(rows.device)
+    free = ~cones.rows_of(Zero).to(rows.device)
     for block in cones.blocks:
-        if block.name != "second_order" or block.size < 2:
+        if not block.cone.of_norm or block.size < 2:
             continue
         own = torch.zeros_like(free)
-        own[block.start : block.start + block.size] = True
+        own[block.rows] = True
         # Where D is the identity the basis does not matter.
         mine = wanted & (values[:, own] >= ACTIVE).all(1)
         null = _beyond(part.null, ~free)

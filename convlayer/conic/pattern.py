@@ -199,7 +199,7 @@ class _Split:
     def of(cls, program: Program, columns_of: dict[int, np.ndarray]) -> _Split:
         """Those cones of which the rows without basis and the axes have less than half of the entries that the rows with it have."""
         indptr = program.A_by_row[2]
-        blocks = [block for block in program.cones.blocks if block.name == "second_order" and block.size > 3]
+        blocks = [block for block in program.cones.blocks if block.cone.two_axes and block.size > 3]
         gain: dict[int, int] = {}
         for start, size in ((block.start, block.size) for block in blocks):
             apart = indptr[start + size] - indptr[start] + 2 * (len(columns_of[start]) + size)

@@ -19,7 +19,7 @@ import torch
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from convlayer.cones import Product
+from convlayer.cones import Exponential, Nonnegative, Product, Zero
 from convlayer.memo import once_for_each
 
 DENSE_ENTRIES = 4_000_000  # dense copies of P and A may take this many numbers at a time (32 MB)
@@ -117,13 +117,13 @@ class Program:
         group = np.arange(self.m)
         for block in self.cones.blocks:
             if not block.elementwise:
-                group[block.start : block.start + block.size] = block.start
+                group[block.rows] = block.start
         return torch.from_numpy(group)
 
     @cached_property
     def inequalities(self) -> Tensor:
         """(m,) rows of the nonnegative cone."""
-        return self.cones.rows_of("nonnegative")
+        return self.cones.rows_of(Nonnegative)
 
     @cached_property
     def inequality_count(self) -> int:
@@ -132,7 +132,7 @@ class Program:
     @cached_property
     def equalities(self) -> Tensor:
         """(m,) rows of the zero cone."""
-        return self.cones.rows_of("zero")
+        return self.cones.rows_of(Zero)
 
     @cached_property
     def is_polyhedral(self) -> bool:
@@ -182,7 +182,8 @@ class Program:
         """Its exponential cones whose second row holds no variable; None: it has none."""
         filled = np.zeros(self.m, dtype=bool)
         filled[self.A_rows] = True
-        starts = [b.start for b in self.cones.blocks if b.name == "exponential" and not filled[b.start + 1]]
+        blocks = (block for block in self.cones.blocks if isinstance(block.cone, Exponential))
+        starts = [block.start for block in blocks if not filled[block.start + 1]]
         if not starts:
             return None
         first = np.array(starts)
