@@ -13,8 +13,11 @@ from convlayer.cones.cone import Cone, Spectrum, bend, distinct, finite_rows, ro
 from convlayer.cones.interior import Interior, minimise, rest_of, unit_scale
 from convlayer.memo import constants
 
-FLAT = 1e-60  # relative to |v|: |z| below this is 0
-NEAR = 1e-160  # relative to |z|: the least distance of the root from its anchor
+# |z| below this share of |v| is 0.
+FLAT = 1e-60
+# The least distance of the root from its anchor, relative to |z|.
+NEAR = 1e-160
+# Steps of Newton's method in its bracket, at most.
 ITERATIONS = 100
 
 

@@ -23,7 +23,8 @@ from convlayer.cones.cone import (
 )
 from convlayer.memo import constants
 
-COMPACT = 48  # rows from which on u stands for the basis
+# Rows from which on u stands for the basis.
+COMPACT = 48
 
 
 @dataclass(frozen=True)

@@ -226,7 +226,7 @@ def _left(program: Program, t: np.ndarray, r: np.ndarray) -> Program:
 
 def _shortened(block: Block, r: np.ndarray) -> Cone:
     """Without the rows that go, which are all of the zero cone's."""
-    gone = np.count_nonzero((r >= block.start) & (r < block.start + block.size))
+    gone = int(np.count_nonzero((r >= block.start) & (r < block.start + block.size)))
     return Zero(block.size - gone) if gone else block.cone
 
 

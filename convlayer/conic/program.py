@@ -22,7 +22,8 @@ from torch import Tensor
 from convlayer.cones import Exponential, Nonnegative, Product, Zero
 from convlayer.memo import once_for_each
 
-DENSE_ENTRIES = 4_000_000  # dense copies of P and A may take this many numbers at a time (32 MB)
+# Dense copies of P and A may take this many numbers at a time (32 MB).
+DENSE_ENTRIES = 4_000_000
 
 
 class Logarithms(NamedTuple):
