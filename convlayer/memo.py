@@ -1,16 +1,16 @@
 """What is worked out once: for each object (and device), or for each size (and device).
 
-    @once_for_each              its value for an object lives in the object, and goes with it; a pickle or a copy works it out again
-    def pattern(program): ...
+    @once_for_each                    its value for a program lives in the program, and goes with
+    def pattern(program): ...         it; a pickle or a copy works it out again
 
-    @once_for_each              a method, or with further keys
+    @once_for_each                    of a method, or of further arguments, one value for each
     def on(self, device): ...
 
-    @constants                  of sizes, kinds and devices alone: the last of them are kept
+    @constants                        of sizes, kinds and devices alone; the last are kept
     def identity(n, device): ...
 
-Threads that ask for the same value at the same time wait for the first of them. Tensors made here serve calls under
-`torch.inference_mode` and others alike.
+Threads that ask for the same value at the same time wait for the first of them. Tensors made here
+serve calls under `torch.inference_mode` and others alike.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ Given = ParamSpec("Given")
 Work = TypeVar("Work", bound=Callable)
 Value = TypeVar("Value")
 
-# Of one function of sizes and devices: so many values are kept, those of a program with cones of many sizes among them.
+# Of one function of sizes and devices: so many values are kept, those of a program with cones of
+# many sizes among them.
 KEPT = 256
 _NOTHING: Any = object()
 
@@ -43,7 +44,8 @@ class _Known(dict):
 
 
 def once_for_each(work: Work) -> Work:
-    """A function of an object, and of hashable arguments beside it, that is called once for each."""
+    """A function of an object, and of hashable arguments beside it, that is called once for
+    each."""
     place = f"_known_{work.__module__}.{work.__qualname__}"
 
     @wraps(work)
@@ -51,7 +53,8 @@ def once_for_each(work: Work) -> Work:
         kept = vars(owner)
         mine = kept.get(place)
         if mine is None:
-            mine = kept.setdefault(place, _Known())  # atomic: of two threads' the same one is taken by both
+            # Atomic: two threads take the same one.
+            mine = kept.setdefault(place, _Known())
         value = mine.get(given, _NOTHING)
         if value is _NOTHING:
             with mine.lock:

@@ -1,4 +1,5 @@
-"""What is worked out once: for each object and device, in threads, and not longer than the object lives."""
+"""What is worked out once: for each object and device, in threads, and not longer than the object
+lives."""
 
 import copy
 import gc

@@ -1,4 +1,5 @@
-"""A cone that no file of the library names: what it says of itself is all that the cone program's own files ask."""
+"""A cone that no file of the library names: what it says of itself is all that the cone program's
+own files ask."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -23,7 +24,8 @@ from convlayer.solvers import SOLVERS
 
 @dataclass(frozen=True)
 class Wedge(Cone):
-    """K = {(a, b) : a <= 0, b <= 0}, which is not the library's: two nonpositive rows that are scaled as one."""
+    """K = {(a, b) : a <= 0, b <= 0}, which is not the library's: two nonpositive rows that are
+    scaled as one."""
 
     size: ClassVar[int] = 2  # type: ignore[misc]
     name: ClassVar[str] = "wedge"
@@ -76,16 +78,24 @@ def projection(c: Tensor, low: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "sparse"])
 def test_it_is_polished_and_differentiated(dense):
-    """min |x - c|^2/2: on the support S of the bounds that do not hold, dx = 1_S (dc - mean_S dc)."""
-    c, low = torch.tensor([0.9, -1.0, 0.3], dtype=torch.float64), torch.tensor([0.1, -0.2, 0.1], dtype=torch.float64)
+    """min |x - c|^2/2: on the support S of the bounds that do not hold, dx = 1_S (dc - mean_S
+    dc)."""
+    c, low = (
+        torch.tensor([0.9, -1.0, 0.3], dtype=torch.float64),
+        torch.tensor([0.1, -0.2, 0.1], dtype=torch.float64),
+    )
     x = projection(c, low)
     assert (x > low + 0.01).tolist() == [True, False, True]
-    # A row of the wedge is  x_j + s_j = l_j with s_j <= 0, and one of the orthant  -x_0 + s_0 = -l_0.
+    # Rows of the wedge are  x_j + s_j = l_j, s_j <= 0,  and that of the orthant  -x_0 + s_0 = -l_0.
     b = torch.stack([torch.ones(()).double(), -low[0], low[1], low[2]])
-    operators = Operators(Data(PROGRAM, torch.ones(1, 3).double(), -c.unsqueeze(0), A, b.unsqueeze(0)), dense=dense)
-    s = (b - operators.A(x.unsqueeze(0)))
+    operators = Operators(
+        Data(PROGRAM, torch.ones(1, 3).double(), -c.unsqueeze(0), A, b.unsqueeze(0)), dense=dense
+    )
+    s = b - operators.A(x.unsqueeze(0))
     nu = (c - x)[0]
-    y = torch.stack([nu, torch.zeros(()).double(), (c - x)[1] - nu, torch.zeros(()).double()]).unsqueeze(0)
+    y = torch.stack(
+        [nu, torch.zeros(()).double(), (c - x)[1] - nu, torch.zeros(()).double()]
+    ).unsqueeze(0)
     root = polish(operators, x.unsqueeze(0), s, y, ALL, None)
     assert root.residual.item() < 1e-13
     assert not bool(root.degenerate.any())
@@ -116,8 +126,19 @@ def test_every_solver_takes_it_or_refuses_it_in_words(solver):
 def test_every_kind_is_found_and_read_from_cvxpys_summary():
     dims = SimpleNamespace(zero=2, nonneg=3, soc=[3, 1], psd=[2], exp=1, p3d=[0.25], pnd=[])
     names = [cone.name for cone in cones_of(dims).cones]
-    assert names == ["zero", "nonnegative", "second_order", "second_order", "psd", "exponential", "power"]
+    assert names == [
+        "zero",
+        "nonnegative",
+        "second_order",
+        "second_order",
+        "psd",
+        "exponential",
+        "power",
+    ]
     assert [kind.name for kind in KINDS] == list(dict.fromkeys(names))
     assert cones_of(dims).size == 2 + 3 + 4 + 3 + 3 + 3
     assert not unknown_kinds(dims)
-    assert unknown_kinds(SimpleNamespace(**vars(dims) | {"pnd": [[0.2, 0.8]], "wedges": 1})) == ["pnd", "wedges"]
+    assert unknown_kinds(SimpleNamespace(**vars(dims) | {"pnd": [[0.2, 0.8]], "wedges": 1})) == [
+        "pnd",
+        "wedges",
+    ]

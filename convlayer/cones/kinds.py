@@ -13,7 +13,9 @@ from convlayer.cones.product import Product
 
 
 def _found() -> tuple[type[Cone], ...]:
-    modules = [import_module(f"{room.__name__}.{module.name}") for module in iter_modules(room.__path__)]
+    modules = [
+        import_module(f"{room.__name__}.{module.name}") for module in iter_modules(room.__path__)
+    ]
     kinds = {
         kind
         for module in modules

@@ -1,8 +1,9 @@
-"""What factorising the system of the residual map costs, in seconds and flops: what the choice between its forms is made by.
+"""What factorising the system of the residual map costs, in seconds and flops: what the choice
+between its forms is made by.
 
 The models are of flops and fixed costs; their constants are fitted to measurements on two cores
-(`python -m benchmarks --suite crossover`, which also says how often the choices they lead to are the best).
-Each solver's own cost stands in its file.
+(`python -m benchmarks --suite crossover`, which also says how often the choices they lead to are
+the best). Each solver's own cost stands in its file.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ ENTRY_RATE = 3e7
 
 
 def dense_seconds(program: Program) -> float:
-    """Of a row by batched LU, with about as many active rows as variables; infinite if it is too large."""
+    """Of a row by batched LU, with about as many active rows as variables; infinite if it is too
+    large."""
     if (program.n + program.m) * program.n > DENSE_ENTRIES:
         return math.inf
     size = _dense_size(program)
@@ -56,5 +58,6 @@ def system_flops(program: Program) -> tuple[float, float]:
 
 
 def _dense_size(program: Program) -> int:
-    """Unknowns of a row: inactive rows have left the system, and few more stay than there are variables."""
+    """Unknowns of a row: inactive rows have left the system, and few more stay than there are
+    variables."""
     return program.n + min(program.m, program.n)

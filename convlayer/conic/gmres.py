@@ -23,7 +23,8 @@ def gmres(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(x, right - K x) of least residual.
 
-    Where a few eigenvalues of K are below the shift of its factor, refinement stalls on them; each costs a Krylov method one step.
+    Where a few eigenvalues of K are below the shift of its factor, refinement stalls on them; each
+    costs a Krylov method one step.
     """
     x, size = np.zeros_like(right), np.abs(right).max(initial=0.0)
     for _ in range(CYCLES):
@@ -48,7 +49,8 @@ def gmres(
 def _krylov(
     K: sp.csr_array, inverse: Callable[[np.ndarray], np.ndarray], first: np.ndarray
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """Arnoldi's  K Z = V H,  V orthonormal from the `first` vector, Z = inverse V:  (columns of Z, H)."""
+    """Arnoldi's  K Z = V H,  V orthonormal from the `first` vector, Z = inverse V:  (columns of Z,
+    H)."""
     basis, images, H = [first], [], np.zeros((STEPS + 1, STEPS))
     for k in range(STEPS):
         images.append(inverse(basis[k]))

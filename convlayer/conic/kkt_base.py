@@ -1,4 +1,5 @@
-"""What the dense and the sparse system of the residual map do alike: null vectors, and when a solve is good. See `kkt`."""
+"""What the dense and the sparse system of the residual map do alike: null vectors, and when a
+solve is good. See `kkt`."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from convlayer.memo import constants
 
 
 class Visible(NamedTuple):
-    """The entries of x and rows of A where a null vector of K would make an output or a gradient ambiguous."""
+    """The entries of x and rows of A where a null vector of K would make an output or a gradient
+    ambiguous."""
 
     x: Tensor  # (n,) bool
     y: Tensor  # (m,) bool
@@ -25,11 +27,13 @@ class Visible(NamedTuple):
 FEW = 16
 # Of more, so many random ones tell what they touch.
 PROBES = 2
-# A null vector that is to be found for certain is looked for among so many; where these are all null, among four times as many.
+# A null vector that is to be found for certain is looked for among so many; where these are all
+# null, among four times as many.
 NARROW = 4
 # What an entry of a unit null vector above this stands for is not unique.
 TOUCHED = 1e-7
-# A pivot, or the inverse of a probe's growth, below this: even the solves of Newton's method are refined.
+# A pivot, or the inverse of a probe's growth, below this: even the solves of Newton's method are
+# refined.
 STIFF = 1e-5
 
 
@@ -48,8 +52,8 @@ REFINEMENT = _Refinement(exact=1e-15, steps=6, certified=1e-10, backward=1e-13, 
 
 
 def solved_well(error: Tensor, solution: Tensor, right: Tensor) -> Tensor:
-    """Whether a solve of the equilibrated system is good: by its residual, or by backward stability where K is
-    ill-conditioned."""
+    """Whether a solve of the equilibrated system is good: by its residual, or by backward
+    stability where K is ill-conditioned."""
     certified = error <= REFINEMENT.certified * right
     stable = (error <= REFINEMENT.backward * solution) & (solution <= REFINEMENT.growth * right)
     return certified | stable
@@ -82,8 +86,10 @@ class KKTSystem(ABC):
     visible: Visible
     projector: Projector | None = None  # of rows with few null vectors
     null_space: NullSpace | None = None  # of rows with many,
-    _unjudged: tuple[Tensor, Tensor] | None = None  # these, if not looked at yet, and which are only expected to have many
-    _ambiguous: tuple[Tensor, int] | None = None  # and those where one is visible, with about how many they have
+    # these, if not looked at yet, and which are only expected to have many,
+    _unjudged: tuple[Tensor, Tensor] | None = None
+    # and those where one is visible, with about how many they have
+    _ambiguous: tuple[Tensor, int] | None = None
     _least_norm: Projector | None = None
     _singular: Tensor  # (B,), of what was looked at
 
@@ -91,8 +97,8 @@ class KKTSystem(ABC):
     def solve(self, a: Tensor, c: Tensor, *, newton: bool = False) -> tuple[Tensor, Tensor]:
         """a (B, n), c (B, m) -> w (B, n), e (B, m), see `kkt`.
 
-        newton: for a step of Newton's method, to the accuracy of the shifted factor unless it is stiff, and not of least norm in the
-        user's units.
+        newton: for a step of Newton's method, to the accuracy of the shifted factor unless it is
+        stiff, and not of least norm in the user's units.
         """
 
     @property
@@ -106,16 +112,17 @@ class KKTSystem(ABC):
 
     @abstractmethod
     def _dual(self, rows: Tensor, eta: Tensor) -> Tensor:
-        """Null vectors' dual parts as the system holds them, (rows, ., k) -> those of y's rows, (rows, m, k), without the basis
-        U."""
+        """Null vectors' dual parts as the system holds them, (rows, ., k) -> those of y's rows,
+        (rows, m, k), without the basis U."""
 
     @abstractmethod
     def _null_vectors(self, rows: Tensor, width: int) -> Tensor:
-        """Orthonormal null vectors of K among `width` Ritz vectors of inverse iteration, (rows, size, width); other columns are
-        zero."""
+        """Orthonormal null vectors of K among `width` Ritz vectors of inverse iteration, (rows,
+        size, width); other columns are zero."""
 
     def _unscaled(self, rows: Tensor, vectors: Tensor) -> Tensor:
-        """Vectors (rows, size, k) of the equilibrated matrix in x's own units, and as one of x beside one of the basis U."""
+        """Vectors (rows, size, k) of the equilibrated matrix in x's own units, and as one of x
+        beside one of the basis U."""
         return self.scale[rows].unsqueeze(-1) * vectors
 
     def _widest(self) -> int:
@@ -129,7 +136,8 @@ class KKTSystem(ABC):
         return self._singular
 
     def judge(self) -> None:
-        """Look at rows of many null vectors, which a step of Newton's method only takes out of right-hand sides."""
+        """Look at rows of many null vectors, which a step of Newton's method only takes out of
+        right-hand sides."""
         if self._unjudged is None:
             return
         (rows, expected), self._unjudged = self._unjudged, None
@@ -140,8 +148,10 @@ class KKTSystem(ABC):
             self.null_space = self._near(rows) if len(rows) else None
 
     def _look_for_null_vectors(self, suspects: Tensor, expected: Tensor | None = None) -> None:
-        """Null vectors of the matrix for these rows: all of them where they are few. `expected`: about how many they have."""
-        expected = torch.zeros(len(suspects), device=suspects.device) if expected is None else expected
+        """Null vectors of the matrix for these rows: all of them where they are few. `expected`:
+        about how many they have."""
+        if expected is None:
+            expected = torch.zeros(len(suspects), device=suspects.device)
         wide, narrow = expected >= 4 * FEW, expected < NARROW + 2
         beyond = [
             self._look_for_basis(suspects[narrow], NARROW),
@@ -171,8 +181,11 @@ class KKTSystem(ABC):
             width *= 4
         if parts:
             widest = max(unit.shape[2] for _, unit in parts)
-            units = [torch.nn.functional.pad(unit, (0, widest - unit.shape[2])) for _, unit in parts]
-            self.projector = Projector(torch.cat([found for found, _ in parts]), torch.cat(units), self.units)
+            rows_of_all = torch.cat([found for found, _ in parts])
+            padded = [
+                torch.nn.functional.pad(unit, (0, widest - unit.shape[2])) for _, unit in parts
+            ]
+            self.projector = Projector(rows_of_all, torch.cat(padded), self.units)
         return rows
 
     def _look_beyond(self, rows: Tensor) -> Tensor:
@@ -196,7 +209,11 @@ class KKTSystem(ABC):
         dual = spectrum.from_basis(self._dual(rows, unit[:, self.n :]), columns=True)
         primal = unit[:, : self.n]
         seen = self.visible
-        parts = [primal[:, seen.x].flatten(1), dual[:, seen.y].flatten(1), primal.new_zeros(len(primal), 1)]
+        parts = [
+            primal[:, seen.x].flatten(1),
+            dual[:, seen.y].flatten(1),
+            primal.new_zeros(len(primal), 1),
+        ]
         return torch.cat(parts, 1).abs().amax(1) > TOUCHED
 
     def _entering(self, right: Tensor, newton: bool) -> Tensor:
@@ -205,16 +222,19 @@ class KKTSystem(ABC):
         return right if newton else off_null(self._projector(), right, -1)
 
     def _off_wide(self, scaled: Tensor, newton: bool) -> Tensor:
-        """The equilibrated right-hand side (B, size) without what no solution can meet, where there are many null vectors."""
+        """The equilibrated right-hand side (B, size) without what no solution can meet, where
+        there are many null vectors."""
         return self.null_space.off(scaled) if newton and self.null_space is not None else scaled
 
     def _leaving(self, solution: Tensor, newton: bool) -> Tensor:
-        """A solution (B, size) in x's own units, without what no right-hand side determines, where that matters."""
+        """A solution (B, size) in x's own units, without what no right-hand side determines, where
+        that matters."""
         solution = off_null(self.projector, solution, 1)
         return solution if newton else off_null(self._projector(), solution, 1)
 
     def _projector(self) -> Projector | None:
-        """Onto the complement of the null space, for rows of many null vectors of which some are visible."""
+        """Onto the complement of the null space, for rows of many null vectors of which some are
+        visible."""
         self.judge()
         if self._least_norm is None and self._ambiguous is not None:
             rows, dimension = self._ambiguous

@@ -45,7 +45,8 @@ PINNING = _Pinning(large=96, worth=0.25, firm=0.1)
 
 
 class _Pinned(NamedTuple):
-    """Variables, as many in each row of the batch, that an active row of A with no other entry determines."""
+    """Variables, as many in each row of the batch, that an active row of A with no other entry
+    determines."""
 
     variables: Tensor  # (B, p) their places in K,
     rows: Tensor  # (B, p) and those of the rows
@@ -94,7 +95,9 @@ class _Factor:
 
 @dataclass(frozen=True, eq=False)
 class _FactorOfRest(_Factor):
-    """The same after pinned variables j and their rows i are eliminated. Their block of K + delta J is
+    """The same after pinned variables j and their rows i are eliminated.
+
+    Their block of K + delta J is
 
         [ p     b   ]                          inverse   1/D [ delta   b ]
         [ b  -delta ],   D = b^2 + delta p,                  [   b    -p ]
@@ -105,7 +108,8 @@ class _FactorOfRest(_Factor):
                                      x_j = (b r_i + delta (r_j - C'x_rest)) / D
                                      x_i = (r_j - C'x_rest - K_jj x_j) / b
 
-    Of P between pinned variables only the diagonal p is in the block: beside b/delta the rest is nothing.
+    Of P between pinned variables only the diagonal p is in the block: beside b/delta the rest is
+    nothing.
     """
 
     pinned: _Pinned
@@ -124,7 +128,9 @@ class _FactorOfRest(_Factor):
         row = torch.arange(batch, device=K.device).view(-1, 1, 1)
         j, r = pinned.variables, rest
         # The blocks K_rest,rest, C and K_jj.
-        part, C, inner = (K[row, i.unsqueeze(2), k.unsqueeze(1)] for i, k in ((r, r), (r, j), (j, j)))
+        part, C, inner = (
+            K[row, i.unsqueeze(2), k.unsqueeze(1)] for i, k in ((r, r), (r, j), (j, j))
+        )
         b = K[row.squeeze(2), pinned.rows, j].unsqueeze(2)
         # D = b^2 + delta p
         p = inner.diagonal(dim1=1, dim2=2).unsqueeze(2)
@@ -134,7 +140,9 @@ class _FactorOfRest(_Factor):
         return cls(*lu_factor(part), pinned, rest, C, inner, b, D)
 
     def solve(self, right: Tensor) -> Tensor:
-        j, i, rest = (part.unsqueeze(2).expand(-1, -1, right.shape[2]) for part in (*self.pinned, self.rest))
+        j, i, rest = (
+            part.unsqueeze(2).expand(-1, -1, right.shape[2]) for part in (*self.pinned, self.rest)
+        )
         r_j, r_i = right.gather(1, j), right.gather(1, i)
         # x_rest = (K_rest - C (delta/D) C')^-1 (r_rest - C (b r_i + delta r_j)/D)
         x_j = (self.b * r_i + SHIFT * r_j) / self.D
@@ -144,7 +152,8 @@ class _FactorOfRest(_Factor):
         x_j = (self.b * r_i + SHIFT * r_j) / self.D
         # x_i = (r_j - C'x_rest - K_jj x_j) / b
         x_i = (r_j - self.inner @ x_j) / self.b
-        return torch.empty_like(right).scatter_(1, rest, x_rest).scatter_(1, j, x_j).scatter_(1, i, x_i)
+        x = torch.empty_like(right).scatter_(1, rest, x_rest)
+        return x.scatter_(1, j, x_j).scatter_(1, i, x_i)
 
     def rows(self, index: Tensor) -> _FactorOfRest:
         pinned = _Pinned(*(part[index] for part in self.pinned))
@@ -155,8 +164,8 @@ class _FactorOfRest(_Factor):
 class DenseSystem(KKTSystem):
     """Batched LU of the equilibrated matrix.
 
-        K = scale [ P        B'      ] scale,   B = sqrt(d) U'A,   rows with d > 0
-                  [ B   -(1 - d)     ]
+    K = scale [ P        B'      ] scale,   B = sqrt(d) U'A,   rows with d > 0
+              [ B   -(1 - d)     ]
     """
 
     def __init__(
@@ -170,8 +179,8 @@ class DenseSystem(KKTSystem):
         batch, m, n = len(d), A.shape[1], A.shape[2]
         self.n, self.m, self.spectrum, self.visible, self.units = n, m, spectrum, visible, units
 
-        # U'A, of the rows with d > 0, gathered to the front; a row of the batch with fewer is padded by rows with d = 0,
-        # which are decoupled.
+        # U'A, of the rows with d > 0, gathered to the front; a row of the batch with fewer is
+        # padded by rows with d = 0, which are decoupled.
         holding = d > 0
         active = int(holding.sum(-1).max()) if d.numel() else 0
         A = A if len(A) == batch else A.expand(batch, -1, -1)
@@ -200,7 +209,8 @@ class DenseSystem(KKTSystem):
         K.mul_(self.scale.unsqueeze(2) * self.scale.unsqueeze(1))
         pinned = _pinned(operators.data.program, below.narrow(2, 0, n), d, self.active)
 
-        # A variable that no active row and no quadratic term holds is a null vector by itself: it stays where it is.
+        # A variable that no active row and no quadratic term holds is a null vector by itself: it
+        # stays where it is.
         self.held = largest.narrow(1, 0, n) > 0
         self.all_held = filled or bool(self.held.all())
         if not self.all_held:
@@ -212,7 +222,9 @@ class DenseSystem(KKTSystem):
         self.K = K
         self.factor = _Factor.of(K) if pinned is None else _FactorOfRest.without(K, pinned)
         self.poor = torch.zeros(batch, dtype=torch.bool, device=K.device)
-        self._singular = torch.zeros_like(self.poor) if self.all_held else (visible.x & ~self.held).any(1)
+        self._singular = torch.zeros_like(self.poor)
+        if not self.all_held:
+            self._singular = (visible.x & ~self.held).any(1)
         self._look_at_pivots()
 
     def _look_at_pivots(self) -> None:
@@ -220,17 +232,18 @@ class DenseSystem(KKTSystem):
         pivots = self.factor.lu.diagonal(dim1=1, dim2=2).abs()
         self.smallest = pivots.amin(1) if pivots.shape[1] else pivots.new_ones(len(pivots))
         growth = self._growth()
-        least, most = (self.smallest.amin().item(), growth.amax().item()) if len(growth) else (math.inf, 0.0)
+        least = self.smallest.amin().item() if len(growth) else math.inf
+        most = growth.amax().item() if len(growth) else 0.0
         self.stiff = not least > STIFF and bool((self.smallest <= STIFF).any())
-        if least > SUSPECT and most < 1 / SUSPECT:  # false where one is NaN; no number is told from others below
+        if least > SUSPECT and most < 1 / SUSPECT:  # false where one is NaN
             return
         suspects = torch.nonzero((self.smallest <= SUSPECT) | (growth >= 1 / SUSPECT)).flatten()
         if len(suspects):
             self._look_for_null_vectors(suspects)
 
     def _growth(self) -> Tensor:
-        """(B,) by how much the factor enlarges a random vector. Where it divides by the shift and cancels again, no pivot is
-        small."""
+        """(B,) by how much the factor enlarges a random vector. Where it divides by the shift and
+        cancels again, no pivot is small."""
         probe = probe_of(self.K.shape[1], self.K.device).expand(len(self.K), -1, -1)
         return torch.linalg.vector_norm(self.factor.solve(probe), dim=(1, 2))
 
@@ -258,9 +271,11 @@ class DenseSystem(KKTSystem):
             # x + (K + delta J)^-1 (r - K x), where that is better
             trial = solution + self.factor.solve(error)
             trial_error = right - self._product(trial)
-            before, after = error.abs().amax(1, keepdim=True), trial_error.abs().amax(1, keepdim=True)
+            before = error.abs().amax(1, keepdim=True)
+            after = trial_error.abs().amax(1, keepdim=True)
             better = after < before
-            solution, error = torch.where(better, trial, solution), torch.where(better, trial_error, error)
+            solution = torch.where(better, trial, solution)
+            error = torch.where(better, trial_error, error)
             left = after > REFINEMENT.exact * goal
             if not bool(left.any()) or not bool((better & (after < 0.5 * before) & left).any()):
                 break

@@ -26,7 +26,8 @@ from convlayer.conic.null_space import CLEAN, NULL, NullSpace
 from convlayer.conic.pattern import kkt_pattern
 from convlayer.conic.program import DENSE_ENTRIES, Data, Operators, take_rows
 
-# delta: without pivoting it must exceed the square root of the rounding error; refinement removes it.
+# delta: without pivoting it must exceed the square root of the rounding error; refinement removes
+# it.
 SHIFT = 1e-7
 # A probe that grows by more than this share of 1 / SHIFT has a part near a null vector.
 GROWN = 1e-2
@@ -40,23 +41,28 @@ INVERSE_ITERATIONS = 3
 APART = 1e-3
 # Null vectors in a basis, at most.
 WIDEST = 256
-# What a step of Newton's method by dense LU may cost, in sparse factorisations, where these are not accurate.
+# What a step of Newton's method by dense LU may cost, in sparse factorisations, where these are
+# not accurate.
 PIVOTED = 20
 
 
 class SparseSystem(KKTSystem):
     """Sparse LDL' of the equilibrated matrix; the fill-reducing ordering is found once a program.
 
-    All m rows of A stay in the pattern: inactive ones have a zero coupling and -1 on the diagonal. What the matrix is where large
-    second-order cones are split stands in `pattern`: `_spread` and `_own` lead there and back.
+    All m rows of A stay in the pattern: inactive ones have a zero coupling and -1 on the diagonal.
+    What the matrix is where large second-order cones are split stands in `pattern`: `_spread` and
+    `_own` lead there and back.
     """
 
-    def __init__(self, data: Data, spectrum: ProductSpectrum, visible: Visible, units: Tensor | None):
+    def __init__(
+        self, data: Data, spectrum: ProductSpectrum, visible: Visible, units: Tensor | None
+    ):
         pattern, d = kkt_pattern(data.program), spectrum.values
         batch, n, m = len(d), data.program.n, data.program.m
         self.n, self.m, self.data, self.spectrum, self.pattern = n, m, data, spectrum, pattern
         self.visible, self.units = visible, units
-        self.dense: tuple[Tensor, DenseSystem] | None = None  # rows that need pivoting, and their system
+        # rows that need pivoting, and their system
+        self.dense: tuple[Tensor, DenseSystem] | None = None
         self.active: Tensor | None = None  # all rows stay
         self.sqrt_d = d.clamp(min=0).sqrt()
         self.turn = ProductSpectrum(d, pattern.split.bases(spectrum))
@@ -73,7 +79,8 @@ class SparseSystem(KKTSystem):
         self.scale = scale.mT.contiguous()
         self.K = values * scale[pattern.rows] * scale[pattern.columns]
 
-        # A variable that no active row and no quadratic term holds is a null vector by itself: it stays where it is.
+        # A variable that no active row and no quadratic term holds is a null vector by itself: it
+        # stays where it is.
         self.held = (largest[:n] > 0).mT
         self.K[pattern.place_diagonal[:n]] += ~self.held.mT
 
@@ -114,18 +121,21 @@ class SparseSystem(KKTSystem):
         along = split.along(data.A, axes) * sqrt_d[:, first][:, :, split.cone]
         values[:, pattern.place_axes] = along.flatten(1)
         values[:, pattern.place_multipliers] = -axes.mT[:, :, split.inside].flatten(1)
-        values[:, pattern.place_diagonal[n + m : n + m + 2 * len(split)]] = d[:, first.flatten()] - 1
+        last = slice(n + m, n + m + 2 * len(split))
+        values[:, pattern.place_diagonal[last]] = d[:, first.flatten()] - 1
         return values
 
     def _look_at_growth(self) -> None:
-        """Pivots tell nothing without pivoting; a null vector shows as a solution of size 1 / shift."""
+        """Pivots tell nothing without pivoting; a null vector shows as a solution of size 1 /
+        shift."""
         probe = probe_of(self._size, self.K.device).mT.expand(len(self.factors), -1)
         growth = self._back_substitute(probe).norm(dim=1)
         self.smallest = 1 / growth
         self.stiff = not bool((growth < 1 / STIFF).all())
         suspects = torch.nonzero((growth > GROWN / SHIFT) & ~self.broken).flatten()
         if len(suspects):
-            # Of a random vector's part in k dimensions, of length sqrt(k), the shift is all that holds it.
+            # Of a random vector's part in k dimensions, of length sqrt(k), the shift is all that
+            # holds it.
             self._look_for_null_vectors(suspects, (SHIFT * growth[suspects]).square())
 
     def solve(self, a: Tensor, c: Tensor, *, newton: bool = False) -> tuple[Tensor, Tensor]:
@@ -139,7 +149,8 @@ class SparseSystem(KKTSystem):
                 solution[row], poor[row] = found, not good
         else:
             solution, poor = self._back_substitute(scaled), self.broken
-        solution = self._leaving(self._own((solution * self.scale).unsqueeze(-1)).squeeze(-1), newton)
+        solution = self._own((solution * self.scale).unsqueeze(-1)).squeeze(-1)
+        solution = self._leaving(solution, newton)
         # e = sqrt(d) eta
         w, e = solution[:, : self.n], solution[:, self.n :] * self.sqrt_d
         program = self.data.program
@@ -151,7 +162,8 @@ class SparseSystem(KKTSystem):
     def _spread(self, right: Tensor) -> Tensor:
         """A right-hand side (B, n + m) of x and the basis U as one of the matrix, (B, size).
 
-        Of a split cone the first two rows go to its axes, and the rest into its rows' own coordinates; multipliers have none.
+        Of a split cone the first two rows go to its axes, and the rest into its rows' own
+        coordinates; multipliers have none.
         """
         split, n = self.pattern.split, self.n
         if not len(split):
@@ -160,7 +172,8 @@ class SparseSystem(KKTSystem):
         rows = right[:, n:]
         across = self.turn.from_basis(rows.index_fill(1, first, 0.0))
         rest = torch.where(split.inside, across, rows)
-        return torch.cat([right[:, :n], rest, rows[:, first], right.new_zeros(len(right), 2 * len(split))], 1)
+        of_multipliers = right.new_zeros(len(right), 2 * len(split))
+        return torch.cat([right[:, :n], rest, rows[:, first], of_multipliers], 1)
 
     def _own(self, vectors: Tensor, rows: Tensor | None = None) -> Tensor:
         """Solutions (B, size, k) of the matrix as those of x and the basis U, (B, n + m, k)."""
@@ -178,7 +191,8 @@ class SparseSystem(KKTSystem):
         return self._own(super()._unscaled(rows, vectors), rows)
 
     def _refined(self, right: Tensor) -> tuple[Tensor, Tensor]:
-        """Iterative refinement against K itself: the solution, (B, size), and which rows stay inaccurate."""
+        """Iterative refinement against K itself: the solution, (B, size), and which rows stay
+        inaccurate."""
         if not right.shape[1]:
             return right, self.broken
         goal = right.abs().amax(1)
@@ -196,8 +210,8 @@ class SparseSystem(KKTSystem):
             solution = torch.where(better.unsqueeze(1), trial, solution)
             error = torch.where(better.unsqueeze(1), trial_error, error)
             size = torch.where(better, after, before)
-            # Slow gains are worth it where something is left to gain, not at the level of rounding; rows that are done gain for
-            # ever.
+            # Slow gains are worth it where something is left to gain, not at the level of
+            # rounding; rows that are done gain for ever.
             rate = torch.where(after > FINE * goal, 0.9, 0.5)
             if not bool(((after > enough) & (after < rate * before)).any()):
                 break
@@ -210,7 +224,8 @@ class SparseSystem(KKTSystem):
         solution, error = torch.from_numpy(found), torch.from_numpy(left)
         if not len(found):
             return solution, True
-        return solution, bool(solved_well(error.abs().amax(), solution.abs().amax(), right.abs().amax()))
+        sizes = (part.abs().amax() for part in (error, solution, right))
+        return solution, bool(solved_well(*sizes))
 
     def _matrix(self, row: int) -> sp.csr_array:
         """K of one row, both triangles."""
@@ -219,13 +234,15 @@ class SparseSystem(KKTSystem):
     def _pivoted(
         self, rows: Tensor, a: Tensor, c: Tensor, w: Tensor, e: Tensor, newton: bool
     ) -> tuple[Tensor, Tensor]:
-        """Rows for which LDL' without pivoting is not accurate enough: dense LU, if that fits; otherwise flagged."""
+        """Rows for which LDL' without pivoting is not accurate enough: dense LU, if that fits;
+        otherwise flagged."""
         if (self.n + self.m) ** 2 > 4 * DENSE_ENTRIES:
             self.poor[rows] = True
             return w, e
         if self.dense is None or not torch.equal(self.dense[0], rows):
             units = None if self.units is None else take_rows(self.units, rows)
-            operators, spectrum = Operators(self.data.rows(rows), dense=True), self.spectrum.index_select(rows)
+            operators = Operators(self.data.rows(rows), dense=True)
+            spectrum = self.spectrum.index_select(rows)
             self.dense = rows, DenseSystem(operators, spectrum, self.visible, units)
         system = self.dense[1]
         w_rows, e_rows = system.solve(a[rows], c[rows], newton=newton)
@@ -283,7 +300,8 @@ class SparseSystem(KKTSystem):
         basis = self._solve_columns(rows, basis.expand(len(rows), -1, -1))
         basis /= basis.norm(dim=1, keepdim=True)
         for _ in range(INVERSE_ITERATIONS):
-            # z - (K + delta J)^-1 K z takes z's other parts away: inverse iteration that corrects its own rounding.
+            # z - (K + delta J)^-1 K z takes z's other parts away: inverse iteration that corrects
+            # its own rounding.
             basis = basis - self._solve_columns(rows, self._image(rows, basis))
             basis, _ = torch.linalg.qr(basis)
             values, mixing = _ritz(self._image(rows, basis))

@@ -1,11 +1,13 @@
-"""The null space of the system of the residual map, for some rows of a batch: without a basis, and by one.
+"""The null space of the system of the residual map, for some rows of a batch: without a basis, and
+by one.
 
 With J = diag(1, -1) over x and the rows, a vector's part in the null space of K is
 
-    delta (K + delta J)^-1 J z  =  z - (K + delta J)^-1 K z  on that space,  and shrinks every other part,
+    delta (K + delta J)^-1 J z  =  z - (K + delta J)^-1 K z,
 
-so that products with the shifted factor reach it (`NullSpace`). Where there are few null vectors, a basis of them in the user's
-units takes them out of right-hand sides and of solutions (`Projector`).
+which shrinks every other part, so that products with the shifted factor reach it (`NullSpace`).
+Where there are few null vectors, a basis of them in the user's units takes them out of right-hand
+sides and of solutions (`Projector`).
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from convlayer.conic.program import take_rows
 
 # |K z| below this share of |z|, times the square root of the size, makes z a null vector.
 NULL = 1e-12
-# |K z| below this share of |z|: z is null vectors to the last bit, and another step would gain nothing.
+# |K z| below this share of |z|: z is null vectors to the last bit, and another step would gain
+# nothing.
 CLEAN = 1e-15
 # A part in the null space below this share of a vector is rounding.
 NOTHING = 1e-14
@@ -28,7 +31,8 @@ NOTHING = 1e-14
 STEPS = 30
 # A step that leaves more than this share of the other parts gains nothing.
 GAIN = 0.9
-# Times that a part is taken out of a right-hand side: what rounding leaves of it, the shifted factor would make large again.
+# Times that a part is taken out of a right-hand side: what rounding leaves of it, the shifted
+# factor would make large again.
 TURNS = 3
 
 
@@ -43,7 +47,8 @@ class NullSpace:
     exact: Callable[[int, Tensor], Tensor] | None = None  # K^+ in K's range, of one row
 
     def part(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(the part of x (rows, size, k) in the null space, which of its columns (rows, k) are nothing but null vectors)."""
+        """(the part of x (rows, size, k) in the null space, which of its columns (rows, k) are
+        nothing but null vectors)."""
         least = NOTHING * x.norm(dim=1)
         # delta (K + delta J)^-1 J x
         part = self.solve(self.shift * x)
@@ -85,14 +90,15 @@ class NullSpace:
 class Projector:
     """Takes the null spaces of some rows of a batch out of vectors in x's own units.
 
-    A solution is in units^1 and a right-hand side in units^-1; in the user's units both are orthogonal to the null space:
+    A solution is in units^1 and a right-hand side in units^-1; in the user's units both are
+    orthogonal to the null space:
 
         z - N N^+ z,   N unit null vectors, N^+ = (N'N)^+ N'.
     """
 
     def __init__(self, rows: Tensor, unit: Tensor, units: Tensor | None):
-        """unit (rows, size, k) as `normalised` gives them, zero where there are fewer than k; units (B or 1, n) of x, None for
-        ones."""
+        """unit (rows, size, k) as `normalised` gives them, zero where there are fewer than k;
+        units (B or 1, n) of x, None for ones."""
         self.rows = rows
         self.units = unit.new_ones(unit.shape[:2])
         if units is not None:

@@ -2,8 +2,8 @@
 
 Newton:   J (dx, dv) = -F,    J = [ P  A'D ;  A  D - I ],  D = DPi_K*(v)
 
-Where the active set is right, semismooth Newton settles in a step or two. Rows where it is not follow the central path from the
-solver's point a little further, and Newton's method tries again.
+Where the active set is right, semismooth Newton settles in a step or two. Rows where it is not
+follow the central path from the solver's point a little further, and Newton's method tries again.
 
 Source: Busseti, Moursi and Boyd (2019) for refinement at regular points.
 """
@@ -35,7 +35,8 @@ from convlayer.memo import constants
 
 @dataclass(frozen=True)
 class _Newton:
-    """When Newton's method goes on, and when it has done; all but the counts are relative residuals, or shares of one."""
+    """When Newton's method goes on, and when it has done; all but the counts are relative
+    residuals, or shares of one."""
 
     target: float  # there is nothing left to do
     settled: float  # below this, a step that gains less than a digit was the last
@@ -60,7 +61,8 @@ NEWTON = _Newton(target=1e-13, settled=1e-11, stuck=1e-9, reuse=1e-3, steps=20, 
 PATH = _CentralPath(steps=40, stride=8, share=0.05, floor=1e-24, boundary=0.99)
 # |v| below this counts as weakly active: treated as inactive.
 KINK = 1e-11
-# Distance from a kink below which a row is flagged; one more Newton step, where that is longer, says the same.
+# Distance from a kink below which a row is flagged; one more Newton step, where that is longer,
+# says the same.
 MARGIN = 1e-7
 # The error of x is told relative to x, and to no less than this.
 SMALLEST_X = 1e-3
@@ -79,7 +81,8 @@ class Root:
     residual: Tensor  # (B,) relative, rounding counting for nothing
     judged: Tensor  # (B,) relative, as strictly as rounding allows
     spectrum: ProductSpectrum  # of DPi_K* at v = y - s
-    error: Tensor  # (B,) estimated relative error of what the user sees of x: the size of one more Newton step
+    # (B,) estimated relative error of what the user sees of x: the size of one more Newton step
+    error: Tensor
     margin: Tensor  # (B,) distance from the nearest kink
     steps: Tensor  # (B,) of Newton that found it
     pivot: Tensor | None  # (B,) the smallest of the dense factor
@@ -111,7 +114,8 @@ class Root:
 
     @cached_property
     def system(self) -> System:
-        """The factored system here: the polish's last one, or where curved cones have moved since, a new one."""
+        """The factored system here: the polish's last one, or where curved cones have moved since,
+        a new one."""
         if self.last is not None:
             return self.last
         assert self.operators is not None
@@ -132,7 +136,8 @@ class ResidualPoint:
     F2: Tensor
     size: Tensor  # (B,) relative residual
     spectrum: ProductSpectrum
-    sizes: Sizes | None  # that it is relative to: those of its terms where the polish began; None: see `residual`
+    # that it is relative to: those of its terms where the polish began; None: see `residual`
+    sizes: Sizes | None
 
     def rows(self, index: Tensor) -> ResidualPoint:
         """The points of some rows."""
@@ -143,19 +148,25 @@ class ResidualPoint:
     def put(self, index: Tensor, other: ResidualPoint) -> ResidualPoint:
         """These points, with those of some rows replaced."""
         parts = {
-            name: getattr(self, name).index_copy(0, index, getattr(other, name)) for name in ResidualPoint.TENSORS
+            name: getattr(self, name).index_copy(0, index, getattr(other, name))
+            for name in ResidualPoint.TENSORS
         }
-        return ResidualPoint(**parts, spectrum=self.spectrum.put(index, other.spectrum), sizes=self.sizes)
+        return ResidualPoint(
+            **parts, spectrum=self.spectrum.put(index, other.spectrum), sizes=self.sizes
+        )
 
     @classmethod
-    def at(cls, operators: Operators, x: Tensor, v: Tensor, sizes: Sizes | None = None) -> ResidualPoint:
+    def at(
+        cls, operators: Operators, x: Tensor, v: Tensor, sizes: Sizes | None = None
+    ) -> ResidualPoint:
         """y = Pi_K*(v), s = Pi_K(-v)"""
         y, s, spectrum = operators.data.program.cones.linearise_dual(v, KINK)
         return cls(x, v, y, s, *residual(operators, x, s, y, sizes), spectrum, sizes)
 
     @classmethod
     def inside(cls, operators: Operators, x: Tensor, s: Tensor, y: Tensor) -> ResidualPoint:
-        """With s and y of the inequalities as they are, both positive: D = y / (y + s) there, as on a central path."""
+        """With s and y of the inequalities as they are, both positive: D = y / (y + s) there, as
+        on a central path."""
         program = operators.data.program
         v = y - s
         y_edge, s_edge, spectrum = program.cones.linearise_dual(v, KINK)
@@ -173,8 +184,8 @@ class _Factored(NamedTuple):
     point: ResidualPoint
 
     def is_of(self, new: ResidualPoint) -> bool:
-        """Whether it is the factor of that point, too. Curved cones must not have moved at all: where a slack is tiny, so is the
-        step that changes their derivative."""
+        """Whether it is the factor of that point, too. Curved cones must not have moved at all:
+        where a slack is tiny, so is the step that changes their derivative."""
         old = self.point
         return old is new or (
             old.spectrum.is_diagonal and torch.equal(old.spectrum.values, new.spectrum.values)
@@ -183,7 +194,9 @@ class _Factored(NamedTuple):
     def is_on_faces_of(self, new: ResidualPoint) -> bool:
         """Whether the same rows are free, fixed, and between."""
         old_d, new_d = self.point.spectrum.values, new.spectrum.values
-        return old_d is new_d or (torch.equal(old_d > 0, new_d > 0) and torch.equal(old_d < 1, new_d < 1))
+        return old_d is new_d or (
+            torch.equal(old_d > 0, new_d > 0) and torch.equal(old_d < 1, new_d < 1)
+        )
 
 
 def polish(
@@ -222,7 +235,8 @@ def polish(
         sizes = term_sizes(operators, best.x, best.s, best.y, JUDGING)
         judged = relative_size(best.F1, best.F2, sizes)
 
-    # Flags and the error estimate want a factor of the faces where the point lies; the derivative, one of the very point.
+    # Flags and the error estimate want a factor of the faces where the point lies; the derivative,
+    # one of the very point.
     if factor is None or not factor.is_on_faces_of(best):
         factor = _Factored(factorise(operators, best.spectrum, visible, units), best)
     system = factor.system
@@ -252,10 +266,11 @@ def polish(
 def _settle(
     operators: Operators, point: ResidualPoint, visible: Visible, units: Tensor | None
 ) -> tuple[ResidualPoint, _Factored | None, Tensor]:
-    """Semismooth Newton, row by row: (the best point of each row, the last factor of all rows, steps).
+    """Semismooth Newton, row by row: (the best point of each row, the last factor of all rows,
+    steps).
 
-    Steps are full and need not descend: while the active set settles the residual may rise. A row gives up after some steps
-    without a new best. A factor is kept while its steps still gain much.
+    Steps are full and need not descend: while the active set settles the residual may rise. A row
+    gives up after some steps without a new best. A factor is kept while its steps still gain much.
     """
     best, batch = point, len(point.x)
     if is_within(point.size, NEWTON.target):
@@ -307,7 +322,8 @@ def _along_path(
     visible: Visible,
     units: Tensor | None,
 ) -> tuple[ResidualPoint, _Factored | None]:
-    """Some rows, from points inside their inequalities: Newton's method tries again after every stride along the path.
+    """Some rows, from points inside their inequalities: Newton's method tries again after every
+    stride along the path.
 
     (the best points of all rows, the factor where it is still theirs).
     """
@@ -335,7 +351,8 @@ def _interior(operators: Operators, x: Tensor, s: Tensor, y: Tensor) -> Residual
 def _follow(
     operators: Operators, point: ResidualPoint, visible: Visible, units: Tensor | None
 ) -> tuple[ResidualPoint, bool]:
-    """A stride of primal-dual interior-point steps towards y s = 0 for every inequality; and whether the path has ended.
+    """A stride of primal-dual interior-point steps towards y s = 0 for every inequality; and
+    whether the path has ended.
 
     Newton on F and on y s = target, the target a share of what it is now for each inequality:
 
@@ -355,10 +372,12 @@ def _follow(
         F1, F2 = point.F1 + operators.At(centring), point.F2 + centring
         dx, dv = newton(operators, point.spectrum, system, F1, F2)
         # dy = D dv + r/(y + s),  ds = dy - dv
-        dy = point.spectrum.from_basis(point.spectrum.values * point.spectrum.to_basis(dv)) + centring
+        d = point.spectrum.values
+        dy = point.spectrum.from_basis(d * point.spectrum.to_basis(dv)) + centring
         ds = dy - dv
         # Nearly to the boundary, at most; a row whose step is no number stays where it is.
-        leaving_y, leaving_s = torch.where(rows, -dy / point.y, 0.0), torch.where(rows, -ds / point.s, 0.0)
+        leaving_y = torch.where(rows, -dy / point.y, 0.0)
+        leaving_s = torch.where(rows, -ds / point.s, 0.0)
         ratio = torch.maximum(leaving_y, leaving_s).amax(1)
         length = (PATH.boundary / ratio.clamp(min=PATH.boundary)).nan_to_num(0.0).unsqueeze(1)
         dx, dy, ds = (step.nan_to_num(0.0) * length for step in (dx, dy, ds))
@@ -372,15 +391,16 @@ def _unhidden(
     """Newton's method again for some rows, every entry of F measured against its own terms."""
     part, now = operators.rows(rows), best.rows(rows)
     sizes = term_sizes(part, now.x, now.s, now.y, WORKING)
-    again, _, _ = _settle(part, ResidualPoint.at(part, now.x, now.v, sizes), visible, units_of(units, rows))
+    start = ResidualPoint.at(part, now.x, now.v, sizes)
+    again, _, _ = _settle(part, start, visible, units_of(units, rows))
     return again
 
 
 def _uncertainty(
     operators: Operators, point: ResidualPoint, system: System, sizes: Sizes
 ) -> tuple[Tensor, Tensor]:
-    """One more Newton step, from a residual of which no more is known than rounding leaves: how far the solution may yet
-    move."""
+    """One more Newton step, from a residual of which no more is known than rounding leaves: how
+    far the solution may yet move."""
     unsure = rounding(operators, point.s, point.y, sizes)
     F1 = point.F1 + unsure.dual * _signs(point.F1.shape[1], point.F1.device)
     F2 = point.F2 + unsure.primal * _signs(point.F2.shape[1], point.F2.device)
@@ -395,7 +415,8 @@ def _signs(size: int, device: torch.device) -> Tensor:
 
 
 def _relative_step(program: Program, dx: Tensor, x: Tensor, visible: Visible) -> Tensor:
-    """(B,) the largest step that is seen, relative to what is seen of x in its part of the program."""
+    """(B,) the largest step that is seen, relative to what is seen of x in its part of the
+    program."""
     if not x.shape[1]:
         return x.new_zeros(len(x))
     seen, step = (x * visible.x).abs(), (dx * visible.x).abs()
@@ -407,8 +428,11 @@ def newton(
 ) -> tuple[Tensor, Tensor]:
     """The step that zeroes F to first order, in x and in the cone's variable v.
 
-        P dx + A'D dv = -F1,   A dx - (I - D) dv = -F2
-        with D dv = U e:   K (dx, eta) = (-F1, -sqrt(d) U'F2),   e = sqrt(d) eta,   dv = A dx + F2 + U e
+    P dx + A'D dv = -F1,   A dx - (I - D) dv = -F2
+
+    With D dv = U e:   K (dx, eta) = (-F1, -sqrt(d) U'F2),   e = sqrt(d) eta
+
+    dv = A dx + F2 + U e
     """
     dx, e = system.solve(-F1, -spectrum.to_basis(F2), newton=True)
     return dx, operators.A(dx) + F2 + spectrum.from_basis(e)
@@ -421,8 +445,9 @@ def is_within(sizes: Tensor, limit: float) -> bool:
 
 def _above(sizes: Tensor, limit: float) -> Tensor:
     """The rows of sizes (B,) above a limit."""
-    within = is_within(sizes, limit)
-    return torch.nonzero(sizes > limit).flatten() if not within else sizes.new_zeros(0, dtype=torch.int64)
+    if is_within(sizes, limit):
+        return sizes.new_zeros(0, dtype=torch.int64)
+    return torch.nonzero(sizes > limit).flatten()
 
 
 def units_of(units: Tensor | None, rows: Tensor) -> Tensor | None:
