@@ -48,14 +48,18 @@ class KKTPattern:
         n, m = program.n, program.m
         self.n, self.m = n, m
         A_rows, A_cols = program.A_rows.astype(np.int64), program.A_cols.astype(np.int64)
-        keys = [A_rows * n + A_cols]
-        self._columns_of: dict[int, np.ndarray] = {}  # first row of a block -> the columns of all its rows
+
+        # The columns of all rows of each block with a basis, by its first row; large blocks are split.
+        self._columns_of: dict[int, np.ndarray] = {}
         _, columns_by_row, indptr = program.A_by_row
         for block in program.cones.blocks:
             if not block.elementwise:
-                columns = np.unique(columns_by_row[indptr[block.start] : indptr[block.start + block.size]])
-                self._columns_of[block.start] = columns
+                own = slice(indptr[block.start], indptr[block.start + block.size])
+                self._columns_of[block.start] = np.unique(columns_by_row[own])
         self.split = _Split.of(program, self._columns_of)
+
+        # The entries E of U'A: those of A, and in the other blocks with a basis every row's in all their columns.
+        keys = [A_rows * n + A_cols]
         for block in program.cones.blocks:
             if block.start in self._columns_of and block.size not in self.split.sizes:
                 columns = self._columns_of[block.start]
@@ -66,30 +70,32 @@ class KKTPattern:
         self.E_rows = torch.from_numpy(E_rows)
         self._positions: dict[int, Tensor] = {}
 
-        # Upper triangle, by columns: (row, column) of P, of B', of the diagonal.
+        # Upper triangle, by columns: (row, column) of P, of B', of f'A and g'A, of f and g, of the diagonal.
         split, size = self.split, n + m + 4 * len(self.split.starts)
         self.size = size
         diagonal = np.arange(size)
-        rows = np.concatenate([program.P_rows, E_cols, split.columns, n + split.rows, diagonal]).astype(np.int64)
-        columns = np.concatenate(
-            [program.P_cols, n + E_rows, n + m + split.owners, n + m + split.multipliers, diagonal]
-        ).astype(np.int64)
+        end = n + m
+        places = (
+            (program.P_rows, program.P_cols),
+            (E_cols, n + E_rows),
+            (split.columns, end + split.owners),
+            (n + split.rows, end + split.multipliers),
+            (diagonal, diagonal),
+        )
+        rows, columns = (np.concatenate(side).astype(np.int64) for side in zip(*places, strict=True))
         key, inverse = np.unique(columns * size + rows, return_inverse=True)
         columns, rows = np.divmod(key, max(size, 1))
         self.nnz = len(key)
         self.rows, self.columns = torch.from_numpy(rows), torch.from_numpy(columns)
         self.off_diagonal = torch.from_numpy(np.flatnonzero(rows != columns))
-        sections = [len(program.P_rows), len(E_rows), len(split.columns), len(split.rows), size]
-        self.place_P, self.place_E, self.place_axes, self.place_multipliers, self.place_diagonal = torch.from_numpy(
-            inverse
-        ).split(sections)
+        where = torch.from_numpy(inverse).split([len(side) for side, _ in places])
+        self.place_P, self.place_E, self.place_axes, self.place_multipliers, self.place_diagonal = where
+
         # Of a quasidefinite matrix: the variables' and the multipliers' unknowns, and the rows'.
         self.signs = torch.ones(size, dtype=torch.float64)
         self.signs[n : n + m + 2 * len(split.starts)] = -1.0
-        self._indices, self._indptr = (
-            rows.astype(np.int32),
-            np.searchsorted(columns, np.arange(size + 1)).astype(np.int32),
-        )
+        self._indices = rows.astype(np.int32)
+        self._indptr = np.searchsorted(columns, np.arange(size + 1)).astype(np.int32)
         self._pool: deque[Factor] = deque()
 
     def rotated(self, A: Tensor, spectrum: ProductSpectrum) -> Tensor:
