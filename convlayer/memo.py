@@ -29,7 +29,6 @@ Value = TypeVar("Value")
 # Of one function of sizes and devices: so many values are kept, those of a program with cones of
 # many sizes among them.
 KEPT = 256
-_NOTHING: Any = object()
 
 
 class _Known(dict):
@@ -48,21 +47,22 @@ def once_for_each(work: Work) -> Work:
     each."""
     place = f"_known_{work.__module__}.{work.__qualname__}"
 
+    def found(owner: Any, given: tuple) -> Any:
+        # Atomic: two threads take the same one.
+        mine = vars(owner).setdefault(place, _Known())
+        with mine.lock:
+            if given not in mine:
+                with torch.inference_mode(False):
+                    mine[given] = work(owner, *given)
+            return mine[given]
+
     @wraps(work)
     def known(owner: Any, *given: Any) -> Any:
-        kept = vars(owner)
-        mine = kept.get(place)
-        if mine is None:
-            # Atomic: two threads take the same one.
-            mine = kept.setdefault(place, _Known())
-        value = mine.get(given, _NOTHING)
-        if value is _NOTHING:
-            with mine.lock:
-                value = mine.get(given, _NOTHING)
-                if value is _NOTHING:
-                    with torch.inference_mode(False):
-                        value = mine[given] = work(owner, *given)
-        return value
+        try:  # what is there already, as nearly always, is to cost as little as it can
+            return owner.__dict__[place][given]
+        except KeyError:
+            pass
+        return found(owner, given)
 
     return cast(Work, known)
 
