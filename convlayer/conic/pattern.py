@@ -68,7 +68,6 @@ class KKTPattern:
         E_rows, E_cols = np.divmod(self._E_keys, max(n, 1))
         self.from_A = torch.from_numpy(np.searchsorted(self._E_keys, A_rows * n + A_cols))
         self.E_rows = torch.from_numpy(E_rows)
-        self._positions: dict[int, Tensor] = {}
 
         # Upper triangle, by columns: (row, column) of P, of B', of f'A and g'A, of f and g, of the diagonal.
         split, size = self.split, n + m + 4 * len(self.split.starts)
@@ -109,22 +108,22 @@ class KKTPattern:
         for rows, basis in spectrum.bases:
             if basis.shape[-2] in self.split.sizes:
                 continue
-            positions = self._block_positions(rows, basis.shape[-3], basis.shape[-2])
+            count, k = basis.shape[-3:-1]
+            where = np.arange(self.m)[rows] if isinstance(rows, slice) else rows.numpy()
+            positions = self._block_positions(k, tuple(where.reshape(count, k)[:, 0].tolist()))
             E[:, positions] = to_basis(basis, source[:, positions])
         return E[:, :-1]
 
-    def _block_positions(self, rows: slice | Tensor, count: int, k: int) -> Tensor:
-        """(count, k, columns) where the entries of these blocks stand among the values of E; the last value is padding."""
-        where = np.arange(self.m)[rows] if isinstance(rows, slice) else rows.numpy()
-        where = where.reshape(count, k)
-        key = int(where[0, 0])
-        if key not in self._positions:
-            columns = [self._columns_of[int(first)] for first in where[:, 0]]
-            positions = np.full((count, k, max(map(len, columns))), len(self._E_keys), dtype=np.int64)
-            for block, (block_rows, cols) in enumerate(zip(where, columns, strict=True)):
-                positions[block, :, : len(cols)] = np.searchsorted(self._E_keys, block_rows[:, None] * self.n + cols)
-            self._positions[key] = torch.from_numpy(positions)
-        return self._positions[key]
+    @once_for_each
+    def _block_positions(self, k: int, starts: tuple[int, ...]) -> Tensor:
+        """(blocks, k, columns) where the entries of these blocks of k rows stand among the values of E; the last value is
+        padding."""
+        columns = [self._columns_of[start] for start in starts]
+        positions = np.full((len(starts), k, max(map(len, columns))), len(self._E_keys), dtype=np.int64)
+        for block, (start, own) in enumerate(zip(starts, columns, strict=True)):
+            rows = start + np.arange(k)[:, None]
+            positions[block, :, : len(own)] = np.searchsorted(self._E_keys, rows * self.n + own)
+        return torch.from_numpy(positions)
 
     def stacked(self, values: np.ndarray) -> sp.csr_array:
         """Both triangles with these values (rows, nnz), as one block-diagonal matrix."""
