@@ -143,8 +143,11 @@ def normalise(data: Data) -> tuple[Data, Scaling]:
 
 def _normalised(data: Data) -> tuple[Data, Scaling]:
     batch = data.batch
+    # A' = e A c
     c, e = _equilibrate(data)
     scaled = _in_units(data, c, e)
+
+    # Right-hand sides that are as good as infinite count for nothing.
     unbounded = None
     b = scaled.b.abs()
     top = _greatest(b)
@@ -154,6 +157,8 @@ def _normalised(data: Data) -> tuple[Data, Scaling]:
     if unbounded is not None:
         b = torch.where(unbounded, 0.0, b)
         top = _greatest(b)
+
+    # rho b, and tau (q, P / rho), of size one
     rho = _reciprocal_of_typical(b, top)
     q, P = scaled.largest_costs
     if not (top.numel() and top.min().item() > 0):
@@ -351,6 +356,7 @@ def term_sizes(operators: Operators, x: Tensor, s: Tensor, y: Tensor, faint: Fai
     """
     program, absolute = operators.data.program, operators.absolute
     x, s, y = (part.abs().clamp(max=FARTHEST) for part in (x, s, y))
+    # |q| + |A|'|y|,  to which |P||x| comes below,  and |b| + |A||x| + |s|
     q, b = operators.right_sizes
     dual, primal = q + absolute.At(y), b + absolute.A(x) + s
     if not program.is_elementwise:
@@ -407,6 +413,7 @@ def residual(
     Without sizes each entry is measured against its right-hand side and the size of x or y (A having entries of size one).
     """
     data = operators.data
+    # F = (Px + q + A'y, Ax + s - b)
     F1, F2 = operators.P(x) + data.q + operators.At(y), operators.A(x) + s - data.b
     if sizes is None:
         q, b = operators.right_sizes
