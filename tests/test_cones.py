@@ -357,9 +357,10 @@ def test_entropy_at_its_edge_has_a_finite_derivative() -> None:
         assert dense(spectrum).isfinite().all()
 
 
-MIXED = Product.from_dims(
-    zero=2, nonnegative=3, second_order=(3, 4, 1, 3, 2), psd=(1, 3, 2, 3), exponential=3, power=(0.3, 0.5, 0.9)
-)
+MIXED = Product(
+    [Zero(2), Nonnegative(3), *map(SecondOrder, (3, 4, 1, 3, 2)), *map(Psd, (1, 3, 2, 3)), *[Exponential()] * 3,
+     *map(Power, (0.3, 0.5, 0.9))]
+)  # fmt: skip
 SHUFFLED = Product(
     [Exponential(), Nonnegative(2), Psd(2), Zero(1), Power(0.2), SecondOrder(3), Psd(2), Exponential(), Nonnegative(1),
      Power((0.6, 0.7)), Zero(2), SecondOrder(3)]
@@ -437,7 +438,8 @@ def test_a_product_is_a_value(product: Product) -> None:
 
 
 def test_a_product_describes_itself() -> None:
-    product = Product.from_dims(2, 10, (3, 4, 4), (3,), 1, (0.25,))
+    norms = SecondOrder(3), SecondOrder(4), SecondOrder(4)
+    product = Product([Zero(2), Nonnegative(10), *norms, Psd(3), Exponential(), Power(0.25)])
     assert product.describe() == (
         "2 zero, 10 nonnegative, 3 second-order (sizes 3, 4), 1 psd (n = 3), 1 exponential, 1 power (alpha = 0.25)"
     )

@@ -251,7 +251,8 @@ def test_the_dual_of_a_product_is_assembled_from_its_blocks() -> None:
 
 
 def test_the_dual_of_a_product_tends_to_the_exact_one() -> None:
-    product = Product.from_dims(2, 3, [3, 4], [2, 3], 2, [0.3, 0.6])
+    curved = [SecondOrder(3), SecondOrder(4), Psd(2), Psd(3), Exponential(), Exponential(), Power((0.3, 0.6))]
+    product = Product([Zero(2), Nonnegative(3), *curved])
     v, x = torch.randn(2, 20, product.size, dtype=torch.float64)
     exact_y, exact_s, exact = product.linearise_dual(v)
     y, s, spectrum = product.smooth_dual(v, torch.tensor(1e-16, dtype=torch.float64))

@@ -1,5 +1,6 @@
 """Where the solution map has no derivative: flagged if that is ambiguous for what is asked, not if it is harmless; always finite."""
 
+import dataclasses
 import warnings
 
 import cvxpy as cp
@@ -8,7 +9,7 @@ import pytest
 import torch
 from cases import FIVE_POINT, close, leaves
 
-import convlayer.conic.adjoint
+import convlayer.conic.polish
 from convlayer import Cause, ConvexLayer, GradientWarning, Status
 
 
@@ -408,8 +409,8 @@ def test_an_active_set_that_newton_cannot_settle_is_settled_by_the_central_path(
     layer = ConvexLayer(problem, [q, b], [x], solver_args={"max_iter": 5}, on_failure="keep")
     values = torch.randn(8, n, generator=generator, dtype=torch.float64), torch.rand(8, n, generator=generator, dtype=torch.float64) / 2
     with monkeypatch.context() as patch:
-        patch.setattr(convlayer.conic.adjoint, "PATH", 0)
-        patch.setattr(convlayer.conic.adjoint, "STEPS", 6)
+        patch.setattr(convlayer.conic.polish, "PATH", dataclasses.replace(convlayer.conic.polish.PATH, steps=0))
+        patch.setattr(convlayer.conic.polish, "NEWTON", dataclasses.replace(convlayer.conic.polish.NEWTON, steps=6))
         assert (layer.solve(*values).status != Status.SOLVED).any(), "the case is too easy"
     solution = layer.solve(*values)
     assert (solution.status == Status.SOLVED).all()

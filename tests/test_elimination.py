@@ -9,7 +9,10 @@ import torch
 from cases import CASES, close
 
 from convlayer import AccuracyWarning, ConvexLayer, Status
-from convlayer.conic.program import Operators
+from convlayer.cones import Nonnegative, Product, Zero
+from convlayer.conic.elimination import Elimination
+from convlayer.conic.kkt import Visible
+from convlayer.conic.program import Data, Operators, Program
 from convlayer.paths.evaluation import evaluate
 
 ELIMINATED = [name for name, case in CASES.items() if case.shared._canonical.elimination is not None]
@@ -17,6 +20,10 @@ ELIMINATED = [name for name, case in CASES.items() if case.shared._canonical.eli
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def tensor(values):
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def test_something_is_eliminated_at_all():
@@ -86,3 +93,28 @@ def test_both_spellings_of_a_quadratic_agree():
     weights = normal(4, 5, seed=4)
     (a_bar,), (b_bar,) = (torch.autograd.grad(out, factor, weights) for out in (a, b))
     assert close(a_bar, b_bar, 1e-8)
+
+
+@pytest.mark.parametrize("order", [[Nonnegative(1), Zero(1)], [Zero(1), Nonnegative(1)]], ids=["last", "first"])
+def test_the_equality_may_stand_anywhere_among_the_rows(order):
+    """minimise x^2/2 + t^2 subject to t == x - 3, x >= 1:  x = 2, t = -1."""
+    cones = Product(order)
+    equal, bound = (int(cones.rows_of(kind).nonzero()) for kind in (Zero, Nonnegative))
+    # t - x = -3 and -x + s = -1, by columns
+    rows, columns = np.array([*sorted([equal, bound]), equal]), np.array([0, 0, 1])
+    values = np.array([-1.0, -1.0, 1.0])
+    program = Program(2, 2, cones, P_rows=np.arange(2), P_cols=np.arange(2), A_rows=rows, A_cols=columns)
+    b = torch.zeros(1, 2, dtype=torch.float64)
+    b[0, equal], b[0, bound] = -3.0, -1.0
+    data = Data(program, tensor([[1.0, 2.0]]), tensor([[0.0, 0.0]]), torch.from_numpy(values).unsqueeze(0), b)
+    seen = Visible(torch.ones(2, dtype=torch.bool), torch.ones(2, dtype=torch.bool))
+    elimination = Elimination.of(program, np.ones(3, dtype=bool), values, seen, lambda _, dense: 0.0 if dense else 1.0)
+    assert (elimination.t.tolist(), elimination.r.tolist()) == ([1], [equal])
+    assert elimination.program.cones == Product([Nonnegative(1)])
+    inner = elimination.enter(data)
+    assert (inner.data.P.item(), inner.data.q.item()) == (3.0, -6.0)
+    x, s, y = inner.leave(tensor([[2.0]]), tensor([[1.0]]), tensor([[0.0]]))
+    operators = Operators(data)
+    assert x.tolist() == [[2.0, -1.0]]
+    assert torch.equal(operators.A(x) + s, b)
+    assert torch.equal(operators.P(x) + data.q + operators.At(y), torch.zeros(1, 2, dtype=torch.float64))

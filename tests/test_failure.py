@@ -1,6 +1,7 @@
 """A row that fails is named, flagged and kept from the others; a loss that uses it has a gradient of NaN."""
 
 import copy
+import dataclasses
 import math
 import pickle
 import warnings
@@ -12,7 +13,7 @@ import pytest
 import torch
 from cases import CASES, close, leaves, relative, solved_right_or_flagged, weights
 
-import convlayer.conic.adjoint
+import convlayer.conic.polish
 from convlayer import (
     AccuracyWarning,
     ConvexLayer,
@@ -368,7 +369,7 @@ def test_a_row_that_ran_out_of_iterations_is_flagged_or_right(name, options):
 
 
 def test_a_row_that_neither_solver_nor_polish_settles_is_named(monkeypatch):
-    monkeypatch.setattr(convlayer.conic.adjoint, "PATH", 0)
+    monkeypatch.setattr(convlayer.conic.polish, "PATH", dataclasses.replace(convlayer.conic.polish.PATH, steps=0))
     case = CASES["every_cone"]
     tensors, options = case.sample(6, seed=0), {"max_iter": 1}
     solution = case.layer(solver_args=options, on_failure="keep").solve(*tensors)

@@ -12,7 +12,7 @@ import convlayer.paths.attempts
 import convlayer.paths.cone_solution
 import convlayer.paths.pieces
 from convlayer import ConvexLayer
-from convlayer.cones import Product, ProductSpectrum, SecondOrder
+from convlayer.cones import Product, ProductSpectrum, SecondOrder, Zero
 from convlayer.cones.cone import axes, from_basis, to_basis
 from convlayer.cones.second_order import COMPACT
 from convlayer.conic.kkt import Visible, factorise
@@ -158,7 +158,7 @@ def test_a_singular_system_is_solved_with_the_least_norm_in_the_users_units(dens
     i, j = np.triu_indices(n)
     order = np.lexsort((i, j))
     rows, columns = (index.ravel(order="F") for index in np.indices((m, n)))
-    program = Program(n, m, Product.from_dims(zero=m), i[order], j[order], rows, columns)
+    program = Program(n, m, Product([Zero(m)]), i[order], j[order], rows, columns)
     P = R.T @ R
     parts = [P[i[order], j[order]], np.zeros(n), A.ravel(order="F"), np.zeros(m)]
     data = Data(program, *(torch.from_numpy(part).unsqueeze(0) for part in parts))

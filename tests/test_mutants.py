@@ -15,10 +15,10 @@ import test_solvers
 import torch
 from cases import CASES
 
-import convlayer.conic.adjoint
 import convlayer.conic.elimination
 import convlayer.conic.kinks
-import convlayer.conic.kkt
+import convlayer.conic.kkt_base
+import convlayer.conic.polish
 import convlayer.conic.residual
 import convlayer.declaration.canonical
 import convlayer.declaration.canonicalise
@@ -142,8 +142,9 @@ def symmetry_lost(patch):
 
 
 def polish_skipped(patch):
-    patch.setattr(convlayer.conic.adjoint, "STEPS", 0)
-    patch.setattr(convlayer.conic.adjoint, "PATH", 0)
+    polish = convlayer.conic.polish
+    patch.setattr(polish, "NEWTON", dataclasses.replace(polish.NEWTON, steps=0))
+    patch.setattr(polish, "PATH", dataclasses.replace(polish.PATH, steps=0))
 
 
 GRADIENT = {
@@ -275,7 +276,7 @@ def test_a_kink_that_is_not_flagged_is_caught(monkeypatch):
 
 def test_a_flag_on_what_is_harmless_is_caught(monkeypatch):
     def plant(patch):
-        patch.setattr(convlayer.conic.kkt._System, "_harmful", lambda self, rows, *rest: torch.ones(len(rows), dtype=torch.bool))
+        patch.setattr(convlayer.conic.kkt_base.KKTSystem, "_harmful", lambda self, rows, *rest: torch.ones(len(rows), dtype=torch.bool))
         patch.setattr(convlayer.paths.refined, "judged", lambda zero, rows, sides: zero)
 
     caught(test_degenerate.test_redundant_equalities_without_parameters_are_harmless, plant, monkeypatch)

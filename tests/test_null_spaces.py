@@ -9,7 +9,7 @@ import torch
 from cases import close, leaves
 from test_degenerate import run, tensor
 
-import convlayer.conic.kkt
+import convlayer.conic.kkt_base
 import convlayer.paths.attempts
 import convlayer.paths.cone_solution
 import convlayer.paths.pieces
@@ -27,13 +27,13 @@ def system(request, monkeypatch):
     for module in (convlayer.paths.attempts, convlayer.paths.cone_solution):
         monkeypatch.setattr(module, "prefers_dense", lambda program: dense)
     monkeypatch.setattr(convlayer.declaration.canonical.Canonical, "elimination", property(lambda self: None))
-    original = convlayer.conic.kkt._System._look_beyond
+    original = convlayer.conic.kkt_base.KKTSystem._look_beyond
 
     def look(self, rows):
         looked.append(type(self))
         return original(self, rows)
 
-    monkeypatch.setattr(convlayer.conic.kkt._System, "_look_beyond", look)
+    monkeypatch.setattr(convlayer.conic.kkt_base.KKTSystem, "_look_beyond", look)
     yield
     assert (DenseSystem if dense else SparseSystem) in looked, "the case is too easy"
 

@@ -13,10 +13,10 @@ from cases import CASES
 from torch import Tensor
 
 from convlayer.autodiff.threads import one_thread
-from convlayer.cones import Cone, Nonnegative, Product, Psd, SecondOrder
-from convlayer.cones import Zero as Equality
-from convlayer.conic.adjoint import Zero, adjoint, polish, pull_back
+from convlayer.cones import Cone, Nonnegative, Product, Psd, SecondOrder, Zero
+from convlayer.conic.adjoint import adjoint, pull_back
 from convlayer.conic.kkt import Visible
+from convlayer.conic.polish import Root, polish
 from convlayer.conic.program import Data, Operators, Program
 from convlayer.conic.residual import normalise, recentre
 from convlayer.conic.smoothing import smoothed
@@ -55,7 +55,7 @@ def seed() -> Iterator[None]:
         yield
 
 
-def solution(data: Data, visible: Visible | None = None, dense: bool = False) -> Zero:
+def solution(data: Data, visible: Visible | None = None, dense: bool = False) -> Root:
     """The zero of the residual map itself, in units where the data and the solution are of size one."""
     n, m = data.program.n, data.program.m
     visible = visible or Visible(torch.ones(n, dtype=torch.bool), torch.zeros(m, dtype=torch.bool))
@@ -67,7 +67,7 @@ def solution(data: Data, visible: Visible | None = None, dense: bool = False) ->
 
 
 @functools.cache
-def case(name: str, dense: bool = False, batch: int = 2) -> Zero:
+def case(name: str, dense: bool = False, batch: int = 2) -> Root:
     canonical = CASES[name].shared._canonical
     tensors = zip(canonical.parameters, CASES[name].sample(batch), strict=True)
     entries = [reader.read(tensor.double()) for reader, tensor in tensors]
@@ -75,13 +75,13 @@ def case(name: str, dense: bool = False, batch: int = 2) -> Zero:
     return solution(data.widen(batch), canonical.visible, dense)
 
 
-def smooth(zero: Zero, kappa: float, data: Data | None = None, start: Zero | None = None) -> Zero:
+def smooth(zero: Root, kappa: float, data: Data | None = None, start: Root | None = None) -> Root:
     operators = zero.operators if data is None else Operators(data, zero.operators.dense)
     start = start or zero
     return smoothed(operators, start.x, start.s, start.y, kappa, zero.visible, zero.units)
 
 
-def sparse_data(zero: Zero) -> Data:
+def sparse_data(zero: Root) -> Data:
     data = zero.operators.data
     return replace(data, P=data.P_entries, A=data.A_entries)
 
@@ -94,7 +94,7 @@ def directions(data: Data) -> dict[str, Tensor]:
     }
 
 
-def slope(zero: Zero, name: str, direction: Tensor, x_bar: Tensor, y_bar: Tensor) -> Tensor:
+def slope(zero: Root, name: str, direction: Tensor, x_bar: Tensor, y_bar: Tensor) -> Tensor:
     """The derivative of <x_bar, x> + <y_bar, y> along a direction of one of the values, by the adjoint."""
     w, u = adjoint(zero, x_bar, y_bar)
     program = zero.operators.data.program
@@ -107,7 +107,7 @@ def slope(zero: Zero, name: str, direction: Tensor, x_bar: Tensor, y_bar: Tensor
 
 
 def difference(
-    zero: Zero, base: Zero, kappa: float, name: str, direction: Tensor, x_bar: Tensor, y_bar: Tensor
+    zero: Root, base: Root, kappa: float, name: str, direction: Tensor, x_bar: Tensor, y_bar: Tensor
 ) -> Tensor:
     """The same by differences of smoothed solutions."""
     data, step = sparse_data(zero), 2e-3 * kappa**0.5 / float(direction.norm(dim=1).amax())
@@ -220,9 +220,9 @@ def test_a_linear_program_at_a_vertex_moves_with_its_costs() -> None:
         # a half-line of solutions
         program(np.diag([1.0, 0]), [1, 0], [[-1, 0], [0, -1]], [0, 1], [Nonnegative(2)]),
         # matrices without trace
-        program(np.eye(3), [1, 0.3, -1], [*-np.eye(3), [1, 0, 1]], [0] * 4, [Psd(2), Equality(1)]),
+        program(np.eye(3), [1, 0.3, -1], [*-np.eye(3), [1, 0, 1]], [0] * 4, [Psd(2), Zero(1)]),
         # a line that touches a cone
-        program(np.eye(2), [1, 0.3], [[-1, 0], [0, -1], [0, 0], [1, -1]], [0] * 4, [SecondOrder(3), Equality(1)]),
+        program(np.eye(2), [1, 0.3], [[-1, 0], [0, -1], [0, 0], [1, -1]], [0] * 4, [SecondOrder(3), Zero(1)]),
     ],
     ids=["two-inequalities", "half-line", "no-trace", "tangent"],
 )

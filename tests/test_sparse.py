@@ -9,7 +9,7 @@ import scipy.sparse as sp
 import torch
 from cases import CASES, close, leaves, weights
 
-import convlayer.conic.adjoint
+import convlayer.conic.polish
 import convlayer.paths.attempts
 import convlayer.paths.cone_solution
 import convlayer.paths.pieces
@@ -23,13 +23,13 @@ every_case = pytest.mark.parametrize("name", CASES)
 def force(monkeypatch, kind):
     """Dense or sparse whatever is cheaper, without eliminating a variable; "by rows" is dense, but each row stands alone."""
     made = []
-    original = convlayer.conic.adjoint.factorise
+    original = convlayer.conic.polish.factorise
 
     def factorise(operators, *arguments):
         made.append(original(operators, *arguments))
         return made[-1]
 
-    monkeypatch.setattr(convlayer.conic.adjoint, "factorise", factorise)
+    monkeypatch.setattr(convlayer.conic.polish, "factorise", factorise)
     if kind == "as it comes":
         return made
     monkeypatch.setattr(Canonical, "elimination", property(lambda self: None))

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import sqrt
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,8 +36,17 @@ class Cone(ABC):
     """
 
     name: ClassVar[str]
+    # What CVXPY's summary of a program's cones calls them, and where their rows stand among the others'.
+    dims: ClassVar[str]
+    place: ClassVar[int]
+    # The branches of the derivative at a kink have a common basis.
     two_branched: ClassVar[bool] = True
-    elementwise: ClassVar[bool] = False  # each row is a cone for itself, and may be scaled alone; adjacent blocks are one
+    # Each row is a cone for itself, and may be scaled alone; adjacent blocks are one. Such a cone is polyhedral.
+    elementwise: ClassVar[bool] = False
+    # Away from the first two columns of its basis the derivative is one number.
+    two_axes: ClassVar[bool] = False
+    # K = {(t, z) : |z| <= t}
+    of_norm: ClassVar[bool] = False
     size: int
 
     @abstractmethod
@@ -73,9 +82,32 @@ class Cone(ABC):
         """What tells this cone from others of its name and size, where something does."""
         return None
 
+    @property
+    def curved(self) -> bool:
+        """Its boundary is not made of flat faces: in the plane every cone is an angle."""
+        return not self.elementwise and self.size > 2
+
+    @property
+    def signed(self) -> Sequence[int]:
+        """The rows that are never negative in the cone."""
+        return ()
+
+    def half_spaces(self, weak: Tensor, step: Tensor) -> list[Tensor]:
+        """The directions (size, k), in the spectrum's basis, as numbers (., k) of which none may be negative.
+
+        weak (size,): the directions in which y and s may both begin to move. Of a cone of several the half-spaces along its axes,
+        which hold it.
+        """
+        return [step[weak]]
+
     def inside(self) -> Tensor:
         """(size,) a point inside."""
         return torch.ones(self.size, dtype=torch.float64)
+
+    @classmethod
+    @abstractmethod
+    def read(cls, count: Any) -> Sequence[Cone]:
+        """The cones that CVXPY's summary counts: a number of rows or of cones, or for each cone what tells it from others."""
 
     @classmethod
     def describe(cls, cones: Sequence[Cone]) -> str:
@@ -91,6 +123,10 @@ class Cone(ABC):
     def merge(cls, cones: Sequence[Cone]) -> tuple[Cone, int]:
         """One cone object that serves `count` blocks of a group stacked as (*batch, count, size), and that count."""
         return cones[0], len(cones)
+
+    def apart(self) -> Sequence[Cone]:
+        """The single cones that it serves."""
+        return [self]
 
 
 def distinct(values: Iterable[float | int | None]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -12,10 +12,15 @@ from torch import Tensor
 from convlayer.cones.cone import Cone, Spectrum, bend, finite_rows, rotate, split
 from convlayer.cones.interior import Interior, minimise, rest_of, unit_scale
 
-TINY = 1e-100  # relative to |v|: a positive r or s below it is rounded up, so that ratios and their squares stay finite
-NEAR = 1e-290  # the least distance of the root from its anchor
-FAR = 2000.0  # the greatest: e^rho and e^-rho are then beyond anything v can balance
-SWEEPS = 10  # of plain Newton, which nearly always suffices
+# A positive r or s below this share of |v| is rounded up, so that ratios and their squares stay finite.
+TINY = 1e-100
+# The least distance of the root from its anchor.
+NEAR = 1e-290
+# The greatest: e^rho and e^-rho are then beyond anything v can balance.
+FAR = 2000.0
+# Steps of plain Newton, which nearly always suffice.
+SWEEPS = 10
+# Steps of Newton in a bracket, at most.
 ITERATIONS = 60
 
 
@@ -69,11 +74,22 @@ class Exponential(Cone):
     """
 
     name: ClassVar[str] = "exponential"
+    dims: ClassVar[str] = "exp"
+    place: ClassVar[int] = 4
     two_branched: ClassVar[bool] = False
     size: ClassVar[int] = 3  # type: ignore[misc]
 
     def inside(self) -> Tensor:
         return torch.tensor([-1.0, 1.0, 1.0], dtype=torch.float64)
+
+    @property
+    def signed(self) -> Sequence[int]:
+        """s and t."""
+        return 1, 2
+
+    @classmethod
+    def read(cls, count: int) -> Sequence[Cone]:
+        return [cls()] * count
 
     def project(self, v: Tensor) -> Tensor:
         return self._solve(v)[0]

@@ -12,18 +12,32 @@ Source: Nesterov and Nemirovskii (1994) for the damping; Demmel and Veselic (199
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from convlayer.cones.cone import rotate
 
-ITERATIONS = 200  # of Newton; a dozen is usual
-SWEEPS = 12  # of Jacobi; five are usual
-FAR = 1e14  # |v| beyond which p is Pi(v) to rounding: kappa is then rounded up
-SETTLED = 1e-6  # length of a step from which on Newton's method doubles the digits;
-ROUNDING = 2e-15  # of a step's length, relative to |v|
-CALM = 3  # steps so short to be done: where |v| is large the first of them are no shorter than this
+
+@dataclass(frozen=True)
+class _Descent:
+    """When Newton's method has done."""
+
+    steps: int  # at most; a dozen is usual
+    settled: float  # length of a step from which on the method doubles the digits,
+    rounding: float  # and of a step's rounding, relative to |v|
+    calm: int  # steps so short to be done: where |v| is large the first of them are no shorter than this
+    damped: float  # a step longer than this is shortened
+
+
+DESCENT = _Descent(steps=200, settled=1e-6, rounding=2e-15, calm=3, damped=0.25)
+# Sweeps of Jacobi's method, at most; five are usual.
+JACOBI_SWEEPS = 12
+# Columns are orthogonal where the cosine of their angle is below this.
+ORTHOGONAL = 1e-15
+# |v| beyond which p is Pi(v) to rounding: kappa is then rounded up.
+FAR = 1e14
 
 
 class Interior(ABC):
@@ -48,16 +62,17 @@ def unit_scale(v: Tensor, kappa: Tensor) -> Tensor:
 def minimise(start: Interior, v: Tensor) -> Interior:
     """Damped Newton steps, 1/(1 + l) of the way where l, the step's length in f'', is not small: they stay inside."""
     now, calm = start, 0
-    small = SETTLED + ROUNDING * v.norm(dim=-1, keepdim=True)
-    for _ in range(ITERATIONS):
+    small = DESCENT.settled + DESCENT.rounding * v.norm(dim=-1, keepdim=True)
+    for _ in range(DESCENT.steps):
+        # (1 + f'') c = -grad f - p + v in the frame,  f'' = factor'factor
         matrix = now.factor.mT @ now.factor
         matrix.diagonal(dim1=-2, dim2=-1).add_(1)
         descent = rotate(now.frame.mT, now.polar - now.point + v).unsqueeze(-1)
         c = torch.cholesky_solve(descent, torch.linalg.cholesky_ex(matrix).L).squeeze(-1)
         length = rotate(now.factor, c).norm(dim=-1, keepdim=True)
-        now = now.moved(torch.where(length > 0.25, c / (1 + length), c), (length > small).squeeze(-1))
+        now = now.moved(torch.where(length > DESCENT.damped, c / (1 + length), c), (length > small).squeeze(-1))
         calm += bool((length <= small).all())
-        if calm == CALM:
+        if calm == DESCENT.calm:
             break
     return now
 
@@ -69,7 +84,7 @@ def rest_of(now: Interior) -> tuple[Tensor, Tensor]:
     """
     rows = now.factor.shape[-2]
     columns = list(torch.cat((now.factor, now.frame), -2).unbind(-1))
-    for _ in range(SWEEPS):
+    for _ in range(JACOBI_SWEEPS):
         worst = columns[0].new_zeros(())
         for i, j in ((0, 1), (0, 2), (1, 2)):
             first, second = columns[i], columns[j]
@@ -82,7 +97,7 @@ def rest_of(now: Interior) -> tuple[Tensor, Tensor]:
             cosine = torch.rsqrt(1 + tangent * tangent)
             columns[i] = (first - tangent * second) * cosine
             columns[j] = (second + tangent * first) * cosine
-        if not bool(worst > 1e-15):
+        if not bool(worst > ORTHOGONAL):
             break
     both = torch.stack(columns, -1)
     squares = both[..., :rows, :].square().sum(-2)

@@ -25,7 +25,17 @@ class Nonnegative(Cone):
 
     size: int
     name: ClassVar[str] = "nonnegative"
+    dims: ClassVar[str] = "nonneg"
+    place: ClassVar[int] = 1
     elementwise: ClassVar[bool] = True
+
+    @property
+    def signed(self) -> Sequence[int]:
+        return range(self.size)
+
+    @classmethod
+    def read(cls, count: int) -> Sequence[Cone]:
+        return [cls(count)]
 
     @classmethod
     def describe(cls, cones: Sequence[Cone]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -12,9 +11,13 @@ from torch import Tensor
 
 from convlayer.cones.cone import Cone, Spectrum, bend, distinct, finite_rows, rotate, split
 from convlayer.cones.interior import Interior, minimise, rest_of, unit_scale
+from convlayer.memo import constants
 
-FLAT = 1e-60  # relative to |v|: |z| below this is 0
-NEAR = 1e-160  # relative to |z|: the least distance of the root from its anchor
+# |z| below this share of |v| is 0.
+FLAT = 1e-60
+# The least distance of the root from its anchor, relative to |z|.
+NEAR = 1e-160
+# Steps of Newton's method in its bracket, at most.
 ITERATIONS = 100
 
 
@@ -70,6 +73,8 @@ class Power(Cone):
 
     alphas: tuple[float, ...]
     name: ClassVar[str] = "power"
+    dims: ClassVar[str] = "p3d"
+    place: ClassVar[int] = 5
     two_branched: ClassVar[bool] = False
     size: ClassVar[int] = 3  # type: ignore[misc]
 
@@ -81,6 +86,15 @@ class Power(Cone):
 
     def inside(self) -> Tensor:
         return torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
+
+    @property
+    def signed(self) -> Sequence[int]:
+        """x and y."""
+        return 0, 1
+
+    @classmethod
+    def read(cls, count: Sequence[float]) -> Sequence[Cone]:
+        return [cls(alpha) for alpha in count]
 
     @classmethod
     def describe(cls, cones: Sequence[Cone]) -> str:
@@ -155,6 +169,9 @@ class Power(Cone):
     def merge(cls, cones: Sequence[Cone]) -> tuple[Cone, int]:
         alphas = [alpha for cone in cones if isinstance(cone, Power) for alpha in cone.alphas]
         return cls(alphas), len(alphas)
+
+    def apart(self) -> Sequence[Cone]:
+        return [Power(alpha) for alpha in self.alphas]
 
     def _exponents(self, v: Tensor) -> tuple[Tensor, Tensor]:
         return _exponents(self.alphas, v.dtype, v.device)
@@ -352,13 +369,13 @@ def _point(root: _Root, sign: Tensor) -> Tensor:
     return torch.stack((root.x, root.y, sign * root.w), -1)
 
 
-@lru_cache(maxsize=64)
+@constants
 def _exponents(alphas: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """alpha and 1 - alpha, () for one block and (k,) for k."""
     alpha = torch.tensor(alphas if len(alphas) > 1 else alphas[0], dtype=dtype).to(device)
     return alpha, 1 - alpha
 
 
-@lru_cache(maxsize=16)
+@constants
 def _identity(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.eye(3, dtype=dtype, device=device)

@@ -10,22 +10,34 @@ import torch
 from torch import Tensor
 
 from convlayer.cones.cone import Cone, from_basis, to_basis
-from convlayer.cones.exponential import Exponential
-from convlayer.cones.nonnegative import Nonnegative
-from convlayer.cones.power import Power
-from convlayer.cones.psd import Psd
-from convlayer.cones.second_order import SecondOrder
-from convlayer.cones.zero import Zero
 
 
 class Block(NamedTuple):
-    """One cone of a product, by its rows."""
+    """One cone of a product, and where its rows begin."""
 
-    name: str
+    cone: Cone
     start: int
-    size: int
-    parameter: float | int | None  # n of a psd cone, alpha of a power cone
-    elementwise: bool  # see `Cone`
+
+    @property
+    def name(self) -> str:
+        return self.cone.name
+
+    @property
+    def size(self) -> int:
+        return self.cone.size
+
+    @property
+    def parameter(self) -> float | int | None:
+        """n of a psd cone, alpha of a power cone."""
+        return self.cone.parameter
+
+    @property
+    def elementwise(self) -> bool:
+        return self.cone.elementwise
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.start + self.cone.size)
 
 
 class _Group(NamedTuple):
@@ -72,6 +84,14 @@ class ProductSpectrum:
         """The spectrum of a subset of a flattened batch, values (B, m) -> (len(rows), m)."""
         return ProductSpectrum(self.values[rows], [(where, basis[rows]) for where, basis in self.bases])
 
+    def put(self, rows: Tensor, other: ProductSpectrum) -> ProductSpectrum:
+        """This one, with that of some rows of a flattened batch replaced."""
+        bases = [
+            (where, basis.index_copy(0, rows, new))
+            for (where, basis), (_, new) in zip(self.bases, other.bases, strict=True)
+        ]
+        return ProductSpectrum(self.values.index_copy(0, rows, other.values), bases)
+
     def _rotate(self, x: Tensor, columns: bool, turn: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         if not self.bases:
             return x
@@ -103,7 +123,7 @@ class Product:
         starts = [0]
         for cone in self.cones:
             starts.append(starts[-1] + cone.size)
-        self.blocks = [Block(c.name, start, c.size, c.parameter, c.elementwise) for c, start in zip(self.cones, starts)]
+        self.blocks = [Block(cone, start) for cone, start in zip(self.cones, starts)]
         members: dict[object, list[tuple[Cone, int]]] = {}
         for cone, start in zip(self.cones, starts):
             members.setdefault(cone.group, []).append((cone, start))
@@ -119,49 +139,26 @@ class Product:
             )
         self._restore = None if order == sorted(order) else torch.argsort(torch.tensor(order))
 
-    def rows_of(self, name: str) -> Tensor:
-        """(m,) bool, the rows of the cones of this name."""
-        rows = torch.zeros(self.size, dtype=torch.bool)
-        for block in self.blocks:
-            if block.name == name:
-                rows[block.start : block.start + block.size] = True
-        return rows
+    def rows_of(self, kind: type[Cone]) -> Tensor:
+        """(m,) bool, the rows of the cones of this kind."""
+        return self._rows_where(lambda cone: isinstance(cone, kind))
 
     @property
     def curved(self) -> Tensor:
         """(m,) bool, the rows of the cones whose boundary is not made of flat faces."""
+        return self._rows_where(lambda cone: cone.curved)
+
+    def _rows_where(self, chosen: Callable[[Cone], bool]) -> Tensor:
         rows = torch.zeros(self.size, dtype=torch.bool)
         for block in self.blocks:
-            if block.name not in ("zero", "nonnegative") and block.size > 2:
-                rows[block.start : block.start + block.size] = True
+            if chosen(block.cone):
+                rows[block.rows] = True
         return rows
 
     @property
     def inside(self) -> Tensor:
         """(m,) a point inside every cone; ones in the zero cone, which has none."""
         return torch.cat([torch.zeros(0, dtype=torch.float64), *(cone.inside() for cone in self.cones)])
-
-    @classmethod
-    def from_dims(
-        cls,
-        zero: int = 0,
-        nonnegative: int = 0,
-        second_order: Sequence[int] = (),
-        psd: Sequence[int] = (),
-        exponential: int = 0,
-        power: Sequence[float] = (),
-    ) -> Product:
-        """Rows in exactly this order: sizes of second-order cones, n of psd cones, alphas of power cones."""
-        return cls(
-            [
-                Zero(zero),
-                Nonnegative(nonnegative),
-                *(SecondOrder(size) for size in second_order),
-                *(Psd(n) for n in psd),
-                *(Exponential() for _ in range(exponential)),
-                *(Power(alpha) for alpha in power),
-            ]
-        )
 
     def project(self, v: Tensor) -> Tensor:
         """Pi_K(v)."""
@@ -274,16 +271,14 @@ class Product:
 
 
 def _joined(cones: Sequence[Cone]) -> list[Cone]:
-    """Adjacent elementwise blocks joined, empty ones dropped, several alphas in one Power taken apart."""
+    """Adjacent elementwise blocks joined, empty ones dropped, cones that serve several blocks taken apart."""
     out: list[Cone] = []
-    for kind, members in groupby((cone for cone in cones if cone.size), key=type):
+    for _, members in groupby((cone for cone in cones if cone.size), key=type):
         run = list(members)
         if run[0].elementwise:
             out.append(run[0].merge(run)[0])
-        elif kind is Power:
-            out += [Power(alpha) for cone in run if isinstance(cone, Power) for alpha in cone.alphas]
         else:
-            out += run
+            out += [single for cone in run for single in cone.apart()]
     return out
 
 

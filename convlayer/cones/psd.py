@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from math import sqrt
 from typing import ClassVar
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from convlayer.cones.cone import Cone, Spectrum, distinct, finite_rows, lift, spectral_weight, split
+from convlayer.memo import constants
 
 
 def svec(matrix: Tensor) -> Tensor:
@@ -45,6 +45,8 @@ class Psd(Cone):
 
     n: int
     name: ClassVar[str] = "psd"
+    dims: ClassVar[str] = "psd"
+    place: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -57,8 +59,26 @@ class Psd(Cone):
     def inside(self) -> Tensor:
         """The identity."""
         point = torch.zeros(self.size, dtype=torch.float64)
-        point[[k * (k + 3) // 2 for k in range(self.n)]] = 1.0
+        point[self.signed] = 1.0
         return point
+
+    @property
+    def signed(self) -> list[int]:
+        """The diagonal."""
+        return [k * (k + 3) // 2 for k in range(self.n)]
+
+    def half_spaces(self, weak: Tensor, step: Tensor) -> list[Tensor]:
+        """(e_i +- e_j)'X(e_i +- e_j) >= 0 of the eigenvectors e."""
+        layout = _layout(self.n, step.dtype, step.device)
+        diagonal = step[layout.row == layout.column]
+        i, j = layout.row[weak], layout.column[weak]
+        # 2 X_ij, of which a coordinate is sqrt 2 X_ij; X_ii stands on the diagonal already
+        off = step[weak] * torch.where(i == j, 0.0, sqrt(2)).to(step).unsqueeze(1)
+        return [diagonal[i] + diagonal[j] + off, diagonal[i] + diagonal[j] - off]
+
+    @classmethod
+    def read(cls, count: Sequence[int]) -> Sequence[Cone]:
+        return [cls(n) for n in count]
 
     @classmethod
     def describe(cls, cones: Sequence[Cone]) -> str:
@@ -160,7 +180,7 @@ def _basis(q: Tensor, layout: _Layout) -> Tensor:
     return basis.addcmul_(rows[..., layout.column], columns[..., layout.row]).mul_(layout.pair)
 
 
-@lru_cache(maxsize=64)
+@constants
 def _layout(n: int, dtype: torch.dtype, device: torch.device) -> _Layout:
     column, row = torch.tril_indices(n, n, device=device)
     index = torch.arange(n, device=device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from math import sqrt
 from typing import ClassVar
 
@@ -22,8 +21,10 @@ from convlayer.cones.cone import (
     split,
     to_basis,
 )
+from convlayer.memo import constants
 
-COMPACT = 48  # rows from which on u stands for the basis
+# Rows from which on u stands for the basis.
+COMPACT = 48
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class SecondOrder(Cone):
 
     size: int
     name: ClassVar[str] = "second_order"
+    dims: ClassVar[str] = "soc"
+    place: ClassVar[int] = 2
+    two_axes: ClassVar[bool] = True
+    of_norm: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -51,6 +56,23 @@ class SecondOrder(Cone):
         point = torch.zeros(self.size, dtype=torch.float64)
         point[0] = 1.0
         return point
+
+    @property
+    def signed(self) -> Sequence[int]:
+        """t."""
+        return (0,)
+
+    def half_spaces(self, weak: Tensor, step: Tensor) -> list[Tensor]:
+        if self.size == 1 or not bool(weak.all()):
+            return super().half_spaces(weak, step)
+        # t >= |z| in the basis (1, u)/sqrt 2, (1, -u)/sqrt 2 and the complement of u, as t >= |z_i|
+        t, along = (step[0] + step[1]) / sqrt(2), (step[0] - step[1]) / sqrt(2)
+        z = torch.cat([along.unsqueeze(0), step[2:]])
+        return [t + z, t - z]
+
+    @classmethod
+    def read(cls, count: Sequence[int]) -> Sequence[Cone]:
+        return [cls(size) for size in count]
 
     @classmethod
     def describe(cls, cones: Sequence[Cone]) -> str:
@@ -139,7 +161,7 @@ def _towards(u: Tensor) -> Tensor:
     return f
 
 
-@lru_cache(maxsize=64)
+@constants
 def _constants(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """The axis e_1 of R^(size - 1), the signs (1, -1), and the basis where it does not depend on u."""
     axis = torch.zeros(size - 1, dtype=dtype, device=device)

@@ -22,7 +22,13 @@ class Zero(Cone):
 
     size: int
     name: ClassVar[str] = "zero"
+    dims: ClassVar[str] = "zero"
+    place: ClassVar[int] = 0
     elementwise: ClassVar[bool] = True
+
+    @classmethod
+    def read(cls, count: int) -> Sequence[Cone]:
+        return [cls(count)]
 
     @classmethod
     def describe(cls, cones: Sequence[Cone]) -> str:

@@ -8,20 +8,17 @@ x_j by a rounding onto its bound has none of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from convlayer.cones.product import Block
 from convlayer.conic.program import Data, Program
+from convlayer.memo import once_for_each
 
-NO_BOUND = (
-    1e100  # what stands for an infinite right-hand side of an inequality: beyond `residual.INFINITE` in all units
-)
+# What stands for an infinite right-hand side of an inequality: beyond `residual.INFINITE` in all units.
+NO_BOUND = 1e100
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +34,7 @@ class Bounds:
         """fixed (nnz(A),): entries that no parameter moves, with their values; shown (n,): the variables that matter."""
         scalar = program.inequalities.numpy().copy()
         for block in program.cones.blocks:
-            if block.name in ("second_order", "psd") and block.size == 1:
+            if not block.elementwise and block.size == 1:  # a ray, which is the nonnegative one
                 scalar[block.start] = True
         alone = np.bincount(program.A_rows, minlength=program.m) == 1
         mine = np.flatnonzero(fixed & (values != 0) & (scalar & alone)[program.A_rows] & shown[program.A_cols])
@@ -47,20 +44,22 @@ class Bounds:
 
     def hold(self, x: Tensor, b: Tensor) -> Tensor:
         """x (B, n), where it is outside them moved onto its bounds; b (B or 1, m)."""
-        for sign, rows, columns, coefficients in self._sides:
-            rows, columns, coefficients = (part.to(x.device) for part in (rows, columns, coefficients))
+        for sign, rows, columns, coefficients in self._sides(x.device):
             # A bound that is NaN, as in rows that are left out, says nothing.
             limits = (b.index_select(1, rows) / coefficients).nan_to_num(sign * torch.inf, torch.inf, -torch.inf)
             index, limits = (part.expand(len(x), -1) for part in (columns, limits))
             x = x.scatter_reduce(1, index, limits, "amin" if sign > 0 else "amax")
         return x
 
-    @cached_property
-    def _sides(self) -> list[tuple[float, Tensor, Tensor, Tensor]]:
+    @once_for_each
+    def _sides(self, device: torch.device) -> list[tuple[float, Tensor, Tensor, Tensor]]:
         """(1 or -1, rows, columns, coefficients) of the bounds from above and from below, where there are some."""
         sides = [(sign, torch.nonzero(sign * self.coefficients > 0).flatten()) for sign in (1.0, -1.0)]
+        rows, columns, coefficients = self.rows, self.columns, self.coefficients
         return [
-            (sign, self.rows[which], self.columns[which], self.coefficients[which]) for sign, which in sides if len(which)
+            (sign, rows[which].to(device), columns[which].to(device), coefficients[which].to(device))
+            for sign, which in sides
+            if len(which)
         ]
 
 
@@ -75,23 +74,12 @@ def implied(program: Program, fixed: np.ndarray, values: np.ndarray, b: np.ndarr
     row, column = program.A_rows[mine], program.A_cols[mine]
     limit, held = b[row] / values[mine], np.zeros(program.m, dtype=bool)
     for block in program.cones.blocks:
-        held[block.start + np.array(_SIGNED.get(block.name, _nowhere)(block), dtype=np.int64)] = True
+        if not block.elementwise:
+            held[block.start + np.array(block.cone.signed, dtype=np.int64)] = True
     least = np.full(program.n, -np.inf)
     np.maximum.at(least, column[held[row]], limit[held[row]])
     found = row[program.inequalities.numpy()[row] & ~told[row] & (limit <= least[column])]
     return torch.from_numpy(found) if len(found) else None
-
-
-_SIGNED: dict[str, Callable[[Block], Sequence[int]]] = {
-    "exponential": lambda _: (1, 2),
-    "power": lambda _: (0, 1),
-    "second_order": lambda _: (0,),
-    "psd": lambda block: [k * (k + 3) // 2 for k in range(int(block.parameter or 0))],
-}
-
-
-def _nowhere(_: Block) -> Sequence[int]:
-    return ()
 
 
 def without_infinity(program: Program, b: Tensor) -> Tensor:

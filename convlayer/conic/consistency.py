@@ -22,11 +22,16 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from convlayer.conic.program import Program
+from convlayer.memo import once_for_each
 
-NULL = 1e-12  # |E'n| below this, E having rows of size one, makes n a null vector
-SQUARED = 1e-9  # an eigenvalue of EE' below this is looked at
-LARGE = 3000  # equalities beyond which their dependences are not looked for
-TRACE = 1e-9  # an entry of N below this is rounding
+# |E'n| below this, E having rows of size one, makes n a null vector.
+DEPENDENT = 1e-12
+# An eigenvalue of EE' below this is looked at.
+SQUARED = 1e-9
+# An entry of N below this is rounding.
+TRACE = 1e-9
+# Equalities beyond which their dependences are not looked for.
+LARGE = 3000
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,18 +67,14 @@ class Dependence:
         parts = equalities[touched], basis, group.astype(np.int64), empty
         return cls(*(torch.from_numpy(np.ascontiguousarray(part)) for part in parts))
 
-    @cached_property
-    def _placed(self) -> dict[torch.device, Dependence]:
-        return {}
-
     def on(self, device: torch.device) -> Dependence:
         """The same on a device."""
-        if device.type == "cpu":
-            return self
-        if device not in self._placed:
-            parts = self.rows, self.basis, self.group, self.empty
-            self._placed[device] = Dependence(*(part.to(device) for part in parts))
-        return self._placed[device]
+        return self if device.type == "cpu" else self._moved(device)
+
+    @once_for_each
+    def _moved(self, device: torch.device) -> Dependence:
+        parts = self.rows, self.basis, self.group, self.empty
+        return Dependence(*(part.to(device) for part in parts))
 
     def agreed(self, b: Tensor) -> Tensor:
         """b (B or 1, m) with the least change after which the equalities agree."""
@@ -164,5 +165,5 @@ def _left_null_densely(matrix: sp.csr_array) -> np.ndarray:
     # An eigenvector of EE' is exact to the square root of rounding alone: within their span singular vectors are exact to rounding.
     triangle = np.linalg.qr(np.vstack([scaled.T @ span, np.zeros((span.shape[1],) * 2)]), mode="r")
     _, small, mixing = np.linalg.svd(triangle)
-    null = span @ mixing[small <= NULL * rows**0.5].T
+    null = span @ mixing[small <= DEPENDENT * rows**0.5].T
     return np.linalg.qr(scale[:, None] * null)[0] if null.shape[1] else nothing

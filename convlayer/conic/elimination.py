@@ -22,10 +22,11 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from convlayer.cones import Product, Zero
+from convlayer.cones import Block, Cone, Product, Zero
 from convlayer.conic.kkt import Visible
 from convlayer.conic.linear_map import LinearMap
 from convlayer.conic.program import DENSE_ENTRIES, Data, Program, product, take_rows
+from convlayer.memo import once_for_each
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,28 +44,21 @@ class Elimination:
     def of(
         cls,
         program: Program,
-        fixed: np.ndarray,  # (nnz(A),) entries that no parameter moves,
-        values: np.ndarray,  # with their values
+        fixed: np.ndarray,
+        values: np.ndarray,
         visible: Visible,
-        seconds: Callable[[Program, bool], float],  # a row costs, solved and differentiated; densely, or as is cheaper
+        seconds: Callable[[Program, bool], float],
     ) -> Elimination | None:
-        """None: nothing to eliminate, or nothing gained."""
-        zero_rows = sum(block.size for block in program.cones.blocks if block.name == "zero")
-        if not zero_rows or program.cones.blocks[0].size != zero_rows:
-            return None
-        alone = np.bincount(program.A_cols, minlength=program.n) == 1
-        bound = np.zeros(program.n, dtype=bool)  # by a product with another variable
-        off = program.P_rows != program.P_cols
-        bound[program.P_rows[off]] = bound[program.P_cols[off]] = True
-        entry = np.flatnonzero(fixed & (values != 0) & (program.A_rows < zero_rows) & (alone & ~bound)[program.A_cols])
-        _, first = np.unique(program.A_rows[entry], return_index=True)
-        entry = entry[first]
-        if not len(entry):
-            return None
+        """None: nothing to eliminate, or nothing gained.
+
+        fixed:    (nnz(A),) entries that no parameter moves, with their values.
+        seconds:  what a row costs, solved and differentiated; densely, or as is cheaper.
+        """
+        entry = _defining(program, fixed & (values != 0))
         t, r = program.A_cols[entry], program.A_rows[entry]
         n, m = program.n - len(t), program.m - len(r)
-        if not n:
-            return None  # equalities give every variable: there is nothing left to solve
+        if not len(entry) or not n:
+            return None  # or equalities give every variable: there is nothing left to solve
         if n * (n + m) > DENSE_ENTRIES:
             return None  # L'L could have more entries than there is room for
         left = _left(program, t, r)
@@ -103,31 +97,29 @@ class Elimination:
             "P_tt": _placed(gone, place_t[row[gone]], len(row), k),
         }
 
-    @cached_property
-    def _index(self) -> dict[torch.device, dict[str, Tensor]]:
-        return {}
-
+    @once_for_each
     def index(self, device: torch.device) -> dict[str, Tensor]:
-        if device not in self._index:
-            arrays = {"t": self.t, "r": self.r, "x": self.x, "rows": self.rows, "E": self.E}
-            self._index[device] = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-        return self._index[device]
+        """Where they stand, and E, on a device."""
+        arrays = {"t": self.t, "r": self.r, "x": self.x, "rows": self.rows, "E": self.E}
+        return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
     def enter(self, data: Data) -> Eliminated:
         """The values that are left, dense; `data` by entries."""
         index, n, k = self.index(data.q.device), len(self.x), len(self.t)
-        E = index["E"]
+        E, q_t, right = index["E"], data.q[:, index["t"]], data.b[:, index["r"]]
         L = self.maps["L"](data.A).view(len(data.A), k, n)
         A = self.maps["A"](data.A).view(len(data.A), len(self.rows), n)
+        # D = P_tt / E^2
         P_tt = self.maps["P_tt"](data.P)
         D = P_tt / E.square()
+        # P' = P_xx + L'DL
         P = L.mT @ (L * D.unsqueeze(2))
         if len(self.maps["P"].read):
             P = P + self.maps["P"](data.P).view(len(data.P), n, n)
-        right = data.q[:, index["t"]] / E + D * data.b[:, index["r"]]
-        q = data.q[:, index["x"]] - product(L.mT, right)
+        # q' = q_x - L'(q_t / E + D r)
+        q = data.q[:, index["x"]] - product(L.mT, q_t / E + D * right)
         left = Data(self.program, P, q, A, data.b[:, index["rows"]])
-        return Eliminated(self, left, L, D, P_tt, data.q[:, index["t"]], data.b[:, index["r"]])
+        return Eliminated(self, left, L, D, P_tt, q_t, right)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,33 +139,61 @@ class Eliminated:
         parts = (take_rows(part, index) for part in (self.L, self.D, self.P_tt, self.q_t, self.right))
         return Eliminated(self.elimination, None, *parts)
 
+    def _index(self, like: Tensor) -> dict[str, Tensor]:
+        return self.elimination.index(like.device)
+
     def enter_point(self, x: Tensor, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        index = self.elimination.index(x.device)
+        """Without t, and the rows that define it."""
+        index = self._index(x)
         return x[:, index["x"]], s[:, index["rows"]], y[:, index["rows"]]
 
     def leave(self, x: Tensor, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        index = self.elimination.index(x.device)
-        t = (self.right - product(self.L, x)) / index["E"]
-        y_r = -(self.P_tt * t + self.q_t) / index["E"]
+        """With them again; their slack is zero."""
+        E = self._index(x)["E"]
+        # t = (r - L x) / E
+        t = (self.right - product(self.L, x)) / E
+        # y_r = -(P_tt t + q_t) / E
+        y_r = -(self.P_tt * t + self.q_t) / E
         return self._joined(x, t, "n"), self._joined(s, torch.zeros_like(y_r), "m"), self._joined(y, y_r, "m")
 
     def enter_cotangents(self, x_bar: Tensor, y_bar: Tensor) -> tuple[Tensor, Tensor]:
-        index = self.elimination.index(x_bar.device)
-        through = x_bar[:, index["t"]] / index["E"] - self.D * y_bar[:, index["r"]]
-        return x_bar[:, index["x"]] - product(self.L.mT, through), y_bar[:, index["rows"]]
+        """Those of (x, y) as those of the smaller program's."""
+        index = self._index(x_bar)
+        g_t, c = x_bar[:, index["t"]], y_bar[:, index["r"]]
+        # g' = g_x - L'(g_t / E - D c)
+        g = x_bar[:, index["x"]] - product(self.L.mT, g_t / index["E"] - self.D * c)
+        return g, y_bar[:, index["rows"]]
 
     def leave_adjoint(self, w: Tensor, u: Tensor, x_bar: Tensor, y_bar: Tensor) -> tuple[Tensor, Tensor]:
-        index = self.elimination.index(w.device)
-        w_t = (y_bar[:, index["r"]] - product(self.L, w)) / index["E"]
-        u_r = (x_bar[:, index["t"]] - self.P_tt * w_t) / index["E"]
+        """The adjoint of the smaller program as that of the larger, whose cotangents are given, too."""
+        index = self._index(w)
+        g_t, c, E = x_bar[:, index["t"]], y_bar[:, index["r"]], index["E"]
+        # w_t = (c - L w_x) / E
+        w_t = (c - product(self.L, w)) / E
+        # u_r = (g_t - P_tt w_t) / E
+        u_r = (g_t - self.P_tt * w_t) / E
         return self._joined(w, w_t, "n"), self._joined(u, u_r, "m")
 
     def _joined(self, left: Tensor, gone: Tensor, side: str) -> Tensor:
-        elimination, index = self.elimination, self.elimination.index(left.device)
-        size, kept, taken = (elimination.before.n, "x", "t") if side == "n" else (elimination.before.m, "rows", "r")
+        """What is left and what was gone, of the variables or of the rows, in their places."""
+        before, index = self.elimination.before, self._index(left)
+        size, kept, taken = (before.n, "x", "t") if side == "n" else (before.m, "rows", "r")
         whole = left.new_empty(len(left), size)
         whole[:, index[kept]], whole[:, index[taken]] = left, gone
         return whole
+
+
+def _defining(program: Program, usable: np.ndarray) -> np.ndarray:
+    """The entries E of A, `usable` those of them that are constant and not zero: each the only one of its variable, in an
+    equality of its own, and its variable in no product with another."""
+    alone = np.bincount(program.A_cols, minlength=program.n) == 1
+    coupled = np.zeros(program.n, dtype=bool)
+    off = program.P_rows != program.P_cols
+    coupled[program.P_rows[off]] = coupled[program.P_cols[off]] = True
+    equal = program.equalities.numpy()
+    entry = np.flatnonzero(usable & equal[program.A_rows] & (alone & ~coupled)[program.A_cols])
+    _, first = np.unique(program.A_rows[entry], return_index=True)
+    return entry[first]
 
 
 def _placed(source: np.ndarray, target: np.ndarray, stored: int, size: int) -> LinearMap:
@@ -187,6 +207,7 @@ def _left(program: Program, t: np.ndarray, r: np.ndarray) -> Program:
     x, row = _places(program.n, t), _places(program.m, r)
     A_rows, A_cols = row[program.A_rows], x[program.A_cols]
     kept = (A_rows >= 0) & (A_cols >= 0)
+    # The rows of L that D does not zero, and the places of L'DL.
     curved = np.isin(t, program.P_rows[program.P_rows == program.P_cols])
     equation = np.full(program.m, -1)
     equation[r[curved]] = np.arange(int(curved.sum()))
@@ -196,16 +217,17 @@ def _left(program: Program, t: np.ndarray, r: np.ndarray) -> Program:
     square = sp.coo_array(L.T @ L)
     own = (x[program.P_rows] >= 0) & (x[program.P_cols] >= 0)
     upper = square.row <= square.col
-    key = np.concatenate(
-        [
-            square.col[upper].astype(np.int64) * n + square.row[upper],
-            x[program.P_cols[own]] * n + x[program.P_rows[own]],
-        ]
-    )
-    P_cols, P_rows = np.divmod(np.unique(key), n)
-    first, *others = program.cones.cones
-    cones = Product([Zero(first.size - len(r)), *others])
+    of_square = square.col[upper].astype(np.int64) * n + square.row[upper]
+    of_P = x[program.P_cols[own]] * n + x[program.P_rows[own]]
+    P_cols, P_rows = np.divmod(np.unique(np.concatenate([of_square, of_P])), n)
+    cones = Product([_shortened(block, r) for block in program.cones.blocks])
     return Program(n, m, cones, P_rows, P_cols, A_rows[kept], A_cols[kept])
+
+
+def _shortened(block: Block, r: np.ndarray) -> Cone:
+    """Without the rows that go, which are all of the zero cone's."""
+    gone = int(np.count_nonzero((r >= block.start) & (r < block.start + block.size)))
+    return Zero(block.size - gone) if gone else block.cone
 
 
 def _places(size: int, gone: np.ndarray) -> np.ndarray:

@@ -9,6 +9,8 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from convlayer.memo import once_for_each
+
 
 class _Placed(NamedTuple):
     """What a device needs of the matrix: the gather of each output, or every entry's row."""
@@ -42,10 +44,6 @@ class LinearMap:
             self._coefficient = None if (coefficient == 1).all() else coefficient
             if self._coefficient is None and len(position) and (np.diff(position) == 1).all():
                 self.run = slice(int(position[0]), int(position[-1]) + 1)
-        self._placed: dict[torch.device, _Placed] = {}
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_placed": {}}
 
     def __call__(self, x: Tensor) -> Tensor:
         if not self.shape[0] or not len(self.read):
@@ -58,12 +56,8 @@ class LinearMap:
             picked = picked * placed.coefficient
         return picked if placed.row is None else x.new_zeros(len(x), self.shape[0]).index_add_(1, placed.row, picked)
 
+    @once_for_each
     def _on(self, device: torch.device) -> _Placed:
-        if device not in self._placed:
-            self._placed[device] = self._place(device)
-        return self._placed[device]
-
-    def _place(self, device: torch.device) -> _Placed:
         position, coefficient, row = self._position, self._coefficient, None
         if position is None:
             assert self._matrix is not None

@@ -14,7 +14,6 @@ of r in the rows' own coordinates, four unknowns more than rows, and two rows th
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
@@ -30,18 +29,16 @@ from torch import Tensor
 from convlayer.cones import ProductSpectrum
 from convlayer.cones.cone import axes, to_basis
 from convlayer.conic.program import Program
+from convlayer.memo import once_for_each
 
-KEPT_BYTES = 64_000_000  # factors kept for reuse between calls, a program
+# Factors of a program that are kept for reuse between calls may take so much memory.
+KEPT_BYTES = 64_000_000
 
-_patterns: weakref.WeakKeyDictionary[Program, KKTPattern] = weakref.WeakKeyDictionary()
 
-
+@once_for_each
 def kkt_pattern(program: Program) -> KKTPattern:
     """The pattern of a program, worked out once."""
-    pattern = _patterns.get(program)
-    if pattern is None:
-        pattern = _patterns[program] = KKTPattern(program)
-    return pattern
+    return KKTPattern(program)
 
 
 class KKTPattern:
@@ -51,14 +48,18 @@ class KKTPattern:
         n, m = program.n, program.m
         self.n, self.m = n, m
         A_rows, A_cols = program.A_rows.astype(np.int64), program.A_cols.astype(np.int64)
-        keys = [A_rows * n + A_cols]
-        self._columns_of: dict[int, np.ndarray] = {}  # first row of a block -> the columns of all its rows
+
+        # The columns of all rows of each block with a basis, by its first row; large blocks are split.
+        self._columns_of: dict[int, np.ndarray] = {}
         _, columns_by_row, indptr = program.A_by_row
         for block in program.cones.blocks:
             if not block.elementwise:
-                columns = np.unique(columns_by_row[indptr[block.start] : indptr[block.start + block.size]])
-                self._columns_of[block.start] = columns
+                own = slice(indptr[block.start], indptr[block.start + block.size])
+                self._columns_of[block.start] = np.unique(columns_by_row[own])
         self.split = _Split.of(program, self._columns_of)
+
+        # The entries E of U'A: those of A, and in the other blocks with a basis every row's in all their columns.
+        keys = [A_rows * n + A_cols]
         for block in program.cones.blocks:
             if block.start in self._columns_of and block.size not in self.split.sizes:
                 columns = self._columns_of[block.start]
@@ -67,32 +68,33 @@ class KKTPattern:
         E_rows, E_cols = np.divmod(self._E_keys, max(n, 1))
         self.from_A = torch.from_numpy(np.searchsorted(self._E_keys, A_rows * n + A_cols))
         self.E_rows = torch.from_numpy(E_rows)
-        self._positions: dict[int, Tensor] = {}
 
-        # Upper triangle, by columns: (row, column) of P, of B', of the diagonal.
+        # Upper triangle, by columns: (row, column) of P, of B', of f'A and g'A, of f and g, of the diagonal.
         split, size = self.split, n + m + 4 * len(self.split.starts)
         self.size = size
         diagonal = np.arange(size)
-        rows = np.concatenate([program.P_rows, E_cols, split.columns, n + split.rows, diagonal]).astype(np.int64)
-        columns = np.concatenate(
-            [program.P_cols, n + E_rows, n + m + split.owners, n + m + split.multipliers, diagonal]
-        ).astype(np.int64)
+        end = n + m
+        places = (
+            (program.P_rows, program.P_cols),
+            (E_cols, n + E_rows),
+            (split.columns, end + split.owners),
+            (n + split.rows, end + split.multipliers),
+            (diagonal, diagonal),
+        )
+        rows, columns = (np.concatenate(side).astype(np.int64) for side in zip(*places, strict=True))
         key, inverse = np.unique(columns * size + rows, return_inverse=True)
         columns, rows = np.divmod(key, max(size, 1))
         self.nnz = len(key)
         self.rows, self.columns = torch.from_numpy(rows), torch.from_numpy(columns)
         self.off_diagonal = torch.from_numpy(np.flatnonzero(rows != columns))
-        sections = [len(program.P_rows), len(E_rows), len(split.columns), len(split.rows), size]
-        self.place_P, self.place_E, self.place_axes, self.place_multipliers, self.place_diagonal = torch.from_numpy(
-            inverse
-        ).split(sections)
+        where = torch.from_numpy(inverse).split([len(side) for side, _ in places])
+        self.place_P, self.place_E, self.place_axes, self.place_multipliers, self.place_diagonal = where
+
         # Of a quasidefinite matrix: the variables' and the multipliers' unknowns, and the rows'.
         self.signs = torch.ones(size, dtype=torch.float64)
         self.signs[n : n + m + 2 * len(split.starts)] = -1.0
-        self._indices, self._indptr = (
-            rows.astype(np.int32),
-            np.searchsorted(columns, np.arange(size + 1)).astype(np.int32),
-        )
+        self._indices = rows.astype(np.int32)
+        self._indptr = np.searchsorted(columns, np.arange(size + 1)).astype(np.int32)
         self._pool: deque[Factor] = deque()
 
     def rotated(self, A: Tensor, spectrum: ProductSpectrum) -> Tensor:
@@ -106,22 +108,22 @@ class KKTPattern:
         for rows, basis in spectrum.bases:
             if basis.shape[-2] in self.split.sizes:
                 continue
-            positions = self._block_positions(rows, basis.shape[-3], basis.shape[-2])
+            count, k = basis.shape[-3:-1]
+            where = np.arange(self.m)[rows] if isinstance(rows, slice) else rows.numpy()
+            positions = self._block_positions(k, tuple(where.reshape(count, k)[:, 0].tolist()))
             E[:, positions] = to_basis(basis, source[:, positions])
         return E[:, :-1]
 
-    def _block_positions(self, rows: slice | Tensor, count: int, k: int) -> Tensor:
-        """(count, k, columns) where the entries of these blocks stand among the values of E; the last value is padding."""
-        where = np.arange(self.m)[rows] if isinstance(rows, slice) else rows.numpy()
-        where = where.reshape(count, k)
-        key = int(where[0, 0])
-        if key not in self._positions:
-            columns = [self._columns_of[int(first)] for first in where[:, 0]]
-            positions = np.full((count, k, max(map(len, columns))), len(self._E_keys), dtype=np.int64)
-            for block, (block_rows, cols) in enumerate(zip(where, columns, strict=True)):
-                positions[block, :, : len(cols)] = np.searchsorted(self._E_keys, block_rows[:, None] * self.n + cols)
-            self._positions[key] = torch.from_numpy(positions)
-        return self._positions[key]
+    @once_for_each
+    def _block_positions(self, k: int, starts: tuple[int, ...]) -> Tensor:
+        """(blocks, k, columns) where the entries of these blocks of k rows stand among the values of E; the last value is
+        padding."""
+        columns = [self._columns_of[start] for start in starts]
+        positions = np.full((len(starts), k, max(map(len, columns))), len(self._E_keys), dtype=np.int64)
+        for block, (start, own) in enumerate(zip(starts, columns, strict=True)):
+            rows = start + np.arange(k)[:, None]
+            positions[block, :, : len(own)] = np.searchsorted(self._E_keys, rows * self.n + own)
+        return torch.from_numpy(positions)
 
     def stacked(self, values: np.ndarray) -> sp.csr_array:
         """Both triangles with these values (rows, nnz), as one block-diagonal matrix."""
@@ -202,7 +204,7 @@ class _Split:
     def of(cls, program: Program, columns_of: dict[int, np.ndarray]) -> _Split:
         """Those cones of which the rows without basis and the axes have less than half of the entries that the rows with it have."""
         indptr = program.A_by_row[2]
-        blocks = [block for block in program.cones.blocks if block.name == "second_order" and block.size > 3]
+        blocks = [block for block in program.cones.blocks if block.cone.two_axes and block.size > 3]
         gain: dict[int, int] = {}
         for start, size in ((block.start, block.size) for block in blocks):
             apart = indptr[start + size] - indptr[start] + 2 * (len(columns_of[start]) + size)

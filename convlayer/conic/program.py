@@ -19,9 +19,11 @@ import torch
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from convlayer.cones import Product
+from convlayer.cones import Exponential, Nonnegative, Product, Zero
+from convlayer.memo import once_for_each
 
-DENSE_ENTRIES = 4_000_000  # dense copies of P and A may take this many numbers at a time (32 MB)
+# Dense copies of P and A may take this many numbers at a time (32 MB).
+DENSE_ENTRIES = 4_000_000
 
 
 class Logarithms(NamedTuple):
@@ -84,27 +86,22 @@ class Program:
             for name in ("P_rows", "P_cols", "A_rows", "A_cols")
         }
 
+    @once_for_each
     def on(self, device: torch.device) -> dict[str, Tensor]:
         """The patterns as index tensors, and the rows' kinds as masks, on a device."""
-        if device not in self._on:
-            masks = {
-                "inequalities": self.inequalities,
-                "elementwise": self.elementwise,
-                "scale_group": self.scale_group,
-                "A_groups": self.scale_group[self.indices["A_rows"]],
-                "single_entry": self.single_entry,
-                "part_of_x": self.parts[0],
-                "part_of_y": self.parts[1],
-                "P_off_diagonal": self.P_off_diagonal,
-                "P_off_rows": self.indices["P_rows"][self.P_off_diagonal],
-                "P_off_cols": self.indices["P_cols"][self.P_off_diagonal],
-            }
-            self._on[device] = {name: part.to(device) for name, part in {**self.indices, **masks}.items()}
-        return self._on[device]
-
-    @cached_property
-    def _on(self) -> dict[torch.device, dict[str, Tensor]]:
-        return {}
+        masks = {
+            "inequalities": self.inequalities,
+            "elementwise": self.elementwise,
+            "scale_group": self.scale_group,
+            "A_groups": self.scale_group[self.indices["A_rows"]],
+            "single_entry": self.single_entry,
+            "part_of_x": self.parts[0],
+            "part_of_y": self.parts[1],
+            "P_off_diagonal": self.P_off_diagonal,
+            "P_off_rows": self.indices["P_rows"][self.P_off_diagonal],
+            "P_off_cols": self.indices["P_cols"][self.P_off_diagonal],
+        }
+        return {name: part.to(device) for name, part in {**self.indices, **masks}.items()}
 
     @cached_property
     def P_off_diagonal(self) -> Tensor:
@@ -121,13 +118,13 @@ class Program:
         group = np.arange(self.m)
         for block in self.cones.blocks:
             if not block.elementwise:
-                group[block.start : block.start + block.size] = block.start
+                group[block.rows] = block.start
         return torch.from_numpy(group)
 
     @cached_property
     def inequalities(self) -> Tensor:
         """(m,) rows of the nonnegative cone."""
-        return self.cones.rows_of("nonnegative")
+        return self.cones.rows_of(Nonnegative)
 
     @cached_property
     def inequality_count(self) -> int:
@@ -136,7 +133,7 @@ class Program:
     @cached_property
     def equalities(self) -> Tensor:
         """(m,) rows of the zero cone."""
-        return self.cones.rows_of("zero")
+        return self.cones.rows_of(Zero)
 
     @cached_property
     def is_polyhedral(self) -> bool:
@@ -186,7 +183,8 @@ class Program:
         """Its exponential cones whose second row holds no variable; None: it has none."""
         filled = np.zeros(self.m, dtype=bool)
         filled[self.A_rows] = True
-        starts = [b.start for b in self.cones.blocks if b.name == "exponential" and not filled[b.start + 1]]
+        blocks = (block for block in self.cones.blocks if isinstance(block.cone, Exponential))
+        starts = [block.start for block in blocks if not filled[block.start + 1]]
         if not starts:
             return None
         first = np.array(starts)

@@ -17,12 +17,37 @@ from torch import Tensor
 
 from convlayer.conic.program import Data, Operators, Program, take_rows
 
-INFINITE = 1e15  # an inequality's right-hand side beyond this (A having size one) is no bound
-FARTHEST = 1e3  # an entry of x, s or y beyond this, in units where they are of size one, is measured as this
-ROUNDING = 2e-16  # of a sum, relative to its terms
-MILD = 1e2  # units within this factor of one are left as they are
-BEYOND = 1e8  # the bound that takes its place, in units where x is of size one
-BALANCED = 1e3  # columns of the row-normalised matrix within this factor of each other need no scaling
+# An inequality's right-hand side beyond this, A having size one, is no bound.
+INFINITE = 1e15
+# The bound that takes its place, in units where x is of size one.
+BEYOND = 1e8
+# An entry of x, s or y beyond this, in units where they are of size one, is measured as this.
+FARTHEST = 1e3
+# The rounding of a sum, relative to its terms.
+ROUNDING = 2e-16
+# Units of logarithms within this factor of one are left as they are.
+MILD = 1e2
+# Columns of the row-normalised matrix within this factor of each other need no scaling.
+BALANCED = 1e3
+# Steps of Ruiz's iteration.
+EQUILIBRATIONS = 20
+# A right-hand side below this share of the largest counts as zero where a typical one is sought.
+PRESENT = 1e-14
+
+
+class Range(NamedTuple):
+    """Within what a size is taken for what it is."""
+
+    least: float
+    most: float
+
+
+# The size of x, and of y, that units are set by: without quadratic costs, a smaller x is noise.
+SIZES = Range(1e-2, 1e8)
+# The size of x by the objective alone, q / P.
+BY_COSTS = Range(1e-6, 1.0)
+# The size of x, and of y, beside the right-hand side and the costs that the residual is relative to.
+BESIDE = Range(1e-6, 1.0)
 
 
 class Faint(NamedTuple):
@@ -32,7 +57,9 @@ class Faint(NamedTuple):
     apart: float  # of all, or of one, where that is larger
 
 
-WORKING = Faint(1e-3, 1e-6)  # where rounding is to count for nothing
+# Where rounding is to count for nothing.
+WORKING = Faint(1e-3, 1e-6)
+# Where a point is judged, as strictly as rounding allows.
 JUDGING = Faint(1e-6, 1e-8)
 
 
@@ -116,8 +143,11 @@ def normalise(data: Data) -> tuple[Data, Scaling]:
 
 def _normalised(data: Data) -> tuple[Data, Scaling]:
     batch = data.batch
+    # A' = e A c
     c, e = _equilibrate(data)
     scaled = _in_units(data, c, e)
+
+    # Right-hand sides that are as good as infinite count for nothing.
     unbounded = None
     b = scaled.b.abs()
     top = _greatest(b)
@@ -127,6 +157,8 @@ def _normalised(data: Data) -> tuple[Data, Scaling]:
     if unbounded is not None:
         b = torch.where(unbounded, 0.0, b)
         top = _greatest(b)
+
+    # rho b, and tau (q, P / rho), of size one
     rho = _reciprocal_of_typical(b, top)
     q, P = scaled.largest_costs
     if not (top.numel() and top.min().item() > 0):
@@ -205,7 +237,7 @@ def _equilibrate(data: Data) -> tuple[Tensor | None, Tensor]:
     P = data.P.abs()
     P = P * _reciprocal(largest(P.flatten(1))).view(-1, *[1] * (P.ndim - 1))
     c, e = A.new_ones(max(len(A), len(P)), data.program.n), A.new_ones(len(A), data.program.m)
-    for _ in range(20):
+    for _ in range(EQUILIBRATIONS):
         now = _times_columns(data, _times_rows(data, joint, e), c, "A")
         columns = _column_sizes(data, now, "A")
         alone = _column_sizes(data, _times_columns(data, _times_rows_of_P(data, P, c), c, "P"), "P")
@@ -291,16 +323,17 @@ def recentre(data: Data, scaling: Scaling, x: Tensor, y: Tensor, seen: Tensor | 
     """
     q, P = data.largest_costs
     felt = x if seen is None or not bool(seen.any()) else x * seen
-    size, natural = largest(felt).clamp(1e-2, 1e8), q
+    size, natural = largest(felt).clamp(*SIZES), q
     if len(data.program.P_rows):
         # What x would be by the objective alone, if that is less than the right-hand side's 1.
-        least = torch.where((q > 0) & (P > 0), (q / P.clamp(min=torch.finfo(P.dtype).tiny)).clamp(1e-6, 1.0), 1e-2)
-        size = torch.maximum(largest(felt).clamp(max=1e8), least)
+        by_costs = (q / P.clamp(min=torch.finfo(P.dtype).tiny)).clamp(*BY_COSTS)
+        least = torch.where((q > 0) & (P > 0), by_costs, SIZES.least)
+        size = torch.maximum(largest(felt).clamp(max=SIZES.most), least)
         natural = torch.maximum(q, P * size)
     rho = size.reciprocal()
     # Without costs y = 0 is a multiplier, and its noise is not to become of size one.
     natural = torch.where(natural > 0, natural, 1.0)
-    tau = torch.maximum(largest(y).clamp(max=1e8), natural).reciprocal()
+    tau = torch.maximum(largest(y).clamp(max=SIZES.most), natural).reciprocal()
     return rescale(data, rho, tau), replace(scaling, rho=scaling.rho * rho, tau=scaling.tau * tau)
 
 
@@ -323,6 +356,7 @@ def term_sizes(operators: Operators, x: Tensor, s: Tensor, y: Tensor, faint: Fai
     """
     program, absolute = operators.data.program, operators.absolute
     x, s, y = (part.abs().clamp(max=FARTHEST) for part in (x, s, y))
+    # |q| + |A|'|y|,  to which |P||x| comes below,  and |b| + |A||x| + |s|
     q, b = operators.right_sizes
     dual, primal = q + absolute.At(y), b + absolute.A(x) + s
     if not program.is_elementwise:
@@ -379,10 +413,11 @@ def residual(
     Without sizes each entry is measured against its right-hand side and the size of x or y (A having entries of size one).
     """
     data = operators.data
+    # F = (Px + q + A'y, Ax + s - b)
     F1, F2 = operators.P(x) + data.q + operators.At(y), operators.A(x) + s - data.b
     if sizes is None:
         q, b = operators.right_sizes
-        sizes = Sizes(q + largest(y).clamp(1e-6, 1.0), b + largest(x).clamp(1e-6, 1.0))
+        sizes = Sizes(q + largest(y).clamp(*BESIDE), b + largest(x).clamp(*BESIDE))
     return F1, F2, relative_size(F1, F2, sizes)
 
 
@@ -404,7 +439,7 @@ def _greatest(sizes: Tensor) -> Tensor:
 
 def _reciprocal_of_typical(sizes: Tensor, largest: Tensor) -> Tensor:
     """(B, k), (B, 1) -> (B, 1), one over the geometric mean of the entries that are not zero; where all are, anything."""
-    present = sizes > 1e-14 * largest
+    present = sizes > PRESENT * largest
     total = torch.where(present, sizes, 1.0).log().sum(1, keepdim=True)
     return (total / present.sum(1, keepdim=True)).neg().exp()
 

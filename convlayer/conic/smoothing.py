@@ -1,4 +1,4 @@
-"""The zero of the smoothed residual map: the point of the central path at kappa, and with it a smooth derivative.
+"""The root of the smoothed residual map: the point of the central path at kappa, and with it a smooth derivative.
 
     minimise 1/2 x'Px + q'x + kappa f(s)  subject to Ax + s = b,     f the barrier of K, rows of the zero cone at s = 0
 
@@ -6,8 +6,8 @@ With v = y - s, y = y_kappa(v) inside K* and s = s_kappa(v) inside K satisfy y =
 
     F_kappa(x, v) = [ Px + q + A'y ;  Ax + s - b ] = 0,     J = [ P  A'D ;  A  D - I ],  D = dy/dv, between 0 and I:
 
-the residual map of `adjoint` with other y, s and D, and hence its systems, its Newton step and its adjoint. The path exists
-where primal and dual have strictly feasible points; elsewhere the zero is at infinity.
+the residual map of `polish` with other y, s and D, and hence its systems, its Newton step and its adjoint. The path exists
+where primal and dual have strictly feasible points; elsewhere the root is at infinity.
 
 Source: Chen and Mangasarian (1996) for smoothing a projection; Nesterov and Nemirovskii (1994) for the path.
 """
@@ -17,15 +17,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from convlayer.conic.adjoint import TARGET, ResidualPoint, Zero, newton, units_of
 from convlayer.conic.kkt import DenseSystem, Visible, factorise
+from convlayer.conic.polish import NEWTON, SMALLEST_X, ResidualPoint, Root, newton, units_of
 from convlayer.conic.program import Operators
 from convlayer.conic.residual import residual
 
-STEPS = 50  # of Newton, at most; fewer than ten are usual
-HALVINGS = 30  # of a step
-DESCENT = 1e-4  # share of the promised descent that a step must keep
-AWAY = 1e-3  # a Newton step longer than this share of the point says that the zero is elsewhere, whatever the residual
+# Steps of Newton, at most; fewer than ten are usual.
+STEPS = 50
+# Halvings of a step, at most.
+HALVINGS = 30
+# Share of the promised descent that a step must keep.
+DESCENT = 1e-4
+# A Newton step longer than this share of the point says that the root is elsewhere, whatever the residual.
+AWAY = 1e-3
 
 
 def smoothed(
@@ -36,8 +40,8 @@ def smoothed(
     kappa: float,
     visible: Visible,
     units: Tensor | None,
-) -> Zero:
-    """The zero of F_kappa, from solutions (x, s, y) of the program itself, with what its derivative needs.
+) -> Root:
+    """The root of F_kappa, from solutions (x, s, y) of the program itself, with what its derivative needs.
 
     A row where it was not found has a residual above 1e-12. Where there is none, the residual falls for ever as the points run
     away, and each Newton step is as long as the point: its length counts as residual where it is not short.
@@ -48,18 +52,21 @@ def smoothed(
     point = _at(operators, x, y - s, kappa)
     running, steps = torch.ones_like(point.size, dtype=torch.bool), torch.zeros_like(point.size, dtype=torch.int64)
     for _ in range(STEPS):
-        rows = torch.nonzero(running & ~(point.size <= TARGET)).flatten()
+        rows = torch.nonzero(running & ~(point.size <= NEWTON.target)).flatten()
         if not len(rows):
             break
         steps[rows] += 1
         part, now = operators.rows(rows), point.rows(rows)
         system = factorise(part, now.spectrum, visible, units_of(units, rows))
-        new, running[rows] = _shortened(part, now, *newton(part, now.spectrum, system, now.F1, now.F2), kappa)
+        dx, dv = newton(part, now.spectrum, system, now.F1, now.F2)
+        new, running[rows] = _shortened(part, now, dx, dv, kappa)
         point = point.put(rows, new)
+    # One more Newton step says how far away the root still is, and whether there is one.
     system = factorise(operators, point.spectrum, visible, units)
     dx, dv = newton(operators, point.spectrum, system, point.F1, point.F2)
-    away = torch.stack([_share(dx, x, point.x), _share(dv, point.v), _share(_alone(operators, point), point.v)]).amax(0)
-    return Zero(
+    alone = _alone(operators, point)
+    away = torch.stack([_share(dx, x, point.x), _share(dv, point.v), _share(alone, point.v)]).amax(0)
+    return Root(
         operators,
         point.x,
         point.s,
@@ -67,7 +74,7 @@ def smoothed(
         residual=torch.where(away <= AWAY, point.size, away.clamp(min=AWAY).nan_to_num(torch.inf)),
         judged=point.size,
         spectrum=point.spectrum,
-        error=(dx * visible.x).abs().amax(1) / point.x.abs().amax(1).clamp(min=1e-3),
+        error=(dx * visible.x).abs().amax(1) / point.x.abs().amax(1).clamp(min=SMALLEST_X),
         margin=torch.full_like(point.size, torch.inf),
         flagged=system.singular | system.poor,
         near=torch.zeros_like(system.singular),
@@ -87,7 +94,9 @@ def _at(operators: Operators, x: Tensor, v: Tensor, kappa: float) -> ResidualPoi
     return ResidualPoint(x, v, y, s, F1, F2, size / _largest(x, y).clamp(min=1), spectrum, None)
 
 
-def _shortened(operators: Operators, now: ResidualPoint, dx: Tensor, dv: Tensor, kappa: float) -> tuple[ResidualPoint, Tensor]:
+def _shortened(
+    operators: Operators, now: ResidualPoint, dx: Tensor, dv: Tensor, kappa: float
+) -> tuple[ResidualPoint, Tensor]:
     """The first of the halved steps by which |F| falls enough, row by row, and (B,) whether there was one."""
     length, before, new = torch.ones_like(now.size), _merit(now), now
     waiting = torch.arange(len(length), device=length.device)
@@ -95,6 +104,7 @@ def _shortened(operators: Operators, now: ResidualPoint, dx: Tensor, dv: Tensor,
         t = length[waiting].unsqueeze(1)
         x, v = (part[waiting] + t * step[waiting] for part, step in ((now.x, dx), (now.v, dv)))
         trial = _at(operators.rows(waiting), x, v, kappa)
+        # |F(z + t dz)| <= (1 - DESCENT t) |F(z)|
         good = _merit(trial) <= (1 - DESCENT * t.squeeze(1)) * before[waiting]
         if bool(good.any()):
             new = new.put(waiting[good], trial.rows(torch.nonzero(good).flatten()))

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from convlayer.conic.bounds import Bounds, implied
 from convlayer.conic.consistency import Dependence
+from convlayer.conic.costs import dense_seconds, system_seconds
 from convlayer.conic.elimination import Elimination
-from convlayer.conic.kkt import Visible, dense_seconds, system_seconds
+from convlayer.conic.kkt import Visible
 from convlayer.conic.program import Program
 from convlayer.declaration.maps import ONE, AffineMap, ParameterEntries, Recovery, row_of_each
 from convlayer.solvers import SOLVERS, Solver

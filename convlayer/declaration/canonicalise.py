@@ -23,6 +23,7 @@ import scipy.sparse as sp
 import torch
 
 from convlayer.cones import Product
+from convlayer.cones.kinds import cones_of, unknown_kinds
 from convlayer.conic.bounds import NO_BOUND
 from convlayer.conic.program import Program
 from convlayer.declaration.canonical import Canonical
@@ -167,17 +168,12 @@ def _quadratic(cone_program, n: int) -> tuple[np.ndarray, np.ndarray, sp.csr_arr
 
 def _cones(dims, m: int) -> Product:
     """In the order in which CVXPY stacks their rows."""
-    cones = Product.from_dims(
-        zero=dims.zero,
-        nonnegative=dims.nonneg,
-        second_order=tuple(dims.soc),
-        psd=tuple(dims.psd),
-        exponential=dims.exp,
-        power=tuple(float(a) for a in dims.p3d),
-    )
-    if cones.size != m or dims.pnd:
+    cones = cones_of(dims)
+    if cones.size != m:
+        others = ", ".join(unknown_kinds(dims))
+        others = f", and others that it calls {others}" if others else ""
         raise CanonicalisationError(
-            f"CVXPY's cones have {cones.size} rows and its matrix {m}; "
+            f"CVXPY's cones have {cones.size} rows{others}, and its matrix {m}; "
             "this version is not supported."
         )
     return cones

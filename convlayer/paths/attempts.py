@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from convlayer.autodiff.threads import cores
-from convlayer.conic.adjoint import SETTLED, is_within
 from convlayer.conic.bounds import NO_BOUND, unlimited
+from convlayer.conic.costs import prefers_dense
 from convlayer.conic.elimination import Eliminated
-from convlayer.conic.kkt import Visible, prefers_dense
+from convlayer.conic.kkt import Visible
+from convlayer.conic.polish import NEWTON, is_within
 from convlayer.conic.program import Data, Operators
 from convlayer.conic.residual import JUDGING, Scaling, normalise, recentre, residual, term_sizes
 from convlayer.paths.attempted import Attempted
@@ -88,7 +89,7 @@ def _settled(request: ConeRequest, data: Data, start: tuple[Tensor, ...] | None)
 
 def _is_plainly_solved(verdict: Verdict) -> bool:
     """Nothing is left to do for any row."""
-    at_rest = is_within(verdict.residual, SETTLED)
+    at_rest = is_within(verdict.residual, NEWTON.settled)
     return at_rest and not bool(verdict.status.any()) and not bool(verdict.degenerate.any())
 
 

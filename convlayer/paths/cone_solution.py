@@ -16,7 +16,8 @@ from torch import Tensor
 
 from convlayer.autodiff.threads import one_thread
 from convlayer.conic.bounds import impossible
-from convlayer.conic.kkt import Visible, prefers_dense
+from convlayer.conic.costs import prefers_dense
+from convlayer.conic.kkt import Visible
 from convlayer.conic.program import Data, Operators
 from convlayer.conic.residual import normalise, recentre
 from convlayer.conic.smoothing import smoothed

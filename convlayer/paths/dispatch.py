@@ -11,7 +11,7 @@ import scipy.sparse as sp
 import torch
 from scipy.sparse.csgraph import reverse_cuthill_mckee
 
-from convlayer.conic.kkt import prefers_dense
+from convlayer.conic.costs import prefers_dense
 from convlayer.conic.program import Program
 from convlayer.declaration.affine import Table, UnsupportedError
 from convlayer.declaration.diagnose import ProblemError

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from convlayer.conic.adjoint import Zero, adjoint
+from convlayer.conic.adjoint import adjoint
 from convlayer.conic.elimination import Eliminated
+from convlayer.conic.polish import Root
 from convlayer.conic.program import DENSE_ENTRIES, Program
 from convlayer.conic.residual import Scaling
 from convlayer.declaration.canonical import Canonical
@@ -25,7 +26,7 @@ class Piece:
     """Some rows of the batch with the zero found for them."""
 
     rows: Tensor
-    zero: Zero
+    zero: Root
     scaling: Scaling
     keep: Tensor  # which of `rows`, by position, this is the answer for
     eliminated: Eliminated | None = None  # the zero is of the program without these variables

@@ -88,7 +88,7 @@ def _farthest(
     lines = [curved, matrix[:zeros], sp.csr_array(q[None] / max(np.abs(q).max(), 1.0)), one, -one, matrix[zeros:]]
     stacked = sp.csc_array(sp.vstack(lines))
     stacked.sort_indices()
-    cones = [c for c in program.cones.cones if c.name != "zero"]
+    cones = [c for c in program.cones.cones if not isinstance(c, Zero)]
     form = Program(
         n,
         stacked.shape[0],

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from convlayer.conic.adjoint import Zero, polish
 from convlayer.conic.elimination import Eliminated
 from convlayer.conic.kinks import Sides, judged
 from convlayer.conic.kkt import Visible
+from convlayer.conic.polish import Root, polish
 from convlayer.conic.program import Data, Operators
 from convlayer.conic.residual import Scaling, largest, recentre
 from convlayer.declaration.canonical import Canonical
@@ -81,7 +81,7 @@ class Refined:
     s: Tensor
     y: Tensor
     status: Tensor
-    zero: Zero
+    zero: Root
     scaling: Scaling  # of the zero
 
 
@@ -121,7 +121,7 @@ def _not_run_away(status: Tensor, seen: Tensor) -> Tensor:
     return status
 
 
-def _not_swamped(status: Tensor, data: Data, zero: Zero) -> Tensor:
+def _not_swamped(status: Tensor, data: Data, zero: Root) -> Tensor:
     """Beside multipliers so large the costs are not seen in the residual: constraints contradict each other by little."""
     q, P = data.largest_costs
     costs = torch.maximum(q, P * largest(zero.x))
@@ -142,7 +142,7 @@ def _within_numbers(status: Tensor, scaling: Scaling) -> Tensor:
     return torch.where(beyond, int(Status.NOT_CONVERGED), status)
 
 
-def _rough_near_kinks(status: Tensor, zero: Zero) -> Zero:
+def _rough_near_kinks(status: Tensor, zero: Root) -> Root:
     """A point that is not quite a solution tells a kink from its neighbourhood no better than that."""
     rough = status == Status.INACCURATE
     if not bool(rough.any()):
@@ -151,7 +151,7 @@ def _rough_near_kinks(status: Tensor, zero: Zero) -> Zero:
     return replace(zero, near=zero.near | near, unfelt=zero.unfelt & ~near)
 
 
-def _verdict(zero: Zero, tolerance: float) -> Tensor:
+def _verdict(zero: Root, tolerance: float) -> Tensor:
     """What the polished residual says, whatever the solver said: it is the KKT residual of the point in hand.
 
     A problem so ill-conditioned that the residual's rounding moves the solution is not called solved either.
@@ -164,7 +164,7 @@ def _verdict(zero: Zero, tolerance: float) -> Tensor:
     return torch.where(zero.error <= TRUST.meaningless, judged, int(Status.NOT_CONVERGED))
 
 
-def _judged(request: ConeRequest, zero: Zero, scaling: Scaling, eliminated: Eliminated | None) -> Zero:
+def _judged(request: ConeRequest, zero: Root, scaling: Scaling, eliminated: Eliminated | None) -> Root:
     """The zero, its degenerate rows judged by what parameters move and outputs read."""
     if not request.judged or not bool(zero.degenerate.any()):
         return zero
@@ -172,7 +172,7 @@ def _judged(request: ConeRequest, zero: Zero, scaling: Scaling, eliminated: Elim
     return judged(zero, rows, _sides(request.canonical, zero, scaling, eliminated, rows)) if len(rows) else zero
 
 
-def _selected(canonical: Canonical, zero: Zero, scaling: Scaling, eliminated: Eliminated | None) -> Zero:
+def _selected(canonical: Canonical, zero: Root, scaling: Scaling, eliminated: Eliminated | None) -> Root:
     """The zero, flagged where it is one of many solutions, chosen by the negligible term, and parameters move the choice.
 
     Where the pivots are no larger than the term, it chooses; a direction of the parameters along which the solution moves as fast as the
@@ -187,7 +187,7 @@ def _selected(canonical: Canonical, zero: Zero, scaling: Scaling, eliminated: El
     return replace(zero, flagged=zero.flagged | jumps, unfelt=zero.unfelt & ~jumps)
 
 
-def _sides(canonical: Canonical, zero: Zero, scaling: Scaling, eliminated: Eliminated | None, rows: Tensor) -> Sides:
+def _sides(canonical: Canonical, zero: Root, scaling: Scaling, eliminated: Eliminated | None, rows: Tensor) -> Sides:
     """What parameters move and outputs read, in the units of some rows of a zero: every parameter as much as the others."""
     units = scaling.rows(rows)
     point = units.leave(zero.x[rows], zero.s[rows], zero.y[rows])

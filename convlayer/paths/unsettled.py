@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from convlayer.conic.adjoint import SETTLED
 from convlayer.conic.certificates import infeasible, unbounded
+from convlayer.conic.polish import NEWTON
 from convlayer.conic.program import Data
 from convlayer.conic.residual import normalise
 from convlayer.paths.attempted import Attempted
@@ -75,7 +75,7 @@ def with_a_feasible_point(data: Data, found: Attempted, precision: float) -> Att
 
 def running_off(data: Data, found: Attempted) -> Attempted:
     """Rows whose infimum is not attained, of those that the polish did not bring to rest."""
-    restless = found.verdict.residual > SETTLED
+    restless = found.verdict.residual > NEWTON.settled
     rows = torch.nonzero(found.unsettled | ((found.verdict.status == Status.SOLVED) & restless)).flatten()
     if not len(rows):
         return found

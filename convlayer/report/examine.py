@@ -27,8 +27,10 @@ from torch import Tensor
 from convlayer.autodiff.threads import one_thread
 from convlayer.cones import ProductSpectrum, smat
 from convlayer.cones.cone import from_basis
-from convlayer.conic.adjoint import KINK, MARGIN
-from convlayer.conic.kkt import NULL, factorise, prefers_dense
+from convlayer.conic.costs import prefers_dense
+from convlayer.conic.kkt import factorise
+from convlayer.conic.null_space import NULL
+from convlayer.conic.polish import KINK, MARGIN
 from convlayer.conic.program import DENSE_ENTRIES, Data, Operators
 from convlayer.conic.residual import Scaling, normalise, recentre
 from convlayer.declaration.canonical import Canonical

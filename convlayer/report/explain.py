@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from convlayer.conic import costs
-from convlayer.conic.kkt import prefers_dense
+from convlayer.conic.costs import prefers_dense
 from convlayer.conic.program import Program
 from convlayer.declaration.canonical import Canonical
 from convlayer.declaration.declaration import Declaration
