@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from convlayer.autodiff import compiled
-from convlayer.autodiff.derivative import Local
 from convlayer.declaration.canonical import Canonical
 from convlayer.declaration.declaration import Declaration, with_proximal_term
-from convlayer.declaration.hashing import digest
 from convlayer.display import Words
 from convlayer.notices import OnceEach
 from convlayer.paths.choice import Choice, choose
@@ -28,7 +26,7 @@ from convlayer.paths.settings import Settings
 from convlayer.paths.starts import Starts
 from convlayer.report.check import Check
 from convlayer.report.examine import checked
-from convlayer.report.explain import explained
+from convlayer.report.explain import described, explained
 from convlayer.report.verification import Verification, verified
 from convlayer.solution import Solution
 from convlayer.solvers import ConeSolver
@@ -91,6 +89,7 @@ class ConvexLayer(torch.nn.Module):
                      loses a worker raises BrokenExecutor. By default a pool of one thread a core. Kernels and the batched interior point
                      do not use it. It is not copied or pickled with the layer.
         squeeze:     a call returns the only variable itself, not a tuple of one, as torch.nn.Sequential wants it.
+        verbose:     rows that take long are shown as they are done, by a bar (tqdm) or in the log; see convlayer.progress.
 
     Errors: ProblemError (a ValueError) at construction; at a call TypeError and ValueError for what no row can use,
     ParameterError and SolverError for rows.
@@ -114,6 +113,7 @@ class ConvexLayer(torch.nn.Module):
         validate: bool = True,
         executor: Executor | None = None,
         squeeze: bool = False,
+        verbose: bool = False,
     ) -> None:
         """See the class."""
         super().__init__()
@@ -122,7 +122,8 @@ class ConvexLayer(torch.nn.Module):
             problem = with_proximal_term(problem, settings.regularise)
         if squeeze and len(variables) != 1:
             raise ValueError(f"squeeze=True is for one variable; this layer returns {len(variables)}.")
-        self.on_failure, self.validate, self.executor, self.squeeze = on_failure, validate, executor, squeeze
+        self.on_failure, self.validate, self.executor = on_failure, validate, executor
+        self.squeeze, self.verbose = squeeze, verbose
         self._settle(Declaration.checked(problem, parameters, variables, gp), settings)
         check_policy(on_failure, lambda: self._canonical)
         self._fresh()
@@ -142,14 +143,22 @@ class ConvexLayer(torch.nn.Module):
         """What a layer does not share with its copies."""
         self._told = OnceEach()
         self._starts = Starts()
-        self._named: tuple[Any, str] | None = None
+        self._names: dict[Any, str] = {}  # in graphs, by options that may change
         self._number = compiled.registered(self)
 
     @property
     def _front(self) -> Front:
         """The layer as a call sees it; some of its attributes may be set at any time."""
         return Front(
-            self._choice, self._settings, self.on_failure, self.validate, self.executor, self._starts, self._told
+            self._choice,
+            self._settings,
+            self.on_failure,
+            self.validate,
+            self.verbose,
+            self.executor,
+            self._starts,
+            self._told,
+            self._names,
         )
 
     @property
@@ -227,12 +236,9 @@ class ConvexLayer(torch.nn.Module):
         The gradients are those of one random linear functional of the variables, drawn from `seed`. Nothing is raised: look at
         `.agrees`, or print it. Rows whose constraints contradict each other by rounding alone agree to that rounding.
         """
-        mine = self.with_options(on_failure="nan")
-
-        def by_solver(name: str) -> Callable[..., Solution]:
-            return mine.with_options(solver=name).solve
-
-        return verified(self._front, self._front.given(tensors, named), mine.solve, by_solver, seed, against)
+        front, mine = self._front, self.with_options(on_failure="nan")
+        by_solver = partial(_solve_by, mine)
+        return verified(front, front.given(tensors, named), mine.solve, by_solver, seed, against)
 
     def check(self, *tensors: Any, **named: Any) -> Check:
         """How far each row is from where the solution map is not differentiable, or not well: by constraint, as tensors; print it for words.
@@ -242,11 +248,11 @@ class ConvexLayer(torch.nn.Module):
         """
         front, kernel = self._front, self._choice.kernel
         given = front.given(tensors, named)
-        # Of multipliers that are not unique the central ones: an extreme one makes its constraint look weakly active.
+        # Of multipliers that are not unique the central ones: an extreme one looks weakly active.
         solver = None if self._settings.solving.alone else "clarabel"
-        sibling = self._on_cone_program().with_options(on_failure="keep", solver=solver)
-        values = front.values(given, front.shapes(given)[2])
-        return checked(self._declared, values, partial(sibling.solve, *given), None if kernel is None else kernel.gap)
+        solve = self._on_cone_program().with_options(on_failure="keep", solver=solver).solve
+        values, gap = front.values(given, front.shapes(given)[2]), None if kernel is None else kernel.gap
+        return checked(self._declared, values, partial(solve, *given), gap)
 
     def explain(self, batch: int = 1) -> str:
         """Which path runs and why, why the others do not, the sizes, and what a forward and a backward cost."""
@@ -263,6 +269,7 @@ class ConvexLayer(torch.nn.Module):
         on_failure: str | None = None,
         validate: bool | None = None,
         executor: Executor | None = None,
+        verbose: bool | None = None,
     ) -> ConvexLayer:
         """A layer of the same problem, sharing its canonical form, with some of the constructor's options changed.
 
@@ -283,29 +290,29 @@ class ConvexLayer(torch.nn.Module):
         if on_failure is not None:
             check_policy(on_failure, lambda: self._canonical)
             sibling.on_failure = on_failure
-        if validate is not None:
-            sibling.validate = validate
-        if executor is not None:
-            sibling.executor = executor
+        changed = {"validate": validate, "executor": executor, "verbose": verbose}
+        for name, value in changed.items():
+            if value is not None:
+                setattr(sibling, name, value)
         return sibling
 
     def _copy(self) -> ConvexLayer:
         sibling = object.__new__(type(self))
         sibling.__dict__.update(self.__dict__)
         # The hooks and submodules of a module stand in dictionaries, which a shallow copy would share.
-        parts = {name: copy.copy(part) for name, part in self.__dict__.items() if isinstance(part, dict)}
-        sibling.__dict__.update(parts)
+        own = ((name, part) for name, part in self.__dict__.items() if isinstance(part, dict))
+        sibling.__dict__.update((name, copy.copy(part)) for name, part in own)
         sibling._fresh()
         return sibling
 
     def _on_cone_program(self) -> ConvexLayer:
-        sibling = self._copy()
-        sibling._take(self._choice.cone_program(self._settings), replace(self._settings, structure="generic"))
+        sibling, settings = self._copy(), replace(self._settings, structure="generic")
+        sibling._take(self._choice.cone_program(self._settings), settings)
         return sibling
 
     def __getstate__(self) -> dict[str, Any]:
         """The declaration and the options: the rest is made from them anew."""
-        made = ("_choice", "_told", "_starts", "_named", "_number")
+        made = ("_choice", "_told", "_starts", "_names", "_number")
         kept = {name: part for name, part in self.__dict__.items() if name not in made}
         return {**kept, "executor": None, "_declaration": self._declared}
 
@@ -320,28 +327,8 @@ class ConvexLayer(torch.nn.Module):
         raise RuntimeError(NO_SCRIPT)
 
     def extra_repr(self) -> str:
-        parameters = ", ".join(f"{p.name()}{tuple(p.shape)}" for p in self._declared.parameters)
-        variables = ", ".join(f"{v.name()}{tuple(v.shape)}" for v in self._declared.variables)
-        solver = "" if self._choice.kernel is not None else f", solver={self._settings.solving.described}"
-        return f"({parameters}) -> ({variables}), structure={self.structure}{solver}, on_failure={self.on_failure}"
+        return f"{described(self._choice, self._settings)}, on_failure={self.on_failure}"
 
-    @property
-    def _graph_name(self) -> str:
-        """See `compiled.Layer`."""
-        changing = self.on_failure, self.validate
-        if self._named is None or self._named[0] != changing:
-            self._named = changing, digest(self._declared.digest, self.structure, self._settings.content, changing)
-        return self._named[1]
 
-    def _evaluate(
-        self, thetas: Sequence[Tensor], ids: Tensor | None, differentiable: bool
-    ) -> tuple[list[Tensor], Local]:
-        """See `compiled.Layer`."""
-        gate = self._front.apart(thetas, Call(ids=ids), differentiable)
-        return gate.filled, gate.local
-
-    def _blank(self, thetas: Sequence[Tensor]) -> list[Tensor]:
-        """See `compiled.Layer`."""
-        dtype, device, batch = self._front.shapes(thetas)
-        return [torch.empty(*batch, *v.shape, dtype=dtype, device=device) for v in self._declared.variables]
-
+def _solve_by(layer: ConvexLayer, solver: str) -> Callable[..., Solution]:
+    return layer.with_options(solver=solver).solve

@@ -278,7 +278,7 @@ def test_a_second_derivative_through_a_compiled_model_is_an_error_and_never_zero
 
 def test_the_operator_alone_refuses_a_second_derivative(model, tensors):
     inputs = leaves(tensors)
-    outputs = compiled.outputs(inputs, None, model.layer._graph_name)
+    outputs = compiled.outputs(inputs, None, model.layer._front.graph_name)
     first = torch.autograd.grad(sum(o.square().sum() for o in outputs), inputs, create_graph=True)
     with pytest.raises(RuntimeError, match=r"convlayer\.adjoint"):
         torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
@@ -360,4 +360,4 @@ def test_a_graph_looks_for_its_layer_while_other_threads_build_theirs():
         builder.join()
         sys.setswitchinterval(interval)
     assert len(set(numbers)) == len(numbers) > len(alive)
-    assert compiled._layer(Named._graph_name)._graph_name == Named._graph_name
+    assert compiled._layer(Named._front.graph_name)._front.graph_name == Named._front.graph_name

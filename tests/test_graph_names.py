@@ -84,10 +84,10 @@ def _perspective(x, weight):
 
 
 def test_no_two_declarations_or_options_that_differ_have_a_name_in_common_and_equal_ones_do():
-    names = {what: square(**given)._graph_name for what, given in OTHERS.items()}
+    names = {what: square(**given)._front.graph_name for what, given in OTHERS.items()}
     assert len(set(names.values())) == len(OTHERS)
     again = list(OTHERS)[::3]
-    assert [names[what] for what in again] == [square(**OTHERS[what])._graph_name for what in again]
+    assert [names[what] for what in again] == [square(**OTHERS[what])._front.graph_name for what in again]
 
 
 def test_the_order_of_parameters_and_what_is_returned_count():
@@ -95,7 +95,7 @@ def test_the_order_of_parameters_and_what_is_returned_count():
     bound, other = x <= z, x >= -5
     problem = cp.Problem(cp.Minimize(cp.sum_squares(x - y)), [bound, other])
     forms = [([y, z], [x]), ([z, y], [x]), ([y, z], bound.dual_variables), ([y, z], other.dual_variables), ([y, z], [x, x])]
-    assert len({ConvexLayer(problem, *form)._graph_name for form in forms}) == len(forms)
+    assert len({ConvexLayer(problem, *form)._front.graph_name for form in forms}) == len(forms)
 
 
 def test_what_a_name_does_not_count():
@@ -109,7 +109,7 @@ def test_what_a_name_does_not_count():
     layers[0](points())
     layers[1].check(points())
     layers += [copy.deepcopy(layers[0]), pickle.loads(pickle.dumps(layers[0])), layers[0].with_options(), layer()]
-    assert len({each._graph_name for each in layers}) == 1
+    assert len({each._front.graph_name for each in layers}) == 1
 
 
 def test_an_expression_is_read_once_however_often_it_is_shared():
@@ -130,7 +130,7 @@ def test_a_solver_of_ones_own_cannot_be_read_and_its_layer_is_like_no_other():
             return Clarabel().solve(task)
 
     first, second = clipped(solver=Mine()), clipped(solver=Mine())
-    assert len({first._graph_name, second._graph_name, clipped(solver="clarabel")._graph_name}) == 3
+    assert len({first._front.graph_name, second._front.graph_name, clipped(solver="clarabel")._front.graph_name}) == 3
     whole = torch.compile(Model(first), fullgraph=True, backend="aot_eager")
     assert torch.equal(whole(points()), first(points())[0])
 

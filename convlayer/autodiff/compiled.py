@@ -28,20 +28,27 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Layer(Protocol):
-    """What the operators ask of a layer."""
+class Served(Protocol):
+    """What the operators ask of a layer as it is now."""
 
     @property
-    def _graph_name(self) -> str:
+    def graph_name(self) -> str:
         """The content of the layer, the same in every process."""
 
-    def _evaluate(
+    def evaluated(
         self, thetas: Sequence[Tensor], ids: Tensor | None, differentiable: bool
     ) -> tuple[list[Tensor], Local]:
         """The outputs for plain parameters, apart from every graph, and their derivative."""
 
-    def _blank(self, thetas: Sequence[Tensor]) -> list[Tensor]:
+    def blank(self, thetas: Sequence[Tensor]) -> list[Tensor]:
         """Outputs of the right shape, dtype and device, without values."""
+
+
+class Layer(Protocol):
+    """A layer, whose options may change while graphs hold its name."""
+
+    @property
+    def _front(self) -> Served: ...
 
 
 def _without_tangents() -> None:
@@ -74,7 +81,7 @@ class _Layers:
         with self._lock:
             layer = self._by_number[number]
         # Made only now: building a layer does not wait for its name.
-        name = layer._graph_name
+        name = layer._front.graph_name
         with self._lock:
             self._by_name[name] = layer
         return name
@@ -83,9 +90,9 @@ class _Layers:
         """A layer of this name: one that has served it, or else the one built last."""
         with self._lock:
             layer, alive = self._by_name.get(name), list(self._by_number.values())
-        if layer is not None and layer._graph_name == name:
+        if layer is not None and layer._front.graph_name == name:
             return layer
-        layer = next((layer for layer in reversed(alive) if layer._graph_name == name), None)
+        layer = next((layer for layer in reversed(alive) if layer._front.graph_name == name), None)
         if layer is not None:
             with self._lock:
                 self._by_name[name] = layer
@@ -137,7 +144,7 @@ def _keep(local: Local) -> Tensor:
 def _solve(thetas: Sequence[Tensor], ids: Tensor | None, layer: str, differentiable: bool) -> list[Tensor]:
     _without_tangents()
     with recording():
-        outputs, local = _layer(layer)._evaluate(thetas, ids, differentiable)
+        outputs, local = _layer(layer)._front.evaluated(thetas, ids, differentiable)
     number = _keep(local) if differentiable else torch.zeros(1, dtype=torch.int64)
     return [*(output.clone(memory_format=torch.contiguous_format) for output in outputs), number]
 
@@ -145,7 +152,7 @@ def _solve(thetas: Sequence[Tensor], ids: Tensor | None, layer: str, differentia
 @_solve.register_fake
 def _(thetas, ids, layer, differentiable):
     _without_tangents()
-    return [*_layer(layer)._blank(thetas), torch.empty(1, dtype=torch.int64)]
+    return [*_layer(layer)._front.blank(thetas), torch.empty(1, dtype=torch.int64)]
 
 
 @torch.library.custom_op("convlayer::adjoint", mutates_args=())
@@ -155,7 +162,7 @@ def _adjoint(
     local = _kept.get(int(number))
     with recording():
         if local is None:
-            _, local = _layer(layer)._evaluate(thetas, None, True)
+            _, local = _layer(layer)._front.evaluated(thetas, None, True)
         cotangents = local.cotangent(thetas, bars, needed)
     return [part.clone(memory_format=torch.contiguous_format) for part in cotangents]
 

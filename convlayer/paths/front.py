@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from convlayer.autodiff.threads import few_threads
 from convlayer.autodiff.torch_internals import is_transformed
 from convlayer.declaration import arguments
 from convlayer.declaration.declaration import Declaration
+from convlayer.declaration.hashing import digest
 from convlayer.declaration.inputs import BadRows, bad_rows
 from convlayer.notices import OnceEach
 from convlayer.paths.choice import Choice
@@ -28,6 +30,7 @@ from convlayer.paths.relaxed import Reconciled, Relaxed
 from convlayer.paths.rescued import Rescued
 from convlayer.paths.settings import Settings
 from convlayer.paths.starts import Starts, samples_of, start_of
+from convlayer.progress import shown
 from convlayer.solution import AccuracyWarning, Cause, GradientWarning, Solution, Status
 
 COLD_IN_TRANSFORMS = (
@@ -59,14 +62,38 @@ class Front:
     settings: Settings
     on_failure: str
     validate: bool
+    verbose: bool
     executor: Executor | None
     starts: Starts
     told: OnceEach
+    names: dict[Any, str]  # in graphs, by the options that may change
 
     @property
     def declared(self) -> Declaration:
         """With the parameters and variables in the layer's order."""
         return self.choice.declared
+
+    @property
+    def graph_name(self) -> str:
+        """The content of the layer, the same in every process; see `compiled.Served`."""
+        changing = self.on_failure, self.validate
+        if changing not in self.names:
+            content = self.choice.structure, self.settings.content
+            self.names[changing] = digest(self.declared.digest, *content, changing)
+        return self.names[changing]
+
+    def evaluated(
+        self, thetas: Sequence[Tensor], ids: Tensor | None, differentiable: bool
+    ) -> tuple[list[Tensor], Local]:
+        """See `compiled.Served`."""
+        gate = self.apart(thetas, Call(ids=ids), differentiable)
+        return gate.filled, gate.local
+
+    def blank(self, thetas: Sequence[Tensor]) -> list[Tensor]:
+        """See `compiled.Served`."""
+        dtype, device, batch = self.shapes(thetas)
+        variables = self.declared.variables
+        return [torch.empty(*batch, *v.shape, dtype=dtype, device=device) for v in variables]
 
     def given(self, given: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, ...]:
         """One value for each parameter, in order, as tensors where that is harmless."""
@@ -134,7 +161,8 @@ class Front:
         if kernel is not None:
             operations += kernel.operations(max((len(value) for value in values), default=1))
         tell = partial(self._tell, batch)
-        with no_autocast(device), few_threads(operations):
+        watched = shown() if self.verbose else nullcontext()
+        with no_autocast(device), few_threads(operations), watched:
             cone_program = kernel is None or call.of_cone_program
             vouched = frozenset() if cone_program or kernel is None else kernel.match.vouches
             start = None

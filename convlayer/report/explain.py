@@ -22,6 +22,15 @@ POLISH, ADJOINT = 2, 4  # factorisations of a typical polish; solves of an adjoi
 ENTROPIES = ("entr", "kl_div", "rel_entr")
 
 
+def described(choice: Choice, settings: Settings) -> str:
+    """What a layer takes and returns, and what runs."""
+    declared = choice.declared
+    parameters = ", ".join(f"{p.name()}{tuple(p.shape)}" for p in declared.parameters)
+    variables = ", ".join(f"{v.name()}{tuple(v.shape)}" for v in declared.variables)
+    solver = f", solver={settings.solving.described}" if choice.kernel is None else ""
+    return f"({parameters}) -> ({variables}), structure={choice.structure}{solver}"
+
+
 def explained(choice: Choice, settings: Settings, executor: bool, batch: int) -> str:
     """The report of `ConvexLayer.explain`."""
     lines = list(_choice(choice, settings.regularise, batch))
