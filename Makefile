@@ -45,6 +45,7 @@ bench: .venv/benchmarks  ## us against the peers, side by side: the cone program
 	$(PY) -m benchmarks
 
 lint: .venv/dev  ## style and types
+	$(PY) -m ruff format --check --quiet
 	$(PY) -m ruff check
 	$(PY) -m mypy convlayer examples
 

@@ -56,7 +56,15 @@ SUITES = {
     "generic": Suite("Generic path", by_name(accuracy, conditioning, speed, large, construction)),
     "structures": Suite(
         "Structures",
-        by_name(incumbents, specialists, growth, temperature, structures_accuracy, overhead, structures_construction),
+        by_name(
+            incumbents,
+            specialists,
+            growth,
+            temperature,
+            structures_accuracy,
+            overhead,
+            structures_construction,
+        ),
         structures.PACKAGES,
     ),
     "programs": Suite(
@@ -72,12 +80,20 @@ SUITES = {
 def main() -> None:
     families = dict.fromkeys(name for suite in SUITES.values() for name in suite.families)
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--suite", choices=(*SUITES, "all"), default="all", help="one of them, or all")
+    parser.add_argument(
+        "--suite", choices=(*SUITES, "all"), default="all", help="one of them, or all"
+    )
     parser.add_argument("--only", choices=families, help="one family of rows")
-    parser.add_argument("--quick", action="store_true", help="fewer problems, smaller sizes, fewer repeats")
-    parser.add_argument("--device", default="cpu", type=torch.device, help="where the parameters live")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer problems, smaller sizes, fewer repeats"
+    )
+    parser.add_argument(
+        "--device", default="cpu", type=torch.device, help="where the parameters live"
+    )
     parser.add_argument(
         "--dtype",
         default="float64",
@@ -87,7 +103,9 @@ def main() -> None:
     arguments = parser.parse_args()
     options = Options(arguments.quick, arguments.device, getattr(torch, arguments.dtype))
     chosen = [name for name in SUITES if arguments.suite in (name, "all")]
-    chosen = [name for name in chosen if arguments.only is None or arguments.only in SUITES[name].families]
+    chosen = [
+        name for name in chosen if arguments.only is None or arguments.only in SUITES[name].families
+    ]
     if not chosen:
         parser.error(f"the suite {arguments.suite} has no family {arguments.only}")
     for name in chosen:
@@ -97,7 +115,9 @@ def main() -> None:
 def run(name: str, only: str | None, options: Options) -> None:
     suite = SUITES[name]
     about, start = environment(options.device, suite.packages), time.perf_counter()
-    families = [suite.families[family].family(options) for family in ([only] if only else suite.families)]
+    families = [
+        suite.families[family].family(options) for family in ([only] if only else suite.families)
+    ]
     tables: dict[str, tuple[str, list[Row]]] = {}
     with tqdm(total=sum(len(family.tasks) for family in families), unit="problem") as progress:
         for family in families:

@@ -51,12 +51,19 @@ def family(options: Options) -> Family:
 def measure(case: Prebuilt, options: Options) -> Iterable[Row]:
     declared, tensors = case(), case.sample(ROWS, 0)
     gp = not declared.problem.is_dcp()
-    layer = ConvexLayer(declared.problem, declared.parameters, declared.variables, gp=gp, structure="generic")
+    layer = ConvexLayer(
+        declared.problem, declared.parameters, declared.variables, gp=gp, structure="generic"
+    )
     exact, source = _reference(case, declared, tensors)
     expected, slopes = _differences(case, layer, tensors)
     row = Row(
         case.name,
-        {"cones": ", ".join(sorted({block.name for block in _program(declared, gp).cones.blocks})), "vs": source},
+        {
+            "cones": ", ".join(
+                sorted({block.name for block in _program(declared, gp).cones.blocks})
+            ),
+            "vs": source,
+        },
         {SOLUTION: ("<=", 1e-8), GRADIENT: ("<=", 1e-6), "value": ("<=", 1e-6)},
     )
     with warnings.catch_warnings():
@@ -65,11 +72,20 @@ def measure(case: Prebuilt, options: Options) -> Iterable[Row]:
         def ours(*leaves: Tensor) -> Variables:
             return tuple(x.cpu() for x in layer(*(leaf.to(options.device) for leaf in leaves)))
 
-        error, gradient = solution_error(ours, tensors, exact), gradient_error(ours, tensors, *expected)
+        error, gradient = (
+            solution_error(ours, tensors, exact),
+            gradient_error(ours, tensors, *expected),
+        )
         solution = layer.solve(*tensors)
-        value = gradient_error(lambda *leaves: (layer.solve(*leaves).objective,), tensors, (torch.ones(ROWS),), slopes)
+        value = gradient_error(
+            lambda *leaves: (layer.solve(*leaves).objective,), tensors, (torch.ones(ROWS),), slopes
+        )
         kkt = [
-            kkt_residual(declared, [t[k].numpy() for t in tensors], *(part[k].numpy() for part in solution.iterate))
+            kkt_residual(
+                declared,
+                [t[k].numpy() for t in tensors],
+                *(part[k].numpy() for part in solution.iterate),
+            )
             for k in range(ROWS)
         ]
         row.figures |= {
@@ -97,7 +113,8 @@ def summary(rows: list[Row]) -> Iterable[Row]:
     failed = [
         row
         for row in measured
-        if "peer solution" in row.figures and not math.isfinite(_number(row.figures.get("peer gradient")))
+        if "peer solution" in row.figures
+        and not math.isfinite(_number(row.figures.get("peer gradient")))
     ]
     yield Row("the peer has no finite gradient", {"problems": len(failed)})
     seen = {cone for row in measured for cone in row.figures["cones"].split(", ")}
@@ -134,7 +151,9 @@ def _tight(declared: Declared, tensors: Variables) -> Variables:
         for parameter, tensor in zip(declared.parameters, tensors, strict=True):
             parameter.value = tensor[k].numpy()
         for tolerance in (1e-14, 1e-13, 1e-12, 1e-11, 1e-10):
-            declared.problem.solve(cp.CLARABEL, tol_gap_abs=tolerance, tol_gap_rel=tolerance, tol_feas=tolerance)
+            declared.problem.solve(
+                cp.CLARABEL, tol_gap_abs=tolerance, tol_gap_rel=tolerance, tol_feas=tolerance
+            )
             if declared.problem.status == cp.OPTIMAL:
                 break
         rows.append([torch.as_tensor(np.array(v.value, dtype=float)) for v in declared.variables])
@@ -144,11 +163,14 @@ def _tight(declared: Declared, tensors: Variables) -> Variables:
 def _differences(case: Prebuilt, layer: ConvexLayer, tensors: Variables):
     """Expected (directions, derivatives, which to keep): of the functional, with its weights, and of the value."""
     directions = [
-        tuple(b - a for a, b in zip(tensors, case.sample(ROWS, seed), strict=True)) for seed in range(1, DIRECTIONS + 1)
+        tuple(b - a for a, b in zip(tensors, case.sample(ROWS, seed), strict=True))
+        for seed in range(1, DIRECTIONS + 1)
     ]
     # All points of all directions in one batch: (rows, directions, points).
     moved = [
-        torch.stack([torch.stack([t + k * STEP / 2 * d[i] for k in POINTS], 1) for d in directions], 1)
+        torch.stack(
+            [torch.stack([t + k * STEP / 2 * d[i] for k in POINTS], 1) for d in directions], 1
+        )
         for i, t in enumerate(tensors)
     ]
     with warnings.catch_warnings():
@@ -159,7 +181,10 @@ def _differences(case: Prebuilt, layer: ConvexLayer, tensors: Variables):
     except NotImplementedError:
         variables = solution.variables
     generator = torch.Generator().manual_seed(100)
-    weights = tuple(torch.randn((ROWS, *v.shape[3:]), generator=generator, dtype=torch.float64) for v in variables)
+    weights = tuple(
+        torch.randn((ROWS, *v.shape[3:]), generator=generator, dtype=torch.float64)
+        for v in variables
+    )
     functional = sum(
         (w[:, None, None] * v).reshape(ROWS, DIRECTIONS, len(POINTS), -1).sum(-1)
         for w, v in zip(weights, variables, strict=True)
@@ -170,7 +195,10 @@ def _differences(case: Prebuilt, layer: ConvexLayer, tensors: Variables):
 def slopes(values: Tensor) -> tuple[Tensor, Tensor]:
     """(rows, directions, points) -> 5-point derivatives, and where two step sizes agree, (rows, directions) each."""
     at = {k: values[..., i] for i, k in enumerate(POINTS)}
-    coarse, fine = (sum(c * at[factor * k] for k, c in FIVE_POINT.items()) / (factor * STEP / 2) for factor in (2, 1))
+    coarse, fine = (
+        sum(c * at[factor * k] for k, c in FIVE_POINT.items()) / (factor * STEP / 2)
+        for factor in (2, 1)
+    )
     size = fine.abs().amax(1, keepdim=True).clamp(min=1e-12)
     return fine, (coarse - fine).abs() <= AGREE * size
 
@@ -183,14 +211,20 @@ def solution_error(layer: Callable[..., Variables], tensors: Variables, exact: V
     return float((error / sum(_flat(e).square().sum(1) for e in exact)).sqrt().max())
 
 
-def gradient_error(layer: Callable[..., Variables], tensors: Variables, weights: Variables, expected) -> float:
+def gradient_error(
+    layer: Callable[..., Variables], tensors: Variables, weights: Variables, expected
+) -> float:
     """The worst row's error over its directions, in units of its derivative."""
     directions, slopes, kept = expected
     leaves = [t.clone().requires_grad_() for t in tensors]
     gradients = torch.autograd.grad(layer(*leaves), leaves, weights, allow_unused=True)
     got = torch.stack(
         [
-            sum(_flat(g * d).sum(1) for g, d in zip(gradients, direction, strict=True) if g is not None)
+            sum(
+                _flat(g * d).sum(1)
+                for g, d in zip(gradients, direction, strict=True)
+                if g is not None
+            )
             for direction in directions
         ],
         1,
@@ -199,7 +233,9 @@ def gradient_error(layer: Callable[..., Variables], tensors: Variables, weights:
     return float((difference / torch.where(kept, slopes, 0.0).norm(dim=1).clamp(min=1e-12)).max())
 
 
-def _peer(case: Prebuilt, tensors: Variables, exact: Variables, weights: Variables, expected) -> dict[str, float | str]:
+def _peer(
+    case: Prebuilt, tensors: Variables, exact: Variables, weights: Variables, expected
+) -> dict[str, float | str]:
     try:
         layer = peer_layer(case())
         if layer is None:

@@ -48,16 +48,19 @@ def least_absolute_deviations(m=7, n=2):
     return cp.Problem(cp.Minimize(cp.norm1(A @ x - b))), [A, b], [x]
 
 
-for _regression, _bound in ((chebyshev_regression, lambda m: np.ones((m, 1))), (least_absolute_deviations, np.eye)):
+for _regression, _bound in (
+    (chebyshev_regression, lambda m: np.ones((m, 1))),
+    (least_absolute_deviations, np.eye),
+):
     _regression.sampled_by(lambda draw, m, n: (draw.normal(m, n), draw.normal(m)))
 
     @_regression.solved_by
     def _linear(A, b, bound=_bound):
         T = bound(len(b))
         cost = np.append(np.zeros(A.shape[1]), np.ones(T.shape[1]))
-        return linprog(cost, np.block([[A, -T], [-A, -T]]), np.concatenate([b, -b]), bounds=(None, None)).x[
-            : A.shape[1]
-        ]
+        return linprog(
+            cost, np.block([[A, -T], [-A, -T]]), np.concatenate([b, -b]), bounds=(None, None)
+        ).x[: A.shape[1]]
 
 
 @prebuilt()
@@ -79,9 +82,13 @@ def _feasible(draw, n, m, p):
 @quadratic_program_duals.solved_by
 def _active_sets(P, q, G, h, A, b):
     n, m, p = len(q), len(h), len(b)
-    for active in map(list, chain.from_iterable(combinations(range(m), k) for k in range(n - p + 1))):
+    for active in map(
+        list, chain.from_iterable(combinations(range(m), k) for k in range(n - p + 1))
+    ):
         B, c = np.vstack([G[active], A]), np.concatenate([h[active], b])
-        z = np.linalg.solve(np.block([[P, B.T], [B, np.zeros((len(c), len(c)))]]), np.concatenate([-q, c]))
+        z = np.linalg.solve(
+            np.block([[P, B.T], [B, np.zeros((len(c), len(c)))]]), np.concatenate([-q, c])
+        )
         x, multipliers = z[:n], z[n : n + len(active)]
         if np.all(G @ x <= h + 1e-12) and np.all(multipliers >= 0):
             dual = np.zeros(m)
@@ -127,18 +134,30 @@ def linear_over_a_ball_dual(n=4):
     return cp.Problem(cp.Minimize(c @ x), [ball]), [c, a, r], [x, ball.dual_variables[0]]
 
 
-linear_over_a_ball_dual.sampled_by(lambda draw, n: (draw.normal(n), draw.normal(n), draw.uniform(0.5, 2)))
-linear_over_a_ball_dual.solved_by(lambda c, a, r: (a - r * c / np.linalg.norm(c), np.linalg.norm(c)))
+linear_over_a_ball_dual.sampled_by(
+    lambda draw, n: (draw.normal(n), draw.normal(n), draw.uniform(0.5, 2))
+)
+linear_over_a_ball_dual.solved_by(
+    lambda c, a, r: (a - r * c / np.linalg.norm(c), np.linalg.norm(c))
+)
 
 
 @prebuilt()
 def group_soft_threshold(groups=3, n=3):
     Y, lam, X = cp.Parameter((groups, n)), cp.Parameter(nonneg=True), cp.Variable((groups, n))
-    return cp.Problem(cp.Minimize(0.5 * cp.sum_squares(X - Y) + lam * cp.sum(cp.norm2(X, axis=1)))), [Y, lam], [X]
+    return (
+        cp.Problem(cp.Minimize(0.5 * cp.sum_squares(X - Y) + lam * cp.sum(cp.norm2(X, axis=1)))),
+        [Y, lam],
+        [X],
+    )
 
 
-group_soft_threshold.sampled_by(lambda draw, groups, n: (1.5 * draw.normal(groups, n), draw.uniform(0.3, 1.5)))
-group_soft_threshold.solved_by(lambda Y, lam: Y * np.maximum(1 - lam / np.linalg.norm(Y, axis=1, keepdims=True), 0))
+group_soft_threshold.sampled_by(
+    lambda draw, groups, n: (1.5 * draw.normal(groups, n), draw.uniform(0.3, 1.5))
+)
+group_soft_threshold.solved_by(
+    lambda Y, lam: Y * np.maximum(1 - lam / np.linalg.norm(Y, axis=1, keepdims=True), 0)
+)
 
 
 @prebuilt()
@@ -149,7 +168,13 @@ def norm_regression(m=8, n=4):
 
 norm_regression.sampled_by(lambda draw, m, n: (draw.normal(m, n), 3 * draw.normal(m)))
 norm_regression.solved_by(
-    lambda A, b: root(lambda x: A.T @ (A @ x - b) / np.linalg.norm(A @ x - b) + x, np.zeros(A.shape[1]), tol=1e-14).x
+    lambda A, b: (
+        root(
+            lambda x: A.T @ (A @ x - b) / np.linalg.norm(A @ x - b) + x,
+            np.zeros(A.shape[1]),
+            tol=1e-14,
+        ).x
+    )
 )
 
 
@@ -213,7 +238,11 @@ def _level(a, w):
 def softmax_dual(n=5):
     y, x = cp.Parameter(n), cp.Variable(n)
     total = cp.sum(x) == 1
-    return cp.Problem(cp.Minimize(-y @ x - cp.sum(cp.entr(x))), [total]), [y], [x, total.dual_variables[0]]
+    return (
+        cp.Problem(cp.Minimize(-y @ x - cp.sum(cp.entr(x))), [total]),
+        [y],
+        [x, total.dual_variables[0]],
+    )
 
 
 softmax_dual.sampled_by(lambda draw, n: (2 * draw.normal(n),))
@@ -226,7 +255,9 @@ def relative_entropy_projection(n=4):
     return cp.Problem(cp.Minimize(cp.sum(cp.kl_div(x, y))), [cp.sum(x) == r]), [y, r], [x]
 
 
-relative_entropy_projection.sampled_by(lambda draw, n: (draw.uniform(0.2, 2, n), draw.uniform(0.5, 2)))
+relative_entropy_projection.sampled_by(
+    lambda draw, n: (draw.uniform(0.2, 2, n), draw.uniform(0.5, 2))
+)
 relative_entropy_projection.solved_by(lambda y, r: y * r / y.sum())
 
 
@@ -234,7 +265,11 @@ relative_entropy_projection.solved_by(lambda y, r: y * r / y.sum())
 def entropic_transport(n=3):
     C, X = cp.Parameter((n, n)), cp.Variable((n, n))
     margins = [cp.sum(X, axis=0) == 1 / n, cp.sum(X, axis=1) == 1 / n]
-    return cp.Problem(cp.Minimize(cp.sum(cp.multiply(C, X)) - 0.3 * cp.sum(cp.entr(X))), margins), [C], [X]
+    return (
+        cp.Problem(cp.Minimize(cp.sum(cp.multiply(C, X)) - 0.3 * cp.sum(cp.entr(X))), margins),
+        [C],
+        [X],
+    )
 
 
 entropic_transport.sampled_by(lambda draw, n: (draw.uniform(0, 1, n, n),))
@@ -256,7 +291,9 @@ def log_sum_exp(m=6, n=3):
 
 
 log_sum_exp.sampled_by(lambda draw, m, n: (draw.normal(m, n), draw.normal(m)))
-log_sum_exp.solved_by(lambda A, b: root(lambda x: A.T @ soft(A @ x + b) + x, np.zeros(A.shape[1]), tol=1e-14).x)
+log_sum_exp.solved_by(
+    lambda A, b: root(lambda x: A.T @ soft(A @ x + b) + x, np.zeros(A.shape[1]), tol=1e-14).x
+)
 
 
 @prebuilt()
@@ -270,7 +307,9 @@ def cost_minimisation_dual(share=0.3):
     )
 
 
-cost_minimisation_dual.sampled_by(lambda draw, share: (draw.uniform(0.5, 2, 2), draw.uniform(0.5, 2)))
+cost_minimisation_dual.sampled_by(
+    lambda draw, share: (draw.uniform(0.5, 2, 2), draw.uniform(0.5, 2))
+)
 
 
 @cost_minimisation_dual.solved_by
@@ -282,7 +321,11 @@ def _demand(p, u, share=0.3):
 @prebuilt()
 def power_penalty(n=4, exponent=3.0):
     b, x, t = cp.Parameter(n), cp.Variable(n), cp.Variable(n)
-    return cp.Problem(cp.Minimize(cp.sum(t) - b @ x), [cp.PowCone3D(t, np.ones(n), x, 1 / exponent)]), [b], [x]
+    return (
+        cp.Problem(cp.Minimize(cp.sum(t) - b @ x), [cp.PowCone3D(t, np.ones(n), x, 1 / exponent)]),
+        [b],
+        [x],
+    )
 
 
 power_penalty.sampled_by(lambda draw, n, exponent: (draw.normal(n),))
@@ -303,14 +346,26 @@ posynomial.solved_by(lambda a, b, c: (np.cbrt(a * c / b**2), np.cbrt(a * b / c**
 @prebuilt()
 def control(states=4, inputs=2, horizon=10):
     A, B = cp.Parameter((states, states)), cp.Parameter((states, inputs))
-    start, X, U = cp.Parameter(states), cp.Variable((states, horizon + 1)), cp.Variable((inputs, horizon))
+    start, X, U = (
+        cp.Parameter(states),
+        cp.Variable((states, horizon + 1)),
+        cp.Variable((inputs, horizon)),
+    )
     moves = [X[:, 0] == start, X[:, 1:] == A @ X[:, :-1] + B @ U, cp.abs(U) <= 0.5]
-    return cp.Problem(cp.Minimize(cp.sum_squares(X) + 0.2 * cp.sum_squares(U)), moves), [A, B, start], [U]
+    return (
+        cp.Problem(cp.Minimize(cp.sum_squares(X) + 0.2 * cp.sum_squares(U)), moves),
+        [A, B, start],
+        [U],
+    )
 
 
 @control.sampled_by
 def _systems(draw, states, inputs, horizon):
-    return torch.eye(states) + 0.1 * draw.normal(states, states), 0.5 * draw.normal(states, inputs), draw.normal(states)
+    return (
+        torch.eye(states) + 0.1 * draw.normal(states, states),
+        0.5 * draw.normal(states, inputs),
+        draw.normal(states),
+    )
 
 
 @prebuilt()
@@ -338,7 +393,10 @@ def _within_budget(mu, L, sigma):
         w, multiplier, nu = np.exp(unknowns[:n]), unknowns[n], unknowns[n + 1]
         risk = np.linalg.norm(L.T @ w)
         return np.concatenate(
-            [mu - 0.1 * (unknowns[:n] + 1) - multiplier * (L @ (L.T @ w)) / risk - nu, [risk - sigma, w.sum() - 1]]
+            [
+                mu - 0.1 * (unknowns[:n] + 1) - multiplier * (L @ (L.T @ w)) / risk - nu,
+                [risk - sigma, w.sum() - 1],
+            ]
         )
 
     found = root(conditions, np.concatenate([np.full(n, -np.log(n)), [5.0, 0.0]]), tol=1e-14)
@@ -349,12 +407,23 @@ def _within_budget(mu, L, sigma):
 
 @prebuilt()
 def norm_fit_psd(n=3):
-    C, lam, X = cp.Parameter((n, n), symmetric=True), cp.Parameter(nonneg=True), cp.Variable((n, n), PSD=True)
-    return cp.Problem(cp.Minimize(cp.norm(X - C, "fro") + lam * cp.sum_squares(X) + cp.trace(X) / 10)), [C, lam], [X]
+    C, lam, X = (
+        cp.Parameter((n, n), symmetric=True),
+        cp.Parameter(nonneg=True),
+        cp.Variable((n, n), PSD=True),
+    )
+    return (
+        cp.Problem(cp.Minimize(cp.norm(X - C, "fro") + lam * cp.sum_squares(X) + cp.trace(X) / 10)),
+        [C, lam],
+        [X],
+    )
 
 
 norm_fit_psd.sampled_by(
-    lambda draw, n: (_symmetric(draw.normal(n, n)) + torch.diag(torch.linspace(-3, 3, n)), draw.uniform(0.05, 0.2))
+    lambda draw, n: (
+        _symmetric(draw.normal(n, n)) + torch.diag(torch.linspace(-3, 3, n)),
+        draw.uniform(0.05, 0.2),
+    )
 )
 
 
@@ -372,16 +441,32 @@ def _shrunk_spectrum(C, lam):
 
 @prebuilt()
 def all_cones(n=3):
-    y, S, lam, b = cp.Parameter(n), cp.Parameter((n, n), symmetric=True), cp.Parameter(nonneg=True), cp.Parameter()
+    y, S, lam, b = (
+        cp.Parameter(n),
+        cp.Parameter((n, n), symmetric=True),
+        cp.Parameter(nonneg=True),
+        cp.Parameter(),
+    )
     x, t = cp.Variable(n), cp.Variable(n)
     total = cp.sum(x) == b
-    cost = cp.sum_squares(x - y) + lam * cp.norm2(x) + cp.log_sum_exp(x) + cp.lambda_max(S + cp.diag(x)) + cp.sum(t)
+    cost = (
+        cp.sum_squares(x - y)
+        + lam * cp.norm2(x)
+        + cp.log_sum_exp(x)
+        + cp.lambda_max(S + cp.diag(x))
+        + cp.sum(t)
+    )
     problem = cp.Problem(cp.Minimize(cost), [cp.PowCone3D(t, np.ones(n), x, 0.4), x <= 0.5, total])
     return problem, [y, S, lam, b], [x, total.dual_variables[0]]
 
 
 all_cones.sampled_by(
-    lambda draw, n: (draw.normal(n), _symmetric(draw.normal(n, n)), draw.uniform(0.2, 1), draw.uniform(0.2, 1))
+    lambda draw, n: (
+        draw.normal(n),
+        _symmetric(draw.normal(n, n)),
+        draw.uniform(0.2, 1),
+        draw.uniform(0.2, 1),
+    )
 )
 
 
@@ -391,7 +476,13 @@ def _by_active_bounds(y, S, lam, b):
 
     def gradient(x):
         v = np.linalg.eigh(S + np.diag(x))[1][:, -1]
-        return 2 * (x - y) + lam * x / np.linalg.norm(x) + soft(x) + v * v + 2.5 * np.sign(x) * np.abs(x) ** 1.5
+        return (
+            2 * (x - y)
+            + lam * x / np.linalg.norm(x)
+            + soft(x)
+            + v * v
+            + 2.5 * np.sign(x) * np.abs(x) ** 1.5
+        )
 
     for bounded in product((False, True), repeat=len(y)):
         free = ~np.array(bounded)
@@ -406,7 +497,11 @@ def _by_active_bounds(y, S, lam, b):
 
         found = root(conditions, np.full(free.sum() + 1, b / 3), tol=1e-14)
         x, slope = point(found.x), gradient(point(found.x)) + found.x[-1]
-        if np.abs(found.fun).max() < 1e-11 and np.all(x <= 0.5 + 1e-12) and np.all(slope[~free] <= 0):
+        if (
+            np.abs(found.fun).max() < 1e-11
+            and np.all(x <= 0.5 + 1e-12)
+            and np.all(slope[~free] <= 0)
+        ):
             return x, found.x[-1]
     raise ValueError("no set of bounds is optimal")
 
@@ -415,5 +510,7 @@ def _symmetric(W):
     return (W + W.mT) / 2
 
 
-OWN: dict[str, Prebuilt] = {value.name: value for value in list(globals().values()) if isinstance(value, Prebuilt)}
+OWN: dict[str, Prebuilt] = {
+    value.name: value for value in list(globals().values()) if isinstance(value, Prebuilt)
+}
 CASES = {**PROBLEMS, **OWN}

@@ -11,22 +11,36 @@ import numpy as np
 from convlayer.problems import Declared
 
 
-def kkt_residual(declared: Declared, values: list[np.ndarray], x: np.ndarray, s: np.ndarray, y: np.ndarray) -> float:
+def kkt_residual(
+    declared: Declared, values: list[np.ndarray], x: np.ndarray, s: np.ndarray, y: np.ndarray
+) -> float:
     """The largest violation, each relative to the terms it is a sum of."""
     for parameter, value in zip(declared.parameters, values, strict=True):
         parameter.value = value
     gp = not declared.problem.is_dcp()
-    data, _, _ = declared.problem.get_problem_data(cp.CLARABEL, gp=gp, solver_opts={"use_quad_obj": True})
+    data, _, _ = declared.problem.get_problem_data(
+        cp.CLARABEL, gp=gp, solver_opts={"use_quad_obj": True}
+    )
     q, A, b = data["c"], data["A"], data["b"]
     P = data.get("P")
     Px, Ay = (P @ x if P is not None else np.zeros_like(x)), A.T @ y
     # Where every multiplier is zero, so are all these terms, to rounding: the objective's own size keeps noise from noise.
-    natural = np.array([1e-8 * abs(P).max() * np.abs(x).max()]) if P is not None and P.nnz else np.zeros(1)
+    natural = (
+        np.array([1e-8 * abs(P).max() * np.abs(x).max()])
+        if P is not None and P.nnz
+        else np.zeros(1)
+    )
     stationarity = _size(Px + q + Ay) / _scale(Px, q, abs(A.T) @ abs(y), natural)
     feasibility = _size(A @ x + s - b) / _scale(abs(A) @ abs(x), s, b)
-    complementarity = abs(s @ y) / _scale(np.abs(s) @ np.abs(y), np.linalg.norm(s) * np.linalg.norm(y))
+    complementarity = abs(s @ y) / _scale(
+        np.abs(s) @ np.abs(y), np.linalg.norm(s) * np.linalg.norm(y)
+    )
     return max(
-        stationarity, feasibility, complementarity, _outside(data["dims"], s, False), _outside(data["dims"], y, True)
+        stationarity,
+        feasibility,
+        complementarity,
+        _outside(data["dims"], s, False),
+        _outside(data["dims"], y, True),
     )
 
 

@@ -44,7 +44,10 @@ def measure(power: int, options: Options) -> Row:
     row = Row(f"cond 1e{power}", wanted={"worst": ("<=", 1e-6), "factor, worst": ("<=", 1e-6)})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name, declared, factor in (("", declare(factor=False), False), ("factor, ", declare(factor=True), True)):
+        for name, declared, factor in (
+            ("", declare(factor=False), False),
+            ("factor, ", declare(factor=True), True),
+        ):
             ours = ConvexLayer(declared.problem, declared.parameters, declared.variables)
             solution, gradient = errors(ours, instances, factor, options.device)
             row.figures |= {
@@ -67,10 +70,16 @@ def measure(power: int, options: Options) -> Row:
 
 def declare(factor: bool) -> Declared:
     P = cp.Parameter((N, N), name="L") if factor else cp.Parameter((N, N), PSD=True, name="P")
-    q, G, h = cp.Parameter(N, name="q"), cp.Parameter((CONSTRAINTS, N), name="G"), cp.Parameter(CONSTRAINTS, name="h")
+    q, G, h = (
+        cp.Parameter(N, name="q"),
+        cp.Parameter((CONSTRAINTS, N), name="G"),
+        cp.Parameter(CONSTRAINTS, name="h"),
+    )
     x = cp.Variable(N, name="x")
     cost = cp.sum_squares(P.T @ x) / 2 if factor else cp.quad_form(x, P) / 2
-    return Declared("quadratic program", cp.Problem(cp.Minimize(cost + q @ x), [G @ x <= h]), (P, q, G, h), (x,))
+    return Declared(
+        "quadratic program", cp.Problem(cp.Minimize(cost + q @ x), [G @ x <= h]), (P, q, G, h), (x,)
+    )
 
 
 def instance(condition: float, seed: int) -> dict[str, np.ndarray]:
@@ -89,7 +98,11 @@ def instance(condition: float, seed: int) -> dict[str, np.ndarray]:
     z = extended_solve(K, np.concatenate([-q, h[:ACTIVE]]))
     u = extended_solve(K, np.concatenate([w, np.zeros(ACTIVE)]))
     (x, y), (u, v) = np.split(z, [N]), np.split(u, [N])
-    P_bar, G_bar, h_bar = -(np.outer(u, x) + np.outer(x, u)) / 2, np.zeros_like(G), np.zeros(CONSTRAINTS)
+    P_bar, G_bar, h_bar = (
+        -(np.outer(u, x) + np.outer(x, u)) / 2,
+        np.zeros_like(G),
+        np.zeros(CONSTRAINTS),
+    )
     G_bar[:ACTIVE], h_bar[:ACTIVE] = -np.outer(y, u) - np.outer(v, x), v
     return {
         "P": P,
@@ -117,7 +130,10 @@ def extended_solve(K: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def errors(
-    layer: Callable[..., tuple[Tensor, ...]], instances: list[dict[str, np.ndarray]], factor: bool, device: torch.device
+    layer: Callable[..., tuple[Tensor, ...]],
+    instances: list[dict[str, np.ndarray]],
+    factor: bool,
+    device: torch.device,
 ) -> tuple[list[float], list[float]]:
     """Relative errors of x and of the gradient, a row each."""
 

@@ -36,7 +36,8 @@ def family(options: Options) -> Family:
     return Family(
         "construction",
         "Building a layer with one dense square parameter: seconds and peak megabytes.",
-        [(f"{name} {n}", lambda name=name, n=n: [measure(name, n)]) for name, n in tasks] + [("library", library)],
+        [(f"{name} {n}", lambda name=name, n=n: [measure(name, n)]) for name, n in tasks]
+        + [("library", library)],
     )
 
 
@@ -44,9 +45,12 @@ def library() -> list[Row]:
     """The cone programs of all library problems, built and called for the first time: CPU milliseconds, the least of a few."""
     warnings.simplefilter("ignore")
     figures = [
-        [min(parts) for parts in zip(*(first_call(name) for _ in range(REPEATS)), strict=True)] for name in PROBLEMS
+        [min(parts) for parts in zip(*(first_call(name) for _ in range(REPEATS)), strict=True)]
+        for name in PROBLEMS
     ]
-    build, call, canonicalised = (statistics.median(column) for column in zip(*figures, strict=True))
+    build, call, canonicalised = (
+        statistics.median(column) for column in zip(*figures, strict=True)
+    )
     total = statistics.median(build + call for build, call, _ in figures)
     share = statistics.median(theirs / (build + call) for build, call, theirs in figures)
     values = {
@@ -85,7 +89,9 @@ def measure(name: str, n: int) -> Row:
             figures |= alone("benchmarks.construction", name, n, "peer", timeout=PATIENCE)
         except (RuntimeError, subprocess.TimeoutExpired) as error:
             figures["peer seconds"] = (
-                f"over {PATIENCE}" if isinstance(error, subprocess.TimeoutExpired) else str(error)[:60]
+                f"over {PATIENCE}"
+                if isinstance(error, subprocess.TimeoutExpired)
+                else str(error)[:60]
             )
     return Row(
         f"{name}, {n} x {n}",
@@ -99,10 +105,14 @@ def declare(name: str, n: int) -> Declared:
     if name == "quad_form":
         P, q = cp.Parameter((n, n), PSD=True, name="P"), cp.Parameter(n, name="q")
         P.value, q.value = np.eye(n), np.ones(n)
-        return Declared(name, cp.Problem(cp.Minimize(cp.quad_form(x, P) + q @ x), [x >= 0]), (P, q), (x,))
+        return Declared(
+            name, cp.Problem(cp.Minimize(cp.quad_form(x, P) + q @ x), [x >= 0]), (P, q), (x,)
+        )
     A, b = cp.Parameter((n, n), name="A"), cp.Parameter(n, name="b")
     A.value, b.value = np.eye(n), np.ones(n)
-    return Declared(name, cp.Problem(cp.Minimize(cp.sum_squares(A @ x - b)), [x >= 0]), (A, b), (x,))
+    return Declared(
+        name, cp.Problem(cp.Minimize(cp.sum_squares(A @ x - b)), [x >= 0]), (A, b), (x,)
+    )
 
 
 def build(who: str, declared: Declared) -> None:

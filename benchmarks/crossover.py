@@ -56,7 +56,9 @@ FITTED_PICK, FITTED_LOSS = "picked, fitted", "loss, fitted"
 def sparse_program(n: int = 50, density: float = 0.1):
     """minimise |x|^2 / 2 + q'x  subject to  d * (A x) <= b, -1 <= x <= 1, A (n, n) of this density: every entry moves."""
     random = np.random.default_rng(0)
-    A = sp.csc_array(sp.random_array((n, n), density=density, rng=random, data_sampler=random.standard_normal))
+    A = sp.csc_array(
+        sp.random_array((n, n), density=density, rng=random, data_sampler=random.standard_normal)
+    )
     q, b, d = cp.Parameter(n, name="q"), cp.Parameter(n, name="b"), cp.Parameter(n, name="d")
     x = cp.Variable(n, name="x")
     constraints = [cp.multiply(d, A @ x) <= b, x >= -1, x <= 1]
@@ -84,11 +86,20 @@ class Point:
 POINTS = [
     *(Point("QP", CASES["dense_program"], (n, n, n // 4)) for n in (5, 10, 20, 50, 100, 200)),
     *(Point("QP, factor", CASES["factored_program"], (n, n, n // 4)) for n in (5, 20, 50)),
-    *(Point("QP, density", sparse_program, (n, d)) for n, d in ((50, 0.1), (200, 0.1), (200, 0.02), (500, 0.005))),
+    *(
+        Point("QP, density", sparse_program, (n, d))
+        for n, d in ((50, 0.1), (200, 0.1), (200, 0.02), (500, 0.005))
+    ),
     *(Point("LP", SMALL_CASES["linear_program_dual"], (n, 2 * n)) for n in (5, 20, 60)),
     *(Point("lasso", CASES["lasso"], (2 * n, n)) for n in (5, 25)),
-    *(Point("SOCP", CASES["second_order_program"], sizes) for sizes in ((5, 3, 3), (10, 6, 4), (30, 10, 6))),
-    *(Point("exponential", CASES["logistic_regression"], sizes) for sizes in ((10, 3), (30, 5), (100, 10))),
+    *(
+        Point("SOCP", CASES["second_order_program"], sizes)
+        for sizes in ((5, 3, 3), (10, 6, 4), (30, 10, 6))
+    ),
+    *(
+        Point("exponential", CASES["logistic_regression"], sizes)
+        for sizes in ((10, 3), (30, 5), (100, 10))
+    ),
     *(Point("psd", CASES["nearest_correlation"], (n,)) for n in (3, 6, 10)),
 ]
 QUICK = [POINTS[k] for k in (0, 2, 3, 9, 13, 18, 21)]
@@ -149,7 +160,10 @@ def measure(point: Point, batches: tuple[int, ...]) -> Iterable[Row]:
         took, before = {name: whole for name, (_, whole) in figure.items()} | late, batch
         found |= {name: bare for name, (bare, _) in figure.items()}
         picked = dispatch.cheapest_solver(program, batch)
-        row = Row(f"{point.name}, batch {batch}", {**figures, "batch": batch, **{name: found[name] for name in NAMES}})
+        row = Row(
+            f"{point.name}, batch {batch}",
+            {**figures, "batch": batch, **{name: found[name] for name in NAMES}},
+        )
         _judge(row, picked, PICKED, LOSS)
         row.figures |= {f"forward by {name}": whole for name, (_, whole) in figure.items()}
         yield row
@@ -203,8 +217,12 @@ def summary(rows: list[Row]) -> Iterable[Row]:
         terms = np.array([MODELS[name](figures, cores) for figures in measured])
         weights, error = _fit(terms, seconds)
         models[name] = weights
-        words = ", ".join(f"{symbol} = {value:.3g}" for symbol, value in constants(name, weights).items())
-        yield Row(f"fitted: {name}", {"constants": words, "typical factor of error": math.exp(error)})
+        words = ", ".join(
+            f"{symbol} = {value:.3g}" for symbol, value in constants(name, weights).items()
+        )
+        yield Row(
+            f"fitted: {name}", {"constants": words, "typical factor of error": math.exp(error)}
+        )
     for row in quadratic:
         seconds = {
             name: float(np.dot(MODELS[name](row.figures, cores), weights))
@@ -214,7 +232,10 @@ def summary(rows: list[Row]) -> Iterable[Row]:
         if seconds:
             _judge(row, min(seconds, key=seconds.__getitem__), FITTED_PICK, FITTED_LOSS)
     for what, chosen in (("linear and quadratic", quadratic), ("all", rows)):
-        for title, column, loss in (("as it is", PICKED, LOSS), ("as fitted", FITTED_PICK, FITTED_LOSS)):
+        for title, column, loss in (
+            ("as it is", PICKED, LOSS),
+            ("as fitted", FITTED_PICK, FITTED_LOSS),
+        ):
             judged = [row.figures for row in chosen if column in row.figures]
             if not judged or (what == "all" and column == FITTED_PICK):
                 continue
@@ -224,7 +245,8 @@ def summary(rows: list[Row]) -> Iterable[Row]:
                 {
                     "points": len(judged),
                     "share right": 1 - len(wrong) / len(judged),
-                    "share within 10 %": sum(figures[loss] <= NEAR for figures in judged) / len(judged),
+                    "share within 10 %": sum(figures[loss] <= NEAR for figures in judged)
+                    / len(judged),
                     "mean loss where wrong": statistics.mean(wrong) if wrong else 0.0,
                     "mean loss": sum(wrong) / len(judged),
                 },
@@ -233,7 +255,11 @@ def summary(rows: list[Row]) -> Iterable[Row]:
 
 def _batched(figures: dict[str, Any], cores: int) -> list[float]:
     n, p, l, batch = (figures[c] for c in ("n", "p", "l", "batch"))
-    return [interior_point.STEPS, interior_point.STEPS * batch, interior_point.STEPS * batch * (2.0 * l * n**2 + (n + p) ** 3 / 1.5)]
+    return [
+        interior_point.STEPS,
+        interior_point.STEPS * batch,
+        interior_point.STEPS * batch * (2.0 * l * n**2 + (n + p) ** 3 / 1.5),
+    ]
 
 
 def _by_rows(figures: dict[str, Any], cores: int) -> list[float]:
@@ -268,5 +294,9 @@ def constants(name: str, weights: np.ndarray) -> dict[str, float]:
 def _fit(terms: np.ndarray, seconds: np.ndarray) -> tuple[np.ndarray, float]:
     """Positive weights, by least squares in logarithms, and the root mean square error there."""
     start = np.log([np.median(seconds / column) / terms.shape[1] for column in terms.T])
-    found = least_squares(lambda w: np.log(terms @ np.exp(w)) - np.log(seconds), start, loss="soft_l1")
-    return np.exp(found.x), float(np.sqrt(np.mean(np.square(np.log(terms @ np.exp(found.x)) - np.log(seconds)))))
+    found = least_squares(
+        lambda w: np.log(terms @ np.exp(w)) - np.log(seconds), start, loss="soft_l1"
+    )
+    return np.exp(found.x), float(
+        np.sqrt(np.mean(np.square(np.log(terms @ np.exp(found.x)) - np.log(seconds))))
+    )

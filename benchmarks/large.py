@@ -36,7 +36,10 @@ def family(options: Options) -> Family:
     return Family(
         "large",
         "A sparse quadratic program, one instance: seconds, and peak megabytes.",
-        [(f"{nonzeros} nonzeros", lambda nonzeros=nonzeros: [measure(nonzeros)]) for nonzeros in sizes],
+        [
+            (f"{nonzeros} nonzeros", lambda nonzeros=nonzeros: [measure(nonzeros)])
+            for nonzeros in sizes
+        ],
         slopes,
     )
 
@@ -56,7 +59,11 @@ def slopes(rows: list[Row]) -> Iterable[Row]:
         raise ValueError("growth needs two sizes")
     figures = {}
     for name in ("build", "forward", "bare", "backward", BUILD, CALL, CVXPY):
-        figures[name] = float(np.polyfit(*(np.log([row.figures[c] for row in rows]) for c in ("nonzeros", name)), 1)[0])
+        figures[name] = float(
+            np.polyfit(*(np.log([row.figures[c] for row in rows]) for c in ("nonzeros", name)), 1)[
+                0
+            ]
+        )
     yield Row("exponent of growth", figures, {BUILD: ("<=", 1.1), CALL: ("<=", 1.1)})
 
 
@@ -92,12 +99,25 @@ def main(nonzeros: int, who: str) -> dict[str, float]:
 def declare(nonzeros: int) -> tuple[Declared, tuple[Tensor, ...]]:
     n, random = nonzeros // PER_ROW, np.random.default_rng(0)
     columns = (
-        (np.arange(n)[:, None] + np.cumsum(random.integers(1, WINDOW // PER_ROW, (n, PER_ROW)), axis=1)) % n
+        (
+            np.arange(n)[:, None]
+            + np.cumsum(random.integers(1, WINDOW // PER_ROW, (n, PER_ROW)), axis=1)
+        )
+        % n
     ).ravel()
-    A = sp.csr_array((random.standard_normal(nonzeros), (np.repeat(np.arange(n), PER_ROW), columns)), shape=(n, n))
+    A = sp.csr_array(
+        (random.standard_normal(nonzeros), (np.repeat(np.arange(n), PER_ROW), columns)),
+        shape=(n, n),
+    )
     q, b, d, x = (*(cp.Parameter(n, name=name) for name in "qbd"), cp.Variable(n, name="x"))
-    problem = cp.Problem(cp.Minimize(cp.sum_squares(x) / 2 + q @ x), [cp.multiply(d, A @ x) <= b, x >= -1, x <= 1])
-    q.value, b.value, d.value = random.standard_normal(n), random.uniform(0, 1, n), random.uniform(0.5, 1.5, n)
+    problem = cp.Problem(
+        cp.Minimize(cp.sum_squares(x) / 2 + q @ x), [cp.multiply(d, A @ x) <= b, x >= -1, x <= 1]
+    )
+    q.value, b.value, d.value = (
+        random.standard_normal(n),
+        random.uniform(0, 1, n),
+        random.uniform(0.5, 1.5, n),
+    )
     tensors = tuple(torch.from_numpy(parameter.value) for parameter in (q, b, d))
     return Declared("large", problem, (q, b, d), (x,)), tensors
 

@@ -13,7 +13,9 @@ import torch
 MEGABYTE = 2**20
 
 
-def interleaved(*runs: Callable[[], tuple[float, ...]], repeats: int, seconds: float) -> list[list[tuple[float, ...]]]:
+def interleaved(
+    *runs: Callable[[], tuple[float, ...]], repeats: int, seconds: float
+) -> list[list[tuple[float, ...]]]:
     """Each run's figures in turn, ours, peer, ours, peer ..., so that drift cancels; about `seconds` after a warm-up."""
     for run in runs:
         run()
@@ -44,7 +46,9 @@ class PeakMemory:
 
     def __enter__(self) -> PeakMemory:
         try:
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+            Path("/proc/self/clear_refs").write_text(
+                "5"
+            )  # the high-water mark starts again from here
             self.before = status("VmRSS")
         except OSError:
             self.before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -21,4 +21,9 @@ def peer_layer(declared: Declared) -> Callable[..., tuple[Tensor, ...]] | None:
     if CvxpyLayer is None:
         return None
     gp = not declared.problem.is_dcp()
-    return CvxpyLayer(declared.problem, parameters=list(declared.parameters), variables=list(declared.variables), gp=gp)
+    return CvxpyLayer(
+        declared.problem,
+        parameters=list(declared.parameters),
+        variables=list(declared.variables),
+        gp=gp,
+    )

@@ -41,7 +41,12 @@ SIZES = {
     "control": (4, 2, 10),
     "cobb_douglas": (),
 }
-BACKWARD, BARE, SPEED_UP, SINGLE = "backward / forward", "forward / bare", "speed-up", "speed-up, one thread"
+BACKWARD, BARE, SPEED_UP, SINGLE = (
+    "backward / forward",
+    "forward / bare",
+    "speed-up",
+    "speed-up, one thread",
+)
 
 
 def family(options: Options) -> Family:
@@ -59,12 +64,22 @@ def measure(name: str, options: Options) -> Row:
     tensors = tuple(t.to(options.device) for t in case.sample(BATCH, 0, *sizes))
     declared = case(*sizes)
     layer = ConvexLayer(
-        declared.problem, declared.parameters, declared.variables, gp=not declared.problem.is_dcp(), structure="generic"
+        declared.problem,
+        declared.parameters,
+        declared.variables,
+        gp=not declared.problem.is_dcp(),
+        structure="generic",
     )
-    row = Row(f"{name} {', '.join(map(str, sizes))}".strip(), wanted={BACKWARD: ("<=", 0.5), BARE: ("<=", 1.5)})
+    row = Row(
+        f"{name} {', '.join(map(str, sizes))}".strip(),
+        wanted={BACKWARD: ("<=", 0.5), BARE: ("<=", 1.5)},
+    )
     with warnings.catch_warnings(), bare_clock() as bare:
         warnings.simplefilter("ignore")
-        runs = [lambda: timed(layer, tensors, bare), lambda: on_one_thread(lambda: timed(layer, tensors, bare))]
+        runs = [
+            lambda: timed(layer, tensors, bare),
+            lambda: on_one_thread(lambda: timed(layer, tensors, bare)),
+        ]
         try:
             peer = peer_layer(case(*sizes))
             if peer is not None:
@@ -89,8 +104,12 @@ def measure(name: str, options: Options) -> Row:
     }
     if len(figures) > 2:
         peer_forward, peer_backward, _ = medians(figures[2])
-        ratio = statistics.median((p[0] + p[1]) / (o[0] + o[1]) for o, p in zip(ours, figures[2], strict=True))
-        alone = statistics.median((p[0] + p[1]) / (o[0] + o[1]) for o, p in zip(single, figures[2], strict=True))
+        ratio = statistics.median(
+            (p[0] + p[1]) / (o[0] + o[1]) for o, p in zip(ours, figures[2], strict=True)
+        )
+        alone = statistics.median(
+            (p[0] + p[1]) / (o[0] + o[1]) for o, p in zip(single, figures[2], strict=True)
+        )
         row.figures |= {
             "peer forward": peer_forward,
             "peer total": peer_forward + peer_backward,
@@ -107,11 +126,15 @@ def summary(rows: list[Row]) -> Iterable[Row]:
         for c in (SPEED_UP, SINGLE, BACKWARD, BARE)
         if (v := [row.figures[c] for row in rows if isinstance(row.figures.get(c), float)])
     }
-    yield Row("geometric mean", figures, {SPEED_UP: (">=", 3), BACKWARD: ("<=", 0.5), BARE: ("<=", 1.5)})
+    yield Row(
+        "geometric mean", figures, {SPEED_UP: (">=", 3), BACKWARD: ("<=", 0.5), BARE: ("<=", 1.5)}
+    )
 
 
 def timed(
-    layer: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor, ...], bare: list[float] | None = None
+    layer: Callable[..., tuple[Tensor, ...]],
+    tensors: tuple[Tensor, ...],
+    bare: list[float] | None = None,
 ) -> tuple[float, float, float]:
     """Milliseconds of forward, backward, and the bare solver calls in that forward."""
     device = tensors[0].device
@@ -122,7 +145,11 @@ def timed(
     middle = clock(device)
     torch.autograd.grad(outputs, leaves, [torch.ones_like(x) for x in outputs], allow_unused=True)
     end = clock(device)
-    return 1e3 * (middle - start), 1e3 * (end - middle), 1e3 * ((sum(bare) if bare else 0.0) - spent)
+    return (
+        1e3 * (middle - start),
+        1e3 * (end - middle),
+        1e3 * ((sum(bare) if bare else 0.0) - spent),
+    )
 
 
 def on_one_thread(run: Callable[[], tuple[float, ...]]) -> tuple[float, ...]:

@@ -15,7 +15,18 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("convlayer", "torch", "numpy", "scipy", "cvxpy", "clarabel", "scs", "qdldl", "cvxpylayers", "diffcp")
+PACKAGES = (
+    "convlayer",
+    "torch",
+    "numpy",
+    "scipy",
+    "cvxpy",
+    "clarabel",
+    "scs",
+    "qdldl",
+    "cvxpylayers",
+    "diffcp",
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,9 @@ class Row:
     def misses(self) -> list[str]:
         """The columns whose figure is not as wanted, or is missing."""
         return [
-            name for name, (sense, bound) in self.wanted.items() if not _meets(self.figures.get(name), sense, bound)
+            name
+            for name, (sense, bound) in self.wanted.items()
+            if not _meets(self.figures.get(name), sense, bound)
         ]
 
     def verdict(self) -> str:
@@ -62,12 +75,20 @@ def collect(task: Callable[[], Iterable[Row]], name: str) -> list[Row]:
     try:
         return list(task())
     except Exception as error:  # a benchmark goes on whatever happens in one row
-        return [Row(name, error=f"{type(error).__name__}: {error}".replace("\n", " ").replace("|", "/")[:200])]
+        return [
+            Row(
+                name,
+                error=f"{type(error).__name__}: {error}".replace("\n", " ").replace("|", "/")[:200],
+            )
+        ]
 
 
 def environment(device: torch.device, packages: tuple[str, ...] = ()) -> dict[str, Any]:
     """What the figures depend on; `packages` beside those of every suite."""
-    versions = {"python": platform.python_version(), **{name: _version(name) for name in (*PACKAGES, *packages)}}
+    versions = {
+        "python": platform.python_version(),
+        **{name: _version(name) for name in (*PACKAGES, *packages)},
+    }
     machine = {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
@@ -77,7 +98,12 @@ def environment(device: torch.device, packages: tuple[str, ...] = ()) -> dict[st
     if device.type == "cuda":
         there = torch.cuda.is_available()
         machine["accelerator"] = torch.cuda.get_device_name(device) if there else "none"
-    return {"date": datetime.date.today().isoformat(), "device": str(device), "versions": versions, "machine": machine}
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": str(device),
+        "versions": versions,
+        "machine": machine,
+    }
 
 
 def markdown(title: str, about: dict[str, Any], families: dict[str, tuple[str, list[Row]]]) -> str:
@@ -91,25 +117,52 @@ def markdown(title: str, about: dict[str, Any], families: dict[str, tuple[str, l
     ]
     for name, (title, rows) in families.items():
         columns = list(dict.fromkeys(column for row in rows for column in row.figures))
-        wanted = {column: {row.wanted[column] for row in rows if column in row.wanted} for column in columns}
-        heads = [f"{c}{_bound(next(iter(wanted[c])))}" if len(wanted[c]) == 1 else c for c in columns]
-        lines += ["", f"## {name}", "", title, "", _line(["", *heads, "wanted"]), _line(["---"] * (len(columns) + 2))]
-        # A bound that is not the same in every row stands in its cell.
-        own = [{c: _bound(b) for c, b in row.wanted.items() if len(wanted.get(c, ())) > 1} for row in rows]
+        wanted = {
+            column: {row.wanted[column] for row in rows if column in row.wanted}
+            for column in columns
+        }
+        heads = [
+            f"{c}{_bound(next(iter(wanted[c])))}" if len(wanted[c]) == 1 else c for c in columns
+        ]
         lines += [
-            _line([row.name, *(_format(row.figures.get(c)) + bound.get(c, "") for c in columns), row.verdict()])
+            "",
+            f"## {name}",
+            "",
+            title,
+            "",
+            _line(["", *heads, "wanted"]),
+            _line(["---"] * (len(columns) + 2)),
+        ]
+        # A bound that is not the same in every row stands in its cell.
+        own = [
+            {c: _bound(b) for c, b in row.wanted.items() if len(wanted.get(c, ())) > 1}
+            for row in rows
+        ]
+        lines += [
+            _line(
+                [
+                    row.name,
+                    *(_format(row.figures.get(c)) + bound.get(c, "") for c in columns),
+                    row.verdict(),
+                ]
+            )
             for row, bound in zip(rows, own, strict=True)
         ]
     return "\n".join(lines) + "\n"
 
 
 def write(
-    folder: Path, name: str, title: str, about: dict[str, Any], families: dict[str, tuple[str, list[Row]]]
+    folder: Path,
+    name: str,
+    title: str,
+    about: dict[str, Any],
+    families: dict[str, tuple[str, list[Row]]],
 ) -> list[Path]:
     """NAME.json and NAME.md in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = {
-        family: {"title": title, "rows": [_record(row) for row in rows]} for family, (title, rows) in families.items()
+        family: {"title": title, "rows": [_record(row) for row in rows]}
+        for family, (title, rows) in families.items()
     }
     contents = {
         "json": json.dumps({**about, "families": rows}, indent=1) + "\n",
@@ -168,4 +221,7 @@ def _cpu() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )

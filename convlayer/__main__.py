@@ -20,26 +20,38 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="convlayer", description="CVXPY problems as differentiable torch layers.")
+    parser = argparse.ArgumentParser(
+        prog="convlayer", description="CVXPY problems as differentiable torch layers."
+    )
     parser.add_argument("--version", action="version", version=f"convlayer {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     compare = commands.add_parser(
         "compare", help="the kernels against the cone program: time, agreement, memory, a picture"
     )
     compare.add_argument(
-        "--quick", action="store_true", help="smaller problems, fewer runs: seconds in place of a minute"
+        "--quick",
+        action="store_true",
+        help="smaller problems, fewer runs: seconds in place of a minute",
     )
     compare.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     compare.add_argument("--dtype", default="float64", choices=("float64", "float32"))
-    compare.add_argument("--out", default="out", help="folder for compare.png and compare.json (default: out)")
-    explain = commands.add_parser("explain", help="which path a problem takes and why, and what it costs")
+    compare.add_argument(
+        "--out", default="out", help="folder for compare.png and compare.json (default: out)"
+    )
+    explain = commands.add_parser(
+        "explain", help="which path a problem takes and why, and what it costs"
+    )
     explain.add_argument(
         "target",
         metavar="FILE:PROBLEM",
         help=f"a Python file, and in it {WANTED}",
     )
-    explain.add_argument("--batch", type=int, default=1, help="rows for which the cost is given (default: 1)")
-    commands.add_parser("doctor", help="versions, devices, and whether everything computes what it should")
+    explain.add_argument(
+        "--batch", type=int, default=1, help="rows for which the cost is given (default: 1)"
+    )
+    commands.add_parser(
+        "doctor", help="versions, devices, and whether everything computes what it should"
+    )
     return parser
 
 
@@ -50,7 +62,9 @@ def _compare(options: argparse.Namespace) -> int:
         if (missing.name or "").partition(".")[0] not in OPTIONAL:
             raise
         return _refuse(f"compare needs {missing.name}: pip install 'convlayer[examples]'")
-    return compare.compare(quick=options.quick, device=options.device, dtype=options.dtype, out=options.out)
+    return compare.compare(
+        quick=options.quick, device=options.device, dtype=options.dtype, out=options.out
+    )
 
 
 def _explain(options: argparse.Namespace) -> int:

@@ -44,7 +44,12 @@ from convlayer.solvers import Solver
 
 FINEST = 1e-10  # the tightest tolerance asked of a solver; polishing goes beyond it anyway
 ACCELERATED = ("MOREAU", "CUCLARABEL", "MPAX")
-SOLVER_NAMES = {"DIFFCP": "clarabel", "CLARABEL": "clarabel", "SCS": "scs", **dict.fromkeys(ACCELERATED, "clarabel")}
+SOLVER_NAMES = {
+    "DIFFCP": "clarabel",
+    "CLARABEL": "clarabel",
+    "SCS": "scs",
+    **dict.fromkeys(ACCELERATED, "clarabel"),
+}
 SOLVE_METHODS = {"SCS": "scs", "Clarabel": "clarabel", "CLARABEL": "clarabel", "ECOS": "clarabel"}
 MODES = ("lsqr", "lsmr", "dense")
 SIDES = {"lpgd": "both", "lpgd_right": "right", "lpgd_left": "left"}
@@ -54,8 +59,13 @@ WITHOUT_EFFECT = {
     **dict.fromkeys(("mode", "derivative_kwargs"), "the gradient is exact, from a factorisation"),
     "n_jobs_backward": "the backward pass takes all rows at once",
     **dict.fromkeys(("warm_start", "warm_starts"), "solves start cold"),
-    **dict.fromkeys(("use_indirect", "gpu", "cg_rate"), "SCS of today chooses by its option `linear_solver`"),
-    **dict.fromkeys(("device", "ipm_settings", "algorithm"), "it belongs to an accelerated solver, and none runs here"),
+    **dict.fromkeys(
+        ("use_indirect", "gpu", "cg_rate"), "SCS of today chooses by its option `linear_solver`"
+    ),
+    **dict.fromkeys(
+        ("device", "ipm_settings", "algorithm"),
+        "it belongs to an accelerated solver, and none runs here",
+    ),
 }
 TUNES_SCS = (
     "acceleration_lookback",
@@ -179,19 +189,33 @@ class CvxpyLayer(torch.nn.Module):
         self._others: dict[tuple, ConvexLayer] = {}
 
     def forward(
-        self, *params: Tensor, solver_args: Mapping[str, Any] | None = None, warm_start: bool = False
+        self,
+        *params: Tensor,
+        solver_args: Mapping[str, Any] | None = None,
+        warm_start: bool = False,
     ) -> tuple[Tensor, ...]:
         """The optimal variables for these parameter values, in the order of `variables`."""
         if warm_start:
             self._refuse_warm_start()
         self._check_shapes(params)
         tensors = [p if p.is_floating_point() or p.is_complex() else p.double() for p in params]
-        tensors = [self._symmetric(p, of) for p, of in zip(tensors, self._parameters_of_problem, strict=True)]
-        settings = self._translate({**self._solver_args, **solver_args}) if solver_args else self._settings
+        tensors = [
+            self._symmetric(p, of)
+            for p, of in zip(tensors, self._parameters_of_problem, strict=True)
+        ]
+        settings = (
+            self._translate({**self._solver_args, **solver_args}) if solver_args else self._settings
+        )
         try:
-            return self._layer_for(settings)(*tensors, solver_args=settings.options if solver_args else None)
+            return self._layer_for(settings)(
+                *tensors, solver_args=settings.options if solver_args else None
+            )
         except solution.ParameterError as error:
-            found = "Found a NaN in a parameter.\n" if any(bool(t.isnan().any()) for t in tensors) else ""
+            found = (
+                "Found a NaN in a parameter.\n"
+                if any(bool(t.isnan().any()) for t in tensors)
+                else ""
+            )
             raise ParameterError(f"{found}{error}\n{POLICY}", error.rows, error.status) from error
         except solution.SolverError as error:
             name = settings.solver if isinstance(settings.solver, str) else settings.solver.name
@@ -236,7 +260,9 @@ class CvxpyLayer(torch.nn.Module):
             raise UnknownSolverError(f"Unknown solver {solver!r}. {known}")
         name = solver.upper()
         if name not in SOLVER_NAMES:
-            raise UnknownSolverError(f"Unknown solver: {name} is not installed, or not one for a layer. {known}")
+            raise UnknownSolverError(
+                f"Unknown solver: {name} is not installed, or not one for a layer. {known}"
+            )
         if name in ACCELERATED:
             self._without_effect("solver", f"{name} is not used here; Clarabel runs in its place")
         return SOLVER_NAMES[name]
@@ -260,26 +286,37 @@ class CvxpyLayer(torch.nn.Module):
         for name in [name for name in given if name in useless]:
             self._without_effect(name, useless[name])
             del given[name]
-        options = {(FOR_CLARABEL.get(name, name) if clarabel else name): value for name, value in given.items()}
+        options = {
+            (FOR_CLARABEL.get(name, name) if clarabel else name): value
+            for name, value in given.items()
+        }
         if tolerances:
             options["tolerance"] = _tolerance(tolerances)
         return CallSettings(solver, on_failure, jobs, gradient, options)
 
     def _solve_method(self, method: Any) -> str:
         if method not in SOLVE_METHODS:
-            raise ValueError(f"Solver {method} not supported: `solve_method` is one of {', '.join(SOLVE_METHODS)}.")
+            raise ValueError(
+                f"Solver {method} not supported: `solve_method` is one of {', '.join(SOLVE_METHODS)}."
+            )
         if method == "ECOS":
-            self._without_effect("solve_method", "ECOS is not used here; Clarabel runs in its place")
+            self._without_effect(
+                "solve_method", "ECOS is not used here; Clarabel runs in its place"
+            )
         return SOLVE_METHODS[method]
 
     def _check_backend(self, canon_backend: str) -> None:
-        known = [value for name, value in vars(cp.settings).items() if name.endswith("_CANON_BACKEND")]
+        known = [
+            value for name, value in vars(cp.settings).items() if name.endswith("_CANON_BACKEND")
+        ]
         if canon_backend not in known:
             raise ValueError(
                 f"Unknown backend: `canon_backend` is {canon_backend!r}, and CVXPY's are "
                 f"{', '.join(sorted(set(known)))}. Leave it out: it has no effect here."
             )
-        self._without_effect("canon_backend", "it changes how long a construction takes, not its result")
+        self._without_effect(
+            "canon_backend", "it changes how long a construction takes, not its result"
+        )
 
     def _refuse_warm_start(self) -> None:
         if not self._accelerated:
@@ -326,7 +363,11 @@ class CvxpyLayer(torch.nn.Module):
         if not is_symmetric(parameter):
             return tensor
         hidden = torch.compiler.is_compiling() or is_transformed((tensor,))
-        if not hidden and parameter.name() not in self._warned and not torch.equal(tensor, tensor.mT):
+        if (
+            not hidden
+            and parameter.name() not in self._warned
+            and not torch.equal(tensor, tensor.mT)
+        ):
             self._warned.add(parameter.name())
             message = f"Parameter `{parameter.name()}` is symmetric, and the tensor for it is not: (X + X.mT) / 2 is taken for it."
             tell(UserWarning(f"CvxpyLayer: {message}"))
@@ -347,7 +388,11 @@ def _shape_complaint(shape: tuple[int, ...], own: tuple[int, ...]) -> tuple[str,
     forms = f"{own} or batched ({', '.join(map(str, ('batch_size', *own)))})"
     if lead in (0, 1):
         return "shape", f"{forms}."
-    many = " ConvexLayer takes any number of batch dimensions." if lead > 1 and shape[lead:] == own else ""
+    many = (
+        " ConvexLayer takes any number of batch dimensions."
+        if lead > 1 and shape[lead:] == own
+        else ""
+    )
     if not own and shape[1:] == (1,):
         many = " For one number a row write squeeze(-1)."
     return "dimensionality", f"{len(own)} or {len(own) + 1} dimensions: {forms}.{many}"
@@ -375,12 +420,16 @@ def _gradient(given: dict[str, Any]) -> Gradient:
     mode = given.get("mode", "lsqr")
     if mode not in SIDES:
         if mode not in MODES:
-            raise ValueError(f"Unsupported mode {mode!r}; expected one of {', '.join(map(repr, (*MODES, *SIDES)))}.")
+            raise ValueError(
+                f"Unsupported mode {mode!r}; expected one of {', '.join(map(repr, (*MODES, *SIDES)))}."
+            )
         return Exact()
     given.pop("mode")
     options = given.pop("derivative_kwargs", {})
     if set(options) != {"tau", "rho"}:
-        raise TypeError(f"mode={mode!r} wants derivative_kwargs={{'tau': ..., 'rho': ...}}; got {options!r}.")
+        raise TypeError(
+            f"mode={mode!r} wants derivative_kwargs={{'tau': ..., 'rho': ...}}; got {options!r}."
+        )
     tau, rho = options["tau"], options["rho"]
     if not tau or tau <= 0 or rho < 0:
         raise ValueError(f"LPGD mode requires tau > 0 and rho >= 0, got tau={tau}, rho={rho}.")
@@ -396,7 +445,9 @@ def _tolerance(given: Mapping[str, Any]) -> float:
     return max(FINEST, min((float(value) for value in given.values() if value > 0), default=FINEST))
 
 
-def _in_their_words(error: Exception, problem: Any, parameters: Any, variables: Any, gp: bool) -> Exception | None:
+def _in_their_words(
+    error: Exception, problem: Any, parameters: Any, variables: Any, gp: bool
+) -> Exception | None:
     """Our refusal, of their type and with their key phrase in front; None where they have none."""
     if not isinstance(problem, cp.Problem):
         return None
@@ -417,7 +468,10 @@ def _in_their_words(error: Exception, problem: Any, parameters: Any, variables: 
     elif any(leaf.is_complex() for leaf in (*primal, *own)):
         kind, phrase = ComplexError, "Complex variables are not yet supported."
     elif any(v.attributes["boolean"] or v.attributes["integer"] for v in primal):
-        kind, phrase = MixedIntegerError, "A differentiable layer cannot solve this problem: it is mixed-integer."
+        kind, phrase = (
+            MixedIntegerError,
+            "A differentiable layer cannot solve this problem: it is mixed-integer.",
+        )
     else:
         return None
     return kind(f"{phrase}\n{error}")

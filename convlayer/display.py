@@ -52,6 +52,4 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], more: int =
     if more:
         lines.append(f'<td colspan="{len(header)}">and {more} more</td>')
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    return (
-        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(f'<tr>{line}</tr>' for line in lines)}</tbody></table>"
-    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(f'<tr>{line}</tr>' for line in lines)}</tbody></table>"

@@ -40,6 +40,7 @@ PLAIN_IN_GRAPHS = (
     "tensor."
 )
 
+
 class ConvexLayer(torch.nn.Module):
     """A parametrised convex problem as a differentiable layer.
 
@@ -117,11 +118,15 @@ class ConvexLayer(torch.nn.Module):
     ) -> None:
         """See the class."""
         super().__init__()
-        settings = Settings.of(structure, solver, solver_args, gradient, gradient_args, regularise, gp)
+        settings = Settings.of(
+            structure, solver, solver_args, gradient, gradient_args, regularise, gp
+        )
         if isinstance(settings.regularise, float):
             problem = with_proximal_term(problem, settings.regularise)
         if squeeze and len(variables) != 1:
-            raise ValueError(f"squeeze=True is for one variable; this layer returns {len(variables)}.")
+            raise ValueError(
+                f"squeeze=True is for one variable; this layer returns {len(variables)}."
+            )
         self.on_failure, self.validate, self.executor = on_failure, validate, executor
         self.squeeze, self.verbose = squeeze, verbose
         self._settle(Declaration.checked(problem, parameters, variables, gp), settings)
@@ -226,7 +231,9 @@ class ConvexLayer(torch.nn.Module):
         """Drop the solutions kept by `ids`."""
         self._starts.clear()
 
-    def verify(self, *tensors: Any, seed: int = 0, against: str | None = None, **named: Any) -> Verification:
+    def verify(
+        self, *tensors: Any, seed: int = 0, against: str | None = None, **named: Any
+    ) -> Verification:
         """Solve again another way, and compare values, feasibility and gradients, row by row.
 
         A kernel is compared with the cone program by Clarabel, the cone program with itself by a solver that has no part in the layer's
@@ -251,7 +258,10 @@ class ConvexLayer(torch.nn.Module):
         # Of multipliers that are not unique the central ones: an extreme one looks weakly active.
         solver = None if self._settings.solving.alone else "clarabel"
         solve = self._on_cone_program().with_options(on_failure="keep", solver=solver).solve
-        values, gap = front.values(given, front.shapes(given)[2]), None if kernel is None else kernel.gap
+        values, gap = (
+            front.values(given, front.shapes(given)[2]),
+            None if kernel is None else kernel.gap,
+        )
         return checked(self._declared, values, partial(solve, *given), gap)
 
     def explain(self, batch: int = 1) -> str:

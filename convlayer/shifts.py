@@ -39,7 +39,8 @@ class Shifts(tuple[Any, ...]):
 
     def _words(self) -> list[str]:
         return [
-            f"{self.names[k]} by {'up to ' if several else ''}{largest:.3g}" for k, largest, several in self._sizes()
+            f"{self.names[k]} by {'up to ' if several else ''}{largest:.3g}"
+            for k, largest, several in self._sizes()
         ]
 
     def _sizes(self) -> Iterator[tuple[int, float, bool]]:

@@ -71,8 +71,12 @@ class SolverError(RuntimeError):
         lines = [f"{len(failed)} of {len(flat)} rows failed." if batch else "The instance failed."]
         for kind in sorted(set(flat[failed].tolist())):
             members = failed[flat[failed] == kind]
-            lines.append(f"{rows_in_words(members, batch)}: {Status(kind).name}, {Status(kind).advice}")
-            reasons = dict.fromkeys(details[i] for i in members.tolist() if details and i in details)
+            lines.append(
+                f"{rows_in_words(members, batch)}: {Status(kind).name}, {Status(kind).advice}"
+            )
+            reasons = dict.fromkeys(
+                details[i] for i in members.tolist() if details and i in details
+            )
             lines += [f"  {reason}" for reason in list(reasons)[:3]]
         closest = ", 'closest' shifts the constraints of infeasible ones by as little as it must"
         lines.append(
@@ -153,7 +157,9 @@ class GradientWarning(UserWarning):
         return type(self), (str(self), self.cause)
 
     @classmethod
-    def of(cls, rows: Tensor, batch: tuple[int, ...], cause: Cause, parameters: Sequence[str] = ()) -> GradientWarning:
+    def of(
+        cls, rows: Tensor, batch: tuple[int, ...], cause: Cause, parameters: Sequence[str] = ()
+    ) -> GradientWarning:
         """Of flat rows; `parameters` are the names of those whose gradients are concerned."""
         message = f"{rows_in_words(rows, batch).capitalize()}: {cause.value}: {cause.advice}"
         if cause in (Cause.ONE_SIDED, Cause.SINGULAR, Cause.ILL_CONDITIONED):
@@ -210,7 +216,9 @@ class Solution:
 
     def __repr__(self) -> str:
         shapes = ", ".join(str(tuple(variable.shape)) for variable in self.variables)
-        text = f"Solution of {rows_of(self.status.shape)}: {counted(self.statuses.flatten().tolist())}"
+        text = (
+            f"Solution of {rows_of(self.status.shape)}: {counted(self.statuses.flatten().tolist())}"
+        )
         text += f"; variables {shapes}; objective {spanned(self.objective)}; residual {spanned(self.residual)}"
         if bool(self.degenerate.any()):
             text += f"; {int(self.degenerate.sum())} degenerate"
@@ -220,7 +228,9 @@ class Solution:
         batch, size = tuple(self.status.shape), self.status.numel()
         parts = (self.objective, self.residual, self.iterations, self.degenerate)
         status = self.statuses.reshape(-1)[:SHOWN].tolist()
-        objective, residual, iterations, degenerate = (part.detach().flatten()[:SHOWN].tolist() for part in parts)
+        objective, residual, iterations, degenerate = (
+            part.detach().flatten()[:SHOWN].tolist() for part in parts
+        )
         rows = [
             [", ".join(map(str, batch_index(k, batch))), status[k], f"{objective[k]:.6g}", f"{residual[k]:.1e}", str(iterations[k]),
              "yes" if degenerate[k] else ""]

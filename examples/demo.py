@@ -69,7 +69,10 @@ class Diabetes:
         rest = orders[:, None, TEST:].expand(-1, STUDIES, -1)
         drawn = rest.gather(-1, torch.rand(rest.shape, generator=generator).argsort(-1))
         self.validation = drawn[..., PATIENTS:]  # (8, 16, 312)
-        X_fit, y_fit = self.X[drawn[..., :PATIENTS]], self.y[drawn[..., :PATIENTS]]  # (8, 16, 30, 10), (8, 16, 30)
+        X_fit, y_fit = (
+            self.X[drawn[..., :PATIENTS]],
+            self.y[drawn[..., :PATIENTS]],
+        )  # (8, 16, 30, 10), (8, 16, 30)
         self.X_mean, self.y_mean = X_fit.mean(-2, keepdim=True), y_fit.mean(-1, keepdim=True)
         # |X w - y|^2 / 30 is |R w - b|^2 up to a constant: ten rows in place of thirty.
         Q, self.R = torch.linalg.qr((X_fit - self.X_mean) / PATIENTS**0.5)  # R (8, 16, 10, 10)
@@ -83,7 +86,10 @@ class Diabetes:
 
 def regression() -> ConvexLayer:
     R, b = cp.Parameter((FEATURES, FEATURES), name="R"), cp.Parameter(FEATURES, name="b")
-    penalty, w = cp.Parameter(FEATURES, nonneg=True, name="penalty"), cp.Variable(FEATURES, name="w")
+    penalty, w = (
+        cp.Parameter(FEATURES, nonneg=True, name="penalty"),
+        cp.Variable(FEATURES, name="w"),
+    )
     signs = [sign * w[j] >= 0 for j, sign in SIGNS.items()]
     problem = cp.Problem(cp.Minimize(cp.sum_squares(R @ w - b) + penalty @ cp.square(w)), signs)
     return ConvexLayer(problem, parameters=[R, b, penalty], variables=[w])
@@ -100,13 +106,21 @@ def check_gradient(loss: Callable[[Tensor], Tensor], at: Tensor, step: float = 1
     """The largest deviation of the gradient from central differences along twenty directions, relative to its norm."""
     leaf = at.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(leaf), leaf)
-    directions = torch.randn(20, *at.shape, dtype=at.dtype, generator=torch.Generator().manual_seed(2))
+    directions = torch.randn(
+        20, *at.shape, dtype=at.dtype, generator=torch.Generator().manual_seed(2)
+    )
     with torch.no_grad():
-        differences = torch.stack([(loss(at + step * d) - loss(at - step * d)) / (2 * step) for d in directions])
-    return float(((directions * gradient).sum((-2, -1)) - differences).abs().max() / gradient.norm())
+        differences = torch.stack(
+            [(loss(at + step * d) - loss(at - step * d)) / (2 * step) for d in directions]
+        )
+    return float(
+        ((directions * gradient).sum((-2, -1)) - differences).abs().max() / gradient.norm()
+    )
 
 
-def time_layer(loss: Callable[[Tensor], Tensor], at: Tensor, repeats: int = 20) -> tuple[float, float]:
+def time_layer(
+    loss: Callable[[Tensor], Tensor], at: Tensor, repeats: int = 20
+) -> tuple[float, float]:
     """Median milliseconds of a forward and of a backward pass."""
     forward, backward = [], []
     for _ in range(repeats):
@@ -121,7 +135,10 @@ def time_layer(loss: Callable[[Tensor], Tensor], at: Tensor, repeats: int = 20) 
 
 
 def draw_errors(axes, validation: Tensor, test: Tensor) -> None:
-    for history, colour, label in ((test, GREY, "test, not used to learn"), (validation, LEARNT, "validation")):
+    for history, colour, label in (
+        (test, GREY, "test, not used to learn"),
+        (validation, LEARNT, "validation"),
+    ):
         axes.plot(history, color=colour, lw=0.8, alpha=0.3)
         axes.plot(history.mean(1), color=colour, lw=2.8, label=label)
     axes.set(
@@ -155,7 +172,9 @@ def draw_coefficients(axes, w_single: Tensor, w_learnt: Tensor) -> None:
         (w_learnt, 0.16, LEARNT, "ten learnt penalties"),
     ):
         points, places = w.flatten(0, 1), torch.arange(FEATURES) + shift
-        axes.errorbar(points.mean(0), places, xerr=points.std(0), fmt="o", color=colour, label=label)
+        axes.errorbar(
+            points.mean(0), places, xerr=points.std(0), fmt="o", color=colour, label=label
+        )
     axes.axvline(0, color="black", lw=0.8)
     bounds = {1: "  (≥ 0)", -1: "  (≤ 0)", 0: ""}
     labels = [name + bounds[SIGNS.get(j, 0)] for j, name in enumerate(MEASUREMENTS)]
@@ -168,7 +187,14 @@ def draw_coefficients(axes, w_single: Tensor, w_learnt: Tensor) -> None:
     axes.legend(loc="upper right")
 
 
-def draw(validation: Tensor, test: Tensor, single: Tensor, learnt: Tensor, w_single: Tensor, w_learnt: Tensor) -> None:
+def draw(
+    validation: Tensor,
+    test: Tensor,
+    single: Tensor,
+    learnt: Tensor,
+    w_single: Tensor,
+    w_learnt: Tensor,
+) -> None:
     plt.rcParams.update(
         {
             "font.size": 11,
@@ -183,7 +209,8 @@ def draw(validation: Tensor, test: Tensor, single: Tensor, learnt: Tensor, w_sin
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(17, 6), layout=layout)
     figure.suptitle(
-        "Diabetes progression from 30 patients: ten penalties learnt through the regression's solution", fontsize=15
+        "Diabetes progression from 30 patients: ten penalties learnt through the regression's solution",
+        fontsize=15,
     )
     draw_errors(left, validation, test)
     draw_penalties(middle, single, learnt)
@@ -234,17 +261,23 @@ def main() -> int:
     }
     print(f"\n{'error, points of the score (mean of 8 splits)':<48}{'validation':>10}{'test':>10}")
     for name, w in table.items():
-        print(f"{name:<48}{data.error(w, data.validation).mean():>10.2f}{data.error(w, data.test).mean():>10.2f}")
+        print(
+            f"{name:<48}{data.error(w, data.validation).mean():>10.2f}{data.error(w, data.test).mean():>10.2f}"
+        )
     fall = data.error(w_single, data.test) - data.error(w_learnt, data.test)
     print(
         f"\ntest error falls in {int((fall > 0).sum())} of {SPLITS} splits, "
         f"by {fall.mean():.2f} on average ({fall.min():.2f} to {fall.max():.2f})"
     )
     forward, backward = time_layer(loss, learnt)
-    print(f"{SPLITS * STUDIES} problems: forward {forward:.1f} ms, backward {backward:.1f} ms (medians)")
+    print(
+        f"{SPLITS * STUDIES} problems: forward {forward:.1f} ms, backward {backward:.1f} ms (medians)"
+    )
     deviation = check_gradient(loss, single)
     passed = deviation < TOLERANCE
-    print(f"gradient check {'passed' if passed else 'FAILED'}: {deviation:.1e} from central differences, relative")
+    print(
+        f"gradient check {'passed' if passed else 'FAILED'}: {deviation:.1e} from central differences, relative"
+    )
     past, test = (torch.stack(part) for part in zip(*history, strict=True))
     draw(past, test, single, learnt, data.unit * w_single, data.unit * w_learnt)
     print(f"picture: {PICTURE}")

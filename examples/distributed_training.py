@@ -34,15 +34,24 @@ class Market:
     def __init__(self, device: torch.device) -> None:
         draw = torch.Generator().manual_seed(0)
         self.L = (0.4 * torch.randn(ASSETS, ASSETS, generator=draw)).to(device)
-        self.w0, self.kappa = torch.full((ASSETS,), 1 / ASSETS, device=device), torch.tensor(KAPPA, device=device)
+        self.w0, self.kappa = (
+            torch.full((ASSETS,), 1 / ASSETS, device=device),
+            torch.tensor(KAPPA, device=device),
+        )
         signals = torch.randn(2 * DAYS, SIGNALS, generator=draw)
         mean = torch.tanh(signals @ torch.randn(SIGNALS, ASSETS, generator=draw) / SIGNALS**0.5)
         returns = mean + NOISE * torch.randn(2 * DAYS, ASSETS, generator=draw)
-        self.signals, self.mean, self.returns = (part.to(device) for part in (signals, mean, returns))
+        self.signals, self.mean, self.returns = (
+            part.to(device) for part in (signals, mean, returns)
+        )
 
     def earned(self, w: Tensor, returns: Tensor) -> Tensor:
         """What portfolios w (days, ASSETS) earn, risk and trading costs taken off, (days,)."""
-        return (returns * w).sum(-1) - (w @ self.L).square().sum(-1) / 2 - KAPPA * (w - self.w0).abs().sum(-1)
+        return (
+            (returns * w).sum(-1)
+            - (w @ self.L).square().sum(-1) / 2
+            - KAPPA * (w - self.w0).abs().sum(-1)
+        )
 
 
 class Trade(nn.Module):
@@ -61,7 +70,9 @@ def train(rank: int, world: int, device: torch.device) -> float:
     torch.manual_seed(0)
     market = Market(device)
     trade = Trade(market)
-    trader = nn.Sequential(nn.Linear(SIGNALS, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, ASSETS), trade).to(device)
+    trader = nn.Sequential(
+        nn.Linear(SIGNALS, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, ASSETS), trade
+    ).to(device)
     model = DistributedDataParallel(trader) if dist.is_initialized() else trader
     parameters = list(trader.parameters())
     optimiser = torch.optim.Adam(parameters, lr=RATE)
@@ -78,7 +89,9 @@ def train(rank: int, world: int, device: torch.device) -> float:
             # Gradients are averaged over the processes: times their number they are the sum, so that shares may differ in size.
             (value * world / len(batch)).backward()
             if step == 0 and rank == 0:
-                whole = parameters_to_vector(torch.autograd.grad(loss(trader, batch) / len(batch), parameters))
+                whole = parameters_to_vector(
+                    torch.autograd.grad(loss(trader, batch) / len(batch), parameters)
+                )
                 shared = parameters_to_vector(p.grad for p in parameters if p.grad is not None)
                 worst = max(worst, float((shared - whole).abs().max() / whole.abs().max()))
             optimiser.step()
@@ -91,7 +104,9 @@ def train(rank: int, world: int, device: torch.device) -> float:
         with torch.no_grad():
             learnt, best = trader(market.signals), trade(market.mean)
             earned, possible = (market.earned(w, market.mean)[DAYS:].mean() for w in (learnt, best))
-        print(f"earned a day on {DAYS} new ones: {earned:.4f}; {possible:.4f} had the rule been known")
+        print(
+            f"earned a day on {DAYS} new ones: {earned:.4f}; {possible:.4f} had the rule been known"
+        )
     return worst
 
 
@@ -110,7 +125,9 @@ def main() -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
     if rank == 0 and world > 1:
-        print(f"largest difference between the gradients of {world} and of one process: {worst:.1e}, relative")
+        print(
+            f"largest difference between the gradients of {world} and of one process: {worst:.1e}, relative"
+        )
     return 0 if worst < TOLERANCE else 1
 
 

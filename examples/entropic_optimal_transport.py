@@ -31,13 +31,21 @@ def centred(M):
 def main():
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
-    M, eps, P = cp.Parameter((PLACES, PLACES)), cp.Parameter(nonneg=True), cp.Variable((PLACES, PLACES))
+    M, eps, P = (
+        cp.Parameter((PLACES, PLACES)),
+        cp.Parameter(nonneg=True),
+        cp.Variable((PLACES, PLACES)),
+    )
     supply, demand = cp.Parameter(PLACES, nonneg=True), cp.Parameter(PLACES, nonneg=True)
     objective = cp.Minimize(cp.sum(cp.multiply(M, P)) - eps * cp.sum(cp.entr(P)))
     problem = cp.Problem(objective, [cp.sum(P, axis=1) == supply, cp.sum(P, axis=0) == demand])
 
     days = torch.randn(2, DAYS, PLACES).softmax(-1)
-    cost, learnt, temperature = hidden_cost(), torch.zeros(PLACES, PLACES, requires_grad=True), torch.tensor(EPS)
+    cost, learnt, temperature = (
+        hidden_cost(),
+        torch.zeros(PLACES, PLACES, requires_grad=True),
+        torch.tensor(EPS),
+    )
     layer = side_by_side(problem, [M, supply, demand, eps], [P], cost, *days, temperature)
     with torch.no_grad():
         (observed,) = layer(cost, *days, temperature)
@@ -50,7 +58,9 @@ def main():
     losses = descend(divergence, learnt, steps=120, rate=0.08)
     found, true = centred(learnt.detach()), centred(cost)
     deviation = ((found - true).norm() / true.norm()).item()
-    print(f"divergence {losses[0]:.2e} -> {losses[-1]:.2e}; the cost is found to {100 * deviation:.1f} %")
+    print(
+        f"divergence {losses[0]:.2e} -> {losses[-1]:.2e}; the cost is found to {100 * deviation:.1f} %"
+    )
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
     bound = true.abs().max()
@@ -59,10 +69,25 @@ def main():
         (middle, found, f"Learnt from plans alone, to {100 * deviation:.1f} %"),
     ):
         image = axes.imshow(matrix.numpy(), cmap="PuOr", vmin=-bound, vmax=bound)
-        axes.set(title=title, xlabel="shop", ylabel="warehouse", xticks=range(0, PLACES, 5), yticks=range(0, PLACES, 5))
-    figure.colorbar(image, ax=[left, middle], shrink=0.85, label="cost (euro a kg),\nrow and column means removed")
+        axes.set(
+            title=title,
+            xlabel="shop",
+            ylabel="warehouse",
+            xticks=range(0, PLACES, 5),
+            yticks=range(0, PLACES, 5),
+        )
+    figure.colorbar(
+        image,
+        ax=[left, middle],
+        shrink=0.85,
+        label="cost (euro a kg),\nrow and column means removed",
+    )
     right.semilogy(losses, color=AFTER, lw=2.6)
-    right.set(title="Plans become those observed", xlabel="step of Adam", ylabel="divergence of the plans (nat)")
+    right.set(
+        title="Plans become those observed",
+        xlabel="step of Adam",
+        ylabel="divergence of the plans (nat)",
+    )
     save(figure, "entropic_optimal_transport")
 
 

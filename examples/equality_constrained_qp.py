@@ -13,7 +13,11 @@ import torch
 from _side_by_side import AFTER, BEFORE, descend, plt, save, side_by_side
 
 STEPS, TIMES, STARTS = 50, [0, 12, 25, 37, 49], 32
-CENTRES, RADII, MARGIN = [[0.22, 0.05], [0.45, -0.22], [0.55, 0.25], [0.8, 0.02]], [0.14, 0.15, 0.16, 0.12], 0.04
+CENTRES, RADII, MARGIN = (
+    [[0.22, 0.05], [0.45, -0.22], [0.55, 0.25], [0.8, 0.02]],
+    [0.14, 0.15, 0.16, 0.12],
+    0.04,
+)
 
 
 def main():

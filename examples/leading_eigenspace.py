@@ -45,7 +45,10 @@ def main():
 
     X, group = people()
     resampled = [torch.randint(len(X), (len(X),)) for _ in range(DRAWS)]
-    within, whole = (torch.stack(part) for part in zip(*(scatters(X[i], group[i]) for i in resampled), strict=True))
+    within, whole = (
+        torch.stack(part)
+        for part in zip(*(scatters(X[i], group[i]) for i in resampled), strict=True)
+    )
     layer = side_by_side(problem, [S], [Z], whole)
     log_weight = torch.zeros(MEASUREMENTS, requires_grad=True)
 
@@ -57,7 +60,9 @@ def main():
         return ((Z * scale * within).sum((1, 2)) / (Z * scale * whole).sum((1, 2))).mean()
 
     shares = descend(share, log_weight, steps=120, rate=0.05)
-    print(f"within-group share of the variance shown {100 * shares[0]:.0f} % -> {100 * shares[-1]:.0f} %")
+    print(
+        f"within-group share of the variance shown {100 * shares[0]:.0f} % -> {100 * shares[-1]:.0f} %"
+    )
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
     weight = log_weight.detach().exp()
@@ -67,7 +72,14 @@ def main():
     ):
         plane = torch.linalg.eigh(torch.cov((w * X).T))[1][:, -2:]
         for k, colour in enumerate(COLOURS):
-            axes.plot(*((w * X)[group == k] @ plane).T, "o", ms=5, alpha=0.75, color=colour, label=f"group {k + 1}")
+            axes.plot(
+                *((w * X)[group == k] @ plane).T,
+                "o",
+                ms=5,
+                alpha=0.75,
+                color=colour,
+                label=f"group {k + 1}",
+            )
         axes.set(title=title, xlabel="second component", ylabel="first component")
     left.legend(loc="upper left")
     informative = [AFTER if k in (3, 8) else BEFORE for k in range(MEASUREMENTS)]

@@ -47,14 +47,19 @@ def main():
     grid = torch.linspace(-10, 4, 60)
     with torch.no_grad():
         searched = torch.stack([validation_error(level) for level in grid])
-        fits = [layer(A_fit[:1], b_fit[:1], torch.tensor(level).exp())[0] for level in (path[0], path[-1])]
+        fits = [
+            layer(A_fit[:1], b_fit[:1], torch.tensor(level).exp())[0]
+            for level in (path[0], path[-1])
+        ]
     print(
         f"penalty {path[-1]:.2f} (log) learnt in {len(path)} steps, {grid[searched.argmin()]:.2f} by a search over {len(grid)}"
     )
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
     left.plot(grid.exp(), searched, color=TRUTH, lw=2, label="by search")
-    left.plot(torch.tensor(path).exp(), errors, "o", color=AFTER, ms=5, label="steps of the gradient")
+    left.plot(
+        torch.tensor(path).exp(), errors, "o", color=AFTER, ms=5, label="steps of the gradient"
+    )
     left.plot(torch.tensor(path[0]).exp(), errors[0], "o", color=BEFORE, ms=9, label="start")
     left.set(
         title="The gradient finds the best penalty",

@@ -55,7 +55,9 @@ def main():
         f"error of a plan {errors[0]:.3f} -> {errors[-1]:.3f} (noise {NOISE}); limits that bind on a tenth of the days: to {100 * deviation:.1f} %"
     )
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5.2), layout="constrained", width_ratios=(1.3, 1))
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(14, 5.2), layout="constrained", width_ratios=(1.3, 1)
+    )
     names = range(1, RESOURCES + 1)
     left.vlines(names, start, learnt, color=AFTER, lw=1.5, alpha=0.5)
     left.plot(names, start, "o", color=BEFORE, ms=8, label="start")
@@ -77,7 +79,9 @@ def main():
     right.axhline(NOISE, color=TRUTH, ls="--")
     right.text(0, 1.05 * NOISE, "noise of the plans", color=TRUTH, va="bottom")
     right.set(
-        title="Plans agree down to their noise", xlabel="step of Adam", ylabel="error of a plan (tons of a product)"
+        title="Plans agree down to their noise",
+        xlabel="step of Adam",
+        ylabel="error of a plan (tons of a product)",
     )
     save(figure, "quadratic_program")
 

@@ -45,7 +45,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "blackbox": {"lam": 3.0},
 }
 COLOURS = dict(zip(KINDS, (BEFORE, "#7b5aa6", AFTER, "#5a9e4b", "#b0416b"), strict=True))
-STREETS = [((i, j), (i + d, j + 1 - d)) for d in (0, 1) for i in range(SIDE - d) for j in range(SIDE - 1 + d)]
+STREETS = [
+    ((i, j), (i + d, j + 1 - d))
+    for d in (0, 1)
+    for i in range(SIDE - d)
+    for j in range(SIDE - 1 + d)
+]
 
 
 @cache
@@ -59,7 +64,9 @@ def city(kind: str) -> ConvexLayer:
     problem = cp.Problem(cp.Minimize(costs @ x), [flow == np.eye(SIDE * SIDE - 1)[0], x >= 0])
     # Many bounds meet at a path. An active-set method ends on it; left to itself the layer would look, and by a second solver, whether
     # that makes multipliers ambiguous, which no one asks here.
-    return ConvexLayer(problem, [costs], [x], gradient=kind, gradient_args=KINDS[kind], solver="daqp")
+    return ConvexLayer(
+        problem, [costs], [x], gradient=kind, gradient_args=KINDS[kind], solver="daqp"
+    )
 
 
 def paths(costs: Tensor) -> Tensor:
@@ -73,14 +80,21 @@ class Days:
     def __init__(self, B: Tensor, days: int, noise: float, random: torch.Generator) -> None:
         features = torch.randn(days, FEATURES, dtype=torch.float64, generator=random)
         self.features = pad(features, (0, 1), value=1.0)
-        factor = 1 + noise * (2 * torch.rand(days, len(STREETS), dtype=torch.float64, generator=random) - 1)
+        factor = 1 + noise * (
+            2 * torch.rand(days, len(STREETS), dtype=torch.float64, generator=random) - 1
+        )
         self.costs = (((features @ B / FEATURES**0.5 + 3) / 3.5) ** POWER + 1) * factor
         self.shortest = paths(self.costs)
 
     def judge(self, model: Tensor) -> tuple[float, float]:
         """The model's regret as a share of the shortest paths' cost, and the share of days on which it has none."""
-        chosen, least = (self.costs * paths(self.features @ model)).sum(1), (self.costs * self.shortest).sum(1)
-        return (chosen.sum() / least.sum() - 1).item(), (chosen - least <= 1e-9 * least).double().mean().item()
+        chosen, least = (
+            (self.costs * paths(self.features @ model)).sum(1),
+            (self.costs * self.shortest).sum(1),
+        )
+        return (chosen.sum() / least.sum() - 1).item(), (
+            chosen - least <= 1e-9 * least
+        ).double().mean().item()
 
 
 @dataclass
@@ -92,7 +106,11 @@ class Learnt:
 
 def learn(kind: str, start: Tensor, training: Days, unseen: Days, steps: int, seed: int) -> Learnt:
     """Adam on the regret, its rate falling to zero along half a cosine."""
-    layer, model, random = city(kind), start.clone().requires_grad_(), torch.Generator().manual_seed(seed)
+    layer, model, random = (
+        city(kind),
+        start.clone().requires_grad_(),
+        torch.Generator().manual_seed(seed),
+    )
     optimiser = torch.optim.Adam([model], RATE)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     learnt = Learnt(model.detach(), [unseen.judge(start)[0]], 0.0)
@@ -129,25 +147,43 @@ def draw_city(axes, days: Days, day: int, model: Tensor, colour: str, title: str
         lines += [(shortest[k].item(), "black", 7.0), (chosen[k].item(), colour, 3.5)]
         for layer, (taken, shade, width) in enumerate(lines):
             if taken > 0.5:
-                axes.plot([j, j_end], [i, i_end], color=shade, lw=width, solid_capstyle="round", zorder=layer)
+                axes.plot(
+                    [j, j_end],
+                    [i, i_end],
+                    color=shade,
+                    lw=width,
+                    solid_capstyle="round",
+                    zorder=layer,
+                )
     axes.plot([0, SIDE - 1], [0, SIDE - 1], "o", color="black", ms=12, zorder=3)
     axes.set(aspect="equal", ylim=(SIDE - 0.7, -0.3), title=title)
     axes.axis("off")
     more = (costs @ chosen / (costs @ shortest) - 1).item()
-    axes.text((SIDE - 1) / 2, SIDE - 0.6, f"costs {more:.0%} more than the shortest (black)", ha="center")
+    axes.text(
+        (SIDE - 1) / 2, SIDE - 0.6, f"costs {more:.0%} more than the shortest (black)", ha="center"
+    )
 
 
 def draw(unseen: Days, two_stages: Tensor, learnt: dict[str, Learnt]) -> None:
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(17, 5), layout="constrained", width_ratios=(2, 2, 3))
+    figure, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(17, 5), layout="constrained", width_ratios=(2, 2, 3)
+    )
     lost = unseen.costs * (paths(unseen.features @ learnt["exact"].model) - unseen.shortest)
     day = int(lost.sum(1).argmax())
-    for axes, kind, title in ((left, "exact", "Exact gradient, its worst day"), (middle, "lpgd", "LPGD, the same day")):
+    for axes, kind, title in (
+        (left, "exact", "Exact gradient, its worst day"),
+        (middle, "lpgd", "LPGD, the same day"),
+    ):
         draw_city(axes, unseen, day, learnt[kind].model, COLOURS[kind], title)
     for kind, result in learnt.items():
         steps = range(0, LOOK * len(result.regrets), LOOK)
         right.plot(steps, result.regrets, color=COLOURS[kind], lw=2.6, label=kind)
-    right.axhline(unseen.judge(two_stages)[0], color=TRUTH, ls="--", label="two stages, least squares")
-    right.set(title="Regret on unseen days, share of the cost", xlabel="step of Adam", ylim=(0, None))
+    right.axhline(
+        unseen.judge(two_stages)[0], color=TRUTH, ls="--", label="two stages, least squares"
+    )
+    right.set(
+        title="Regret on unseen days, share of the cost", xlabel="step of Adam", ylim=(0, None)
+    )
     right.legend(loc="center right", bbox_to_anchor=(1, 0.6))
     save(figure, "shortest_path")
 
@@ -161,7 +197,10 @@ def main() -> None:
         unseen, fixed, learnt = compare(options.seed, 20 if options.quick else STEPS)
         print(f"{'on 500 unseen days':<28}{'regret':>10}{'shortest':>10}{'seconds':>10}")
         rows = [(name, model, "") for name, model in fixed.items()]
-        rows += [(f"gradient={kind!r}", result.model, f"{result.seconds:.1f}") for kind, result in learnt.items()]
+        rows += [
+            (f"gradient={kind!r}", result.model, f"{result.seconds:.1f}")
+            for kind, result in learnt.items()
+        ]
         for name, model, seconds in rows:
             regret, shortest = unseen.judge(model)
             print(f"{name:<28}{regret:>10.1%}{shortest:>10.1%}{seconds:>10}")

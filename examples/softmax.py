@@ -51,12 +51,18 @@ def main():
     grid = torch.linspace(-0.2, 1.9, 50)
     with torch.no_grad():
         searched = [likelihood(level) for level in grid]
-        before, after = (layer(scores, torch.tensor(level).exp())[0] for level in (path[0], path[-1]))
-    print(f"temperature {log_temperature.exp().item():.2f} learnt; the scores are {OVERCONFIDENCE:g} times too large")
+        before, after = (
+            layer(scores, torch.tensor(level).exp())[0] for level in (path[0], path[-1])
+        )
+    print(
+        f"temperature {log_temperature.exp().item():.2f} learnt; the scores are {OVERCONFIDENCE:g} times too large"
+    )
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.4), layout="constrained")
     left.plot(grid.exp(), searched, color=TRUTH, lw=2, label="by search")
-    left.plot(torch.tensor(path).exp(), losses, "o", color=AFTER, ms=5, label="steps of the gradient")
+    left.plot(
+        torch.tensor(path).exp(), losses, "o", color=AFTER, ms=5, label="steps of the gradient"
+    )
     left.plot(1.0, losses[0], "o", color=BEFORE, ms=9, label="start")
     left.set(
         title="The gradient finds the temperature",

@@ -42,7 +42,9 @@ def main():
 
     found = {}
     for name, attention in (("softmax", dense), ("sparsemax", sparse)):
-        query = (0.1 * torch.randn(FEATURES, generator=torch.Generator().manual_seed(1))).requires_grad_()
+        query = (
+            0.1 * torch.randn(FEATURES, generator=torch.Generator().manual_seed(1))
+        ).requires_grad_()
 
         def error(attention=attention, query=query):
             return ((attention(keys @ query) * values).sum(-1) - target).square().mean()
@@ -69,12 +71,17 @@ def main():
             yticks=[],
         )
     figure.colorbar(
-        image, ax=[left, middle], shrink=0.9, label="attention (white: exactly zero;\nframes: tokens that matter)"
+        image,
+        ax=[left, middle],
+        shrink=0.9,
+        label="attention (white: exactly zero;\nframes: tokens that matter)",
     )
     for (name, (errors, *_)), colour in zip(found.items(), (BEFORE, AFTER), strict=True):
         right.semilogy(torch.tensor(errors).sqrt(), color=colour, lw=2.6, label=name)
     right.set(
-        title="Both learn; sparsemax ends lower", xlabel="step of Adam", ylabel="error of the mean (unit of the values)"
+        title="Both learn; sparsemax ends lower",
+        xlabel="step of Adam",
+        ylabel="error of the mean (unit of the values)",
     )
     right.legend()
     save(figure, "sparsemax")

@@ -41,8 +41,15 @@ from convlayer import ConvexLayer, GradientWarning
 
 CELLS, DIGITS = 16, 4
 TRAINING_BOARDS, PUZZLES = 188, 12_000
-BLANKS, HARDEST, JUDGED = (4, 10), 10, (6, 8, 10, 12)  # blank cells: while learning, on the way, in the table
-CONSTRAINTS, CURVATURE = 40, 0.2  # more curvature learns faster at first and is less sharp in the end
+BLANKS, HARDEST, JUDGED = (
+    (4, 10),
+    10,
+    (6, 8, 10, 12),
+)  # blank cells: while learning, on the way, in the table
+CONSTRAINTS, CURVATURE = (
+    40,
+    0.2,
+)  # more curvature learns faster at first and is less sharp in the end
 STEPS, BATCH, RATE = 720, 24, 0.03
 # Longer gradients are shortened to this. The usual one has length 0.04; a puzzle for which A z = b and the zeros of z all but
 # determine z has, once in a while, one of length 7: exact, of no use further off, and Adam may not recover from the step.
@@ -72,11 +79,17 @@ def indicators(kind: Tensor) -> Tensor:
 
 def all_boards() -> Tensor:
     """(288, 64), one-hot"""
-    lines = one_hot(torch.tensor(list(itertools.permutations(range(DIGITS)))), DIGITS).double().flatten(1)  # (24, 16)
+    lines = (
+        one_hot(torch.tensor(list(itertools.permutations(range(DIGITS)))), DIGITS)
+        .double()
+        .flatten(1)
+    )  # (24, 16)
     every = torch.cat([indicators(kind) for kind in rules().values()])
     boards = lines.new_zeros(1, 0)
     for _ in range(4):  # a line more each time, as long as nothing stands twice
-        boards = torch.cat([boards.repeat_interleave(len(lines), 0), lines.repeat(len(boards), 1)], 1)
+        boards = torch.cat(
+            [boards.repeat_interleave(len(lines), 0), lines.repeat(len(boards), 1)], 1
+        )
         boards = boards[(boards @ every[:, : boards.shape[1]].T <= 1).all(1)]
     return boards
 
@@ -90,16 +103,28 @@ class Puzzles:
         return Puzzles(self.given[rows], self.solution[rows])
 
     @classmethod
-    def draw(cls, boards: Tensor, blanks: tuple[int, int], count: int, everything: Tensor, random: torch.Generator):
+    def draw(
+        cls,
+        boards: Tensor,
+        blanks: tuple[int, int],
+        count: int,
+        everything: Tensor,
+        random: torch.Generator,
+    ):
         """`count` puzzles of these boards; kept are those that agree with one board of everything, their own."""
         given, solution = boards[:0], boards[:0]
         while len(given) < count:
             board = boards[torch.randint(len(boards), (count,), generator=random)]
             blank = torch.randint(blanks[0], blanks[1] + 1, (count, 1), generator=random)
-            order = torch.rand(count, CELLS, generator=random).argsort(1)  # a random ranking of the cells
+            order = torch.rand(count, CELLS, generator=random).argsort(
+                1
+            )  # a random ranking of the cells
             puzzle = board * (order >= blank).repeat_interleave(DIGITS, 1)
             unique = (puzzle @ everything.T == CELLS - blank).sum(1) == 1
-            given, solution = torch.cat([given, puzzle[unique]]), torch.cat([solution, board[unique]])
+            given, solution = (
+                torch.cat([given, puzzle[unique]]),
+                torch.cat([solution, board[unique]]),
+            )
         return cls(given[:count], solution[:count])
 
 
@@ -122,7 +147,9 @@ class QuadraticProgram(nn.Module):
         self.A = nn.Parameter(torch.randn(m, n, dtype=torch.float64) / n**0.5)
         self.log_z0 = nn.Parameter(torch.full((n,), math.log(0.25), dtype=torch.float64))
         p, A, b, z = cp.Parameter(n), cp.Parameter((m, n)), cp.Parameter(m), cp.Variable(n)
-        problem = cp.Problem(cp.Minimize(CURVATURE / 2 * cp.sum_squares(z) - p @ z), [A @ z == b, z >= 0])
+        problem = cp.Problem(
+            cp.Minimize(CURVATURE / 2 * cp.sum_squares(z) - p @ z), [A @ z == b, z >= 0]
+        )
         self.layer = ConvexLayer(problem, [p, A, b], [z])
 
     def forward(self, given: Tensor) -> Tensor:
@@ -132,7 +159,9 @@ class QuadraticProgram(nn.Module):
 def network() -> nn.Module:
     n = CELLS * DIGITS
     first = (nn.Linear(n, HIDDEN), nn.ReLU(), nn.Dropout(0.3))
-    return nn.Sequential(*first, nn.Linear(HIDDEN, HIDDEN), nn.ReLU(), nn.Dropout(0.3), nn.Linear(HIDDEN, n)).double()
+    return nn.Sequential(
+        *first, nn.Linear(HIDDEN, HIDDEN), nn.ReLU(), nn.Dropout(0.3), nn.Linear(HIDDEN, n)
+    ).double()
 
 
 def network_loss(scores: Tensor, solution: Tensor) -> Tensor:
@@ -180,12 +209,15 @@ def learn(
     """Adam, its rate falling to zero along half a cosine."""
     optimiser, history = torch.optim.Adam(model.parameters(), rate), History()
     progress, spent, step, value = 0.0, 0.0, 0, torch.tensor(math.nan)
-    with tqdm(total=100, desc=name, bar_format="{desc} {percentage:3.0f}% |{bar:24}| {elapsed}{postfix}") as bar:
+    with tqdm(
+        total=100, desc=name, bar_format="{desc} {percentage:3.0f}% |{bar:24}| {elapsed}{postfix}"
+    ) as bar:
         while True:
             if progress * looks >= len(history.steps):
                 history.look(model, unseen, step, spent)
             bar.set_postfix_str(
-                f"loss {value.item():.4f}, unseen puzzles solved {history.solved[-1]:.0%}", refresh=False
+                f"loss {value.item():.4f}, unseen puzzles solved {history.solved[-1]:.0%}",
+                refresh=False,
             )
             bar.update(100 * progress - bar.n)
             if progress >= 1:
@@ -205,7 +237,9 @@ def learn(
 def contained(A: Tensor) -> dict[str, Tensor]:
     """For each rule, (16,): the squared length of its direction within the rows of A. 1: A implies that the sum is constant."""
     basis = torch.linalg.qr(A.detach().T).Q  # (64, 40)
-    return {name: (indicators(kind) @ basis).square().sum(1) / DIGITS for name, kind in rules().items()}
+    return {
+        name: (indicators(kind) @ basis).square().sum(1) / DIGITS for name, kind in rules().items()
+    }
 
 
 # --- the picture ---
@@ -228,14 +262,30 @@ def draw_board(axes, puzzle: Puzzles, z: Tensor, title: str, subtitle: str) -> N
     for cell, entries in enumerate(z.view(CELLS, DIGITS).clamp(0, 1).tolist()):
         row, column = divmod(cell, 4)
         if given[cell]:
-            axes.fill([column, column + 1, column + 1, column], [row, row, row + 1, row + 1], color="#e9e9e6", zorder=0)
+            axes.fill(
+                [column, column + 1, column + 1, column],
+                [row, row, row + 1, row + 1],
+                color="#e9e9e6",
+                zorder=0,
+            )
         best = max(range(DIGITS), key=entries.__getitem__)
         for digit, value in enumerate(entries):
             if value < 0.02:
                 continue
             away = 0.29 * (1 - value**3)  # in the middle when it is sure
-            x, y = column + 0.5 + away * (2 * (digit % 2) - 1), row + 0.5 + away * (2 * (digit // 2) - 1)
-            colour = "#b0b0b0" if digit != best else BEFORE if not correct[cell] else "black" if given[cell] else AFTER
+            x, y = (
+                column + 0.5 + away * (2 * (digit % 2) - 1),
+                row + 0.5 + away * (2 * (digit // 2) - 1),
+            )
+            colour = (
+                "#b0b0b0"
+                if digit != best
+                else BEFORE
+                if not correct[cell]
+                else "black"
+                if given[cell]
+                else AFTER
+            )
             weight = "bold" if digit == best else "normal"
             axes.text(
                 x,
@@ -262,11 +312,24 @@ def draw_boards(row, puzzle: Puzzles, history: History) -> None:
 
 
 def draw_learning(axes, program: History, rival: History) -> None:
-    for history, colour, label, drop in ((program, AFTER, "quadratic program", -36), (rival, BEFORE, "network", 9)):
-        axes.plot(history.seconds, history.solved, color=colour, lw=2.6, marker="o", ms=4, clip_on=False)
+    for history, colour, label, drop in (
+        (program, AFTER, "quadratic program", -36),
+        (rival, BEFORE, "network", 9),
+    ):
+        axes.plot(
+            history.seconds, history.solved, color=colour, lw=2.6, marker="o", ms=4, clip_on=False
+        )
         x, y = history.seconds[-1], history.solved[-1]
         words = f"{label}: {100 * y:.0f} %"
-        axes.annotate(words, (x, y), (0, drop), textcoords="offset points", color=colour, ha="right", weight="bold")
+        axes.annotate(
+            words,
+            (x, y),
+            (0, drop),
+            textcoords="offset points",
+            color=colour,
+            ha="right",
+            weight="bold",
+        )
     axes.set(
         title=f"Share of 100 unseen puzzles solved ({HARDEST} blanks of 16, every cell right)",
         xlabel="seconds of learning",
@@ -279,7 +342,10 @@ def draw_learning(axes, program: History, rival: History) -> None:
 
 
 def draw_rules(axes, before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
-    for found, colour, label, shift in ((before, TRUTH, "before", -0.17), (after, AFTER, "after", 0.17)):
+    for found, colour, label, shift in (
+        (before, TRUTH, "before", -0.17),
+        (after, AFTER, "after", 0.17),
+    ):
         for k, shares in enumerate(found.values()):
             places = k + shift + torch.linspace(-0.13, 0.13, CELLS)
             axes.plot(
@@ -307,11 +373,19 @@ def draw_rules(axes, before: dict[str, Tensor], after: dict[str, Tensor]) -> Non
 
 
 def draw(
-    puzzle: Puzzles, program: History, rival: History, before: dict[str, Tensor], after: dict[str, Tensor]
+    puzzle: Puzzles,
+    program: History,
+    rival: History,
+    before: dict[str, Tensor],
+    after: dict[str, Tensor],
 ) -> None:
     figure = plt.figure(figsize=(17, 9))
     figure.text(
-        0.03, 0.945, "Sudoku from examples: a quadratic program learns its own constraints", size=20, weight="bold"
+        0.03,
+        0.945,
+        "Sudoku from examples: a quadratic program learns its own constraints",
+        size=20,
+        weight="bold",
     )
     figure.text(
         0.03,
@@ -321,7 +395,9 @@ def draw(
         color="#444444",
     )
     boards = figure.subplots(
-        1, 6, gridspec_kw={"left": 0.025, "right": 0.98, "top": 0.845, "bottom": 0.52, "wspace": 0.12}
+        1,
+        6,
+        gridspec_kw={"left": 0.025, "right": 0.98, "top": 0.845, "bottom": 0.52, "wspace": 0.12},
     )
     draw_boards(boards, puzzle, program)
     below = {"left": 0.065, "right": 0.975, "top": 0.42, "bottom": 0.08, "wspace": 0.19}
@@ -342,14 +418,18 @@ def print_table(models: dict[str, nn.Module], judged: dict[int, Puzzles]) -> Non
 
 
 def compare(options: argparse.Namespace) -> None:
-    steps, batch, looks, count, tests = (4, 8, 2, 200, 20) if options.quick else (STEPS, BATCH, 24, PUZZLES, 400)
+    steps, batch, looks, count, tests = (
+        (4, 8, 2, 200, 20) if options.quick else (STEPS, BATCH, 24, PUZZLES, 400)
+    )
     torch.manual_seed(options.seed)
     random = torch.Generator().manual_seed(options.seed)
 
     everything = all_boards()
     boards = everything[torch.randperm(len(everything), generator=random)]
     training = Puzzles.draw(boards[:TRAINING_BOARDS], BLANKS, count, everything, random)
-    judged = {k: Puzzles.draw(boards[TRAINING_BOARDS:], (k, k), tests, everything, random) for k in JUDGED}
+    judged = {
+        k: Puzzles.draw(boards[TRAINING_BOARDS:], (k, k), tests, everything, random) for k in JUDGED
+    }
     unseen = judged[HARDEST][: min(tests, 100)]
 
     # Once in some hundred thousand puzzles a solution lies within 1e-7 of a kink, where a digit is only just excluded; its
@@ -399,11 +479,15 @@ def compare(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Sudoku learnt from solved puzzles alone.")
-    parser.add_argument("--seconds", type=float, default=80.0, help="at most so long for each model")
+    parser.add_argument(
+        "--seconds", type=float, default=80.0, help="at most so long for each model"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     options = parser.parse_args()
-    with threadpool_limits(1, user_api="openmp"):  # the matrices of either model are too small to share
+    with threadpool_limits(
+        1, user_api="openmp"
+    ):  # the matrices of either model are too small to share
         compare(options)
 
 

@@ -45,11 +45,17 @@ def main():
         searched = [error(level) for level in grid]
         (denoised,) = layer(noisy[0], log_weight.exp())
     fall = [(s - clean[0]).square().mean().sqrt().item() for s in (noisy[0], denoised)]
-    print(f"weight {log_weight.exp().item():.2f} learnt; error of a new signal {fall[0]:.2f} -> {fall[1]:.2f}")
+    print(
+        f"weight {log_weight.exp().item():.2f} learnt; error of a new signal {fall[0]:.2f} -> {fall[1]:.2f}"
+    )
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5), layout="constrained", width_ratios=(1, 1.6))
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(14, 5), layout="constrained", width_ratios=(1, 1.6)
+    )
     left.plot(grid.exp(), searched, color=TRUTH, lw=2, label="by search")
-    left.plot(torch.tensor(path).exp(), errors, "o", color=AFTER, ms=5, label="steps of the gradient")
+    left.plot(
+        torch.tensor(path).exp(), errors, "o", color=AFTER, ms=5, label="steps of the gradient"
+    )
     left.plot(torch.tensor(path[0]).exp(), errors[0], "o", color=BEFORE, ms=9, label="start")
     left.set(
         title="The gradient finds the best weight",

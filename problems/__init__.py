@@ -30,4 +30,5 @@ if TYPE_CHECKING:
     def __getattr__(name: str) -> Prebuilt:
         """Every problem, for what reads types and runs nothing."""
 
+
 __all__ = ["PROBLEMS", "Declared", "Draw", "Prebuilt", "prebuilt", *PROBLEMS]

@@ -39,7 +39,9 @@ class Draw:
         return torch.randn((*self.batch, *shape), generator=self.generator, dtype=torch.float64)
 
     def uniform(self, low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand((*self.batch, *shape), generator=self.generator, dtype=torch.float64)
+        return low + (high - low) * torch.rand(
+            (*self.batch, *shape), generator=self.generator, dtype=torch.float64
+        )
 
     def positive_definite(self, n: int) -> Tensor:
         """I + W W' / n, symmetric to the last bit."""
@@ -55,7 +57,9 @@ class Prebuilt:
         functools.update_wrapper(self, declare)
         self.name = declare.__name__
         self._declare, self._options = declare, layer_options
-        self._signature = inspect.signature(declare).replace(return_annotation=inspect.Signature.empty)
+        self._signature = inspect.signature(declare).replace(
+            return_annotation=inspect.Signature.empty
+        )
         self._sampler: Callable[..., Sequence[Tensor]] | None = None
         self._oracle: Callable[..., Any] | None = None
 
@@ -67,30 +71,55 @@ class Prebuilt:
         """The problem's ConvexLayer; keywords that are no sizes are options of the layer."""
         options = {key: named.pop(key) for key in set(named) - set(self._signature.parameters)}
         declared = self(*sizes, **named)
-        return ConvexLayer(declared.problem, declared.parameters, declared.variables, **{**self._options, **options})
+        return ConvexLayer(
+            declared.problem,
+            declared.parameters,
+            declared.variables,
+            **{**self._options, **options},
+        )
 
-    def sample(self, batch: int | tuple[int, ...] = (), seed: int = 0, *sizes: Any, **named: Any) -> tuple[Tensor, ...]:
+    def sample(
+        self, batch: int | tuple[int, ...] = (), seed: int = 0, *sizes: Any, **named: Any
+    ) -> tuple[Tensor, ...]:
         """One float64 tensor a parameter, (*batch, *its shape), inside its domain so that small steps stay there."""
         if self._sampler is None:
-            raise NotImplementedError(f"`{self.name}` has no sampler; write one under @{self.name}.sampled_by.")
+            raise NotImplementedError(
+                f"`{self.name}` has no sampler; write one under @{self.name}.sampled_by."
+            )
         bound = self._signature.bind(*sizes, **named)
         bound.apply_defaults()
-        draw = Draw((batch,) if isinstance(batch, int) else tuple(batch), torch.Generator().manual_seed(seed))
+        draw = Draw(
+            (batch,) if isinstance(batch, int) else tuple(batch),
+            torch.Generator().manual_seed(seed),
+        )
         return tuple(self._sampler(draw, *bound.args))
 
     def oracle(self, *tensors: Tensor, **sizes: Any) -> tuple[Tensor, ...]:
         """The variables by a method that is not ours, row by row in NumPy; no gradient. By name, a size that no tensor shows."""
         if self._oracle is None:
-            raise NotImplementedError(f"`{self.name}` has no oracle; write one under @{self.name}.solved_by.")
-        leads = [t.ndim - parameter.ndim for t, parameter in zip(tensors, self().parameters, strict=True)]
+            raise NotImplementedError(
+                f"`{self.name}` has no oracle; write one under @{self.name}.solved_by."
+            )
+        leads = [
+            t.ndim - parameter.ndim for t, parameter in zip(tensors, self().parameters, strict=True)
+        ]
         batch = torch.broadcast_shapes(*(t.shape[:lead] for t, lead in zip(tensors, leads)))
-        arrays = [t.detach().expand(*batch, *t.shape[lead:]).numpy() for t, lead in zip(tensors, leads)]
+        arrays = [
+            t.detach().expand(*batch, *t.shape[lead:]).numpy() for t, lead in zip(tensors, leads)
+        ]
         hidden = self._hidden_sizes(sizes)
-        rows = [self._oracle(*(array[index] for array in arrays), **hidden) for index in np.ndindex(*batch)]
+        rows = [
+            self._oracle(*(array[index] for array in arrays), **hidden)
+            for index in np.ndindex(*batch)
+        ]
         columns = zip(*(row if isinstance(row, tuple) else (row,) for row in rows), strict=True)
-        return tuple(torch.from_numpy(np.reshape(column, batch + np.shape(column[0]))) for column in columns)
+        return tuple(
+            torch.from_numpy(np.reshape(column, batch + np.shape(column[0]))) for column in columns
+        )
 
-    def sampled_by(self, sampler: Callable[..., Sequence[Tensor]]) -> Callable[..., Sequence[Tensor]]:
+    def sampled_by(
+        self, sampler: Callable[..., Sequence[Tensor]]
+    ) -> Callable[..., Sequence[Tensor]]:
         """Register sampler(draw, *sizes) -> one tensor a parameter."""
         self._sampler = sampler
         return sampler
@@ -107,7 +136,9 @@ class Prebuilt:
         """The keyword-only arguments of the oracle, with the declaration's defaults."""
         bound = self._signature.bind_partial(**sizes)
         bound.apply_defaults()
-        arguments = inspect.signature(self._oracle).parameters.values() if self._oracle is not None else ()
+        arguments = (
+            inspect.signature(self._oracle).parameters.values() if self._oracle is not None else ()
+        )
         return {a.name: bound.arguments[a.name] for a in arguments if a.kind is a.KEYWORD_ONLY}
 
     def __repr__(self) -> str:

@@ -27,7 +27,11 @@ def entropic_optimal_transport(m: int = 4, n: int = 3) -> Declaration:
     r, c = cp.Parameter(m, nonneg=True, name="r"), cp.Parameter(n, nonneg=True, name="c")
     P = cp.Variable((m, n), name="P")
     cost = cp.sum(cp.multiply(M, P)) - eps * cp.sum(cp.entr(P))
-    return cp.Problem(cp.Minimize(cost), [cp.sum(P, axis=1) == r, cp.sum(P, axis=0) == c]), [M, r, c, eps], [P]
+    return (
+        cp.Problem(cp.Minimize(cost), [cp.sum(P, axis=1) == r, cp.sum(P, axis=0) == c]),
+        [M, r, c, eps],
+        [P],
+    )
 
 
 @entropic_optimal_transport.sampled_by

@@ -23,7 +23,11 @@ def equality_constrained_qp(n: int = 5, p: int = 2) -> Declaration:
     """
     P, q = cp.Parameter((n, n), PSD=True, name="P"), cp.Parameter(n, name="q")
     A, b, x = cp.Parameter((p, n), name="A"), cp.Parameter(p, name="b"), cp.Variable(n, name="x")
-    return cp.Problem(cp.Minimize(0.5 * cp.quad_form(x, P) + q @ x), [A @ x == b]), [P, q, A, b], [x]
+    return (
+        cp.Problem(cp.Minimize(0.5 * cp.quad_form(x, P) + q @ x), [A @ x == b]),
+        [P, q, A, b],
+        [x],
+    )
 
 
 @equality_constrained_qp.sampled_by

@@ -24,7 +24,11 @@ def factor_portfolio(n: int = 5, k: int = 2) -> Declaration:
     At a kink:   where an asset just does not pay, the derivative is one-sided and the row is flagged.
     Source:      Markowitz (1952); Perold (1984).
     """
-    mu, F, d = cp.Parameter(n, name="mu"), cp.Parameter((n, k), name="F"), cp.Parameter(n, nonneg=True, name="d")
+    mu, F, d = (
+        cp.Parameter(n, name="mu"),
+        cp.Parameter((n, k), name="F"),
+        cp.Parameter(n, nonneg=True, name="d"),
+    )
     w, positions = cp.Variable(n, name="w"), cp.Variable(k, name="positions")
     utility = mu @ w - 0.5 * cp.sum_squares(positions) - 0.5 * cp.sum_squares(cp.multiply(d, w))
     constraints = [positions == F.T @ w, w >= 0, cp.sum(w) == 1]
@@ -48,4 +52,7 @@ def _oracle(mu, F, d):
         return w
 
     supports = (np.array(S) for S in product((False, True), repeat=len(mu)) if any(S))
-    return max((w for w in map(candidate, supports) if np.all(w >= -1e-12)), key=lambda w: mu @ w - w @ V @ w / 2)
+    return max(
+        (w for w in map(candidate, supports) if np.all(w >= -1e-12)),
+        key=lambda w: mu @ w - w @ V @ w / 2,
+    )

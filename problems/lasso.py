@@ -22,9 +22,17 @@ def lasso(m: int = 8, n: int = 4) -> Declaration:
     At a kink:   where x_i = 0 and |A_i'(b - A x)| = lam, the derivative is one-sided and the row is flagged.
     Source:      Tibshirani (1996); Osborne, Presnell and Turlach (2000).
     """
-    A, b, lam = cp.Parameter((m, n), name="A"), cp.Parameter(m, name="b"), cp.Parameter(nonneg=True, name="lam")
+    A, b, lam = (
+        cp.Parameter((m, n), name="A"),
+        cp.Parameter(m, name="b"),
+        cp.Parameter(nonneg=True, name="lam"),
+    )
     x = cp.Variable(n, name="x")
-    return cp.Problem(cp.Minimize(0.5 * cp.sum_squares(A @ x - b) + lam * cp.norm1(x))), [A, b, lam], [x]
+    return (
+        cp.Problem(cp.Minimize(0.5 * cp.sum_squares(A @ x - b) + lam * cp.norm1(x))),
+        [A, b, lam],
+        [x],
+    )
 
 
 @lasso.sampled_by

@@ -30,19 +30,35 @@ def linear_quadratic_control(n_states: int = 3, n_inputs: int = 2, horizon: int 
     At a kink:   none while N is invertible.
     Source:      Kalman (1960); Bertsekas (2017), section 3.1.
     """
-    A, B = cp.Parameter((n_states, n_states), name="A"), cp.Parameter((n_states, n_inputs), name="B")
-    L, N = cp.Parameter((n_states, n_states), name="L"), cp.Parameter((n_inputs, n_inputs), name="N")
+    A, B = (
+        cp.Parameter((n_states, n_states), name="A"),
+        cp.Parameter((n_states, n_inputs), name="B"),
+    )
+    L, N = (
+        cp.Parameter((n_states, n_states), name="L"),
+        cp.Parameter((n_inputs, n_inputs), name="N"),
+    )
     start = cp.Parameter(n_states, name="start")
-    x, u = cp.Variable((horizon + 1, n_states), name="x"), cp.Variable((horizon, n_inputs), name="u")
+    x, u = (
+        cp.Variable((horizon + 1, n_states), name="x"),
+        cp.Variable((horizon, n_inputs), name="u"),
+    )
     cost = cp.sum_squares(x @ L) + cp.sum_squares(u @ N)
-    return cp.Problem(cp.Minimize(cost), [x[0] == start, x[1:] == x[:-1] @ A.T + u @ B.T]), [A, B, L, N, start], [x, u]
+    return (
+        cp.Problem(cp.Minimize(cost), [x[0] == start, x[1:] == x[:-1] @ A.T + u @ B.T]),
+        [A, B, L, N, start],
+        [x, u],
+    )
 
 
 @linear_quadratic_control.sampled_by
 def _sample(draw, n_states, n_inputs, horizon):
     """Dynamics that grow by about a tenth a step if left alone, and weights near the identity."""
     A, B = 1.1 * draw.normal(n_states, n_states) / n_states**0.5, draw.normal(n_states, n_inputs)
-    L, N = (torch.eye(n, dtype=torch.float64) + 0.3 * draw.normal(n, n) / n**0.5 for n in (n_states, n_inputs))
+    L, N = (
+        torch.eye(n, dtype=torch.float64) + 0.3 * draw.normal(n, n) / n**0.5
+        for n in (n_states, n_inputs)
+    )
     return A, B, L, N, draw.normal(n_states)
 
 

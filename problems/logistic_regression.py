@@ -23,7 +23,11 @@ def logistic_regression(m: int = 8, n: int = 3) -> Declaration:
     At a kink:   none for lam > 0.
     Source:      Hastie, Tibshirani and Friedman (2009), section 4.4.
     """
-    A, lam, x = cp.Parameter((m, n), name="A"), cp.Parameter(nonneg=True, name="lam"), cp.Variable(n, name="x")
+    A, lam, x = (
+        cp.Parameter((m, n), name="A"),
+        cp.Parameter(nonneg=True, name="lam"),
+        cp.Variable(n, name="x"),
+    )
     loss = cp.sum(cp.logistic(-A @ x)) + 0.5 * lam * cp.sum_squares(x)
     return cp.Problem(cp.Minimize(loss)), [A, lam], [x]
 

@@ -25,11 +25,19 @@ def portfolio(n: int = 4) -> Declaration:
     At a kink:   where a trade just stops to pay, the derivative is one-sided and the row is flagged.
     Source:      Markowitz (1952); Lobo, Fazel and Boyd (2007).
     """
-    mu, L, w0 = cp.Parameter(n, name="mu"), cp.Parameter((n, n), name="L"), cp.Parameter(n, name="w0")
+    mu, L, w0 = (
+        cp.Parameter(n, name="mu"),
+        cp.Parameter((n, n), name="L"),
+        cp.Parameter(n, name="w0"),
+    )
     kappa, w = cp.Parameter(nonneg=True, name="kappa"), cp.Variable(n, name="w")
     trade = cp.Variable(n, name="trade")  # kappa times a function of w0 would not be DPP
     utility = mu @ w - 0.5 * cp.sum_squares(L.T @ w) - kappa * cp.norm1(trade)
-    return cp.Problem(cp.Maximize(utility), [trade == w - w0, w >= 0, cp.sum(w) == 1]), [mu, L, w0, kappa], [w]
+    return (
+        cp.Problem(cp.Maximize(utility), [trade == w - w0, w >= 0, cp.sum(w) == 1]),
+        [mu, L, w0, kappa],
+        [w],
+    )
 
 
 @portfolio.sampled_by

@@ -43,7 +43,9 @@ def _oracle(P, q, G, h, A, b):
     """The best feasible point over all active sets: the solution is one of them, and nothing feasible beats it."""
     n, m, p = len(q), len(h), len(b)
     best, lowest = np.full(n, np.nan), np.inf
-    for active in map(list, chain.from_iterable(combinations(range(m), k) for k in range(n - p + 1))):
+    for active in map(
+        list, chain.from_iterable(combinations(range(m), k) for k in range(n - p + 1))
+    ):
         B, c = np.vstack([G[active], A]), np.concatenate([h[active], b])
         K = np.block([[P, B.T], [B, np.zeros((len(c), len(c)))]])
         x = np.linalg.solve(K, np.concatenate([-q, c]))[:n]

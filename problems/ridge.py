@@ -19,9 +19,17 @@ def ridge(m: int = 8, n: int = 4) -> Declaration:
     At a kink:   none for lam > 0.
     Source:      Hoerl and Kennard (1970).
     """
-    A, b, lam = cp.Parameter((m, n), name="A"), cp.Parameter(m, name="b"), cp.Parameter(nonneg=True, name="lam")
+    A, b, lam = (
+        cp.Parameter((m, n), name="A"),
+        cp.Parameter(m, name="b"),
+        cp.Parameter(nonneg=True, name="lam"),
+    )
     x = cp.Variable(n, name="x")
-    return cp.Problem(cp.Minimize(cp.sum_squares(A @ x - b) + lam * cp.sum_squares(x))), [A, b, lam], [x]
+    return (
+        cp.Problem(cp.Minimize(cp.sum_squares(A @ x - b) + lam * cp.sum_squares(x))),
+        [A, b, lam],
+        [x],
+    )
 
 
 @ridge.sampled_by
@@ -33,4 +41,6 @@ def _sample(draw, m, n):
 def _oracle(A, b, lam):
     """Least squares with n more rows, sqrt(lam) I."""
     n = A.shape[1]
-    return np.linalg.lstsq(np.vstack([A, np.sqrt(lam) * np.eye(n)]), np.concatenate([b, np.zeros(n)]))[0]
+    return np.linalg.lstsq(
+        np.vstack([A, np.sqrt(lam) * np.eye(n)]), np.concatenate([b, np.zeros(n)])
+    )[0]

@@ -45,6 +45,12 @@ def _oracle(points, *, threshold):
     """Brent's method on the derivative, which rises through its root, a coordinate at a time."""
 
     def centre(p):
-        return brentq(lambda y: np.clip(y - p, -threshold, threshold).sum(), p.min(), p.max(), xtol=1e-15, rtol=1e-15)
+        return brentq(
+            lambda y: np.clip(y - p, -threshold, threshold).sum(),
+            p.min(),
+            p.max(),
+            xtol=1e-15,
+            rtol=1e-15,
+        )
 
     return np.array([centre(p) for p in points.T])

@@ -21,7 +21,11 @@ def sparsemax(n: int = 5) -> Declaration:
     Source:      Martins and Astudillo (2016).
     """
     y, x = cp.Parameter(n, name="y"), cp.Variable(n, name="x")
-    return cp.Problem(cp.Maximize(y @ x - 0.5 * cp.sum_squares(x)), [x >= 0, cp.sum(x) == 1]), [y], [x]
+    return (
+        cp.Problem(cp.Maximize(y @ x - 0.5 * cp.sum_squares(x)), [x >= 0, cp.sum(x) == 1]),
+        [y],
+        [x],
+    )
 
 
 @sparsemax.sampled_by

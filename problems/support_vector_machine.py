@@ -24,8 +24,16 @@ def support_vector_machine(m: int = 6, n: int = 2) -> Declaration:
     At a kink:   where a point has just reached the margin, the derivative is one-sided and the row is flagged.
     Source:      Cortes and Vapnik (1995).
     """
-    A, lam, w = cp.Parameter((m, n), name="A"), cp.Parameter(nonneg=True, name="lam"), cp.Variable(n, name="w")
-    return cp.Problem(cp.Minimize(0.5 * lam * cp.sum_squares(w) + cp.sum(cp.pos(1 - A @ w)))), [A, lam], [w]
+    A, lam, w = (
+        cp.Parameter((m, n), name="A"),
+        cp.Parameter(nonneg=True, name="lam"),
+        cp.Variable(n, name="w"),
+    )
+    return (
+        cp.Problem(cp.Minimize(0.5 * lam * cp.sum_squares(w) + cp.sum(cp.pos(1 - A @ w)))),
+        [A, lam],
+        [w],
+    )
 
 
 @support_vector_machine.sampled_by

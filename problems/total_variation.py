@@ -21,7 +21,11 @@ def total_variation(n: int = 6) -> Declaration:
     At a kink:   where a segment is about to split or two are about to merge, it is one-sided and the row is flagged.
     Source:      Rudin, Osher and Fatemi (1992); Condat (2013).
     """
-    y, lam, x = cp.Parameter(n, name="y"), cp.Parameter(nonneg=True, name="lam"), cp.Variable(n, name="x")
+    y, lam, x = (
+        cp.Parameter(n, name="y"),
+        cp.Parameter(nonneg=True, name="lam"),
+        cp.Variable(n, name="x"),
+    )
     return cp.Problem(cp.Minimize(0.5 * cp.sum_squares(x - y) + lam * cp.tv(x))), [y, lam], [x]
 
 

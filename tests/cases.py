@@ -57,7 +57,9 @@ class Case:
         """On the generic path, unless `structure` says otherwise."""
         declared = self.declare()
         options = {"structure": "generic", **options}
-        return ConvexLayer(declared.problem, declared.parameters, declared.outputs, gp=self.gp, **options)
+        return ConvexLayer(
+            declared.problem, declared.parameters, declared.outputs, gp=self.gp, **options
+        )
 
     @functools.cached_property
     def shared(self) -> ConvexLayer:
@@ -75,7 +77,13 @@ class Case:
 CASES: dict[str, Case] = {}
 
 
-def case(sampler: Callable[[Draw], Sequence[Tensor]], *, gp: bool = False, quadratic: bool = False, scs: bool = True):
+def case(
+    sampler: Callable[[Draw], Sequence[Tensor]],
+    *,
+    gp: bool = False,
+    quadratic: bool = False,
+    scs: bool = True,
+):
     """Register a declaration () -> (problem or (objective, constraints), parameters, outputs)."""
 
     def register(declare: Callable[[], tuple]) -> Callable[[], tuple]:
@@ -92,7 +100,10 @@ def case(sampler: Callable[[Draw], Sequence[Tensor]], *, gp: bool = False, quadr
 def weights(outputs: Sequence[Tensor], batch: int = 0, seed: int = 99) -> list[Tensor]:
     """A random cotangent for each output; the same for every row if `batch` counts leading dimensions."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(output.shape[batch:], generator=generator, dtype=torch.float64) for output in outputs]
+    return [
+        torch.randn(output.shape[batch:], generator=generator, dtype=torch.float64)
+        for output in outputs
+    ]
 
 
 def outputs_of(layer: ConvexLayer, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -107,7 +118,11 @@ def leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def relative(got: Tensor, expected: Tensor) -> float:
     """|got - expected| in units of |expected|."""
-    return float((got - expected).norm() / expected.norm().clamp_min(1e-300)) if expected.numel() else 0.0
+    return (
+        float((got - expected).norm() / expected.norm().clamp_min(1e-300))
+        if expected.numel()
+        else 0.0
+    )
 
 
 def close(got: Tensor, expected: Tensor, tolerance: float) -> bool:
@@ -137,7 +152,9 @@ def set_values(declared: Declared, tensors: Sequence[Tensor]) -> None:
 def _sparse(parameter: cp.Parameter, value: np.ndarray) -> Any:
     import scipy.sparse as sp
 
-    return sp.coo_array((value[tuple(parameter.sparse_idx)], parameter.sparse_idx), shape=value.shape)
+    return sp.coo_array(
+        (value[tuple(parameter.sparse_idx)], parameter.sparse_idx), shape=value.shape
+    )
 
 
 # The zero cone ---------------------------------------------------------------------------------------------------------
@@ -166,13 +183,21 @@ def equality_qp():
 def ridge():
     A, b = cp.Parameter((6, 3), name="A"), cp.Parameter(6, name="b")
     lam, x = cp.Parameter(nonneg=True, name="lam"), cp.Variable(3, name="x")
-    return cp.Problem(cp.Minimize(cp.sum_squares(A @ x - b) + lam * cp.sum_squares(x))), [A, b, lam], [x]
+    return (
+        cp.Problem(cp.Minimize(cp.sum_squares(A @ x - b) + lam * cp.sum_squares(x))),
+        [A, b, lam],
+        [x],
+    )
 
 
 @case(lambda d: (d.positive_definite(3), d.normal(3)), quadratic=True)
 def free_quadratic():
     """No constraint even after canonicalisation: m = 0."""
-    P, q, x = cp.Parameter((3, 3), PSD=True, name="P"), cp.Parameter(3, name="q"), cp.Variable(3, name="x")
+    P, q, x = (
+        cp.Parameter((3, 3), PSD=True, name="P"),
+        cp.Parameter(3, name="q"),
+        cp.Variable(3, name="x"),
+    )
     return cp.Problem(cp.Minimize(cp.quad_form(x, P) + q @ x)), [P, q], [x]
 
 
@@ -189,19 +214,35 @@ def linear_program():
     return problem, [c, G, h], [x, below.dual_variables[0]]
 
 
-@case(lambda d: (d.uniform(0.0, 1.0, 3, 4), torch.softmax(d.normal(3), -1), torch.softmax(d.normal(4), -1)),
-      quadratic=True)
+@case(
+    lambda d: (
+        d.uniform(0.0, 1.0, 3, 4),
+        torch.softmax(d.normal(3), -1),
+        torch.softmax(d.normal(4), -1),
+    ),
+    quadratic=True,
+)
 def transport():
     """A nonnegative matrix variable, and one marginal left to a penalty, so that the equalities are independent."""
     C, a, b = cp.Parameter((3, 4), name="C"), cp.Parameter(3, name="a"), cp.Parameter(4, name="b")
     T = cp.Variable((3, 4), nonneg=True, name="T")
     rows = cp.sum(T, axis=1) == a
-    cost = cp.sum(cp.multiply(C, T)) + 0.5 * cp.sum_squares(T) + cp.sum_squares(cp.sum(T, axis=0) - b)
+    cost = (
+        cp.sum(cp.multiply(C, T)) + 0.5 * cp.sum_squares(T) + cp.sum_squares(cp.sum(T, axis=0) - b)
+    )
     return cp.Problem(cp.Minimize(cost), [rows]), [C, a, b], [T, rows.dual_variables[0]]
 
 
-@case(lambda d: (d.positive_definite(4), 8 * d.normal(4), d.normal(5, 4), d.uniform(0.1, 1.0, 5), d.normal(1, 4)),
-      quadratic=True)
+@case(
+    lambda d: (
+        d.positive_definite(4),
+        8 * d.normal(4),
+        d.normal(5, 4),
+        d.uniform(0.1, 1.0, 5),
+        d.normal(1, 4),
+    ),
+    quadratic=True,
+)
 def quadratic_program():
     P, q = cp.Parameter((4, 4), PSD=True, name="P"), cp.Parameter(4, name="q")
     G, h = cp.Parameter((5, 4), name="G"), cp.Parameter(5, name="h")
@@ -214,15 +255,27 @@ def quadratic_program():
 @case(lambda d: (-d.positive_definite(3), d.normal(3), d.uniform(0.1, 0.5)), quadratic=True)
 def concave_quadratic():
     """Maximize, with an NSD parameter."""
-    P, q, t = cp.Parameter((3, 3), NSD=True, name="P"), cp.Parameter(3, name="q"), cp.Parameter(name="t")
+    P, q, t = (
+        cp.Parameter((3, 3), NSD=True, name="P"),
+        cp.Parameter(3, name="q"),
+        cp.Parameter(name="t"),
+    )
     x = cp.Variable(3, name="x")
     above = x >= t
-    return cp.Problem(cp.Maximize(cp.quad_form(x, P) + q @ x), [above]), [P, q, t], [x, above.dual_variables[0]]
+    return (
+        cp.Problem(cp.Maximize(cp.quad_form(x, P) + q @ x), [above]),
+        [P, q, t],
+        [x, above.dual_variables[0]],
+    )
 
 
 @case(lambda d: (d.normal(5, 3), d.normal(5)), quadratic=True)
 def nonnegative_least_squares():
-    A, b, x = cp.Parameter((5, 3), name="A"), cp.Parameter(5, name="b"), cp.Variable(3, nonneg=True, name="x")
+    A, b, x = (
+        cp.Parameter((5, 3), name="A"),
+        cp.Parameter(5, name="b"),
+        cp.Variable(3, nonneg=True, name="x"),
+    )
     return cp.Problem(cp.Minimize(cp.sum_squares(A @ x - b))), [A, b], [x]
 
 
@@ -230,12 +283,20 @@ def nonnegative_least_squares():
 def lasso():
     A, b = cp.Parameter((6, 4), name="A"), cp.Parameter(6, name="b")
     lam, x = cp.Parameter(nonneg=True, name="lam"), cp.Variable(4, name="x")
-    return cp.Problem(cp.Minimize(0.5 * cp.sum_squares(A @ x - b) + lam * cp.norm1(x))), [A, b, lam], [x]
+    return (
+        cp.Problem(cp.Minimize(0.5 * cp.sum_squares(A @ x - b) + lam * cp.norm1(x))),
+        [A, b, lam],
+        [x],
+    )
 
 
 @case(lambda d: (2 * d.normal(6), d.uniform(0.3, 0.8)), quadratic=True)
 def total_variation():
-    y, lam, x = cp.Parameter(6, name="y"), cp.Parameter(pos=True, name="lam"), cp.Variable(6, name="x")
+    y, lam, x = (
+        cp.Parameter(6, name="y"),
+        cp.Parameter(pos=True, name="lam"),
+        cp.Variable(6, name="x"),
+    )
     return cp.Problem(cp.Minimize(0.5 * cp.sum_squares(x - y) + lam * cp.tv(x))), [y, lam], [x]
 
 
@@ -250,16 +311,26 @@ def chebyshev():
 def huber():
     A, b, x = cp.Parameter((8, 3), name="A"), cp.Parameter(8, name="b"), cp.Variable(3, name="x")
     lam = cp.Parameter(nonneg=True, name="lam")
-    return cp.Problem(cp.Minimize(cp.sum(cp.huber(A @ x - b, 1.0)) + lam * cp.sum_squares(x))), [A, b, lam], [x]
+    return (
+        cp.Problem(cp.Minimize(cp.sum(cp.huber(A @ x - b, 1.0)) + lam * cp.sum_squares(x))),
+        [A, b, lam],
+        [x],
+    )
 
 
 @case(lambda d: (2 * d.normal(4), d.uniform(-2.0, -0.1, 3), d.normal(1)), quadratic=True)
 def bounded():
     """Bounds, signs and a scalar, all as attributes; several variables."""
-    a, b, c = cp.Parameter(4, name="a"), cp.Parameter(3, nonpos=True, name="b"), cp.Parameter(1, name="c")
+    a, b, c = (
+        cp.Parameter(4, name="a"),
+        cp.Parameter(3, nonpos=True, name="b"),
+        cp.Parameter(1, name="c"),
+    )
     x, y = cp.Variable(4, bounds=[-1, 1], name="x"), cp.Variable(3, nonpos=True, name="y")
     z = cp.Variable(name="z")
-    objective = cp.sum_squares(x - a) + cp.sum_squares(y - b + z) + cp.square(z - c[0]) + cp.sum(x) * 0.3
+    objective = (
+        cp.sum_squares(x - a) + cp.sum_squares(y - b + z) + cp.square(z - c[0]) + cp.sum(x) * 0.3
+    )
     return cp.Problem(cp.Minimize(objective)), [a, b, c], [x, y, z]
 
 
@@ -269,17 +340,29 @@ def bounded():
 @case(lambda d: (d.normal(4), d.normal(3, 4), d.normal(3), d.uniform(1.0, 2.0)))
 def raw_second_order():
     """cp.SOC with both of its dual variables."""
-    c, A, b, r = (cp.Parameter(4, name="c"), cp.Parameter((3, 4), name="A"), cp.Parameter(3, name="b"),
-                  cp.Parameter(pos=True, name="r"))
+    c, A, b, r = (
+        cp.Parameter(4, name="c"),
+        cp.Parameter((3, 4), name="A"),
+        cp.Parameter(3, name="b"),
+        cp.Parameter(pos=True, name="r"),
+    )
     x = cp.Variable(4, name="x")
     cone, ball = cp.SOC(r, A @ x - b), cp.SOC(cp.Constant(3.0), x)
-    return cp.Problem(cp.Minimize(c @ x), [cone, ball]), [c, A, b, r], [x, *cone.dual_variables, *ball.dual_variables]
+    return (
+        cp.Problem(cp.Minimize(c @ x), [cone, ball]),
+        [c, A, b, r],
+        [x, *cone.dual_variables, *ball.dual_variables],
+    )
 
 
 @case(lambda d: (d.normal(3), d.normal(5, 3), d.uniform(0.5, 2.0)))
 def norm_ball():
-    c, A, r, x = (cp.Parameter(3, name="c"), cp.Parameter((5, 3), name="A"), cp.Parameter(nonneg=True, name="r"),
-                  cp.Variable(3, name="x"))
+    c, A, r, x = (
+        cp.Parameter(3, name="c"),
+        cp.Parameter((5, 3), name="A"),
+        cp.Parameter(nonneg=True, name="r"),
+        cp.Variable(3, name="x"),
+    )
     ball = cp.norm(A @ x) <= r
     return cp.Problem(cp.Minimize(c @ x), [ball]), [c, A, r], [x, ball.dual_variables[0]]
 
@@ -287,7 +370,11 @@ def norm_ball():
 @case(lambda d: (2 * d.normal(6), d.uniform(0.7, 1.2)), quadratic=True)
 def group_lasso():
     """One block is zero at the solution, an apex, and others are not."""
-    y, lam, x = cp.Parameter(6, name="y"), cp.Parameter(nonneg=True, name="lam"), cp.Variable(6, name="x")
+    y, lam, x = (
+        cp.Parameter(6, name="y"),
+        cp.Parameter(nonneg=True, name="lam"),
+        cp.Variable(6, name="x"),
+    )
     groups = cp.norm(x[:2]) + cp.norm(x[2:4]) + 6 * cp.norm(x[4:])
     return cp.Problem(cp.Minimize(0.5 * cp.sum_squares(x - y) + lam * groups)), [y, lam], [x]
 
@@ -295,24 +382,46 @@ def group_lasso():
 @case(lambda d: (2 * d.normal(4, 2), d.normal(2)))
 def fermat_weber():
     """A sum of norms: many cones of one size."""
-    points, c, x = cp.Parameter((4, 2), name="points"), cp.Parameter(2, name="c"), cp.Variable(2, name="x")
-    return cp.Problem(cp.Minimize(sum(cp.norm(x - points[i]) for i in range(4)) + 0.3 * c @ x)), [points, c], [x]
+    points, c, x = (
+        cp.Parameter((4, 2), name="points"),
+        cp.Parameter(2, name="c"),
+        cp.Variable(2, name="x"),
+    )
+    return (
+        cp.Problem(cp.Minimize(sum(cp.norm(x - points[i]) for i in range(4)) + 0.3 * c @ x)),
+        [points, c],
+        [x],
+    )
 
 
 @case(lambda d: (d.normal(3), d.normal(3, 3), d.uniform(1.0, 2.0)))
 def quadratic_over_linear():
-    c, A, t = cp.Parameter(3, name="c"), cp.Parameter((3, 3), name="A"), cp.Parameter(pos=True, name="t")
+    c, A, t = (
+        cp.Parameter(3, name="c"),
+        cp.Parameter((3, 3), name="A"),
+        cp.Parameter(pos=True, name="t"),
+    )
     x, z = cp.Variable(3, name="x"), cp.Variable(name="z")
-    problem = cp.Problem(cp.Minimize(c @ x + cp.quad_over_lin(x, z) + t * z), [cp.norm(A @ x - 3) <= 4, z <= 5])
+    problem = cp.Problem(
+        cp.Minimize(c @ x + cp.quad_over_lin(x, z) + t * z), [cp.norm(A @ x - 3) <= 4, z <= 5]
+    )
     return problem, [c, A, t], [x, z]
 
 
 @case(lambda d: (d.normal(4, 3), d.normal(4), d.normal(3)), quadratic=True)
 def quadratic_constraint():
-    A, b, a, x = (cp.Parameter((4, 3), name="A"), cp.Parameter(4, name="b"), cp.Parameter(3, name="a"),
-                  cp.Variable(3, name="x"))
+    A, b, a, x = (
+        cp.Parameter((4, 3), name="A"),
+        cp.Parameter(4, name="b"),
+        cp.Parameter(3, name="a"),
+        cp.Variable(3, name="x"),
+    )
     inside = cp.sum_squares(x - a) <= 0.3
-    return cp.Problem(cp.Minimize(cp.sum_squares(A @ x - b)), [inside]), [A, b, a], [x, inside.dual_variables[0]]
+    return (
+        cp.Problem(cp.Minimize(cp.sum_squares(A @ x - b)), [inside]),
+        [A, b, a],
+        [x, inside.dual_variables[0]],
+    )
 
 
 # Positive semidefinite cones --------------------------------------------------------------------------------------------
@@ -335,7 +444,10 @@ def leading_eigenvector():
 
 @case(lambda d: (d.symmetric(3), d.symmetric(3), d.positive_definite(3), d.normal(2)))
 def matrix_inequality():
-    F, G, H, c = (*(cp.Parameter((3, 3), symmetric=True, name=name) for name in "FGH"), cp.Parameter(2, name="c"))
+    F, G, H, c = (
+        *(cp.Parameter((3, 3), symmetric=True, name=name) for name in "FGH"),
+        cp.Parameter(2, name="c"),
+    )
     x = cp.Variable(2, name="x")
     above = H + x[0] * F + x[1] * G >> 0
     problem = cp.Problem(cp.Minimize(c @ x), [above, cp.norm(x) <= 2])
@@ -345,7 +457,10 @@ def matrix_inequality():
 @case(lambda d: (torch.eye(3, dtype=torch.float64) + 2 * d.symmetric(3),), quadratic=True)
 def nearest_correlation():
     """A symmetric variable with >>, and the dual matrix."""
-    C, X = cp.Parameter((3, 3), symmetric=True, name="C"), cp.Variable((3, 3), symmetric=True, name="X")
+    C, X = (
+        cp.Parameter((3, 3), symmetric=True, name="C"),
+        cp.Variable((3, 3), symmetric=True, name="X"),
+    )
     above, unit = X >> 0.05 * np.eye(3), cp.diag(X) == 1
     problem = cp.Problem(cp.Minimize(cp.sum_squares(X - C)), [above, unit])
     return problem, [C], [X, above.dual_variables[0], unit.dual_variables[0]]
@@ -360,7 +475,11 @@ def nuclear_norm():
 
 @case(lambda d: (d.symmetric(3), d.normal(3)), quadratic=True)
 def largest_eigenvalue():
-    C, a, x = (cp.Parameter((3, 3), symmetric=True, name="C"), cp.Parameter(3, name="a"), cp.Variable(3, name="x"))
+    C, a, x = (
+        cp.Parameter((3, 3), symmetric=True, name="C"),
+        cp.Parameter(3, name="a"),
+        cp.Variable(3, name="x"),
+    )
     problem = cp.Problem(cp.Minimize(cp.lambda_max(C + cp.diag(x)) + cp.sum_squares(x - a)))
     return problem, [C, a], [x]
 
@@ -368,9 +487,15 @@ def largest_eigenvalue():
 @case(lambda d: (d.uniform(-0.5, 0.5), 2 * d.normal(2, 2)), quadratic=True)
 def small_psd():
     """Cones of orders one and two, and an asymmetric matrix inside >>, of which CVXPY sees the symmetric part."""
-    a, B, x = cp.Parameter(name="a"), cp.Parameter((2, 2), name="B"), cp.Variable((2, 2), symmetric=True, name="X")
+    a, B, x = (
+        cp.Parameter(name="a"),
+        cp.Parameter((2, 2), name="B"),
+        cp.Variable((2, 2), symmetric=True, name="X"),
+    )
     t = cp.Variable((1, 1), PSD=True, name="t")
-    problem = cp.Problem(cp.Minimize(cp.square(t[0, 0] - a) + cp.sum_squares(x - B)), [x << t[0, 0] * np.eye(2)])
+    problem = cp.Problem(
+        cp.Minimize(cp.square(t[0, 0] - a) + cp.sum_squares(x - B)), [x << t[0, 0] * np.eye(2)]
+    )
     return problem, [a, B], [x, t]
 
 
@@ -381,14 +506,26 @@ def small_psd():
 def entropy():
     c, A, x = cp.Parameter(4, name="c"), cp.Parameter((1, 4), name="A"), cp.Variable(4, name="x")
     equal, other = cp.sum(x) == 1, A @ x <= cp.sum(A) / 4 + 0.1
-    return cp.Problem(cp.Maximize(cp.sum(cp.entr(x)) + c @ x), [equal, other]), [c, A], [x, equal.dual_variables[0]]
+    return (
+        cp.Problem(cp.Maximize(cp.sum(cp.entr(x)) + c @ x), [equal, other]),
+        [c, A],
+        [x, equal.dual_variables[0]],
+    )
 
 
 @case(lambda d: (torch.softmax(d.normal(4), -1), d.normal(4)))
 def relative_entropy():
-    p, c, x = cp.Parameter(4, pos=True, name="p"), cp.Parameter(4, name="c"), cp.Variable(4, name="x")
+    p, c, x = (
+        cp.Parameter(4, pos=True, name="p"),
+        cp.Parameter(4, name="c"),
+        cp.Variable(4, name="x"),
+    )
     equal = cp.sum(x) == 1
-    return cp.Problem(cp.Minimize(cp.sum(cp.kl_div(x, p)) + c @ x), [equal]), [p, c], [x, equal.dual_variables[0]]
+    return (
+        cp.Problem(cp.Minimize(cp.sum(cp.kl_div(x, p)) + c @ x), [equal]),
+        [p, c],
+        [x, equal.dual_variables[0]],
+    )
 
 
 @case(lambda d: (d.normal(4, 3), d.normal(4)), quadratic=True)
@@ -399,8 +536,16 @@ def log_sum_exp():
 
 @case(lambda d: (d.normal(6, 2), d.uniform(0.2, 1.0)), quadratic=True)
 def logistic_regression():
-    X, lam, w = cp.Parameter((6, 2), name="X"), cp.Parameter(pos=True, name="lam"), cp.Variable(2, name="w")
-    return cp.Problem(cp.Minimize(cp.sum(cp.logistic(X @ w)) + lam * cp.sum_squares(w))), [X, lam], [w]
+    X, lam, w = (
+        cp.Parameter((6, 2), name="X"),
+        cp.Parameter(pos=True, name="lam"),
+        cp.Variable(2, name="w"),
+    )
+    return (
+        cp.Problem(cp.Minimize(cp.sum(cp.logistic(X @ w)) + lam * cp.sum_squares(w))),
+        [X, lam],
+        [w],
+    )
 
 
 @case(lambda d: (d.positive_definite(3), d.uniform(0.1, 0.4)))
@@ -408,14 +553,22 @@ def sparse_inverse_covariance():
     """log_det: exponential and psd cones at once, and |X|_1."""
     S, lam = cp.Parameter((3, 3), PSD=True, name="S"), cp.Parameter(nonneg=True, name="lam")
     X = cp.Variable((3, 3), PSD=True, name="X")
-    return cp.Problem(cp.Minimize(cp.trace(S @ X) - cp.log_det(X) + lam * cp.sum(cp.abs(X)))), [S, lam], [X]
+    return (
+        cp.Problem(cp.Minimize(cp.trace(S @ X) - cp.log_det(X) + lam * cp.sum(cp.abs(X)))),
+        [S, lam],
+        [X],
+    )
 
 
 @case(lambda d: (d.normal(2), d.uniform(1.0, 2.0, 2)))
 def raw_exponential():
     """cp.ExpCone with its three dual variables."""
-    a, c, x, z = (cp.Parameter(2, name="a"), cp.Parameter(2, pos=True, name="c"), cp.Variable(2, name="x"),
-                  cp.Variable(2, name="z"))
+    a, c, x, z = (
+        cp.Parameter(2, name="a"),
+        cp.Parameter(2, pos=True, name="c"),
+        cp.Variable(2, name="x"),
+        cp.Variable(2, name="z"),
+    )
     cone = cp.constraints.ExpCone(x + a, np.array([1.0, 2.0]), z)
     problem = cp.Problem(cp.Minimize(c @ z - cp.sum(x)), [cone])
     return problem, [a, c], [x, z, *cone.dual_variables]
@@ -427,8 +580,11 @@ def raw_exponential():
 @case(lambda d: (d.uniform(0.5, 2.0, 2), d.uniform(0.5, 1.5, 2)))
 def raw_power():
     """cp.PowCone3D with its three dual variables; an exponent for each row."""
-    c, r, x, y, z = (cp.Parameter(2, pos=True, name="c"), cp.Parameter(2, name="r"), *(cp.Variable(2, name=name)
-                                                                                     for name in "xyz"))
+    c, r, x, y, z = (
+        cp.Parameter(2, pos=True, name="c"),
+        cp.Parameter(2, name="r"),
+        *(cp.Variable(2, name=name) for name in "xyz"),
+    )
     cone = cp.constraints.PowCone3D(x, y + 0.1, z, np.array([0.3, 0.6]))
     problem = cp.Problem(cp.Minimize(cp.sum(x) + c @ y), [cone, z >= r])
     return problem, [c, r], [x, y, z, *cone.dual_variables]
@@ -436,8 +592,12 @@ def raw_power():
 
 @case(lambda d: (d.normal(2, 4), d.normal(2), d.normal(4)), scs=False)
 def p_norm():
-    A, b, a, x = (cp.Parameter((2, 4), name="A"), cp.Parameter(2, name="b"), cp.Parameter(4, name="a"),
-                  cp.Variable(4, name="x"))
+    A, b, a, x = (
+        cp.Parameter((2, 4), name="A"),
+        cp.Parameter(2, name="b"),
+        cp.Parameter(4, name="a"),
+        cp.Variable(4, name="x"),
+    )
     equal = A @ x == b
     problem = cp.Problem(cp.Minimize(cp.pnorm(x - a, 3, approx=False)), [equal])
     return problem, [A, b, a], [x, equal.dual_variables[0]]
@@ -447,20 +607,30 @@ def p_norm():
 def geometric_mean():
     c, x = cp.Parameter(3, pos=True, name="c"), cp.Variable(3, name="x")
     budget = c @ x <= 3
-    problem = cp.Problem(cp.Maximize(cp.geo_mean(x, approx=False) - 0.1 * cp.sum_squares(x)), [budget])
+    problem = cp.Problem(
+        cp.Maximize(cp.geo_mean(x, approx=False) - 0.1 * cp.sum_squares(x)), [budget]
+    )
     return problem, [c], [x, budget.dual_variables[0]]
 
 
 @case(lambda d: (d.uniform(0.5, 2.0, 3), d.uniform(1.0, 2.0)))
 def weighted_geometric_mean():
-    c, r, x = cp.Parameter(3, pos=True, name="c"), cp.Parameter(pos=True, name="r"), cp.Variable(3, name="x")
+    c, r, x = (
+        cp.Parameter(3, pos=True, name="c"),
+        cp.Parameter(pos=True, name="r"),
+        cp.Variable(3, name="x"),
+    )
     floor = cp.geo_mean(x, [1, 2, 3]) >= r
     return cp.Problem(cp.Minimize(c @ x), [floor]), [c, r], [x, floor.dual_variables[0]]
 
 
 @case(lambda d: (d.normal(3), d.uniform(0.5, 2.0, 3)), quadratic=True)
 def fractional_powers():
-    a, w, x = cp.Parameter(3, name="a"), cp.Parameter(3, pos=True, name="w"), cp.Variable(3, name="x")
+    a, w, x = (
+        cp.Parameter(3, name="a"),
+        cp.Parameter(3, pos=True, name="w"),
+        cp.Variable(3, name="x"),
+    )
     objective = w @ cp.power(x, 1.5, approx=False) + cp.sum_squares(x - a - 3)
     return cp.Problem(cp.Minimize(objective)), [a, w], [x]
 
@@ -472,17 +642,25 @@ def fractional_powers():
 def box_volume():
     a, b, c = (cp.Parameter(pos=True, name=name) for name in "abc")
     h, w, depth = (cp.Variable(pos=True, name=name) for name in ("h", "w", "depth"))
-    problem = cp.Problem(cp.Maximize(h * w * depth), [2 * (h * w + h * depth) <= 10 * a, w * depth <= c, h / w <= 2,
-                                                      b * w <= depth])
+    problem = cp.Problem(
+        cp.Maximize(h * w * depth),
+        [2 * (h * w + h * depth) <= 10 * a, w * depth <= c, h / w <= 2, b * w <= depth],
+    )
     return problem, [a, b, c], [h, w, depth]
 
 
 @case(lambda d: (d.uniform(0.5, 2.0, 2), d.uniform(0.5, 2.0), d.uniform(0.3, 1.2)), gp=True)
 def posynomial():
     """A parameter as an exponent, and a posynomial objective."""
-    k, a, p, x = (cp.Parameter(2, pos=True, name="k"), cp.Parameter(pos=True, name="a"), cp.Parameter(name="p"),
-                  cp.Variable(2, pos=True, name="x"))
-    problem = cp.Problem(cp.Minimize(k[0] * x[0] + k[1] * x[1] + a / (x[0] * x[1])), [x[0] ** p <= 0.5 * x[1]])
+    k, a, p, x = (
+        cp.Parameter(2, pos=True, name="k"),
+        cp.Parameter(pos=True, name="a"),
+        cp.Parameter(name="p"),
+        cp.Variable(2, pos=True, name="x"),
+    )
+    problem = cp.Problem(
+        cp.Minimize(k[0] * x[0] + k[1] * x[1] + a / (x[0] * x[1])), [x[0] ** p <= 0.5 * x[1]]
+    )
     return problem, [k, a, p], [x]
 
 
@@ -491,7 +669,11 @@ def posynomial():
 
 @case(lambda d: (d.normal(3, 2), d.normal(2, 2), d.normal(3, 2)), quadratic=True)
 def matrix_shapes():
-    A, B, C = cp.Parameter((3, 2), name="A"), cp.Parameter((2, 2), name="B"), cp.Parameter((3, 2), name="C")
+    A, B, C = (
+        cp.Parameter((3, 2), name="A"),
+        cp.Parameter((2, 2), name="B"),
+        cp.Parameter((3, 2), name="C"),
+    )
     X = cp.Variable((3, 2), name="X")
     below = X @ B <= 0.5
     objective = cp.sum_squares(X - A) + cp.sum(cp.multiply(C, X))
@@ -502,7 +684,9 @@ def matrix_shapes():
 def diagonal():
     D, B = cp.Parameter((3, 3), diag=True, name="D"), cp.Parameter((3, 3), name="B")
     X = cp.Variable((3, 3), diag=True, name="X")
-    problem = cp.Problem(cp.Minimize(cp.sum_squares(X - D) + cp.sum_squares(B @ X)), [cp.trace(X) <= 0.1])
+    problem = cp.Problem(
+        cp.Minimize(cp.sum_squares(X - D) + cp.sum_squares(B @ X)), [cp.trace(X) <= 0.1]
+    )
     return problem, [D, B], [X]
 
 
@@ -518,27 +702,50 @@ def sparse():
 
 @case(lambda d: (d.normal(2, 3, 2), d.normal(2)), quadratic=True)
 def three_dimensional():
-    A, c, X = cp.Parameter((2, 3, 2), name="A"), cp.Parameter(2, name="c"), cp.Variable((2, 3, 2), name="X")
+    A, c, X = (
+        cp.Parameter((2, 3, 2), name="A"),
+        cp.Parameter(2, name="c"),
+        cp.Variable((2, 3, 2), name="X"),
+    )
     equal = cp.sum(X, axis=1) == np.array([[1.0, 2.0], [3.0, 4.0]])
-    problem = cp.Problem(cp.Minimize(cp.sum_squares(X - A) + cp.sum(cp.multiply(X[:, 0, :], A[:, 1, :] * 0.5))
-                                     + c @ X[0, 1, :]), [equal, X >= 0])
+    problem = cp.Problem(
+        cp.Minimize(
+            cp.sum_squares(X - A)
+            + cp.sum(cp.multiply(X[:, 0, :], A[:, 1, :] * 0.5))
+            + c @ X[0, 1, :]
+        ),
+        [equal, X >= 0],
+    )
     return problem, [A, c], [X, equal.dual_variables[0]]
 
 
 @case(lambda d: (d.normal(3), d.normal(2, 3), d.normal(2)), quadratic=True)
 def unmentioned_variable():
     """z stands in no term of the objective, and the constraints fix it."""
-    a, B, c, x, z = (cp.Parameter(3, name="a"), cp.Parameter((2, 3), name="B"), cp.Parameter(2, name="c"),
-                     cp.Variable(3, name="x"), cp.Variable(2, name="z"))
+    a, B, c, x, z = (
+        cp.Parameter(3, name="a"),
+        cp.Parameter((2, 3), name="B"),
+        cp.Parameter(2, name="c"),
+        cp.Variable(3, name="x"),
+        cp.Variable(2, name="z"),
+    )
     tie = z == B @ x + c
-    return cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [tie, x[0] >= a[1] + 0.2]), [a, B, c], [z, x]
+    return (
+        cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [tie, x[0] >= a[1] + 0.2]),
+        [a, B, c],
+        [z, x],
+    )
 
 
 @case(lambda d: (d.normal(),), quadratic=True)
 def scalars():
     a, x = cp.Parameter(name="a"), cp.Variable(name="x")
     above = x >= 0.3
-    return cp.Problem(cp.Minimize(cp.square(x - a) + 0.4 * x), [above]), [a], [x, above.dual_variables[0]]
+    return (
+        cp.Problem(cp.Minimize(cp.square(x - a) + 0.4 * x), [above]),
+        [a],
+        [x, above.dual_variables[0]],
+    )
 
 
 # All cones at once ------------------------------------------------------------------------------------------------------
@@ -546,12 +753,22 @@ def scalars():
 
 @case(lambda d: (d.normal(4), d.normal(3, 4), d.symmetric(2), d.uniform(0.3, 0.6)), quadratic=True)
 def every_cone():
-    a, B, C, r = (cp.Parameter(4, name="a"), cp.Parameter((3, 4), name="B"),
-                  cp.Parameter((2, 2), symmetric=True, name="C"), cp.Parameter(pos=True, name="r"))
+    a, B, C, r = (
+        cp.Parameter(4, name="a"),
+        cp.Parameter((3, 4), name="B"),
+        cp.Parameter((2, 2), symmetric=True, name="C"),
+        cp.Parameter(pos=True, name="r"),
+    )
     x, X = cp.Variable(4, name="x"), cp.Variable((2, 2), PSD=True, name="X")
     equal, below, ball = cp.sum(x) == 1, B[:1] @ x <= 0.1, cp.norm(B @ x) <= r + X[0, 0]
-    objective = (0.5 * cp.sum_squares(x - a) + cp.log_sum_exp(B @ x) + cp.sum_squares(X - C) + cp.trace(X)
-                 + cp.pnorm(x, 3, approx=False) + 0.2 * x[0] * 1.0)
+    objective = (
+        0.5 * cp.sum_squares(x - a)
+        + cp.log_sum_exp(B @ x)
+        + cp.sum_squares(X - C)
+        + cp.trace(X)
+        + cp.pnorm(x, 3, approx=False)
+        + 0.2 * x[0] * 1.0
+    )
     problem = cp.Problem(cp.Minimize(objective), [equal, below, ball])
     return problem, [a, B, C, r], [x, X, equal.dual_variables[0], below.dual_variables[0]]
 
@@ -559,11 +776,19 @@ def every_cone():
 @case(lambda d: (d.normal(3, 2), d.normal(2), d.positive_definite(2)), quadratic=False)
 def many_cones_linear():
     """Zero, nonnegative, second-order, psd and exponential cones under a linear objective."""
-    A, c, S = (cp.Parameter((3, 2), name="A"), cp.Parameter(2, name="c"), cp.Parameter((2, 2), PSD=True, name="S"))
+    A, c, S = (
+        cp.Parameter((3, 2), name="A"),
+        cp.Parameter(2, name="c"),
+        cp.Parameter((2, 2), PSD=True, name="S"),
+    )
     x, X = cp.Variable(2, name="x"), cp.Variable((2, 2), PSD=True, name="X")
     tie = X[0, 1] == 0.3 * x[0]
-    problem = cp.Problem(cp.Minimize(c @ x + cp.trace(S @ X) - cp.log(X[0, 0]) - cp.log(X[1, 1]) + cp.norm(A @ x - 1)),
-                         [tie, cp.norm1(x) <= 2])
+    problem = cp.Problem(
+        cp.Minimize(
+            c @ x + cp.trace(S @ X) - cp.log(X[0, 0]) - cp.log(X[1, 1]) + cp.norm(A @ x - 1)
+        ),
+        [tie, cp.norm1(x) <= 2],
+    )
     return problem, [A, c, S], [x, X, tie.dual_variables[0]]
 
 

@@ -26,21 +26,27 @@ WHOLE = (
     "test_structures.py",  # every spelling and near miss: a wrong match is the worst fault
     "test_mutants.py",
     "test_structure_mutants.py",
-    *(f"test_kernel_{path.name}" for path in KERNELS.glob("*.py")),  # closed forms, at a hundredth of a second each
+    *(
+        f"test_kernel_{path.name}" for path in KERNELS.glob("*.py")
+    ),  # closed forms, at a hundredth of a second each
     "test_refusals.py",  # each sentence is a case
 )
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all", action="store_true", help="every law over every case, and the tests that take long")
+    parser.addoption(
+        "--all", action="store_true", help="every law over every case, and the tests that take long"
+    )
 
 
 def pytest_configure(config):
     config.addinivalue_line(
-        "markers", "dear: a law of a second or so a case, which meets a third of them however few they are"
+        "markers",
+        "dear: a law of a second or so a case, which meets a third of them however few they are",
     )
     config.addinivalue_line(
-        "markers", "long: takes ten CPU-seconds or so, for what shorter tests hold too; with --all only"
+        "markers",
+        "long: takes ten CPU-seconds or so, for what shorter tests hold too; with --all only",
     )
 
 
@@ -75,7 +81,9 @@ def outside_the_square(combinations: list[pytest.Function], turn: int) -> list[p
     places = [coordinates(item) for item in combinations]
     longest = max(map(len, map(set, zip(*places, strict=True))))
     step = min(max(len(combinations) // ENOUGH, 3 if dear else 1), longest)
-    return [item for item, place in zip(combinations, places, strict=True) if (sum(place) - turn) % step]
+    return [
+        item for item, place in zip(combinations, places, strict=True) if (sum(place) - turn) % step
+    ]
 
 
 def coordinates(item: pytest.Function) -> tuple[int, ...]:

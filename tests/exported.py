@@ -9,13 +9,24 @@ from convlayer import ConvexLayer
 def clipped(cap=1.0, n=3, **options):
     """x = min(y, cap)."""
     y, x = cp.Parameter(n), cp.Variable(n)
-    return ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - y)), [x <= cap]), [y], [x], structure="generic", **options)
+    return ConvexLayer(
+        cp.Problem(cp.Minimize(cp.sum_squares(x - y)), [x <= cap]),
+        [y],
+        [x],
+        structure="generic",
+        **options,
+    )
 
 
 def spread(n):
     """n numbers, each -y[0] / 2: the parameter has the same shape whatever n."""
     y, x = cp.Parameter(3), cp.Variable(n)
-    return ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x) + y[0] * cp.sum(x)), [x >= -9]), [y], [x], structure="generic")
+    return ConvexLayer(
+        cp.Problem(cp.Minimize(cp.sum_squares(x) + y[0] * cp.sum(x)), [x >= -9]),
+        [y],
+        [x],
+        structure="generic",
+    )
 
 
 class Model(torch.nn.Module):

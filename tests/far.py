@@ -18,7 +18,12 @@ class Far(torch.Tensor):
     @staticmethod
     def __new__(cls, inner):
         return torch.Tensor._make_wrapper_subclass(
-            cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype, device=DEVICE
+            cls,
+            inner.shape,
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=DEVICE,
         )
 
     def __init__(self, inner):
@@ -50,13 +55,21 @@ def _run(func, args, kwargs):
     tree_map(look, (args, kwargs))
     name, device = func.name(), kwargs.get("device")
     if far and near and not name.startswith(MAY_CROSS):
-        raise RuntimeError(f"{name}: tensors of the device meet tensors of the host, of shapes {near}")
-    args, kwargs = tree_map(lambda value: value.inner if isinstance(value, Far) else value, (args, kwargs))
+        raise RuntimeError(
+            f"{name}: tensors of the device meet tensors of the host, of shapes {near}"
+        )
+    args, kwargs = tree_map(
+        lambda value: value.inner if isinstance(value, Far) else value, (args, kwargs)
+    )
     if device is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     out = func(*args, **kwargs)
     there = bool(far) if device is None else torch.device(device) == DEVICE
-    return tree_map(lambda value: Far(value) if isinstance(value, torch.Tensor) else value, out) if there else out
+    return (
+        tree_map(lambda value: Far(value) if isinstance(value, torch.Tensor) else value, out)
+        if there
+        else out
+    )
 
 
 def send(tensor, requires_grad=False):

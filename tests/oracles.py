@@ -29,8 +29,9 @@ class ConeProgram:
 def cone_program(case: Case, declared: Declared, tensors: Sequence[Tensor]) -> ConeProgram:
     """What CVXPY itself hands to Clarabel for these values of the parameters."""
     set_values(declared, tensors)
-    data, _, _ = cp.Problem(declared.problem.objective, declared.problem.constraints).get_problem_data(
-        ThreeDimensionalPowers(), gp=case.gp)
+    data, _, _ = cp.Problem(
+        declared.problem.objective, declared.problem.constraints
+    ).get_problem_data(ThreeDimensionalPowers(), gp=case.gp)
     dims, n = data["dims"], len(data["c"])
     blocks = [("zero", dims.zero, None), ("nonnegative", dims.nonneg, None)]
     blocks += [("second_order", size, None) for size in dims.soc]
@@ -39,32 +40,47 @@ def cone_program(case: Case, declared: Declared, tensors: Sequence[Tensor]) -> C
     P = data["P"].toarray() if data.get("P") is not None else np.zeros((n, n))
     P = np.triu(P) + np.triu(P, 1).T
     A = data["A"].toarray() if data["A"] is not None else np.zeros((0, n))
-    return ConeProgram(P, np.asarray(data["c"]), A, np.asarray(data["b"]), [b for b in blocks if b[1]])
+    return ConeProgram(
+        P, np.asarray(data["c"]), A, np.asarray(data["b"]), [b for b in blocks if b[1]]
+    )
 
 
 class ThreeDimensionalPowers(CLARABEL):
     """CVXPY's interface to Clarabel without generalised power cones, so that there is one form of each program."""
 
-    SUPPORTED_CONSTRAINTS = [cone for cone in CLARABEL.SUPPORTED_CONSTRAINTS if cone is not PowConeND]
+    SUPPORTED_CONSTRAINTS = [
+        cone for cone in CLARABEL.SUPPORTED_CONSTRAINTS if cone is not PowConeND
+    ]
 
     def name(self) -> str:
         return "ORACLE"
 
 
-def solve_with_cvxpy(case: Case, declared: Declared, tensors: Sequence[Tensor]) -> tuple[list[np.ndarray], float, float]:
+def solve_with_cvxpy(
+    case: Case, declared: Declared, tensors: Sequence[Tensor]
+) -> tuple[list[np.ndarray], float, float]:
     """Values of the outputs and of the objective, by CVXPY's own solve, and the tolerance that Clarabel reached."""
     set_values(declared, tensors)
     # With power cones Clarabel may stop short of 1e-8 too, by a last digit of the data: then by shorter steps.
     for tolerance, step in ((1e-12, 0.99), (1e-10, 0.99), (1e-8, 0.99), (1e-8, 0.9), (1e-8, 0.8)):
-        tight = {name: tolerance for name in ("tol_gap_abs", "tol_gap_rel", "tol_feas")} | {"max_step_fraction": step}
+        tight = {name: tolerance for name in ("tol_gap_abs", "tol_gap_rel", "tol_feas")} | {
+            "max_step_fraction": step
+        }
         with contextlib.suppress(cp.SolverError):
             value = declared.problem.solve(solver=cp.CLARABEL, gp=case.gp, **tight)
             if declared.problem.status == cp.OPTIMAL:
                 break
     assert declared.problem.status == cp.OPTIMAL
-    values = [out.value_sparse.toarray() if out.sparse_idx is not None else out.value for out in declared.outputs]
+    values = [
+        out.value_sparse.toarray() if out.sparse_idx is not None else out.value
+        for out in declared.outputs
+    ]
     values = [np.asarray(v.toarray() if hasattr(v, "toarray") else v, dtype=float) for v in values]
-    return [v.reshape(out.shape) for v, out in zip(values, declared.outputs, strict=True)], float(value), tolerance
+    return (
+        [v.reshape(out.shape) for v, out in zip(values, declared.outputs, strict=True)],
+        float(value),
+        tolerance,
+    )
 
 
 def smat(v: np.ndarray, n: int) -> np.ndarray:
@@ -101,19 +117,33 @@ def kkt_violation(program: ConeProgram, x: np.ndarray, s: np.ndarray, y: np.ndar
     """The largest violation of the optimality conditions, relative to the size of what is compared."""
     size_x, size_s, size_y = (1 + np.abs(v).max(initial=0.0) for v in (x, s, y))
     size_b, size_q = 1 + np.abs(program.b).max(initial=0.0), 1 + np.abs(program.q).max(initial=0.0)
-    worst = [np.abs(program.P @ x + program.q + program.A.T @ y).max(initial=0.0) / (size_q * size_x * size_y),
-             np.abs(program.A @ x + s - program.b).max(initial=0.0) / (size_b * size_x),
-             abs(float(s @ y)) / (size_s * size_y)]
+    worst = [
+        np.abs(program.P @ x + program.q + program.A.T @ y).max(initial=0.0)
+        / (size_q * size_x * size_y),
+        np.abs(program.A @ x + s - program.b).max(initial=0.0) / (size_b * size_x),
+        abs(float(s @ y)) / (size_s * size_y),
+    ]
     start = 0
     for name, size, parameter in program.blocks:
         part = slice(start, start + size)
-        worst += [outside(name, parameter, s[part], False) / size_s, outside(name, parameter, y[part], True) / size_y]
+        worst += [
+            outside(name, parameter, s[part], False) / size_s,
+            outside(name, parameter, y[part], True) / size_y,
+        ]
         start += size
     return max(worst)
 
 
-def qp_adjoint(P: np.ndarray, q: np.ndarray, G: np.ndarray, h: np.ndarray, x: np.ndarray, y: np.ndarray,
-               x_bar: np.ndarray, y_bar: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def qp_adjoint(
+    P: np.ndarray,
+    q: np.ndarray,
+    G: np.ndarray,
+    h: np.ndarray,
+    x: np.ndarray,
+    y: np.ndarray,
+    x_bar: np.ndarray,
+    y_bar: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Cotangents of (P, q, G, h) of   minimise 1/2 x'Px + q'x  subject to  Gx <= h   by its active set, y its multipliers."""
     active = np.flatnonzero(y > h - G @ x)
     n, k = len(q), len(active)

@@ -26,9 +26,20 @@ LEVELS = (
 # Modules at the bottom stand on these.
 AMONG_EACH_OTHER = {("solution", "shifts"), ("solution", "display")}
 # Where a problem is read or declared. Elsewhere it is a program, or tensors.
-KNOW_CVXPY = {"declaration", "structures", "paths", "report", "layer", "compat", "command_line", "problems"}
+KNOW_CVXPY = {
+    "declaration",
+    "structures",
+    "paths",
+    "report",
+    "layer",
+    "compat",
+    "command_line",
+    "problems",
+}
 INTERNALS = {"cvxpy": "declaration/cvxpy_internals.py", "torch": "autodiff/torch_internals.py"}
-FILES = sorted(path for path in ROOT.rglob("*.py") if "problems" not in path.relative_to(ROOT).parts)
+FILES = sorted(
+    path for path in ROOT.rglob("*.py") if "problems" not in path.relative_to(ROOT).parts
+)
 
 
 def name(path):
@@ -58,7 +69,13 @@ def rooms_of(tree):
     for module, what, _ in imported(tree):
         parts = module.split(".")
         if parts[0] == "convlayer":
-            yield parts[1] if len(parts) > 1 else what if (ROOT / f"{what}.py").exists() or (ROOT / what).is_dir() else "__init__"
+            yield (
+                parts[1]
+                if len(parts) > 1
+                else what
+                if (ROOT / f"{what}.py").exists() or (ROOT / what).is_dir()
+                else "__init__"
+            )
 
 
 def level(of):
@@ -87,7 +104,11 @@ def test_imports_go_downwards(trees):
 
 
 def test_rooms_import_each_other_in_no_circle(trees):
-    above = {of: {other for path, tree in trees.items() if room(path) == of for other in rooms_of(tree)} - {of} for of in set().union(*LEVELS)}
+    above = {
+        of: {other for path, tree in trees.items() if room(path) == of for other in rooms_of(tree)}
+        - {of}
+        for of in set().union(*LEVELS)
+    }
     left = set(above)
     while left:
         free = {of for of in left if not above[of] & left}
@@ -96,12 +117,22 @@ def test_rooms_import_each_other_in_no_circle(trees):
 
 
 def test_only_rooms_that_read_problems_import_cvxpy(trees):
-    wrong = {name(path) for path, tree in trees.items() for module, _, _ in imported(tree) if module.split(".")[0] == "cvxpy" and room(path) not in KNOW_CVXPY}
+    wrong = {
+        name(path)
+        for path, tree in trees.items()
+        for module, _, _ in imported(tree)
+        if module.split(".")[0] == "cvxpy" and room(path) not in KNOW_CVXPY
+    }
     assert not wrong
 
 
 def test_cvxpy_is_entered_in_one_place(trees):
-    inside = {name(path) for path, tree in trees.items() for module, what, _ in imported(tree) if module.startswith("cvxpy.")}
+    inside = {
+        name(path)
+        for path, tree in trees.items()
+        for module, what, _ in imported(tree)
+        if module.startswith("cvxpy.")
+    }
     assert inside <= {INTERNALS["cvxpy"]}
 
 
@@ -109,9 +140,16 @@ def test_torch_is_entered_in_one_place(trees):
     inside = set()
     for path, tree in trees.items():
         for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            if (
+                isinstance(node, ast.Attribute)
+                and node.attr.startswith("_")
+                and not node.attr.startswith("__")
+            ):
                 base = ast.unparse(node.value)
-                if base.split(".")[0] in ("torch", "forward_ad") or node.attr in ("_version", "_is_view"):
+                if base.split(".")[0] in ("torch", "forward_ad") or node.attr in (
+                    "_version",
+                    "_is_view",
+                ):
                     inside.add(name(path))
     assert inside <= {INTERNALS["torch"]}
 
@@ -135,7 +173,11 @@ def test_no_two_public_names_of_the_library_collide(trees):
         for node in tree.body:
             if name(path) == "compat.py" and node_name(node).endswith("Error"):
                 continue
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and node.name != "main":
+            if (
+                isinstance(node, (ast.FunctionDef, ast.ClassDef))
+                and not node.name.startswith("_")
+                and node.name != "main"
+            ):
                 homes.setdefault(node.name, []).append(name(path))
     twice = {public: places for public, places in homes.items() if len(places) > 1}
     assert not twice

@@ -23,7 +23,11 @@ def nasty(declare):
 
 
 RNG = np.random.default_rng(11)
-C_6x3, C_4x4, POSITIVE = RNG.standard_normal((6, 3)), RNG.standard_normal((4, 4)), np.arange(1.0, 5.0)
+C_6x3, C_4x4, POSITIVE = (
+    RNG.standard_normal((6, 3)),
+    RNG.standard_normal((4, 4)),
+    np.arange(1.0, 5.0),
+)
 COMPLEX = RNG.standard_normal((6, 3)) + 1j * RNG.standard_normal((6, 3))
 INDEFINITE = np.array([[1.0, 2, 0], [2, 1, 0], [0, 0, 1]])
 
@@ -51,7 +55,9 @@ def most(objective, rules, parameters, variables, *values):
 def the_same_term_twice_in_hstack():
     x, y, p, q = cp.Variable(3), cp.Variable(2), parameter(3), parameter(2)
     s = cp.square(x - p)
-    return least(cp.sum(cp.hstack([s, s, cp.square(y - q)])) + cp.sum_squares(x + 1), [], [p, q], [x, y])
+    return least(
+        cp.sum(cp.hstack([s, s, cp.square(y - q)])) + cp.sum_squares(x + 1), [], [p, q], [x, y]
+    )
 
 
 @nasty
@@ -92,19 +98,28 @@ def a_parameter_in_the_matrix_and_the_right_side():
 @nasty
 def a_parameter_in_the_weight_and_the_slope():
     r, y, x = weight(), parameter(5), cp.Variable(5)
-    return least(r * cp.sum_squares(x) + (r + 1) * cp.sum_squares(x - 1) + y @ x, [cp.sum(x) == r, x >= 0], [y, r], [x])
+    return least(
+        r * cp.sum_squares(x) + (r + 1) * cp.sum_squares(x - 1) + y @ x,
+        [cp.sum(x) == r, x >= 0],
+        [y, r],
+        [x],
+    )
 
 
 @nasty
 def a_parameter_for_temperature_radius_and_scores():
     a, p, y = weight(), parameter(3), cp.Variable(3)
-    return most(a * cp.sum(y) + p @ y + a * cp.sum(cp.entr(y)), [cp.sum(y) == a, y >= 0], [p, a], [y])
+    return most(
+        a * cp.sum(y) + p @ y + a * cp.sum(cp.entr(y)), [cp.sum(y) == a, y >= 0], [p, a], [y]
+    )
 
 
 @nasty
 def a_parameter_that_weighs_fit_and_steps():
     w, p, u = weight(), parameter(6), cp.Variable(6)
-    return least((w + 1) * cp.sum_squares(u - 1) + p @ u + 2 * w * cp.tv(u) + w * cp.sum(u), [], [p, w], [u])
+    return least(
+        (w + 1) * cp.sum_squares(u - 1) + p @ u + 2 * w * cp.tv(u) + w * cp.sum(u), [], [p, w], [u]
+    )
 
 
 # Domains
@@ -168,7 +183,9 @@ def a_divergence_of_equal_scales():
 @nasty
 def a_divergence_of_unequal_scales():
     p, x = parameter(4), cp.Variable(4)
-    return least(p @ x + cp.sum(cp.kl_div(cp.multiply(POSITIVE, x), POSITIVE)), [cp.sum(x) == 2], [p], [x])
+    return least(
+        p @ x + cp.sum(cp.kl_div(cp.multiply(POSITIVE, x), POSITIVE)), [cp.sum(x) == 2], [p], [x]
+    )
 
 
 @nasty
@@ -239,7 +256,10 @@ def a_complex_equality():
 
 
 def eigen(rules, gain=lambda X, Z: cp.trace(X @ Z), values=None, scale=None, **attributes):
-    X, Z = parameter(4, 4, symmetric=True), cp.Variable((4, 4), **(attributes or {"symmetric": True}))
+    X, Z = (
+        parameter(4, 4, symmetric=True),
+        cp.Variable((4, 4), **(attributes or {"symmetric": True})),
+    )
     parameters = [X] if scale is None else [X, scale]
     return most(gain(X, Z), rules(Z), parameters, [Z], *([] if values is None else [values]))
 
@@ -267,7 +287,9 @@ def an_eigenspace_under_a_negative_bound():
 @nasty
 def an_eigenspace_of_scaled_cones():
     t = weight()
-    return eigen(lambda Z: [3 * cp.trace(Z) == 6 * t, 5 * Z >> 0, 2 * t * np.eye(4) >> 2 * Z], scale=t)
+    return eigen(
+        lambda Z: [3 * cp.trace(Z) == 6 * t, 5 * Z >> 0, 2 * t * np.eye(4) >> 2 * Z], scale=t
+    )
 
 
 @nasty
@@ -302,13 +324,20 @@ def a_cost_of_mixed_signs():
 @nasty
 def an_indefinite_form_made_convex_by_another_term():
     p, x = parameter(3), cp.Variable(3)
-    return least(cp.quad_form(x - 1, INDEFINITE, assume_PSD=True) + 5 * cp.sum_squares(x - p), [], [p], [x])
+    return least(
+        cp.quad_form(x - 1, INDEFINITE, assume_PSD=True) + 5 * cp.sum_squares(x - p), [], [p], [x]
+    )
 
 
 @nasty
 def an_indefinite_diagonal_form_made_convex_by_another_term():
     p, x = parameter(3), cp.Variable(3)
-    return least(cp.quad_form(x - 1, np.diag([1, -0.5, 1]), assume_PSD=True) + 5 * cp.sum_squares(x - p), [], [p], [x])
+    return least(
+        cp.quad_form(x - 1, np.diag([1, -0.5, 1]), assume_PSD=True) + 5 * cp.sum_squares(x - p),
+        [],
+        [p],
+        [x],
+    )
 
 
 @nasty
@@ -333,7 +362,12 @@ def a_form_of_repeated_and_scaled_entries():
 @nasty
 def two_forms_that_overlap():
     M, p, x = parameter(2, 2, PSD=True), parameter(4), cp.Variable(4)
-    return least(cp.quad_form(x[1:3], M) + cp.quad_form(x[:2], M) + cp.sum_squares(x) + p @ x, [], [M, p], [x])
+    return least(
+        cp.quad_form(x[1:3], M) + cp.quad_form(x[:2], M) + cp.sum_squares(x) + p @ x,
+        [],
+        [M, p],
+        [x],
+    )
 
 
 @nasty
@@ -345,13 +379,17 @@ def a_form_of_a_column():
 @nasty
 def first_powers():
     p, x = parameter(3), cp.Variable(3)
-    return least(cp.sum(cp.power(cp.square(x - p), 1)) + cp.sum_squares(cp.power(x, 1)), [], [p], [x])
+    return least(
+        cp.sum(cp.power(cp.square(x - p), 1)) + cp.sum_squares(cp.power(x, 1)), [], [p], [x]
+    )
 
 
 @nasty
 def squares_of_norms_of_scalars():
     p, x = parameter(), cp.Variable()
-    return least(cp.square(cp.norm1(x - p)) + cp.square(cp.abs(x)) + cp.square(cp.norm(x, 2)), [], [p], [x])
+    return least(
+        cp.square(cp.norm1(x - p)) + cp.square(cp.abs(x)) + cp.square(cp.norm(x, 2)), [], [p], [x]
+    )
 
 
 @nasty
@@ -377,14 +415,20 @@ def columns_in_another_order():
 @nasty
 def rows_shuffled_for_one_column():
     def f(X, A, B):
-        return cp.sum_squares(A @ X[:, 0] - B[:, 0]) + cp.sum_squares(A[[1, 0, 2, 3]] @ X[:, 1] - B[:, 1])
+        return cp.sum_squares(A @ X[:, 0] - B[:, 0]) + cp.sum_squares(
+            A[[1, 0, 2, 3]] @ X[:, 1] - B[:, 1]
+        )
 
     return fit(f, (4, 3), (4, 2))
 
 
 @nasty
 def columns_that_are_coupled():
-    return fit(lambda X, A, B: cp.sum_squares(A @ X - B) + cp.sum_squares(X[:, 0] - X[:, 1]), (4, 3), (4, 2))
+    return fit(
+        lambda X, A, B: cp.sum_squares(A @ X - B) + cp.sum_squares(X[:, 0] - X[:, 1]),
+        (4, 3),
+        (4, 2),
+    )
 
 
 @nasty
@@ -394,13 +438,17 @@ def columns_of_unequal_weight():
 
 @nasty
 def matrices_on_both_sides():
-    return fit(lambda X, A, B: cp.sum_squares(A @ X @ np.array([[1.0, 2], [3, 4]]) - B), (4, 3), (4, 2))
+    return fit(
+        lambda X, A, B: cp.sum_squares(A @ X @ np.array([[1.0, 2], [3, 4]]) - B), (4, 3), (4, 2)
+    )
 
 
 @nasty
 def weights_transposed():
     w, B, X = weight(3, 2), parameter(3, 2), cp.Variable((3, 2))
-    return least(cp.sum(cp.multiply(w.T, cp.square(X - 1).T)) + cp.sum_squares(B - X), [], [w, B], [X])
+    return least(
+        cp.sum(cp.multiply(w.T, cp.square(X - 1).T)) + cp.sum_squares(B - X), [], [w, B], [X]
+    )
 
 
 @nasty
@@ -422,7 +470,9 @@ def three_dimensions():
 @nasty
 def orders_of_reshape():
     A, q, x = parameter(2, 4), parameter(4), cp.Variable(4)
-    map_ = cp.reshape(x, (2, 2), order="C") @ np.array([[1.0, 2], [3, 4]]) - cp.reshape(q, (2, 2), order="F")
+    map_ = cp.reshape(x, (2, 2), order="C") @ np.array([[1.0, 2], [3, 4]]) - cp.reshape(
+        q, (2, 2), order="F"
+    )
     return least(cp.sum_squares(map_), [A @ x == A[:, 0]], [A, q], [x])
 
 
@@ -523,7 +573,9 @@ def two_variables_on_a_line():
 @nasty
 def a_fit_of_weight_zero():
     p, w, u = parameter(5), weight(), cp.Variable(5)
-    return least(w * cp.sum_squares(u - 1) + p @ u + cp.tv(u), [], [p, w], [u], [[0.1, 0, -0.1, 0, 0], 0.0])
+    return least(
+        w * cp.sum_squares(u - 1) + p @ u + cp.tv(u), [], [p, w], [u], [[0.1, 0, -0.1, 0, 0], 0.0]
+    )
 
 
 @nasty
@@ -571,7 +623,9 @@ def a_sign_scaled_by_zero():
 
 @nasty
 def bounds_that_leave_one_free():
-    return simplex(distance, lambda x, r: [cp.sum(x) == r], bounds=[np.array([0, 0, 0, 0, -np.inf]), None])
+    return simplex(
+        distance, lambda x, r: [cp.sum(x) == r], bounds=[np.array([0, 0, 0, 0, -np.inf]), None]
+    )
 
 
 @nasty
@@ -598,7 +652,13 @@ def squares_whose_coupling_cancels():
 @nasty
 def a_projection_of_weight_zero():
     y, w, x = parameter(5), weight(), cp.Variable(5)
-    return least(w * cp.sum_squares(x) + y @ x, [cp.sum(x) == 1, x >= 0], [y, w], [x], [[1.0, 2, 3, -1, 4], 0.0])
+    return least(
+        w * cp.sum_squares(x) + y @ x,
+        [cp.sum(x) == 1, x >= 0],
+        [y, w],
+        [x],
+        [[1.0, 2, 3, -1, 4], 0.0],
+    )
 
 
 @nasty
@@ -648,19 +708,30 @@ def equalities_without_their_variable():
 
 @nasty
 def no_curvature_left():
-    return equalities(lambda x, q: cp.square(x[0] - q[0]) + q[1] * x[1], lambda x, q, A, b: [A[:, :2] @ x[:2] == b])
+    return equalities(
+        lambda x, q: cp.square(x[0] - q[0]) + q[1] * x[1],
+        lambda x, q, A, b: [A[:, :2] @ x[:2] == b],
+    )
 
 
 @nasty
 def no_bound_below():
-    return equalities(lambda x, q: cp.square(x[0] - q[0]) + q[1] * x[1], lambda x, q, A, b: [b + A @ x * 0 == x[:1]])
+    return equalities(
+        lambda x, q: cp.square(x[0] - q[0]) + q[1] * x[1],
+        lambda x, q, A, b: [b + A @ x * 0 == x[:1]],
+    )
 
 
 # Transport
 
 
 def transport(rules, m=3, n=3, f=lambda M, P, e: cp.vdot(M, P) - e * cp.sum(cp.entr(P))):
-    M, r, c, e = parameter(m, n), cp.Parameter(m, name="rows"), cp.Parameter(n, name="columns"), weight()
+    M, r, c, e = (
+        parameter(m, n),
+        cp.Parameter(m, name="rows"),
+        cp.Parameter(n, name="columns"),
+        weight(),
+    )
     P = cp.Variable((m, n))
     return least(f(M, P, e), rules(P, r, c), [M, r, c, e], [P])
 
@@ -676,20 +747,29 @@ def diagonals_and_rows():
 
 @nasty
 def one_equality_for_both_marginals():
-    return transport(lambda P, r, c: [cp.hstack([-cp.sum(P, axis=1), 3 * cp.sum(P, axis=0)]) == cp.hstack([-r, 3 * c])])
+    return transport(
+        lambda P, r, c: [
+            cp.hstack([-cp.sum(P, axis=1), 3 * cp.sum(P, axis=0)]) == cp.hstack([-r, 3 * c])
+        ]
+    )
 
 
 @nasty
 def a_transposed_cost():
     rules = lambda P, r, c: [cp.sum(P, axis=0)[::-1] == r[::-1], cp.sum(P, axis=1) == c]  # noqa: E731
     return transport(
-        rules, f=lambda M, P, e: cp.vdot(M, P.T) + e * cp.sum(cp.kl_div(P / 2, np.arange(1.0, 10.0).reshape(3, 3)))
+        rules,
+        f=lambda M, P, e: (
+            cp.vdot(M, P.T) + e * cp.sum(cp.kl_div(P / 2, np.arange(1.0, 10.0).reshape(3, 3)))
+        ),
     )
 
 
 @nasty
 def a_redundant_marginal_dropped():
-    return transport(lambda P, r, c: [cp.sum(P, axis=1) == r, cp.sum(P, axis=0)[1:] == c[1:]], m=3, n=2)
+    return transport(
+        lambda P, r, c: [cp.sum(P, axis=1) == r, cp.sum(P, axis=0)[1:] == c[1:]], m=3, n=2
+    )
 
 
 @nasty
@@ -701,9 +781,14 @@ def a_transport_of_temperature_zero():
 
 
 def drawn(leaf, generator):
-    value, attributes = torch.randn(leaf.shape, generator=generator, dtype=torch.float64), leaf.attributes
+    value, attributes = (
+        torch.randn(leaf.shape, generator=generator, dtype=torch.float64),
+        leaf.attributes,
+    )
     if attributes["PSD"] or attributes["NSD"]:
-        value = (torch.eye(len(value)) + value @ value.mT / len(value)) * (1 if attributes["PSD"] else -1)
+        value = (torch.eye(len(value)) + value @ value.mT / len(value)) * (
+            1 if attributes["PSD"] else -1
+        )
     elif attributes["symmetric"]:
         value = (value + value.mT) / 2
     elif attributes["nonneg"] or attributes["nonpos"]:
@@ -720,16 +805,23 @@ def solved(declaration, structure, values):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         solution, generator = layer.solve(*leaves), torch.Generator().manual_seed(5)
-        weighed = [(torch.randn(v.shape, generator=generator, dtype=v.dtype) * v).sum() for v in solution.variables]
+        weighed = [
+            (torch.randn(v.shape, generator=generator, dtype=v.dtype) * v).sum()
+            for v in solution.variables
+        ]
         gradients = [
-            torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
+            torch.autograd.grad(
+                loss, leaves, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
             for loss in (sum(weighed), solution.objective)
         ]
     return solution.status, solution.degenerate, solution.objective, solution.variables, *gradients
 
 
 def close(a, b, tolerance):
-    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * max(1.0, float(b.detach().abs().max())))
+    return torch.allclose(
+        a, b, rtol=tolerance, atol=tolerance * max(1.0, float(b.detach().abs().max()))
+    )
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -751,6 +843,6 @@ def test_whatever_the_spelling_auto_agrees_with_generic(name):
             continue  # variables or gradients are not unique
         parts = ("variables", "gradients", "gradients of the objective")
         for what, mine, other in zip(parts, ours[3:], theirs[3:], strict=True):
-            assert all(close(a, b, 1e-6) for a, b in zip(mine, other, strict=True)), f"the {what} differ"
-
-
+            assert all(close(a, b, 1e-6) for a, b in zip(mine, other, strict=True)), (
+                f"the {what} differ"
+            )

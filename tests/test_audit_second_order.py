@@ -26,7 +26,13 @@ def proximal(*, ball: bool = False, bounded: bool = False, **options) -> ConvexL
     p, q, x = cp.Parameter(4, name="p"), cp.Parameter(4, name="q"), cp.Variable(4, name="x")
     weights = [0.5, 1.0, 1.5, 2.0]
     cost = cp.sum_squares(x - p) + cp.sum_squares(cp.multiply(weights, x)) + q @ x
-    constraints = [cp.norm(x) <= 0.2] if ball else [cp.sum(x) <= 0.05, x[0] >= -0.5] if bounded else [cp.sum(x) == 1]
+    constraints = (
+        [cp.norm(x) <= 0.2]
+        if ball
+        else [cp.sum(x) <= 0.05, x[0] >= -0.5]
+        if bounded
+        else [cp.sum(x) == 1]
+    )
     return ConvexLayer(cp.Problem(cp.Minimize(cost), constraints), [p, q], [x], **options)
 
 
@@ -76,7 +82,10 @@ def test_a_second_derivative_is_the_same_from_every_thread(build):
     with ThreadPoolExecutor(len(points)) as pool:
         for _ in range(3):
             together = list(pool.map(hessian, points))
-            assert all(relative(got, expected) <= 1e-12 for got, expected in zip(together, alone, strict=True))
+            assert all(
+                relative(got, expected) <= 1e-12
+                for got, expected in zip(together, alone, strict=True)
+            )
 
 
 def vertex(gradient: str) -> ConvexLayer:
@@ -112,19 +121,26 @@ def test_a_factor_goes_with_its_graph(gradient, monkeypatch):
 
 def test_least_norm_is_that_of_every_path():
     A, b, x = cp.Parameter((2, 4), name="A"), cp.Parameter(2, name="b"), cp.Variable(4, name="x")
-    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(A @ x - b))), [A, b], [x], regularise="least_norm")
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(cp.sum_squares(A @ x - b))), [A, b], [x], regularise="least_norm"
+    )
     assert layer.structure == "least_squares"
     tensors = torch.stack([POINT, DIRECTION]), torch.tensor([1.0, -0.5], dtype=torch.float64)
     expected = torch.linalg.pinv(tensors[0]) @ tensors[1]
     assert relative(layer(*tensors)[0], expected) <= 1e-12
-    for found in (layer(*tensors, solver_args={"max_iter": 60}), layer.with_options(solver="clarabel")(*tensors)):
+    for found in (
+        layer(*tensors, solver_args={"max_iter": 60}),
+        layer.with_options(solver="clarabel")(*tensors),
+    ):
         assert relative(found[0], expected) <= 1e-5
 
 
 @pytest.mark.parametrize("structure", ["auto", "generic"])
 def test_the_jacobian_of_nothing_has_its_shape(structure):
     a, x = cp.Parameter(3), cp.Variable(3)
-    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [x >= 0]), [a], [x], structure=structure)
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [x >= 0]), [a], [x], structure=structure
+    )
     value = torch.ones(3, dtype=torch.float64)
     assert torch.func.jacrev(lambda t: layer(t)[0][:0])(value).shape == (0, 3)
     assert torch.func.jacfwd(lambda t: layer(t)[0])(value.new_zeros(0, 3)).shape == (0, 3, 0, 3)

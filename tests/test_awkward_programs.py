@@ -21,15 +21,38 @@ def problems():
     L = r.standard_normal((3, n))
     low_rank = L.T @ L
     rules = {
-        "redundant equalities": lambda x: [A @ x == b, A[:1] @ x + A[1:] @ x == b[:1] + b[1:], G @ x <= h],
-        "the same inequality thrice": lambda x: [G @ x <= h, G[:1] @ x <= h[:1], 2 * G[:1] @ x <= 2 * h[:1]],
+        "redundant equalities": lambda x: [
+            A @ x == b,
+            A[:1] @ x + A[1:] @ x == b[:1] + b[1:],
+            G @ x <= h,
+        ],
+        "the same inequality thrice": lambda x: [
+            G @ x <= h,
+            G[:1] @ x <= h[:1],
+            2 * G[:1] @ x <= 2 * h[:1],
+        ],
         "no inequalities": lambda x: [A @ x == b],
         "nothing at all": lambda x: [],
-        "fixed variables": lambda x: [x[:2] == inside[:2], x[2] >= inside[2], x[2] <= inside[2], G @ x <= h],
-        "bounds far apart in scale": lambda x: [x >= -np.logspace(-6, 6, n), x <= np.logspace(6, -6, n)],
-        "bounds as good as infinite": lambda x: [x >= -1e20, x <= np.where(np.arange(n) % 2, 1e20, 1.0), G @ x <= h],
+        "fixed variables": lambda x: [
+            x[:2] == inside[:2],
+            x[2] >= inside[2],
+            x[2] <= inside[2],
+            G @ x <= h,
+        ],
+        "bounds far apart in scale": lambda x: [
+            x >= -np.logspace(-6, 6, n),
+            x <= np.logspace(6, -6, n),
+        ],
+        "bounds as good as infinite": lambda x: [
+            x >= -1e20,
+            x <= np.where(np.arange(n) % 2, 1e20, 1.0),
+            G @ x <= h,
+        ],
         "a point": lambda x: [x >= inside, x <= inside],
-        "rows of many scales": lambda x: [np.logspace(-6, 6, 9) @ cp.diag(G @ x - h) <= 0, cp.multiply(np.logspace(-6, 6, 9), G @ x - h) <= 0],
+        "rows of many scales": lambda x: [
+            np.logspace(-6, 6, 9) @ cp.diag(G @ x - h) <= 0,
+            cp.multiply(np.logspace(-6, 6, 9), G @ x - h) <= 0,
+        ],
     }
     q = cp.Parameter(n, name="q")
     terms = {
@@ -44,7 +67,11 @@ def problems():
             if (rule, term) in {("no inequalities", "linear"), ("nothing at all", "linear")}:
                 continue  # unbounded
             x = cp.Variable(n, name="x")
-            bounded = [*constraints(x), x >= -1e3, x <= 1e3] if term == "linear" and "bounds" not in rule else constraints(x)
+            bounded = (
+                [*constraints(x), x >= -1e3, x <= 1e3]
+                if term == "linear" and "bounds" not in rule
+                else constraints(x)
+            )
             yield f"{term}, {rule}", cp.Problem(cp.Minimize(objective(x)), bounded), q, x
 
 
@@ -54,7 +81,11 @@ PROBLEMS = list(problems())
 def reference(problem):
     """(status, value) by Clarabel, then by two others where it gives up."""
     tight = {"tol_gap_abs": 1e-11, "tol_gap_rel": 1e-11, "tol_feas": 1e-11}
-    for solver, options in ((cp.CLARABEL, tight), (cp.CLARABEL, {}), (cp.OSQP, {"eps_abs": 1e-9, "eps_rel": 1e-9, "max_iter": 200_000})):
+    for solver, options in (
+        (cp.CLARABEL, tight),
+        (cp.CLARABEL, {}),
+        (cp.OSQP, {"eps_abs": 1e-9, "eps_rel": 1e-9, "max_iter": 200_000}),
+    ):
         try:
             problem.solve(solver=solver, **options)
         except cp.SolverError:
@@ -88,4 +119,6 @@ def test_the_optimum_is_that_of_a_second_solver_or_the_row_says_so(k):
             assert mine is not Status.SOLVED
     # An unbounded linear program between bounds as good as infinite is the one that may go unsolved.
     if "as good as infinite" not in name:
-        assert (solution.status == Status.SOLVED).all(), [Status(s).name for s in solution.status.tolist()]
+        assert (solution.status == Status.SOLVED).all(), [
+            Status(s).name for s in solution.status.tolist()
+        ]

@@ -10,9 +10,22 @@ from cases import CASES, close, leaves, outputs_of, relative, weights
 from convlayer import ConvexLayer, Status
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-some_cases = pytest.mark.parametrize("case", [CASES[name] for name in (
-    "quadratic_program", "raw_second_order", "nearest_correlation", "entropy", "raw_power", "posynomial", "every_cone")],
-    ids=str)
+some_cases = pytest.mark.parametrize(
+    "case",
+    [
+        CASES[name]
+        for name in (
+            "quadratic_program",
+            "raw_second_order",
+            "nearest_correlation",
+            "entropy",
+            "raw_power",
+            "posynomial",
+            "every_cone",
+        )
+    ],
+    ids=str,
+)
 
 
 def per_row(case, tensors, batch, **options):
@@ -20,7 +33,9 @@ def per_row(case, tensors, batch, **options):
     inputs = leaves(tensors)
     layer = case.layer(**options) if options else case.shared
     outputs = outputs_of(layer, inputs)
-    cotangents = [w.expand_as(o) for w, o in zip(weights(outputs, len(batch)), outputs, strict=True)]
+    cotangents = [
+        w.expand_as(o) for w, o in zip(weights(outputs, len(batch)), outputs, strict=True)
+    ]
     return outputs, torch.autograd.grad(outputs, inputs, cotangents)
 
 
@@ -84,7 +99,9 @@ def test_any_number_of_batch_dimensions(case):
 
 def least_squares(**options):
     A, b, x = cp.Parameter((4, 2), name="A"), cp.Parameter(4, name="b"), cp.Variable(2, name="x")
-    return ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(A @ x - b)), [x >= -0.1]), [A, b], [x], **options)
+    return ConvexLayer(
+        cp.Problem(cp.Minimize(cp.sum_squares(A @ x - b)), [x >= -0.1]), [A, b], [x], **options
+    )
 
 
 def test_batch_dimensions_broadcast_against_each_other():
@@ -92,12 +109,14 @@ def test_batch_dimensions_broadcast_against_each_other():
     A = torch.randn(3, 1, 4, 2, generator=generator, dtype=torch.float64, requires_grad=True)
     b = torch.randn(5, 4, generator=generator, dtype=torch.float64, requires_grad=True)
     layer = least_squares()
-    x, = layer(A, b)
+    (x,) = layer(A, b)
     assert x.shape == (3, 5, 2)
     w = torch.randn(x.shape, generator=generator, dtype=torch.float64)
     A_bar, b_bar = torch.autograd.grad(x, (A, b), w)
-    A_full, b_full = (t.detach().expand(3, 5, *t.shape[-k:]).clone().requires_grad_() for t, k in ((A, 2), (b, 1)))
-    x_full, = layer(A_full, b_full)
+    A_full, b_full = (
+        t.detach().expand(3, 5, *t.shape[-k:]).clone().requires_grad_() for t, k in ((A, 2), (b, 1))
+    )
+    (x_full,) = layer(A_full, b_full)
     assert close(x, x_full, 1e-9)
     A_expected, b_expected = torch.autograd.grad(x_full, (A_full, b_full), w)
     assert relative(A_bar, A_expected.sum(1, keepdim=True)) < 1e-8
@@ -110,9 +129,15 @@ def test_an_empty_batch_gives_empty_outputs_and_gradients(case):
         inputs = leaves(case.sample(batch))
         solution = case.shared.solve(*inputs)
         alone = case.shared.solve(*case.sample())
-        for output, one in zip([*solution.variables, solution.objective], [*alone.variables, alone.objective], strict=True):
+        for output, one in zip(
+            [*solution.variables, solution.objective],
+            [*alone.variables, alone.objective],
+            strict=True,
+        ):
             assert output.shape == (*batch, *one.shape)
-        assert solution.status.shape == solution.iterations.shape == solution.residual.shape == batch
+        assert (
+            solution.status.shape == solution.iterations.shape == solution.residual.shape == batch
+        )
         total = sum(o.sum() for o in solution.variables) + solution.objective.sum()
         gradients = torch.autograd.grad(total, inputs, allow_unused=True)
         assert all(g is None or g.shape == t.shape for g, t in zip(gradients, inputs, strict=True))
@@ -121,7 +146,7 @@ def test_an_empty_batch_gives_empty_outputs_and_gradients(case):
 def test_an_empty_batch_beside_a_shared_parameter_gives_it_a_gradient_of_zero():
     A = torch.ones(4, 2, dtype=torch.float64, requires_grad=True)
     b = torch.ones(0, 4, dtype=torch.float64, requires_grad=True)
-    x, = least_squares()(A, b)
+    (x,) = least_squares()(A, b)
     assert x.shape == (0, 2)
     x.sum().backward()
     assert torch.equal(A.grad, torch.zeros(4, 2, dtype=torch.float64))
@@ -131,7 +156,7 @@ def test_a_batch_of_one_beside_larger_and_empty_ones_broadcasts():
     layer, draw = least_squares(), torch.Generator().manual_seed(1)
     A = torch.randn(1, 4, 2, generator=draw, dtype=torch.float64, requires_grad=True)
     b = torch.randn(3, 4, generator=draw, dtype=torch.float64)
-    x, = layer(A, b)
+    (x,) = layer(A, b)
     assert x.shape == (3, 2)
     x.sum().backward()
     assert A.grad.shape == A.shape
@@ -171,7 +196,9 @@ def test_a_users_executor_gives_the_same_answers(case):
         for executor in (threads, counting):
             again, again_gradients = per_row(case, tensors, (6,), executor=executor)
             assert all(close(a, b, 1e-9) for a, b in zip(again, outputs, strict=True))
-            assert all(relative(a, b) < 1e-8 for a, b in zip(again_gradients, gradients, strict=True))
+            assert all(
+                relative(a, b) < 1e-8 for a, b in zip(again_gradients, gradients, strict=True)
+            )
     assert counting.tasks > 0
 
 
@@ -207,10 +234,14 @@ def test_a_layer_is_reentrant_and_writes_nothing_to_itself():
     a_bar = torch.autograd.grad(x_a, a, cotangents)
     for inputs, bars in ((a, a_bar), (b, b_bar)):
         fresh = leaves(inputs)
-        for got, again in zip(bars, torch.autograd.grad(outputs_of(layer, fresh), fresh, cotangents), strict=True):
+        for got, again in zip(
+            bars, torch.autograd.grad(outputs_of(layer, fresh), fresh, cotangents), strict=True
+        ):
             assert torch.equal(got, again)
     with ThreadPoolExecutor(3) as threads:
-        for got, reference in zip(threads.map(lambda sample: outputs_of(layer, sample), samples), expected, strict=True):
+        for got, reference in zip(
+            threads.map(lambda sample: outputs_of(layer, sample), samples), expected, strict=True
+        ):
             assert all(torch.equal(g, r) for g, r in zip(got, reference, strict=True))
     assert {key: id(value) for key, value in vars(layer).items()} == before
 

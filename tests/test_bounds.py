@@ -40,7 +40,9 @@ COSTS = {
 def portfolio(cost: str, stated: str, **options) -> ConvexLayer:
     rules, attributes, _, _ = STATED[stated]
     x, q = cp.Variable(N, **attributes), cp.Parameter(N)
-    return ConvexLayer(cp.Problem(cp.Minimize(COSTS[cost](x, q)), [cp.sum(x) == 1, *rules(x)]), [q], [x], **options)
+    return ConvexLayer(
+        cp.Problem(cp.Minimize(COSTS[cost](x, q)), [cp.sum(x) == 1, *rules(x)]), [q], [x], **options
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -56,7 +58,9 @@ def test_stated_bounds_hold_exactly(cost, stated, dtype):
 
 def test_bounds_of_a_parameter_hold_exactly():
     x, q, lo = cp.Variable(N), cp.Parameter(N), cp.Parameter(N)
-    layer = ConvexLayer(cp.Problem(cp.Minimize(COSTS["quadratic"](x, q)), [cp.sum(x) == 1, x >= lo]), [q, lo], [x])
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(COSTS["quadratic"](x, q)), [cp.sum(x) == 1, x >= lo]), [q, lo], [x]
+    )
     least = spread(40, N, seed=2).abs() / 40
     assert (layer(spread(40, N), least)[0] >= least).all()
 
@@ -64,11 +68,17 @@ def test_bounds_of_a_parameter_hold_exactly():
 def test_a_solution_on_its_bound_keeps_its_derivative():
     layer = portfolio("quadratic", "constraint")
     q = spread(2, N).requires_grad_()
-    assert torch.autograd.gradcheck(lambda q: layer(q)[0], q, check_forward_ad=True, rtol=1e-5, atol=1e-6)
+    assert torch.autograd.gradcheck(
+        lambda q: layer(q)[0], q, check_forward_ad=True, rtol=1e-5, atol=1e-6
+    )
     lo = torch.full((N,), 0.05, dtype=torch.float64, requires_grad=True)
     x, p = cp.Variable(N), cp.Parameter(N)
     floor = cp.Parameter(N)
-    bounded = ConvexLayer(cp.Problem(cp.Minimize(COSTS["linear"](x, p)), [cp.sum(x) == 1, x >= floor]), [p, floor], [x])
+    bounded = ConvexLayer(
+        cp.Problem(cp.Minimize(COSTS["linear"](x, p)), [cp.sum(x) == 1, x >= floor]),
+        [p, floor],
+        [x],
+    )
     jacobian = torch.autograd.functional.jacobian(lambda lo: bounded(q[0].detach(), lo)[0], lo)
     # Of a linear program: one entry takes what the others leave.
     free = int(q[0].argmin())
@@ -110,7 +120,10 @@ def test_an_infinite_limit_is_the_problem_without_its_row(mask, cost):
     found = []
     for layer, infinite in ((masked, True), (plain, False)):
         values = spread(2, N, seed=3).requires_grad_(), spread(2, N, seed=4).abs() / 3
-        values = values[0], (values[1].masked_fill(~MASKED, INF) if infinite else values[1]).requires_grad_()
+        values = (
+            values[0],
+            (values[1].masked_fill(~MASKED, INF) if infinite else values[1]).requires_grad_(),
+        )
         solution = layer.solve(*values)
         assert (solution.status == Status.SOLVED).all()
         y, dual = solution.variables
@@ -127,10 +140,14 @@ def test_an_infinite_limit_is_the_problem_without_its_row(mask, cost):
 @pytest.mark.parametrize("solver", ["clarabel", "daqp", "interior_point", "scs"])
 def test_infinite_limits_with_every_solver(solver):
     x, q, u = cp.Variable(3), cp.Parameter(3), cp.Parameter(3)
-    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - q)), [x <= u]), [q, u], [x], solver=solver)
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(cp.sum_squares(x - q)), [x <= u]), [q, u], [x], solver=solver
+    )
     value = torch.tensor([3.0, -1.0, 1.5], dtype=torch.float64)
     limits = torch.tensor([[1.0, INF, 2.0], [INF] * 3, [2.0, 0.0, 1.0]], dtype=torch.float64)
-    torch.testing.assert_close(layer(value, limits)[0], torch.minimum(value, limits), rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        layer(value, limits)[0], torch.minimum(value, limits), rtol=0, atol=1e-9
+    )
 
 
 def test_infinite_constants():
@@ -157,7 +174,11 @@ def test_infinity_means_something_in_a_limit_alone():
     with pytest.raises(ParameterError, match="`u` holds NaN"):
         layer(good, good * torch.nan)
     limits = torch.stack([infinite, -infinite, good])
-    assert layer.with_options(on_failure="nan").solve(good, limits).status.tolist() == [0, Status.INFEASIBLE, 0]
+    assert layer.with_options(on_failure="nan").solve(good, limits).status.tolist() == [
+        0,
+        Status.INFEASIBLE,
+        0,
+    ]
 
 
 PINNED = {
@@ -174,9 +195,13 @@ PINNED = {
 def test_equalities_may_give_every_variable(name, structure, shape):
     objective, rules, factor = PINNED[name]
     v, p = cp.Variable(shape), cp.Parameter(shape)
-    layer = ConvexLayer(cp.Problem(cp.Minimize(objective(v)), rules(v, p)), [p], [v], structure=structure)
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(objective(v)), rules(v, p)), [p], [v], structure=structure
+    )
     value = spread(2, *shape).requires_grad_()
     bar = spread(2, *shape, seed=1)
     (found,) = layer(value)
     torch.testing.assert_close(found, factor * value, rtol=0, atol=1e-12)
-    torch.testing.assert_close(torch.autograd.grad(found, value, bar)[0], factor * bar, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, value, bar)[0], factor * bar, rtol=0, atol=1e-12
+    )

@@ -19,7 +19,11 @@ from convlayer.structures import STRUCTURES
 
 def declared(kind=ConvexLayer, **options):
     """x = clip(price - fee, 0, 5): every parameter's effect is known."""
-    price, fee, x = cp.Parameter(3, name="price"), cp.Parameter(name="fee"), cp.Variable(3, name="x")
+    price, fee, x = (
+        cp.Parameter(3, name="price"),
+        cp.Parameter(name="fee"),
+        cp.Variable(3, name="x"),
+    )
     problem = cp.Problem(cp.Minimize(cp.sum_squares(x - price + fee)), [x >= 0, x <= 5])
     return kind(problem, [price, fee], [x], **options), price, fee
 
@@ -41,8 +45,15 @@ FEE = torch.tensor([0.5, 0.25], dtype=torch.float64)
 
 def test_parameters_by_position_by_name_and_by_object_are_the_same():
     layer, price, fee = declared()
-    ways = [layer(PRICE, FEE), layer(PRICE, fee=FEE), layer(fee=FEE, price=PRICE), layer({fee: FEE, price: PRICE}),
-            layer({"fee": FEE, price: PRICE}), layer({price: PRICE}, fee=FEE), layer.solve(fee=FEE, price=PRICE).variables]
+    ways = [
+        layer(PRICE, FEE),
+        layer(PRICE, fee=FEE),
+        layer(fee=FEE, price=PRICE),
+        layer({fee: FEE, price: PRICE}),
+        layer({"fee": FEE, price: PRICE}),
+        layer({price: PRICE}, fee=FEE),
+        layer.solve(fee=FEE, price=PRICE).variables,
+    ]
     for (found,) in ways:
         close(found, clipped(PRICE, FEE[:, None]))
     assert layer.verify(price=PRICE, fee=FEE).agrees
@@ -51,19 +62,36 @@ def test_parameters_by_position_by_name_and_by_object_are_the_same():
 
 def test_names_reach_a_compiled_model_and_a_transform():
     layer, _, _ = declared()
-    whole = torch.compile(lambda p, f: layer(fee=f, price=p)[0], fullgraph=True, backend="aot_eager")
+    whole = torch.compile(
+        lambda p, f: layer(fee=f, price=p)[0], fullgraph=True, backend="aot_eager"
+    )
     close(whole(PRICE, FEE), clipped(PRICE, FEE[:, None]))
-    close(torch.func.vmap(lambda p, f: layer(fee=f, price=p)[0])(PRICE, FEE), clipped(PRICE, FEE[:, None]))
+    close(
+        torch.func.vmap(lambda p, f: layer(fee=f, price=p)[0])(PRICE, FEE),
+        clipped(PRICE, FEE[:, None]),
+    )
 
 
-@pytest.mark.parametrize(("call", "words"), [
-    (lambda layer, price, fee: layer(PRICE), "takes 2 tensors (`price`, `fee`); got 1"),
-    (lambda layer, price, fee: layer(price=PRICE), "was not given `fee`"),
-    (lambda layer, price, fee: layer(PRICE, price=PRICE), "`price` was given twice"),
-    (lambda layer, price, fee: layer({price: PRICE, "price": PRICE}), "`price` was given twice"),
-    (lambda layer, price, fee: layer(PRICE, fees=FEE), "no parameter or option `fees`; its parameters are `price`, `fee`"),
-    (lambda layer, price, fee: layer({cp.Parameter(3): PRICE, fee: FEE}), "is no Parameter of the layer, which has `price`, `fee`"),
-])
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda layer, price, fee: layer(PRICE), "takes 2 tensors (`price`, `fee`); got 1"),
+        (lambda layer, price, fee: layer(price=PRICE), "was not given `fee`"),
+        (lambda layer, price, fee: layer(PRICE, price=PRICE), "`price` was given twice"),
+        (
+            lambda layer, price, fee: layer({price: PRICE, "price": PRICE}),
+            "`price` was given twice",
+        ),
+        (
+            lambda layer, price, fee: layer(PRICE, fees=FEE),
+            "no parameter or option `fees`; its parameters are `price`, `fee`",
+        ),
+        (
+            lambda layer, price, fee: layer({cp.Parameter(3): PRICE, fee: FEE}),
+            "is no Parameter of the layer, which has `price`, `fee`",
+        ),
+    ],
+)
 def test_what_is_missing_twice_or_unknown_is_named(call, words):
     with pytest.raises((TypeError, ValueError)) as told:
         call(*declared())
@@ -106,7 +134,10 @@ def test_arrays_are_taken_with_their_dtype_and_are_not_changed():
 
 def test_numbers_reach_a_compiled_model():
     layer, _, _ = declared()
-    close(torch.compile(lambda p: layer(p, 0.5)[0], fullgraph=True, backend="aot_eager")(PRICE), clipped(PRICE, 0.5))
+    close(
+        torch.compile(lambda p: layer(p, 0.5)[0], fullgraph=True, backend="aot_eager")(PRICE),
+        clipped(PRICE, 0.5),
+    )
 
 
 @pytest.mark.parametrize(("price", "fee", "words"), [
@@ -131,14 +162,25 @@ def test_what_would_lose_something_is_refused_with_what_to_write(price, fee, wor
 @pytest.mark.parametrize("batch", [(1,), (4,), (2, 3), (3, 3)])
 def test_a_column_of_scalars_beside_a_batch_is_refused_and_not_multiplied_out(batch):
     layer, _, _ = declared()
-    price, fee = torch.ones(*batch, 3, dtype=torch.float64), torch.zeros(*batch, 1, dtype=torch.float64)
+    price, fee = (
+        torch.ones(*batch, 3, dtype=torch.float64),
+        torch.zeros(*batch, 1, dtype=torch.float64),
+    )
     with pytest.raises(ValueError, match=r"`fee` is a scalar .* Write fee\.squeeze\(-1\)"):
         layer(price, fee)
     assert layer(price, fee.squeeze(-1))[0].shape == (*batch, 3)
 
 
-@pytest.mark.parametrize(("price", "fee", "batch"), [((2, 1, 3), (2, 4), (2, 4)), ((4, 1, 3), (1, 5), (4, 5)), ((5, 3), (4, 1), (4, 5)),
-                                                     ((3,), (4, 1), (4, 1)), ((4, 1, 3), (4, 1), (4, 1))])
+@pytest.mark.parametrize(
+    ("price", "fee", "batch"),
+    [
+        ((2, 1, 3), (2, 4), (2, 4)),
+        ((4, 1, 3), (1, 5), (4, 5)),
+        ((5, 3), (4, 1), (4, 5)),
+        ((3,), (4, 1), (4, 1)),
+        ((4, 1, 3), (4, 1), (4, 1)),
+    ],
+)
 def test_batches_that_were_made_to_broadcast_do(price, fee, batch):
     layer, _, _ = declared()
     (found,) = layer(torch.ones(price, dtype=torch.float64), torch.zeros(fee, dtype=torch.float64))
@@ -147,7 +189,9 @@ def test_batches_that_were_made_to_broadcast_do(price, fee, batch):
 
 def test_the_drop_in_refuses_a_column_as_the_incumbent_does():
     layer, _, _ = declared(CvxpyLayer)
-    with pytest.raises(ValueError, match=r"Invalid parameter dimensionality for parameter 1(.|\n)*squeeze\(-1\)"):
+    with pytest.raises(
+        ValueError, match=r"Invalid parameter dimensionality for parameter 1(.|\n)*squeeze\(-1\)"
+    ):
         layer(PRICE, FEE[:, None])
 
 
@@ -156,11 +200,20 @@ def test_the_drop_in_refuses_a_column_as_the_incumbent_does():
 
 def test_a_single_output_stands_in_a_sequence():
     y, x = cp.Parameter(3), cp.Variable(3)
-    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - y)), [x >= 0]), [y], [x], squeeze=True)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 3).double(), layer, torch.nn.Linear(3, 1).double())
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(cp.sum_squares(x - y)), [x >= 0]), [y], [x], squeeze=True
+    )
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 3).double(), layer, torch.nn.Linear(3, 1).double()
+    )
     inputs = PRICE.repeat(1, 2)[:, :4]
     expected = model[2](model[0](inputs).relu())
-    for same in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.compile(model, fullgraph=True, backend="aot_eager")):
+    for same in (
+        model,
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.compile(model, fullgraph=True, backend="aot_eager"),
+    ):
         close(same(inputs), expected)
     assert len(layer.solve(inputs[:, :3]).variables) == 1
     with pytest.raises(ValueError, match="squeeze=True is for one variable; this layer returns 2"):
@@ -169,7 +222,9 @@ def test_a_single_output_stands_in_a_sequence():
 
 def test_a_sibling_with_another_gradient_or_structure_shares_the_cone_program_and_leaves_the_layer_as_it_was():
     c, x = cp.Parameter(3), cp.Variable(3)
-    layer = ConvexLayer(cp.Problem(cp.Minimize(c @ x), [cp.sum(x) == 1, x >= 0]), [c], [x], structure="generic")
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(c @ x), [cp.sum(x) == 1, x >= 0]), [c], [x], structure="generic"
+    )
     costs = torch.tensor([1.0, 1.1, 1.5], dtype=torch.float64, requires_grad=True)
 
     def slope(layer):
@@ -177,15 +232,25 @@ def test_a_sibling_with_another_gradient_or_structure_shares_the_cone_program_an
             warnings.simplefilter("ignore")
             return torch.autograd.grad(layer(costs)[0][1], costs)[0]
 
-    made_new = ConvexLayer(layer._declared.problem, [c], [x], gradient="lpgd", gradient_args={"tau": 0.5})
+    made_new = ConvexLayer(
+        layer._declared.problem, [c], [x], gradient="lpgd", gradient_args={"tau": 0.5}
+    )
     sibling = layer.with_options(gradient="lpgd", gradient_args={"tau": 0.5})
     assert sibling._canonical is layer._canonical
     close(slope(sibling), slope(made_new))
-    close(slope(sibling.with_options(gradient_args={"tau": 0.2})), slope(layer.with_options(gradient="lpgd", gradient_args={"tau": 0.2})))
+    close(
+        slope(sibling.with_options(gradient_args={"tau": 0.2})),
+        slope(layer.with_options(gradient="lpgd", gradient_args={"tau": 0.2})),
+    )
     for exact in (layer, sibling.with_options(gradient="exact")):
         close(slope(exact), torch.zeros_like(costs))
     assert layer.with_options(structure="auto").structure == "quadratic_program"
-    assert layer.with_options(structure="quadratic_program").with_options(structure="generic").structure == "cone_program"
+    assert (
+        layer.with_options(structure="quadratic_program")
+        .with_options(structure="generic")
+        .structure
+        == "cone_program"
+    )
     with pytest.raises(ProblemError, match="softmax"):
         layer.with_options(structure="softmax")
     with pytest.raises(ValueError, match="must be one of 'exact'"):
@@ -209,7 +274,8 @@ def said():
 
 
 PATHS = {name: (lambda name=name: (layer_of(name), sample(name, (3,)))) for name in STRUCTURES} | {
-    name: (lambda name=name: (CASES[name].layer(structure="generic"), CASES[name].sample(3))) for name in ("lasso", "every_cone", "transport")
+    name: (lambda name=name: (CASES[name].layer(structure="generic"), CASES[name].sample(3)))
+    for name in ("lasso", "every_cone", "transport")
 }
 
 
@@ -248,7 +314,9 @@ def test_so_it_is_with_other_gradients_and_through_a_compiled_model(gradient):
 
 def test_a_failed_rows_own_nan_is_not_blamed_on_the_loss():
     x, low = cp.Variable(2), cp.Parameter(2)
-    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x)), [x >= low, x <= 1]), [low], [x], on_failure="nan")
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(cp.sum_squares(x)), [x >= low, x <= 1]), [low], [x], on_failure="nan"
+    )
     lows = torch.tensor([[0.5, 0.2], [2.0, 0.0]], dtype=torch.float64, requires_grad=True)
     with said() as caught:
         layer(lows)[0].square().sum().backward()
@@ -259,7 +327,9 @@ def test_a_failed_rows_own_nan_is_not_blamed_on_the_loss():
 def test_the_mask_of_solved_rows_trains_where_some_fail():
     """x = low where low <= 1; the others are infeasible. A shared weight learns from the rows that there are."""
     x, low = cp.Variable(2), cp.Parameter(2)
-    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x)), [x >= low, x <= 1]), [low], [x], on_failure="nan")
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(cp.sum_squares(x)), [x >= low, x <= 1]), [low], [x], on_failure="nan"
+    )
     inputs = torch.tensor([[0.5, 0.2], [2.0, 0.1], [0.9, 0.4]], dtype=torch.float64)
     weight = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
     solution = layer.solve(weight * inputs)
@@ -267,7 +337,9 @@ def test_the_mask_of_solved_rows_trains_where_some_fail():
     assert solved.tolist() == [True, False, True]
     (slope,) = torch.autograd.grad(found[solved].square().mean(), weight, retain_graph=True)
     close(slope, 2 * inputs[[0, 2]].square().mean())
-    (poisoned,) = torch.autograd.grad(torch.where(solved[:, None], found.square(), 0.0).sum(), weight)
+    (poisoned,) = torch.autograd.grad(
+        torch.where(solved[:, None], found.square(), 0.0).sum(), weight
+    )
     assert bool(poisoned.isnan())
 
 
@@ -285,15 +357,25 @@ class Wrapped(torch.nn.Module):
 
 def kinked(**options):
     x, y = cp.Variable(2), cp.Parameter(2)
-    return ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - y)), [x >= 0]), [y], [x], squeeze=True, structure="generic", **options)
+    return ConvexLayer(
+        cp.Problem(cp.Minimize(cp.sum_squares(x - y)), [x >= 0]),
+        [y],
+        [x],
+        squeeze=True,
+        structure="generic",
+        **options,
+    )
 
 
 def compiled(layer):
     return torch.compile(layer, fullgraph=True, backend="aot_eager")
 
 
-@pytest.mark.parametrize("model", [lambda layer: layer, Wrapped, compiled, lambda layer: compiled(Wrapped(layer))],
-                         ids=["layer", "model", "compiled", "compiled model"])
+@pytest.mark.parametrize(
+    "model",
+    [lambda layer: layer, Wrapped, compiled, lambda layer: compiled(Wrapped(layer))],
+    ids=["layer", "model", "compiled", "compiled model"],
+)
 def test_a_warning_points_at_the_line_that_called_whatever_is_between(model):
     at_kink = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     with pytest.warns(GradientWarning) as caught:
@@ -303,7 +385,9 @@ def test_a_warning_points_at_the_line_that_called_whatever_is_between(model):
 
 def test_a_warning_of_the_drop_ins_options_points_at_the_line_too():
     with said() as caught:
-        layer, _, _ = declared(CvxpyLayer, canon_backend="SCIPY", solver_args={"use_indirect": True})
+        layer, _, _ = declared(
+            CvxpyLayer, canon_backend="SCIPY", solver_args={"use_indirect": True}
+        )
         layer(PRICE, FEE)
         torch.nn.ModuleList([layer])[0](PRICE, FEE, solver_args={"n_jobs_backward": 1})
     assert len(caught) == 3
@@ -312,17 +396,34 @@ def test_a_warning_of_the_drop_ins_options_points_at_the_line_too():
 
 def cube():
     x, p = cp.Variable((2, 3, 2)), cp.Parameter((2, 3, 2))
-    return cp.Problem(cp.Minimize(cp.sum_squares(x - p)), [x >= 0.1, cp.sum(x, axis=(0, 2)) <= 1]), [p], [x]
+    return (
+        cp.Problem(cp.Minimize(cp.sum_squares(x - p)), [x >= 0.1, cp.sum(x, axis=(0, 2)) <= 1]),
+        [p],
+        [x],
+    )
 
 
 def written_out():
     x, p = cp.Variable(40), cp.Parameter(40)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the user's own problem CVXPY says that it is long
-        return cp.Problem(cp.Minimize(sum(cp.square(x[k] - p[k]) for k in range(40)) + sum(0.01 * x[k % 40] for k in range(2500)))), [p], [x]
+        return (
+            cp.Problem(
+                cp.Minimize(
+                    sum(cp.square(x[k] - p[k]) for k in range(40))
+                    + sum(0.01 * x[k % 40] for k in range(2500))
+                )
+            ),
+            [p],
+            [x],
+        )
 
 
-@pytest.mark.parametrize("options", [{}, {"structure": "generic"}, {"regularise": 0.1}], ids=["auto", "generic", "regularised"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"structure": "generic"}, {"regularise": 0.1}],
+    ids=["auto", "generic", "regularised"],
+)
 def test_cvxpys_words_about_itself_do_not_leak(options):
     problem, parameters, variables = cube()
     tensor = torch.full((2, 3, 2), 0.11, dtype=torch.float64)

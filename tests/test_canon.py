@@ -39,7 +39,9 @@ def test_the_map_is_cvxpys_canonicalisation_at_any_values(case):
         expected = cone_program(case, declared, tensors)
         for got, reference in ((P, expected.P), (q, expected.q), (A, expected.A), (b, expected.b)):
             assert got.shape == reference.shape
-            assert np.abs(got - reference).max(initial=0.0) <= 1e-12 * (1 + np.abs(reference).max(initial=0.0))
+            assert np.abs(got - reference).max(initial=0.0) <= 1e-12 * (
+                1 + np.abs(reference).max(initial=0.0)
+            )
 
 
 @every_case
@@ -48,7 +50,9 @@ def test_the_cones_are_cvxpys_in_its_order(case):
     expected = cone_program(case, declared, case.sample(seed=0)).blocks
     blocks = case.shared._canonical.program.cones.blocks
     assert [(b.name, b.size) for b in blocks] == [(name, size) for name, size, _ in expected]
-    assert [b.start for b in blocks] == np.cumsum([0, *(size for _, size, _ in expected)])[:-1].tolist()
+    assert [b.start for b in blocks] == np.cumsum([0, *(size for _, size, _ in expected)])[
+        :-1
+    ].tolist()
     for block, (name, _, parameter) in zip(blocks, expected, strict=True):
         if name in ("psd", "power"):
             assert block.parameter == pytest.approx(parameter)
@@ -60,11 +64,20 @@ def test_variables_and_duals_are_recovered_as_cvxpy_does(case):
     declared = case.declare()
     set_values(declared, case.sample(seed=0))
     problem = cp.Problem(declared.problem.objective, declared.problem.constraints)
-    _, chain, inverse = problem.get_problem_data(ThreeDimensionalPowers(), gp=case.gp, solver_opts={})
+    _, chain, inverse = problem.get_problem_data(
+        ThreeDimensionalPowers(), gp=case.gp, solver_opts={}
+    )
     canonical = case.shared._canonical
     rng = np.random.default_rng(0)
-    x, y = np.abs(rng.standard_normal(canonical.program.n)), rng.standard_normal(canonical.program.m)
-    found = type("Found", (), {"status": "Solved", "x": x, "z": y, "obj_val": 0.0, "solve_time": 0.0, "iterations": 0})()
+    x, y = (
+        np.abs(rng.standard_normal(canonical.program.n)),
+        rng.standard_normal(canonical.program.m),
+    )
+    found = type(
+        "Found",
+        (),
+        {"status": "Solved", "x": x, "z": y, "obj_val": 0.0, "solve_time": 0.0, "iterations": 0},
+    )()
     problem.unpack_results(found, chain, inverse)
     duals = {d.id for c in problem.constraints for d in c.dual_variables}
     for variable, recovery in zip(declared.outputs, canonical.variables, strict=True):
@@ -86,9 +99,14 @@ def test_building_a_layer_leaves_the_users_problem_as_it_was(case):
     before = problem.solve(solver=cp.CLARABEL, gp=case.gp)
 
     def state():
-        values = [p.value_sparse.toarray() if p.sparse_idx is not None else p.value for p in declared.parameters]
+        values = [
+            p.value_sparse.toarray() if p.sparse_idx is not None else p.value
+            for p in declared.parameters
+        ]
         leaves = [*problem.variables(), *(d for c in problem.constraints for d in c.dual_variables)]
-        values += [v.value_sparse.toarray() if v.sparse_idx is not None else v.value for v in leaves]
+        values += [
+            v.value_sparse.toarray() if v.sparse_idx is not None else v.value for v in leaves
+        ]
         return [np.array(v.toarray() if hasattr(v, "toarray") else v, dtype=float) for v in values]
 
     first = state()
@@ -168,7 +186,9 @@ def test_an_offset_that_is_not_cvxpys_raises(monkeypatch):
         ConvexLayer(problem, [a], [x], structure="generic")
 
 
-@pytest.mark.parametrize("name", ["every_cone", "posynomial", "three_dimensional", "sparse", "nearest_correlation"])
+@pytest.mark.parametrize(
+    "name", ["every_cone", "posynomial", "three_dimensional", "sparse", "nearest_correlation"]
+)
 def test_parameters_that_are_swapped_in_the_map_raise(monkeypatch, name):
     case = CASES[name]
     original = Reduced.parameters
@@ -201,7 +221,12 @@ def test_a_recovery_that_is_no_gather_raises(monkeypatch):
 @pytest.mark.parametrize("structure", ["auto", "generic"])
 def test_a_parameter_that_stands_nowhere_that_matters_has_a_gradient_of_zero(structure):
     a, idle, x = cp.Parameter(2, name="a"), cp.Parameter(2, name="idle"), cp.Variable(2, name="x")
-    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - a) + cp.sum(idle))), [a, idle], [x], structure=structure)
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(cp.sum_squares(x - a) + cp.sum(idle))),
+        [a, idle],
+        [x],
+        structure=structure,
+    )
     inputs = [torch.ones(2, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     solution = layer.solve(*inputs)
     bars = torch.autograd.grad(solution.variables[0].sum(), inputs, retain_graph=True)
@@ -212,10 +237,12 @@ def test_a_parameter_that_stands_nowhere_that_matters_has_a_gradient_of_zero(str
 
 def test_a_parameter_in_objective_matrix_and_right_hand_side_at_once():
     p, x = cp.Parameter(nonneg=True, name="p"), cp.Variable(name="x")
-    layer = ConvexLayer(cp.Problem(cp.Minimize(p * cp.square(x) - x), [p * x <= p + 1, x >= p]), [p], [x])
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(p * cp.square(x) - x), [p * x <= p + 1, x >= p]), [p], [x]
+    )
     for value in (0.3, 1.5):
         leaf = torch.tensor(value, dtype=torch.float64, requires_grad=True)
-        found, = layer(leaf)
+        (found,) = layer(leaf)
         expected = max(min(1 / (2 * value), 1 + 1 / value), value)
         assert float(found) == pytest.approx(expected, rel=1e-9)
         slope = 1.0 if expected == value else -1 / (2 * value**2)
@@ -225,7 +252,9 @@ def test_a_parameter_in_objective_matrix_and_right_hand_side_at_once():
 def test_a_problem_that_stands_twice_in_two_layers_and_a_variable_named_alike():
     a = cp.Parameter(name="a")
     x, other = cp.Variable(name="x"), cp.Variable(name="x")
-    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.square(x - a) + cp.square(other + a))), [a], [other, x])
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(cp.square(x - a) + cp.square(other + a))), [a], [other, x]
+    )
     first, second = layer(torch.tensor(2.0, dtype=torch.float64))
     assert (float(first), float(second)) == pytest.approx((-2.0, 2.0))
 
@@ -235,16 +264,18 @@ def test_an_output_may_be_asked_for_twice():
     layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - a))), [a], [x, x])
     leaf = torch.ones(2, dtype=torch.float64, requires_grad=True)
     first, second = layer(leaf)
-    bar, = torch.autograd.grad(first.sum() + 2 * second.sum(), leaf)
+    (bar,) = torch.autograd.grad(first.sum() + 2 * second.sum(), leaf)
     assert torch.allclose(bar, torch.full((2,), 3.0, dtype=torch.float64))
 
 
 def test_a_constraint_without_variables_or_that_stands_twice():
     a, x = cp.Parameter(2, name="a", nonneg=True), cp.Variable(2, name="x")
     above = x >= a
-    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x)), [above, a >= -1, above]), [a], [x])
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(cp.sum_squares(x)), [above, a >= -1, above]), [a], [x]
+    )
     leaf = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
-    found, = layer(leaf)
+    (found,) = layer(leaf)
     assert torch.allclose(found, leaf.detach(), atol=1e-9)
 
 
@@ -258,7 +289,11 @@ def test_a_quadratic_form_of_a_parametrised_argument_stays_quadratic():
     value = torch.tensor([1.0, -1.0, 2.0], dtype=torch.float64, requires_grad=True)
     for problem, parameters, values in (
         (cp.Problem(cp.Minimize(cp.quad_form(x - p, K) + cp.sum(x)), [x >= 0]), [p], (value,)),
-        (cp.Problem(cp.Maximize(-2 * cp.quad_form(x - p, K) - cp.quad_form(x, S))), [p, S], (value, torch.eye(3, dtype=torch.float64))),
+        (
+            cp.Problem(cp.Maximize(-2 * cp.quad_form(x - p, K) - cp.quad_form(x, S))),
+            [p, S],
+            (value, torch.eye(3, dtype=torch.float64)),
+        ),
     ):
         layer = ConvexLayer(problem, parameters, [x])
         for parameter, given in zip(parameters, values, strict=True):
@@ -267,13 +302,19 @@ def test_a_quadratic_form_of_a_parametrised_argument_stays_quadratic():
         solution = layer.solve(*values)
         assert np.abs(solution.variables[0].detach().numpy() - x.value).max() < 1e-7
         assert float(solution.objective.detach()) == pytest.approx(problem.value, rel=1e-8)
-        assert all(block.name in ("zero", "nonnegative") for block in layer._canonical.program.cones.blocks)
-        assert torch.autograd.gradcheck(lambda a, layer=layer, rest=values[1:]: layer(a, *rest)[0], (value,))
+        assert all(
+            block.name in ("zero", "nonnegative") for block in layer._canonical.program.cones.blocks
+        )
+        assert torch.autograd.gradcheck(
+            lambda a, layer=layer, rest=values[1:]: layer(a, *rest)[0], (value,)
+        )
 
 
 def test_a_perspective_is_canonicalised():
     t, z, r = cp.Variable(name="t"), cp.Variable(nonneg=True, name="z"), cp.Parameter(name="r")
-    problem = cp.Problem(cp.Minimize(cp.perspective(cp.square(t), z) + cp.square(z - r) + cp.square(t - 1)))
+    problem = cp.Problem(
+        cp.Minimize(cp.perspective(cp.square(t), z) + cp.square(z - r) + cp.square(t - 1))
+    )
     layer, r.value = ConvexLayer(problem, [r], [t, z]), 1.0
     problem.solve(solver=cp.CLARABEL, tol_gap_abs=1e-13, tol_gap_rel=1e-13, tol_feas=1e-13)
     for got, variable in zip(layer(torch.tensor(1.0, dtype=torch.float64)), (t, z), strict=True):
@@ -281,8 +322,16 @@ def test_a_perspective_is_canonicalised():
 
 
 def test_a_declared_sign_holds_to_the_last_bit():
-    a, x, y = cp.Parameter(50, name="a"), cp.Variable(50, nonneg=True, name="x"), cp.Variable(50, nonpos=True, name="y")
-    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - a) + cp.sum_squares(y - a))), [a], [x, y])
-    x_star, y_star = layer(torch.randn(20, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    a, x, y = (
+        cp.Parameter(50, name="a"),
+        cp.Variable(50, nonneg=True, name="x"),
+        cp.Variable(50, nonpos=True, name="y"),
+    )
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(cp.sum_squares(x - a) + cp.sum_squares(y - a))), [a], [x, y]
+    )
+    x_star, y_star = layer(
+        torch.randn(20, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    )
     assert float(x_star.min()) >= 0
     assert float(y_star.max()) <= 0

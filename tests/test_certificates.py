@@ -13,7 +13,12 @@ GAPS = (1e-1, 1e-3, 1e-5, 1e-6)
 
 def _box():
     x, g = cp.Variable(2), cp.Parameter()
-    return cp.Minimize(cp.sum_squares(x)), [x >= np.array([1.0, 0.0]), x[0] <= 1 - g, x[1] <= 1], g, x
+    return (
+        cp.Minimize(cp.sum_squares(x)),
+        [x >= np.array([1.0, 0.0]), x[0] <= 1 - g, x[1] <= 1],
+        g,
+        x,
+    )
 
 
 def _budget():
@@ -58,7 +63,9 @@ KINDS = (_box, _budget, _floors_and_a_total, _norm, _ball, _correlation, _expone
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__[1:])
 def test_infeasible_by_little_is_infeasible_and_feasible_by_little_is_not(kind, solver):
     objective, constraints, g, x = kind()
-    layer = ConvexLayer(cp.Problem(objective, constraints), [g], [x], solver=solver, on_failure="keep")
+    layer = ConvexLayer(
+        cp.Problem(objective, constraints), [g], [x], solver=solver, on_failure="keep"
+    )
     status = layer.solve(torch.tensor([*GAPS, *(-gap for gap in GAPS)], dtype=D)).status.tolist()
     assert status == [Status.INFEASIBLE] * len(GAPS) + [Status.SOLVED] * len(GAPS)
 
@@ -75,7 +82,9 @@ def test_whatever_the_units_of_the_bounds(scale):
 @pytest.mark.parametrize("structure", ["auto", "generic"])
 def test_a_direction_of_descent_without_a_feasible_point_is_infeasible(structure):
     objective, constraints, g, x = _costs_that_fall_for_ever()
-    layer = ConvexLayer(cp.Problem(objective, constraints), [g], [x], on_failure="keep", structure=structure)
+    layer = ConvexLayer(
+        cp.Problem(objective, constraints), [g], [x], on_failure="keep", structure=structure
+    )
     status = layer.solve(torch.tensor([2.0, -1.0], dtype=D)).status.tolist()
     assert status == [Status.INFEASIBLE, Status.UNBOUNDED]
 
@@ -83,9 +92,14 @@ def test_a_direction_of_descent_without_a_feasible_point_is_infeasible(structure
 def test_so_is_one_of_a_geometric_program():
     price, side, area = cp.Variable(2, pos=True), cp.Variable(2, pos=True), cp.Parameter(pos=True)
     rules = [side[0] * side[1] <= 50, side[0] * side[1] >= area]
-    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum(price)), rules), [area], [side], gp=True, on_failure="keep")
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(cp.sum(price)), rules), [area], [side], gp=True, on_failure="keep"
+    )
     # With a feasible point the prices may tend to zero.
-    assert layer.solve(torch.tensor([200.0, 20.0], dtype=D)).status.tolist() == [Status.INFEASIBLE, Status.UNATTAINED]
+    assert layer.solve(torch.tensor([200.0, 20.0], dtype=D)).status.tolist() == [
+        Status.INFEASIBLE,
+        Status.UNATTAINED,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +121,10 @@ def test_an_infimum_that_is_not_attained_has_a_status_and_a_remedy_that_works(ma
     layer = ConvexLayer(problem, [g], [x], on_failure="keep")
     assert layer.solve(values).status.tolist() == [Status.UNATTAINED] * 3
     assert "regularise" in Status.UNATTAINED.advice
-    assert ConvexLayer(problem, [g], [x], regularise=1e-3).solve(values).status.tolist() == [Status.SOLVED] * 3
+    assert (
+        ConvexLayer(problem, [g], [x], regularise=1e-3).solve(values).status.tolist()
+        == [Status.SOLVED] * 3
+    )
 
 
 def test_a_small_curvature_is_none_the_less_one():
@@ -116,8 +133,15 @@ def test_a_small_curvature_is_none_the_less_one():
     x, A, b = cp.Variable(6), cp.Parameter((10, 6)), cp.Parameter(10)
     problem = cp.Problem(cp.Minimize(cp.log_sum_exp(A @ x + b) + 0.01 * cp.sum_squares(x)))
     layer = ConvexLayer(problem, [A, b], [x], on_failure="keep")
-    rows = torch.from_numpy(g.normal(size=(6, 10, 6)) * 1e5), torch.from_numpy(g.normal(size=(6, 10)))
-    assert not set(layer.solve(*rows).status.tolist()) & {Status.UNBOUNDED, Status.UNATTAINED, Status.INFEASIBLE}
+    rows = (
+        torch.from_numpy(g.normal(size=(6, 10, 6)) * 1e5),
+        torch.from_numpy(g.normal(size=(6, 10))),
+    )
+    assert not set(layer.solve(*rows).status.tolist()) & {
+        Status.UNBOUNDED,
+        Status.UNATTAINED,
+        Status.INFEASIBLE,
+    }
 
 
 def test_a_proof_is_worth_more_than_a_point_that_is_not_quite_a_solution():
@@ -139,5 +163,7 @@ def test_a_small_cost_is_none_the_less_one():
     rules = [cp.sum(Z, axis=0) == np.ones(3) / 3, cp.sum(Z, axis=1) == np.ones(3) / 3]
     problem = cp.Problem(cp.Minimize(cp.sum(cp.multiply(M, Z)) - 1e-10 * cp.sum(cp.entr(Z))), rules)
     layer = ConvexLayer(problem, [M], [Z], structure="generic", on_failure="keep")
-    status = layer.solve(torch.rand(6, 3, 3, dtype=D, generator=torch.Generator().manual_seed(0))).status.tolist()
+    status = layer.solve(
+        torch.rand(6, 3, 3, dtype=D, generator=torch.Generator().manual_seed(0))
+    ).status.tolist()
     assert not set(status) & {Status.UNATTAINED, Status.UNBOUNDED, Status.INFEASIBLE}

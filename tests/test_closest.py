@@ -38,7 +38,9 @@ class Relaxed:
 
     def entries(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Of tensors (R or 1, *shape)."""
-        return [reader.read(t) for reader, t in zip(self.canonical.parameters, tensors, strict=True)]
+        return [
+            reader.read(t) for reader, t in zip(self.canonical.parameters, tensors, strict=True)
+        ]
 
     def found(self, *tensors: Tensor) -> Closest:
         return closest(self.relaxation, self.entries(tensors), TOLERANCE)
@@ -88,7 +90,11 @@ def two_programs(relaxed: Relaxed, values: Sequence[np.ndarray]) -> list[np.ndar
         assert isinstance(constraint, (Equality, Inequality))
         shift = cp.Variable(constraint.shape)
         shifts.append(shift)
-        held.append(constraint.expr == shift if isinstance(constraint, Equality) else constraint.expr <= shift)
+        held.append(
+            constraint.expr == shift
+            if isinstance(constraint, Equality)
+            else constraint.expr <= shift
+        )
     first = cp.Problem(cp.Minimize(sum(cp.sum_squares(shift) for shift in shifts)), held)
     solve_tightly(first)
     least, second = [shift.value for shift in shifts], []
@@ -104,7 +110,11 @@ def two_programs(relaxed: Relaxed, values: Sequence[np.ndarray]) -> list[np.ndar
     problem = cp.Problem(relaxed.problem.objective, second)
     solve_tightly(problem)
     outputs = [np.asarray(v.value) for v in relaxed.outputs]
-    return [*outputs, np.asarray(problem.value), np.concatenate([np.ravel(shift) for shift in least])]
+    return [
+        *outputs,
+        np.asarray(problem.value),
+        np.concatenate([np.ravel(shift) for shift in least]),
+    ]
 
 
 def relative(found: Tensor, expected: Tensor | np.ndarray) -> float:
@@ -121,7 +131,9 @@ def normal(seed: int) -> Callable[..., Tensor]:
     return lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)
 
 
-def gradients(outputs: Sequence[Tensor], leaves: Sequence[Tensor], seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+def gradients(
+    outputs: Sequence[Tensor], leaves: Sequence[Tensor], seed: int = 0
+) -> tuple[list[Tensor], list[Tensor]]:
     """Of one random functional of the outputs, and its weights."""
     draw = normal(seed)
     weights = [draw(*output.shape) for output in outputs]
@@ -146,7 +158,11 @@ def interval() -> tuple:
 
     lower = tensor([-1.0, -3.0], [0.5, 1.0], [-2.0, 0.0])
     upper = tensor([1.0, 2.0], [0.75, 5.0], [7.0, 1.0])
-    return Relaxed(cp.Problem(cp.Minimize(cp.sum_squares(x)), [x <= a, x >= b]), [a, b], [x]), (lower, upper), answer
+    return (
+        Relaxed(cp.Problem(cp.Minimize(cp.sum_squares(x)), [x <= a, x >= b]), [a, b], [x]),
+        (lower, upper),
+        answer,
+    )
 
 
 def equations() -> tuple:
@@ -175,7 +191,11 @@ def repeated_equation() -> tuple:
         return [x, -(x - p).square().sum(1), mean - b]
 
     relaxed = Relaxed(
-        cp.Problem(cp.Maximize(-cp.sum_squares(x - p)), [a @ x == b[0], a @ x == b[1], a @ x == b[2]]), [b, p], [x]
+        cp.Problem(
+            cp.Maximize(-cp.sum_squares(x - p)), [a @ x == b[0], a @ x == b[1], a @ x == b[2]]
+        ),
+        [b, p],
+        [x],
     )
     return relaxed, (tensor([1.0, 2.0, 3.0], [0.0, 5.0, -1.0]), draw(2, 3)), answer
 
@@ -191,7 +211,11 @@ def balls() -> tuple:
         x = a + ((r + shift) / distance).unsqueeze(1) * (b - a)
         return [x, x.sum(1), torch.stack([shift, shift], 1)]
 
-    relaxed = Relaxed(cp.Problem(cp.Minimize(cp.sum(x)), [cp.norm(x - a) <= r, cp.norm(x - b) <= 1]), [a, b, r], [x])
+    relaxed = Relaxed(
+        cp.Problem(cp.Minimize(cp.sum(x)), [cp.norm(x - a) <= r, cp.norm(x - b) <= 1]),
+        [a, b, r],
+        [x],
+    )
     return relaxed, (draw(3, 3), draw(3, 3) + 4, draw(3).abs()), answer
 
 
@@ -207,7 +231,11 @@ def ray() -> tuple:
         x = ((r * p).sum(1, keepdim=True) / 2).clamp(min=0) * r - c / 3
         return [x, (x - p).square().sum(1), torch.cat([c / 3, torch.full_like(c[:, :1], 1 / 3)], 1)]
 
-    relaxed = Relaxed(cp.Problem(cp.Minimize(cp.sum_squares(x - p)), [cp.SOC(x[0], x[1:]), c @ x == -1]), [c, p], [x])
+    relaxed = Relaxed(
+        cp.Problem(cp.Minimize(cp.sum_squares(x - p)), [cp.SOC(x[0], x[1:]), c @ x == -1]),
+        [c, p],
+        [x],
+    )
     inner, relaxed.entries = relaxed.entries, lambda values: inner([circle(values[0]), values[1]])
     angle = tensor(0.3, 1.1, -2.0)
     return relaxed, (angle, circle(angle) * tensor(1.0, -2.0, -1.0) + 0.1 * normal(4)(3, 3)), answer
@@ -225,7 +253,9 @@ def apex() -> tuple:
         shift = 1 / (1 + c.square().sum(1, keepdim=True))
         return [-c * shift, -(c * shift).sum(1), torch.cat([c * shift, shift], 1)]
 
-    relaxed = Relaxed(cp.Problem(cp.Minimize(cp.sum(x)), [cp.SOC(x[0], x[1:]), c @ x == -1]), [c], [x])
+    relaxed = Relaxed(
+        cp.Problem(cp.Minimize(cp.sum(x)), [cp.SOC(x[0], x[1:]), c @ x == -1]), [c], [x]
+    )
     return relaxed, (tensor([2.0, 1.0, 0.5], [1.0, -0.2, 0.1]),), answer
 
 
@@ -286,7 +316,9 @@ def test_forward_mode_is_the_closed_forms():
     known = relaxed.found(*values).outputs_at
     draw = normal(6)
     directions = tuple(draw(*t.shape) for t in values)
-    _, tangents = torch.func.jvp(lambda *t: relaxed.said(*known(relaxed.entries(t))), tuple(values), directions)
+    _, tangents = torch.func.jvp(
+        lambda *t: relaxed.said(*known(relaxed.entries(t))), tuple(values), directions
+    )
     _, expected = torch.func.jvp(lambda *t: answer(*t), tuple(values), directions)
     for one, other in zip(tangents, expected, strict=True):
         assert relative(one, other) < 1e-8
@@ -309,12 +341,22 @@ def linear_costs() -> tuple:
     x, G, h, c = cp.Variable(5), cp.Parameter((3, 5)), cp.Parameter(3), cp.Parameter(5)
     draw = normal(8)
     constraints = [G @ x <= h, G[0] @ x >= h[0] + 1, x <= 2, x >= -2]
-    return Relaxed(cp.Problem(cp.Minimize(c @ x), constraints), [G, h, c], [x]), (draw(3, 3, 5), draw(3, 3), draw(3, 5))
+    return Relaxed(cp.Problem(cp.Minimize(c @ x), constraints), [G, h, c], [x]), (
+        draw(3, 3, 5),
+        draw(3, 3),
+        draw(3, 5),
+    )
 
 
 def quadratic_costs() -> tuple:
     """Two of six directions are held by what gives way; inequalities bind in the others."""
-    x, P, G, h, q = cp.Variable(6), cp.Parameter((6, 6), PSD=True), np.zeros((4, 6)), cp.Parameter(4), cp.Parameter(6)
+    x, P, G, h, q = (
+        cp.Variable(6),
+        cp.Parameter((6, 6), PSD=True),
+        np.zeros((4, 6)),
+        cp.Parameter(4),
+        cp.Parameter(6),
+    )
     G[0, :2], G[1, :2], G[2, 1:3], G[3, 1:3] = (1, 2), (-1, -2), (1, -1), (-2, 2)
     draw = normal(9)
     root = draw(3, 6, 6)
@@ -335,7 +377,9 @@ def test_the_two_programs_as_cvxpy_solves_them(case):
     relaxed, values = case()
     found = relaxed(*values)
     for k in range(len(values[0])):
-        for one, other in zip(found, two_programs(relaxed, [t[k].numpy() for t in values]), strict=True):
+        for one, other in zip(
+            found, two_programs(relaxed, [t[k].numpy() for t in values]), strict=True
+        ):
             assert relative(one[k], other) < 1e-7
 
 
@@ -348,14 +392,21 @@ def test_the_derivative_is_that_of_the_two_programs(case):
     bars, weights = gradients(relaxed(*inputs), inputs)
     draw, h = normal(10), 1e-3
     directions = [draw(*t.shape) for t in values]
-    directions = [(d + d.mT) / 2 if d.ndim == 3 and d.shape[1] == d.shape[2] else d for d in directions]
+    directions = [
+        (d + d.mT) / 2 if d.ndim == 3 and d.shape[1] == d.shape[2] else d for d in directions
+    ]
 
     def functional(step: float) -> float:
         at = [(t + step * d)[0].numpy() for t, d in zip(values, directions, strict=True)]
-        return sum(float((w[0].numpy() * v).sum()) for w, v in zip(weights, two_programs(relaxed, at), strict=True))
+        return sum(
+            float((w[0].numpy() * v).sum())
+            for w, v in zip(weights, two_programs(relaxed, at), strict=True)
+        )
 
     # Of fourth order, so that the step may be large beside the oracle's error.
-    quotient = (8 * (functional(h) - functional(-h)) - (functional(2 * h) - functional(-2 * h))) / (12 * h)
+    quotient = (8 * (functional(h) - functional(-h)) - (functional(2 * h) - functional(-2 * h))) / (
+        12 * h
+    )
     slope = sum(float((bar * d).sum()) for bar, d in zip(bars, directions, strict=True))
     assert abs(slope - quotient) < 1e-6 * abs(quotient)
 
@@ -395,7 +446,11 @@ def test_rows_on_different_faces():
 def test_a_feasible_row_is_not_answered():
     relaxed, _, _ = interval()
     a, b = tensor([1.0, 1], [1, 1], [-1, 2]), tensor([0.0, 0], [1, 1], [1, 0])
-    assert relaxed.found(a, b).status.tolist() == [Status.NOT_CONVERGED, Status.NOT_CONVERGED, Status.SOLVED]
+    assert relaxed.found(a, b).status.tolist() == [
+        Status.NOT_CONVERGED,
+        Status.NOT_CONVERGED,
+        Status.SOLVED,
+    ]
 
 
 def test_what_may_not_give_way_stays_infeasible():
@@ -407,7 +462,9 @@ def test_what_may_not_give_way_stays_infeasible():
 
 def test_an_unbounded_second_program():
     x, c, b = cp.Variable(2), cp.Parameter(), cp.Parameter()
-    relaxed = Relaxed(cp.Problem(cp.Minimize(c * x[1]), [x[0] <= b, x[0] >= 1, x[1] <= 5]), [c, b], [x])
+    relaxed = Relaxed(
+        cp.Problem(cp.Minimize(c * x[1]), [x[0] <= b, x[0] >= 1, x[1] <= 5]), [c, b], [x]
+    )
     c, b = tensor(1.0, -1.0), tensor(0.0, 0.0)
     assert relaxed.found(c, b).status.tolist() == [Status.UNBOUNDED, Status.SOLVED]
 
@@ -416,7 +473,11 @@ def test_a_least_shift_that_is_not_attained():
     """x_0 >= |(x_1, 1)|, x_0 == x_1: any shift will do, none at all will not."""
     x, b = cp.Variable(2), cp.Parameter()
     relaxed = Relaxed(
-        cp.Problem(cp.Minimize(cp.sum_squares(x)), [cp.SOC(x[0], cp.hstack([x[1], b])), x[0] == x[1]]), [b], [x]
+        cp.Problem(
+            cp.Minimize(cp.sum_squares(x)), [cp.SOC(x[0], cp.hstack([x[1], b])), x[0] == x[1]]
+        ),
+        [b],
+        [x],
     )
     assert relaxed.found(tensor(1.0)).status.tolist() == [Status.UNATTAINED]
 
@@ -452,7 +513,9 @@ def test_a_weak_shift_is_flagged():
 def test_shifts_have_the_constraints_shapes():
     x, p, y = cp.Variable((2, 3)), cp.Parameter((2, 3)), cp.Variable(3)
     constraints = [x == p, x.T <= -1, cp.SOC(y, cp.vstack([y / 2, y / 2]), axis=0), cp.sum(y) <= 5]
-    relaxed = Relaxed(cp.Problem(cp.Minimize(cp.sum_squares(x) + cp.sum_squares(y)), constraints), [p], [x])
+    relaxed = Relaxed(
+        cp.Problem(cp.Minimize(cp.sum_squares(x) + cp.sum_squares(y)), constraints), [p], [x]
+    )
     p = normal(11)(2, 2, 3).abs()
     answer = relaxed.found(p)
     equal, upper, cone, free = relaxed.relaxation.by_constraint(answer.shift)
@@ -465,7 +528,9 @@ def test_shifts_have_the_constraints_shapes():
 
 def test_a_problem_without_parameters():
     x = cp.Variable(2)
-    relaxed = Relaxed(cp.Problem(cp.Minimize(cp.sum_squares(x - 3)), [x >= 1, cp.sum(x) <= 0]), [], [x])
+    relaxed = Relaxed(
+        cp.Problem(cp.Minimize(cp.sum_squares(x - 3)), [x >= 1, cp.sum(x) <= 0]), [], [x]
+    )
     x, value, shift = relaxed()
     third = 2 / 3
     assert relative(x, tensor([1 - third, 1 - third])) < 1e-9
@@ -475,7 +540,9 @@ def test_a_problem_without_parameters():
 
 def test_a_bound_that_is_none_does_not_hide_a_shift():
     x, a = cp.Variable(), cp.Parameter(2)
-    relaxed = Relaxed(cp.Problem(cp.Minimize(cp.square(x)), [x <= a[0], x >= 1, x <= a[1]]), [a], [x])
+    relaxed = Relaxed(
+        cp.Problem(cp.Minimize(cp.square(x)), [x <= a[0], x >= 1, x <= a[1]]), [a], [x]
+    )
     x, _, shift = relaxed(tensor([-1.0, 1e18]))
     assert float(x.abs()) < 1e-9
     assert relative(shift, tensor([1.0, 1.0, 0.0])) < 1e-9
@@ -490,7 +557,10 @@ def test_other_cones_are_refused_by_name():
             return applies(Declaration.checked(problem, [], problem.variables(), gp).canonical)
 
     assert reason(cp.Problem(cp.Minimize(cp.exp(x)))) == "its cone program has exponential cones"
-    assert reason(cp.Problem(cp.Minimize(cp.trace(X)), [X[0, 0] >= 1])) == "its cone program has psd cones"
+    assert (
+        reason(cp.Problem(cp.Minimize(cp.trace(X)), [X[0, 0] >= 1]))
+        == "its cone program has psd cones"
+    )
     assert reason(cp.Problem(cp.Minimize(x), [x >= 2]), gp=True) == "the problem is log-log convex"
     assert reason(cp.Problem(cp.Minimize(cp.norm(X - 1)))) is not None
     assert reason(cp.Problem(cp.Minimize(cp.norm(x - 1)))) is None

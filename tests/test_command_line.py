@@ -18,7 +18,9 @@ from convlayer.command_line import doctor
 ROOT = Path(__file__).parent.parent
 OTHERS = ("demo", "sudoku", "distributed_training", "shortest_path")  # with tests of their own
 EXAMPLES = sorted(
-    path.stem for path in (ROOT / "examples").glob("*.py") if path.stem not in OTHERS and not path.stem.startswith("_")
+    path.stem
+    for path in (ROOT / "examples").glob("*.py")
+    if path.stem not in OTHERS and not path.stem.startswith("_")
 )
 
 MODEL = """
@@ -67,11 +69,18 @@ def command(*arguments, cwd):
     )
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [("float64", 1e-6), pytest.param("float32", 1e-3, marks=pytest.mark.long)])
-def test_the_comparison_writes_a_picture_and_its_figures_and_both_paths_agree(dtype, bound, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [("float64", 1e-6), pytest.param("float32", 1e-3, marks=pytest.mark.long)]
+)
+def test_the_comparison_writes_a_picture_and_its_figures_and_both_paths_agree(
+    dtype, bound, tmp_path, capsys
+):
     pytest.importorskip("matplotlib", reason="the comparison draws")
     pytest.importorskip("tqdm", reason="the comparison shows its progress")
-    assert main(["compare", "--quick", "--dtype", dtype, "--out", str(tmp_path / "new" / "folder")]) == 0
+    assert (
+        main(["compare", "--quick", "--dtype", dtype, "--out", str(tmp_path / "new" / "folder")])
+        == 0
+    )
     said = capsys.readouterr().out
     figures = json.loads((tmp_path / "new" / "folder" / "compare.json").read_text())
     assert (tmp_path / "new" / "folder" / "compare.png").stat().st_size > 10_000
@@ -90,7 +99,9 @@ def test_the_comparison_writes_a_picture_and_its_figures_and_both_paths_agree(dt
 
 
 @pytest.mark.parametrize("name", ["matplotlib", "tqdm"])
-def test_without_its_optional_packages_the_comparison_says_what_to_install(name, monkeypatch, capsys):
+def test_without_its_optional_packages_the_comparison_says_what_to_install(
+    name, monkeypatch, capsys
+):
     monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "convlayer.command_line.compare", raising=False)
     monkeypatch.delitem(sys.modules, "convlayer.command_line.picture", raising=False)
@@ -123,13 +134,19 @@ def test_a_log_log_convex_problem_is_explained_as_one(model, capsys):
         ("model.py", r"Expected FILE:PROBLEM, such as model.py:problem; got 'model.py'"),
         ("absent.py:problem", r"There is no file absent.py"),
         ("model.py:nothing", r"model.py defines no `nothing`. It defines: .*problem, layer"),
-        ("model.py:number", r"`number` is a int; expected a cvxpy.Problem, a ConvexLayer, or a function"),
+        (
+            "model.py:number",
+            r"`number` is a int; expected a cvxpy.Problem, a ConvexLayer, or a function",
+        ),
         (
             "model.py:with_arguments",
             r"`with_arguments\(\)` failed: TypeError: .* missing 1 required positional argument: 'n'",
         ),
         ("model.py:whole", r"integer"),
-        ("broken.py:problem", r"broken.py could not be run: NameError: name 'cvxpy' is not defined"),
+        (
+            "broken.py:problem",
+            r"broken.py could not be run: NameError: name 'cvxpy' is not defined",
+        ),
         ("words.txt:problem", r"words.txt is not a Python file"),
     ],
 )
@@ -175,10 +192,17 @@ def test_the_doctor_tells_every_dependency_blas_and_processor(capsys, monkeypatc
     assert main(["doctor"]) == 0
     lines = dict(re.findall(r"^(\S+) +(\S.*)$", capsys.readouterr().out, re.MULTILINE))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = [wanted for name, extra in project["optional-dependencies"].items() if name != "dev" for wanted in extra]
+    extras = [
+        wanted
+        for name, extra in project["optional-dependencies"].items()
+        if name != "dev"
+        for wanted in extra
+    ]
     needed = {re.match(r"[\w-]+", wanted).group() for wanted in (*project["dependencies"], *extras)}
     assert needed <= set(lines)
-    assert lines["torch"] == torch.__version__.partition("+")[0] or lines["torch"] == torch.__version__
+    assert (
+        lines["torch"] == torch.__version__.partition("+")[0] or lines["torch"] == torch.__version__
+    )
     assert torch.backends.cpu.get_cpu_capability() in lines["processor"]
     assert "MKL_CBWR=COMPATIBLE" in lines["environment"]
     assert "blas" in lines

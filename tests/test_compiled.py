@@ -50,7 +50,9 @@ def values_and_gradients(model, tensors):
 
 
 def the_same(model, other, tensors) -> bool:
-    pairs = zip(values_and_gradients(model, tensors), values_and_gradients(other, tensors), strict=True)
+    pairs = zip(
+        values_and_gradients(model, tensors), values_and_gradients(other, tensors), strict=True
+    )
     return all(torch.equal(a, b) for a, b in pairs)
 
 
@@ -76,13 +78,17 @@ def tensors():
 
 @pytest.mark.dear
 @pytest.mark.parametrize("name", [*GENERIC, *STRUCTURES])
-def test_a_compiled_model_is_the_eager_one_bit_for_bit_at_every_batch_size_from_a_graph_or_two(name):
+def test_a_compiled_model_is_the_eager_one_bit_for_bit_at_every_batch_size_from_a_graph_or_two(
+    name,
+):
     generic = name in GENERIC
     layer = CASES[name].layer() if generic else layer_of(name)
     model, backend = Model(layer), CompileCounterWithBackend("aot_eager")
     twin = whole(model, backend)
     for batch in (2, 3, 5, 7):
-        assert the_same(twin, model, CASES[name].sample(batch) if generic else sample(name, (batch,)))
+        assert the_same(
+            twin, model, CASES[name].sample(batch) if generic else sample(name, (batch,))
+        )
     assert backend.frame_count <= 2
 
 
@@ -95,7 +101,11 @@ def test_multipliers_come_out_of_a_compiled_model_too(spelling):
 
 def test_shared_parameters_and_two_batch_dimensions(model):
     A, b, lam = CASES["lasso"].sample()
-    many = b + torch.randn(2, 3, *b.shape, generator=torch.Generator().manual_seed(0), dtype=b.dtype) / 100
+    many = (
+        b
+        + torch.randn(2, 3, *b.shape, generator=torch.Generator().manual_seed(0), dtype=b.dtype)
+        / 100
+    )
     assert the_same(whole(model), model, (A, many, lam))
 
 
@@ -104,7 +114,9 @@ def test_a_model_compiled_by_inductor_agrees(model, tensors):
     try:
         torch.compile(lambda x: x.sin() + 1, backend="inductor")(torch.ones(4))
     except Exception as error:
-        pytest.skip(f"inductor does not work here, with or without the layer: {type(error).__name__}")
+        pytest.skip(
+            f"inductor does not work here, with or without the layer: {type(error).__name__}"
+        )
     found, expected = (values_and_gradients(m, tensors) for m in (whole(model, "inductor"), model))
     assert all(relative(a, b) < 1e-12 for a, b in zip(found, expected, strict=True))
 
@@ -152,7 +164,9 @@ def test_a_second_backward_through_a_graph_that_is_retained(model, tensors):
     inputs = leaves(tensors)
     loss = sum(o.square().sum() for o in whole(model)(*inputs))
     first = torch.autograd.grad(loss, inputs, retain_graph=True)
-    assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(loss, inputs), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(loss, inputs), strict=True)
+    )
 
 
 def test_only_the_parameters_that_ask_get_a_gradient(model, tensors):
@@ -166,7 +180,9 @@ def test_only_the_parameters_that_ask_get_a_gradient(model, tensors):
 
 
 @pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copied", "pickled"]
+    "copied",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["copied", "pickled"],
 )
 def test_a_model_that_was_copied_is_compiled_and_outlives_the_other(copied, tensors):
     model = Model(CASES["lasso"].layer())
@@ -175,7 +191,10 @@ def test_a_model_that_was_copied_is_compiled_and_outlives_the_other(copied, tens
     twin = whole(other)
     del model
     gc.collect()
-    assert all(torch.equal(a, b) for a, b in zip(values_and_gradients(twin, tensors), expected, strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(values_and_gradients(twin, tensors), expected, strict=True)
+    )
 
 
 def test_two_layers_in_one_model(tensors):
@@ -241,13 +260,22 @@ def test_a_row_that_failed_is_nan_and_leaves_the_others_untouched(tensors):
     b[1] = torch.nan
     model = Model(CASES["lasso"].layer(on_failure="nan"))
     found, expected = (values_and_gradients(m, (A, b, lam)) for m in (whole(model), model))
-    assert all(torch.equal(a.nan_to_num(7.0), e.nan_to_num(7.0)) for a, e in zip(found, expected, strict=True))
+    assert all(
+        torch.equal(a.nan_to_num(7.0), e.nan_to_num(7.0))
+        for a, e in zip(found, expected, strict=True)
+    )
     assert bool(found[0][1].isnan().all())
 
 
 def test_tensors_of_a_wrong_shape_kind_or_device_are_told_as_they_are_eagerly(model, tensors):
     A, b, lam = tensors
-    for args in ((A, b[:, :-1], lam), (A, b.long(), lam), (A, b.to("meta"), lam), (A, b[:2], lam), (A, b)):
+    for args in (
+        (A, b[:, :-1], lam),
+        (A, b.long(), lam),
+        (A, b.to("meta"), lam),
+        (A, b[:2], lam),
+        (A, b),
+    ):
         with pytest.raises((ValueError, TypeError)) as told:
             model.layer(*args)
         with pytest.raises(Exception) as error:  # noqa: PT011 - the compiler wraps it in one of its own
@@ -273,7 +301,9 @@ def test_a_second_derivative_through_a_compiled_model_is_an_error_and_never_zero
     inputs = leaves(tensors)
     loss = sum(o.square().sum() for o in whole(model)(*inputs))
     with pytest.raises(RuntimeError, match="does not currently support double backward"):
-        sum(g.square().sum() for g in torch.autograd.grad(loss, inputs, create_graph=True)).backward()
+        sum(
+            g.square().sum() for g in torch.autograd.grad(loss, inputs, create_graph=True)
+        ).backward()
 
 
 def test_the_operator_alone_refuses_a_second_derivative(model, tensors):
@@ -296,7 +326,9 @@ def test_forward_mode_through_a_compiled_model_is_an_error_and_never_zero(model,
 
 
 @pytest.mark.parametrize("transform", [vmap, grad])
-def test_other_transforms_inside_a_compiled_function_are_an_error_and_never_wrong(model, tensors, transform):
+def test_other_transforms_inside_a_compiled_function_are_an_error_and_never_wrong(
+    model, tensors, transform
+):
     with pytest.raises(RuntimeError, match="convlayer"):
         whole(transform(lambda *args: model(*args)[0].square().sum()))(*tensors)
 
@@ -323,7 +355,9 @@ def test_solve_in_a_compiled_function_is_left_out_of_its_graph(structure):
     layer = ConvexLayer(problem, [p], [x], structure=structure)
     theta = torch.tensor([[2.0, 1.7, 0.4]], dtype=torch.float64, requires_grad=True)
     plain = layer.solve(2 * theta).variables[0]
-    compiled = torch.compile(lambda value: layer.solve(2 * value).variables[0], backend="eager")(theta)
+    compiled = torch.compile(lambda value: layer.solve(2 * value).variables[0], backend="eager")(
+        theta
+    )
     assert torch.equal(compiled, plain)
     bar = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64)
     found, wanted = (torch.autograd.grad(answer, theta, bar)[0] for answer in (compiled, plain))
@@ -337,7 +371,9 @@ class Named:
 
 
 def test_a_graph_looks_for_its_layer_while_other_threads_build_theirs():
-    alive = [Named() for _ in range(3000)]  # so many that another thread comes in while they are looked through
+    alive = [
+        Named() for _ in range(3000)
+    ]  # so many that another thread comes in while they are looked through
     numbers = [compiled.registered(layer) for layer in alive]
     looked = threading.Event()
 

@@ -67,7 +67,9 @@ def near_kinks(cone: Cone, count: int = 1000) -> Tensor:
     v = torch.randn(count, cone.size, dtype=torch.float64)
     p = cone.project(v)
     away = 10 ** (-2 - 4 * torch.rand(count, 1, dtype=torch.float64))
-    return torch.cat((p, v - p)) + torch.cat((away, away)) * torch.randn(2 * count, cone.size, dtype=torch.float64)
+    return torch.cat((p, v - p)) + torch.cat((away, away)) * torch.randn(
+        2 * count, cone.size, dtype=torch.float64
+    )
 
 
 def dense(spectrum: Spectrum) -> Tensor:
@@ -90,7 +92,9 @@ def violation(cone: Cone, p: Tensor) -> Tensor:
             return -torch.linalg.eigvalsh(smat(p)).amin(-1)
         case Exponential():
             r, s, t = p.unbind(-1)
-            curved = torch.minimum((r - s * torch.log(t / s)).nan_to_num(torch.inf), s * torch.exp(r / s) - t)
+            curved = torch.minimum(
+                (r - s * torch.log(t / s)).nan_to_num(torch.inf), s * torch.exp(r / s) - t
+            )
             face = torch.maximum(torch.maximum(r, -t), s.abs())
             return torch.where(s > 0, torch.minimum(curved, face), face)
         case Power():
@@ -128,7 +132,9 @@ def difference(cone: Cone, v: Tensor, direction: Tensor, step: Tensor) -> Tensor
 
 
 @every_cone
-def test_the_projection_is_in_the_cone_and_the_rest_in_the_polar_and_they_are_orthogonal(cone: Cone) -> None:
+def test_the_projection_is_in_the_cone_and_the_rest_in_the_polar_and_they_are_orthogonal(
+    cone: Cone,
+) -> None:
     v = torch.cat((points(cone), near_kinks(cone)))
     p = cone.project(v)
     size = v.norm(dim=-1)
@@ -161,7 +167,9 @@ def test_the_derivative_agrees_with_differences(cone: Cone) -> None:
 
 @every_cone
 @pytest.mark.parametrize("tolerance", [0.0, 1e-3])
-def test_the_spectrum_is_an_orthogonal_basis_with_values_between_0_and_1(cone: Cone, tolerance: float) -> None:
+def test_the_spectrum_is_an_orthogonal_basis_with_values_between_0_and_1(
+    cone: Cone, tolerance: float
+) -> None:
     v = torch.cat((points(cone), near_kinks(cone), torch.zeros(1, cone.size, dtype=torch.float64)))
     p, spectrum = cone.linearise(v, tolerance)
     assert torch.equal(p, cone.project(v))
@@ -193,7 +201,9 @@ def test_the_projection_is_positively_homogeneous(cone: Cone, scale: float) -> N
     assert ((scaled / scale - p) / size).abs().amax() < 1e-13
     assert (dense(scaled_spectrum) - dense(spectrum)).abs().amax((-1, -2)).quantile(0.99) < 1e-8
     scaled = cone.margin(scale * v, cone.project(scale * v)) / scale
-    assert torch.allclose(scaled, cone.margin(v, cone.project(v)), rtol=1e-6, atol=1e-13 * float(size.max()))
+    assert torch.allclose(
+        scaled, cone.margin(v, cone.project(v)), rtol=1e-6, atol=1e-13 * float(size.max())
+    )
 
 
 @every_cone
@@ -236,7 +246,9 @@ def test_a_block_that_is_not_finite_leaves_the_others_untouched(cone: Cone, pois
 
 
 @every_cone
-def test_the_margin_is_zero_on_a_kink_and_the_derivative_constant_in_rank_within_it(cone: Cone) -> None:
+def test_the_margin_is_zero_on_a_kink_and_the_derivative_constant_in_rank_within_it(
+    cone: Cone,
+) -> None:
     """Inside half the margin the number of free directions, those of value 1, does not change."""
     v = points(cone, 1000)
     margin = cone.margin(v, cone.project(v))
@@ -266,7 +278,9 @@ def test_at_a_kink_the_larger_derivative_is_taken(cone: Cone) -> None:
             # a few powers near 0 and 1 are smooth but turn within less than the nudge
             assert (trace >= other - 1e-2).double().mean() > 0.95
     apex = dense(cone.linearise(torch.zeros(cone.size, dtype=torch.float64))[1])
-    whole = torch.zeros_like(apex) if cone.name == "zero" else torch.eye(cone.size, dtype=apex.dtype)
+    whole = (
+        torch.zeros_like(apex) if cone.name == "zero" else torch.eye(cone.size, dtype=apex.dtype)
+    )
     assert torch.allclose(apex, whole, atol=1e-15)
 
 
@@ -335,7 +349,9 @@ def oracle(r: float, s: float, t: float) -> tuple[Decimal, Decimal, Decimal]:
         (1e-6, 1.0, 1.0),
     ],
 )
-def test_extreme_points_of_the_exponential_cone_agree_with_many_digits(v: tuple[float, float, float]) -> None:
+def test_extreme_points_of_the_exponential_cone_agree_with_many_digits(
+    v: tuple[float, float, float],
+) -> None:
     p = Exponential().project(torch.tensor(v, dtype=torch.float64))
     size = max(abs(x) for x in v)
     for ours, exact in zip(p.tolist(), oracle(*v)):
@@ -349,7 +365,9 @@ def test_entropy_at_its_edge_has_a_finite_derivative() -> None:
     rho = torch.linspace(-700, 700, 57, dtype=torch.float64)
     unit = torch.exp(-rho.clamp(min=0))
     p = torch.stack((rho * unit, unit, torch.exp(rho.clamp(max=0))), -1)
-    normal = torch.stack((torch.exp(rho.clamp(max=0)), (1 - rho) * torch.exp(rho.clamp(max=0)), -unit), -1)
+    normal = torch.stack(
+        (torch.exp(rho.clamp(max=0)), (1 - rho) * torch.exp(rho.clamp(max=0)), -unit), -1
+    )
     for scale in (1e-12, 1.0):
         v = p + scale * normal
         q, spectrum = Exponential().linearise(v)
@@ -371,7 +389,9 @@ products = pytest.mark.parametrize(
 
 
 def pieces(product: Product) -> list[tuple[Cone, slice]]:
-    return [(cone, slice(b.start, b.start + b.size)) for cone, b in zip(product.cones, product.blocks)]
+    return [
+        (cone, slice(b.start, b.start + b.size)) for cone, b in zip(product.cones, product.blocks)
+    ]
 
 
 @products
@@ -383,7 +403,9 @@ def test_a_product_equals_its_parts(product: Product, batch: tuple[int, ...]) ->
     assert p.shape == y.shape == s.shape == spectrum.values.shape == v.shape
     margin = v.new_full(batch, torch.inf)
     x = torch.randn(*batch, product.size, 2, dtype=torch.float64)
-    derivative = spectrum.from_basis(spectrum.values.unsqueeze(-1) * spectrum.to_basis(x, columns=True), columns=True)
+    derivative = spectrum.from_basis(
+        spectrum.values.unsqueeze(-1) * spectrum.to_basis(x, columns=True), columns=True
+    )
     vector = spectrum.from_basis(spectrum.values * spectrum.to_basis(x[..., 0]))
     assert torch.allclose(vector, derivative[..., 0])
     for cone, rows in pieces(product):
@@ -423,7 +445,9 @@ def test_a_spectrum_rotates_back_and_broadcasts_and_selects(product: Product) ->
     fewer = spectrum.index_select(chosen)
     assert torch.equal(fewer.values, spectrum.values[chosen])
     assert torch.allclose(fewer.to_basis(v[chosen]), spectrum.to_basis(v)[chosen])
-    assert spectrum.is_diagonal == all(cone.name in ("zero", "nonnegative") for cone in product.cones)
+    assert spectrum.is_diagonal == all(
+        cone.name in ("zero", "nonnegative") for cone in product.cones
+    )
 
 
 @products
@@ -447,7 +471,9 @@ def test_a_product_describes_itself() -> None:
     assert Product([Zero(1), Zero(2)]) == Product([Zero(3)])
 
 
-@pytest.mark.parametrize("wrong", [lambda: Power(1.0), lambda: Power(()), lambda: SecondOrder(0), lambda: Psd(0)])
+@pytest.mark.parametrize(
+    "wrong", [lambda: Power(1.0), lambda: Power(()), lambda: SecondOrder(0), lambda: Psd(0)]
+)
 def test_a_cone_that_does_not_exist_is_refused(wrong: object) -> None:
     with pytest.raises(ValueError, match="expected"):
         wrong()  # type: ignore[operator]

@@ -71,7 +71,9 @@ def points(cone: Cone, count: int = 3000) -> Tensor:
     base = v[3 * part :]
     p = cone.project(base)
     away = 10 ** (-4 * torch.rand(len(base), 1, dtype=torch.float64))
-    v[3 * part :] = torch.where(torch.rand(len(base), 1) < 0.5, p, base - p) + away * torch.randn_like(base)
+    v[3 * part :] = torch.where(
+        torch.rand(len(base), 1) < 0.5, p, base - p
+    ) + away * torch.randn_like(base)
     return v
 
 
@@ -88,9 +90,10 @@ def floor(v: Tensor) -> Tensor:
 def applied(spectrum: Spectrum, x: Tensor) -> Tensor:
     if spectrum.basis is None:
         return spectrum.values * x
-    return (spectrum.basis @ (spectrum.values * (spectrum.basis.mT @ x.unsqueeze(-1)).squeeze(-1)).unsqueeze(-1))[
-        ..., 0
-    ]
+    return (
+        spectrum.basis
+        @ (spectrum.values * (spectrum.basis.mT @ x.unsqueeze(-1)).squeeze(-1)).unsqueeze(-1)
+    )[..., 0]
 
 
 def difference(cone: Cone, v: Tensor, h: Tensor, g: Tensor, step: Tensor) -> Tensor:
@@ -108,7 +111,9 @@ def test_the_curvature_agrees_with_differences_of_the_derivative(cone: Cone) -> 
     h, g = directions(v)
     # A power cone's derivative changes within |z| next to z = 0, which is no kink.
     smooth = v[:, 2].abs() if cone.name == "power" else v.norm(dim=-1)
-    reach = torch.minimum(torch.minimum(cone.margin(v, cone.project(v)), 1e-2 * v.norm(dim=-1)), smooth).unsqueeze(-1)
+    reach = torch.minimum(
+        torch.minimum(cone.margin(v, cone.project(v)), 1e-2 * v.norm(dim=-1)), smooth
+    ).unsqueeze(-1)
     wide, narrow = (difference(cone, v, h, g, reach / parts) for parts in (20, 40))
     k = cone.curvature(v, h, g)
     size, error = k.norm(dim=-1), (k - narrow).norm(dim=-1)
@@ -132,7 +137,9 @@ def test_the_curvature_is_symmetric_and_bilinear(cone: Cone) -> None:
     unit = k.norm(dim=-1, keepdim=True) + floor(v)
     assert ((cone.curvature(v, g, h) - k) / unit).abs().amax() < 1e-12
     size = cone.curvature(v, h, h).norm(dim=-1, keepdim=True) + unit
-    assert ((cone.curvature(v, 2 * g - 3 * h, h) - 2 * k + 3 * cone.curvature(v, h, h)) / size).abs().amax() < 1e-11
+    assert (
+        (cone.curvature(v, 2 * g - 3 * h, h) - 2 * k + 3 * cone.curvature(v, h, h)) / size
+    ).abs().amax() < 1e-11
 
 
 @every_cone
@@ -155,9 +162,13 @@ def test_the_curvature_is_homogeneous_of_degree_minus_one(cone: Cone, scale: flo
     k, scaled = cone.curvature(v, h, g), cone.curvature(scale * v, h, g) * scale
     unit = k.norm(dim=-1, keepdim=True) + floor(v)
     gap = ((scaled - k) / unit).norm(dim=-1)
-    assert gap.quantile(0.99) < 1e-6  # v is rounded, and curvature at its smallest distances feels it
+    assert (
+        gap.quantile(0.99) < 1e-6
+    )  # v is rounded, and curvature at its smallest distances feels it
     along = cone.curvature(v, h, v / v.norm(dim=-1, keepdim=True))
-    assert (along / (unit + cone.curvature(v, h, h).norm(dim=-1, keepdim=True))).norm(dim=-1).quantile(0.99) < 1e-6
+    assert (along / (unit + cone.curvature(v, h, h).norm(dim=-1, keepdim=True))).norm(
+        dim=-1
+    ).quantile(0.99) < 1e-6
 
 
 @every_cone
@@ -176,7 +187,15 @@ def test_a_batch_equals_a_loop(cone: Cone) -> None:
 def test_the_curvature_is_finite_on_kinks(cone: Cone) -> None:
     v = torch.randn(300, cone.size, dtype=torch.float64)
     p = cone.project(v)
-    v = torch.cat((torch.zeros(1, cone.size, dtype=torch.float64), p, p - v, v - p, torch.eye(cone.size).double()))
+    v = torch.cat(
+        (
+            torch.zeros(1, cone.size, dtype=torch.float64),
+            p,
+            p - v,
+            v - p,
+            torch.eye(cone.size).double(),
+        )
+    )
     assert cone.curvature(v, *directions(v)).isfinite().all()
 
 
@@ -199,7 +218,9 @@ def test_the_dual_of_a_product_has_the_curvature_of_its_blocks_mirrored() -> Non
     start = 0
     for cone in SCATTERED:
         rows = slice(start, start + cone.size)
-        assert torch.allclose(k[..., rows], cone.curvature(-v[..., rows], h[..., rows], g[..., rows]), rtol=1e-12)
+        assert torch.allclose(
+            k[..., rows], cone.curvature(-v[..., rows], h[..., rows], g[..., rows]), rtol=1e-12
+        )
         start += cone.size
     step = 1e-4
 

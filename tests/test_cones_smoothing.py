@@ -39,7 +39,9 @@ def named(cone: Cone) -> str:
 
 
 every_cone = pytest.mark.parametrize("cone", CONES, ids=named)
-every_inside = pytest.mark.parametrize("cone", [cone for cone in CONES if cone.name != "zero"], ids=named)
+every_inside = pytest.mark.parametrize(
+    "cone", [cone for cone in CONES if cone.name != "zero"], ids=named
+)
 every_kappa = pytest.mark.parametrize("kappa", KAPPAS)
 
 
@@ -69,9 +71,10 @@ def everywhere(kappa: float, v: Tensor) -> Tensor:
 def apply(spectrum: Spectrum, x: Tensor) -> Tensor:
     if spectrum.basis is None:
         return spectrum.values * x
-    return (spectrum.basis @ (spectrum.values * (spectrum.basis.mT @ x.unsqueeze(-1)).squeeze(-1)).unsqueeze(-1))[
-        ..., 0
-    ]
+    return (
+        spectrum.basis
+        @ (spectrum.values * (spectrum.basis.mT @ x.unsqueeze(-1)).squeeze(-1)).unsqueeze(-1)
+    )[..., 0]
 
 
 def barrier(cone: Cone, p: Tensor) -> Tensor:
@@ -109,7 +112,9 @@ def test_the_two_parts_differ_by_v(cone: Cone, kappa: float) -> None:
 
 @every_inside
 @pytest.mark.parametrize("kappa", [1e-4, 1.0, 1e4])
-def test_the_dual_part_is_minus_kappa_times_the_gradient_of_the_barrier(cone: Cone, kappa: float) -> None:
+def test_the_dual_part_is_minus_kappa_times_the_gradient_of_the_barrier(
+    cone: Cone, kappa: float
+) -> None:
     v = 3 * torch.randn(300, cone.size, dtype=torch.float64)
     p, r, _ = cone.smooth(v, everywhere(kappa, v))
     inside = p.clone().requires_grad_()
@@ -124,11 +129,17 @@ def test_the_dual_part_is_minus_kappa_times_the_gradient_of_the_barrier(cone: Co
 def test_symmetric_cones_are_complementary_in_their_product(cone: Cone, kappa: float) -> None:
     v = points(cone)
     p, r, _ = cone.smooth(v, everywhere(kappa, v))
-    degree = {"nonnegative": cone.size, "second_order": 1, "psd": cone.parameter, "exponential": 3, "power": 3}[
-        cone.name
-    ]
+    degree = {
+        "nonnegative": cone.size,
+        "second_order": 1,
+        "psd": cone.parameter,
+        "exponential": 3,
+        "power": 3,
+    }[cone.name]
     size = size_of(v, kappa)
-    assert (((p * r).sum(-1, keepdim=True) - degree * kappa) / size**2).abs().amax() < 1e-13  # f has this degree
+    assert (
+        ((p * r).sum(-1, keepdim=True) - degree * kappa) / size**2
+    ).abs().amax() < 1e-13  # f has this degree
     if cone.name == "psd":
         eye = kappa * torch.eye(cone.parameter, dtype=v.dtype)
         assert ((smat(p) @ smat(r) - eye).flatten(-2) / size**2).abs().amax() < 1e-13
@@ -192,8 +203,12 @@ def test_the_limit_is_the_projection_and_its_derivative(cone: Cone) -> None:
     for kappa in (1e-4, 1e-8, 1e-12):
         # kappa in units of v, and no further from Pi(v) than the barrier's degree allows
         p, _, rest = cone.smooth(v, kappa * v.square().sum(-1).clamp(min=1e-30))
-        assert ((p - exact).norm(dim=-1) <= (cone.size * kappa) ** 0.5 * v.norm(dim=-1) + 2e-15).all()
-        gaps.append(float((x - apply(rest, x) - apply(spectrum, x)).norm(dim=-1)[far].quantile(0.9)))
+        assert (
+            (p - exact).norm(dim=-1) <= (cone.size * kappa) ** 0.5 * v.norm(dim=-1) + 2e-15
+        ).all()
+        gaps.append(
+            float((x - apply(rest, x) - apply(spectrum, x)).norm(dim=-1)[far].quantile(0.9))
+        )
     assert gaps[2] < 1e-6
     assert gaps[2] <= gaps[1] <= gaps[0]
 
@@ -247,11 +262,21 @@ def test_the_dual_of_a_product_is_assembled_from_its_blocks() -> None:
     assert not s[..., free].any()
     step = 1e-5
     plus, minus = (product.smooth_dual(v + k * step * x, kappa)[0] for k in (1, -1))
-    assert ((plus - minus) / (2 * step) - image).norm(dim=-1).amax() < 1e-6 * float(image.norm(dim=-1).amax())
+    assert ((plus - minus) / (2 * step) - image).norm(dim=-1).amax() < 1e-6 * float(
+        image.norm(dim=-1).amax()
+    )
 
 
 def test_the_dual_of_a_product_tends_to_the_exact_one() -> None:
-    curved = [SecondOrder(3), SecondOrder(4), Psd(2), Psd(3), Exponential(), Exponential(), Power((0.3, 0.6))]
+    curved = [
+        SecondOrder(3),
+        SecondOrder(4),
+        Psd(2),
+        Psd(3),
+        Exponential(),
+        Exponential(),
+        Power((0.3, 0.6)),
+    ]
     product = Product([Zero(2), Nonnegative(3), *curved])
     v, x = torch.randn(2, 20, product.size, dtype=torch.float64)
     exact_y, exact_s, exact = product.linearise_dual(v)

@@ -84,7 +84,9 @@ def test_the_contradiction_is_named_with_its_amounts(name):
     assert [member.name for member in conflict.members] == [word for word, _, _ in expected]
     for member, (_, amount, entries) in zip(conflict.members, expected, strict=True):
         assert member.entries == entries
-        assert member.amount == (None if amount is None else pytest.approx(amount, rel=1e-4, abs=1e-6))
+        assert member.amount == (
+            None if amount is None else pytest.approx(amount, rel=1e-4, abs=1e-6)
+        )
     with pytest.raises(SolverError) as caught:
         layer(*tensors)
     for text in (str(caught.value), str(check)):

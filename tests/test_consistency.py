@@ -16,12 +16,20 @@ def _transport(square: float = 0.0):
     Z, M = cp.Variable((N, N)), cp.Parameter((N, N))
     r, c = cp.Parameter(N), cp.Parameter(N)
     cost = cp.sum(cp.multiply(M, Z)) + square * cp.sum_squares(Z)
-    return cp.Problem(cp.Minimize(cost), [cp.sum(Z, axis=1) == r, cp.sum(Z, axis=0) == c, Z >= 0]), [M, r, c], [Z]
+    return (
+        cp.Problem(cp.Minimize(cost), [cp.sum(Z, axis=1) == r, cp.sum(Z, axis=0) == c, Z >= 0]),
+        [M, r, c],
+        [Z],
+    )
 
 
 def _marginals(dtype):
     g = torch.Generator().manual_seed(0)
-    parts = torch.rand(ROWS, N, N, generator=g), torch.randn(ROWS, N, generator=g), torch.randn(ROWS, N, generator=g)
+    parts = (
+        torch.rand(ROWS, N, N, generator=g),
+        torch.randn(ROWS, N, generator=g),
+        torch.randn(ROWS, N, generator=g),
+    )
     return parts[0].to(dtype), *(torch.softmax(part.to(dtype), -1) for part in parts[1:])
 
 
@@ -49,7 +57,13 @@ def _balanced(kind: str):
     Z, r, c = cp.Variable((N, N)), cp.Parameter(N), cp.Parameter(N)
     cost = cp.sum_squares(Z) if kind == "equality_constrained_qp" else -cp.sum(cp.entr(Z))
     rules = [cp.sum(Z, axis=1) == r, cp.sum(Z, axis=0) == c]
-    return cp.Problem(cp.Minimize(cost), rules if kind == "equality_constrained_qp" else [*rules, Z >= 0]), [r, c], [Z]
+    return (
+        cp.Problem(
+            cp.Minimize(cost), rules if kind == "equality_constrained_qp" else [*rules, Z >= 0]
+        ),
+        [r, c],
+        [Z],
+    )
 
 
 def _words(solution) -> list[str]:
@@ -58,7 +72,10 @@ def _words(solution) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["equality_constrained_qp", "entropic_optimal_transport"])
-@pytest.mark.parametrize(("dtype", "apart"), [(torch.float32, 0.0), (torch.float64, 0.0), (torch.float64, 5e-9), (torch.float64, 1e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "apart"),
+    [(torch.float32, 0.0), (torch.float64, 0.0), (torch.float64, 5e-9), (torch.float64, 1e-3)],
+)
 def test_a_kernel_says_of_equalities_that_differ_what_the_cone_program_says(kind, dtype, apart):
     """The right-hand sides themselves are the oracle: whether they differ, and by how much."""
     problem, parameters, variables = _balanced(kind)
@@ -70,7 +87,9 @@ def test_a_kernel_says_of_equalities_that_differ_what_the_cone_program_says(kind
         solution = layer.solve(r, c)
         with_words = layer.with_options(on_failure="raise")
         if apart > 1e-8:
-            with pytest.raises(SolverError, match=r"depend on each other disagree by .* rounding in float64"):
+            with pytest.raises(
+                SolverError, match=r"depend on each other disagree by .* rounding in float64"
+            ):
                 with_words(r, c)
         found.append((solution.status.tolist(), _words(solution)))
     differ = dtype is torch.float32 or apart > 0
@@ -83,9 +102,14 @@ def test_a_kernel_weighs_a_difference_by_what_it_is_made_of():
     """A difference of numbers of size 1e6 in single precision is off by 0.1, and what the user says is rounding is rounding."""
     x, a, b = cp.Variable(4), cp.Parameter(2), cp.Parameter(2)
     rules = [x[:2] + a == b, cp.sum(x[:2]) + cp.sum(a) == cp.sum(b)]
-    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x)), rules), [a, b], [x], on_failure="keep")
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(cp.sum_squares(x)), rules), [a, b], [x], on_failure="keep"
+    )
     assert layer.structure == "equality_constrained_qp"
-    rows = torch.tensor([[1e6 + 0.3, 2e6]], dtype=torch.float32), torch.tensor([[1e6 + 1.7, 2e6 + 0.9]], dtype=torch.float32)
+    rows = (
+        torch.tensor([[1e6 + 0.3, 2e6]], dtype=torch.float32),
+        torch.tensor([[1e6 + 1.7, 2e6 + 0.9]], dtype=torch.float32),
+    )
     assert layer.solve(*rows).status.tolist() == [Status.SOLVED]
     problem, parameters, variables = _balanced("equality_constrained_qp")
     layer = ConvexLayer(problem, parameters, variables, on_failure="keep")
@@ -128,12 +152,16 @@ def test_equal_rows_have_equal_answers_and_more_than_rounding_is_infeasible_in_w
     layer = ConvexLayer(problem, parameters, variables, solver=solver, on_failure="keep")
     for apart in (1e-7, 1e-3):
         assert layer.solve(M, r * (1 + apart), c).status.tolist() == [Status.INFEASIBLE] * 40
-    with pytest.raises(SolverError, match=r"depend on each other disagree by .* rounding in float64"):
+    with pytest.raises(
+        SolverError, match=r"depend on each other disagree by .* rounding in float64"
+    ):
         ConvexLayer(problem, parameters, variables)(M, r * (1 + 1e-7), c)
     # What the user says is rounding is rounding.
     solution = layer.solve(M, r * (1 + 1e-7), c, solver_args={"tolerance": 1e-6})
     assert solution.status.tolist() == [Status.SOLVED] * 40
-    torch.testing.assert_close(solution.objective, solution.objective[:1].expand(40), rtol=1e-14, atol=0)
+    torch.testing.assert_close(
+        solution.objective, solution.objective[:1].expand(40), rtol=1e-14, atol=0
+    )
 
 
 def test_the_gradient_is_that_along_right_hand_sides_that_agree():
@@ -156,7 +184,9 @@ def test_the_gradient_is_that_along_right_hand_sides_that_agree():
                 return (weights * layer(*parts)[0]).sum().item()
 
         slope = (8 * (along(1e-5) - along(-1e-5)) - (along(2e-5) - along(-2e-5))) / 12e-5
-        assert abs(sum((b * m).sum().item() for b, m in zip(bars, moves, strict=True)) - slope) <= 1e-6 * (1 + abs(slope))
+        assert abs(
+            sum((b * m).sum().item() for b, m in zip(bars, moves, strict=True)) - slope
+        ) <= 1e-6 * (1 + abs(slope))
 
 
 def test_a_sum_declared_twice_and_its_parts():
@@ -167,7 +197,9 @@ def test_a_sum_declared_twice_and_its_parts():
     rows = torch.softmax(torch.randn(32, 3, generator=g), -1), torch.randn(32, 9, generator=g)
     solution = ConvexLayer(problem, [s, mu], [w]).solve(*rows)
     assert solution.status.tolist() == [Status.SOLVED] * 32
-    torch.testing.assert_close(solution.variables[0] @ torch.tensor(G.T, dtype=torch.float32), rows[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        solution.variables[0] @ torch.tensor(G.T, dtype=torch.float32), rows[0], rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("holds", [True, False])
@@ -175,17 +207,29 @@ def test_an_equation_or_an_inequality_between_numbers_is_true_or_infeasible(hold
     x, p = cp.Variable(3), cp.Parameter(3)
     value = torch.tensor([0.3, 0.2, 0.3 if holds else 0.4], dtype=torch.float64)
     wanted = Status.SOLVED if holds else Status.INFEASIBLE
-    for rule in (p[0] == p[2], p[2] <= p[0], cp.Constant(0) == (0 if holds else 1), cp.Constant(1) <= (1 if holds else 0)):
+    for rule in (
+        p[0] == p[2],
+        p[2] <= p[0],
+        cp.Constant(0) == (0 if holds else 1),
+        cp.Constant(1) <= (1 if holds else 0),
+    ):
         problem = cp.Problem(cp.Minimize(cp.sum_squares(x - p)), [x >= 0, rule])
-        assert ConvexLayer(problem, [p], [x], on_failure="keep").solve(value).status.item() == wanted
+        assert (
+            ConvexLayer(problem, [p], [x], on_failure="keep").solve(value).status.item() == wanted
+        )
 
 
 def test_right_hand_sides_that_cancel_are_weighed_by_what_they_are_made_of():
     """a - b of numbers of size 1e6 in single precision is off by 0.1."""
     x, a, b = cp.Variable(4), cp.Parameter(2), cp.Parameter(2)
     rules = [x[:2] + a == b, cp.sum(x[:2]) + cp.sum(a) == cp.sum(b), x >= -1]
-    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x)), rules), [a, b], [x], on_failure="keep")
-    rows = torch.tensor([[1e6 + 0.3, 2e6]], dtype=torch.float32), torch.tensor([[1e6 + 1.7, 2e6 + 0.9]], dtype=torch.float32)
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(cp.sum_squares(x)), rules), [a, b], [x], on_failure="keep"
+    )
+    rows = (
+        torch.tensor([[1e6 + 0.3, 2e6]], dtype=torch.float32),
+        torch.tensor([[1e6 + 1.7, 2e6 + 0.9]], dtype=torch.float32),
+    )
     assert layer.solve(*rows).status.tolist() == [Status.SOLVED]
 
 
@@ -193,7 +237,9 @@ def test_right_hand_sides_that_cancel_are_weighed_by_what_they_are_made_of():
 def test_caps_that_sum_to_one_but_for_rounding_leave_a_point(square):
     """sum(w) == 1, w <= cap with sum(cap) == 1 in single precision: infeasible by rounding in every second row."""
     w, cap, mu = cp.Variable(3), cp.Parameter(3), cp.Parameter(3)
-    problem = cp.Problem(cp.Maximize(mu @ w - square * cp.sum_squares(w)), [cp.sum(w) == 1, w <= cap, w >= 0])
+    problem = cp.Problem(
+        cp.Maximize(mu @ w - square * cp.sum_squares(w)), [cp.sum(w) == 1, w <= cap, w >= 0]
+    )
     layer = ConvexLayer(problem, [cap, mu], [w])
     g = torch.Generator().manual_seed(0)
     caps, mus = torch.softmax(torch.randn(60, 3, generator=g), -1), torch.randn(60, 3, generator=g)
@@ -207,12 +253,23 @@ def test_caps_that_sum_to_one_but_for_rounding_leave_a_point(square):
 @pytest.mark.parametrize("cost", ["linear", "quadratic", "norm"])
 def test_rows_of_a_matrix_parameter_that_depend_on_each_other(cost):
     """No pattern tells of these: the right-hand sides agree to 1e-8, and each row has the solution of those that agree."""
-    x, A, b, c = cp.Variable(16, nonneg=True), cp.Parameter((8, 16)), cp.Parameter(8), cp.Parameter(16)
+    x, A, b, c = (
+        cp.Variable(16, nonneg=True),
+        cp.Parameter((8, 16)),
+        cp.Parameter(8),
+        cp.Parameter(16),
+    )
     more = {"linear": 0.0, "quadratic": 0.1 * cp.sum_squares(x), "norm": 0.1 * cp.norm(x)}[cost]
-    layer = ConvexLayer(cp.Problem(cp.Minimize(c @ x + more), [A @ x == b]), [A, b, c], [x], on_failure="keep")
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(c @ x + more), [A @ x == b]), [A, b, c], [x], on_failure="keep"
+    )
     g = np.random.default_rng(0)
     M = np.vstack([np.kron(np.eye(4), np.ones((1, 4))), np.kron(np.ones((1, 4)), np.eye(4))])
-    left, right, costs = (g.dirichlet(np.ones(4), 12), g.dirichlet(np.ones(4), 12), g.uniform(size=(12, 16)))
+    left, right, costs = (
+        g.dirichlet(np.ones(4), 12),
+        g.dirichlet(np.ones(4), 12),
+        g.uniform(size=(12, 16)),
+    )
 
     def solved(apart):
         values = np.concatenate([left, right * (1 + apart)], 1)

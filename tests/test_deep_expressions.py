@@ -19,7 +19,10 @@ from convlayer.declaration.normal_form import normal_form
 
 def dense(table, variables: int, parameters: int) -> tuple[np.ndarray, np.ndarray]:
     """The coefficients of the variables and of the parameters, of a table without products of the two."""
-    of_variables, of_parameters = np.zeros((table.size, variables)), np.zeros((table.size, parameters))
+    of_variables, of_parameters = (
+        np.zeros((table.size, variables)),
+        np.zeros((table.size, parameters)),
+    )
     moving = table.variable != NONE
     np.add.at(of_variables, (table.row[moving], table.variable[moving]), table.coefficient[moving])
     given = ~moving & (table.parameter != NONE)
@@ -123,10 +126,14 @@ def test_maps_that_are_not_affordable_take_the_cone_program(monkeypatch):
     monkeypatch.setattr(affine, "ENTRIES_AT_LEAST", 100)
     monkeypatch.setattr(affine, "ENTRIES_A_LEAF", 0)
     layer = ConvexLayer(problem, [p], [x])
-    assert layer.structure == "quadratic_program"  # which CVXPY says it is, and its cone program solves
+    assert (
+        layer.structure == "quadratic_program"
+    )  # which CVXPY says it is, and its cone program solves
     value = random.normal(size=n)
     (found,) = layer(torch.from_numpy(value))
-    np.testing.assert_allclose(found.numpy(), np.linalg.solve(F @ G + np.eye(n), value), rtol=0, atol=1e-9)
+    np.testing.assert_allclose(
+        found.numpy(), np.linalg.solve(F @ G + np.eye(n), value), rtol=0, atol=1e-9
+    )
 
 
 def test_what_is_too_deep_for_cvxpy_is_refused_in_words():

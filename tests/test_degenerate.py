@@ -26,11 +26,17 @@ def run(problem, parameters, variables, *values, cotangents=None, **options):
         warnings.simplefilter("always")
         solution = layer.solve(*inputs)
         outputs = solution.variables
-        bars = torch.autograd.grad(outputs, inputs, cotangents or [torch.ones_like(o) for o in outputs])
+        bars = torch.autograd.grad(
+            outputs, inputs, cotangents or [torch.ones_like(o) for o in outputs]
+        )
     assert (solution.status == Status.SOLVED).all()
     assert all(bar.isfinite().all() for bar in bars)
-    warned = any(w.category is GradientWarning and w.message.cause is not Cause.ZERO for w in caught)
-    assert warned == bool(solution.degenerate.any()), "a flag and no warning, or a warning and no flag"
+    warned = any(
+        w.category is GradientWarning and w.message.cause is not Cause.ZERO for w in caught
+    )
+    assert warned == bool(solution.degenerate.any()), (
+        "a flag and no warning, or a warning and no flag"
+    )
     return solution, bars, warned
 
 
@@ -79,7 +85,9 @@ def test_soft_thresholding_at_its_threshold_is_flagged():
     problem = cp.Problem(cp.Minimize(0.5 * cp.sum_squares(x - y) + cp.norm1(x)))
     _, (bar,), flagged = run(problem, [y], [x], tensor(1.0, 3.0, 0.2))
     assert flagged
-    assert close(bar[1:], tensor(1.0, 0.0), 1e-9), "the entries away from the kink are untouched by it"
+    assert close(bar[1:], tensor(1.0, 0.0), 1e-9), (
+        "the entries away from the kink are untouched by it"
+    )
     assert -1e-9 <= float(bar[0]) <= 1 + 1e-9, "an element of the Clarke derivative"
 
 
@@ -96,15 +104,26 @@ def test_a_norm_at_its_apex_weakly_is_flagged_and_strictly_is_not():
 
 
 def redundant_equalities(parametrised, dual):
-    a, b, c, x = cp.Parameter(3, name="a"), cp.Parameter(name="b"), cp.Parameter(name="c"), cp.Variable(3, name="x")
+    a, b, c, x = (
+        cp.Parameter(3, name="a"),
+        cp.Parameter(name="b"),
+        cp.Parameter(name="c"),
+        cp.Variable(3, name="x"),
+    )
     first = cp.sum(x) == (b if parametrised else 1.0)
-    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [first, 2 * cp.sum(x) == (c if parametrised else 2.0)])
+    problem = cp.Problem(
+        cp.Minimize(cp.sum_squares(x - a)), [first, 2 * cp.sum(x) == (c if parametrised else 2.0)]
+    )
     outputs = [x, first.dual_variables[0]] if dual else [x]
     return problem, [a, b, c] if parametrised else [a], outputs
 
 
 def test_redundant_equalities_without_parameters_are_harmless():
-    _, (bar,), flagged = run(*redundant_equalities(False, False), tensor(0.1, 0.2, 0.9), cotangents=[tensor(1.0, 0.0, 0.0)])
+    _, (bar,), flagged = run(
+        *redundant_equalities(False, False),
+        tensor(0.1, 0.2, 0.9),
+        cotangents=[tensor(1.0, 0.0, 0.0)],
+    )
     assert not flagged
     assert close(bar, tensor(2 / 3, -1 / 3, -1 / 3), 1e-8)
 
@@ -116,9 +135,13 @@ def test_redundant_equalities_whose_multiplier_is_an_output_are_flagged():
 def test_redundant_equalities_with_parameters_are_differentiated_along_feasible_ones():
     """Along (db, dc) = t (1, 2), which keeps the problem feasible, the derivative is that of x; across it there is no problem."""
     problem, parameters, outputs = redundant_equalities(True, False)
-    _, (a_bar, b_bar, c_bar), flagged = run(problem, parameters, outputs, tensor(0.1, 0.2, 0.9), 1.0, 2.0)
+    _, (a_bar, b_bar, c_bar), flagged = run(
+        problem, parameters, outputs, tensor(0.1, 0.2, 0.9), 1.0, 2.0
+    )
     assert not flagged
-    assert run(*redundant_equalities(True, True), tensor(0.1, 0.2, 0.9), 1.0, 2.0)[2], "the multiplier is not unique"
+    assert run(*redundant_equalities(True, True), tensor(0.1, 0.2, 0.9), 1.0, 2.0)[2], (
+        "the multiplier is not unique"
+    )
     assert close(a_bar, tensor(0.0, 0.0, 0.0), 1e-8)
     assert float(b_bar + 2 * c_bar) == pytest.approx(1.0, abs=1e-8)
 
@@ -171,7 +194,9 @@ def test_a_linear_program_at_a_vertex_moves_with_its_constraints_and_not_with_it
     G = np.array([[1.0, 2.0], [3.0, 1.0]])
     problem = cp.Problem(cp.Minimize(-c @ x), [G @ x <= h, x >= 0])
     w = tensor(0.3, -0.7)
-    _, (c_bar, h_bar), flagged = run(problem, [c, h], [x], tensor(1.0, 1.0), tensor(4.0, 6.0), cotangents=[w])
+    _, (c_bar, h_bar), flagged = run(
+        problem, [c, h], [x], tensor(1.0, 1.0), tensor(4.0, 6.0), cotangents=[w]
+    )
     assert not flagged
     assert close(c_bar, tensor(0.0, 0.0), 1e-10)
     assert close(h_bar, torch.linalg.solve(torch.from_numpy(G).mT, w), 1e-9)
@@ -200,16 +225,22 @@ def test_underdetermined_least_squares_is_flagged_and_right_along_the_rows():
     w = tensor(0.4, -1.0)
     _, (bar,), flagged = run(problem, [b], [x], tensor(1.0, 2.0), cotangents=[A.mT @ w])
     assert flagged
-    assert close(bar, w, 1e-7), "the cotangent lies in the row space: the least-norm derivative is exact on it"
+    assert close(bar, w, 1e-7), (
+        "the cotangent lies in the row space: the least-norm derivative is exact on it"
+    )
     _, (bar,), _ = run(problem, [b], [x], tensor(1.0, 2.0), cotangents=[tensor(1.0, 0.0, 0.0, 0.0)])
-    assert close(bar, torch.linalg.pinv(A).mT @ tensor(1.0, 0.0, 0.0, 0.0), 1e-7), "least norm: the pseudo-inverse"
+    assert close(bar, torch.linalg.pinv(A).mT @ tensor(1.0, 0.0, 0.0, 0.0), 1e-7), (
+        "least norm: the pseudo-inverse"
+    )
 
 
 def test_a_feasibility_problem_is_flagged_unless_it_has_one_point():
     b, x = cp.Parameter(2, name="b"), cp.Variable(2, name="x")
     assert run(cp.Problem(cp.Minimize(0), [x >= b, x <= 5]), [b], [x], tensor(0.0, 1.0))[2]
     matrix = np.array([[1.0, 2.0], [0.0, 1.0]])
-    _, (bar,), flagged = run(cp.Problem(cp.Minimize(0), [matrix @ x == b]), [b], [x], tensor(0.0, 1.0))
+    _, (bar,), flagged = run(
+        cp.Problem(cp.Minimize(0), [matrix @ x == b]), [b], [x], tensor(0.0, 1.0)
+    )
     assert not flagged
     assert close(bar, torch.linalg.solve(torch.from_numpy(matrix).mT, tensor(1.0, 1.0)), 1e-9)
 
@@ -219,10 +250,18 @@ def test_a_feasibility_problem_is_flagged_unless_it_has_one_point():
 
 def directional(layer, value, direction, weight, step=1e-4):
     with torch.no_grad():
-        return sum(c * float((weight * layer(value + k * step * direction)[0]).sum()) for k, c in FIVE_POINT.items()) / step
+        return (
+            sum(
+                c * float((weight * layer(value + k * step * direction)[0]).sum())
+                for k, c in FIVE_POINT.items()
+            )
+            / step
+        )
 
 
-@pytest.mark.parametrize("eigenvalues", [(2.0, 2.0, 2.0), (2.0, 2.0, -1.0), (-1.0, -1.0, -1.0), (3.0, 1.0, 1.0)])
+@pytest.mark.parametrize(
+    "eigenvalues", [(2.0, 2.0, 2.0), (2.0, 2.0, -1.0), (-1.0, -1.0, -1.0), (3.0, 1.0, 1.0)]
+)
 def test_equal_eigenvalues_away_from_zero_are_harmless(eigenvalues):
     C, X = cp.Parameter((3, 3), symmetric=True, name="C"), cp.Variable((3, 3), PSD=True, name="X")
     problem = cp.Problem(cp.Minimize(cp.sum_squares(X - C)))
@@ -230,7 +269,9 @@ def test_equal_eigenvalues_away_from_zero_are_harmless(eigenvalues):
     Q = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64)).Q
     value = Q @ torch.diag(tensor(eigenvalues)) @ Q.mT
     value = (value + value.mT) / 2
-    weight, direction = (torch.randn(3, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    weight, direction = (
+        torch.randn(3, 3, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
     direction = direction + direction.mT
     _, (bar,), flagged = run(problem, [C], [X], value, cotangents=[weight])
     assert not flagged
@@ -245,30 +286,57 @@ def test_a_tie_for_the_leading_eigenvector_is_flagged():
 
 
 def test_a_tie_for_the_largest_eigenvalue_is_flagged_or_right():
-    C, a, x = cp.Parameter((2, 2), symmetric=True, name="C"), cp.Parameter(2, name="a"), cp.Variable(2, name="x")
+    C, a, x = (
+        cp.Parameter((2, 2), symmetric=True, name="C"),
+        cp.Parameter(2, name="a"),
+        cp.Variable(2, name="x"),
+    )
     problem = cp.Problem(cp.Minimize(cp.lambda_max(C + cp.diag(x)) + cp.sum_squares(x - a)))
     weight = tensor(1.0, -0.5)
-    _, (_, bar), flagged = run(problem, [C, a], [x], torch.zeros(2, 2, dtype=torch.float64), tensor(0.0, 0.1),
-                               cotangents=[weight])
+    _, (_, bar), flagged = run(
+        problem,
+        [C, a],
+        [x],
+        torch.zeros(2, 2, dtype=torch.float64),
+        tensor(0.0, 0.1),
+        cotangents=[weight],
+    )
     layer = ConvexLayer(problem, [C, a], [x])
     expected = []
     for k in range(2):
         step = 1e-4 * torch.eye(2, dtype=torch.float64)[k]
         with torch.no_grad():
-            expected.append(sum(c * float(weight @ layer(torch.zeros(2, 2, dtype=torch.float64), tensor(0.0, 0.1) + m * step)[0])
-                                for m, c in FIVE_POINT.items()) / 1e-4)
+            expected.append(
+                sum(
+                    c
+                    * float(
+                        weight
+                        @ layer(
+                            torch.zeros(2, 2, dtype=torch.float64), tensor(0.0, 0.1) + m * step
+                        )[0]
+                    )
+                    for m, c in FIVE_POINT.items()
+                )
+                / 1e-4
+            )
     assert flagged or close(bar, tensor(expected), 1e-5)
 
 
 def test_the_unit_ball_with_no_pull_is_flagged():
     """min c'x over a ball at c = 0: every point is a solution."""
     c, x = cp.Parameter(3, name="c"), cp.Variable(3, name="x")
-    assert run(cp.Problem(cp.Minimize(c @ x), [cp.norm(x) <= 1]), [c], [x], tensor(0.0, 0.0, 0.0))[2]
+    assert run(cp.Problem(cp.Minimize(c @ x), [cp.norm(x) <= 1]), [c], [x], tensor(0.0, 0.0, 0.0))[
+        2
+    ]
 
 
 def test_a_norm_to_zero_radius_has_one_point():
     """|x - a| <= r at r = 0: Slater fails; the point moves with a, and how with r is not determined."""
-    a, r, x = cp.Parameter(2, name="a"), cp.Parameter(nonneg=True, name="r"), cp.Variable(2, name="x")
+    a, r, x = (
+        cp.Parameter(2, name="a"),
+        cp.Parameter(nonneg=True, name="r"),
+        cp.Variable(2, name="x"),
+    )
     problem = cp.Problem(cp.Minimize(x[0] + 2 * x[1]), [cp.norm(x - a) <= r])
     layer = ConvexLayer(problem, [a, r], [x], on_failure="keep")
     inputs = leaves([tensor(1.0, 2.0), tensor(0.0)])
@@ -340,7 +408,12 @@ def test_without_gradients_nothing_is_warned_about():
 
 
 def tied(kind):
-    q, h, G, x = cp.Parameter(3, name="q"), cp.Parameter(4, name="h"), cp.Parameter((4, 3), name="G"), cp.Variable(3, name="x")
+    q, h, G, x = (
+        cp.Parameter(3, name="q"),
+        cp.Parameter(4, name="h"),
+        cp.Parameter((4, 3), name="G"),
+        cp.Variable(3, name="x"),
+    )
     quadratic, rows = 0.5 * cp.sum_squares(x) + q @ x, [G @ x <= h]
     objective, constraints = {
         "quadratic": (quadratic, rows),
@@ -350,15 +423,19 @@ def tied(kind):
         "largest": (quadratic + cp.norm_inf(x), rows),
         "equality": (0.5 * cp.sum_squares(x[:2]) + q @ x, [*rows, cp.sum(x) == 1, x >= -2]),
     }[kind]
-    return ConvexLayer(cp.Problem(cp.Minimize(objective), constraints), [q, h, G], [x], on_failure="keep")
+    return ConvexLayer(
+        cp.Problem(cp.Minimize(objective), constraints), [q, h, G], [x], on_failure="keep"
+    )
 
 
 @pytest.mark.parametrize("kind", ["quadratic", "linear", "absolute", "norm", "largest", "equality"])
 def test_with_ties_a_gradient_is_the_derivative_or_flagged_and_a_kink_is_always_flagged(kind):
     """One-sided differences at two steps tell a kink from a smooth point."""
     rows, layer, rng = 60, tied(kind), np.random.default_rng(0)
-    values = [tensor(rng.integers(low, high, (rows, *shape)).astype(float)) for low, high, shape in
-              ((-2, 3, (3,)), (0, 3, (4,)), (-1, 2, (4, 3)))]
+    values = [
+        tensor(rng.integers(low, high, (rows, *shape)).astype(float))
+        for low, high, shape in ((-2, 3, (3,)), (0, 3, (4,)), (-1, 2, (4, 3)))
+    ]
     inputs = leaves(values)
     weight = tensor(rng.standard_normal((rows, 3)))
     with warnings.catch_warnings():
@@ -384,8 +461,12 @@ def test_with_ties_a_gradient_is_the_derivative_or_flagged_and_a_kink_is_always_
             smooth = usable & (fine < 0.02 * unit) & (coarse < 0.1 * unit)
             wrong = smooth & ((got - (slopes[1e-4] + slopes[-1e-4]) / 2).abs() > 0.02 * unit)
             assert int(smooth.sum()) >= rows // 10
-            assert not (wrong & ~solution.degenerate).any(), torch.nonzero(wrong & ~solution.degenerate).flatten().tolist()
-            assert not (kink & ~solution.degenerate).any(), torch.nonzero(kink & ~solution.degenerate).flatten().tolist()
+            assert not (wrong & ~solution.degenerate).any(), (
+                torch.nonzero(wrong & ~solution.degenerate).flatten().tolist()
+            )
+            assert not (kink & ~solution.degenerate).any(), (
+                torch.nonzero(kink & ~solution.degenerate).flatten().tolist()
+            )
 
 
 @pytest.mark.parametrize("slope", [[-1.0, 0.0, 0.0], [-1.0, 1.0, 1.0], [-1.0, 0.5, 0.2]])
@@ -403,14 +484,30 @@ def test_an_active_set_that_newton_cannot_settle_is_settled_by_the_central_path(
     """A thousand bounds and rows, some all but weakly active: the polish takes the interior-point steps that are missing."""
     generator = torch.Generator().manual_seed(0)
     n, band = 300, 5
-    A = sum(np.diag(torch.randn(n - k, generator=generator, dtype=torch.float64).numpy(), k) for k in range(band))
+    A = sum(
+        np.diag(torch.randn(n - k, generator=generator, dtype=torch.float64).numpy(), k)
+        for k in range(band)
+    )
     q, b, x = cp.Parameter(n, name="q"), cp.Parameter(n, name="b"), cp.Variable(n, name="x")
-    problem = cp.Problem(cp.Minimize(0.5 * cp.sum_squares(x) + q @ x), [A @ x <= b, x >= -1, x <= 1])
+    problem = cp.Problem(
+        cp.Minimize(0.5 * cp.sum_squares(x) + q @ x), [A @ x <= b, x >= -1, x <= 1]
+    )
     layer = ConvexLayer(problem, [q, b], [x], solver_args={"max_iter": 5}, on_failure="keep")
-    values = torch.randn(8, n, generator=generator, dtype=torch.float64), torch.rand(8, n, generator=generator, dtype=torch.float64) / 2
+    values = (
+        torch.randn(8, n, generator=generator, dtype=torch.float64),
+        torch.rand(8, n, generator=generator, dtype=torch.float64) / 2,
+    )
     with monkeypatch.context() as patch:
-        patch.setattr(convlayer.conic.polish, "PATH", dataclasses.replace(convlayer.conic.polish.PATH, steps=0))
-        patch.setattr(convlayer.conic.polish, "NEWTON", dataclasses.replace(convlayer.conic.polish.NEWTON, steps=6))
+        patch.setattr(
+            convlayer.conic.polish,
+            "PATH",
+            dataclasses.replace(convlayer.conic.polish.PATH, steps=0),
+        )
+        patch.setattr(
+            convlayer.conic.polish,
+            "NEWTON",
+            dataclasses.replace(convlayer.conic.polish.NEWTON, steps=6),
+        )
         assert (layer.solve(*values).status != Status.SOLVED).any(), "the case is too easy"
     solution = layer.solve(*values)
     assert (solution.status == Status.SOLVED).all()
@@ -420,7 +517,9 @@ def test_an_active_set_that_newton_cannot_settle_is_settled_by_the_central_path(
 @pytest.mark.parametrize("distance", [1e-1, 1e-3, 1e-5])
 def test_the_margin_falls_with_the_distance_from_the_kink(distance):
     a, x = cp.Parameter(2, name="a"), cp.Variable(2, name="x")
-    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [x >= 0]), [a], [x], structure="generic")
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [x >= 0]), [a], [x], structure="generic"
+    )
     value = torch.stack([tensor(1.0, distance), tensor(1.0, -distance), tensor(1.0, 2.0)])
     margin = layer.solve(value).margin
     assert float(margin[0] / distance) == pytest.approx(1.0, rel=0.1)

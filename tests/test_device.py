@@ -41,14 +41,23 @@ def test_the_cone_program_is_solved_and_differentiated_on_the_device(name):
 def test_rows_that_fail_there_are_told_and_rows_for_the_host_come_back():
     """One row infeasible, one NaN, one weakly active: the first attempt is made there, what it leaves open on the host."""
     a, h, x = cp.Parameter(3, name="a"), cp.Parameter(name="h"), cp.Variable(3, name="x")
-    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [cp.sum(x) <= h, cp.norm(x) <= 2, x >= 0])
+    problem = cp.Problem(
+        cp.Minimize(cp.sum_squares(x - a)), [cp.sum(x) <= h, cp.norm(x) <= 2, x >= 0]
+    )
     layer = ConvexLayer(problem, [a, h], [x], on_failure="nan")
-    points = torch.tensor([[1.0, 2.0, 3.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [0.1, 0.2, 0.3]], dtype=torch.float64)
+    points = torch.tensor(
+        [[1.0, 2.0, 3.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [0.1, 0.2, 0.3]], dtype=torch.float64
+    )
     heights = torch.tensor([1.0, -1.0, torch.nan, 0.6], dtype=torch.float64)
     here, bars = run_used(layer, [points.requires_grad_(), heights.requires_grad_()])
     with far_device():
         there, far_bars = run_used(layer, [send(points, True), send(heights, True)])
-    assert here.status.tolist() == [Status.SOLVED, Status.INFEASIBLE, Status.BAD_INPUT, Status.SOLVED]
+    assert here.status.tolist() == [
+        Status.SOLVED,
+        Status.INFEASIBLE,
+        Status.BAD_INPUT,
+        Status.SOLVED,
+    ]
     assert torch.equal(there.status, here.status)
     assert torch.equal(there.degenerate, here.degenerate)
     for far, near in zip((there.variables[0], *far_bars), (here.variables[0], *bars), strict=True):
@@ -59,7 +68,9 @@ def run_used(layer, inputs):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", GradientWarning)
         solution = layer.solve(*inputs)
-        return solution, torch.autograd.grad((solution.variables[0][0] + solution.variables[0][3]).sum(), inputs)
+        return solution, torch.autograd.grad(
+            (solution.variables[0][0] + solution.variables[0][3]).sum(), inputs
+        )
 
 
 def test_a_warm_start_works_there():

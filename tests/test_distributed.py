@@ -38,9 +38,19 @@ needs_gloo = pytest.mark.skipif(
 
 def on_two_processes(script: Path) -> str:
     """What a script prints under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(script),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    run = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, env=environment
+    )
     assert run.returncode == 0, run.stderr[-4000:]
     return run.stdout
 
@@ -51,7 +61,10 @@ class Chain(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.enter, self.sparsemax = nn.Linear(6, 5), problems.sparsemax.layer(5)
-        self.middle, self.ball = nn.Linear(5, 4), problems.ball_projection.layer(4, structure="generic")
+        self.middle, self.ball = (
+            nn.Linear(5, 4),
+            problems.ball_projection.layer(4, structure="generic"),
+        )
         assert self.sparsemax.structure == "sparsemax"
         assert self.ball.structure == "cone_program"
 
@@ -73,7 +86,9 @@ def compare_gradients() -> None:
         return (network(inputs[rows]) - targets[rows]).square().sum(-1).mean()
 
     def gradient(rows: slice) -> torch.Tensor:
-        return parameters_to_vector(torch.autograd.grad(loss(model, rows), list(model.parameters())))
+        return parameters_to_vector(
+            torch.autograd.grad(loss(model, rows), list(model.parameters()))
+        )
 
     model_of_all = DistributedDataParallel(model)
     loss(model_of_all, mine).backward()
@@ -155,9 +170,15 @@ def same_for(executor: Executor) -> None:
 @pytest.fixture(scope="module")
 def client():
     distributed = pytest.importorskip(
-        "distributed", reason="a cluster of this machine's own is dask's: pip install 'convlayer[distributed]'"
+        "distributed",
+        reason="a cluster of this machine's own is dask's: pip install 'convlayer[distributed]'",
     )
-    options = {"n_workers": 2, "threads_per_worker": 1, "processes": True, "dashboard_address": ":0"}
+    options = {
+        "n_workers": 2,
+        "threads_per_worker": 1,
+        "processes": True,
+        "dashboard_address": ":0",
+    }
     with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster) as client:
         yield client
 
@@ -166,7 +187,9 @@ def client():
 def test_a_cluster_gives_the_same_answers(client, monkeypatch):
     executor = client.get_executor()
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(os, "cpu_count", lambda: 17)  # the cores of this machine are not the cluster's
+        elsewhere.setattr(
+            os, "cpu_count", lambda: 17
+        )  # the cores of this machine are not the cluster's
         assert workers_of(executor) == 2
     same_for(executor)
 
@@ -180,7 +203,9 @@ def test_a_cluster_that_loses_a_worker_gives_the_same_answers(client, tmp_path):
     assert len(list(tmp_path.iterdir())) > TASKS  # what was lost began again
 
 
-def test_spawned_processes_give_the_same_answers_until_one_dies_and_nothing_is_tried_again(tmp_path):
+def test_spawned_processes_give_the_same_answers_until_one_dies_and_nothing_is_tried_again(
+    tmp_path,
+):
     case = CASES["quadratic_program"]
     tensors = case.sample(ROWS, seed=4)
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -195,7 +220,10 @@ def test_spawned_processes_give_the_same_answers_until_one_dies_and_nothing_is_t
         with pytest.raises(BrokenExecutor, match="Pass a new executor"):
             layer(*tensors)
         assert len(list(tmp_path.iterdir())) == begun
-    same(answers(layer.with_options(executor=Inline()), tensors), answers(case.layer(solver="clarabel"), tensors))
+    same(
+        answers(layer.with_options(executor=Inline()), tensors),
+        answers(case.layer(solver="clarabel"), tensors),
+    )
 
 
 def test_an_executor_that_does_not_say_has_as_many_workers_as_there_are_cores():
@@ -208,7 +236,11 @@ def test_a_task_travels_without_what_follows_from_the_pattern():
             (self.task,) = tasks
             return super().map(function, [self.task])
 
-    case, recording, stored = CASES["every_cone"], Recording(), {field.name for field in fields(Program)}
+    case, recording, stored = (
+        CASES["every_cone"],
+        Recording(),
+        {field.name for field in fields(Program)},
+    )
     answers(case.layer(solver="clarabel", executor=recording), case.sample(3, seed=5))
     task = recording.task
     arrived = pickle.loads(pickle.dumps(task))

@@ -14,7 +14,11 @@ DOCUMENTS = {
     str(path.relative_to(ROOT)): path.read_text()
     for path in (*ROOT.glob("*.md"), *PAGES, *(ROOT / ".github").glob("**/*.md"))
 }
-BY_NAME = ("README.md", "docs/layers.md", "docs/promises.md")  # documents whose code has a test of its own
+BY_NAME = (
+    "README.md",
+    "docs/layers.md",
+    "docs/promises.md",
+)  # documents whose code has a test of its own
 
 
 def blocks(document: str, language: str) -> list[str]:
@@ -57,20 +61,26 @@ def test_the_recipe_for_rows_that_fail_learns_from_the_others():
     assert gradient.abs().max() > 0
 
 
-@pytest.mark.parametrize("document", [name for name in DOCUMENTS if name not in BY_NAME and blocks(name, "python")])
+@pytest.mark.parametrize(
+    "document", [name for name in DOCUMENTS if name not in BY_NAME and blocks(name, "python")]
+)
 def test_the_code_of_every_document_runs(document):
     assert run(document)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_files_that_a_document_names_are_there(document):
-    named = re.findall(r"`((?:convlayer|problems|tests|examples|benchmarks|docs)/[\w./-]*)`", DOCUMENTS[document])
+    named = re.findall(
+        r"`((?:convlayer|problems|tests|examples|benchmarks|docs)/[\w./-]*)`", DOCUMENTS[document]
+    )
     assert not [name for name in named if not (ROOT / name).exists()]
 
 
 def anchors(path: Path) -> set[str]:
     """The headings of a document as a link names them."""
-    headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE) if path.suffix == ".md" else []
+    headings = (
+        re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE) if path.suffix == ".md" else []
+    )
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
@@ -119,15 +129,26 @@ def in_room(module):
 
 
 def test_every_module_has_its_place_in_the_architecture():
-    named, rooms = tables(), [path for path in (ROOT / "convlayer").iterdir() if (path / "__init__.py").exists() and path.name != "problems"]
+    named, rooms = (
+        tables(),
+        [
+            path
+            for path in (ROOT / "convlayer").iterdir()
+            if (path / "__init__.py").exists() and path.name != "problems"
+        ],
+    )
     assert named.keys() == {None} | {room.name for room in rooms if room.name != "command_line"}
     everything = {module for modules in named.values() for module in modules}
     for room in rooms:
         modules = {path.stem for path in room.glob("*.py")} - {"__init__"}
         one_a_file = {"cones", "kernels", "solvers", "structures"}
-        assert modules <= set(named.get(room.name, everything)) or room.name in one_a_file, room.name
+        assert modules <= set(named.get(room.name, everything)) or room.name in one_a_file, (
+            room.name
+        )
         assert set(named.get(room.name, ())) <= modules, room.name
-    assert {path.stem for path in (ROOT / "convlayer").glob("*.py")} - {"__init__"} <= set(named[None])
+    assert {path.stem for path in (ROOT / "convlayer").glob("*.py")} - {"__init__"} <= set(
+        named[None]
+    )
 
 
 @pytest.mark.parametrize("room", [room for room in tables() if room])

@@ -13,8 +13,23 @@ from convlayer import ConvexLayer
 from convlayer.structures import STRUCTURES
 
 SMALL = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-some_cases = pytest.mark.parametrize("case", [CASES[name] for name in (
-    "quadratic_program", "transport", "norm_ball", "nearest_correlation", "entropy", "raw_power", "posynomial", "every_cone")], ids=str)
+some_cases = pytest.mark.parametrize(
+    "case",
+    [
+        CASES[name]
+        for name in (
+            "quadratic_program",
+            "transport",
+            "norm_ball",
+            "nearest_correlation",
+            "entropy",
+            "raw_power",
+            "posynomial",
+            "every_cone",
+        )
+    ],
+    ids=str,
+)
 
 
 @some_cases
@@ -26,7 +41,9 @@ def test_values_and_gradients_have_the_parameters_dtype_to_its_precision(case, d
     inputs, exact = leaves(rounded), leaves([t.double() for t in rounded])
     outputs, references = outputs_of(layer, inputs), outputs_of(layer, exact)
     assert all(o.dtype == dtype for o in outputs)
-    cotangents = [w.expand_as(o).to(dtype) for w, o in zip(weights(outputs, 1), outputs, strict=True)]
+    cotangents = [
+        w.expand_as(o).to(dtype) for w, o in zip(weights(outputs, 1), outputs, strict=True)
+    ]
     bars = torch.autograd.grad(outputs, inputs, cotangents)
     references_bar = torch.autograd.grad(references, exact, [w.double() for w in cotangents])
     tolerance = SMALL.get(dtype, 1e-12)
@@ -43,11 +60,11 @@ def test_mixed_dtypes_promote():
     tensors = list(case.sample(2, seed=0))
     kinds = [torch.float32, torch.float64, torch.float16]
     inputs = leaves([t.to(kind) for t, kind in zip(tensors, kinds, strict=True)])
-    x, = case.shared(*inputs)
+    (x,) = case.shared(*inputs)
     assert x.dtype == torch.float64
     bars = torch.autograd.grad(x.sum(), inputs)
     assert [bar.dtype for bar in bars] == kinds
-    x, = case.shared(tensors[0].bfloat16(), tensors[1].half(), tensors[2].half())
+    (x,) = case.shared(tensors[0].bfloat16(), tensors[1].half(), tensors[2].half())
     assert x.dtype == torch.promote_types(torch.bfloat16, torch.float16)
 
 
@@ -67,7 +84,10 @@ def test_autocast_around_the_layer_changes_nothing(case):
         inputs = leaves(tensors)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             outputs = outputs_of(case.shared, inputs)
-            total = sum((w.expand_as(o).float() * o).sum() for w, o in zip(weights(outputs, 1), outputs, strict=True))
+            total = sum(
+                (w.expand_as(o).float() * o).sum()
+                for w, o in zip(weights(outputs, 1), outputs, strict=True)
+            )
         return outputs, torch.autograd.grad(total, inputs)
 
     (plain, plain_bars), (cast, cast_bars) = run(False), run(True)
@@ -90,7 +110,9 @@ def test_autocast_and_a_scaled_loss_reach_a_structure_as_they_should(name):
     assert torch.equal(found, expected)
     scaler.scale(found.square().sum()).backward()
     for a, b in zip(scaled, plain, strict=True):
-        assert torch.allclose(a.grad / 2.0**16, b.grad, rtol=1e-5, atol=1e-6 * float(b.grad.abs().max()))
+        assert torch.allclose(
+            a.grad / 2.0**16, b.grad, rtol=1e-5, atol=1e-6 * float(b.grad.abs().max())
+        )
 
 
 def test_parameters_under_no_grad_and_inference_mode():
@@ -112,7 +134,7 @@ def test_only_what_needs_a_gradient_gets_one():
     expected = torch.autograd.grad(outputs_of(case.shared, full), full, cotangents)
     for k in range(len(tensors)):
         one = [t.clone().requires_grad_(i == k) for i, t in enumerate(tensors)]
-        bar, = torch.autograd.grad(outputs_of(case.shared, one), one[k], cotangents)
+        (bar,) = torch.autograd.grad(outputs_of(case.shared, one), one[k], cotangents)
         assert close(bar, expected[k], 1e-10)
 
 
@@ -120,9 +142,19 @@ def test_tensors_that_are_not_contiguous_or_are_expanded():
     case = CASES["matrix_shapes"]
     tensors = case.sample(3, seed=0)
     views = [t.mT.contiguous().mT if t.ndim == 3 else t for t in tensors]
-    assert all(torch.equal(a, b) for a, b in zip(outputs_of(case.shared, views), outputs_of(case.shared, tensors), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            outputs_of(case.shared, views), outputs_of(case.shared, tensors), strict=True
+        )
+    )
     strided = [torch.stack([t, t], -1)[..., 0] for t in tensors]
-    assert all(torch.equal(a, b) for a, b in zip(outputs_of(case.shared, strided), outputs_of(case.shared, tensors), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            outputs_of(case.shared, strided), outputs_of(case.shared, tensors), strict=True
+        )
+    )
 
 
 # Second order, forward mode, vmap: exact or an error, never zeros -------------------------------------------------------
@@ -131,10 +163,12 @@ def test_tensors_that_are_not_contiguous_or_are_expanded():
 def test_functional_jacobian_is_the_gradient_of_each_entry():
     case = CASES["quadratic_program"]
     tensors = case.sample(seed=0)
-    jacobian = torch.autograd.functional.jacobian(lambda q: case.shared(tensors[0], q, *tensors[2:])[0], tensors[1])
+    jacobian = torch.autograd.functional.jacobian(
+        lambda q: case.shared(tensors[0], q, *tensors[2:])[0], tensors[1]
+    )
     for i in range(4):
         leaf = tensors[1].clone().requires_grad_()
-        bar, = torch.autograd.grad(case.shared(tensors[0], leaf, *tensors[2:])[0][i], leaf)
+        (bar,) = torch.autograd.grad(case.shared(tensors[0], leaf, *tensors[2:])[0][i], leaf)
         assert close(jacobian[i], bar, 1e-10)
 
 
@@ -173,7 +207,9 @@ def test_an_output_changed_in_place_is_noticed(which):
     solution = case.shared.solve(*inputs)
     torch.autograd.grad(solution.objective.sum(), inputs, retain_graph=True)
     with torch.no_grad():
-        for part in (solution.variables[0], *solution.iterate) if which == "all" else [solution.iterate[0]]:
+        for part in (
+            (solution.variables[0], *solution.iterate) if which == "all" else [solution.iterate[0]]
+        ):
             part.zero_()
     with pytest.raises(RuntimeError, match="output of the layer was changed in place"):
         torch.autograd.grad(solution.objective.sum(), inputs)
@@ -196,7 +232,10 @@ def test_a_copy_of_a_layer_solves_alike(duplicate):
         buffer.seek(0)
         twin = torch.load(buffer, weights_only=False)
     tensors = case.sample(2, seed=0)
-    assert all(torch.equal(a, b) for a, b in zip(outputs_of(layer, tensors), outputs_of(twin, tensors), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(outputs_of(layer, tensors), outputs_of(twin, tensors), strict=True)
+    )
     assert repr(layer) == repr(twin)
     assert twin.on_failure == "nan"
 
@@ -214,8 +253,14 @@ def test_a_layer_is_a_module_without_parameters_inside_others():
 
 
 def test_a_tensor_without_dimensions_does_not_decide_the_dtype():
-    x, p, lam = cp.Variable(3, name="x"), cp.Parameter(3, name="p"), cp.Parameter(nonneg=True, name="lam")
-    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - p) + lam * cp.norm1(x))), [p, lam], [x])
+    x, p, lam = (
+        cp.Variable(3, name="x"),
+        cp.Parameter(3, name="p"),
+        cp.Parameter(nonneg=True, name="lam"),
+    )
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(cp.sum_squares(x - p) + lam * cp.norm1(x))), [p, lam], [x]
+    )
     single, double = torch.ones(3), torch.tensor(0.5, dtype=torch.float64)
     assert layer(single, double)[0].dtype == torch.result_type(single, double) == torch.float32
     assert layer(single.double(), double.float())[0].dtype == torch.float64

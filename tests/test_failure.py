@@ -42,7 +42,10 @@ def interval(**options):
 def interval_data(rows=4, infeasible=(BAD_ROW,)):
     generator = torch.Generator().manual_seed(3)
     a = torch.randn(rows, 2, generator=generator, dtype=torch.float64)
-    lower, upper = torch.full((rows, 2), -0.3, dtype=torch.float64), torch.full((rows, 2), 0.4, dtype=torch.float64)
+    lower, upper = (
+        torch.full((rows, 2), -0.3, dtype=torch.float64),
+        torch.full((rows, 2), 0.4, dtype=torch.float64),
+    )
     for row in infeasible:
         lower[row] = 1.0
     return a, lower, upper
@@ -75,9 +78,17 @@ def test_raise_names_rows_of_several_batch_dimensions_and_of_none():
 
 
 def test_raise_tells_different_failures_apart():
-    c, b = torch.tensor([[1.0, 1], [-1, 1], [1, NAN], [1, 2]], dtype=torch.float64), torch.zeros(4, 2, dtype=torch.float64)
+    c, b = (
+        torch.tensor([[1.0, 1], [-1, 1], [1, NAN], [1, 2]], dtype=torch.float64),
+        torch.zeros(4, 2, dtype=torch.float64),
+    )
     solution = ray(on_failure="keep").solve(c, b)
-    assert solution.status.tolist() == [Status.SOLVED, Status.UNBOUNDED, Status.BAD_INPUT, Status.SOLVED]
+    assert solution.status.tolist() == [
+        Status.SOLVED,
+        Status.UNBOUNDED,
+        Status.BAD_INPUT,
+        Status.SOLVED,
+    ]
     with pytest.raises(SolverError, match="UNBOUNDED") as caught:
         ray()(c[:2], b[:2])
     assert caught.value.rows == [(1,)]
@@ -108,7 +119,10 @@ def test_other_rows_keep_value_and_gradient(policy):
     assert solution.status.tolist() == [0, 0, Status.INFEASIBLE, 0]
     clean = leaves((a[good], lower[good], upper_shared))
     expected = interval().solve(*clean)
-    outputs, references = [*solution.variables, solution.objective], [*expected.variables, expected.objective]
+    outputs, references = (
+        [*solution.variables, solution.objective],
+        [*expected.variables, expected.objective],
+    )
     for got, reference in zip(outputs, references, strict=True):
         assert close(got[good], reference, 1e-8)
     if policy == "nan":
@@ -131,7 +145,11 @@ def test_a_failed_row_that_the_loss_uses_has_a_gradient_of_nan(policy, output, k
         a[BAD_ROW, 0] = NAN if kind == "nan" else INF
     inputs = leaves((a, lower, upper))
     solution = interval(on_failure=policy).solve(*inputs)
-    used = {"variable": solution.variables[0], "dual": solution.variables[1], "objective": solution.objective}[output]
+    used = {
+        "variable": solution.variables[0],
+        "dual": solution.variables[1],
+        "objective": solution.objective,
+    }[output]
     bars = torch.autograd.grad(used.sum(), inputs)
     for bar in bars:
         assert bar[BAD_ROW].isnan().all(), "never a plausible number"
@@ -146,7 +164,9 @@ def test_a_row_that_is_not_finite_leaves_the_others_alone(name, poison):
     layer = case.layer(on_failure="nan")
     clean = leaves(tensors)
     expected = case.shared.solve(*clean)
-    cotangents = [w[0].expand_as(w).clone() for w in weights([*expected.variables, expected.objective])]
+    cotangents = [
+        w[0].expand_as(w).clone() for w in weights([*expected.variables, expected.objective])
+    ]
     for k in range(len(tensors)):
         bad = [t.clone() for t in tensors]
         bad[k].view(4, -1)[BAD_ROW, 0] = poison
@@ -160,8 +180,12 @@ def test_a_row_that_is_not_finite_leaves_the_others_alone(name, poison):
         for got, reference in zip(outputs, [*expected.variables, expected.objective], strict=True):
             assert limit or got[BAD_ROW].isnan().all()
             assert close(got[good], reference[good], 1e-9)
-        bars = torch.autograd.grad([o[good] for o in outputs], inputs, [w[good] for w in cotangents])
-        references = torch.autograd.grad([*expected.variables, expected.objective], clean, cotangents, retain_graph=True)
+        bars = torch.autograd.grad(
+            [o[good] for o in outputs], inputs, [w[good] for w in cotangents]
+        )
+        references = torch.autograd.grad(
+            [*expected.variables, expected.objective], clean, cotangents, retain_graph=True
+        )
         size = max(float(r.norm()) for r in references)
         for bar, reference in zip(bars, references, strict=True):
             assert float((bar[good] - reference[good]).norm()) <= 1e-8 * size
@@ -184,7 +208,10 @@ class Spoiled(Solver):
 
     def solve(self, task):
         iterates = Clarabel().solve(task)
-        nothing = [np.full(len(part), NAN) for part in (iterates[BAD_ROW].x, iterates[BAD_ROW].s, iterates[BAD_ROW].y)]
+        nothing = [
+            np.full(len(part), NAN)
+            for part in (iterates[BAD_ROW].x, iterates[BAD_ROW].s, iterates[BAD_ROW].y)
+        ]
         iterates[BAD_ROW] = Iterate(*nothing, Status.NOT_CONVERGED, 7)
         return iterates
 
@@ -223,18 +250,36 @@ def test_unbounded_and_infeasible_problems_of_every_cone_are_told():
     x, X = cp.Variable(2, name="x"), cp.Variable((2, 2), symmetric=True, name="X")
     p = cp.Parameter(name="p")
     one = torch.tensor(1.0, dtype=torch.float64)
-    infeasible = [[x >= p, cp.sum(x) <= 1], [cp.norm(x - 3 * p) <= 1, x <= 0], [X >> p * torch.eye(2).numpy(), cp.trace(X) <= 1],
-                  [cp.exp(x[0]) <= -p], [cp.log(x[0]) >= p, x[0] <= 2], [x[0] == p, x[0] == 2 * p]]
+    infeasible = [
+        [x >= p, cp.sum(x) <= 1],
+        [cp.norm(x - 3 * p) <= 1, x <= 0],
+        [X >> p * torch.eye(2).numpy(), cp.trace(X) <= 1],
+        [cp.exp(x[0]) <= -p],
+        [cp.log(x[0]) >= p, x[0] <= 2],
+        [x[0] == p, x[0] == 2 * p],
+    ]
     for constraints in infeasible:
         variable = X if any(v.id == X.id for c in constraints for v in c.variables()) else x
-        layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(variable)), constraints), [p], [variable], on_failure="keep")
+        layer = ConvexLayer(
+            cp.Problem(cp.Minimize(cp.sum_squares(variable)), constraints),
+            [p],
+            [variable],
+            on_failure="keep",
+        )
         assert int(layer.solve(one).status) == Status.INFEASIBLE, constraints
     p = cp.Parameter(name="p", nonneg=True)
-    unbounded = [(-p * x[0], []), (cp.trace(-p * X), [X >> 0]), (-p * cp.sum(x), [cp.norm(x[1:]) <= x[0] * 2]),
-                 (p * cp.exp(x[0]) - x[1], []), (-cp.log(x[0]) - p * x[1], [x >= 0])]
+    unbounded = [
+        (-p * x[0], []),
+        (cp.trace(-p * X), [X >> 0]),
+        (-p * cp.sum(x), [cp.norm(x[1:]) <= x[0] * 2]),
+        (p * cp.exp(x[0]) - x[1], []),
+        (-cp.log(x[0]) - p * x[1], [x >= 0]),
+    ]
     for objective, constraints in unbounded:
         variables = objective.variables()[:1]
-        layer = ConvexLayer(cp.Problem(cp.Minimize(objective), constraints), [p], variables, on_failure="keep")
+        layer = ConvexLayer(
+            cp.Problem(cp.Minimize(objective), constraints), [p], variables, on_failure="keep"
+        )
         assert int(layer.solve(one).status) == Status.UNBOUNDED, objective
 
 
@@ -246,12 +291,42 @@ DOMAINS = {
     "pos": ({"pos": True}, (2,), [1.0, 0.5], [1.0, 0.0], ("pos", "0", "softplus")),
     "nonpos": ({"nonpos": True}, (2,), [-1.0, 0.0], [-1.0, 0.2], ("nonpos", "0.2", "lamp")),
     "neg": ({"neg": True}, (2,), [-1.0, -0.5], [-1.0, 0.0], ("neg", "0", "lamp")),
-    "symmetric": ({"symmetric": True}, MATRIX, [[1.0, 2], [2, 0]], [[1.0, 2], [3, 0]], ("symmetric", "1", "(X + X.mT) / 2")),
-    "PSD": ({"PSD": True}, MATRIX, [[1.0, 0], [0, 0]], [[1.0, 2], [2, 1]], ("PSD", "-1", "L @ L.mT")),
-    "PSD asymmetric": ({"PSD": True}, MATRIX, [[1.0, 0], [0, 1]], [[1.0, 0.5], [0, 1]], ("symmetric", "0.5")),
-    "NSD": ({"NSD": True}, MATRIX, [[-1.0, 0], [0, 0]], [[-1.0, 2], [2, -1]], ("NSD", "1", "-L @ L.mT")),
+    "symmetric": (
+        {"symmetric": True},
+        MATRIX,
+        [[1.0, 2], [2, 0]],
+        [[1.0, 2], [3, 0]],
+        ("symmetric", "1", "(X + X.mT) / 2"),
+    ),
+    "PSD": (
+        {"PSD": True},
+        MATRIX,
+        [[1.0, 0], [0, 0]],
+        [[1.0, 2], [2, 1]],
+        ("PSD", "-1", "L @ L.mT"),
+    ),
+    "PSD asymmetric": (
+        {"PSD": True},
+        MATRIX,
+        [[1.0, 0], [0, 1]],
+        [[1.0, 0.5], [0, 1]],
+        ("symmetric", "0.5"),
+    ),
+    "NSD": (
+        {"NSD": True},
+        MATRIX,
+        [[-1.0, 0], [0, 0]],
+        [[-1.0, 2], [2, -1]],
+        ("NSD", "1", "-L @ L.mT"),
+    ),
     "diag": ({"diag": True}, MATRIX, [[1.0, 0], [0, 2]], [[1.0, 0.5], [0, 2]], ("diag", "pattern")),
-    "sparsity": ({"sparsity": ((0, 1), (0, 1))}, MATRIX, [[1.0, 0], [0, 2]], [[1.0, 0.5], [0, 2]], ("sparse", "pattern")),
+    "sparsity": (
+        {"sparsity": ((0, 1), (0, 1))},
+        MATRIX,
+        [[1.0, 0], [0, 2]],
+        [[1.0, 0.5], [0, 2]],
+        ("sparse", "pattern"),
+    ),
     "bounds": ({"bounds": [-1, 1]}, (2,), [1.0, -1.0], [1.5, 0.0], ("bounds", "lamp")),
 }
 
@@ -284,14 +359,18 @@ def test_a_value_outside_a_domain_fails_its_row_alone(domain):
     for policy in ("nan", "keep"):
         solution = shifted(attributes, shape, on_failure=policy).solve(value)
         assert solution.status.tolist() == [0, Status.BAD_INPUT, 0]
-        assert solution.variables[0][1].isnan().all(), "nothing was solved: there is no last iterate"
+        assert solution.variables[0][1].isnan().all(), (
+            "nothing was solved: there is no last iterate"
+        )
         assert close(solution.variables[0][0], good, 1e-9)
-        bar, = torch.autograd.grad(solution.variables[0].sum(), value)
+        (bar,) = torch.autograd.grad(solution.variables[0].sum(), value)
         assert bar[1].isnan().any()
         assert bar[[0, 2]].isfinite().all()
 
 
-@pytest.mark.parametrize("domain", [d for d in DOMAINS if d not in ("PSD asymmetric", "symmetric", "diag", "sparsity")])
+@pytest.mark.parametrize(
+    "domain", [d for d in DOMAINS if d not in ("PSD asymmetric", "symmetric", "diag", "sparsity")]
+)
 def test_validate_false_solves_what_it_is_given(domain):
     attributes, shape, _, bad, _ = DOMAINS[domain]
     bad = torch.tensor(bad, dtype=torch.float64)
@@ -309,15 +388,24 @@ def test_rounding_is_no_violation_of_a_domain(dtype):
     W = torch.randn(16, 6, 3, generator=generator, dtype=dtype)
     P = W @ W.mT  # of rank 3: three eigenvalues are zero up to rounding
     p, x = cp.Parameter((6, 6), PSD=True, name="P"), cp.Variable(6, name="x")
-    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.quad_form(x, p) + cp.sum_squares(x - 1))), [p], [x])
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(cp.quad_form(x, p) + cp.sum_squares(x - 1))), [p], [x]
+    )
     for scale in (1e-6, 1.0, 1e6):
         assert (layer.solve(scale * P).status == Status.SOLVED).all()
 
 
 def test_the_first_reason_of_each_row_is_reported():
-    p, q, x = cp.Parameter(nonneg=True, name="first"), cp.Parameter(pos=True, name="second"), cp.Variable(name="x")
+    p, q, x = (
+        cp.Parameter(nonneg=True, name="first"),
+        cp.Parameter(pos=True, name="second"),
+        cp.Variable(name="x"),
+    )
     layer = ConvexLayer(cp.Problem(cp.Minimize(p * cp.square(x) + q * cp.abs(x - 1))), [p, q], [x])
-    bad = torch.tensor([1.0, -1, 1], dtype=torch.float64), torch.tensor([1.0, 1, -2], dtype=torch.float64)
+    bad = (
+        torch.tensor([1.0, -1, 1], dtype=torch.float64),
+        torch.tensor([1.0, 1, -2], dtype=torch.float64),
+    )
     with pytest.raises(ParameterError) as caught:
         layer(*bad)
     assert caught.value.rows == [(1,), (2,)]
@@ -338,7 +426,9 @@ def test_a_row_of_a_log_log_program_that_is_not_positive_fails_alone():
         solution = layer.solve(*inputs)
         assert int(solution.status[BAD_ROW]) == Status.BAD_INPUT
         assert (solution.status[[0, 1, 3]] == Status.SOLVED).all()
-        bars = torch.autograd.grad(solution.variables[0][[0, 1, 3]].sum(), inputs, retain_graph=True)
+        bars = torch.autograd.grad(
+            solution.variables[0][[0, 1, 3]].sum(), inputs, retain_graph=True
+        )
         assert all(bar.isfinite().all() for bar in bars)
         bars = torch.autograd.grad(solution.variables[0].sum(), inputs)
         assert bars[0][BAD_ROW].isnan().all()
@@ -346,7 +436,9 @@ def test_a_row_of_a_log_log_program_that_is_not_positive_fails_alone():
 
 def test_an_infeasible_log_log_row_is_told():
     a, x = cp.Parameter(pos=True, name="a"), cp.Variable(pos=True, name="x")
-    layer = ConvexLayer(cp.Problem(cp.Minimize(1 / x), [x <= a, x >= 2]), [a], [x], gp=True, on_failure="nan")
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(1 / x), [x <= a, x >= 2]), [a], [x], gp=True, on_failure="nan"
+    )
     solution = layer.solve(torch.tensor([3.0, 1.0], dtype=torch.float64))
     assert solution.status.tolist() == [Status.SOLVED, Status.INFEASIBLE]
     assert float(solution.variables[0][0]) == pytest.approx(3.0, rel=1e-9)
@@ -356,7 +448,9 @@ def test_an_infeasible_log_log_row_is_told():
 # Honesty ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["every_cone", "quadratic_program", "entropy", "nearest_correlation", "raw_power"])
+@pytest.mark.parametrize(
+    "name", ["every_cone", "quadratic_program", "entropy", "nearest_correlation", "raw_power"]
+)
 @pytest.mark.parametrize("options", [{"max_iter": 1}, {"max_iter": 3}, {"max_iter": 5}])
 def test_a_row_that_ran_out_of_iterations_is_flagged_or_right(name, options):
     """Polishing may finish what the solver began; then the answer is the solution, and otherwise the status says so."""
@@ -369,7 +463,9 @@ def test_a_row_that_ran_out_of_iterations_is_flagged_or_right(name, options):
 
 
 def test_a_row_that_neither_solver_nor_polish_settles_is_named(monkeypatch):
-    monkeypatch.setattr(convlayer.conic.polish, "PATH", dataclasses.replace(convlayer.conic.polish.PATH, steps=0))
+    monkeypatch.setattr(
+        convlayer.conic.polish, "PATH", dataclasses.replace(convlayer.conic.polish.PATH, steps=0)
+    )
     case = CASES["every_cone"]
     tensors, options = case.sample(6, seed=0), {"max_iter": 1}
     solution = case.layer(solver_args=options, on_failure="keep").solve(*tensors)
@@ -381,7 +477,9 @@ def test_a_row_that_neither_solver_nor_polish_settles_is_named(monkeypatch):
 
 def test_keep_returns_the_last_iterate_of_a_row_that_did_not_converge():
     case = CASES["quadratic_program"]
-    solution = case.layer(solver_args={"max_iter": 2}, on_failure="keep").solve(*case.sample(3, seed=0))
+    solution = case.layer(solver_args={"max_iter": 2}, on_failure="keep").solve(
+        *case.sample(3, seed=0)
+    )
     failed = solution.status == Status.NOT_CONVERGED
     assert solution.variables[0][failed].isfinite().all()
     assert all(status in list(Status) for status in solution.status.tolist())
@@ -389,7 +487,9 @@ def test_keep_returns_the_last_iterate_of_a_row_that_did_not_converge():
 
 def test_an_inaccurate_row_is_warned_about_once_and_kept():
     case = CASES["quadratic_program"]
-    layer = case.layer(solver="scs", solver_args={"max_iters": 20, "tolerance": 1e-14}, on_failure="keep")
+    layer = case.layer(
+        solver="scs", solver_args={"max_iters": 20, "tolerance": 1e-14}, on_failure="keep"
+    )
     tensors = case.sample(4, seed=0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -399,17 +499,64 @@ def test_an_inaccurate_row_is_warned_about_once_and_kept():
 
 
 def ill_posed():
-    p, x, X = cp.Parameter(nonneg=True, name="p"), cp.Variable(2, name="x"), cp.Variable((2, 2), symmetric=True, name="X")
-    yield "unbounded, logarithmically", cp.Problem(cp.Minimize(-cp.log(x[0]) + cp.square(x[1] - p))), p, x
-    yield "unbounded, by a square root", cp.Problem(cp.Minimize(-cp.sqrt(x[0]) + cp.square(x[1] - p))), p, x
-    yield "weakly infeasible", cp.Problem(cp.Minimize(p * X[0, 0]), [X >> 0, X[0, 1] == 1, X[1, 1] == 0]), p, X
-    yield ("weakly infeasible cone", cp.Problem(cp.Minimize(p * x[0]), [cp.SOC(x[0] + x[1], cp.hstack([x[0] - x[1], 2.0])), x[1] == 0]),
-           p, x)
-    yield "an exponential's infimum", cp.Problem(cp.Minimize(p * cp.exp(x[0]) + cp.square(x[1] - p))), p, x
-    yield "a logistic's infimum", cp.Problem(cp.Minimize(cp.logistic(-p * x[0]) + cp.logistic(-2 * x[0]) + cp.square(x[1] - p))), p, x
-    yield "a reciprocal's infimum", cp.Problem(cp.Minimize(p * cp.inv_pos(x[0]) + cp.square(x[1] - p))), p, x
+    p, x, X = (
+        cp.Parameter(nonneg=True, name="p"),
+        cp.Variable(2, name="x"),
+        cp.Variable((2, 2), symmetric=True, name="X"),
+    )
+    yield (
+        "unbounded, logarithmically",
+        cp.Problem(cp.Minimize(-cp.log(x[0]) + cp.square(x[1] - p))),
+        p,
+        x,
+    )
+    yield (
+        "unbounded, by a square root",
+        cp.Problem(cp.Minimize(-cp.sqrt(x[0]) + cp.square(x[1] - p))),
+        p,
+        x,
+    )
+    yield (
+        "weakly infeasible",
+        cp.Problem(cp.Minimize(p * X[0, 0]), [X >> 0, X[0, 1] == 1, X[1, 1] == 0]),
+        p,
+        X,
+    )
+    yield (
+        "weakly infeasible cone",
+        cp.Problem(
+            cp.Minimize(p * x[0]), [cp.SOC(x[0] + x[1], cp.hstack([x[0] - x[1], 2.0])), x[1] == 0]
+        ),
+        p,
+        x,
+    )
+    yield (
+        "an exponential's infimum",
+        cp.Problem(cp.Minimize(p * cp.exp(x[0]) + cp.square(x[1] - p))),
+        p,
+        x,
+    )
+    yield (
+        "a logistic's infimum",
+        cp.Problem(
+            cp.Minimize(cp.logistic(-p * x[0]) + cp.logistic(-2 * x[0]) + cp.square(x[1] - p))
+        ),
+        p,
+        x,
+    )
+    yield (
+        "a reciprocal's infimum",
+        cp.Problem(cp.Minimize(p * cp.inv_pos(x[0]) + cp.square(x[1] - p))),
+        p,
+        x,
+    )
     yield "a duality gap", cp.Problem(cp.Minimize(p * X[0, 1]), [X >> 0, X[0, 0] == 0]), p, X
-    yield "an infimum not attained", cp.Problem(cp.Minimize(p * X[0, 0]), [X >> 0, X[0, 1] == 1]), p, X
+    yield (
+        "an infimum not attained",
+        cp.Problem(cp.Minimize(p * X[0, 0]), [X >> 0, X[0, 1] == 1]),
+        p,
+        X,
+    )
 
 
 ILL_POSED = list(ill_posed())
@@ -421,7 +568,9 @@ def test_a_problem_without_a_solution_is_never_called_solved(k):
     _, problem, p, variable = ILL_POSED[k]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        solution = ConvexLayer(problem, [p], [variable], on_failure="keep").solve(torch.tensor(1.0, dtype=torch.float64))
+        solution = ConvexLayer(problem, [p], [variable], on_failure="keep").solve(
+            torch.tensor(1.0, dtype=torch.float64)
+        )
     assert int(solution.status) != Status.SOLVED, f"x = {solution.variables[0].tolist()}"
 
 
@@ -450,7 +599,9 @@ def test_an_infeasible_row_has_the_closest_feasible_solution_and_says_its_shifts
     assert torch.allclose(lower, shifts, atol=1e-9)
     assert torch.allclose(upper, shifts, atol=1e-9)
     (bar,) = torch.autograd.grad(solution.variables[0].sum(), h)
-    assert torch.allclose(bar, torch.tensor([[0.0, 0.0], [0.5, 0.0], [0.5, 0.5]], dtype=torch.float64), atol=1e-8)
+    assert torch.allclose(
+        bar, torch.tensor([[0.0, 0.0], [0.5, 0.0], [0.5, 0.5]], dtype=torch.float64), atol=1e-8
+    )
     tangent = torch.func.jvp(lambda t: layer(a, t)[0], (h.detach(),), (torch.ones_like(h),))[1]
     assert torch.allclose(tangent, bar, atol=1e-8)
     mapped = torch.func.vmap(lambda t: layer(a, t)[0])(h.detach())
@@ -485,7 +636,10 @@ class Lost(Solver):
 
     def solve(self, task):
         sizes = task.program.n, task.program.m, task.program.m
-        return [Iterate(*(np.full(size, NAN) for size in sizes), Status.NOT_CONVERGED, 7) for _ in range(len(task))]
+        return [
+            Iterate(*(np.full(size, NAN) for size in sizes), Status.NOT_CONVERGED, 7)
+            for _ in range(len(task))
+        ]
 
 
 @pytest.mark.parametrize("on_failure", ["raise", "nan", "closest"])
@@ -505,7 +659,9 @@ def test_a_problem_without_constraints_that_does_not_settle_says_so(on_failure):
 def test_infeasible_without_constraints_is_said_as_such(on_failure):
     """The domain of the objective and a declared sign contradict each other: neither is shifted."""
     x, p = cp.Variable(nonneg=True), cp.Parameter()
-    layer = ConvexLayer(cp.Problem(cp.Minimize(x - cp.sqrt(p - x))), [p], [x], on_failure=on_failure)
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(x - cp.sqrt(p - x))), [p], [x], on_failure=on_failure
+    )
     values = torch.tensor([1.0, -1.0], dtype=torch.float64)
     if on_failure == "nan":
         assert layer.solve(values).status.tolist() == [Status.SOLVED, Status.INFEASIBLE]

@@ -9,7 +9,9 @@ import torch
 
 from convlayer import Status
 
-sys.path.append(str(Path(__file__).parents[1]))  # where `benchmarks` is, if pytest was not started there
+sys.path.append(
+    str(Path(__file__).parents[1])
+)  # where `benchmarks` is, if pytest was not started there
 
 from benchmarks.programs.instances import DENSE, SPARSE, N, certificate, examine, instance
 
@@ -25,8 +27,14 @@ SIZES = {
     "huber": (1, 15),
     "support_vectors": (1, 30),
 }
-INSTANCES = [pytest.param(SPARSE[name], size, 1.0, id=f"{name}-{size}") for name in SPARSE for size in SIZES[name]]
-INSTANCES += [pytest.param(family, N, condition, id=name) for name, (family, condition) in DENSE.items()]
+INSTANCES = [
+    pytest.param(SPARSE[name], size, 1.0, id=f"{name}-{size}")
+    for name in SPARSE
+    for size in SIZES[name]
+]
+INSTANCES += [
+    pytest.param(family, N, condition, id=name) for name, (family, condition) in DENSE.items()
+]
 
 
 @pytest.mark.filterwarnings("ignore::convlayer.AccuracyWarning")
@@ -39,7 +47,10 @@ def test_a_row_is_solved_as_its_optimality_conditions_say_or_is_marked(family, s
             assert finding.error <= WITHIN, finding
             assert finding.objective is None or finding.objective <= WITHIN, finding
     if condition <= MODERATE:
-        assert all(finding.status is Status.SOLVED and finding.objective is not None for finding in findings)
+        assert all(
+            finding.status is Status.SOLVED and finding.objective is not None
+            for finding in findings
+        )
 
 
 @pytest.mark.filterwarnings("ignore::convlayer.AccuracyWarning")
@@ -69,7 +80,10 @@ def test_the_certificate_sees_a_point_and_a_multiplier_that_are_off(name):
     for k in range(len(outputs)):
         alike = outputs[:count] if k < count else outputs[count:]
         step = 1e-5 * max(np.abs(x).max() for x in alike)
-        moved = [x + step * random.standard_normal(x.shape) if i == k else x for i, x in enumerate(outputs)]
+        moved = [
+            x + step * random.standard_normal(x.shape) if i == k else x
+            for i, x in enumerate(outputs)
+        ]
         assert violation(moved) > 10 * WITHIN, f"output {k}"
 
 

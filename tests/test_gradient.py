@@ -36,7 +36,9 @@ def test_variables_duals_and_value_are_those_of_cvxpys_own_solve(case):
         expected, value, tolerance = solve_with_cvxpy(case, declared, tensors)
         for got, reference in zip(solution.variables, expected, strict=True):
             assert got.shape == reference.shape
-            assert np.abs(got.numpy() - reference).max() <= 3 * tolerance**0.5 * (1 + np.abs(reference).max())
+            assert np.abs(got.numpy() - reference).max() <= 3 * tolerance**0.5 * (
+                1 + np.abs(reference).max()
+            )
         assert float(solution.objective) == pytest.approx(value, rel=1e-7, abs=1e-7)
 
 
@@ -47,7 +49,9 @@ def test_the_value_is_the_users_objective_at_the_users_variables(case):
     if any(v.sparse_idx is not None or v.attributes["diag"] for v in variables):
         pytest.skip("CVXPY evaluates no expression of a variable stored sparsely")
     tensors = case.sample(seed=3)
-    solution = ConvexLayer(declared.problem, declared.parameters, variables, gp=case.gp).solve(*tensors)
+    solution = ConvexLayer(declared.problem, declared.parameters, variables, gp=case.gp).solve(
+        *tensors
+    )
     set_values(declared, tensors)
     for variable, value in zip(variables, solution.variables, strict=True):
         variable.save_value(value.numpy())
@@ -63,7 +67,9 @@ def differences(layer, cotangents, tensors, moves, step):
         values[k][row] += step * places.view(-1, *[1] * direction.dim()) * direction
     with torch.no_grad():
         outputs = outputs_of(layer, values)
-    found = sum((w * o).reshape(*o.shape[:2], -1).sum(2) for w, o in zip(cotangents, outputs, strict=True))
+    found = sum(
+        (w * o).reshape(*o.shape[:2], -1).sum(2) for w, o in zip(cotangents, outputs, strict=True)
+    )
     return (found @ torch.tensor(list(FIVE_POINT.values()), dtype=torch.float64) / step).tolist()
 
 
@@ -80,12 +86,21 @@ def test_the_gradient_of_variables_duals_and_value_is_that_of_five_point_differe
         gradients = torch.autograd.grad(outputs, inputs, cotangents)
         moves = [b - a for a, b in zip(tensors, others, strict=True)]
         size = max(float(g.norm() * d.norm()) for g, d in zip(gradients, moves, strict=True))
-        wides, narrows = (differences(layer, cotangents, tensors, list(enumerate(moves)), h) for h in (STEP, STEP / 2))
-        for k, (gradient, move, wide, narrow) in enumerate(zip(gradients, moves, wides, narrows, strict=True)):
+        wides, narrows = (
+            differences(layer, cotangents, tensors, list(enumerate(moves)), h)
+            for h in (STEP, STEP / 2)
+        )
+        for k, (gradient, move, wide, narrow) in enumerate(
+            zip(gradients, moves, wides, narrows, strict=True)
+        ):
             unit = max(abs(narrow), 1e-2 * float(gradient.norm() * move.norm()), 1e-3 * size)
-            assert abs(wide - narrow) <= 1e-6 * unit, f"parameter {k}, seed {seed}: differences do not converge here"
+            assert abs(wide - narrow) <= 1e-6 * unit, (
+                f"parameter {k}, seed {seed}: differences do not converge here"
+            )
             got = float((gradient * move).sum())
-            assert abs(got - narrow) <= 1e-6 * unit, f"parameter {k}, seed {seed}: {got} against {narrow}"
+            assert abs(got - narrow) <= 1e-6 * unit, (
+                f"parameter {k}, seed {seed}: {got} against {narrow}"
+            )
             moved[k] |= abs(narrow) > 1e-3 * size
     assert all(moved), "a parameter that moves nothing at any seed tests nothing"
 
@@ -102,12 +117,17 @@ def test_a_scaled_loss_scales_the_gradient_exactly(case, scale):
         assert relative(b / scale, a) < 1e-12
 
 
-SYMMETRIC = [name for name, case in CASES.items()
-             if any(p.attributes[a] for p in case.declare().parameters for a in ("symmetric", "PSD", "NSD"))]
+SYMMETRIC = [
+    name
+    for name, case in CASES.items()
+    if any(p.attributes[a] for p in case.declare().parameters for a in ("symmetric", "PSD", "NSD"))
+]
 
 
 @pytest.mark.parametrize("case", [CASES[name] for name in SYMMETRIC], ids=SYMMETRIC)
-def test_a_symmetric_parameter_has_a_symmetric_gradient_that_is_right_along_every_symmetric_direction(case):
+def test_a_symmetric_parameter_has_a_symmetric_gradient_that_is_right_along_every_symmetric_direction(
+    case,
+):
     layer, declared = case.shared, case.declare()
     tensors = case.sample(seed=1)
     inputs = leaves(tensors)
@@ -126,9 +146,13 @@ def test_a_symmetric_parameter_has_a_symmetric_gradient_that_is_right_along_ever
         row = torch.arange(len(directions))
         directions[row, i, j] = directions[row, j, i] = 1.0
         moves = [(k, direction) for direction in directions]
-        for direction, expected in zip(directions, differences(layer, cotangents, tensors, moves, 5e-4), strict=True):
+        for direction, expected in zip(
+            directions, differences(layer, cotangents, tensors, moves, 5e-4), strict=True
+        ):
             got = float((gradient * direction).sum())
-            assert abs(got - expected) <= 1e-6 * max(abs(expected), float(gradient.norm()), 1e-3 * size)
+            assert abs(got - expected) <= 1e-6 * max(
+                abs(expected), float(gradient.norm()), 1e-3 * size
+            )
 
 
 @every_case
@@ -138,6 +162,9 @@ def test_an_output_that_the_loss_does_not_use_adds_nothing(case):
     outputs = outputs_of(case.shared, inputs)
     cotangents = weights(outputs)
     together = torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True)
-    alone = [torch.autograd.grad(o, inputs, w, retain_graph=True) for o, w in zip(outputs, cotangents, strict=True)]
+    alone = [
+        torch.autograd.grad(o, inputs, w, retain_graph=True)
+        for o, w in zip(outputs, cotangents, strict=True)
+    ]
     for k, total in enumerate(together):
         assert relative(sum(parts[k] for parts in alone), total) < 1e-10

@@ -56,7 +56,9 @@ def directions(layer, tensors, seed):
     found = []
     for tensor, parameter in zip(tensors, layer._declared.parameters, strict=True):
         a = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
-        square = parameter.ndim == 2 and any(parameter.attributes[name] for name in ("symmetric", "PSD", "NSD"))
+        square = parameter.ndim == 2 and any(
+            parameter.attributes[name] for name in ("symmetric", "PSD", "NSD")
+        )
         found.append((a + a.mT) / 2 if square else a)
     return found
 
@@ -68,7 +70,9 @@ def test_a_smoothed_gradient_is_that_of_the_smoothed_solution(name):
     tensors = [t[0] for t in case.sample(1)]
     a = directions(layer, tensors, 0)
     base, product = smoothed_solution(layer, tensors)
-    weights = torch.randn(len(base), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weights = torch.randn(
+        len(base), generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
 
     def along(step):
         moved = [t + step * d for t, d in zip(tensors, a, strict=True)]
@@ -97,16 +101,26 @@ def canonical_gradient(layer, tensors, x_bar, y_bar):
     values = [t.detach().unsqueeze(0) for t in tensors]
     entries = [reader.read(value) for reader, value in zip(readers, values, strict=True)]
     bars = derivative.cotangent(entries, [x_bar, y_bar, x_bar.new_zeros(1)], [True] * len(values))
-    return [reader.pull_back(bar, value)[0] for reader, bar, value in zip(readers, bars, values, strict=True)]
+    return [
+        reader.pull_back(bar, value)[0]
+        for reader, bar, value in zip(readers, bars, values, strict=True)
+    ]
 
 
-@pytest.mark.parametrize("name", ["quadratic_program", "raw_second_order", "nearest_correlation", "entropy", "raw_power"])
+@pytest.mark.parametrize(
+    "name", ["quadratic_program", "raw_second_order", "nearest_correlation", "entropy", "raw_power"]
+)
 def test_a_smoothed_gradient_tends_to_the_exact_one(name):
     case = CASES[name]
     tensors = [t.requires_grad_() for t in case.sample(3)]
     exact = gradient_of(case.layer(structure="generic"), tensors)
     errors = [
-        relative(*(torch.cat([g.flatten() for g in bars]) for bars in (gradient_of(smooth(case, kappa), tensors), exact)))
+        relative(
+            *(
+                torch.cat([g.flatten() for g in bars])
+                for bars in (gradient_of(smooth(case, kappa), tensors), exact)
+            )
+        )
         for kappa in (1e-4, 1e-6, 1e-8)
     ]
     assert errors[2] < 1e-3
@@ -133,7 +147,9 @@ def test_forward_mode_of_a_smoothed_gradient_is_its_transpose():
     bars = [torch.ones_like(o) for o in outputs]
     pulled = torch.autograd.grad(layer(*leaves), leaves, bars)
     left = sum(float(t.sum()) for t in tangents)
-    assert left == pytest.approx(sum(float((p * d).sum()) for p, d in zip(pulled, a, strict=True)), rel=1e-9)
+    assert left == pytest.approx(
+        sum(float((p * d).sum()) for p, d in zip(pulled, a, strict=True)), rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("name", ["quadratic_program", "lasso", "raw_second_order", "entropy"])
@@ -149,20 +165,26 @@ def test_lpgd_with_a_small_step_is_the_derivative(name):
 @pytest.mark.parametrize("name", ["smoothed", "lpgd", "perturbed", "blackbox"])
 def test_at_a_vertex_the_informative_gradients_are_not_zero_and_the_value_stays_exact(name):
     c, x = cp.Parameter(4, name="c"), cp.Variable(4)
-    layer = ConvexLayer(cp.Problem(cp.Minimize(c @ x), [cp.sum(x) == 1, x >= 0]), [c], [x], gradient=name)
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(c @ x), [cp.sum(x) == 1, x >= 0]), [c], [x], gradient=name
+    )
     assert layer.structure == "cone_program"
-    costs = torch.tensor([[0.3, 0.2, 0.9, 0.5], [0.1, 0.4, 0.3, 0.35]], dtype=torch.float64, requires_grad=True)
+    costs = torch.tensor(
+        [[0.3, 0.2, 0.9, 0.5], [0.1, 0.4, 0.3, 0.35]], dtype=torch.float64, requires_grad=True
+    )
     wanted = torch.tensor([[1.0, 0, 0, 0], [0, 0, 1.0, 0]], dtype=torch.float64)
     solution = layer.solve(costs)
     assert torch.allclose(solution.variables[0].sum(1), torch.ones(2, dtype=torch.float64))
-    (bar,) = torch.autograd.grad((solution.variables[0] - wanted).square().sum(), costs, retain_graph=True)
+    (bar,) = torch.autograd.grad(
+        (solution.variables[0] - wanted).square().sum(), costs, retain_graph=True
+    )
     # Down the gradient the wanted entry gets cheaper beside the one that is chosen now.
     chosen = solution.variables[0].detach().argmax(1)
     for row, target in enumerate(wanted.argmax(1).tolist()):
         assert bar[row, target] - bar[row, chosen[row]] > 1e-6
     (value_bar,) = torch.autograd.grad(solution.objective.sum(), costs)
     assert torch.allclose(value_bar, solution.variables[0].detach(), atol=1e-9)
-    scaled, = torch.autograd.grad(1e-9 * (layer(costs)[0] - wanted).square().sum(), costs)
+    (scaled,) = torch.autograd.grad(1e-9 * (layer(costs)[0] - wanted).square().sum(), costs)
     assert relative(1e9 * scaled, bar) < 1e-6
 
 
@@ -170,11 +192,23 @@ def test_gradients_of_costs_refuse_other_problems_and_multipliers():
     c, b, x = cp.Parameter(3), cp.Parameter(), cp.Variable(3)
     for name in ("perturbed", "blackbox"):
         with pytest.raises(ProblemError, match="quadratic"):
-            ConvexLayer(cp.Problem(cp.Minimize(c @ x + cp.sum_squares(x)), [x >= 0]), [c], [x], gradient=name)
+            ConvexLayer(
+                cp.Problem(cp.Minimize(c @ x + cp.sum_squares(x)), [x >= 0]),
+                [c],
+                [x],
+                gradient=name,
+            )
         with pytest.raises(ProblemError, match="constraints"):
-            ConvexLayer(cp.Problem(cp.Minimize(c @ x), [cp.sum(x) == b, x >= 0]), [c, b], [x], gradient=name)
+            ConvexLayer(
+                cp.Problem(cp.Minimize(c @ x), [cp.sum(x) == b, x >= 0]), [c, b], [x], gradient=name
+            )
         rule = cp.sum(x) == 1
-        layer = ConvexLayer(cp.Problem(cp.Minimize(c @ x), [rule, x >= 0]), [c], [rule.dual_variables[0]], gradient=name)
+        layer = ConvexLayer(
+            cp.Problem(cp.Minimize(c @ x), [rule, x >= 0]),
+            [c],
+            [rule.dual_variables[0]],
+            gradient=name,
+        )
         costs = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64, requires_grad=True)
         with pytest.raises(RuntimeError, match="multipliers"):
             layer(costs)[0].backward()
@@ -182,7 +216,10 @@ def test_gradients_of_costs_refuse_other_problems_and_multipliers():
 
 def test_first_derivatives_say_that_they_are():
     c, x = cp.Parameter(3), cp.Variable(3)
-    problem, costs = cp.Problem(cp.Minimize(c @ x), [cp.sum(x) == 1, x >= 0]), torch.tensor([1.0, 2.0, 3.0]).double()
+    problem, costs = (
+        cp.Problem(cp.Minimize(c @ x), [cp.sum(x) == 1, x >= 0]),
+        torch.tensor([1.0, 2.0, 3.0]).double(),
+    )
     for name in ("lpgd", "perturbed", "blackbox"):
         layer = ConvexLayer(problem, [c], [x], gradient=name)
         with pytest.raises(RuntimeError, match="forward mode"):
@@ -205,16 +242,27 @@ def test_arguments_of_a_gradient_are_checked():
         with pytest.raises(ValueError, match=argument):
             ConvexLayer(problem, [c], [x], gradient=name, gradient_args={argument: value})
     with pytest.raises(ValueError, match="kernel"):
-        ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - c))), [c], [x], structure="least_squares", gradient="lpgd")
+        ConvexLayer(
+            cp.Problem(cp.Minimize(cp.sum_squares(x - c))),
+            [c],
+            [x],
+            structure="least_squares",
+            gradient="lpgd",
+        )
 
 
 def test_perturbed_gradients_are_the_same_bits_each_time_and_follow_their_seed():
     c, x = cp.Parameter(5), cp.Variable(5)
     problem = cp.Problem(cp.Minimize(c @ x), [cp.sum(x) == 1, x >= 0])
-    leaf = torch.randn(2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    leaf = torch.randn(
+        2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    ).requires_grad_()
     bars = [
         torch.autograd.grad(
-            ConvexLayer(problem, [c], [x], gradient="perturbed", gradient_args={"seed": seed})(leaf)[0][:, 0].sum(), leaf
+            ConvexLayer(problem, [c], [x], gradient="perturbed", gradient_args={"seed": seed})(
+                leaf
+            )[0][:, 0].sum(),
+            leaf,
         )[0]
         for seed in (0, 0, 1)
     ]
@@ -246,10 +294,14 @@ def test_each_cause_is_told_once_with_its_remedy():
     assert tied.cause is Cause.SINGULAR
     assert "regularise=" in str(tied)
     a = cp.Parameter(2)
-    bound = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [x >= 0, cp.sum(x) <= 3]), [a], [x])
+    bound = ConvexLayer(
+        cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [x >= 0, cp.sum(x) <= 3]), [a], [x]
+    )
     (weak,) = warned(bound, torch.tensor([[1.0, 0.0]]).double())
     assert weak.cause is Cause.ONE_SIDED
-    kernel = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [x >= 0, cp.sum(x) == 1]), [a], [x])
+    kernel = ConvexLayer(
+        cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [x >= 0, cp.sum(x) == 1]), [a], [x]
+    )
     assert kernel.structure == "sparsemax"
     (tie,) = warned(kernel, torch.tensor([[1.0, 0.0]]).double())
     assert tie.cause is Cause.ONE_SIDED
@@ -294,9 +346,13 @@ def test_of_a_linear_programs_solutions_the_one_of_least_norm(scale):
         warnings.simplefilter("ignore", GradientWarning)
         (found,) = layer(costs, total)
         (bar,) = torch.autograd.grad(found[:, 0].sum(), total)
-    assert torch.allclose(found, total.detach()[:, None] * torch.tensor([0.5, 0.5, 0.0]).double(), atol=1e-9)
+    assert torch.allclose(
+        found, total.detach()[:, None] * torch.tensor([0.5, 0.5, 0.0]).double(), atol=1e-9
+    )
     assert torch.allclose(bar, torch.full((2,), 0.5).double(), atol=1e-9)
-    assert bool(layer.solve(costs, total).degenerate.all()), "a solution that is not unique is said to be none"
+    assert bool(layer.solve(costs, total).degenerate.all()), (
+        "a solution that is not unique is said to be none"
+    )
     assert "least norm" in layer.explain()
 
 
@@ -313,7 +369,9 @@ def test_of_a_quadratic_programs_solutions_the_one_of_least_norm_to_its_accuracy
 
 def test_kernels_whose_solution_has_the_least_norm_stay():
     A, h, x = cp.Parameter((2, 4)), cp.Parameter(2), cp.Variable(4)
-    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(A @ x - h))), [A, h], [x], regularise="least_norm")
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(cp.sum_squares(A @ x - h))), [A, h], [x], regularise="least_norm"
+    )
     assert layer.structure == "least_squares"
 
 
@@ -326,7 +384,9 @@ def test_a_proximal_term_is_part_of_the_problem_and_explained():
     value = torch.tensor([0.3, 0.1, 0.2]).double()
     solution = layer.solve(value)
     (found,) = solution.variables
-    expected = ConvexLayer(cp.Problem(cp.Maximize(c @ x - 0.25 * cp.sum_squares(x)), problem.constraints), [c], [x])
+    expected = ConvexLayer(
+        cp.Problem(cp.Maximize(c @ x - 0.25 * cp.sum_squares(x)), problem.constraints), [c], [x]
+    )
     assert torch.equal(found, expected(value)[0])
     assert float(solution.objective) == pytest.approx(float(value @ found - 0.25 * found @ found))
 

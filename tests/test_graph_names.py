@@ -28,10 +28,14 @@ def points(n=3):
 # Within one process ------------------------------------------------------------------------------------------------------
 
 
-def square(change=lambda x, y: 0.0, constraints=lambda x, y: [], variable=None, parameter=None, **options):
+def square(
+    change=lambda x, y: 0.0, constraints=lambda x, y: [], variable=None, parameter=None, **options
+):
     """A declaration with some part exchanged."""
     x, y = variable or cp.Variable(3), parameter or cp.Parameter(3)
-    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - y) + change(x, y)), [x >= -7, *constraints(x, y)])
+    problem = cp.Problem(
+        cp.Minimize(cp.sum_squares(x - y) + change(x, y)), [x >= -7, *constraints(x, y)]
+    )
     return ConvexLayer(problem, [y], [x], **options)
 
 
@@ -54,9 +58,21 @@ OTHERS = {
     "another power": {"change": lambda x, y: cp.sum(cp.power(cp.pos(x), 3))},
     "a huber loss": {"change": lambda x, y: cp.sum(cp.huber(x, 1))},
     "a wider one": {"change": lambda x, y: cp.sum(cp.huber(x, 2))},
-    "an axis": {"change": lambda x, y: cp.sum(cp.norm(cp.reshape(cp.hstack([x, y]), (2, 3), order="C"), axis=0))},
-    "the other axis": {"change": lambda x, y: cp.sum(cp.norm(cp.reshape(cp.hstack([x, y]), (2, 3), order="C"), axis=1))},
-    "an order": {"change": lambda x, y: cp.sum(cp.norm(cp.reshape(cp.hstack([x, y]), (2, 3), order="F"), axis=0))},
+    "an axis": {
+        "change": lambda x, y: cp.sum(
+            cp.norm(cp.reshape(cp.hstack([x, y]), (2, 3), order="C"), axis=0)
+        )
+    },
+    "the other axis": {
+        "change": lambda x, y: cp.sum(
+            cp.norm(cp.reshape(cp.hstack([x, y]), (2, 3), order="C"), axis=1)
+        )
+    },
+    "an order": {
+        "change": lambda x, y: cp.sum(
+            cp.norm(cp.reshape(cp.hstack([x, y]), (2, 3), order="F"), axis=0)
+        )
+    },
     "the largest": {"change": lambda x, y: cp.sum_largest(x, 2)},
     "the largest one": {"change": lambda x, y: cp.sum_largest(x, 1)},
     "a perspective": {"change": lambda x, y: _perspective(x, 1)},
@@ -87,14 +103,22 @@ def test_no_two_declarations_or_options_that_differ_have_a_name_in_common_and_eq
     names = {what: square(**given)._front.graph_name for what, given in OTHERS.items()}
     assert len(set(names.values())) == len(OTHERS)
     again = list(OTHERS)[::3]
-    assert [names[what] for what in again] == [square(**OTHERS[what])._front.graph_name for what in again]
+    assert [names[what] for what in again] == [
+        square(**OTHERS[what])._front.graph_name for what in again
+    ]
 
 
 def test_the_order_of_parameters_and_what_is_returned_count():
     x, y, z = cp.Variable(2), cp.Parameter(2), cp.Parameter(2)
     bound, other = x <= z, x >= -5
     problem = cp.Problem(cp.Minimize(cp.sum_squares(x - y)), [bound, other])
-    forms = [([y, z], [x]), ([z, y], [x]), ([y, z], bound.dual_variables), ([y, z], other.dual_variables), ([y, z], [x, x])]
+    forms = [
+        ([y, z], [x]),
+        ([z, y], [x]),
+        ([y, z], bound.dual_variables),
+        ([y, z], other.dual_variables),
+        ([y, z], [x, x]),
+    ]
     assert len({ConvexLayer(problem, *form)._front.graph_name for form in forms}) == len(forms)
 
 
@@ -103,12 +127,21 @@ def test_what_a_name_does_not_count():
         x, y = cp.Variable(3, name=name and name + "x"), cp.Parameter(3, name=name, value=value)
         difference = x - y
         again = difference if shared else x - y
-        return ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(difference) + cp.norm1(again)), [x >= 0]), [y], [x])
+        return ConvexLayer(
+            cp.Problem(cp.Minimize(cp.sum_squares(difference) + cp.norm1(again)), [x >= 0]),
+            [y],
+            [x],
+        )
 
     layers = [layer(), layer("price"), layer(shared=False), layer(value=np.ones(3))]
     layers[0](points())
     layers[1].check(points())
-    layers += [copy.deepcopy(layers[0]), pickle.loads(pickle.dumps(layers[0])), layers[0].with_options(), layer()]
+    layers += [
+        copy.deepcopy(layers[0]),
+        pickle.loads(pickle.dumps(layers[0])),
+        layers[0].with_options(),
+        layer(),
+    ]
     assert len({each._front.graph_name for each in layers}) == 1
 
 
@@ -130,13 +163,24 @@ def test_a_solver_of_ones_own_cannot_be_read_and_its_layer_is_like_no_other():
             return Clarabel().solve(task)
 
     first, second = clipped(solver=Mine()), clipped(solver=Mine())
-    assert len({first._front.graph_name, second._front.graph_name, clipped(solver="clarabel")._front.graph_name}) == 3
+    assert (
+        len(
+            {
+                first._front.graph_name,
+                second._front.graph_name,
+                clipped(solver="clarabel")._front.graph_name,
+            }
+        )
+        == 3
+    )
     whole = torch.compile(Model(first), fullgraph=True, backend="aot_eager")
     assert torch.equal(whole(points()), first(points())[0])
 
 
 def test_a_compiled_function_meets_the_layer_it_is_given_and_the_options_of_now():
-    compiled_once = torch.compile(lambda layer, y: layer(y)[0] * 2, fullgraph=True, backend="aot_eager")
+    compiled_once = torch.compile(
+        lambda layer, y: layer(y)[0] * 2, fullgraph=True, backend="aot_eager"
+    )
     y = points()
     for cap in (1.0, 0.3):
         assert torch.allclose(compiled_once(clipped(cap), y), 2 * y.clamp(max=cap), atol=1e-9)
@@ -158,8 +202,15 @@ def test_of_two_equal_layers_either_serves():
         program(points())
 
 
-@pytest.mark.parametrize("act", [lambda layer: torch.jit.trace(layer, (points(),)), torch.jit.script,
-                                 lambda layer: torch.jit.trace(Model(layer), (points(),)), lambda layer: torch.jit.script(Model(layer))])
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda layer: torch.jit.trace(layer, (points(),)),
+        torch.jit.script,
+        lambda layer: torch.jit.trace(Model(layer), (points(),)),
+        lambda layer: torch.jit.script(Model(layer)),
+    ],
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_torchscript_is_refused_with_what_to_do_instead(act):
     with pytest.raises(RuntimeError, match=r"no TorchScript.*torch\.compile, or torch\.export"):
@@ -225,17 +276,25 @@ def elsewhere(tmp_path_factory):
         layer = clipped()
         for way in ("graph", "strict"):
             batch = {"y": {0: torch.export.Dim("batch", min=2)}}
-            program = torch.export.export(Model(layer), (points().detach(),), dynamic_shapes=batch, strict=way == "strict")
+            program = torch.export.export(
+                Model(layer), (points().detach(),), dynamic_shapes=batch, strict=way == "strict"
+            )
             torch.export.save(program, folder / f"{way}.pt2")
         with_tests = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
         def python(code, *arguments):
             command = [sys.executable, "-W", "ignore", "-c", code, *arguments]
-            return subprocess.run(command, capture_output=True, text=True, check=False, env=with_tests, timeout=300)
+            return subprocess.run(
+                command, capture_output=True, text=True, check=False, env=with_tests, timeout=300
+            )
 
         # Not here: what the other tests of this process have set is part of the key of a graph on disk.
         compiled = python(COMPILED)
-        works = True if compiled.returncode == 0 else f"inductor does not work here: {compiled.stderr[-200:]}"
+        works = (
+            True
+            if compiled.returncode == 0
+            else f"inductor does not work here: {compiled.stderr[-200:]}"
+        )
         run = python(ELSEWHERE, folder, json.dumps(POINTS))
     assert run.returncode == 0 or works is not True, run.stderr[-2000:]
     return (json.loads(run.stdout) if run.returncode == 0 else {}), works
@@ -250,7 +309,9 @@ def test_an_exported_graph_meets_an_equal_layer_elsewhere_and_no_other(elsewhere
     assert "Build the layer first" in without
     y = points().detach()
     torch.testing.assert_close(torch.tensor(solution).double(), y.clamp(max=1.0), rtol=0, atol=1e-8)
-    torch.testing.assert_close(torch.tensor(gradient).double(), (y < 1.0).double(), rtol=0, atol=1e-8)
+    torch.testing.assert_close(
+        torch.tensor(gradient).double(), (y < 1.0).double(), rtol=0, atol=1e-8
+    )
 
 
 def test_a_graph_kept_on_disk_serves_its_own_declaration_and_no_other(elsewhere):
@@ -259,8 +320,12 @@ def test_a_graph_kept_on_disk_serves_its_own_declaration_and_no_other(elsewhere)
         pytest.skip(works)
     for n, (hits, solution, gradient) in found["disk"].items():
         y, n = points().detach(), int(n)
-        torch.testing.assert_close(torch.tensor(solution).double(), -y[:, :1].expand(2, n) / 2, rtol=0, atol=1e-8)
+        torch.testing.assert_close(
+            torch.tensor(solution).double(), -y[:, :1].expand(2, n) / 2, rtol=0, atol=1e-8
+        )
         expected = torch.zeros_like(y)
         expected[:, 0] = -n / 2
         torch.testing.assert_close(torch.tensor(gradient).double(), expected, rtol=0, atol=1e-8)
-        assert n == 2 or not hits, "another declaration's graph"  # whether an equal one's is met, torch decides by more than the graph
+        assert n == 2 or not hits, (
+            "another declaration's graph"
+        )  # whether an equal one's is met, torch decides by more than the graph

@@ -11,7 +11,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
-COMPILER = {"torch._dynamo", "torch._inductor"}  # sympy comes with torch.autograd.grad of a given cotangent
+COMPILER = {
+    "torch._dynamo",
+    "torch._inductor",
+}  # sympy comes with torch.autograd.grad of a given cotangent
 
 # CVXPY tries solvers that are not ours, of which one loads the compiler itself: it counts as not installed here.
 STAGES = """
@@ -53,7 +56,9 @@ def test_a_command_in_the_root_finds_every_part_whatever_is_installed():
     """There the checkout's folder comes first, and what an installer knows of the others' places does not count."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     packages = settings["tool"]["setuptools"]["packages"]
-    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "convlayer").glob("**/__init__.py")}
+    folders = {
+        path.parent.relative_to(ROOT) for path in (ROOT / "convlayer").glob("**/__init__.py")
+    }
     assert {str(folder).replace(os.sep, ".") for folder in folders} <= set(packages)
     for package in packages:
         parent, _, name = package.rpartition(".")

@@ -14,7 +14,16 @@ from convlayer.solvers.dealing import solve_batch
 from convlayer.solvers.interior_point import InteriorPoint
 from convlayer.solvers.solver import Iterate, Task
 
-SIZES = [(1, 0, 1), (4, 0, 0), (5, 2, 0), (6, 0, 9), (10, 3, 5), (10, 3, 20), (12, 0, 6), (8, 3, 40)]
+SIZES = [
+    (1, 0, 1),
+    (4, 0, 0),
+    (5, 2, 0),
+    (6, 0, 9),
+    (10, 3, 5),
+    (10, 3, 20),
+    (12, 0, 6),
+    (8, 3, 40),
+]
 KINDS = ["definite", "semidefinite", "linear"]
 
 
@@ -22,7 +31,9 @@ def program_of(n, cones):
     m = sum(cone.size for cone in cones)
     rows, columns = np.triu_indices(n)
     order = np.lexsort((rows, columns))
-    A_columns, A_rows = np.divmod(np.arange(n * m), m) if m else (np.zeros(0, int), np.zeros(0, int))
+    A_columns, A_rows = (
+        np.divmod(np.arange(n * m), m) if m else (np.zeros(0, int), np.zeros(0, int))
+    )
     return Program(n, m, Product(cones), rows[order], columns[order], A_rows, A_columns)
 
 
@@ -31,7 +42,9 @@ def data_of(P, q, A, b, p, cones=None):
     m, n = A.shape[-2:]
     cones = cones or [cone(size) for cone, size in ((Zero, p), (Nonnegative, m - p)) if size]
     program = program_of(n, cones)
-    return Data(program, P[:, program.P_rows, program.P_cols], q, A[:, program.A_rows, program.A_cols], b)
+    return Data(
+        program, P[:, program.P_rows, program.P_cols], q, A[:, program.A_rows, program.A_cols], b
+    )
 
 
 def task_of(data, tolerance=1e-8, **options):
@@ -43,12 +56,19 @@ def task_of(data, tolerance=1e-8, **options):
 
 def solve(data, tolerance=1e-8, **options):
     points = InteriorPoint().solve_data(data, tolerance, options)
-    rows = zip(*(part.numpy() for part in (points.x, points.s, points.y)), points.status.tolist(), points.iterations.tolist(), strict=True)
+    rows = zip(
+        *(part.numpy() for part in (points.x, points.s, points.y)),
+        points.status.tolist(),
+        points.iterations.tolist(),
+        strict=True,
+    )
     return [Iterate(x, s, y, Status(status), count) for x, s, y, status, count in rows]
 
 
 def stacked(iterates):
-    return [torch.tensor(np.array([getattr(iterate, name) for iterate in iterates])) for name in "xsy"]
+    return [
+        torch.tensor(np.array([getattr(iterate, name) for iterate in iterates])) for name in "xsy"
+    ]
 
 
 def normal(generator, *shape):
@@ -59,12 +79,18 @@ def planted(kind, n, p, l, batch=6, seed=0, few=False):
     """Programs with a known solution: (P, q, A, b), (x, s, y). Rows are active as a coin says, or so few that y is unique."""
     g = torch.Generator().manual_seed(seed)
     L = normal(g, batch, n, {"definite": n, "semidefinite": max(1, n // 3), "linear": 1}[kind])
-    P = (L @ L.mT + (kind == "definite") * 0.1 * torch.eye(n, dtype=torch.float64)) * (kind != "linear")
+    P = (L @ L.mT + (kind == "definite") * 0.1 * torch.eye(n, dtype=torch.float64)) * (
+        kind != "linear"
+    )
     A, x = normal(g, batch, p + l, n), normal(g, batch, n)
     coin = torch.rand(batch, l, generator=g)
     active = coin.argsort(1).argsort(1) < (n - p) // 2 if few else coin < 0.5
-    s = torch.cat([torch.zeros(batch, p), torch.where(active, 0.0, normal(g, batch, l).abs() + 0.1)], 1)
-    y = torch.cat([normal(g, batch, p), torch.where(active, normal(g, batch, l).abs() + 0.1, 0.0)], 1)
+    s = torch.cat(
+        [torch.zeros(batch, p), torch.where(active, 0.0, normal(g, batch, l).abs() + 0.1)], 1
+    )
+    y = torch.cat(
+        [normal(g, batch, p), torch.where(active, normal(g, batch, l).abs() + 0.1, 0.0)], 1
+    )
     q = -(P @ x.unsqueeze(2) + A.mT @ y.unsqueeze(2)).squeeze(2)
     b = (A @ x.unsqueeze(2)).squeeze(2) + s
     return (P, q, A, b), (x, s, y)
@@ -122,7 +148,14 @@ def test_clarabel_agrees_on_badly_scaled_programs_once_normalised(kind):
     iterates = solve(scaled)
     optimal(scaled, iterates, 1e-6)
     reference = objective(scaled, solve_batch(Clarabel(), 1e-10, {}, scaled, None, None).x)
-    assert float(((objective(scaled, stacked(iterates)[0]) - reference) / (1 + reference.abs())).abs().max()) <= 1e-6
+    assert (
+        float(
+            ((objective(scaled, stacked(iterates)[0]) - reference) / (1 + reference.abs()))
+            .abs()
+            .max()
+        )
+        <= 1e-6
+    )
 
 
 def test_linprog_agrees_on_linear_programs_with_bounds_of_many_scales():
@@ -150,7 +183,13 @@ def test_projection_onto_a_box_is_clamping():
     g = torch.Generator().manual_seed(4)
     n, target = 5, normal(g, 7, 5).mul(2)
     eye = torch.eye(n, dtype=torch.float64)
-    data = data_of(eye[None], -target, torch.cat([eye, -eye])[None], torch.ones(1, 2 * n, dtype=torch.float64), 0)
+    data = data_of(
+        eye[None],
+        -target,
+        torch.cat([eye, -eye])[None],
+        torch.ones(1, 2 * n, dtype=torch.float64),
+        0,
+    )
     x, _, y = stacked(solve(data))
     assert float((x - target.clamp(-1, 1)).abs().max()) <= 1e-4
     assert float((y[:, :n] - y[:, n:] - (target - target.clamp(-1, 1))).abs().max()) <= 1e-4
@@ -190,7 +229,9 @@ def unbounded(kind, n, p, l, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("kind", "size"), [(k, s) for k in KINDS for s in [(6, 0, 9), (10, 3, 20), (10, 0, 11)]], ids=str
+    ("kind", "size"),
+    [(k, s) for k in KINDS for s in [(6, 0, 9), (10, 3, 20), (10, 0, 11)]],
+    ids=str,
 )
 def test_an_infeasible_row_comes_with_its_certificate(kind, size):
     P, q, A, b = infeasible(kind, *size)
@@ -200,12 +241,16 @@ def test_an_infeasible_row_comes_with_its_certificate(kind, size):
     y = stacked(iterates)[2]
     gain = -(b * y).sum(1)
     assert (gain > 0).all()
-    assert ((A.mT @ y.unsqueeze(2)).abs().sum((1, 2)) * b.abs().sum(1).clamp(min=1) <= 1e-4 * gain).all()
+    assert (
+        (A.mT @ y.unsqueeze(2)).abs().sum((1, 2)) * b.abs().sum(1).clamp(min=1) <= 1e-4 * gain
+    ).all()
     assert (y[:, size[1] :] >= 0).all()
 
 
 @pytest.mark.parametrize(
-    ("kind", "size"), [(k, s) for k in KINDS[1:] for s in [(6, 0, 9), (10, 3, 20), (10, 3, 5), (6, 2, 0)]], ids=str
+    ("kind", "size"),
+    [(k, s) for k in KINDS[1:] for s in [(6, 0, 9), (10, 3, 20), (10, 3, 5), (6, 2, 0)]],
+    ids=str,
 )
 def test_an_unbounded_row_comes_with_its_ray(kind, size):
     P, q, A, b = unbounded(kind, *size)
@@ -230,14 +275,20 @@ def test_contradictory_equalities_are_infeasible():
     A = torch.tensor([[[1.0, 1.0], [1.0, 1.0]]], dtype=torch.float64)
     b = torch.tensor([[1.0, 2.0]], dtype=torch.float64)
     for P in (eye, 0 * eye):
-        assert solve(data_of(P, torch.zeros(1, 2, dtype=torch.float64), A, b, 2))[0].status == Status.INFEASIBLE
+        assert (
+            solve(data_of(P, torch.zeros(1, 2, dtype=torch.float64), A, b, 2))[0].status
+            == Status.INFEASIBLE
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [(6, 0, 9), (10, 3, 20), (10, 3, 5)], ids=str)
 def test_a_batch_equals_a_loop_whatever_its_other_rows_are(kind, size):
     good, _ = planted(kind, *size)
-    bad = infeasible(kind, *size), unbounded("linear" if kind == "linear" else "semidefinite", *size)
+    bad = (
+        infeasible(kind, *size),
+        unbounded("linear" if kind == "linear" else "semidefinite", *size),
+    )
     hard = [part.clone() for part in good]
     hard[2] *= 1e150  # overflows
     mixed = [torch.stack(rows, 1).flatten(0, 1) for rows in zip(good, *bad, hard, strict=True)]
@@ -248,7 +299,9 @@ def test_a_batch_equals_a_loop_whatever_its_other_rows_are(kind, size):
         assert together[row].status == alone.status == Status.SOLVED
         assert together[row].iterations == alone.iterations
         for name in "xsy":
-            np.testing.assert_allclose(getattr(together[row], name), getattr(alone, name), rtol=1e-5, atol=1e-7)
+            np.testing.assert_allclose(
+                getattr(together[row], name), getattr(alone, name), rtol=1e-5, atol=1e-7
+            )
     assert all(np.isfinite(iterate.x).all() for iterate in together)
 
 

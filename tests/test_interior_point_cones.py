@@ -23,7 +23,16 @@ CONES = {
     "power": [Power(0.5), Power(0.2), Power(0.9)],
     "extreme_power": [Power(0.01), Power(0.99)],
     "zero_and_curved": [Zero(2), SecondOrder(3), Psd(2)],
-    "mix": [Zero(1), Nonnegative(3), SecondOrder(3), Psd(3), SecondOrder(5), Exponential(), Exponential(), Power(0.3)],
+    "mix": [
+        Zero(1),
+        Nonnegative(3),
+        SecondOrder(3),
+        Psd(3),
+        SecondOrder(5),
+        Exponential(),
+        Exponential(),
+        Power(0.3),
+    ],
     "mix_in_no_order": [
         Power(0.6),
         Psd(2),
@@ -46,7 +55,9 @@ def normal(generator, *shape):
 
 def data_of(cones, P, q, A, b):
     program = program_of(q.shape[1], cones)
-    return Data(program, P[:, program.P_rows, program.P_cols], q, A[:, program.A_rows, program.A_cols], b)
+    return Data(
+        program, P[:, program.P_rows, program.P_cols], q, A[:, program.A_rows, program.A_cols], b
+    )
 
 
 def planted(kind, cones, seed=0, batch=BATCH, surplus=0):
@@ -59,7 +70,9 @@ def planted(kind, cones, seed=0, batch=BATCH, surplus=0):
     s = product.project(v)
     y = s - v
     L = normal(g, batch, n, {"definite": n, "semidefinite": max(1, n // 3), "linear": 1}[kind])
-    P = (L @ L.mT + (kind == "definite") * 0.1 * torch.eye(n, dtype=torch.float64)) * (kind != "linear")
+    P = (L @ L.mT + (kind == "definite") * 0.1 * torch.eye(n, dtype=torch.float64)) * (
+        kind != "linear"
+    )
     A, x = normal(g, batch, m, n), normal(g, batch, n)
     q = -(P @ x.unsqueeze(2) + A.mT @ y.unsqueeze(2)).squeeze(2)
     b = (A @ x.unsqueeze(2)).squeeze(2) + s
@@ -153,10 +166,14 @@ def test_solutions_at_the_cones_apex(name, end):
 def test_an_infeasible_row_comes_with_its_certificate(kind, name):
     """A'y = 0 and b'y < 0 for a planted y in K*, with more columns than rows of A can close."""
     (P, q, A, b), _ = planted(kind, CONES[name], seed=4)
-    P = P + 0.1 * torch.eye(q.shape[1], dtype=torch.float64)  # a ray of its own would be as good an answer
+    P = P + 0.1 * torch.eye(
+        q.shape[1], dtype=torch.float64
+    )  # a ray of its own would be as good an answer
     product = Product(CONES[name])
     g = torch.Generator().manual_seed(5)
-    y = sum(product.project_dual(normal(g, BATCH, product.size)) for _ in range(8))  # inside K*: infeasible by far
+    y = sum(
+        product.project_dual(normal(g, BATCH, product.size)) for _ in range(8)
+    )  # inside K*: infeasible by far
     square = (y * y).sum(1, keepdim=True)
     A = A - y[:, :, None] * ((A.mT @ y.unsqueeze(2)).mT / square.unsqueeze(2))
     b = b - y * (((b * y).sum(1, keepdim=True) + 1) / square)
@@ -207,20 +224,33 @@ def test_a_batch_equals_a_loop_and_a_row_of_nan_fails_alone(name):
         assert together.status[row] == alone.status[0] == Status.SOLVED
         assert together.iterations[row] == alone.iterations[0]
         for part in ("x", "s", "y"):
-            assert float((getattr(together, part)[row] - getattr(alone, part)[0]).abs().max()) <= 1e-5
+            assert (
+                float((getattr(together, part)[row] - getattr(alone, part)[0]).abs().max()) <= 1e-5
+            )
     assert together.status[2] == Status.NOT_CONVERGED
     assert torch.isfinite(together.x[3]).all()
 
 
-@pytest.mark.parametrize("name", ["second_order", "psd", "exponential", "power", "mix", "mix_in_no_order"])
+@pytest.mark.parametrize(
+    "name", ["second_order", "psd", "exponential", "power", "mix", "mix_in_no_order"]
+)
 @pytest.mark.parametrize("shared", ["P", "A", "PA", "Pq", "Ab"])
 def test_shared_data_give_what_copies_give(name, shared):
     (P, q, A, b), _ = planted("definite", CONES[name], seed=9)
-    P, q, A, b = (part[:1] if key in shared else part for key, part in (("P", P), ("q", q), ("A", A), ("b", b)))
+    P, q, A, b = (
+        part[:1] if key in shared else part
+        for key, part in (("P", P), ("q", q), ("A", A), ("b", b))
+    )
     s = Product(CONES[name]).project(normal(torch.Generator().manual_seed(9), 1, A.shape[1]))
-    b = b if "b" not in shared else s + (A[:1] @ torch.ones(A.shape[2], 1, dtype=A.dtype)).squeeze(2)
+    b = (
+        b
+        if "b" not in shared
+        else s + (A[:1] @ torch.ones(A.shape[2], 1, dtype=A.dtype)).squeeze(2)
+    )
     one = solve_data(data_of(CONES[name], P, q, A, b), 1e-8)
-    copies = solve_data(data_of(CONES[name], *(p.expand(BATCH, *p.shape[1:]) for p in (P, q, A, b))), 1e-8)
+    copies = solve_data(
+        data_of(CONES[name], *(p.expand(BATCH, *p.shape[1:]) for p in (P, q, A, b))), 1e-8
+    )
     assert (one.status == copies.status).all()
     solved = one.status == Status.SOLVED
     assert solved.any()
@@ -231,7 +261,9 @@ def test_programs_without_rows_of_the_batch_or_of_A():
     parts, _ = planted("definite", CONES["mix"])
     data = data_of(CONES["mix"], *parts)
     empty = solve_data(data.rows(torch.zeros(0, dtype=torch.int64)), 1e-8)
-    assert [len(part) for part in (empty.x, empty.s, empty.y, empty.status, empty.iterations)] == [0] * 5
+    assert [len(part) for part in (empty.x, empty.s, empty.y, empty.status, empty.iterations)] == [
+        0
+    ] * 5
     (P, q, _, _), _ = planted("definite", CONES["psd"])
     free = solve_data(data_of([], P, q, P[:, :0], q[:, :0]), 1e-8)
     assert (free.status == Status.SOLVED).all()
@@ -241,7 +273,10 @@ def test_programs_without_rows_of_the_batch_or_of_A():
 def test_the_solver_is_its_function_with_options():
     parts, _ = planted("definite", CONES["mix_in_no_order"])
     data = data_of(CONES["mix_in_no_order"], *parts)
-    answer, points = solve_data(data, 1e-8), InteriorPoint().solve_data(data, 1e-8, {"max_iter": 30})
+    answer, points = (
+        solve_data(data, 1e-8),
+        InteriorPoint().solve_data(data, 1e-8, {"max_iter": 30}),
+    )
     assert torch.equal(points.x, answer.x)
 
 
@@ -273,12 +308,17 @@ def test_a_scaling_takes_y_to_s(name):
     scaling = kind.at(s, y)
     scaled = scaling.reduce(s.unsqueeze(1)).squeeze(1)
     assert float((scaled - scaling.scaled).abs().max()) <= 1e-9
-    assert float((scaling.weigh(s.unsqueeze(1)).squeeze(1) - y).abs().max()) <= 1e-9 * float(y.abs().max())
+    assert float((scaling.weigh(s.unsqueeze(1)).squeeze(1) - y).abs().max()) <= 1e-9 * float(
+        y.abs().max()
+    )
     assert float((scaling.enlarge(scaled) - y).abs().max()) <= 1e-9 * float(y.abs().max())
     x = normal(torch.Generator().manual_seed(1), *s.shape)
     weighed = scaling.weigh(x.unsqueeze(1)).squeeze(1)
     size = float(weighed.abs().max())
-    assert float(((scaling.inverse() @ x.unsqueeze(-1)).squeeze(-1) - weighed).abs().max()) <= 1e-9 * size
+    assert (
+        float(((scaling.inverse() @ x.unsqueeze(-1)).squeeze(-1) - weighed).abs().max())
+        <= 1e-9 * size
+    )
     again = scaling.enlarge(scaling.reduce(x.unsqueeze(1)).squeeze(1))
     assert float((again - weighed).abs().max()) <= 1e-9 * size
     assert (torch.linalg.eigvalsh(scaling.inverse()) > 0).all()
@@ -326,7 +366,10 @@ def test_barrier_derivatives_are_autograd_s(name):
         hessian = torch.autograd.functional.hessian(value, point)
         a, b = normal(g, 3), normal(g, 3)
         third = torch.autograd.functional.jacobian(
-            lambda y, a=a, value=value: torch.autograd.functional.hessian(value, y, create_graph=True) @ a, point
+            lambda y, a=a, value=value: (
+                torch.autograd.functional.hessian(value, y, create_graph=True) @ a
+            ),
+            point,
         )
         pairs = [
             (barrier.gradient, gradient),
@@ -340,7 +383,11 @@ def test_barrier_derivatives_are_autograd_s(name):
 
 @pytest.mark.parametrize("alpha", [None, 0.5, 0.05, 0.95])
 def test_the_conjugate_gradient_inverts_the_dual_gradient(alpha):
-    kind, cone = (ExponentialKind(3), Exponential()) if alpha is None else (PowerKind([alpha] * 3), Power(alpha))
+    kind, cone = (
+        (ExponentialKind(3), Exponential())
+        if alpha is None
+        else (PowerKind([alpha] * 3), Power(alpha))
+    )
     s, _ = points_inside(kind, cone, 3, seed=5)
     s = s.movedim(-1, 0)
     back = -kind.barrier(-kind.conjugate_gradient(s)).gradient
@@ -365,12 +412,21 @@ def test_entropy_with_tiny_entries_has_softmax_for_its_solution():
     n, g = 6, torch.Generator().manual_seed(10)
     c = normal(g, 4, n) * 8
     rows, columns = 3 * n + 1, 2 * n
-    A, b = torch.zeros(1, rows, columns, dtype=torch.float64), torch.zeros(1, rows, dtype=torch.float64)
+    A, b = (
+        torch.zeros(1, rows, columns, dtype=torch.float64),
+        torch.zeros(1, rows, dtype=torch.float64),
+    )
     A[0, 0, :n], b[0, 0] = 1, 1
     for k in range(n):  # (-t, x, 1) in K:  t >= x log x
         A[0, 1 + 3 * k, n + k], A[0, 2 + 3 * k, k], b[0, 3 + 3 * k] = 1, -1, 1
     q = torch.cat([c, torch.ones_like(c)], 1)
-    data = data_of([Zero(1), *[Exponential()] * n], torch.zeros(1, columns, columns, dtype=torch.float64), q, A, b)
+    data = data_of(
+        [Zero(1), *[Exponential()] * n],
+        torch.zeros(1, columns, columns, dtype=torch.float64),
+        q,
+        A,
+        b,
+    )
     answer = solve_data(data, 1e-8)
     assert (answer.status == Status.SOLVED).all()
     assert float((answer.x[:, :n] - torch.softmax(-c, 1)).abs().max()) <= 1e-4

@@ -35,7 +35,9 @@ def gradients(inputs, weights):
     """Of sum_k <weights_k, output_k>; a weight of None leaves its output out."""
     x = leaves(inputs)
     outputs = entropic_optimal_transport(*x).outputs
-    return torch.autograd.grad(sum((o * w).sum() for o, w in zip(outputs, weights) if w is not None), x)
+    return torch.autograd.grad(
+        sum((o * w).sum() for o, w in zip(outputs, weights) if w is not None), x
+    )
 
 
 def draw(inputs, seed, which=(0, 1, 2)):
@@ -71,7 +73,11 @@ def tangent(inputs, P, dM, dr, dc, deps):
     flow = -P.ravel() * (deps * (np.log(P) + 1) + dM).ravel() / eps
     H = A * P.ravel() @ A.T / eps + np.outer(balance, balance)
     potentials = np.linalg.solve(H, np.concatenate([dr, dc]) - A @ flow)
-    return (flow + P.ravel() * (A.T @ potentials) / eps).reshape(m, n), potentials[:m], potentials[m:]
+    return (
+        (flow + P.ravel() * (A.T @ potentials) / eps).reshape(m, n),
+        potentials[:m],
+        potentials[m:],
+    )
 
 
 def relative(a, b):
@@ -114,7 +120,10 @@ def test_two_by_two_has_a_closed_form():
     # P = [p, q - p; s - p, 1 - q - s + p] with p (1 - q - s + p) = k (q - p) (s - p)
     eps, q, s, M = 0.07, 0.3, 0.45, np.array([[0.3, 0.1], [0.2, 0.25]])
     k = np.exp(-(M[0, 0] + M[1, 1] - M[0, 1] - M[1, 0]) / eps)
-    p = min(np.roots([1 - k, 1 - q - s + k * (q + s), -k * q * s]), key=lambda p: 0 if 0 < p < min(q, s) else 1)
+    p = min(
+        np.roots([1 - k, 1 - q - s + k * (q + s), -k * q * s]),
+        key=lambda p: 0 if 0 < p < min(q, s) else 1,
+    )
     P = entropic_optimal_transport(*one(M, [q, 1 - q], [s, 1 - s], eps)).outputs[0][0]
     assert relative(P, [[p, q - p], [s - p, 1 - q - s + p]]) < 1e-13
 
@@ -166,12 +175,20 @@ def test_every_gradient_is_that_of_five_point_differences(m, n, eps):
         for chosen, h in [((0,), 2e-3 * eps), ((1, 2), 4e-4), ((3,), 1e-3)]:
 
             def at(t, chosen=chosen, weights=weights, which=which):
-                moved = [x + t * dx if k in chosen else x for k, (x, dx) in enumerate(zip(inputs, d))]
-                return (entropic_optimal_transport(*moved).outputs[which] * weights[which]).sum().item()
+                moved = [
+                    x + t * dx if k in chosen else x for k, (x, dx) in enumerate(zip(inputs, d))
+                ]
+                return (
+                    (entropic_optimal_transport(*moved).outputs[which] * weights[which])
+                    .sum()
+                    .item()
+                )
 
             difference = (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h)
             have = sum((got[k] * d[k]).sum().item() for k in chosen)
-            assert abs(have - difference) < 1e-8 * max(abs(difference), sum((got[k] * d[k]).norm().item() for k in chosen))
+            assert abs(have - difference) < 1e-8 * max(
+                abs(difference), sum((got[k] * d[k]).norm().item() for k in chosen)
+            )
 
 
 def test_gradients_at_low_temperature_agree_with_the_dense_kkt_derivative():
@@ -235,16 +252,24 @@ def test_a_batch_equals_a_loop_whatever_each_row_needs():
 def test_float32_agrees_with_float64_to_its_precision():
     inputs = [t.float() for t in instance(9, 6, 0.05, 1, B=2)]
     answer = entropic_optimal_transport(*inputs)
-    exact = entropic_optimal_transport(*(t.double() for t in inputs[:2]),
-                                       inputs[2].double() * (inputs[1].double().sum(1) / inputs[2].double().sum(1))[:, None],
-                                       inputs[3].double())
+    exact = entropic_optimal_transport(
+        *(t.double() for t in inputs[:2]),
+        inputs[2].double() * (inputs[1].double().sum(1) / inputs[2].double().sum(1))[:, None],
+        inputs[3].double(),
+    )
     weights = draw(inputs, 0)
     assert all(o.dtype == torch.float32 for o in answer.outputs)
     assert all(relative(a, b) < 1e-6 for a, b in zip(answer.outputs, exact.outputs))
     low = gradients(inputs, weights)
-    high = gradients([inputs[0].double(), inputs[1].double(), inputs[2].double()
-                      * (inputs[1].double().sum(1) / inputs[2].double().sum(1))[:, None], inputs[3].double()],
-                     [w.double() for w in weights])
+    high = gradients(
+        [
+            inputs[0].double(),
+            inputs[1].double(),
+            inputs[2].double() * (inputs[1].double().sum(1) / inputs[2].double().sum(1))[:, None],
+            inputs[3].double(),
+        ],
+        [w.double() for w in weights],
+    )
     assert all(a.dtype == torch.float32 for a in low)
     assert all(relative(a, b) < 1e-5 for a, b in zip(low, high))
 
@@ -271,13 +296,18 @@ def test_units_of_mass_and_of_cost_do_not_matter(scale):
     assert relative(dear.outputs[1] / scale, f) < 1e-12
     assert (heavy.status == Status.SOLVED).all()
     weights = draw((M, r, c, eps), 0, (0,))
-    base, other = gradients((M, r, c, eps), weights), gradients((M * scale, r, c, eps * scale), weights)
+    base, other = (
+        gradients((M, r, c, eps), weights),
+        gradients((M * scale, r, c, eps * scale), weights),
+    )
     assert relative(other[0] * scale, base[0]) < 1e-10
     assert relative(other[1], base[1]) < 1e-10
 
 
 def test_potentials_separate_masses_far_below_rounding():
-    answer = entropic_optimal_transport(*one([[0.1, 0.2, 0.3], [0.5, 0.2, 0.9]], [1e-90, 1.0], [1e-80, 0.5, 0.5], 0.01))
+    answer = entropic_optimal_transport(
+        *one([[0.1, 0.2, 0.3], [0.5, 0.2, 0.9]], [1e-90, 1.0], [1e-80, 0.5, 0.5], 0.01)
+    )
     P = answer.outputs[0][0]
     assert relative(P.sum(1)[:1], [1e-90]) < 1e-12
     assert relative(P.sum(0)[:1], [1e-80]) < 1e-12
@@ -287,7 +317,9 @@ def test_potentials_separate_masses_far_below_rounding():
 def test_a_large_offset_of_the_costs_changes_the_potentials_only():
     M, r, c, eps = instance(4, 5, 0.5, 0)
     rows = torch.tensor([[1e6, 0.0, -1e6, 3e6]]).double()
-    near, far = (entropic_optimal_transport(A, r, c, eps).outputs for A in (M, M + rows[:, :, None]))
+    near, far = (
+        entropic_optimal_transport(A, r, c, eps).outputs for A in (M, M + rows[:, :, None])
+    )
     assert relative(far[0], near[0]) < 1e-8
 
 
@@ -308,7 +340,11 @@ def test_zero_marginals_leave_the_rest_as_if_they_were_not_there():
     assert relative(P[:, keep_rows][:, :, keep_columns], reduced.outputs[0]) < 1e-12
     assert relative(f[:, keep_rows], reduced.outputs[1]) < 1e-12
     weights = draw((M, r, c, eps), 1)
-    some = [weights[0][:, keep_rows][:, :, keep_columns], weights[1][:, keep_rows], weights[2][:, keep_columns]]
+    some = [
+        weights[0][:, keep_rows][:, :, keep_columns],
+        weights[1][:, keep_rows],
+        weights[2][:, keep_columns],
+    ]
     full, part = gradients((M, r, c, eps), weights), gradients(small, some)
     assert all(g.isfinite().all() for g in full)
     assert relative(full[0][:, keep_rows][:, :, keep_columns], part[0]) < 1e-11
@@ -375,7 +411,9 @@ def test_blocks_of_allowed_pairs_are_problems_of_their_own():
         P, f, _ = entropic_optimal_transport(*part).outputs
         assert relative(answer.outputs[0][:, rows][:, :, columns], P) < 1e-12
         assert relative(answer.outputs[1][:, rows], f) < 1e-11
-        each = gradients(part, [weights[0][:, rows][:, :, columns], weights[1][:, rows], weights[2][:, columns]])
+        each = gradients(
+            part, [weights[0][:, rows][:, :, columns], weights[1][:, rows], weights[2][:, columns]]
+        )
         assert relative(got[0][:, rows][:, :, columns], each[0]) < 1e-10
         assert relative(got[1][:, rows], each[1]) < 1e-10
         assert relative(got[2][:, columns], each[2]) < 1e-10
@@ -391,7 +429,9 @@ def test_forbidden_pairs_are_infeasible_exactly_where_a_linear_program_is():
         r, c = rng.dirichlet(np.ones(m)), rng.dirichlet(np.ones(n))
         A = np.vstack([np.kron(np.eye(m), np.ones(n)), np.kron(np.ones(m), np.eye(n))])
         bounds = [(0, None if np.isfinite(v) else 0) for v in M.ravel()]
-        feasible = linprog(np.zeros(m * n), A_eq=A, b_eq=np.concatenate([r, c]), bounds=bounds).status == 0
+        feasible = (
+            linprog(np.zeros(m * n), A_eq=A, b_eq=np.concatenate([r, c]), bounds=bounds).status == 0
+        )
         answer = entropic_optimal_transport(*one(M, r, c, 0.05))
         assert answer.status.item() == (Status.SOLVED if feasible else Status.INFEASIBLE)
         found.add(feasible)
@@ -479,7 +519,9 @@ def test_conjugate_gradients_give_what_the_factor_gives(eps, monkeypatch):
     a, b = instance(20, 24, eps, 0, B=2), instance(20, 24, eps, 0, B=2)
     b[0][:, :8, :10], b[0][:, 8:, 10:] = INF, INF
     for x, y, rows in ((b[1], b[2], 8), (b[2], b[1], 10)):
-        x[:, :rows] *= y[:, {8: 10, 10: 8}[rows]:].sum(1, keepdim=True) / x[:, :rows].sum(1, keepdim=True)
+        x[:, :rows] *= y[:, {8: 10, 10: 8}[rows] :].sum(1, keepdim=True) / x[:, :rows].sum(
+            1, keepdim=True
+        )
     b[1] /= b[1].sum(1, keepdim=True)
     b[1][:, :8] *= b[2][:, 10:].sum(1, keepdim=True) / b[1][:, :8].sum(1, keepdim=True)
     b[1][:, 8:] *= b[2][:, :10].sum(1, keepdim=True) / b[1][:, 8:].sum(1, keepdim=True)

@@ -18,10 +18,17 @@ def draw(n, p, batch=(3, 3, 3, 3), seed=0, kind="definite"):
     P = F @ F.swapaxes(1, 2) / n + np.eye(n)
     if kind != "definite":
         V = np.linalg.svd(A, full_matrices=True)[2].swapaxes(1, 2)
-        curvature = np.where(np.arange(n) < p, {"on the null space": 0.0, "elsewhere negative": -0.5}[kind], 1.0)
+        curvature = np.where(
+            np.arange(n) < p, {"on the null space": 0.0, "elsewhere negative": -0.5}[kind], 1.0
+        )
         P = V * curvature @ V.swapaxes(1, 2)
     skew = rng.standard_normal((n, n))
-    parts = P + skew - skew.T, rng.standard_normal((batch[1], n)), A, rng.standard_normal((batch[3], p))
+    parts = (
+        P + skew - skew.T,
+        rng.standard_normal((batch[1], n)),
+        A,
+        rng.standard_normal((batch[3], p)),
+    )
     return [torch.from_numpy(np.ascontiguousarray(part)) for part in parts]
 
 
@@ -36,7 +43,9 @@ def oracle(data, rcond=None):
     rows = []
     for i in range(max(len(t) for t in data)):
         K, h = kkt(data, i)
-        inverse = np.linalg.inv(K) if rcond is None else np.linalg.pinv(K, rcond=rcond, hermitian=True)
+        inverse = (
+            np.linalg.inv(K) if rcond is None else np.linalg.pinv(K, rcond=rcond, hermitian=True)
+        )
         z = inverse @ h
         for _ in range(3):
             z = z + inverse @ (h.astype(np.longdouble) - K.astype(np.longdouble) @ z).astype(float)
@@ -46,15 +55,21 @@ def oracle(data, rcond=None):
 
 
 def close(ours, theirs, tolerance, unit=0.0):
-    ours, theirs = (np.asarray(t.detach()) if torch.is_tensor(t) else np.asarray(t) for t in (ours, theirs))
+    ours, theirs = (
+        np.asarray(t.detach()) if torch.is_tensor(t) else np.asarray(t) for t in (ours, theirs)
+    )
     assert ours.shape == theirs.shape
     assert np.isfinite(ours).all()
-    assert np.abs(ours - theirs).max(initial=0.0) <= tolerance * max(np.abs(theirs).max(initial=0.0), unit, 1e-300)
+    assert np.abs(ours - theirs).max(initial=0.0) <= tolerance * max(
+        np.abs(theirs).max(initial=0.0), unit, 1e-300
+    )
 
 
 def cotangents(batch, n, p, seed=1):
     rng = np.random.default_rng(seed)
-    return torch.from_numpy(rng.standard_normal((batch, n))), torch.from_numpy(rng.standard_normal((batch, p)))
+    return torch.from_numpy(rng.standard_normal((batch, n))), torch.from_numpy(
+        rng.standard_normal((batch, p))
+    )
 
 
 def gradients(data, bars):
@@ -64,7 +79,9 @@ def gradients(data, bars):
 
 
 def slope_of(function, step=1e-3):
-    return (8 * (function(step) - function(-step)) - (function(2 * step) - function(-2 * step))) / (12 * step)
+    return (8 * (function(step) - function(-step)) - (function(2 * step) - function(-2 * step))) / (
+        12 * step
+    )
 
 
 def agrees_with_differences(data, moves=range(4), tolerance=1e-8):
@@ -72,15 +89,26 @@ def agrees_with_differences(data, moves=range(4), tolerance=1e-8):
     batch, n, p = max(len(t) for t in data), data[1].shape[1], data[3].shape[1]
     bars = cotangents(batch, n, p)
     answer, found = gradients(data, bars)
-    unit = sum(float((out * bar).abs().sum()) for out, bar in zip(answer.outputs, bars, strict=True))
+    unit = sum(
+        float((out * bar).abs().sum()) for out, bar in zip(answer.outputs, bars, strict=True)
+    )
     for j in moves:
         for seed in range(2):
-            direction = torch.from_numpy(np.random.default_rng(10 + seed).standard_normal(data[j].shape)) * 0.3
+            direction = (
+                torch.from_numpy(np.random.default_rng(10 + seed).standard_normal(data[j].shape))
+                * 0.3
+            )
+
             def at(t, j=j, direction=direction):
-                outputs = equality_constrained_qp(*[d + t * direction if i == j else d for i, d in enumerate(data)]).outputs
+                outputs = equality_constrained_qp(
+                    *[d + t * direction if i == j else d for i, d in enumerate(data)]
+                ).outputs
                 return sum(float((out * bar).sum()) for out, bar in zip(outputs, bars, strict=True))
+
             size = max(float((found[j] * direction).abs().sum()), 1e-2 * unit)
-            assert abs(float((found[j] * direction).sum()) - slope_of(at)) <= tolerance * size, NAMES[j]
+            assert abs(float((found[j] * direction).sum()) - slope_of(at)) <= tolerance * size, (
+                NAMES[j]
+            )
     close(found[0], found[0].mT, 1e-15)
 
 
@@ -100,14 +128,19 @@ def test_solution_and_gradients(n, p, kind):
     agrees_with_differences(data)
 
 
-@pytest.mark.parametrize("shared", [(i, j, k, m) for i in (1, 3) for j in (1, 3) for k in (1, 3) for m in (1, 3)])
+@pytest.mark.parametrize(
+    "shared", [(i, j, k, m) for i in (1, 3) for j in (1, 3) for k in (1, 3) for m in (1, 3)]
+)
 @pytest.mark.parametrize("kind", ["definite", "singular"])
 def test_the_gradient_of_what_is_shared_is_the_sum_over_rows(shared, kind):
     data = draw(5, 2, batch=shared)
     if kind == "singular":  # P of rank one and a repeated constraint
         data[0] = torch.ones_like(data[0])
         data[1] = data[1].mean(1, keepdim=True).expand(-1, 5).contiguous()
-        data[2], data[3] = data[2][:, :1].expand(-1, 2, -1).contiguous(), data[3][:, :1].expand(-1, 2).contiguous()
+        data[2], data[3] = (
+            data[2][:, :1].expand(-1, 2, -1).contiguous(),
+            data[3][:, :1].expand(-1, 2).contiguous(),
+        )
     batch = max(shared)
     whole = [t.expand(batch, *t.shape[1:]).contiguous() for t in data]
     bars = cotangents(batch, 5, 2)
@@ -137,7 +170,12 @@ def mixed():
     data[0][6] -= 10.0 * torch.eye(5, dtype=torch.float64)
     scales = torch.logspace(-4, 4, 5, dtype=torch.float64)
     data[0][7], data[2][7] = data[0][7] * scales * scales[:, None], data[2][7] * scales * 1e5
-    statuses = [Status.SOLVED] * 4 + [Status.INFEASIBLE, Status.UNBOUNDED, Status.UNBOUNDED, Status.SOLVED]
+    statuses = [Status.SOLVED] * 4 + [
+        Status.INFEASIBLE,
+        Status.UNBOUNDED,
+        Status.UNBOUNDED,
+        Status.SOLVED,
+    ]
     return data, statuses, [False, False, True, True, False, False, False, False]
 
 
@@ -181,8 +219,14 @@ def test_redundant_consistent_rows_are_legal(redundant):
     P, q, A, b = draw(5, 3)
     if redundant == "more rows than columns":
         A, b = draw(5, 5)[2:]
-    extra = {"repeated": A[:, :1], "combined": A[:, :1] - 3 * A[:, 1:2], "zero": 0 * A[:, :1]}.get(redundant, 2 * A[:, 1:3])
-    b_extra = {"repeated": b[:, :1], "combined": b[:, :1] - 3 * b[:, 1:2], "zero": 0 * b[:, :1]}.get(redundant, 2 * b[:, 1:3])
+    extra = {"repeated": A[:, :1], "combined": A[:, :1] - 3 * A[:, 1:2], "zero": 0 * A[:, :1]}.get(
+        redundant, 2 * A[:, 1:3]
+    )
+    b_extra = {
+        "repeated": b[:, :1],
+        "combined": b[:, :1] - 3 * b[:, 1:2],
+        "zero": 0 * b[:, :1],
+    }.get(redundant, 2 * b[:, 1:3])
     data = [P, q, torch.cat((A, extra), 1), torch.cat((b, b_extra), 1)]
     answer = equality_constrained_qp(*data)
     close(answer.outputs[0], oracle([P, q, A, b])[0], 1e-10)
@@ -191,7 +235,10 @@ def test_redundant_consistent_rows_are_legal(redundant):
     assert answer.degenerate.all()
     bars = cotangents(3, 5, data[3].shape[1])
     agrees_with_differences(data, moves=[0, 1])
-    bars = bars[0], torch.zeros_like(bars[1])  # moving the rows of A and b together is a regular problem's derivative in x
+    bars = (
+        bars[0],
+        torch.zeros_like(bars[1]),
+    )  # moving the rows of A and b together is a regular problem's derivative in x
     if redundant == "repeated":
         _, found = gradients(data, bars)
         _, plain = gradients([P, q, A, b], (bars[0], torch.zeros_like(b)))
@@ -214,17 +261,28 @@ def test_the_gradient_at_constant_rank():
     answer = outputs(*leaves)
     assert answer.degenerate.all()
     assert (answer.status == Status.SOLVED).all()
-    data = [factors[0] @ factors[0].mT, (factors[0] @ factors[3] + factors[2].mT @ factors[4]).squeeze(2),
-            factors[1] @ factors[2], (factors[1] @ factors[3]).squeeze(2)]
+    data = [
+        factors[0] @ factors[0].mT,
+        (factors[0] @ factors[3] + factors[2].mT @ factors[4]).squeeze(2),
+        factors[1] @ factors[2],
+        (factors[1] @ factors[3]).squeeze(2),
+    ]
     for ours, theirs in zip(answer.outputs, oracle(data, rcond=1e-12), strict=True):
         close(ours, theirs, 1e-10)
     found = torch.autograd.grad(answer.outputs, leaves, bars)
     for j, bar in enumerate(found):
         direction = 0.3 * torch.from_numpy(rng.standard_normal(bar.shape))
+
         def at(t, j=j, direction=direction):
             moved = [f + t * direction if i == j else f for i, f in enumerate(factors)]
-            return sum(float((out * bar).sum()) for out, bar in zip(outputs(*moved).outputs, bars, strict=True))
-        assert abs(float((bar * direction).sum()) - slope_of(at, 3e-4)) <= 1e-8 * float((bar * direction).abs().sum())
+            return sum(
+                float((out * bar).sum())
+                for out, bar in zip(outputs(*moved).outputs, bars, strict=True)
+            )
+
+        assert abs(float((bar * direction).sum()) - slope_of(at, 3e-4)) <= 1e-8 * float(
+            (bar * direction).abs().sum()
+        )
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -283,7 +341,9 @@ def test_ill_conditioned_hessians(condition):
     rng, n, p = np.random.default_rng(4), 8, 3
     V = np.linalg.qr(rng.standard_normal((n, n)))[0]
     P, A = V * np.logspace(0, -np.log10(condition), n) @ V.T, rng.standard_normal((p, n))
-    data = [torch.from_numpy(t[None]) for t in (P, rng.standard_normal(n), A, rng.standard_normal(p))]
+    data = [
+        torch.from_numpy(t[None]) for t in (P, rng.standard_normal(n), A, rng.standard_normal(p))
+    ]
     answer = equality_constrained_qp(*data)
     for ours, theirs in zip(answer.outputs, oracle(data), strict=True):
         close(ours, theirs, 1e-15 * condition + 1e-12)
@@ -297,7 +357,11 @@ def test_a_flat_direction_beside_a_faint_curvature_is_not_taken_for_a_way_down()
     """Curvatures 0 and 1e-10 of the largest in equilibrated units: their eigenvectors mix."""
     rng = np.random.default_rng(8)
     for _ in range(20):
-        F, A, x = rng.standard_normal((1, 4, 2)) * 1e-4, 1e2 * np.round(rng.standard_normal((1, 1, 4))), rng.standard_normal(4)
+        F, A, x = (
+            rng.standard_normal((1, 4, 2)) * 1e-4,
+            1e2 * np.round(rng.standard_normal((1, 1, 4))),
+            rng.standard_normal(4),
+        )
         A[:, :, 0] = 0.0
         P = F @ F.swapaxes(1, 2)
         data = [torch.from_numpy(t) for t in (P, -P @ x, A, A @ x)]
@@ -321,7 +385,9 @@ def test_float32_agrees_with_float64_to_its_precision(kind):
     data = [t.float() for t in draw(5, 2, kind=kind)]
     bars = cotangents(3, 5, 2)
     answer, found = gradients(data, [bar.float() for bar in bars])
-    exact, found_exact = gradients([t.double() for t in data], [bar.float().double() for bar in bars])
+    exact, found_exact = gradients(
+        [t.double() for t in data], [bar.float().double() for bar in bars]
+    )
     for ours, theirs in zip((*answer.outputs, *found), (*exact.outputs, *found_exact), strict=True):
         assert ours.dtype == torch.float32
         close(ours.double(), theirs, 2e-6)
@@ -329,27 +395,35 @@ def test_float32_agrees_with_float64_to_its_precision(kind):
 
 def test_float32_rounding_makes_no_problem_unbounded_or_infeasible():
     rng = np.random.default_rng(6)
-    F, A, x = (torch.from_numpy(rng.standard_normal(s)).float() for s in ((4, 6, 2), (4, 2, 6), (4, 6, 1)))
+    F, A, x = (
+        torch.from_numpy(rng.standard_normal(s)).float() for s in ((4, 6, 2), (4, 2, 6), (4, 6, 1))
+    )
     A = torch.cat((A, A[:, :1] + A[:, 1:]), 1)
     answer = equality_constrained_qp(F @ F.mT, (F @ F.mT @ x).squeeze(2), A, (A @ x).squeeze(2))
     assert (answer.status == Status.SOLVED).all()
     assert answer.degenerate.all()
 
 
-@pytest.mark.parametrize("batch", [(0, 0, 0, 0), (1, 0, 1, 0), (1, 0, 1, 1), (0, 1, 1, 1), (1, 1, 0, 0)])
+@pytest.mark.parametrize(
+    "batch", [(0, 0, 0, 0), (1, 0, 1, 0), (1, 0, 1, 1), (0, 1, 1, 1), (1, 1, 0, 0)]
+)
 @pytest.mark.parametrize("p", [0, 2])
 def test_an_empty_batch(batch, p):
     data = draw(4, p, batch=batch)
     answer, found = gradients(data, cotangents(0, 4, p))
     assert [out.shape for out in answer.outputs] == [(0, 4), (0, p)]
     assert answer.status.shape == answer.residual.shape == answer.degenerate.shape == (0,)
-    assert all(bar.shape == t.shape and (bar == 0).all() for bar, t in zip(found, data, strict=True))
+    assert all(
+        bar.shape == t.shape and (bar == 0).all() for bar, t in zip(found, data, strict=True)
+    )
 
 
 def test_a_second_derivative_raises():
     data = [t.requires_grad_() for t in draw(4, 2)]
     bars = [bar.requires_grad_() for bar in cotangents(3, 4, 2)]
-    found = torch.autograd.grad(equality_constrained_qp(*data).outputs, data, bars, create_graph=True)
+    found = torch.autograd.grad(
+        equality_constrained_qp(*data).outputs, data, bars, create_graph=True
+    )
     with pytest.raises(RuntimeError, match="twice"):
         sum(bar.sum() for bar in found).backward()
 
@@ -360,13 +434,20 @@ def test_each_gradient_alone_is_what_it_is_with_the_others():
     _, together = gradients(data, bars)
     for j in range(4):
         leaves = [t.clone().requires_grad_(i == j) for i, t in enumerate(data)]
-        assert torch.equal(torch.autograd.grad(equality_constrained_qp(*leaves).outputs, leaves[j], bars)[0], together[j])
+        assert torch.equal(
+            torch.autograd.grad(equality_constrained_qp(*leaves).outputs, leaves[j], bars)[0],
+            together[j],
+        )
 
 
 def test_one_output_alone_has_a_gradient():
     data = [t.requires_grad_() for t in draw(4, 2)]
     x, nu = equality_constrained_qp(*data).outputs
     both = torch.autograd.grad(x.sum() + nu.sum(), data, retain_graph=True)
-    apart = zip(torch.autograd.grad(x.sum(), data, retain_graph=True), torch.autograd.grad(nu.sum(), data), strict=True)
+    apart = zip(
+        torch.autograd.grad(x.sum(), data, retain_graph=True),
+        torch.autograd.grad(nu.sum(), data),
+        strict=True,
+    )
     for whole, (first, second) in zip(both, apart, strict=True):
         close(first + second, whole, 1e-12)

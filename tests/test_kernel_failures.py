@@ -31,7 +31,13 @@ def sample(name, batch=(), seed=0):
 
 def loss_of(outputs):
     """Curved, and different in every entry."""
-    return sum((output.square() * torch.arange(1.0, output[0].numel() + 1, dtype=D).view(output.shape[1:])).sum() for output in outputs)
+    return sum(
+        (
+            output.square()
+            * torch.arange(1.0, output[0].numel() + 1, dtype=D).view(output.shape[1:])
+        ).sum()
+        for output in outputs
+    )
 
 
 # Rows that failed -------------------------------------------------------------------------------------------------------
@@ -58,17 +64,29 @@ def test_a_loss_that_uses_a_failed_row_has_nan_for_its_gradient_in_every_paramet
         for shared in {None, *range(len(tensors))} - {k}:
             ways += 1
             given = [t[0] if j == shared else t for j, t in enumerate(tensors)]
-            inputs, clean = leaves(given), leaves([t if j == shared else t[GOOD] for j, t in enumerate(given)])
+            inputs, clean = (
+                leaves(given),
+                leaves([t if j == shared else t[GOOD] for j, t in enumerate(given)]),
+            )
             outputs, reference = layer(*inputs), layer(*clean)
-            used = torch.autograd.grad(sum(o[BAD].sum() + o.sum() for o in outputs), inputs, retain_graph=True)
-            assert all((bar if j == shared else bar[BAD]).isnan().all() for j, bar in enumerate(used))
+            used = torch.autograd.grad(
+                sum(o[BAD].sum() + o.sum() for o in outputs), inputs, retain_graph=True
+            )
+            assert all(
+                (bar if j == shared else bar[BAD]).isnan().all() for j, bar in enumerate(used)
+            )
             for order in (1, 2):
-                bars, expected = (_pulled(out, at, rows, order) for out, at, rows in ((outputs, inputs, GOOD), (reference, clean, [0, 1])))
+                bars, expected = (
+                    _pulled(out, at, rows, order)
+                    for out, at, rows in ((outputs, inputs, GOOD), (reference, clean, [0, 1]))
+                )
                 for j, (bar, theirs) in enumerate(zip(bars, expected, strict=True)):
                     assert close(bar if j == shared else bar[GOOD], theirs, 1e-9)
                     assert j == shared or (bar[BAD] == 0).all()
             if policy == "nan" and shared in (None, 0):
-                _, tangents = torch.func.jvp(layer, tuple(given), tuple(torch.ones_like(t) for t in given))
+                _, tangents = torch.func.jvp(
+                    layer, tuple(given), tuple(torch.ones_like(t) for t in given)
+                )
                 assert all(t[BAD].isnan().all() and t[GOOD].isfinite().all() for t in tangents)
     assert ways >= 1
 
@@ -85,7 +103,9 @@ def test_where_all_rows_failed_a_loss_without_them_has_gradient_zero(name):
     layer = ConvexLayer(*STRUCTURES[name].declare(), on_failure="keep")
     inputs = leaves([torch.full_like(t, torch.nan) for t in sample(name, (2,))])
     outputs = layer(*inputs)
-    none = torch.autograd.grad([o for o in outputs], inputs, [torch.zeros_like(o) for o in outputs], create_graph=True)
+    none = torch.autograd.grad(
+        [o for o in outputs], inputs, [torch.zeros_like(o) for o in outputs], create_graph=True
+    )
     assert all((bar == 0).all() for bar in none)
     used = torch.autograd.grad([o for o in outputs], inputs, [torch.ones_like(o) for o in outputs])
     assert all(bar.isnan().all() for bar in used)
@@ -94,7 +114,11 @@ def test_where_all_rows_failed_a_loss_without_them_has_gradient_zero(name):
 # Some parameters, and empty parts ---------------------------------------------------------------------------------------
 
 
-SCALED = [s for s in SPELLINGS if s.structure in ("leading_eigenspace", "sparsemax") and len(s.declare()[1]) > 1]
+SCALED = [
+    s
+    for s in SPELLINGS
+    if s.structure in ("leading_eigenspace", "sparsemax") and len(s.declare()[1]) > 1
+]
 
 
 def second(layer, tensors, wanted):
@@ -102,11 +126,20 @@ def second(layer, tensors, wanted):
     own = [inputs[k] for k in wanted]
     bars = torch.autograd.grad(loss_of(layer(*inputs)), own, create_graph=True)
     return lambda those: torch.autograd.grad(
-        sum(bars[wanted.index(k)].square().sum() for k in those), [inputs[k] for k in those], retain_graph=True
+        sum(bars[wanted.index(k)].square().sum() for k in those),
+        [inputs[k] for k in those],
+        retain_graph=True,
     )
 
 
-@pytest.mark.parametrize("declared", [*((n, STRUCTURES[n].declare, None) for n in KERNELS), *((str(s), s.declare, s) for s in SCALED)], ids=lambda d: d[0])
+@pytest.mark.parametrize(
+    "declared",
+    [
+        *((n, STRUCTURES[n].declare, None) for n in KERNELS),
+        *((str(s), s.declare, s) for s in SCALED),
+    ],
+    ids=lambda d: d[0],
+)
 def test_any_one_or_two_parameters_alone_have_their_second_derivatives(declared):
     name, declare, spelling = declared
     layer = ConvexLayer(*declare())
@@ -115,22 +148,54 @@ def test_any_one_or_two_parameters_alone_have_their_second_derivatives(declared)
     whole = second(layer, tensors, everything)
     for size in (1, 2):
         for wanted in combinations(everything, size):
-            for ours, theirs in zip(second(layer, tensors, wanted)(wanted), whole(wanted), strict=True):
+            for ours, theirs in zip(
+                second(layer, tensors, wanted)(wanted), whole(wanted), strict=True
+            ):
                 assert close(ours, theirs, 1e-9)
 
 
 def small_problems():
     x, y, z = cp.Variable(2), cp.Variable(1), cp.Variable(3)
-    P, q, p, A, b = cp.Parameter((2, 2), PSD=True), cp.Parameter(2), cp.Parameter(1), cp.Parameter((1, 3)), cp.Parameter(1)
+    P, q, p, A, b = (
+        cp.Parameter((2, 2), PSD=True),
+        cp.Parameter(2),
+        cp.Parameter(1),
+        cp.Parameter((1, 3)),
+        cp.Parameter(1),
+    )
     s, t = cp.Parameter(), cp.Parameter(nonneg=True)
     return {
         "no equalities": (cp.Problem(cp.Minimize(cp.quad_form(x, P) + q @ x)), [P, q], [x]),
-        "one variable": (cp.Problem(cp.Minimize(cp.square(y[0]) * t + p @ y), [y == b]), [p, b, t], [y]),
-        "one unknown": (cp.Problem(cp.Minimize(cp.sum_squares(y - p) + t * cp.sum_squares(y))), [p, t], [y]),
-        "one row": (cp.Problem(cp.Minimize(cp.sum_squares(A @ z - b) + t * cp.sum_squares(z))), [A, b, t], [z]),
-        "a simplex of one": (cp.Problem(cp.Minimize(cp.sum_squares(y - p)), [cp.sum(y) == t, y >= 0]), [p, t], [y]),
-        "an entropy of one": (cp.Problem(cp.Maximize(p @ y + t * cp.sum(cp.entr(y))), [cp.sum(y) == 1]), [p, t], [y]),
-        "a line of two": (cp.Problem(cp.Minimize(cp.sum_squares(x - q) / 2 + t * cp.tv(x))), [q, t], [x]),
+        "one variable": (
+            cp.Problem(cp.Minimize(cp.square(y[0]) * t + p @ y), [y == b]),
+            [p, b, t],
+            [y],
+        ),
+        "one unknown": (
+            cp.Problem(cp.Minimize(cp.sum_squares(y - p) + t * cp.sum_squares(y))),
+            [p, t],
+            [y],
+        ),
+        "one row": (
+            cp.Problem(cp.Minimize(cp.sum_squares(A @ z - b) + t * cp.sum_squares(z))),
+            [A, b, t],
+            [z],
+        ),
+        "a simplex of one": (
+            cp.Problem(cp.Minimize(cp.sum_squares(y - p)), [cp.sum(y) == t, y >= 0]),
+            [p, t],
+            [y],
+        ),
+        "an entropy of one": (
+            cp.Problem(cp.Maximize(p @ y + t * cp.sum(cp.entr(y))), [cp.sum(y) == 1]),
+            [p, t],
+            [y],
+        ),
+        "a line of two": (
+            cp.Problem(cp.Minimize(cp.sum_squares(x - q) / 2 + t * cp.tv(x))),
+            [q, t],
+            [x],
+        ),
         "a shift of one": (cp.Problem(cp.Minimize(cp.square(y[0] - s)), [y >= s - 1]), [s], [y]),
     }
 
@@ -143,7 +208,11 @@ def test_per_sample_gradients_equal_a_loop_whatever_is_shared(which):
 
     def draw(parameter, *batch):
         value = torch.rand((*batch, *parameter.shape), generator=generator, dtype=D) + 0.5
-        return torch.eye(2, dtype=D) + value @ value.mT if parameter.is_psd() and parameter.ndim == 2 else value
+        return (
+            torch.eye(2, dtype=D) + value @ value.mT
+            if parameter.is_psd() and parameter.ndim == 2
+            else value
+        )
 
     def loss(*at):
         return loss_of([o.unsqueeze(0) for o in layer(*at)])
@@ -155,7 +224,9 @@ def test_per_sample_gradients_equal_a_loop_whatever_is_shared(which):
         for transform in (torch.func.grad, torch.func.hessian):
             found = torch.func.vmap(transform(loss, argnums=every), in_dims=dims)(*values)
             for row in range(3):
-                alone = transform(loss, argnums=every)(*(v[row] if k in batched else v for k, v in enumerate(values)))
+                alone = transform(loss, argnums=every)(
+                    *(v[row] if k in batched else v for k, v in enumerate(values))
+                )
                 for a, b in zip(_flat(found), _flat(alone), strict=True):
                     assert (a[row] - b).abs().max() <= 1e-9 * (1 + b.abs().max())
 
@@ -179,7 +250,10 @@ def test_an_empty_batch_has_empty_derivatives(which):
 
 def exactly(K, right):
     """The solution of K z = right in rational arithmetic."""
-    rows = [[Fraction(float(v)) for v in row] + [Fraction(float(r))] for row, r in zip(K, right, strict=True)]
+    rows = [
+        [Fraction(float(v)) for v in row] + [Fraction(float(r))]
+        for row, r in zip(K, right, strict=True)
+    ]
     return _eliminated(rows)
 
 
@@ -199,13 +273,21 @@ def fit_exactly(A, b):
     A, b = [[Fraction(float(v)) for v in row] for row in A], [Fraction(float(v)) for v in b]
     wide = len(A) < len(A[0])
     columns = A if wide else list(zip(*A, strict=True))
-    gram = [[sum(x * y for x, y in zip(one, other, strict=True)) for other in columns] for one in columns]
+    gram = [
+        [sum(x * y for x, y in zip(one, other, strict=True)) for other in columns]
+        for one in columns
+    ]
     right = b if wide else [sum(x * y for x, y in zip(one, b, strict=True)) for one in columns]
     z = _eliminated([[*row, r] for row, r in zip(gram, right, strict=True)])
     if not wide:
         return z
     exact = _rational([[*row, r] for row, r in zip(gram, right, strict=True)])
-    return np.array([float(sum(a * y for a, y in zip(column, exact, strict=True))) for column in zip(*A, strict=True)])
+    return np.array(
+        [
+            float(sum(a * y for a, y in zip(column, exact, strict=True)))
+            for column in zip(*A, strict=True)
+        ]
+    )
 
 
 def _rational(rows):
@@ -226,14 +308,20 @@ def test_an_equality_constrained_solution_is_right_or_told(rows):
     for gap in (1e-3, 1e-5, 1e-7, 1e-9, 1e-10, 1e-11):
         for seed in range(4):
             generator = np.random.default_rng(seed)
-            L, q, b = generator.standard_normal((4, 4)), generator.standard_normal(4), generator.standard_normal(2)
+            L, q, b = (
+                generator.standard_normal((4, 4)),
+                generator.standard_normal(4),
+                generator.standard_normal(2),
+            )
             if rows == "a nearly flat cost":
                 Q, _ = np.linalg.qr(L)
                 P, A = Q @ np.diag([1, 1, gap, gap]) @ Q.T, generator.standard_normal((2, 4))[:1]
                 P, b = (P + P.T) / 2, b[:1]
             else:
                 P, A = L @ L.T + np.eye(4), nearly_dependent(2, 4, gap, generator)
-            truth = exactly(np.block([[P, A.T], [A, np.zeros((len(b), len(b)))]]), np.concatenate([-q, b]))[:4]
+            truth = exactly(
+                np.block([[P, A.T], [A, np.zeros((len(b), len(b)))]]), np.concatenate([-q, b])
+            )[:4]
             answer = equality_constrained_qp(*(torch.tensor(t)[None] for t in (P, q, A, b)))
             error = np.abs(answer.outputs[0][0].numpy() - truth).max() / np.abs(truth).max()
             told.append((gap, bool(answer.status) or bool(answer.degenerate)))
@@ -250,10 +338,16 @@ def test_a_least_squares_solution_is_right_or_told(shape):
             generator = np.random.default_rng(seed)
             A = nearly_dependent(*(shape if shape[0] < shape[1] else shape[::-1]), gap, generator)
             A, b = A if shape[0] < shape[1] else A.T, generator.standard_normal(shape[0])
-            answer = least_squares(torch.tensor(A.copy())[None], torch.tensor(b)[None, :, None], visible=_all_but_none(shape[1]))
+            answer = least_squares(
+                torch.tensor(A.copy())[None],
+                torch.tensor(b)[None, :, None],
+                visible=_all_but_none(shape[1]),
+            )
             truth = fit_exactly(A, b)
             error = np.abs(answer.outputs[0][0, :, 0].numpy() - truth).max() / np.abs(truth).max()
-            told.append((gap, bool(answer.status) or (shape[0] > shape[1] and bool(answer.degenerate))))
+            told.append(
+                (gap, bool(answer.status) or (shape[0] > shape[1] and bool(answer.degenerate)))
+            )
             assert told[-1][1] or error < 1e-6
     assert not any(t for gap, t in told if gap >= 1e-5)
     assert all(t for gap, t in told if gap <= 1e-10)
@@ -281,7 +375,11 @@ def test_a_transport_plan_is_right_or_told():
     for eps in (1e-2, 1e-6, 1e-10, 1e-12):
         for seed in range(4):
             generator = np.random.default_rng(seed)
-            M = generator.standard_normal((2, 1)) + generator.standard_normal((1, 2)) + eps * generator.standard_normal((2, 2))
+            M = (
+                generator.standard_normal((2, 1))
+                + generator.standard_normal((1, 2))
+                + eps * generator.standard_normal((2, 2))
+            )
             with localcontext() as context:
                 context.prec = 60
                 (a, b), (d, e) = ([Decimal(float(v)) for v in row] for row in M)
@@ -290,7 +388,9 @@ def test_a_transport_plan_is_right_or_told():
                 second_order, slope = 1 - ratio, right - first + ratio * (first + left)
                 root = (slope**2 + 4 * second_order * ratio * first * left).sqrt()
                 corner = float(2 * ratio * first * left / (slope + root))
-            answer = entropic_optimal_transport(*(torch.tensor(t, dtype=D)[None] for t in (M, r, c, eps)))
+            answer = entropic_optimal_transport(
+                *(torch.tensor(t, dtype=D)[None] for t in (M, r, c, eps))
+            )
             error = abs(float(answer.outputs[0][0, 0, 0]) / corner - 1)
             assert bool(answer.degenerate) or (int(answer.status) == 0 and error < 1e-7)
             assert eps < 1e-6 or not bool(answer.degenerate)
@@ -306,11 +406,26 @@ def ambiguous():
     return {
         "an equality": (own, [u == v + p], [p], {"u": u, "w": w}),
         "a square": (own + cp.square(u - v), [], [p], {"u": u, "w": w}),
-        "a square that a parameter moves": (own + cp.square(a * u - v), [], [p, a], {"u": u, "w": w}),
-        "a cost that a parameter moves": (own + cp.square(u - v) + a * (u - v), [w == 2 * p], [p, a], {"u": u, "w": w}),
+        "a square that a parameter moves": (
+            own + cp.square(a * u - v),
+            [],
+            [p, a],
+            {"u": u, "w": w},
+        ),
+        "a cost that a parameter moves": (
+            own + cp.square(u - v) + a * (u - v),
+            [w == 2 * p],
+            [p, a],
+            {"u": u, "w": w},
+        ),
         "too few rows": (cp.square(z[0] + z[1] - p) + cp.square(w - p), [], [p], {"z": z, "w": w}),
         "one row, and nothing seen": (cp.square(w + u - p), [], [p], {"w": w}),
-        "a quadratic form of a difference": (own + cp.quad_form(cp.hstack([u - v, w]), np.eye(2)), [w + u == v + p], [p], {"u": u, "w": w}),
+        "a quadratic form of a difference": (
+            own + cp.quad_form(cp.hstack([u - v, w]), np.eye(2)),
+            [w + u == v + p],
+            [p],
+            {"u": u, "w": w},
+        ),
     }
 
 
@@ -321,13 +436,18 @@ def test_a_kernel_flags_what_is_not_unique_where_the_cone_program_does(which):
         ask = cp.Problem(cp.Minimize(cost), rules), parameters, [variable]
         kernel, cone = ConvexLayer(*ask), ConvexLayer(*ask, structure="generic")
         assert kernel.structure in ("least_squares", "equality_constrained_qp")
-        values = [torch.full((), 0.7 + k, dtype=D, requires_grad=True) for k in range(len(parameters))]
+        values = [
+            torch.full((), 0.7 + k, dtype=D, requires_grad=True) for k in range(len(parameters))
+        ]
         ours, theirs = kernel.solve(*values), cone.solve(*values)
         # A kernel errs on the side of flagging: it asks which variables a parameter's cost reaches, not what of them is felt.
         errs = which == "a cost that a parameter moves"
         assert bool(ours.degenerate) == (bool(theirs.degenerate) or errs)
         if not bool(ours.degenerate):
-            for mine, other in zip(*(torch.autograd.grad(s.variables[0].sum(), values) for s in (ours, theirs)), strict=True):
+            for mine, other in zip(
+                *(torch.autograd.grad(s.variables[0].sum(), values) for s in (ours, theirs)),
+                strict=True,
+            ):
                 assert abs(float(mine - other)) < 1e-8
 
 

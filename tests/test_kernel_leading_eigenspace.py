@@ -27,7 +27,7 @@ def with_eigenvalues(values, seed=0):
 def reference(X, k, largest):
     S = (X + X.T) / 2
     l, U = scipy.linalg.eigh(S if largest else -S, driver="evr")
-    U = U[:, len(l) - k:]
+    U = U[:, len(l) - k :]
     return U @ U.T, l[len(l) - k] * (1 if largest else -1)
 
 
@@ -42,7 +42,9 @@ def gradient(X, k, largest, C, c):
 
 
 @pytest.mark.parametrize("largest", [True, False])
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (2, 1), (2, 2), (5, 1), (5, 3), (5, 5), (40, 1), (40, 7), (40, 39)])
+@pytest.mark.parametrize(
+    ("n", "k"), [(1, 1), (2, 1), (2, 2), (5, 1), (5, 3), (5, 5), (40, 1), (40, 7), (40, 39)]
+)
 def test_value(n, k, largest):
     X = draw(3, n, n)
     answer = leading_eigenspace(X, k, largest)
@@ -93,9 +95,14 @@ def test_at_a_tie_the_solution_is_the_one_of_least_norm_and_flagged(largest):
     assert abs(l[0].item() - values[1]) < 1e-14
     C, c = draw(2, 5, 5, seed=1), draw(2, seed=2)
     ours = gradient(both, 2, largest, C, c)
-    step, gap = weight[:, None] - weight, torch.tensor(values, dtype=D)[:, None] - torch.tensor(values, dtype=D)
+    step, gap = (
+        weight[:, None] - weight,
+        torch.tensor(values, dtype=D)[:, None] - torch.tensor(values, dtype=D),
+    )
     K = torch.where(step == 0, 0, step / gap)
-    by_hand = Q @ (K * (Q.mT @ ((C[0] + C[0].mT) / 2) @ Q)) @ Q.mT + c[0] * Q[:, 1:4] @ Q[:, 1:4].mT / 3
+    by_hand = (
+        Q @ (K * (Q.mT @ ((C[0] + C[0].mT) / 2) @ Q)) @ Q.mT + c[0] * Q[:, 1:4] @ Q[:, 1:4].mT / 3
+    )
     close(ours[0], by_hand, 1e-12)
     close(ours[1:], gradient(both[1:], 2, largest, C[1:], c[1:]), 1e-12)
     alone = leading_eigenspace(both[1:], 2, largest).outputs[0]
@@ -185,12 +192,14 @@ def test_batch_equals_loop():
     X, C, c = draw(5, 6, 6), draw(5, 6, 6, seed=1), draw(5, seed=2)
     whole = gradient(X, 2, True, C, c)
     for i in range(5):
-        close(whole[i:i + 1], gradient(X[i:i + 1], 2, True, C[i:i + 1], c[i:i + 1]), 1e-12)
+        close(whole[i : i + 1], gradient(X[i : i + 1], 2, True, C[i : i + 1], c[i : i + 1]), 1e-12)
 
 
 def test_float32_agrees_with_float64():
     X, C, c = draw(3, 6, 6).float(), draw(3, 6, 6, seed=1), draw(3, seed=2)
-    for ours, theirs in zip(leading_eigenspace(X, 2).outputs, leading_eigenspace(X.double(), 2).outputs, strict=True):
+    for ours, theirs in zip(
+        leading_eigenspace(X, 2).outputs, leading_eigenspace(X.double(), 2).outputs, strict=True
+    ):
         assert ours.dtype == torch.float32
         close(ours.double(), theirs, 1e-5)
     ours = gradient(X, 2, True, C.float(), c.float())

@@ -13,19 +13,27 @@ NAMES = "A", "b", "w", "ridge"
 
 def draw(m, n, k=1, batch=(3, 3, 3, 3), seed=0, weights=True, ridge=True):
     rng = np.random.default_rng(seed)
-    parts = [rng.standard_normal((batch[0], m, n)), rng.standard_normal((batch[1], m, k)),
-             rng.uniform(0.5, 2.0, (batch[2], m)) if weights else None,
-             rng.uniform(0.5, 2.0, (batch[3], n)) if ridge else None]
+    parts = [
+        rng.standard_normal((batch[0], m, n)),
+        rng.standard_normal((batch[1], m, k)),
+        rng.uniform(0.5, 2.0, (batch[2], m)) if weights else None,
+        rng.uniform(0.5, 2.0, (batch[3], n)) if ridge else None,
+    ]
     parts[0] += 3.0 * np.eye(m, n) * (m == n)  # a random square matrix would be ill-conditioned
     return [None if part is None else torch.from_numpy(part) for part in parts]
 
 
 def stacked(A, b, w, ridge, i):
     """S and c of row i, with x = S^+ c."""
-    A, b, w, ridge = (None if t is None else t[i if len(t) > 1 else 0].detach().double().numpy() for t in (A, b, w, ridge))
+    A, b, w, ridge = (
+        None if t is None else t[i if len(t) > 1 else 0].detach().double().numpy()
+        for t in (A, b, w, ridge)
+    )
     root = np.ones(len(A)) if w is None else np.sqrt(w)
     bottom = np.zeros((0, A.shape[1])) if ridge is None else np.diag(np.sqrt(ridge))
-    return np.vstack([root[:, None] * A, bottom]), np.vstack([root[:, None] * b, np.zeros((len(bottom), b.shape[1]))])
+    return np.vstack([root[:, None] * A, bottom]), np.vstack(
+        [root[:, None] * b, np.zeros((len(bottom), b.shape[1]))]
+    )
 
 
 def oracle(data, rcond=1e-12):
@@ -36,7 +44,9 @@ def oracle(data, rcond=1e-12):
         S, c = stacked(*data, i)
         size = np.linalg.norm(S, axis=0)
         size[size == 0] = 1.0
-        _, values, Vt = np.linalg.svd(np.vstack([S / size, np.zeros((S.shape[1], S.shape[1]))]), full_matrices=False)
+        _, values, Vt = np.linalg.svd(
+            np.vstack([S / size, np.zeros((S.shape[1], S.shape[1]))]), full_matrices=False
+        )
         null = np.linalg.qr((Vt[values <= rcond * values[0]] / size).T)[0]
         x = np.linalg.lstsq(S / size, c, rcond=rcond)[0] / size[:, None]
         rows.append(x - null @ (null.T @ x))
@@ -47,7 +57,9 @@ def close(ours, theirs, tolerance):
     ours, theirs = np.asarray(ours.detach() if torch.is_tensor(ours) else ours), np.asarray(theirs)
     assert ours.shape == theirs.shape
     assert np.isfinite(ours).all()
-    assert np.abs(ours - theirs).max(initial=0.0) <= tolerance * max(np.abs(theirs).max(initial=0.0), 1e-300)
+    assert np.abs(ours - theirs).max(initial=0.0) <= tolerance * max(
+        np.abs(theirs).max(initial=0.0), 1e-300
+    )
 
 
 def gradients(data, x_bar, solve=least_squares):
@@ -72,16 +84,28 @@ def agrees_with_differences(data, moves=None, tolerance=1e-8, step=1e-3):
             continue
         for seed in range(3):
             direction = seeded_like(data[j], 10 + seed) * data[j].abs()
+
             def at(t, j=j, direction=direction):
                 moved = list(data)
                 moved[j] = data[j] + t * direction
                 return float((least_squares(*moved).outputs[0] * x_bar).sum())
+
             slope = (8 * (at(step) - at(-step)) - (at(2 * step) - at(-2 * step))) / (12 * step)
             size = max(float((found[j] * direction).abs().sum()), 1e-2 * unit)
             assert abs(float((found[j] * direction).sum()) - slope) <= tolerance * size, NAMES[j]
 
 
-SHAPES = [(7, 4, 1), (7, 4, 3), (5, 5, 1), (4, 7, 1), (4, 7, 2), (1, 1, 1), (6, 1, 2), (1, 6, 2), (30, 20, 1)]
+SHAPES = [
+    (7, 4, 1),
+    (7, 4, 3),
+    (5, 5, 1),
+    (4, 7, 1),
+    (4, 7, 2),
+    (1, 1, 1),
+    (6, 1, 2),
+    (1, 6, 2),
+    (30, 20, 1),
+]
 
 
 @pytest.mark.parametrize("given", [(False, False), (True, False), (False, True), (True, True)])
@@ -96,7 +120,9 @@ def test_solution_and_gradients(m, n, k, given):
     agrees_with_differences(data)
 
 
-@pytest.mark.parametrize("shared", [(i, j, p, q) for i in (1, 3) for j in (1, 3) for p in (1, 3) for q in (1, 3)])
+@pytest.mark.parametrize(
+    "shared", [(i, j, p, q) for i in (1, 3) for j in (1, 3) for p in (1, 3) for q in (1, 3)]
+)
 @pytest.mark.parametrize("shape", [(6, 4, 2), (4, 6, 2)])
 @pytest.mark.parametrize("ridge", [True, False])
 def test_the_gradient_of_what_is_shared_is_the_sum_over_rows(shape, shared, ridge):
@@ -127,7 +153,9 @@ def test_a_batch_equals_a_loop(shape):
         assert answer.degenerate[i] == row.degenerate[0]
         for bar, bar_row in zip(found, bars, strict=True):
             if bar is not None:
-                assert float((bar[i : i + 1] - bar_row).abs().max()) <= 1e-11 * max(float(bar_row.abs().max()), 1e-12)
+                assert float((bar[i : i + 1] - bar_row).abs().max()) <= 1e-11 * max(
+                    float(bar_row.abs().max()), 1e-12
+                )
 
 
 @pytest.mark.parametrize("shape", [(9, 4, 2), (4, 9, 1)])
@@ -142,13 +170,18 @@ def test_float32_agrees_with_float64_to_its_precision(shape):
     for bar, bar_double in zip(found, bars, strict=True):
         if bar is not None:
             assert bar.dtype == torch.float32
-            assert float((bar.double() - bar_double).abs().max()) <= 1e-6 * max(float(bar_double.abs().max()), 1.0)
+            assert float((bar.double() - bar_double).abs().max()) <= 1e-6 * max(
+                float(bar_double.abs().max()), 1.0
+            )
 
 
 @pytest.mark.parametrize("condition", [1e2, 1e4, 1e5, 1e6, 1e8])
 def test_ill_conditioned_rows_are_as_accurate_as_a_backward_stable_method(condition):
     rng, m, n = np.random.default_rng(3), 12, 6
-    U, V = np.linalg.qr(rng.standard_normal((m, n)))[0], np.linalg.qr(rng.standard_normal((n, n)))[0]
+    U, V = (
+        np.linalg.qr(rng.standard_normal((m, n)))[0],
+        np.linalg.qr(rng.standard_normal((n, n)))[0],
+    )
     A = U * np.logspace(0, -np.log10(condition), n) @ V.T
     x = rng.standard_normal((n, 1))
     b = A @ x
@@ -196,7 +229,9 @@ def test_weights_of_all_scales():
     data = draw(10, 4, 2, ridge=False)
     data[2] = torch.logspace(-8, 8, 10, dtype=torch.float64).expand(3, -1).contiguous()
     exact = []
-    for i in range(3):  # exact normal equations in rational arithmetic would take long: rows sorted for a row-wise stable QR
+    for i in range(
+        3
+    ):  # exact normal equations in rational arithmetic would take long: rows sorted for a row-wise stable QR
         S, c = stacked(*data, i)
         order = np.argsort(-np.abs(S).max(1))
         Q, R = np.linalg.qr(S[order])
@@ -266,8 +301,18 @@ def deficient(kind):
     return [A, b, w, None]
 
 
-KINDS = ["duplicate column", "dependent column", "zero column", "zero matrix", "rank one", "zero weights",
-         "duplicate row, wide", "zero weight, wide", "no rows", "scales and duplicate columns"]
+KINDS = [
+    "duplicate column",
+    "dependent column",
+    "zero column",
+    "zero matrix",
+    "rank one",
+    "zero weights",
+    "duplicate row, wide",
+    "zero weight, wide",
+    "no rows",
+    "scales and duplicate columns",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -288,18 +333,29 @@ def test_the_gradient_at_constant_rank(shape):
     """A = F G' of rank 3, moved through F and G."""
     rng = np.random.default_rng(5)
     F, G = (torch.from_numpy(rng.standard_normal((2, size, 3))) for size in shape)
-    b, w = torch.from_numpy(rng.standard_normal((2, shape[0], 2))), torch.from_numpy(rng.uniform(0.5, 2, (2, shape[0])))
+    b, w = (
+        torch.from_numpy(rng.standard_normal((2, shape[0], 2))),
+        torch.from_numpy(rng.uniform(0.5, 2, (2, shape[0]))),
+    )
     x_bar = torch.from_numpy(rng.standard_normal((2, shape[1], 2)))
     leaves = [t.clone().requires_grad_() for t in (F, G, w)]
-    found = torch.autograd.grad(least_squares(leaves[0] @ leaves[1].mT, b, leaves[2], None).outputs[0], leaves, x_bar)
+    found = torch.autograd.grad(
+        least_squares(leaves[0] @ leaves[1].mT, b, leaves[2], None).outputs[0], leaves, x_bar
+    )
     for j, bar in enumerate(found):
         direction, step = torch.from_numpy(rng.standard_normal(bar.shape)), 1e-3
+
         def at(t, j=j, direction=direction):
             moved = [F, G, w]
             moved[j] = moved[j] + t * direction
-            return float((least_squares(moved[0] @ moved[1].mT, b, moved[2], None).outputs[0] * x_bar).sum())
+            return float(
+                (least_squares(moved[0] @ moved[1].mT, b, moved[2], None).outputs[0] * x_bar).sum()
+            )
+
         slope = (8 * (at(step) - at(-step)) - (at(2 * step) - at(-2 * step))) / (12 * step)
-        assert abs(float((bar * direction).sum()) - slope) <= 1e-8 * float((bar * direction).abs().sum())
+        assert abs(float((bar * direction).sum()) - slope) <= 1e-8 * float(
+            (bar * direction).abs().sum()
+        )
 
 
 def test_negative_weights_and_ridges_are_bad_input_for_their_row_alone():
@@ -307,7 +363,12 @@ def test_negative_weights_and_ridges_are_bad_input_for_their_row_alone():
     clean, bars_clean = gradients(data, seeded_like(torch.empty(4, 4, 1)))
     data[2][1, 2], data[3][2, 0] = -1.0, -1e-3
     answer, bars = gradients(data, seeded_like(torch.empty(4, 4, 1)))
-    assert answer.status.tolist() == [Status.SOLVED, Status.BAD_INPUT, Status.BAD_INPUT, Status.SOLVED]
+    assert answer.status.tolist() == [
+        Status.SOLVED,
+        Status.BAD_INPUT,
+        Status.BAD_INPUT,
+        Status.SOLVED,
+    ]
     assert (answer.outputs[0][1:3] == 0).all()
     keep = [0, 3]
     close(answer.outputs[0][keep], clean.outputs[0][keep].detach(), 1e-13)
@@ -344,7 +405,9 @@ def test_an_empty_batch(shape, batch):
 def test_numbers_whose_squares_overflow_or_vanish(size):
     A, b, _, _ = draw(6, 3, weights=False, ridge=False)
     for other in (1.0, size):
-        answer, bars = gradients([A * size, b * other, None, None], seeded_like(torch.empty(3, 3, 1)))
+        answer, bars = gradients(
+            [A * size, b * other, None, None], seeded_like(torch.empty(3, 3, 1))
+        )
         close(answer.outputs[0] * size / other, least_squares(A, b).outputs[0], 1e-12)
         assert torch.isfinite(bars[1]).all()
 
@@ -360,7 +423,9 @@ def test_a_second_derivative_raises():
     data = draw(5, 3)
     A = data[0].requires_grad_()
     x_bar = torch.ones(3, 3, 1, dtype=torch.float64, requires_grad=True)
-    (bar,) = torch.autograd.grad(least_squares(A, *data[1:]).outputs[0], A, x_bar, create_graph=True)
+    (bar,) = torch.autograd.grad(
+        least_squares(A, *data[1:]).outputs[0], A, x_bar, create_graph=True
+    )
     with pytest.raises(RuntimeError, match="twice"):
         bar.sum().backward()
 
@@ -372,5 +437,10 @@ def test_each_gradient_alone_is_what_it_is_with_the_others():
         _, together = gradients(data, x_bar)
         for j, t in enumerate(data):
             if t is not None:
-                leaves = [u if u is None else u.clone().requires_grad_(i == j) for i, u in enumerate(data)]
-                assert torch.equal(torch.autograd.grad(least_squares(*leaves).outputs[0], leaves[j], x_bar)[0], together[j])
+                leaves = [
+                    u if u is None else u.clone().requires_grad_(i == j) for i, u in enumerate(data)
+                ]
+                assert torch.equal(
+                    torch.autograd.grad(least_squares(*leaves).outputs[0], leaves[j], x_bar)[0],
+                    together[j],
+                )

@@ -13,14 +13,20 @@ D = torch.float64
 
 def draw(*shape, seed=0, positive=False):
     g = torch.Generator().manual_seed(seed)
-    return torch.rand(*shape, generator=g, dtype=D) + 0.5 if positive else torch.randn(*shape, generator=g, dtype=D)
+    return (
+        torch.rand(*shape, generator=g, dtype=D) + 0.5
+        if positive
+        else torch.randn(*shape, generator=g, dtype=D)
+    )
 
 
 def reference(theta, tau, r):
     theta, tau, r = (np.asarray(a, dtype=np.longdouble) for a in (theta, tau[:, None], r[:, None]))
     z = (theta - theta.max(-1, keepdims=True)) / tau
     y = r * np.exp(z) / np.exp(z).sum(-1, keepdims=True)
-    nu = tau * (np.log(np.exp(z).sum(-1, keepdims=True)) - np.log(r) - 1) + theta.max(-1, keepdims=True)
+    nu = tau * (np.log(np.exp(z).sum(-1, keepdims=True)) - np.log(r) - 1) + theta.max(
+        -1, keepdims=True
+    )
     return y, nu[:, 0]
 
 
@@ -63,9 +69,15 @@ def test_the_multiplier_makes_the_solution_stationary():
     assert (y.sum(-1) - r).abs().max() < 1e-14
 
 
-@pytest.mark.parametrize("sizes", [(3, 3, 3), (1, 3, 3), (3, 1, 1), (1, 1, 3), (1, 3, 1), (3, 1, 3), (1, 1, 1)])
+@pytest.mark.parametrize(
+    "sizes", [(3, 3, 3), (1, 3, 3), (3, 1, 1), (1, 1, 3), (1, 3, 1), (3, 1, 3), (1, 1, 1)]
+)
 def test_gradients_are_differences_and_a_shared_input_sums_over_rows(sizes):
-    args = (draw(sizes[0], 5), draw(sizes[1], seed=1, positive=True), draw(sizes[2], seed=2, positive=True))
+    args = (
+        draw(sizes[0], 5),
+        draw(sizes[1], seed=1, positive=True),
+        draw(sizes[2], seed=2, positive=True),
+    )
     C, c = draw(max(sizes), 5, seed=3), draw(max(sizes), seed=4)
     for k, ours in enumerate(gradients(args, C, c)):
         close(ours, differences(lambda *a: loss(*a, C, c), args, k, 2e-3), 1e-8)
@@ -85,16 +97,24 @@ def test_gradients_near_a_vertex_have_relative_accuracy():
 
 
 def test_batch_equals_loop():
-    args, C, c = (draw(4, 6), draw(4, seed=1, positive=True), draw(4, seed=2, positive=True)), draw(4, 6, seed=3), draw(4)
+    args, C, c = (
+        (draw(4, 6), draw(4, seed=1, positive=True), draw(4, seed=2, positive=True)),
+        draw(4, 6, seed=3),
+        draw(4),
+    )
     whole = gradients(args, C, c)
     for i in range(4):
-        row = gradients([a[i:i + 1] for a in args], C[i:i + 1], c[i:i + 1])
+        row = gradients([a[i : i + 1] for a in args], C[i : i + 1], c[i : i + 1])
         for a, b in zip(whole, row, strict=True):
-            close(a[i:i + 1], b, 1e-13)
+            close(a[i : i + 1], b, 1e-13)
 
 
 def test_float32_agrees_with_float64():
-    args, C, c = (draw(4, 6), draw(4, seed=1, positive=True), draw(4, seed=2, positive=True)), draw(4, 6, seed=3), draw(4)
+    args, C, c = (
+        (draw(4, 6), draw(4, seed=1, positive=True), draw(4, seed=2, positive=True)),
+        draw(4, 6, seed=3),
+        draw(4),
+    )
     single = [a.float() for a in args]
     assert all(o.dtype == torch.float32 for o in softmax(*single).outputs)
     for a, b in zip(gradients(single, C.float(), c.float()), gradients(args, C, c), strict=True):
@@ -133,13 +153,17 @@ def test_bad_rows_are_zero_and_leave_the_others_untouched(sizes):
     C = draw(4, 5, seed=3) * ~bad[:, None]
     grads = torch.autograd.grad((C * y).sum() + nu[~bad].sum(), args)
     good = [a.detach()[~bad] if len(a) == 4 else a.detach() for a in args]
-    for g, e in zip(grads, gradients(good, C[~bad], torch.ones(int((~bad).sum()), dtype=D)), strict=True):
+    for g, e in zip(
+        grads, gradients(good, C[~bad], torch.ones(int((~bad).sum()), dtype=D)), strict=True
+    ):
         assert (g[bad] == 0).all() if len(g) == 4 else True
         close(g[~bad] if len(g) == 4 else g, e, 1e-13)
 
 
 def test_a_nan_cotangent_stays_in_its_row():
-    args = [a.requires_grad_() for a in (draw(3, 4), draw(3, positive=True), draw(3, positive=True))]
+    args = [
+        a.requires_grad_() for a in (draw(3, 4), draw(3, positive=True), draw(3, positive=True))
+    ]
     v, w = draw(3, 4, seed=5), draw(3, seed=6)
     clean = torch.autograd.grad(softmax(*args).outputs, args, (v, w))
     v[1], w[1] = torch.nan, torch.nan
@@ -152,7 +176,10 @@ def test_a_nan_cotangent_stays_in_its_row():
 def test_nothing_overflows(scale):
     theta = scale * torch.tensor([[1.0, -1.0, 0.5], [1.0, 1.0, 1.0]], dtype=D)
     for tau in (5e-324, 1e-8, 1e8, 1e300):
-        args = [a.requires_grad_() for a in (theta.clone(), torch.tensor([tau], dtype=D), torch.ones(1, dtype=D))]
+        args = [
+            a.requires_grad_()
+            for a in (theta.clone(), torch.tensor([tau], dtype=D), torch.ones(1, dtype=D))
+        ]
         y, nu = softmax(*args).outputs
         assert y.isfinite().all()
         assert nu.isfinite().all()
@@ -162,7 +189,9 @@ def test_nothing_overflows(scale):
 
 
 def test_only_the_multiplier():
-    args = [a.requires_grad_() for a in (draw(2, 4), draw(2, positive=True), draw(2, positive=True))]
+    args = [
+        a.requires_grad_() for a in (draw(2, 4), draw(2, positive=True), draw(2, positive=True))
+    ]
     by_theta, _, by_r = torch.autograd.grad(softmax(*args).outputs[1].sum(), args)
     close(by_theta, torch.softmax(args[0] / args[1][:, None], -1).detach(), 1e-14)
     close(by_r, (-args[1] / args[2]).detach(), 1e-14)
@@ -170,7 +199,10 @@ def test_only_the_multiplier():
 
 @pytest.mark.parametrize("sizes", [(0, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 0)])
 def test_an_empty_batch(sizes):
-    args = [a.requires_grad_() for a in (draw(sizes[0], 3), draw(sizes[1], positive=True), draw(sizes[2], positive=True))]
+    args = [
+        a.requires_grad_()
+        for a in (draw(sizes[0], 3), draw(sizes[1], positive=True), draw(sizes[2], positive=True))
+    ]
     y, nu = softmax(*args).outputs
     assert y.shape == (0, 3)
     assert nu.shape == (0,)

@@ -44,7 +44,7 @@ FAMILIES = {
     "narrow": lambda b, n: 0.01 * draw(b, n),
     "flat": lambda b, n: 1e-8 * draw(b, n),
     "heavy": lambda b, n: draw(b, n) / draw(b, n, seed=9),
-    "near one": lambda b, n: -draw(b, n).abs() ** 4,
+    "near one": lambda b, n: -(draw(b, n).abs() ** 4),
     "geometric": lambda b, n: -torch.logspace(0, -12, n, dtype=D).expand(b, n),
     "growing": lambda b, n: -torch.logspace(-12, 3, n, dtype=D).expand(b, n),
 }
@@ -132,10 +132,10 @@ def test_batch_equals_loop(n):
     args, C, c = (draw(6, n), radius(6)), draw(6, n, seed=3), draw(6, seed=4)
     whole, x = gradients(args, C, c), sparsemax(*args).outputs[0]
     for i in range(6):
-        one = [a[i:i + 1] for a in args]
-        close(x[i:i + 1], sparsemax(*one).outputs[0], 1e-14)
-        for a, b in zip(whole, gradients(one, C[i:i + 1], c[i:i + 1]), strict=True):
-            close(a[i:i + 1], b, 1e-13)
+        one = [a[i : i + 1] for a in args]
+        close(x[i : i + 1], sparsemax(*one).outputs[0], 1e-14)
+        for a, b in zip(whole, gradients(one, C[i : i + 1], c[i : i + 1]), strict=True):
+            close(a[i : i + 1], b, 1e-13)
 
 
 @pytest.mark.parametrize("n", [6, 1000])
@@ -150,12 +150,21 @@ def test_float32_agrees_with_float64(n):
 
 @pytest.mark.parametrize("repeat", [1, 400])
 def test_a_tie_at_the_threshold_is_outside_the_support_and_flagged(repeat):
-    y = torch.tensor([[1.0, 0.0, -3.0, -4, -5, -6], [1.0, 0.5, -3.0, -4, -5, -6], [0.3, 0.3, -0.2, -0.2, -5, -6]], dtype=D)
+    y = torch.tensor(
+        [
+            [1.0, 0.0, -3.0, -4, -5, -6],
+            [1.0, 0.5, -3.0, -4, -5, -6],
+            [0.3, 0.3, -0.2, -0.2, -5, -6],
+        ],
+        dtype=D,
+    )
     y = y.repeat(repeat, 1)
     leaf, r = y.clone().requires_grad_(), torch.ones(1, dtype=D)
     answer = sparsemax(leaf, r)
     x = answer.outputs[0]
-    expected = torch.tensor([[1.0, 0, 0], [0.75, 0.25, 0], [0.5, 0.5, 0]], dtype=D).repeat(repeat, 1)
+    expected = torch.tensor([[1.0, 0, 0], [0.75, 0.25, 0], [0.5, 0.5, 0]], dtype=D).repeat(
+        repeat, 1
+    )
     assert (x[:, :3] - expected).abs().max() < 1e-15
     assert answer.degenerate.tolist() == [True, False, True] * repeat
     assert (answer.status == Status.SOLVED).all()
@@ -175,16 +184,26 @@ def test_equal_entries_have_equal_shares():
 
 
 def test_a_radius_of_zero_and_a_negative_one():
-    y, r = draw(4, 5).requires_grad_(), torch.tensor([1.0, 0.0, -1.0, 2.0], dtype=D, requires_grad=True)
+    y, r = (
+        draw(4, 5).requires_grad_(),
+        torch.tensor([1.0, 0.0, -1.0, 2.0], dtype=D, requires_grad=True),
+    )
     answer = sparsemax(y, r)
     x, tau = answer.outputs
-    assert answer.status.tolist() == [Status.SOLVED, Status.SOLVED, Status.INFEASIBLE, Status.SOLVED]
+    assert answer.status.tolist() == [
+        Status.SOLVED,
+        Status.SOLVED,
+        Status.INFEASIBLE,
+        Status.SOLVED,
+    ]
     assert answer.degenerate.tolist() == [False, True, False, False]
     assert (x[1:3] == 0).all()
     assert tau[1] == y[1].max()
     assert tau[2] == 0
     C = draw(4, 5, seed=3)
-    by_y, by_r = torch.autograd.grad((C * x).sum() + tau[[0, 1, 3]].sum(), [y, r], retain_graph=True)
+    by_y, by_r = torch.autograd.grad(
+        (C * x).sum() + tau[[0, 1, 3]].sum(), [y, r], retain_graph=True
+    )
     assert (by_y[1:3] == 0).all()
     assert (by_r[1:3] == 0).all()
     good = gradients((y.detach()[[0, 3]], r.detach()[[0, 3]]), C[[0, 3]], torch.ones(2, dtype=D))
@@ -197,7 +216,9 @@ def test_a_nan_cotangent_stays_in_its_row():
     v, w = draw(3, 4, seed=5), draw(3, seed=6)
     clean = torch.autograd.grad(sparsemax(y, r).outputs[:2], [y, r], (v, w))
     v[1:], w[1:] = torch.nan, torch.nan
-    for g, e in zip(torch.autograd.grad(sparsemax(y, r).outputs[:2], [y, r], (v, w)), clean, strict=True):
+    for g, e in zip(
+        torch.autograd.grad(sparsemax(y, r).outputs[:2], [y, r], (v, w)), clean, strict=True
+    ):
         assert g[1:].isnan().all()
         assert torch.equal(g[0], e[0])
 

@@ -83,7 +83,9 @@ def test_the_solution_is_that_of_exact_arithmetic(kind):
     for n in (1, 2, 3, 5, 17, 70):
         x = signal(kind, n, rng)
         size = np.abs(x).mean()
-        lams = [0.0, 0.5, 1.0] + [size * c for c in (1e-14, 1e-9, 1e-3, 0.1, 0.25, 0.5, 1.0, 3.7, 1e3, 1e12)]
+        lams = [0.0, 0.5, 1.0] + [
+            size * c for c in (1e-14, 1e-9, 1e-3, 0.1, 0.25, 0.5, 1.0, 3.7, 1e3, 1e12)
+        ]
         answer = solve(np.tile(x, (len(lams), 1)), lams)
         assert (answer.status == Status.SOLVED).all()
         assert (answer.residual < 1e-13).all()
@@ -94,7 +96,9 @@ def test_the_solution_is_that_of_exact_arithmetic(kind):
 def test_a_long_signal_loses_no_digits():
     rng = np.random.default_rng(3)
     n = 20_000
-    x = np.concatenate([1e3 + rng.standard_normal(n // 2), rng.standard_normal(n // 2)])  # running sums of 1e7
+    x = np.concatenate(
+        [1e3 + rng.standard_normal(n // 2), rng.standard_normal(n // 2)]
+    )  # running sums of 1e7
     for lam in (1e-6, 0.7, 40.0):
         u = solve(x, lam).outputs[0][0].numpy()
         ends = np.flatnonzero(np.diff(u)) + 1
@@ -136,7 +140,9 @@ def test_the_gradient_is_that_of_differences(kind, ratio):
         def along(t, dx=dx, dlam=dlam):
             return (v * total_variation(x + t * dx, lam + t * dlam).outputs[0]).sum(1)
 
-        expected = difference(along, 1e-4 * size)  # u is piecewise linear: exact while no knot moves
+        expected = difference(
+            along, 1e-4 * size
+        )  # u is piecewise linear: exact while no knot moves
         found = (x_bar * dx).sum(1) + lam_bar * dlam
         assert (found - expected).abs().max() < 1e-8 * expected.abs().max()
 
@@ -161,7 +167,9 @@ def test_beyond_the_last_knot_it_is_the_mean(lam):
     answer = solve(x, lam)
     assert torch.equal(answer.outputs[0], torch.full((1, 4), 2.0, dtype=F64))
     assert not answer.degenerate.any()
-    x_bar, lam_bar = grads(x, torch.tensor([lam], dtype=F64), torch.tensor([[1.0, 0, 0, 0]], dtype=F64))
+    x_bar, lam_bar = grads(
+        x, torch.tensor([lam], dtype=F64), torch.tensor([[1.0, 0, 0, 0]], dtype=F64)
+    )
     assert torch.equal(x_bar, torch.full((1, 4), 0.25, dtype=F64))
     assert lam_bar.item() == 0
 
@@ -174,7 +182,10 @@ def test_one_element_is_left_alone():
 
 
 def test_ties_are_flagged_and_generic_rows_are_not():
-    x = torch.tensor([[1.0, -1.0, 1.0, -1.0], [0.0, 0.0, 1.0, 1.0], [0.3, 1.7, 0.2, 2.9], [2.0, 2.0, 2.0, 2.0]], dtype=F64)
+    x = torch.tensor(
+        [[1.0, -1.0, 1.0, -1.0], [0.0, 0.0, 1.0, 1.0], [0.3, 1.7, 0.2, 2.9], [2.0, 2.0, 2.0, 2.0]],
+        dtype=F64,
+    )
     #                 |z| reaches lam at 1, 3      flat at lam: the mean     generic              z = 0 < lam
     lam = torch.tensor([1.0, 1.0, 0.3, 0.5], dtype=F64)
     answer = total_variation(x, lam)
@@ -190,7 +201,10 @@ def test_the_derivative_at_a_tie_is_that_without_the_knot():
 
 
 def test_the_middle_of_three_equal_heights_is_no_knot():
-    x, lam = torch.tensor([[1.0, 0.0, 0.0, -1.0]], dtype=F64), torch.tensor([0.5], dtype=F64)  # z = 0.5, 0.5, 0.5
+    x, lam = (
+        torch.tensor([[1.0, 0.0, 0.0, -1.0]], dtype=F64),
+        torch.tensor([0.5], dtype=F64),
+    )  # z = 0.5, 0.5, 0.5
     answer = total_variation(x, lam)
     assert torch.equal(answer.outputs[0], torch.tensor([[0.5, 0, 0, -0.5]], dtype=F64))
     assert answer.degenerate.all()
@@ -200,7 +214,9 @@ def test_the_middle_of_three_equal_heights_is_no_knot():
 
 
 def test_a_step_of_one_rounding_is_flagged():
-    assert solve([[1.0, 1.0 + 2.0**-52], [1.0, 1.0 + 2.0**-46]], [1e-18, 1e-18]).degenerate.tolist() == [True, False]
+    assert solve(
+        [[1.0, 1.0 + 2.0**-52], [1.0, 1.0 + 2.0**-46]], [1e-18, 1e-18]
+    ).degenerate.tolist() == [True, False]
 
 
 def test_equal_values_of_two_segments_do_not_merge_them():
@@ -212,7 +228,10 @@ def test_equal_values_of_two_segments_do_not_merge_them():
 
 
 def test_a_step_of_one_part_in_ten_billion_is_a_knot():
-    x, lam = torch.tensor([[1.0, 1.0, 1.0 + 1e-10, 1.0 + 1e-10]], dtype=F64), torch.tensor([1e-12], dtype=F64)
+    x, lam = (
+        torch.tensor([[1.0, 1.0, 1.0 + 1e-10, 1.0 + 1e-10]], dtype=F64),
+        torch.tensor([1e-12], dtype=F64),
+    )
     x_bar, _ = grads(x, lam, torch.tensor([[1.0, 0, 0, 0]], dtype=F64))
     assert torch.equal(x_bar, torch.tensor([[0.5, 0.5, 0, 0]], dtype=F64))
 
@@ -224,7 +243,10 @@ def test_a_batch_equals_a_loop_and_rows_of_other_scales_leave_no_trace():
     v = torch.tensor(rng.standard_normal(x.shape))
     whole, (x_bar, lam_bar) = total_variation(x, lam), grads(x, lam, v)
     for i in range(len(x)):
-        alone, (dx, dlam) = total_variation(x[i : i + 1], lam[i : i + 1]), grads(x[i : i + 1], lam[i : i + 1], v[i : i + 1])
+        alone, (dx, dlam) = (
+            total_variation(x[i : i + 1], lam[i : i + 1]),
+            grads(x[i : i + 1], lam[i : i + 1], v[i : i + 1]),
+        )
         assert torch.equal(whole.outputs[0][i], alone.outputs[0][0])
         assert whole.degenerate[i] == alone.degenerate[0]
         assert torch.equal(x_bar[i], dx[0])
@@ -289,9 +311,16 @@ def test_the_solution_scales_with_the_data(size):
 
 def test_float32_agrees_with_float64_to_its_precision():
     rng = np.random.default_rng(13)
-    x, lam, v = rng.standard_normal((3, 40)), np.array([0.2, 0.7, 2.0]), rng.standard_normal((3, 40))
+    x, lam, v = (
+        rng.standard_normal((3, 40)),
+        np.array([0.2, 0.7, 2.0]),
+        rng.standard_normal((3, 40)),
+    )
     x, lam, v = (torch.tensor(a, dtype=torch.float32) for a in (x, lam, v))
-    u, exact = total_variation(x, lam).outputs[0], total_variation(x.double(), lam.double()).outputs[0]
+    u, exact = (
+        total_variation(x, lam).outputs[0],
+        total_variation(x.double(), lam.double()).outputs[0],
+    )
     assert u.dtype == torch.float32
     torch.testing.assert_close(u.double(), exact, rtol=1e-6, atol=1e-6)
     for a, b in zip(grads(x, lam, v), grads(x.double(), lam.double(), v.double())):
@@ -300,16 +329,28 @@ def test_float32_agrees_with_float64_to_its_precision():
 
 
 def test_no_rows():
-    x, lam = torch.zeros(0, 7, dtype=F64, requires_grad=True), torch.zeros(0, dtype=F64, requires_grad=True)
+    x, lam = (
+        torch.zeros(0, 7, dtype=F64, requires_grad=True),
+        torch.zeros(0, dtype=F64, requires_grad=True),
+    )
     answer = total_variation(x, lam)
     assert answer.outputs[0].shape == (0, 7)
-    assert answer.status.shape == answer.iterations.shape == answer.residual.shape == answer.degenerate.shape == (0,)
+    assert (
+        answer.status.shape
+        == answer.iterations.shape
+        == answer.residual.shape
+        == answer.degenerate.shape
+        == (0,)
+    )
     answer.outputs[0].sum().backward()
     assert x.grad.shape == (0, 7)
 
 
 def test_only_what_is_asked_for_is_differentiated():
-    x, lam = torch.randn(2, 9, dtype=F64, generator=torch.Generator().manual_seed(0)), torch.tensor([0.2], dtype=F64)
+    x, lam = (
+        torch.randn(2, 9, dtype=F64, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([0.2], dtype=F64),
+    )
     assert not total_variation(x, lam).outputs[0].requires_grad
     total_variation(x.requires_grad_(), lam).outputs[0].sum().backward()
     assert lam.grad is None
@@ -318,7 +359,11 @@ def test_only_what_is_asked_for_is_differentiated():
 
 def test_a_second_derivative_is_refused():
     x = torch.tensor([[1.0, 3.0, 2.0]], dtype=F64, requires_grad=True)
-    (g,) = torch.autograd.grad(total_variation(x, torch.tensor([0.1], dtype=F64)).outputs[0].square().sum(), x, create_graph=True)
+    (g,) = torch.autograd.grad(
+        total_variation(x, torch.tensor([0.1], dtype=F64)).outputs[0].square().sum(),
+        x,
+        create_graph=True,
+    )
     with pytest.raises(RuntimeError, match="twice"):
         g.sum().backward()
 
@@ -326,7 +371,9 @@ def test_a_second_derivative_is_refused():
 def test_windows_of_all_lengths_place_true_knots_only():
     """Long enough for the windows of 16 and 256; the dual conditions hold whatever the share of knots."""
     rng = np.random.default_rng(14)
-    x = torch.tensor(np.stack([signal(k, 1200, rng) for k in ("noise", "walk", "integers", "plateaus", "saw")]))
+    x = torch.tensor(
+        np.stack([signal(k, 1200, rng) for k in ("noise", "walk", "integers", "plateaus", "saw")])
+    )
     for lam in (1e-3, 0.2, 1.0, 30.0, 1e4):
         answer = total_variation(x, torch.full((5,), lam, dtype=F64))
         u = answer.outputs[0].numpy().astype(np.longdouble)

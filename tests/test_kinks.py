@@ -61,19 +61,33 @@ def ridge(x):
 
 def own_absolute_value():
     x, t, q = variable(3), variable(3), cp.Parameter(3)
-    return cp.Problem(cp.Minimize(cp.sum_squares(t)), [t >= x - q, t >= q - x, x <= 0.5]), [q], [x], None
+    return (
+        cp.Problem(cp.Minimize(cp.sum_squares(t)), [t >= x - q, t >= q - x, x <= 0.5]),
+        [q],
+        [x],
+        None,
+    )
 
 
 def declared_twice():
     x, q, p = variable(3, nonneg=True), cp.Parameter(3), cp.Parameter()
-    return cp.Problem(cp.Minimize(cp.sum_squares(x - q)), [x >= 0, x <= p, cp.max(x) <= p]), [q, p], [x], None
+    return (
+        cp.Problem(cp.Minimize(cp.sum_squares(x - q)), [x >= 0, x <= p, cp.max(x) <= p]),
+        [q, p],
+        [x],
+        None,
+    )
 
 
 def projection_by_a_norm(*rules):
     def declare():
         y, p = variable(4), cp.Parameter(4)
-        sample = on_the_plane if not rules else lambda p: np.abs(p) / np.abs(p).sum(-1, keepdims=True)
-        problem = cp.Problem(cp.Minimize(cp.norm(y - p)), [cp.sum(y) == 1, *(rule(y) for rule in rules)])
+        sample = (
+            on_the_plane if not rules else lambda p: np.abs(p) / np.abs(p).sum(-1, keepdims=True)
+        )
+        problem = cp.Problem(
+            cp.Minimize(cp.norm(y - p)), [cp.sum(y) == 1, *(rule(y) for rule in rules)]
+        )
         return problem, [p], [y], sample
 
     return declare
@@ -89,20 +103,36 @@ SMOOTH = {
     "squared slack, an output": lambda: squared_slack(True),
     "soft constraints in a controller": soft_control,
     "squared hinge": of_difference(lambda x, q: cp.sum_squares(cp.pos(1 - x + q)) + ridge(x)),
-    "squared maximum": of_difference(lambda x, q: cp.sum(cp.square(cp.maximum(q - x, 0))) + ridge(x), box),
-    "power of a positive part": of_difference(lambda x, q: cp.sum(cp.power(cp.pos(x - q), 2)) + ridge(x)),
+    "squared maximum": of_difference(
+        lambda x, q: cp.sum(cp.square(cp.maximum(q - x, 0))) + ridge(x), box
+    ),
+    "power of a positive part": of_difference(
+        lambda x, q: cp.sum(cp.power(cp.pos(x - q), 2)) + ridge(x)
+    ),
     "squared negative part": of_difference(lambda x, q: cp.sum_squares(cp.neg(x - q)) + ridge(x)),
-    "quadratic over a number": of_difference(lambda x, q: cp.quad_over_lin(cp.pos(x - q), 2) + ridge(x), box),
+    "quadratic over a number": of_difference(
+        lambda x, q: cp.quad_over_lin(cp.pos(x - q), 2) + ridge(x), box
+    ),
     "scalene": of_difference(lambda x, q: cp.sum(cp.scalene(x - q, 0.7, 1.3)) + ridge(x)),
-    "squared scalene": of_difference(lambda x, q: cp.sum_squares(cp.scalene(x - q, 0.7, 1.3)) + ridge(x)),
+    "squared scalene": of_difference(
+        lambda x, q: cp.sum_squares(cp.scalene(x - q, 0.7, 1.3)) + ridge(x)
+    ),
     "sum of the largest": of_difference(lambda x, q: cp.sum_largest(x, 2) + cp.sum_squares(x - q)),
-    "sorted": of_difference(lambda x, q: 0.3 * cp.dotsort(x, np.array([3.0, 2, 1])) + cp.sum_squares(x - q)),
-    "power of an absolute value": of_difference(lambda x, q: cp.sum(cp.power(cp.abs(x - q), 2)), box),
+    "sorted": of_difference(
+        lambda x, q: 0.3 * cp.dotsort(x, np.array([3.0, 2, 1])) + cp.sum_squares(x - q)
+    ),
+    "power of an absolute value": of_difference(
+        lambda x, q: cp.sum(cp.power(cp.abs(x - q), 2)), box
+    ),
     "squared absolute value": of_difference(lambda x, q: cp.sum(cp.square(cp.abs(x - q))), box),
-    "its squares in a ball": of_difference(lambda x, q: cp.sum_squares(cp.abs(x - q)) + 0.1 * cp.norm1(x), ball),
+    "its squares in a ball": of_difference(
+        lambda x, q: cp.sum_squares(cp.abs(x - q)) + 0.1 * cp.norm1(x), ball
+    ),
     "squared norm": of_difference(lambda x, q: cp.square(cp.norm(x - q)), box),
     "power of a norm": of_difference(lambda x, q: cp.power(cp.norm(x - q), 2), ball),
-    "squared norm bounded": of_difference(lambda x, q: cp.sum_squares(x - q), lambda x: cp.square(cp.norm(x)) <= 1),
+    "squared norm bounded": of_difference(
+        lambda x, q: cp.sum_squares(x - q), lambda x: cp.square(cp.norm(x)) <= 1
+    ),
     "squared hinge bounded": of_difference(
         lambda x, q: cp.sum_squares(x - q), lambda x: cp.sum_squares(cp.pos(x)) <= 0.5
     ),
@@ -129,7 +159,9 @@ def differences(layer, values, directions, bars):
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             outputs = layer(*(v + step * d for v, d in zip(values, directions, strict=True)))
-        return sum((bar * out).reshape(ROWS, -1).sum(1) for bar, out in zip(bars, outputs, strict=True))
+        return sum(
+            (bar * out).reshape(ROWS, -1).sum(1) for bar, out in zip(bars, outputs, strict=True)
+        )
 
     here = loss(0.0)
     return (here - loss(-STEP)) / STEP, (loss(STEP) - here) / STEP
@@ -152,7 +184,11 @@ def derivative(problem, parameters, variables, sample, structure):
     warned = any(issubclass(w.category, GradientWarning) for w in said)
     assert warned == bool(solution.degenerate.any())
     ours = sum((g * d).reshape(ROWS, -1).sum(1) for g, d in zip(grads, directions, strict=True))
-    return solution.degenerate, ours, *differences(layer, [v.detach() for v in values], directions, bars)
+    return (
+        solution.degenerate,
+        ours,
+        *differences(layer, [v.detach() for v in values], directions, bars),
+    )
 
 
 @pytest.mark.parametrize("structure", ["auto", "generic"])
@@ -165,18 +201,22 @@ def test_where_the_solution_is_smooth_the_gradient_is_right_and_nothing_is_flagg
     assert not flagged.any()
 
 
-@pytest.mark.parametrize("square", [lambda z: cp.sum(cp.square(cp.abs(z))), lambda z: cp.square(cp.norm(z))])
+@pytest.mark.parametrize(
+    "square", [lambda z: cp.sum(cp.square(cp.abs(z))), lambda z: cp.square(cp.norm(z))]
+)
 def test_where_only_some_directions_leave_the_apex_the_gradient_is_that_of_the_squares(square):
     """The projection onto g'x <= 1 of a point inside, and of one beyond with g_2 = 0, where x_2 = q_2 until g_2 moves."""
     x, q, g = variable(2), cp.Parameter(2), cp.Parameter(2)
     layers = (
-        ConvexLayer(cp.Problem(cp.Minimize(f(x - q)), [g @ x <= 1]), [q, g], [x]) for f in (square, cp.sum_squares)
+        ConvexLayer(cp.Problem(cp.Minimize(f(x - q)), [g @ x <= 1]), [q, g], [x])
+        for f in (square, cp.sum_squares)
     )
     q_value = torch.tensor([[0.3, 0.4], [2.0, 0.7]], dtype=torch.float64, requires_grad=True)
     g_value = torch.tensor([1.0, 0.0], dtype=torch.float64).expand(2, 2).clone().requires_grad_()
     bar = torch.tensor([[0.7, -1.3], [0.4, 2.0]], dtype=torch.float64)
     ours, right = (
-        torch.autograd.grad((bar * layer(q_value, g_value)[0]).sum(), (q_value, g_value)) for layer in layers
+        torch.autograd.grad((bar * layer(q_value, g_value)[0]).sum(), (q_value, g_value))
+        for layer in layers
     )
     for one, other in zip(ours, right, strict=True):
         assert torch.allclose(one, other, atol=1e-9)
@@ -187,7 +227,9 @@ def test_a_constraint_that_is_written_otherwise_keeps_its_multiplier():
     rules = [cp.square(cp.norm(x)) <= 1, cp.sum(cp.power(cp.abs(x), 4)) <= 0.9]
     problem = cp.Problem(cp.Minimize(cp.sum_squares(x - q)), rules)
     value = np.array([0.2, 0.4, 1.5])
-    found = ConvexLayer(problem, [q], [x, *(rule.dual_variables[0] for rule in rules)])(torch.from_numpy(value))
+    found = ConvexLayer(problem, [q], [x, *(rule.dual_variables[0] for rule in rules)])(
+        torch.from_numpy(value)
+    )
     q.value = value
     problem.solve(solver=cp.CLARABEL)
     for ours, theirs in zip(found, [x.value, *(rule.dual_value for rule in rules)], strict=True):
@@ -227,7 +269,9 @@ def test_a_slack_that_a_parameter_moves_off_its_bound_is_flagged():
 
 def test_a_kink_is_flagged_though_only_one_of_many_outputs_feels_it():
     x, q = variable(3), cp.Parameter(3)
-    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - q) + cp.sum_squares(cp.pos(x - 2))), [x <= 0.5])
+    problem = cp.Problem(
+        cp.Minimize(cp.sum_squares(x - q) + cp.sum_squares(cp.pos(x - 2))), [x <= 0.5]
+    )
     assert run(problem, [q], [x], [0.1, 0.5, 0.3])
     assert not run(problem, [q], [x], [0.1, 0.6, 0.3])
 
@@ -267,14 +311,18 @@ def test_an_output_that_is_free_on_one_side_is_flagged():
 def transport(entropy):
     cost = np.random.default_rng(0).random((3, 3))
     X, r, c = variable(3, 3), cp.Parameter(3), cp.Parameter(3)
-    value = cp.sum(cp.multiply(cost, X)) + (-0.1 * cp.sum(cp.entr(X)) if entropy else 0.1 * cp.sum_squares(X))
+    value = cp.sum(cp.multiply(cost, X)) + (
+        -0.1 * cp.sum(cp.entr(X)) if entropy else 0.1 * cp.sum_squares(X)
+    )
     rules = [cp.sum(X, axis=1) == r, cp.sum(X, axis=0) == c]
     return cp.Problem(cp.Minimize(value), [*rules, X >= 0]), [r, c], X, rules
 
 
 @pytest.mark.parametrize("structure", ["auto", "generic"])
 @pytest.mark.parametrize("entropy", [True, False])
-def test_both_marginals_of_a_plan_are_differentiated_along_feasible_ones_on_every_path(entropy, structure):
+def test_both_marginals_of_a_plan_are_differentiated_along_feasible_ones_on_every_path(
+    entropy, structure
+):
     problem, parameters, X, _ = transport(entropy)
     r, c = (torch.tensor(v, dtype=torch.float64) for v in ([0.2, 0.5, 0.3], [0.4, 0.25, 0.35]))
     dr, dc = (torch.tensor(v, dtype=torch.float64) for v in ([0.3, -0.1, -0.2], [-0.4, 0.3, 0.1]))
@@ -292,7 +340,9 @@ def test_both_marginals_of_a_plan_are_differentiated_along_feasible_ones_on_ever
 
 def test_their_multipliers_are_not_unique_and_flagged_as_outputs():
     problem, parameters, X, rules = transport(False)
-    assert run(problem, parameters, [X, rules[0].dual_variables[0]], [0.2, 0.5, 0.3], [0.4, 0.25, 0.35])
+    assert run(
+        problem, parameters, [X, rules[0].dual_variables[0]], [0.2, 0.5, 0.3], [0.4, 0.25, 0.35]
+    )
 
 
 def depending(kind):
@@ -354,8 +404,9 @@ def test_constant_equalities_that_depend_on_each_other_are_flagged_on_neither_pa
     rules = [cp.sum(Z, axis=1) == r, cp.sum(Z, axis=0) == c]
     problem = cp.Problem(cp.Minimize(cp.sum_squares(Z - M)), rules)
     g = torch.Generator().manual_seed(0)
-    values = torch.randn(4, 3, 3, dtype=torch.float64, generator=g), *(
-        torch.softmax(torch.randn(4, 3, dtype=torch.float64, generator=g), -1) for _ in "rc"
+    values = (
+        torch.randn(4, 3, 3, dtype=torch.float64, generator=g),
+        *(torch.softmax(torch.randn(4, 3, dtype=torch.float64, generator=g), -1) for _ in "rc"),
     )
     layer = ConvexLayer(problem, [M, r, c], [Z], structure=structure)
     assert not layer.solve(*values).degenerate.any()
@@ -371,7 +422,12 @@ def test_a_bound_beside_an_entropy_changes_nothing(how):
     """The softmax of scores so far apart that some shares are rounding."""
     y, q = cp.Variable(5, nonneg=how == "attribute"), cp.Parameter(5)
     rules = [cp.sum(y) == 1, *([y >= 0] if how == "rule" else [])]
-    layer = ConvexLayer(cp.Problem(cp.Maximize(q @ y + 0.3 * cp.sum(cp.entr(y))), rules), [q], [y], structure="generic")
+    layer = ConvexLayer(
+        cp.Problem(cp.Maximize(q @ y + 0.3 * cp.sum(cp.entr(y))), rules),
+        [q],
+        [y],
+        structure="generic",
+    )
     generator = torch.Generator().manual_seed(0)
     score, bar = (torch.randn(32, 5, dtype=torch.float64, generator=generator) for _ in "qb")
     score = (5 * score).requires_grad_()
@@ -379,7 +435,10 @@ def test_a_bound_beside_an_entropy_changes_nothing(how):
     assert (solution.status == Status.SOLVED).all()
     assert not solution.degenerate.any()
     assert torch.allclose(solution.variables[0], exact, atol=1e-9)
-    ours, right = (torch.autograd.grad((bar * value).sum(), score)[0] for value in (solution.variables[0], exact))
+    ours, right = (
+        torch.autograd.grad((bar * value).sum(), score)[0]
+        for value in (solution.variables[0], exact)
+    )
     assert torch.allclose(ours, right, atol=1e-8)
 
 
@@ -387,7 +446,9 @@ def test_the_multiplier_of_such_a_bound_is_still_an_output():
     x, q = cp.Variable(2), cp.Parameter(2)
     bound = x >= 0
     problem = cp.Problem(cp.Minimize(cp.sum_squares(x - q) - cp.sum(cp.sqrt(x))), [bound])
-    x_value, y_value = ConvexLayer(problem, [q], [x, bound.dual_variables[0]])(torch.tensor([1.0, 2.0], dtype=torch.float64))
+    x_value, y_value = ConvexLayer(problem, [q], [x, bound.dual_variables[0]])(
+        torch.tensor([1.0, 2.0], dtype=torch.float64)
+    )
     assert (x_value > 0).all()
     assert torch.allclose(y_value, torch.zeros(2, dtype=torch.float64), atol=1e-8)
 
@@ -406,7 +467,9 @@ def test_a_multiplier_shared_with_a_curved_boundary_is_flagged_where_the_curvatu
     """min q'x in the unit ball at q = -e_1, beside x_1 <= 1, which touches it: x = -q/|q|, which the boundary gives only if the multiplier
     is its alone. In the ball beside x_1 >= 0 it is."""
     x, q = cp.Variable(3), cp.Parameter(3)
-    touching, apart = (cp.Problem(cp.Minimize(q @ x), [cp.norm(x) <= 1, rule]) for rule in (x[0] <= 1, x[0] >= 0))
+    touching, apart = (
+        cp.Problem(cp.Minimize(q @ x), [cp.norm(x) <= 1, rule]) for rule in (x[0] <= 1, x[0] >= 0)
+    )
     assert run(touching, [q], [x], [-1.0, 0.0, 0.0])
     assert not run(touching, [q], [x], [-1.0, 0.1, 0.0])
     assert not run(apart, [q], [x], [-1.0, 0.0, 0.0])
@@ -426,5 +489,7 @@ def test_a_single_feasible_point_that_is_found_roughly_is_flagged():
     problem = cp.Problem(cp.Minimize(cp.sum_squares(x - q)), [cp.norm(x) <= 1, x[0] >= 1])
     layer = ConvexLayer(problem, [q], [x], structure="generic", on_failure="nan")
     with pytest.warns(AccuracyWarning):
-        solution = layer.solve(torch.tensor([[1.0, 2.0, 0.0], [-1.0, 1.0, 2.0], [0.0, 0.0, 1.0]], dtype=torch.float64))
+        solution = layer.solve(
+            torch.tensor([[1.0, 2.0, 0.0], [-1.0, 1.0, 2.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+        )
     assert solution.degenerate.all()

@@ -40,7 +40,9 @@ def test_the_derivative_of_the_projection_is_the_textbooks(size):
     v[0, 1:], v[1, 2:], v[2, 1] = 0.0, 0.0, 0.0
     identity = torch.eye(size, dtype=torch.float64)
     spectrum = SecondOrder(size).linearise(v)[1]
-    D = from_basis(spectrum.basis, spectrum.values.unsqueeze(-1) * to_basis(spectrum.basis, identity))
+    D = from_basis(
+        spectrum.basis, spectrum.values.unsqueeze(-1) * to_basis(spectrum.basis, identity)
+    )
     U = from_basis(spectrum.basis, identity)
     assert (U.mT @ U - identity).abs().amax() < 1e-14
     assert torch.allclose(axes(spectrum.basis), U[..., :2], atol=1e-15)
@@ -50,8 +52,21 @@ def test_the_derivative_of_the_projection_is_the_textbooks(size):
             expected = identity * (t > 0)
         else:
             u, ratio = z / z.norm(), t / z.norm()
-            expected = torch.cat([torch.cat([torch.ones(1, dtype=torch.float64), u]).unsqueeze(0), torch.cat(
-                [u.unsqueeze(1), (1 + ratio) * identity[1:, 1:] - ratio * torch.outer(u, u)], 1)]) / 2
+            expected = (
+                torch.cat(
+                    [
+                        torch.cat([torch.ones(1, dtype=torch.float64), u]).unsqueeze(0),
+                        torch.cat(
+                            [
+                                u.unsqueeze(1),
+                                (1 + ratio) * identity[1:, 1:] - ratio * torch.outer(u, u),
+                            ],
+                            1,
+                        ),
+                    ]
+                )
+                / 2
+            )
         assert close(D[k], expected, 1e-14)
 
 
@@ -69,12 +84,18 @@ def test_groups_shrink_by_the_formula_and_so_do_two_derivatives(dense, monkeypat
     values[1, 25:50] *= (weight + 1e-3) / values[1, 25:50].norm()
 
     def formula(a, m):
-        parts = [part * (1 - m / part.norm(dim=1, keepdim=True)).clamp(min=0) for part in a.split(sizes, 1)]
+        parts = [
+            part * (1 - m / part.norm(dim=1, keepdim=True)).clamp(min=0)
+            for part in a.split(sizes, 1)
+        ]
         return torch.cat(parts, 1)
 
     found = []
     for solve in (lambda *inputs: layer(*inputs)[0], formula):
-        inputs = values.clone().requires_grad_(), torch.tensor(weight, dtype=torch.float64, requires_grad=True)
+        inputs = (
+            values.clone().requires_grad_(),
+            torch.tensor(weight, dtype=torch.float64, requires_grad=True),
+        )
         y = solve(*inputs)
         first = torch.autograd.grad((y * random(*y.shape, seed=1)).sum(), inputs, create_graph=True)
         second = torch.autograd.grad((first[0] * random(*y.shape, seed=2)).sum() + first[1], inputs)
@@ -86,7 +107,12 @@ def test_groups_shrink_by_the_formula_and_so_do_two_derivatives(dense, monkeypat
 def grid(k):
     """Streets both ways between the crossings of a k x k grid: (incidence, from corner to corner)."""
     nodes = np.arange(k * k).reshape(k, k)
-    ends = np.concatenate([np.c_[nodes[:, :-1].ravel(), nodes[:, 1:].ravel()], np.c_[nodes[:-1].ravel(), nodes[1:].ravel()]])
+    ends = np.concatenate(
+        [
+            np.c_[nodes[:, :-1].ravel(), nodes[:, 1:].ravel()],
+            np.c_[nodes[:-1].ravel(), nodes[1:].ravel()],
+        ]
+    )
     ends = np.concatenate([ends, ends[:, ::-1]])
     A, b = np.zeros((k * k, len(ends))), np.zeros(k * k)
     A[ends[:, 0], range(len(ends))], A[ends[:, 1], range(len(ends))], b[0], b[-1] = 1, -1, 1, -1
@@ -99,8 +125,12 @@ def test_the_gradient_of_a_flow_with_a_norm_is_that_of_its_face(dense, monkeypat
     choose(monkeypatch, dense)
     A, b = grid(5)
     c, x = cp.Parameter(A.shape[1]), cp.Variable(A.shape[1])
-    layer = ConvexLayer(cp.Problem(cp.Minimize(c @ x + 0.8 * cp.norm(x)), [x >= 0, A @ x == b]), [c], [x])
-    costs = torch.from_numpy(np.random.default_rng(0).uniform(0.5, 1, (3, A.shape[1]))).requires_grad_()
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(c @ x + 0.8 * cp.norm(x)), [x >= 0, A @ x == b]), [c], [x]
+    )
+    costs = torch.from_numpy(
+        np.random.default_rng(0).uniform(0.5, 1, (3, A.shape[1]))
+    ).requires_grad_()
     solution = layer.solve(costs)
     (flow,) = solution.variables
     w = random(*flow.shape)
@@ -125,7 +155,9 @@ def test_a_tiny_norm_leaves_the_shortest_path_where_it_is():
     c, x = cp.Parameter(A.shape[1]), cp.Variable(A.shape[1])
     problem = cp.Problem(cp.Minimize(c @ x + 1e-6 * cp.norm(x)), [x >= 0, x <= 1, A @ x == b])
     layer = ConvexLayer(problem, [c], [x])
-    costs = torch.from_numpy(np.random.default_rng(0).uniform(0.2, 2, (2, A.shape[1]))).requires_grad_()
+    costs = torch.from_numpy(
+        np.random.default_rng(0).uniform(0.2, 2, (2, A.shape[1]))
+    ).requires_grad_()
     (flow,) = layer(costs)
     start, end = (A == 1).argmax(0), (A == -1).argmax(0)
     for row in range(2):
@@ -140,11 +172,15 @@ def test_only_where_it_saves_entries_is_a_cone_split():
     """A norm of variables is; a norm of dense combinations of few is not, nor are small cones."""
     x = cp.Variable(60)
     cases = {
-        60 + 1: cp.norm(x), None: cp.norm(np.random.default_rng(0).normal(size=(60, 60)) @ x), 0: cp.norm(x[:3]),
+        60 + 1: cp.norm(x),
+        None: cp.norm(np.random.default_rng(0).normal(size=(60, 60)) @ x),
+        0: cp.norm(x[:3]),
     }
     for size, term in cases.items():
         a = cp.Parameter(60)
-        layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - a) + cp.sum(x)), [term <= 1.0]), [a], [x])
+        layer = ConvexLayer(
+            cp.Problem(cp.Minimize(cp.sum_squares(x - a) + cp.sum(x)), [term <= 1.0]), [a], [x]
+        )
         program = layer._canonical.program
         assert kkt_pattern(program).split.sizes == (frozenset([size]) if size else frozenset())
 
@@ -162,9 +198,14 @@ def test_a_singular_system_is_solved_with_the_least_norm_in_the_users_units(dens
     P = R.T @ R
     parts = [P[i[order], j[order]], np.zeros(n), A.ravel(order="F"), np.zeros(m)]
     data = Data(program, *(torch.from_numpy(part).unsqueeze(0) for part in parts))
-    units, a, c = (torch.from_numpy(part) for part in (rng.uniform(0.2, 5, (1, n)), rng.normal(size=(1, n)), rng.normal(size=(1, m))))
+    units, a, c = (
+        torch.from_numpy(part)
+        for part in (rng.uniform(0.2, 5, (1, n)), rng.normal(size=(1, n)), rng.normal(size=(1, m)))
+    )
     seen = Visible(torch.ones(n, dtype=torch.bool), torch.ones(m, dtype=torch.bool))
-    system = factorise(Operators(data, dense), ProductSpectrum(torch.ones(1, m, dtype=torch.float64)), seen, units)
+    system = factorise(
+        Operators(data, dense), ProductSpectrum(torch.ones(1, m, dtype=torch.float64)), seen, units
+    )
     w, e = system.solve(a, c)
     S = np.diag(np.concatenate([1 / units[0].numpy(), np.ones(m)]))
     K = np.block([[P, A.T], [A, np.zeros((m, m))]])

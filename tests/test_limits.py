@@ -25,14 +25,18 @@ AT_ONCE = {
 
 def correlation(n, **options):
     C, X = cp.Parameter((n, n), symmetric=True, name="C"), cp.Variable((n, n), PSD=True, name="X")
-    return ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(X - C)), [cp.diag(X) == 1]), [C], [X], **options)
+    return ConvexLayer(
+        cp.Problem(cp.Minimize(cp.sum_squares(X - C)), [cp.diag(X) == 1]), [C], [X], **options
+    )
 
 
 def bounded(n, **options):
     """A linear program, where DAQP looks at the clock now and then."""
     c, x = cp.Parameter(n, name="c"), cp.Variable(n, name="x")
     A = np.random.default_rng(1).standard_normal((3 * n, n))
-    return ConvexLayer(cp.Problem(cp.Minimize(c @ x), [A @ x <= 0.1, cp.abs(x) <= 1]), [c], [x], **options)
+    return ConvexLayer(
+        cp.Problem(cp.Minimize(c @ x), [A @ x <= 0.1, cp.abs(x) <= 1]), [c], [x], **options
+    )
 
 
 def symmetric(n, *batch):
@@ -42,15 +46,29 @@ def symmetric(n, *batch):
 
 @pytest.mark.parametrize("solver", AT_ONCE)
 @pytest.mark.parametrize("named", [True, False])
-def test_a_row_that_its_time_limit_ended_is_neither_tried_again_nor_polished(solver, named, monkeypatch):
+def test_a_row_that_its_time_limit_ended_is_neither_tried_again_nor_polished(
+    solver, named, monkeypatch
+):
     """Whether the solver is named, or the layer's own first choice."""
     if not named and solver != "clarabel":
         pytest.skip("only Clarabel is the layer's own choice")
     tried, original = [], convlayer.paths.attempts.solve_batch
-    monkeypatch.setattr(convlayer.paths.attempts, "solve_batch", lambda kind, *rest: tried.append(kind.name) or original(kind, *rest))
+    monkeypatch.setattr(
+        convlayer.paths.attempts,
+        "solve_batch",
+        lambda kind, *rest: tried.append(kind.name) or original(kind, *rest),
+    )
     monkeypatch.setattr(convlayer.paths.refined, "polish", lambda *_, **__: pytest.fail("polished"))
-    options = {"on_failure": "keep", "solver_args": AT_ONCE[solver], **({"solver": solver} if named else {})}
-    layer, values = (bounded(80, **options), symmetric(80)[0]) if solver == "daqp" else (correlation(8, **options), symmetric(8))
+    options = {
+        "on_failure": "keep",
+        "solver_args": AT_ONCE[solver],
+        **({"solver": solver} if named else {}),
+    }
+    layer, values = (
+        (bounded(80, **options), symmetric(80)[0])
+        if solver == "daqp"
+        else (correlation(8, **options), symmetric(8))
+    )
     solution = layer.solve(values)
     assert int(solution.status) == Status.NOT_CONVERGED
     assert tried == [solver]
@@ -67,12 +85,18 @@ def test_rows_that_the_batched_solver_finished_in_time_are_as_without_a_limit(mo
     freely, seen = layer.solve(values), set()
     for looks in range(2, 20):
         clock = itertools.count()
-        monkeypatch.setattr(interior_point, "time", SimpleNamespace(monotonic=lambda clock=clock: float(next(clock))))
+        monkeypatch.setattr(
+            interior_point,
+            "time",
+            SimpleNamespace(monotonic=lambda clock=clock: float(next(clock))),
+        )
         solution = layer.solve(values, solver_args={"time_limit": float(looks)})
         solved = solution.status == Status.SOLVED
         assert bool((solved | (solution.status == Status.NOT_CONVERGED)).all())
         assert solution.variables[0].isfinite().all()
-        torch.testing.assert_close(solution.variables[0][solved], freely.variables[0][solved], rtol=0, atol=1e-7)
+        torch.testing.assert_close(
+            solution.variables[0][solved], freely.variables[0][solved], rtol=0, atol=1e-7
+        )
         seen.add(int(solved.sum()))
     assert {0, 8} < seen, seen
 
@@ -91,7 +115,9 @@ def test_a_row_within_its_time_limit_is_solved_beside_one_that_is_not(monkeypatc
 
     def first_is_late(self, task):
         iterates = original(self, task)
-        late = iterates[0].__class__(*(getattr(iterates[0], k) for k in ("x", "s", "y")), Status.NOT_CONVERGED, 3, True)
+        late = iterates[0].__class__(
+            *(getattr(iterates[0], k) for k in ("x", "s", "y")), Status.NOT_CONVERGED, 3, True
+        )
         return [late, *iterates[1:]]
 
     values = symmetric(6, 3)
@@ -109,7 +135,13 @@ def test_a_row_within_its_time_limit_is_solved_beside_one_that_is_not(monkeypatc
 def test_an_iteration_limit_is_no_time_limit():
     """Where the polish finds the solution from there, the row is solved."""
     x, a = cp.Variable(3), cp.Parameter(3)
-    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [x >= 0]), [a], [x], solver="clarabel", solver_args={"max_iter": 3})
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [x >= 0]),
+        [a],
+        [x],
+        solver="clarabel",
+        solver_args={"max_iter": 3},
+    )
     solution = layer.solve(torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64))
     assert int(solution.status) == Status.SOLVED
 
@@ -187,9 +219,15 @@ module.SCS.solve = solve
     ],
     ids=["clarabel", "scs"],
 )
-def test_ctrl_c_is_heard_while_a_solver_runs_and_leaves_the_layers_usable(rows, module, n, args, how, events):
+def test_ctrl_c_is_heard_while_a_solver_runs_and_leaves_the_layers_usable(
+    rows, module, n, args, how, events
+):
     """By the order of events: the solver had not finished, and the main thread did not wait for it to."""
     code = LONG.format(module=module, n=n, args=args, how=how, rows=rows, told="told" in events)
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
-    lines = [line for line in run.stdout.splitlines() if "interrupted" not in line]  # SCS says so itself
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False
+    )
+    lines = [
+        line for line in run.stdout.splitlines() if "interrupted" not in line
+    ]  # SCS says so itself
     assert lines == [events, "usable True"], run.stdout + run.stderr[-2000:]

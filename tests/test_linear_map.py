@@ -26,7 +26,9 @@ MATRICES = {
 @pytest.mark.parametrize("name", MATRICES)
 def test_it_multiplies_every_row_of_a_batch(name, batch):
     matrix = MATRICES[name]
-    x = torch.randn(batch, matrix.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.randn(
+        batch, matrix.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     mapping = LinearMap(matrix)
     expected = x @ torch.from_numpy(matrix.toarray()).T
     torch.testing.assert_close(mapping(x), expected)
@@ -38,6 +40,8 @@ def test_it_multiplies_every_row_of_a_batch(name, batch):
 
 
 def test_an_output_without_inputs_may_read_a_blank():
-    mapping = LinearMap(sp.csr_array(np.array([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]])), blank=0)
+    mapping = LinearMap(
+        sp.csr_array(np.array([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]])), blank=0
+    )
     x = torch.tensor([[0.0, 2.0, 3.0]], dtype=torch.float64)
     assert mapping(x).tolist() == [[2.0, 0.0, 3.0]]

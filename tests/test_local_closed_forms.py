@@ -56,7 +56,10 @@ def leading(k, largest=True):
 KERNELS = {
     "softmax": (Of(softmax), (draw(3, 5), positive(3), positive(3, seed=2))),
     "softmax, shared scores": (Of(softmax), (draw(1, 5), positive(3), positive(1, seed=2))),
-    "softmax without a multiplier": (Of(partial(softmax, multiplier=False)), (draw(3, 5), positive(1))),
+    "softmax without a multiplier": (
+        Of(partial(softmax, multiplier=False)),
+        (draw(3, 5), positive(1)),
+    ),
     "softmax as torch has it": (Of(softmax), (draw(3, 5),)),
     "sparsemax": (Of(sparsemax), (draw(3, 6), positive(3))),
     "sparsemax, shared": (Of(sparsemax), (draw(1, 6), positive(3))),
@@ -72,27 +75,50 @@ KERNELS = {
 }
 
 SMOOTH = KERNELS | {
-    str(s): (Of.spelling(s), tuple(s.sample((2,), seed=3))) for s in SPELLINGS if s.structure in NAMES
+    str(s): (Of.spelling(s), tuple(s.sample((2,), seed=3)))
+    for s in SPELLINGS
+    if s.structure in NAMES
 }
 
 KINKS = {
-    "softmax of radius zero": (Of(partial(softmax, multiplier=False)), (draw(2, 4), positive(2), torch.tensor([1, 0.0], dtype=D))),
+    "softmax of radius zero": (
+        Of(partial(softmax, multiplier=False)),
+        (draw(2, 4), positive(2), torch.tensor([1, 0.0], dtype=D)),
+    ),
     "sparsemax with a tie": (
         Of(sparsemax),
-        (torch.tensor([[1, 0, -3], [1, 0.5, -3], [0.3, 0.3, -0.2], [1, 4e-16, -3]], dtype=D), torch.ones(4, dtype=D)),
+        (
+            torch.tensor([[1, 0, -3], [1, 0.5, -3], [0.3, 0.3, -0.2], [1, 4e-16, -3]], dtype=D),
+            torch.ones(4, dtype=D),
+        ),
     ),
     "sparsemax of radius zero": (Of(sparsemax), (draw(2, 4), torch.tensor([1, 0.0], dtype=D))),
     "total variation with a tie": (
         Of(total_variation),
-        (torch.tensor([[1, 0, 1, 0], [2, 1, -1, 5.0], [0, 0, 3, 3.0]], dtype=D), torch.tensor([0.5, 1, 0.5], dtype=D)),
+        (
+            torch.tensor([[1, 0, 1, 0], [2, 1, -1, 5.0], [0, 0, 3, 3.0]], dtype=D),
+            torch.tensor([0.5, 1, 0.5], dtype=D),
+        ),
     ),
     "total variation of weight zero": (
         Of(total_variation),
-        (torch.tensor([[1, 1, 2, 0.5], [1, 1, 2, 2], [3, 1, 2, 0]], dtype=D), torch.tensor([0.3, 0, 0.2], dtype=D)),
+        (
+            torch.tensor([[1, 1, 2, 0.5], [1, 1, 2, 2], [3, 1, 2, 0]], dtype=D),
+            torch.tensor([0.3, 0, 0.2], dtype=D),
+        ),
     ),
-    "a tie at the cut": (leading(2), (with_eigenvalues([4, 2, 2, 1, 0], [5, 3, 2, 1, 0], [2, 2, 2, 1, 0], [4, 3, 3, 3, 3]),)),
-    "a tie at the trailing cut": (leading(3, False), (with_eigenvalues([4, 2, 2, 1, 0], [5, 2, 2, 2, 0], [5, 4, 3, 2, 1]),)),
-    "a repeated eigenvalue": (leading(3), (with_eigenvalues([4, 2, 2, 1, 0], [3, 3, 3, 1, 0], [5, 4, 3, 2, 1]),)),
+    "a tie at the cut": (
+        leading(2),
+        (with_eigenvalues([4, 2, 2, 1, 0], [5, 3, 2, 1, 0], [2, 2, 2, 1, 0], [4, 3, 3, 3, 3]),),
+    ),
+    "a tie at the trailing cut": (
+        leading(3, False),
+        (with_eigenvalues([4, 2, 2, 1, 0], [5, 2, 2, 2, 0], [5, 4, 3, 2, 1]),),
+    ),
+    "a repeated eigenvalue": (
+        leading(3),
+        (with_eigenvalues([4, 2, 2, 1, 0], [3, 3, 3, 1, 0], [5, 4, 3, 2, 1]),),
+    ),
 }
 
 every = pytest.mark.parametrize("name", [*SMOOTH, *KINKS])
@@ -160,7 +186,9 @@ def test_it_says_the_solution(name):
         assert again.shape == output.shape
         assert again.dtype == output.dtype
         assert torch.equal(again.isinf(), output.isinf())
-        assert (again - output)[output.isfinite()].abs().max() <= 1e-15 * (1 + output[output.isfinite()].abs().max())
+        assert (again - output)[output.isfinite()].abs().max() <= 1e-15 * (
+            1 + output[output.isfinite()].abs().max()
+        )
 
 
 @every
@@ -181,7 +209,10 @@ def test_its_second_derivative_is_differences_of_the_kernels_gradient(name):
     case, inputs = SMOOTH[name]
     w = directions(inputs)
     ours = second(said(case, answer_of(case, inputs)), inputs, w)
-    theirs = [differences(lambda *a: inner(own_gradient(case, *a), w), inputs, k, 3e-4) for k in range(len(inputs))]
+    theirs = [
+        differences(lambda *a: inner(own_gradient(case, *a), w), inputs, k, 3e-4)
+        for k in range(len(inputs))
+    ]
     close_all(ours, theirs, 1e-6)
 
 
@@ -195,12 +226,16 @@ def test_the_modes_agree_on_the_second_derivative(name):
 
     reverse = second(value, inputs, w)
     close_all(vjp(slope, *inputs)[1](torch.ones((), dtype=D)), reverse, 1e-10)
-    close_all(jvp(lambda *a: vjp(value, *a)[1](torch.ones((), dtype=D)), inputs, w)[1], reverse, 1e-10)
+    close_all(
+        jvp(lambda *a: vjp(value, *a)[1](torch.ones((), dtype=D)), inputs, w)[1], reverse, 1e-10
+    )
     scale = inner(reverse, reverse).sqrt() * inner(u, u).sqrt()
     assert abs(jvp(slope, inputs, u)[1] - inner(reverse, u)) <= 1e-10 * scale
 
 
-@pytest.mark.parametrize("name", [name for name in KINKS if "cut" not in name and "eigenvalue" not in name])
+@pytest.mark.parametrize(
+    "name", [name for name in KINKS if "cut" not in name and "eigenvalue" not in name]
+)
 def test_at_a_kink_the_second_derivative_is_that_of_the_piece(name):
     case, inputs = KINKS[name]
     w = directions(inputs)
@@ -213,7 +248,9 @@ def test_where_eigenvalues_are_tied_the_second_derivative_is_nan_and_only_there(
     case, (X,) = KINKS[name]
     w, at = directions((X,)), answer_of(case, (X,))
     (ours,) = second(said(case, at), (X,), w)
-    unique = [row for row in range(len(X)) if answer_of(case, (X[row:row + 1],)).degenerate is None]
+    unique = [
+        row for row in range(len(X)) if answer_of(case, (X[row : row + 1],)).degenerate is None
+    ]
     simple = [row for row in unique if (torch.linalg.eigvalsh(X[row]).diff() > 0.5).all()]
     assert simple
     assert ours.isnan().flatten(1).all(1).tolist() == [row not in simple for row in range(len(X))]
@@ -271,7 +308,9 @@ def test_a_failed_row_is_finite_and_leaves_the_others_untouched(kernel, inputs):
         assert again.isfinite().all()
         assert torch.allclose(again, output, rtol=1e-15, atol=1e-15)
     first = grad(functional([y[good] for y in outputs]), points, create_graph=True)
-    close_all(first, grad(functional([y[good] for y in case.answer(*points).outputs]), points), 1e-10)
+    close_all(
+        first, grad(functional([y[good] for y in case.answer(*points).outputs]), points), 1e-10
+    )
     twice = grad(inner(first, w), points)
     assert all(a.isfinite().all() for a in twice)
     assert jvp(lambda *a: jvp(said(case, at), a, w)[1], inputs, w)[1].isfinite()
@@ -315,7 +354,10 @@ def test_near_a_vertex_softmax_keeps_relative_accuracy(gap):
 
 @pytest.mark.parametrize("tau", [1e-3, 1e-300])
 def test_entries_of_a_softmax_that_vanish_have_derivatives_of_zero(tau):
-    case, inputs = Of(partial(softmax, multiplier=False)), (1e10 * draw(1, 4), torch.tensor([tau], dtype=D))
+    case, inputs = (
+        Of(partial(softmax, multiplier=False)),
+        (1e10 * draw(1, 4), torch.tensor([tau], dtype=D)),
+    )
     value, w = said(case, answer_of(case, inputs)), directions(inputs)
     assert all((a == 0).all() for a in second(value, inputs, w))
     assert jvp(lambda *a: jvp(value, a, w)[1], inputs, w)[1] == 0

@@ -44,11 +44,15 @@ class Case:
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 7 * sum(shape)))
+    return torch.randn(
+        *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 7 * sum(shape))
+    )
 
 
 def positive(*shape: int, seed: int = 0) -> Tensor:
-    return 0.5 + torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 7 * sum(shape)))
+    return 0.5 + torch.rand(
+        *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 7 * sum(shape))
+    )
 
 
 def gram(L: Tensor) -> Tensor:
@@ -60,7 +64,9 @@ def skewed(P: Tensor) -> Tensor:
     return P + torch.triu(P, 1) - torch.triu(P, 1).mT
 
 
-def some_rows(special: Tensor, regular: Tensor, rows: tuple[bool, ...] = (True, False, True)) -> Tensor:
+def some_rows(
+    special: Tensor, regular: Tensor, rows: tuple[bool, ...] = (True, False, True)
+) -> Tensor:
     return torch.where(torch.tensor(rows).view(-1, *[1] * (special.dim() - 1)), special, regular)
 
 
@@ -89,12 +95,21 @@ def a_zero_marginal(M, r, c, eps):
 
 
 def draw_transport(m: int, n: int, batch: int = 3, width: float = 1.0) -> tuple[Tensor, ...]:
-    return width * normal(batch, m, n), positive(batch, m), positive(batch, n), positive(batch, seed=2)
+    return (
+        width * normal(batch, m, n),
+        positive(batch, m),
+        positive(batch, n),
+        positive(batch, seed=2),
+    )
 
 
 CASES = {
-    "least squares, tall": Case(least_squares, (normal(3, 7, 4), normal(3, 7, 2), positive(3, 7), positive(3, 4))),
-    "least squares, plain": Case(least_squares, (normal(3, 7, 4), normal(3, 7, 1)), lambda A, b: (A, b, None, None)),
+    "least squares, tall": Case(
+        least_squares, (normal(3, 7, 4), normal(3, 7, 2), positive(3, 7), positive(3, 4))
+    ),
+    "least squares, plain": Case(
+        least_squares, (normal(3, 7, 4), normal(3, 7, 1)), lambda A, b: (A, b, None, None)
+    ),
     "least squares, shared matrix": Case(
         least_squares, (normal(1, 7, 4), normal(3, 7, 2), positive(1, 7), positive(1, 4))
     ),
@@ -104,7 +119,9 @@ CASES = {
     "least squares, shared ridge": Case(
         least_squares, (normal(1, 7, 4), normal(1, 7, 2), positive(3, 7), positive(1, 4))
     ),
-    "least squares, wide": Case(least_squares, (normal(3, 4, 7), normal(3, 4, 2)), lambda A, b: (A, b, None, None)),
+    "least squares, wide": Case(
+        least_squares, (normal(3, 4, 7), normal(3, 4, 2)), lambda A, b: (A, b, None, None)
+    ),
     "least squares, wide, shared": Case(
         least_squares, (normal(1, 4, 7), normal(3, 4, 2)), lambda A, b: (A, b, None, None)
     ),
@@ -170,7 +187,14 @@ CASES = {
     ),
     "qp, flat": Case(
         equality_constrained_qp,
-        (normal(3, 5, 2), normal(3, 5, 6), normal(3, 2), normal(3, 2), normal(3, 2, 5), normal(3, 2)),
+        (
+            normal(3, 5, 2),
+            normal(3, 5, 6),
+            normal(3, 2),
+            normal(3, 2),
+            normal(3, 2, 5),
+            normal(3, 2),
+        ),
         lambda L, R, s, t, A, b: (
             some_rows(gram(L), gram(R)),
             (L @ s.unsqueeze(2) + A.mT @ t.unsqueeze(2)).squeeze(2),
@@ -182,18 +206,33 @@ CASES = {
     "qp, flat, shared": Case(
         equality_constrained_qp,
         (normal(1, 5, 2), normal(3, 2), normal(3, 2), normal(1, 2, 5), normal(3, 2)),
-        lambda L, s, t, A, b: (gram(L), (s.unsqueeze(1) @ L.mT + t.unsqueeze(1) @ A).squeeze(1), A, b),
+        lambda L, s, t, A, b: (
+            gram(L),
+            (s.unsqueeze(1) @ L.mT + t.unsqueeze(1) @ A).squeeze(1),
+            A,
+            b,
+        ),
         rounds=False,
     ),
     "transport": Case(entropic_optimal_transport, draw_transport(3, 5), masses),
     "transport, flipped": Case(entropic_optimal_transport, draw_transport(5, 3), masses),
     "transport, shared": Case(
-        entropic_optimal_transport, (normal(1, 3, 5), positive(1, 3), positive(1, 5), positive(3, seed=2)), masses
+        entropic_optimal_transport,
+        (normal(1, 3, 5), positive(1, 3), positive(1, 5), positive(3, seed=2)),
+        masses,
     ),
-    "transport, cold": Case(entropic_optimal_transport, draw_transport(4, 4, width=8.0), masses, step=1e-5),
-    "transport, forbidden pairs": Case(entropic_optimal_transport, draw_transport(3, 5), one_forbidden),
-    "transport, two components": Case(entropic_optimal_transport, draw_transport(3, 5), two_components),
-    "transport, zero marginals": Case(entropic_optimal_transport, draw_transport(3, 5), a_zero_marginal),
+    "transport, cold": Case(
+        entropic_optimal_transport, draw_transport(4, 4, width=8.0), masses, step=1e-5
+    ),
+    "transport, forbidden pairs": Case(
+        entropic_optimal_transport, draw_transport(3, 5), one_forbidden
+    ),
+    "transport, two components": Case(
+        entropic_optimal_transport, draw_transport(3, 5), two_components
+    ),
+    "transport, zero marginals": Case(
+        entropic_optimal_transport, draw_transport(3, 5), a_zero_marginal
+    ),
 }
 
 
@@ -209,7 +248,9 @@ def close(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], tolerance: float
         assert a.shape == b.shape
         assert a.isfinite().all()
         if a.numel():
-            assert float((a - b).detach().abs().max()) <= tolerance * max(float(b.detach().abs().max()), 1e-3 * largest)
+            assert float((a - b).detach().abs().max()) <= tolerance * max(
+                float(b.detach().abs().max()), 1e-3 * largest
+            )
 
 
 def along(tensors: tuple[Tensor, ...], seed: int) -> tuple[Tensor, ...]:
@@ -220,7 +261,9 @@ def inner(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> Tensor:
     return torch.stack([(s * t).sum() for s, t in zip(a, b, strict=True)]).sum()
 
 
-def gradient(f: Callable[..., tuple[Tensor, ...]], parameters: tuple[Tensor, ...], bars: tuple[Tensor, ...]):
+def gradient(
+    f: Callable[..., tuple[Tensor, ...]], parameters: tuple[Tensor, ...], bars: tuple[Tensor, ...]
+):
     leaves = tuple(t.detach().clone().requires_grad_() for t in parameters)
     return torch.autograd.grad(inner(bars, f(*leaves)), leaves)
 
@@ -251,10 +294,14 @@ def test_second_derivatives_are_differences_of_the_kernels_own_backward(case):
     bars, steps, h = along(case(*case.parameters), 5), along(case.parameters, 9), case.step
 
     def at(t: float) -> tuple[Tensor, ...]:
-        return gradient(case, tuple(p + t * s for p, s in zip(case.parameters, steps, strict=True)), bars)
+        return gradient(
+            case, tuple(p + t * s for p, s in zip(case.parameters, steps, strict=True)), bars
+        )
 
     sides = zip(at(2 * h), at(h), at(-h), at(-2 * h), strict=True)
-    slopes = tuple((8 * (near - back) - far + further) / (12 * h) for far, near, back, further in sides)
+    slopes = tuple(
+        (8 * (near - back) - far + further) / (12 * h) for far, near, back, further in sides
+    )
     close(curvature(case.local(), case.parameters, bars, steps), slopes, 1e-6)
 
 
@@ -274,14 +321,20 @@ def test_every_order_of_modes_gives_the_same_second_derivative(case):
 
 
 def test_the_hessian_of_torch_func(case):
-    local, bars, step = case.local(), along(case(*case.parameters), 5), along(case.parameters[:1], 9)[0]
+    local, bars, step = (
+        case.local(),
+        along(case(*case.parameters), 5),
+        along(case.parameters[:1], 9)[0],
+    )
 
     def of_one(first: Tensor) -> Tensor:
         return inner(bars, local(first, *case.parameters[1:]))
 
     zeros = tuple(torch.zeros_like(t) for t in case.parameters[1:])
     expected = curvature(local, case.parameters, bars, (step, *zeros))[0]
-    product = (torch.func.hessian(of_one)(case.parameters[0]).flatten(step.dim()) @ step.flatten()).view_as(step)
+    product = (
+        torch.func.hessian(of_one)(case.parameters[0]).flatten(step.dim()) @ step.flatten()
+    ).view_as(step)
     close((product,), (expected,), 10 * case.accuracy)
 
 
@@ -291,10 +344,14 @@ def test_what_is_shared_may_come_expanded(case):
 
     def whole(*parameters: Tensor) -> tuple[Tensor, ...]:
         inputs = case.inputs(*parameters)
-        return answer.again(*(None if t is None else t.expand(len(bars[0]), *t.shape[1:]) for t in inputs)).outputs
+        return answer.again(
+            *(None if t is None else t.expand(len(bars[0]), *t.shape[1:]) for t in inputs)
+        ).outputs
 
     close(whole(*case.parameters), answer.outputs, case.accuracy)
-    close(gradient(whole, case.parameters, bars), gradient(case, case.parameters, bars), case.accuracy)
+    close(
+        gradient(whole, case.parameters, bars), gradient(case, case.parameters, bars), case.accuracy
+    )
     apart, together = (curvature(f, case.parameters, bars, steps) for f in (whole, case.local()))
     close(apart, together, 10 * case.accuracy)
 
@@ -303,11 +360,17 @@ def test_float32_agrees_with_float64_to_its_precision(case):
     if not case.rounds:
         pytest.skip("rounding changes the rank")
     single = tuple(t.float() for t in case.parameters)
-    rounded = Case(lambda *given: case.kernel(*(None if t is None else t.float() for t in given)), single, case.inputs)
+    rounded = Case(
+        lambda *given: case.kernel(*(None if t is None else t.float() for t in given)),
+        single,
+        case.inputs,
+    )
     answer = rounded.solved()
 
     def local(*parameters: Tensor) -> tuple[Tensor, ...]:
-        return answer.again(*(None if t is None else t.float() for t in case.inputs(*parameters))).outputs
+        return answer.again(
+            *(None if t is None else t.float() for t in case.inputs(*parameters))
+        ).outputs
 
     bars, steps = along(answer.outputs, 5), along(single, 9)
     assert all(t.dtype == torch.float32 for t in local(*single))
@@ -328,7 +391,10 @@ FAILING = {
         least_squares,
         (normal(3, 4, 7), normal(3, 4, 2), None, torch.cat((positive(2, 7), -positive(1, 7)))),
     ),
-    "a negative weight, shared": (least_squares, (normal(1, 7, 4), normal(3, 7, 2), -positive(1, 7), None)),
+    "a negative weight, shared": (
+        least_squares,
+        (normal(1, 7, 4), normal(3, 7, 2), -positive(1, 7), None),
+    ),
     "infeasible and unbounded": (
         equality_constrained_qp,
         (
@@ -384,12 +450,18 @@ def test_rows_that_failed_are_finite_and_leave_the_others_untouched(name):
     bars, steps = along(answer.outputs, 5), along(case.parameters, 9)
     bars = tuple(bar.masked_fill(failed.view(-1, *[1] * (bar.dim() - 1)), 0.0) for bar in bars)
     again, moved = jvp(case.local(), case.parameters, steps)
-    first, second = gradient(case.local(), case.parameters, bars), curvature(case.local(), case.parameters, bars, steps)
+    first, second = (
+        gradient(case.local(), case.parameters, bars),
+        curvature(case.local(), case.parameters, bars, steps),
+    )
     assert all(t.isfinite().all() for t in (*again, *moved, *first, *second))
     for a, output in zip(again, answer.outputs, strict=True):
         assert torch.allclose(a, output, rtol=1e-12, atol=1e-14)
     for i in torch.nonzero(~failed).flatten().tolist():
-        one, mine = tuple(t[i : i + 1] if len(t) == size else t for t in case.parameters), slice(i, i + 1)
+        one, mine = (
+            tuple(t[i : i + 1] if len(t) == size else t for t in case.parameters),
+            slice(i, i + 1),
+        )
         alone = Case(kernel, one, case.inputs)
         step = tuple(t[mine] if len(t) == size else t for t in steps)
         theirs = curvature(alone.local(), one, tuple(t[mine] for t in bars), step)
@@ -406,17 +478,21 @@ def test_the_second_derivative_at_a_zero_marginal_is_the_limit_from_the_right():
     )  # the potentials there tend to -inf
     steps = tuple(t.abs() if k in (1, 2) else t for k, t in enumerate(along(case.parameters, 9)))
     ahead = [
-        gradient(case, tuple(p + k * h * s for p, s in zip(case.parameters, steps, strict=True)), bars)
+        gradient(
+            case, tuple(p + k * h * s for p, s in zip(case.parameters, steps, strict=True)), bars
+        )
         for k in range(5)
     ]
     slopes = tuple(
-        (-25 * a + 48 * b - 36 * c + 16 * d - 3 * e) / (12 * h) for a, b, c, d, e in zip(*ahead, strict=True)
+        (-25 * a + 48 * b - 36 * c + 16 * d - 3 * e) / (12 * h)
+        for a, b, c, d, e in zip(*ahead, strict=True)
     )
     close(curvature(case.local(), case.parameters, bars, steps), slopes, 1e-6)
 
 
 @pytest.mark.parametrize(
-    "name", ["transport", "transport, flipped", "transport, forbidden pairs", "transport, two components"]
+    "name",
+    ["transport", "transport, flipped", "transport, forbidden pairs", "transport, two components"],
 )
 def test_conjugate_gradients_agree_with_the_factor(name, monkeypatch):
     case = CASES[name]
@@ -425,10 +501,16 @@ def test_conjugate_gradients_agree_with_the_factor(name, monkeypatch):
     monkeypatch.setattr(transport, "DENSE", 0)
     free = case.local()
     close(gradient(free, case.parameters, bars), gradient(dense, case.parameters, bars), 1e-9)
-    close(curvature(free, case.parameters, bars, steps), curvature(dense, case.parameters, bars, steps), 1e-8)
+    close(
+        curvature(free, case.parameters, bars, steps),
+        curvature(dense, case.parameters, bars, steps),
+        1e-8,
+    )
 
 
-@pytest.mark.parametrize("kernel", [least_squares, equality_constrained_qp, entropic_optimal_transport])
+@pytest.mark.parametrize(
+    "kernel", [least_squares, equality_constrained_qp, entropic_optimal_transport]
+)
 def test_there_is_none_where_nothing_is_to_be_differentiated_and_an_empty_batch_has_one(kernel):
     case = next(case for case in CASES.values() if case.kernel is kernel)
     assert kernel(*case.inputs(*case.parameters)).local is None
@@ -456,7 +538,9 @@ def test_a_structure_says_its_answer_again(spelling):
     ours = torch.autograd.grad(inner(bars, again.outputs), leaves, allow_unused=True)
     close(
         *(
-            tuple(torch.zeros_like(x) if t is None else t for t, x in zip(found, leaves, strict=True))
+            tuple(
+                torch.zeros_like(x) if t is None else t for t, x in zip(found, leaves, strict=True)
+            )
             for found in (ours, theirs)
         ),
         1e-9,

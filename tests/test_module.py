@@ -34,15 +34,29 @@ def test_copies_and_pickles_give_the_same_answers(case):
     for options in ({}, {"executor": ThreadPoolExecutor(1)}):
         layer = case.layer(**options)
         expected = outputs(layer, tensors)
-        for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer.with_options()):
-            assert all(torch.equal(a, b) for a, b in zip(outputs(other, tensors), expected, strict=True))
+        for other in (
+            copy.deepcopy(layer),
+            pickle.loads(pickle.dumps(layer)),
+            layer.with_options(),
+        ):
+            assert all(
+                torch.equal(a, b) for a, b in zip(outputs(other, tensors), expected, strict=True)
+            )
 
 
 def test_options_of_a_sibling_are_added_to_the_layers(case):
     layer = case.layer(solver_args={"max_iter": 7, "tolerance": 1e-9})
     sibling = layer.with_options(solver_args={"tolerance": 1e-10}, on_failure="nan")
-    assert (sibling._settings.solving.options, sibling._settings.solving.tolerance, sibling.on_failure) == ({"max_iter": 7}, 1e-10, "nan")
-    assert (layer._settings.solving.options, layer._settings.solving.tolerance, layer.on_failure) == ({"max_iter": 7}, 1e-9, "raise")
+    assert (
+        sibling._settings.solving.options,
+        sibling._settings.solving.tolerance,
+        sibling.on_failure,
+    ) == ({"max_iter": 7}, 1e-10, "nan")
+    assert (
+        layer._settings.solving.options,
+        layer._settings.solving.tolerance,
+        layer.on_failure,
+    ) == ({"max_iter": 7}, 1e-9, "raise")
     other = layer.with_options(solver="scs")
     assert (other._settings.solving.options, other._settings.solving.tolerance) == ({}, 1e-9)
     with pytest.raises(TypeError, match="nonsense"):
@@ -105,7 +119,9 @@ def test_a_forked_child_solves(case):
     layer(*tensors)
     assert default_executor.cache_info().currsize == 1
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: the point of the test
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # of forking beside threads: the point of the test
         child = os.fork()
     if not child:
         try:
@@ -153,7 +169,11 @@ def test_a_pickle_holds_the_declaration_and_not_what_is_made_from_it(case):
         assert len(pickle.dumps(layer)) < 20_000
         other = pickle.loads(pickle.dumps(layer))
         assert other._declared._canonical is None
-        assert (other.structure, other._settings.solving.tolerance, other.on_failure) == (layer.structure, 1e-9, "nan")
+        assert (other.structure, other._settings.solving.tolerance, other.on_failure) == (
+            layer.structure,
+            1e-9,
+            "nan",
+        )
 
 
 def test_a_pickle_is_the_same_layer_in_another_process(tmp_path):
@@ -169,14 +189,21 @@ def test_a_pickle_is_the_same_layer_in_another_process(tmp_path):
         "for layer, tensors, expected in torch.load(sys.argv[1], weights_only=False):\n"
         "    assert all(torch.equal(a, b) for a, b in zip(layer(*tensors), expected, strict=True))\n"
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "layers.pt")], check=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "layers.pt")],
+        check=True,
+        timeout=120,
+    )
 
 
 def test_a_model_with_a_layer_is_saved_loaded_moved_and_shared(case, tmp_path):
     class Model(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.scale, self.layer = torch.nn.Parameter(torch.tensor(2.0, dtype=torch.float64)), case.layer()
+            self.scale, self.layer = (
+                torch.nn.Parameter(torch.tensor(2.0, dtype=torch.float64)),
+                case.layer(),
+            )
 
         def forward(self, *values):
             return self.layer(*(self.scale * v for v in values))[0]
@@ -237,7 +264,10 @@ def test_a_loaders_workers_solve(case, context):
 @pytest.mark.parametrize("structure", ["auto", "generic"])
 def test_the_same_input_gives_the_same_bits_from_any_thread(structure):
     for name in ("lasso", "every_cone", "ridge", "transport"):
-        layer, tensors = CASES[name].layer(structure=structure), [t.requires_grad_() for t in CASES[name].sample(4)]
+        layer, tensors = (
+            CASES[name].layer(structure=structure),
+            [t.requires_grad_() for t in CASES[name].sample(4)],
+        )
 
         def call(layer=layer, tensors=tensors):
             found = layer(*tensors)

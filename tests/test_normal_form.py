@@ -72,7 +72,9 @@ def evaluate(table: Table, x_value: np.ndarray, theta: np.ndarray) -> np.ndarray
 
 
 def stacked(leaves) -> np.ndarray:
-    return np.concatenate([np.asarray(leaf.value, dtype=float).ravel(order="F") for leaf in leaves] or [np.zeros(0)])
+    return np.concatenate(
+        [np.asarray(leaf.value, dtype=float).ravel(order="F") for leaf in leaves] or [np.zeros(0)]
+    )
 
 
 def randomise(leaves) -> None:
@@ -91,12 +93,23 @@ def test_a_table_has_the_expressions_values(name):
         for _ in range(2):
             randomise([*VARIABLES, *PARAMETERS])
             expected = np.asarray(expression.value, dtype=float).ravel(order="F")
-            np.testing.assert_allclose(evaluate(part, stacked(VARIABLES), stacked(PARAMETERS)), expected, rtol=1e-12, atol=1e-12)
+            np.testing.assert_allclose(
+                evaluate(part, stacked(VARIABLES), stacked(PARAMETERS)),
+                expected,
+                rtol=1e-12,
+                atol=1e-12,
+            )
     keys = np.stack([table.normal.row, table.normal.variable, table.normal.parameter])
-    assert len(np.unique(keys, axis=1).T) == keys.shape[1], "one entry for each row, variable and parameter"
+    assert len(np.unique(keys, axis=1).T) == keys.shape[1], (
+        "one entry for each row, variable and parameter"
+    )
 
 
-@pytest.mark.parametrize("expression", [cp.abs(x), cp.square(x), cp.multiply(B, cp.multiply(s, Z)), cp.multiply(B, B)], ids=str)
+@pytest.mark.parametrize(
+    "expression",
+    [cp.abs(x), cp.square(x), cp.multiply(B, cp.multiply(s, Z)), cp.multiply(B, B)],
+    ids=str,
+)
 def test_what_is_no_affine_map_is_not_read(expression):
     with pytest.raises(UnsupportedError):
         Reader(VARIABLES, PARAMETERS).table(expression)
@@ -129,7 +142,9 @@ def test_the_objective_has_cvxpys_value_and_the_constraints_their_violations(spe
     assert not form.others
     randomise([*form.variables, *parameters])
     point = stacked(form.variables), stacked(form.parameters)
-    assert objective_value(form, *point) == pytest.approx(float(problem.objective.args[0].value), rel=1e-11, abs=1e-11)
+    assert objective_value(form, *point) == pytest.approx(
+        float(problem.objective.args[0].value), rel=1e-11, abs=1e-11
+    )
     for constraint in form.constraints:
         owner = next((c for c in problem.constraints if c.id == constraint.origin), None)
         if owner is None:
@@ -138,8 +153,12 @@ def test_the_objective_has_cvxpys_value_and_the_constraints_their_violations(spe
         got = {"zero": np.abs(rows), "nonnegative": np.maximum(-rows, 0)}.get(constraint.cone)
         if got is None:
             n = round(len(rows) ** 0.5)
-            got = max(0.0, -np.linalg.eigvalsh(rows.reshape(n, n) / 2 + rows.reshape(n, n).T / 2)[0])
-        np.testing.assert_allclose(np.linalg.norm(got), np.linalg.norm(owner.violation()), rtol=1e-9, atol=1e-9)
+            got = max(
+                0.0, -np.linalg.eigvalsh(rows.reshape(n, n) / 2 + rows.reshape(n, n).T / 2)[0]
+            )
+        np.testing.assert_allclose(
+            np.linalg.norm(got), np.linalg.norm(owner.violation()), rtol=1e-9, atol=1e-9
+        )
 
 
 @pytest.mark.parametrize("objective", [
@@ -157,7 +176,11 @@ def test_an_expression_is_of_one_atom_at_most_and_every_atom_is_spelt_somewhere(
     spelt = set()
     for spelling in SPELLINGS:
         for part in arguments_first([spelling.declare()[0].objective.args[0]]):
-            names = [] if part.is_affine() else [name for name, atom in ATOMS.items() if atom.recognises(part)]
+            names = (
+                []
+                if part.is_affine()
+                else [name for name, atom in ATOMS.items() if atom.recognises(part)]
+            )
             assert len(names) <= 1, f"{part}: {names}"
             spelt.update(names)
     assert spelt == set(ATOMS)
@@ -190,7 +213,9 @@ def test_what_an_atom_is_not_defined_for_is_a_violation():
     wrong = torch.tensor([[1.5, -0.5, 0.0]], dtype=torch.float64)
     specialised._run = lambda *arguments: run(*arguments).with_outputs(wrong)
     # Of the size of the solution, whose norm is that of (1.5, -0.5, 0).
-    assert specialised.infeasibility(given, None, torch.float64).item() == pytest.approx(0.5 / 2.5**0.5)
+    assert specialised.infeasibility(given, None, torch.float64).item() == pytest.approx(
+        0.5 / 2.5**0.5
+    )
 
 
 class Positive(Elementwise):
@@ -200,7 +225,10 @@ class Positive(Elementwise):
     words = "positive parts"
 
     def recognises(self, expression):
-        return isinstance(expression, cp.atoms.elementwise.maximum.maximum) and expression.args[1].is_zero()
+        return (
+            isinstance(expression, cp.atoms.elementwise.maximum.maximum)
+            and expression.args[1].is_zero()
+        )
 
     def read(self, expression, weight, terms):
         terms.keep(Positive, weight, terms.reader.table(expression.args[0]))
@@ -219,7 +247,9 @@ def test_an_atom_is_added_by_one_class(monkeypatch):
     assert not form.others
     assert form.of(Positive).size == form.of(Square).size == 3
     randomise([y, target])
-    assert objective_value(form, stacked([y]), stacked([target])) == pytest.approx(float(problem.objective.value))
+    assert objective_value(form, stacked([y]), stacked([target])) == pytest.approx(
+        float(problem.objective.value)
+    )
     with pytest.raises(MismatchError, match="its objective has positive parts"):
         STRUCTURES["least_squares"].match(form)
     assert ConvexLayer(problem, [target], [y]).structure == "quadratic_program"

@@ -16,7 +16,12 @@ from convlayer.paths.cone_solution import attached
 # At these seeds an inactive norm leaves its canonical auxiliary variable free: harmless for the user, but x and s of the cone
 # program are then not unique, and a cotangent of all of them has no one answer.
 FREE = {"matrix_inequality": (0,), "many_cones_linear": (0,)}
-LINEAR = names(lambda case: not case.quadratic and "power" not in {b.name for b in case.shared._canonical.program.cones.blocks})
+LINEAR = names(
+    lambda case: (
+        not case.quadratic
+        and "power" not in {b.name for b in case.shared._canonical.program.cones.blocks}
+    )
+)
 
 
 def scs_order(blocks) -> np.ndarray:
@@ -36,8 +41,13 @@ def diffcp_cones(blocks) -> dict:
     def sizes(name):
         return [(size, k) for kind, size, k in blocks if kind == name]
 
-    cones = {"z": sum(s for s, _ in sizes("zero")), "l": sum(s for s, _ in sizes("nonnegative")),
-             "q": [s for s, _ in sizes("second_order")], "s": [k for _, k in sizes("psd")], "ep": len(sizes("exponential"))}
+    cones = {
+        "z": sum(s for s, _ in sizes("zero")),
+        "l": sum(s for s, _ in sizes("nonnegative")),
+        "q": [s for s, _ in sizes("second_order")],
+        "s": [k for _, k in sizes("psd")],
+        "ep": len(sizes("exponential")),
+    }
     return {key: value for key, value in cones.items() if value}
 
 
@@ -67,34 +77,56 @@ def test_cotangents_of_x_y_and_s_are_pulled_back_as_diffcp_does(name, monkeypatc
         dA, db, dq = moved.A - program.A, moved.b - program.b, moved.q - program.q
 
         rng = np.random.default_rng(seed)
-        gx, gy, gs = rng.standard_normal(len(program.q)), rng.standard_normal(len(program.b)), rng.standard_normal(len(program.b))
+        gx, gy, gs = (
+            rng.standard_normal(len(program.q)),
+            rng.standard_normal(len(program.b)),
+            rng.standard_normal(len(program.b)),
+        )
         # s = b - A x: its cotangent reaches x, and b and A directly.
         x_bar, y_bar = torch.from_numpy(gx - program.A.T @ gs)[None], torch.from_numpy(gy)[None]
         found = torch.autograd.grad((x, y), thetas, (x_bar, y_bar))
         bars = [bar.reshape(move.shape) for bar, move in zip(found, moves, strict=True)]
         point = x[0].detach().numpy()
-        got = sum(float((b * d).sum()) for b, d in zip(bars, moves, strict=True)) + gs @ (db - dA @ point)
+        got = sum(float((b * d).sum()) for b, d in zip(bars, moves, strict=True)) + gs @ (
+            db - dA @ point
+        )
 
         order = scs_order(program.blocks)
         A = sp.csc_matrix(program.A[order])
         start = tuple(part[0].numpy() for part in solution.iterate)
         start = (start[0], start[2][order], start[1][order])
         x_d, _, _, _, adjoint = diffcp.solve_and_derivative(
-            A, program.b[order], program.q, diffcp_cones(program.blocks), mode="dense", solve_method="SCS",
-            warm_start=start, eps=1e-12, max_iters=200_000)
+            A,
+            program.b[order],
+            program.q,
+            diffcp_cones(program.blocks),
+            mode="dense",
+            solve_method="SCS",
+            warm_start=start,
+            eps=1e-12,
+            max_iters=200_000,
+        )
         assert np.abs(x_d - point).max() < 1e-7 * (1 + np.abs(point).max())
         A_bar, b_bar, q_bar = adjoint(gx, gy[order], gs[order])
         # diffcp sees no structural zeros of A, so those that move are left out of the comparison on both sides.
         hidden = dA * (program.A == 0)
         expected = float((A_bar.toarray() * dA[order]).sum() + b_bar @ db[order] + q_bar @ dq)
         assert np.abs(hidden).max() == 0
-        unit = max(abs(got), abs(expected), sum(float(b.norm() * d.norm()) for b, d in zip(bars, moves, strict=True)) * 1e-2)
+        unit = max(
+            abs(got),
+            abs(expected),
+            sum(float(b.norm() * d.norm()) for b, d in zip(bars, moves, strict=True)) * 1e-2,
+        )
         assert abs(got - expected) <= 1e-6 * unit
 
 
 def quadratic_layer(n, m):
-    P, q, G, h = (cp.Parameter((n, n), PSD=True, name="P"), cp.Parameter(n, name="q"), cp.Parameter((m, n), name="G"),
-                  cp.Parameter(m, name="h"))
+    P, q, G, h = (
+        cp.Parameter((n, n), PSD=True, name="P"),
+        cp.Parameter(n, name="q"),
+        cp.Parameter((m, n), name="G"),
+        cp.Parameter(m, name="h"),
+    )
     x = cp.Variable(n, name="x")
     below = G @ x <= h
     problem = cp.Problem(cp.Minimize(0.5 * cp.quad_form(x, P) + q @ x), [below])
@@ -112,14 +144,18 @@ def test_the_gradient_of_a_quadratic_program_is_that_of_its_active_set(condition
         Q = np.linalg.qr(rng.standard_normal((n, n)))[0]
         P = Q * np.logspace(0, -np.log10(condition), n) @ Q.T
         G, inside = rng.standard_normal((m, n)), rng.standard_normal(n)
-        data.append(((P + P.T) / 2, rng.standard_normal(n), G, G @ inside + rng.uniform(0.1, 1.0, m)))
+        data.append(
+            ((P + P.T) / 2, rng.standard_normal(n), G, G @ inside + rng.uniform(0.1, 1.0, m))
+        )
     inputs = leaves([torch.from_numpy(np.stack(parts)) for parts in zip(*data, strict=True)])
     x, y = layer(*inputs)
     x_bar, y_bar = rng.standard_normal(x.shape), rng.standard_normal(y.shape)
     bars = torch.autograd.grad((x, y), inputs, (torch.from_numpy(x_bar), torch.from_numpy(y_bar)))
     for row, (P, q, G, h) in enumerate(data):
         point, multipliers = x[row].detach().numpy(), y[row].detach().numpy()
-        assert np.abs(P @ point + q + G.T @ multipliers).max() < 1e-10 * (1 + np.abs(multipliers).max())
+        assert np.abs(P @ point + q + G.T @ multipliers).max() < 1e-10 * (
+            1 + np.abs(multipliers).max()
+        )
         assert (G @ point - h).max() < 1e-10 * (1 + np.abs(point).max())
         assert abs(multipliers @ (G @ point - h)) < 1e-10 * (1 + np.abs(multipliers).max())
         expected = qp_adjoint(P, q, G, h, point, multipliers, x_bar[row], y_bar[row])
@@ -135,7 +171,7 @@ def test_closed_forms():
 
     def gradient(problem):
         leaf = value.clone().requires_grad_()
-        out, = ConvexLayer(problem, [a], [x])(leaf)
+        (out,) = ConvexLayer(problem, [a], [x])(leaf)
         return out.detach(), torch.autograd.grad(out, leaf, w)[0]
 
     out, bar = gradient(cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [cp.sum(x) == 1, x >= 0]))
@@ -148,7 +184,9 @@ def test_closed_forms():
     out, bar = gradient(cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [x >= -0.5, x <= 0.5]))
     assert torch.allclose(bar, torch.where(value.abs() < 0.5, w, 0.0), atol=1e-9)
     for temperature in (1.0, 0.1, 0.05):
-        out, bar = gradient(cp.Problem(cp.Maximize(a @ x + temperature * cp.sum(cp.entr(x))), [cp.sum(x) == 1]))
+        out, bar = gradient(
+            cp.Problem(cp.Maximize(a @ x + temperature * cp.sum(cp.entr(x))), [cp.sum(x) == 1])
+        )
         s = torch.softmax(value / temperature, 0)
         assert torch.allclose(out, s, atol=1e-9)
         expected = s * (w - s @ w) / temperature
@@ -163,11 +201,18 @@ def test_entropic_transport_is_that_of_its_optimality_conditions(eps):
     a = torch.softmax(torch.randn(k, generator=generator, dtype=torch.float64), 0)
     b = torch.softmax(torch.randn(k, generator=generator, dtype=torch.float64), 0)
     W = torch.randn(k, k, generator=generator, dtype=torch.float64)
-    C_p, a_p, b_p, T = cp.Parameter((k, k), name="C"), cp.Parameter(k, name="a"), cp.Parameter(k, name="b"), cp.Variable((k, k), name="T")
-    problem = cp.Problem(cp.Minimize(cp.sum(cp.multiply(C_p, T)) - eps * cp.sum(cp.entr(T))),
-                         [cp.sum(T, axis=1) == a_p, cp.sum(T, axis=0)[:-1] == b_p[:-1]])
+    C_p, a_p, b_p, T = (
+        cp.Parameter((k, k), name="C"),
+        cp.Parameter(k, name="a"),
+        cp.Parameter(k, name="b"),
+        cp.Variable((k, k), name="T"),
+    )
+    problem = cp.Problem(
+        cp.Minimize(cp.sum(cp.multiply(C_p, T)) - eps * cp.sum(cp.entr(T))),
+        [cp.sum(T, axis=1) == a_p, cp.sum(T, axis=0)[:-1] == b_p[:-1]],
+    )
     inputs = leaves([C, a, b])
-    plan, = ConvexLayer(problem, [C_p, a_p, b_p], [T])(*inputs)
+    (plan,) = ConvexLayer(problem, [C_p, a_p, b_p], [T])(*inputs)
     bars = torch.autograd.grad(plan, inputs, W)
     f, g = torch.zeros(k, dtype=torch.float64), torch.zeros(k, dtype=torch.float64)
     for _ in range(20_000):
@@ -182,6 +227,10 @@ def test_entropic_transport_is_that_of_its_optimality_conditions(eps):
     TW = expected * W
     z = torch.linalg.solve(K, torch.cat([TW.sum(1), TW.sum(0)[:-1]]))
     potentials = z[:k, None] + torch.cat([z[k:], torch.zeros(1, dtype=torch.float64)])
-    references = [-(TW - expected * potentials) / eps, z[:k], torch.cat([z[k:], torch.zeros(1, dtype=torch.float64)])]
+    references = [
+        -(TW - expected * potentials) / eps,
+        z[:k],
+        torch.cat([z[k:], torch.zeros(1, dtype=torch.float64)]),
+    ]
     for bar, reference in zip(bars, references, strict=True):
         assert float((bar - reference).norm()) <= 1e-6 * float(reference.norm())

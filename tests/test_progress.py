@@ -76,7 +76,9 @@ def test_a_single_program_that_takes_long_tells_its_iterations(solver, n, lines)
     mine, values = layer("psd", n, solver=solver), symmetric(1, n)
     with convlayer.progress.shown():
         count = int(mine.solve(values).iterations.max())
-    steps = [int(found[1]) for *_, more in lines() if (found := re.search(r"iteration (\d+)", more))]
+    steps = [
+        int(found[1]) for *_, more in lines() if (found := re.search(r"iteration (\d+)", more))
+    ]
     assert set(range(1, count)) <= set(steps)
 
 
@@ -197,8 +199,14 @@ print("usable", bool((many[:3] - expected).abs().max() < 1e-9), flush=True)
         ("interior_point", "module.direction", 0, False),
     ],
 )
-def test_ctrl_c_ends_a_batch_at_the_next_row_or_iteration_and_leaves_pools_usable(module, target, waits, shown):
+def test_ctrl_c_ends_a_batch_at_the_next_row_or_iteration_and_leaves_pools_usable(
+    module, target, waits, shown
+):
     """By counting what is begun afterwards: of 2,000 short rows, or of the batch's iterations."""
     code = BATCH.format(module=module, target=target, waits=waits, shown=shown)
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
-    assert run.stdout.splitlines() == ["heard", "begun True", "usable True", "usable True"], run.stdout + run.stderr[-2000:]
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert run.stdout.splitlines() == ["heard", "begun True", "usable True", "usable True"], (
+        run.stdout + run.stderr[-2000:]
+    )

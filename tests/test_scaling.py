@@ -70,7 +70,11 @@ def linear_program():
 def sample_linear_program(g):
     G = torch.cat([normal(g, 4, 3), torch.eye(3, dtype=torch.float64)])
     G[:3] = -G[:3].abs()
-    return [-G.mT @ torch.rand(7, generator=g, dtype=torch.float64), G, 0.5 + torch.rand(7, generator=g, dtype=torch.float64)]
+    return [
+        -G.mT @ torch.rand(7, generator=g, dtype=torch.float64),
+        G,
+        0.5 + torch.rand(7, generator=g, dtype=torch.float64),
+    ]
 
 
 def change_linear_program(values, x, cost, rows):
@@ -79,16 +83,30 @@ def change_linear_program(values, x, cost, rows):
 
 
 def ball():
-    c, A, b, r = cp.Parameter(4, name="c"), cp.Parameter((3, 4), name="A"), cp.Parameter(3, name="b"), cp.Parameter(name="r")
+    c, A, b, r = (
+        cp.Parameter(4, name="c"),
+        cp.Parameter((3, 4), name="A"),
+        cp.Parameter(3, name="b"),
+        cp.Parameter(name="r"),
+    )
     w, x = cp.Parameter(nonneg=True, name="w"), cp.Variable(4, name="x")
     cone = cp.SOC(r, A @ x - b)
-    return (cp.Problem(cp.Minimize(c @ x + w * cp.sum_squares(x)), [cone]), [c, A, b, r, w], x,
-            [cone.dual_variables[0], cone.dual_variables[1]])
+    return (
+        cp.Problem(cp.Minimize(c @ x + w * cp.sum_squares(x)), [cone]),
+        [c, A, b, r, w],
+        x,
+        [cone.dual_variables[0], cone.dual_variables[1]],
+    )
 
 
 def sample_ball(g):
-    return [5 * normal(g, 4), normal(g, 3, 4), 0.1 * normal(g, 3), torch.tensor(0.5, dtype=torch.float64),
-            torch.tensor(0.8, dtype=torch.float64)]
+    return [
+        5 * normal(g, 4),
+        normal(g, 3, 4),
+        0.1 * normal(g, 3),
+        torch.tensor(0.5, dtype=torch.float64),
+        torch.tensor(0.8, dtype=torch.float64),
+    ]
 
 
 def change_ball(values, x, cost, rows):
@@ -97,12 +115,19 @@ def change_ball(values, x, cost, rows):
 
 
 def semidefinite():
-    C, D, X = (cp.Parameter((3, 3), symmetric=True, name="C"), cp.Parameter((3, 3), symmetric=True, name="D"),
-               cp.Variable((3, 3), symmetric=True, name="X"))
+    C, D, X = (
+        cp.Parameter((3, 3), symmetric=True, name="C"),
+        cp.Parameter((3, 3), symmetric=True, name="D"),
+        cp.Variable((3, 3), symmetric=True, name="X"),
+    )
     t, w = cp.Parameter(name="t"), cp.Parameter(nonneg=True, name="w")
     above, trace = X >> D, cp.trace(X) == t
-    return (cp.Problem(cp.Minimize(cp.trace(C @ X) + w * cp.sum_squares(X)), [above, trace]), [C, D, t, w], X,
-            [above.dual_variables[0], trace.dual_variables[0]])
+    return (
+        cp.Problem(cp.Minimize(cp.trace(C @ X) + w * cp.sum_squares(X)), [above, trace]),
+        [C, D, t, w],
+        X,
+        [above.dual_variables[0], trace.dual_variables[0]],
+    )
 
 
 def sample_semidefinite(g):
@@ -117,7 +142,9 @@ def change_semidefinite(values, x, cost, rows):
 
 
 PROBLEMS = {
-    "quadratic_program": Scaled(quadratic_program, sample_quadratic_program, change_quadratic_program, 6),
+    "quadratic_program": Scaled(
+        quadratic_program, sample_quadratic_program, change_quadratic_program, 6
+    ),
     "linear_program": Scaled(linear_program, sample_linear_program, change_linear_program, 7),
     "ball": Scaled(ball, sample_ball, change_ball, 1),
     "semidefinite": Scaled(semidefinite, sample_semidefinite, change_semidefinite, 0),
@@ -148,13 +175,20 @@ def agree(name: str, required: bool = True, seed: int = 0, **units) -> None:
     _, expected, bars_expected = solve(name, seed=seed)
     solution, found, bars = solve(name, seed=seed, **units)
     status = Status(int(solution.status))
-    assert status == Status.SOLVED or not required, f"{status.name}, residual {float(solution.residual):.1e}"
+    assert status == Status.SOLVED or not required, (
+        f"{status.name}, residual {float(solution.residual):.1e}"
+    )
     if status == Status.SOLVED:
         assert relative(found, expected) < 1e-8
-        size = [float(b.norm() * v.norm()) for b, v in zip(bars_expected, values_of(name, seed), strict=True)]
+        size = [
+            float(b.norm() * v.norm())
+            for b, v in zip(bars_expected, values_of(name, seed), strict=True)
+        ]
         for bar, reference, value in zip(bars, bars_expected, values_of(name, seed), strict=True):
             error = float((bar - reference).norm() * value.norm())
-            assert error <= 1e-7 * max(size) or bool(solution.degenerate), "a wrong gradient that is not flagged"
+            assert error <= 1e-7 * max(size) or bool(solution.degenerate), (
+                "a wrong gradient that is not flagged"
+            )
 
 
 def values_of(name: str, seed: int) -> list[Tensor]:
@@ -207,11 +241,20 @@ def test_mixed_units(name, seed):
     generator = torch.Generator().manual_seed(100 + seed)
 
     def powers(*shape, span):
-        return 10.0 ** (span * (2 * torch.rand(*shape, generator=generator, dtype=torch.float64) - 1))
+        return 10.0 ** (
+            span * (2 * torch.rand(*shape, generator=generator, dtype=torch.float64) - 1)
+        )
 
     for span, required in ((2.0, True), (9.0, False)):
-        units = {"cost": float(powers(1, span=span)), "rows": powers(PROBLEMS[name].rows, span=span)}
-        x = powers(4 if name == "quadratic_program" else 3, span=span) if name in ("quadratic_program", "linear_program") else powers(1, span=span)[0]
+        units = {
+            "cost": float(powers(1, span=span)),
+            "rows": powers(PROBLEMS[name].rows, span=span),
+        }
+        x = (
+            powers(4 if name == "quadratic_program" else 3, span=span)
+            if name in ("quadratic_program", "linear_program")
+            else powers(1, span=span)[0]
+        )
         agree(name, required=required, seed=seed, x=x, **units)
 
 
@@ -228,10 +271,14 @@ def test_a_huge_bound_changes_nothing(bound, quadratic):
     objective = cp.Minimize(cp.sum_squares(misfit) if quadratic else cp.norm1(misfit))
     layer = ConvexLayer(cp.Problem(objective, [x <= upper, x >= -upper]), [upper, a], [x])
     free = ConvexLayer(cp.Problem(objective), [a], [x])
-    limits, inputs, plain = torch.full((3,), bound, dtype=torch.float64).requires_grad_(), b.clone().requires_grad_(), b.clone().requires_grad_()
+    limits, inputs, plain = (
+        torch.full((3,), bound, dtype=torch.float64).requires_grad_(),
+        b.clone().requires_grad_(),
+        b.clone().requires_grad_(),
+    )
     w = normal(generator, 3)
-    got, = layer(limits, inputs)
-    expected, = free(plain)
+    (got,) = layer(limits, inputs)
+    (expected,) = free(plain)
     assert relative(got.detach(), expected.detach()) < 1e-8
     upper_bar, a_bar = torch.autograd.grad(got, (limits, inputs), w)
     assert relative(a_bar, torch.autograd.grad(expected, plain, w)[0]) < 1e-7
@@ -241,10 +288,15 @@ def test_a_huge_bound_changes_nothing(bound, quadratic):
 @pytest.mark.parametrize("bound", [1e3, 1e7, 1e9, 1e12])
 def test_a_huge_bound_that_is_active_is_obeyed_or_flagged(bound):
     c, upper, x = cp.Parameter(2, name="c"), cp.Parameter(2, name="upper"), cp.Variable(2, name="x")
-    layer = ConvexLayer(cp.Problem(cp.Minimize(c @ x), [x <= upper, x >= 0]), [c, upper], [x], on_failure="keep")
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(c @ x), [x <= upper, x >= 0]), [c, upper], [x], on_failure="keep"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AccuracyWarning)
-        solution = layer.solve(torch.tensor([-1.0, 1.0], dtype=torch.float64), torch.tensor([bound, 1.0], dtype=torch.float64))
+        solution = layer.solve(
+            torch.tensor([-1.0, 1.0], dtype=torch.float64),
+            torch.tensor([bound, 1.0], dtype=torch.float64),
+        )
     if int(solution.status) == Status.SOLVED:
         assert float(solution.variables[0][0]) == pytest.approx(bound, rel=1e-8)
         assert abs(float(solution.variables[0][1])) <= 1e-8 * bound
@@ -258,7 +310,9 @@ def test_one_small_entry_of_the_data_beside_ones(small):
         a, x = cp.Parameter(len(values), name="a"), cp.Variable(len(values), name="x")
         layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [x >= 0]), [a], [x])
         expected = value.clamp(min=0)
-        assert float((layer(value)[0] - expected).norm()) <= 1e-8 * float(expected.norm()) + 1e-14 * float(value.norm())
+        assert float((layer(value)[0] - expected).norm()) <= 1e-8 * float(
+            expected.norm()
+        ) + 1e-14 * float(value.norm())
 
 
 # Conditioning -----------------------------------------------------------------------------------------------------------
@@ -270,19 +324,36 @@ def test_conditioned_least_squares_is_that_of_a_pseudo_inverse(condition, tail):
     """x = (A'A + tail)^-1 A'b in many digits' reach: error at most rounding times the condition of A'A."""
     generator = torch.Generator().manual_seed(1)
     U, V = (torch.linalg.qr(normal(generator, 5, 5)).Q for _ in range(2))
-    A = U * torch.logspace(0, -torch.log10(torch.tensor(condition)).item() / 2, 5, dtype=torch.float64) @ V.mT
+    A = (
+        U
+        * torch.logspace(
+            0, -torch.log10(torch.tensor(condition)).item() / 2, 5, dtype=torch.float64
+        )
+        @ V.mT
+    )
     b = normal(generator, 5)
-    A_p, b_p, x = cp.Parameter((5, 5), name="A"), cp.Parameter(5, name="b"), cp.Variable(5, name="x")
-    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(A_p @ x - b_p) + tail * cp.sum_squares(x))), [A_p, b_p], [x])
+    A_p, b_p, x = (
+        cp.Parameter((5, 5), name="A"),
+        cp.Parameter(5, name="b"),
+        cp.Variable(5, name="x"),
+    )
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(cp.sum_squares(A_p @ x - b_p) + tail * cp.sum_squares(x))),
+        [A_p, b_p],
+        [x],
+    )
     inputs = leaves([A, b])
-    got, = layer(*inputs)
+    (got,) = layer(*inputs)
     w = normal(generator, 5)
     bars = torch.autograd.grad(got, inputs, w)
     exact = leaves([A, b])
     stacked = torch.cat([exact[0], tail**0.5 * torch.eye(5, dtype=torch.float64)])
     reference = torch.linalg.qr(stacked)
-    expected = torch.linalg.solve_triangular(reference.R, (reference.Q.mT @ torch.cat([exact[1], torch.zeros(5, dtype=torch.float64)])).unsqueeze(1),
-                                             upper=True).squeeze(1)
+    expected = torch.linalg.solve_triangular(
+        reference.R,
+        (reference.Q.mT @ torch.cat([exact[1], torch.zeros(5, dtype=torch.float64)])).unsqueeze(1),
+        upper=True,
+    ).squeeze(1)
     expected_bars = torch.autograd.grad(expected, exact, w)
     reach = 1e-9 if tail else max(1e-9, 1e-14 * condition)
     assert relative(got.detach(), expected.detach()) < reach
@@ -299,8 +370,12 @@ def test_a_logarithmic_barrier_at_any_price(price):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         solution = layer.solve(leaf)
-        bar, = torch.autograd.grad(solution.variables[0], leaf)
+        (bar,) = torch.autograd.grad(solution.variables[0], leaf)
     if int(solution.status) == Status.SOLVED:
         rounding = 1e-15 * price
-        assert float(solution.variables[0].detach()) * price == pytest.approx(1.0, rel=max(1e-7, rounding))
-        assert float(bar) * price**2 == pytest.approx(-1.0, rel=max(1e-6, 10 * rounding)) or bool(solution.degenerate)
+        assert float(solution.variables[0].detach()) * price == pytest.approx(
+            1.0, rel=max(1e-7, rounding)
+        )
+        assert float(bar) * price**2 == pytest.approx(-1.0, rel=max(1e-6, 10 * rounding)) or bool(
+            solution.degenerate
+        )

@@ -24,16 +24,29 @@ def example():
 def compared(example):
     with pytest.warns(GradientWarning) as caught:
         unseen, fixed, learnt = example.compare(seed=0, steps=30)
-    return unseen, fixed, learnt, [warning for warning in caught if warning.category is GradientWarning]
+    return (
+        unseen,
+        fixed,
+        learnt,
+        [warning for warning in caught if warning.category is GradientWarning],
+    )
 
 
 def test_the_layers_paths_are_those_of_dynamic_programming(example):
-    costs = torch.randn(20, len(example.STREETS), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    for row, found in zip(costs.tolist(), (costs * example.paths(costs)).sum(1).tolist(), strict=True):
+    costs = torch.randn(
+        20, len(example.STREETS), dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    for row, found in zip(
+        costs.tolist(), (costs * example.paths(costs)).sum(1).tolist(), strict=True
+    ):
         least = {(0, 0): 0.0}
-        for cost, (start, end) in sorted(zip(row, example.STREETS, strict=True), key=lambda street: sum(street[1][0])):
+        for cost, (start, end) in sorted(
+            zip(row, example.STREETS, strict=True), key=lambda street: sum(street[1][0])
+        ):
             least[end] = min(least.get(end, float("inf")), least[start] + cost)
-        assert found == pytest.approx(least[example.SIDE - 1, example.SIDE - 1], rel=1e-12, abs=1e-12)
+        assert found == pytest.approx(
+            least[example.SIDE - 1, example.SIDE - 1], rel=1e-12, abs=1e-12
+        )
 
 
 def test_the_exact_gradient_does_not_move_the_model_and_the_layer_says_so_once(compared):

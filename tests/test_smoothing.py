@@ -90,7 +90,9 @@ def directions(data: Data) -> dict[str, Tensor]:
     """A random direction of each of the values, every row its own."""
     parts = {name: getattr(data, name) for name in ("q", "b", "A", "P")}
     return {
-        name: torch.randn(data.batch, *part.shape[1:], dtype=part.dtype) for name, part in parts.items() if part.numel()
+        name: torch.randn(data.batch, *part.shape[1:], dtype=part.dtype)
+        for name, part in parts.items()
+        if part.numel()
     }
 
 
@@ -113,7 +115,9 @@ def difference(
     data, step = sparse_data(zero), 2e-3 * kappa**0.5 / float(direction.norm(dim=1).amax())
     total = torch.zeros(len(zero.x), dtype=torch.float64)
     for k, weight in FIVE_POINT.items():
-        near = smooth(zero, kappa, replace(data, **{name: getattr(data, name) + k * step * direction}), base)
+        near = smooth(
+            zero, kappa, replace(data, **{name: getattr(data, name) + k * step * direction}), base
+        )
         assert (near.residual <= FOUND).all()
         total += weight * ((x_bar * near.x).sum(1) + (y_bar * near.y).sum(1)) / step
     return total
@@ -176,7 +180,9 @@ def test_the_limit_is_the_exact_solution_and_its_derivative(name: str) -> None:
     gaps = []
     for kappa in (1e-4, 1e-6, 1e-8, 1e-10):
         found = smooth(zero, kappa)
-        gaps.append(float((torch.cat(adjoint(found, x_bar, y_bar), 1) * seen - exact).norm() / exact.norm()))
+        gaps.append(
+            float((torch.cat(adjoint(found, x_bar, y_bar), 1) * seen - exact).norm() / exact.norm())
+        )
         assert ((found.x - zero.x) * seen_x).norm() <= 1e3 * kappa
         assert ((found.y - zero.y) * seen_y).norm() <= 1e3 * kappa
     assert gaps[3] < 1e-4
@@ -190,7 +196,10 @@ def program(P: np.ndarray, q: Sequence, A: np.ndarray, b: Sequence, cones: Seque
     A_cols, A_rows = np.nonzero(A.T)
     shape = Program(A.shape[1], len(A), Product(cones), P_rows, P_cols, A_rows, A_cols)
     values = (P[P_rows, P_cols], q, A[A_rows, A_cols], b)
-    data = Data(shape, *(torch.from_numpy(np.atleast_2d(np.asarray(value, dtype=float))) for value in values))
+    data = Data(
+        shape,
+        *(torch.from_numpy(np.atleast_2d(np.asarray(value, dtype=float))) for value in values),
+    )
     return data.widen(data.batch)
 
 
@@ -222,7 +231,13 @@ def test_a_linear_program_at_a_vertex_moves_with_its_costs() -> None:
         # matrices without trace
         program(np.eye(3), [1, 0.3, -1], [*-np.eye(3), [1, 0, 1]], [0] * 4, [Psd(2), Zero(1)]),
         # a line that touches a cone
-        program(np.eye(2), [1, 0.3], [[-1, 0], [0, -1], [0, 0], [1, -1]], [0] * 4, [SecondOrder(3), Zero(1)]),
+        program(
+            np.eye(2),
+            [1, 0.3],
+            [[-1, 0], [0, -1], [0, 0], [1, -1]],
+            [0] * 4,
+            [SecondOrder(3), Zero(1)],
+        ),
     ],
     ids=["two-inequalities", "half-line", "no-trace", "tangent"],
 )
@@ -249,13 +264,16 @@ def test_a_row_without_a_path_leaves_the_others_untouched() -> None:
         assert torch.allclose(found.x[row], alone.x[0], rtol=1e-12)
         bars = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64)
         assert torch.allclose(
-            adjoint(found, bars[0].expand(3, -1), bars[1].expand(3, -1))[0][row], adjoint(alone, *bars)[0][0]
+            adjoint(found, bars[0].expand(3, -1), bars[1].expand(3, -1))[0][row],
+            adjoint(alone, *bars)[0][0],
         )
 
 
 def test_a_face_of_solutions_has_one_point_and_a_weak_constraint_a_derivative() -> None:
     """The analytic centre of a face; and at a kink, where exact derivatives jump, a slope between theirs."""
-    face = solution(program(np.zeros((2, 2)), [1, 0], [[-1, 0], [0, -1], [0, 1]], [0, 1, 1], [Nonnegative(3)]))
+    face = solution(
+        program(np.zeros((2, 2)), [1, 0], [[-1, 0], [0, -1], [0, 1]], [0, 1, 1], [Nonnegative(3)])
+    )
     found = smooth(face, 1e-6)
     assert (found.residual <= FOUND).all()
     assert abs(float(found.x[0, 1])) < 1e-9

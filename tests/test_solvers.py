@@ -53,24 +53,41 @@ def same(first, second, iterate=True):
 def test_clarabel_and_scs_agree(name):
     case = CASES[name]
     tensors = case.sample(2, seed=0)
-    same(answers(case.layer(solver="scs", solver_args=OPTIONS), tensors), answers(case.layer(solver="clarabel"), tensors), iterate=False)
+    same(
+        answers(case.layer(solver="scs", solver_args=OPTIONS), tensors),
+        answers(case.layer(solver="clarabel"), tensors),
+        iterate=False,
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_clarabel_and_the_batched_interior_point_agree(name):
     case = CASES[name]
     tensors = case.sample(2, seed=0)
-    same(answers(case.layer(solver="interior_point"), tensors), answers(case.layer(solver="clarabel"), tensors), iterate=False)
+    same(
+        answers(case.layer(solver="interior_point"), tensors),
+        answers(case.layer(solver="clarabel"), tensors),
+        iterate=False,
+    )
 
 
-LINEAR = names(lambda case: {block.name for block in case.shared._canonical.program.cones.blocks} <= {"zero", "nonnegative"})
+LINEAR = names(
+    lambda case: (
+        {block.name for block in case.shared._canonical.program.cones.blocks}
+        <= {"zero", "nonnegative"}
+    )
+)
 
 
 @pytest.mark.parametrize("name", LINEAR)
 def test_clarabel_and_daqp_agree(name):
     case = CASES[name]
     tensors = case.sample(2, seed=0)
-    same(answers(case.layer(solver="daqp"), tensors), answers(case.layer(solver="clarabel"), tensors), iterate=False)
+    same(
+        answers(case.layer(solver="daqp"), tensors),
+        answers(case.layer(solver="clarabel"), tensors),
+        iterate=False,
+    )
 
 
 def test_daqp_refuses_other_cones_and_options_it_does_not_have():
@@ -87,10 +104,18 @@ def test_rows_that_the_first_choice_does_not_settle_are_solved_by_another_and_no
     a, h, x = cp.Parameter(3, name="a"), cp.Parameter(name="h"), cp.Variable(3, name="x")
     problem = cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [cp.sum(x) <= h, x >= 0])
     layer = ConvexLayer(problem, [a, h], [x], on_failure="nan")
-    assert layer._settings.solving.attempts(layer._canonical, 4, torch.device("cpu"))[0].solver.name == "daqp"
+    assert (
+        layer._settings.solving.attempts(layer._canonical, 4, torch.device("cpu"))[0].solver.name
+        == "daqp"
+    )
     heights = torch.tensor([1.0, -1.0, 0.5, 2.0], dtype=torch.float64)
     solution = layer.solve(torch.ones(4, 3, dtype=torch.float64), heights)
-    assert solution.status.tolist() == [Status.SOLVED, Status.INFEASIBLE, Status.SOLVED, Status.SOLVED]
+    assert solution.status.tolist() == [
+        Status.SOLVED,
+        Status.INFEASIBLE,
+        Status.SOLVED,
+        Status.SOLVED,
+    ]
     assert solution.notes == ("row 1: not settled by daqp; proved infeasible by clarabel",)
     assert layer.solve(torch.ones(2, 3, dtype=torch.float64), heights[[0, 2]]).notes == ()
 
@@ -99,17 +124,24 @@ def test_a_redundant_constraint_is_not_taken_for_a_weakly_active_one():
     """An active-set method gives one of two equal constraints the whole multiplier, and the other none."""
     a, x = cp.Parameter(3, name="a"), cp.Variable(3, name="x")
     problem = cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [x >= 0, 2 * x >= 0])
-    solution = ConvexLayer(problem, [a], [x]).solve(torch.tensor([[-1.0, 2.0, 3.0]], dtype=torch.float64))
+    solution = ConvexLayer(problem, [a], [x]).solve(
+        torch.tensor([[-1.0, 2.0, 3.0]], dtype=torch.float64)
+    )
     assert not solution.degenerate.any()
 
 
 def semidefinite(n, **options):
     """min <C, X> + |X|^2/2 subject to X >> D, <B, X> = 1: x, y and s all of rank neither zero nor full."""
-    C, D = cp.Parameter((n, n), symmetric=True, name="C"), cp.Parameter((n, n), symmetric=True, name="D")
+    C, D = (
+        cp.Parameter((n, n), symmetric=True, name="C"),
+        cp.Parameter((n, n), symmetric=True, name="D"),
+    )
     X = cp.Variable((n, n), symmetric=True, name="X")
     above = X >> D
     B = np.arange(1.0, n + 1)
-    problem = cp.Problem(cp.Minimize(cp.trace(C @ X) + 0.5 * cp.sum_squares(X)), [above, B @ cp.diag(X) == n])
+    problem = cp.Problem(
+        cp.Minimize(cp.trace(C @ X) + 0.5 * cp.sum_squares(X)), [above, B @ cp.diag(X) == n]
+    )
     return ConvexLayer(problem, [C, D], [X, above.dual_variables[0]], **options)
 
 
@@ -119,7 +151,10 @@ def test_psd_cones_of_every_order_agree_in_x_y_and_s(n):
     generator = torch.Generator().manual_seed(n)
     C, D = (torch.randn(2, n, n, generator=generator, dtype=torch.float64) for _ in range(2))
     tensors = [(M + M.mT) / 2 for M in (2 * C, 0.3 * D)]
-    a, b = answers(semidefinite(n, solver="scs", solver_args=OPTIONS), tensors), answers(semidefinite(n), tensors)
+    a, b = (
+        answers(semidefinite(n, solver="scs", solver_args=OPTIONS), tensors),
+        answers(semidefinite(n), tensors),
+    )
     same(a, b)
     for solution in (a[0], b[0]):
         X, Y = solution.variables
@@ -168,8 +203,12 @@ def test_a_solvers_own_point_is_nearly_optimal_in_our_convention_before_any_poli
     start = 0
     for block in seen["task"].program.cones.blocks:
         rows = slice(start, start := start + block.size)
-        assert outside(block.name, block.parameter, found.s[rows], dual=False) < 1e-6 * (1 + np.abs(found.s).max())
-        assert outside(block.name, block.parameter, found.y[rows], dual=True) < 1e-6 * (1 + np.abs(found.y).max())
+        assert outside(block.name, block.parameter, found.s[rows], dual=False) < 1e-6 * (
+            1 + np.abs(found.s).max()
+        )
+        assert outside(block.name, block.parameter, found.y[rows], dual=True) < 1e-6 * (
+            1 + np.abs(found.y).max()
+        )
     assert abs(found.s @ found.y) < 1e-6 * (1 + np.abs(found.s).max() * np.abs(found.y).max())
 
 
@@ -202,9 +241,15 @@ def test_a_warm_start_takes_fewer_iterations_to_the_same_answer():
     layer = case.layer(solver="scs", solver_args={"acceleration_lookback": 0})
     tensors = case.sample(3, seed=0)
     cold = layer.solve(*tensors)
-    nearby = [t * (1 + 1e-3 * torch.cos(torch.arange(t.numel(), dtype=torch.float64)).view(t.shape)) for t in tensors]
+    nearby = [
+        t * (1 + 1e-3 * torch.cos(torch.arange(t.numel(), dtype=torch.float64)).view(t.shape))
+        for t in tensors
+    ]
     nearby_cold = layer.solve(*nearby)
-    warm, nearby_warm = layer.solve(*tensors, warm_start=cold), layer.solve(*nearby, warm_start=cold)
+    warm, nearby_warm = (
+        layer.solve(*tensors, warm_start=cold),
+        layer.solve(*nearby, warm_start=cold),
+    )
     assert (warm.iterations < cold.iterations).all()
     assert int(nearby_warm.iterations.sum()) < int(nearby_cold.iterations.sum())
     for a, b in ((warm, cold), (nearby_warm, nearby_cold)):
@@ -214,7 +259,13 @@ def test_a_warm_start_takes_fewer_iterations_to_the_same_answer():
 
 def test_a_warm_start_from_failed_rows_is_a_cold_one():
     b, x = cp.Parameter(2, name="b"), cp.Variable(2, name="x")
-    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x)), [x >= b, cp.sum(x) <= 1]), [b], [x], solver="scs", on_failure="nan")
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(cp.sum_squares(x)), [x >= b, cp.sum(x) <= 1]),
+        [b],
+        [x],
+        solver="scs",
+        on_failure="nan",
+    )
     failed = layer.solve(torch.tensor([[2.0, 2.0], [0.1, 0.2]], dtype=torch.float64))
     assert failed.status.tolist() == [Status.INFEASIBLE, Status.SOLVED]
     good = torch.tensor([[0.2, 0.1], [0.1, 0.3]], dtype=torch.float64)
@@ -227,14 +278,19 @@ def vectors_only(solver, **options):
     """Only q and b depend on the parameters: one factorisation, or one set-up, serves the batch."""
     c, b, x = cp.Parameter(4, name="c"), cp.Parameter(3, name="b"), cp.Variable(4, name="x")
     A = np.random.default_rng(0).standard_normal((3, 4))
-    problem = cp.Problem(cp.Minimize(cp.sum_squares(x) + c @ x), [A @ x <= b, x <= 1, cp.norm(x) <= 2])
+    problem = cp.Problem(
+        cp.Minimize(cp.sum_squares(x) + c @ x), [A @ x <= b, x <= 1, cp.norm(x) <= 2]
+    )
     return ConvexLayer(problem, [c, b], [x], solver=solver, **options)
 
 
 @pytest.mark.parametrize("solver", ["clarabel", "scs"])
 def test_where_only_vectors_change_a_row_does_not_depend_on_its_neighbours(solver):
     generator = torch.Generator().manual_seed(0)
-    c, b = 3 * torch.randn(9, 4, generator=generator, dtype=torch.float64), torch.rand(9, 3, generator=generator, dtype=torch.float64)
+    c, b = (
+        3 * torch.randn(9, 4, generator=generator, dtype=torch.float64),
+        torch.rand(9, 3, generator=generator, dtype=torch.float64),
+    )
     layer = vectors_only(solver, solver_args={} if solver == "clarabel" else OPTIONS)
     whole = layer.solve(c, b)
     for row in range(9):
@@ -248,10 +304,24 @@ def test_where_only_vectors_change_a_row_does_not_depend_on_its_neighbours(solve
 def test_a_failed_row_does_not_spoil_the_solver_for_the_next(solver, name):
     """Rows of one task reuse a solver: a row that is infeasible, then one that is not."""
     b, c, x = cp.Parameter(2, name="b"), cp.Parameter(2, name="c"), cp.Variable(2, name="x")
-    extra = [cp.entr(x[0] + 10) >= -50] if name == "entropy" else [cp.norm(x) <= 20] if name == "every_cone" else []
-    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - c)), [x >= b, cp.sum(x) <= 1, *extra]), [b, c], [x],
-                        solver=solver, on_failure="nan")
-    b_t = torch.tensor([[0.0, 0.0], [5.0, 5.0], [0.1, 0.2], [9.0, 0.0], [0.3, 0.3], [-1.0, 0.0]], dtype=torch.float64)
+    extra = (
+        [cp.entr(x[0] + 10) >= -50]
+        if name == "entropy"
+        else [cp.norm(x) <= 20]
+        if name == "every_cone"
+        else []
+    )
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(cp.sum_squares(x - c)), [x >= b, cp.sum(x) <= 1, *extra]),
+        [b, c],
+        [x],
+        solver=solver,
+        on_failure="nan",
+    )
+    b_t = torch.tensor(
+        [[0.0, 0.0], [5.0, 5.0], [0.1, 0.2], [9.0, 0.0], [0.3, 0.3], [-1.0, 0.0]],
+        dtype=torch.float64,
+    )
     c_t = torch.tensor([[2.0, 0.0]], dtype=torch.float64).expand(6, 2)
     solution = layer.solve(b_t, c_t)
     assert solution.status.tolist() == [0, Status.INFEASIBLE, 0, Status.INFEASIBLE, 0, 0]
@@ -286,9 +356,19 @@ class Unpolished(Solver):
         iterates = []
         for row in range(len(task)):
             P, q, A, b = task.matrices(row)
-            found = clarabel.DefaultSolver(P, q, A, b, [kinds[k.name](k.size) for k in task.program.cones.blocks], settings).solve()
+            found = clarabel.DefaultSolver(
+                P, q, A, b, [kinds[k.name](k.size) for k in task.program.cones.blocks], settings
+            ).solve()
             status = Status.SOLVED if str(found.status) == "Solved" else Status.NOT_CONVERGED
-            iterates.append(Iterate(np.array(found.x), np.array(found.s), np.array(found.z), status, found.iterations))
+            iterates.append(
+                Iterate(
+                    np.array(found.x),
+                    np.array(found.s),
+                    np.array(found.z),
+                    status,
+                    found.iterations,
+                )
+            )
         return iterates
 
 
@@ -316,12 +396,20 @@ class Liar(Solver):
         n, m = task.program.n, task.program.m
         fill = {"zeros": 0.0, "nan": np.nan, "inf": np.inf, "noise": None, "huge": 1e200}[self.kind]
         rng = np.random.default_rng(0)
-        return [Iterate(*(rng.standard_normal(k) if fill is None else np.full(k, fill) for k in (n, m, m)), Status.SOLVED, 1)
-                for _ in range(len(task))]
+        return [
+            Iterate(
+                *(rng.standard_normal(k) if fill is None else np.full(k, fill) for k in (n, m, m)),
+                Status.SOLVED,
+                1,
+            )
+            for _ in range(len(task))
+        ]
 
 
 @pytest.mark.parametrize("kind", ["zeros", "nan", "inf", "noise", "huge"])
-@pytest.mark.parametrize("name", ["quadratic_program", "every_cone", "linear_program", "nearest_correlation", "entropy"])
+@pytest.mark.parametrize(
+    "name", ["quadratic_program", "every_cone", "linear_program", "nearest_correlation", "entropy"]
+)
 def test_a_solver_that_lies_is_found_out_or_its_point_polished_to_the_truth(kind, name):
     case = CASES[name]
     tensors = case.sample(3, seed=0)
@@ -367,7 +455,9 @@ def test_iterations_that_ran_out_are_never_a_solution_that_is_wrong(solver):
         tensors = case.sample(4, seed=0)
         expected = outputs_of(case.shared, tensors)
         for steps in (1, 2, 4, 8):
-            solution = case.layer(solver=solver, solver_args={option: steps}, on_failure="keep").solve(*tensors)
+            solution = case.layer(
+                solver=solver, solver_args={option: steps}, on_failure="keep"
+            ).solve(*tensors)
             good = solution.status == Status.SOLVED
             for got, reference in zip(solution.variables, expected, strict=False):
                 assert close(got[good], reference[good], 1e-6)
@@ -394,7 +484,17 @@ class IceCream(Nonnegative):
     name: ClassVar[str] = "ice_cream"
 
 
-KINDS_OF_CONES = [Zero(3), Nonnegative(3), SecondOrder(3), Psd(2), Exponential(), Power(0.3), SecondOrder(1), Psd(1), IceCream(3)]
+KINDS_OF_CONES = [
+    Zero(3),
+    Nonnegative(3),
+    SecondOrder(3),
+    Psd(2),
+    Exponential(),
+    Power(0.3),
+    SecondOrder(1),
+    Psd(1),
+    IceCream(3),
+]
 
 
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
@@ -403,7 +503,9 @@ def test_every_cone_with_every_solver_is_taken_or_refused_in_words(cone, solver)
     """The projection onto it is the solution."""
     data, a = cone_program(cone)
     if not solver.takes(data.program):
-        with pytest.raises(ValueError, match=f"Solver {solver.name} takes .* a cone of the kind {cone.name}"):
+        with pytest.raises(
+            ValueError, match=f"Solver {solver.name} takes .* a cone of the kind {cone.name}"
+        ):
             solver.check(data.program, {})
         return
     solver.check(data.program, {})
@@ -414,6 +516,12 @@ def test_every_cone_with_every_solver_is_taken_or_refused_in_words(cone, solver)
 
 
 def test_the_default_solver_takes_every_cone_there_is():
-    kinds = {kind.name for kind in vars(convlayer.cones).values() if inspect.isclass(kind) and issubclass(kind, Cone) and kind is not Cone}
+    kinds = {
+        kind.name
+        for kind in vars(convlayer.cones).values()
+        if inspect.isclass(kind) and issubclass(kind, Cone) and kind is not Cone
+    }
     assert SOLVERS[DEFAULT].cones == kinds
-    assert all(isinstance(solver, Solver) != isinstance(solver, BatchSolver) for solver in SOLVERS.values())
+    assert all(
+        isinstance(solver, Solver) != isinstance(solver, BatchSolver) for solver in SOLVERS.values()
+    )

@@ -51,20 +51,26 @@ def run(layer, tensors):
         return solution, outputs, torch.autograd.grad(outputs, inputs, cotangents)
 
 
-def compare(layer, tensors, monkeypatch, kinds=("dense", "sparse", "by rows", "as it comes"), tolerance=1e-9):
+def compare(
+    layer, tensors, monkeypatch, kinds=("dense", "sparse", "by rows", "as it comes"), tolerance=1e-9
+):
     found = {}
     for kind in kinds:
         with monkeypatch.context() as patch:
             made = force(patch, kind)
             found[kind] = run(layer, tensors)
             if kind != "as it comes":
-                assert {type(system) for system in made} == {SparseSystem if kind == "sparse" else DenseSystem}
+                assert {type(system) for system in made} == {
+                    SparseSystem if kind == "sparse" else DenseSystem
+                }
     _, outputs, bars = found[kinds[0]]
     size = max(float(bar.norm()) for bar in bars)
     for kind in kinds[1:]:
         solution, others, other_bars = found[kind]
         assert torch.equal(solution.status, found[kinds[0]][0].status)
-        assert torch.equal(solution.degenerate, found[kinds[0]][0].degenerate), f"dense and {kind} flag different rows"
+        assert torch.equal(solution.degenerate, found[kinds[0]][0].degenerate), (
+            f"dense and {kind} flag different rows"
+        )
         for a, b in zip(others, outputs, strict=True):
             assert close(a, b, tolerance)
         for a, b in zip(other_bars, bars, strict=True):
@@ -86,17 +92,57 @@ def singular_problems():
     a, b, c = cp.Parameter(3, name="a"), cp.Parameter(name="b"), cp.Parameter(name="c")
     x, z = cp.Variable(3, name="x"), cp.Variable(2, name="z")
     first = cp.sum(x) == 1
-    yield "redundant equalities", cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [first, 2 * cp.sum(x) == 2]), [a], [x], [tensor(0.1, 0.2, 0.9)]
-    yield ("redundant equalities and their dual", cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [first, 2 * cp.sum(x) == 2]), [a],
-           [x, first.dual_variables[0]], [tensor(0.1, 0.2, 0.9)])
-    yield ("redundant equalities with parameters", cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [cp.sum(x) == b, 2 * cp.sum(x) == c]),
-           [a, b, c], [x], [tensor(0.1, 0.2, 0.9), torch.tensor(1.0).double(), torch.tensor(2.0).double()])
-    yield "free variable", cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [z >= 0, z <= 1]), [a], [x, z], [tensor(0.1, 0.2, 0.9)]
-    yield "free auxiliary", cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [cp.norm(x) <= 5]), [a], [x], [tensor(0.1, 0.2, 0.9)]
+    yield (
+        "redundant equalities",
+        cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [first, 2 * cp.sum(x) == 2]),
+        [a],
+        [x],
+        [tensor(0.1, 0.2, 0.9)],
+    )
+    yield (
+        "redundant equalities and their dual",
+        cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [first, 2 * cp.sum(x) == 2]),
+        [a],
+        [x, first.dual_variables[0]],
+        [tensor(0.1, 0.2, 0.9)],
+    )
+    yield (
+        "redundant equalities with parameters",
+        cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [cp.sum(x) == b, 2 * cp.sum(x) == c]),
+        [a, b, c],
+        [x],
+        [tensor(0.1, 0.2, 0.9), torch.tensor(1.0).double(), torch.tensor(2.0).double()],
+    )
+    yield (
+        "free variable",
+        cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [z >= 0, z <= 1]),
+        [a],
+        [x, z],
+        [tensor(0.1, 0.2, 0.9)],
+    )
+    yield (
+        "free auxiliary",
+        cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [cp.norm(x) <= 5]),
+        [a],
+        [x],
+        [tensor(0.1, 0.2, 0.9)],
+    )
     A = np.random.default_rng(0).standard_normal((2, 3))
     d = cp.Parameter(2, name="d")
-    yield "underdetermined", cp.Problem(cp.Minimize(cp.sum_squares(A @ x - d))), [d], [x], [tensor(1.0, 2.0)]
-    yield "duplicate inequality", cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [x >= 0, 2 * x >= 0]), [a], [x], [tensor(-0.1, 0.2, 0.9)]
+    yield (
+        "underdetermined",
+        cp.Problem(cp.Minimize(cp.sum_squares(A @ x - d))),
+        [d],
+        [x],
+        [tensor(1.0, 2.0)],
+    )
+    yield (
+        "duplicate inequality",
+        cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [x >= 0, 2 * x >= 0]),
+        [a],
+        [x],
+        [tensor(-0.1, 0.2, 0.9)],
+    )
 
 
 SINGULAR = list(singular_problems())
@@ -107,22 +153,42 @@ def test_singular_systems_are_solved_and_flagged_alike(k, monkeypatch):
     _, problem, parameters, outputs, values = SINGULAR[k]
     layer = ConvexLayer(problem, parameters, outputs, solver="clarabel")
     # Where the solution is not unique, another program has another one.
-    compare(layer, [v[None] for v in values], monkeypatch, kinds=("dense", "sparse", "by rows"), tolerance=1e-8)
+    compare(
+        layer,
+        [v[None] for v in values],
+        monkeypatch,
+        kinds=("dense", "sparse", "by rows"),
+        tolerance=1e-8,
+    )
 
 
 def test_a_batch_with_active_sets_of_different_sizes(monkeypatch):
     a, x = cp.Parameter(5, name="a"), cp.Variable(5, name="x")
     below = x <= 1
-    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [x >= 0, below, cp.sum(x) == 2]), [a], [x, below.dual_variables[0]])
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [x >= 0, below, cp.sum(x) == 2]),
+        [a],
+        [x, below.dual_variables[0]],
+    )
     generator = torch.Generator().manual_seed(0)
     scale = torch.tensor([0.01, 0.3, 1.0, 3.0, 10.0], dtype=torch.float64)[:, None]
     values = scale * torch.randn(5, 5, generator=generator, dtype=torch.float64)
-    compare(layer, [values], monkeypatch, kinds=("dense", "sparse", "by rows"))  # some multipliers are not unique
+    compare(
+        layer, [values], monkeypatch, kinds=("dense", "sparse", "by rows")
+    )  # some multipliers are not unique
 
 
 def test_shared_matrices_and_batched_vectors(monkeypatch):
-    P, q, x = cp.Parameter((4, 4), PSD=True, name="P"), cp.Parameter(4, name="q"), cp.Variable(4, name="x")
-    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.quad_form(x, P) + q @ x), [x >= -0.2, cp.sum(x) == 1]), [P, q], [x])
+    P, q, x = (
+        cp.Parameter((4, 4), PSD=True, name="P"),
+        cp.Parameter(4, name="q"),
+        cp.Variable(4, name="x"),
+    )
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(cp.quad_form(x, P) + q @ x), [x >= -0.2, cp.sum(x) == 1]),
+        [P, q],
+        [x],
+    )
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(4, 4, generator=generator, dtype=torch.float64)
     shared = W @ W.mT + torch.eye(4, dtype=torch.float64)
@@ -135,21 +201,49 @@ def test_shared_matrices_and_batched_vectors(monkeypatch):
 @pytest.mark.parametrize("n", [60, 200])
 def test_larger_and_sparser_programs_agree(n, monkeypatch):
     """A chain: banded, where the sparse factor is the natural one."""
-    y, lam, x = cp.Parameter(n, name="y"), cp.Parameter(nonneg=True, name="lam"), cp.Variable(n, name="x")
-    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - y) + lam * cp.sum_squares(cp.diff(x))), [x >= -0.5, x <= 1]), [y, lam], [x])
+    y, lam, x = (
+        cp.Parameter(n, name="y"),
+        cp.Parameter(nonneg=True, name="lam"),
+        cp.Variable(n, name="x"),
+    )
+    layer = ConvexLayer(
+        cp.Problem(
+            cp.Minimize(cp.sum_squares(x - y) + lam * cp.sum_squares(cp.diff(x))),
+            [x >= -0.5, x <= 1],
+        ),
+        [y, lam],
+        [x],
+    )
     generator = torch.Generator().manual_seed(0)
-    compare(layer, [torch.randn(2, n, generator=generator, dtype=torch.float64), torch.tensor([0.5, 5.0], dtype=torch.float64)], monkeypatch)
+    compare(
+        layer,
+        [
+            torch.randn(2, n, generator=generator, dtype=torch.float64),
+            torch.tensor([0.5, 5.0], dtype=torch.float64),
+        ],
+        monkeypatch,
+    )
 
 
 def test_larger_cones_agree(monkeypatch):
     """Bases of psd and second-order blocks, rotated on both sides."""
-    C, v, X, u = (cp.Parameter((7, 7), symmetric=True, name="C"), cp.Parameter(12, name="v"), cp.Variable((7, 7), symmetric=True, name="X"),
-                  cp.Variable(12, name="u"))
-    problem = cp.Problem(cp.Minimize(cp.sum_squares(X - C) + cp.sum_squares(u - v) + cp.norm(u) + cp.norm(u[:5])),
-                         [X >> 0, cp.trace(X) == 1 + u[0], cp.norm(u[3:9]) <= 0.5])
+    C, v, X, u = (
+        cp.Parameter((7, 7), symmetric=True, name="C"),
+        cp.Parameter(12, name="v"),
+        cp.Variable((7, 7), symmetric=True, name="X"),
+        cp.Variable(12, name="u"),
+    )
+    problem = cp.Problem(
+        cp.Minimize(cp.sum_squares(X - C) + cp.sum_squares(u - v) + cp.norm(u) + cp.norm(u[:5])),
+        [X >> 0, cp.trace(X) == 1 + u[0], cp.norm(u[3:9]) <= 0.5],
+    )
     generator = torch.Generator().manual_seed(0)
     S = torch.randn(3, 7, 7, generator=generator, dtype=torch.float64)
-    compare(ConvexLayer(problem, [C, v], [X, u]), [(S + S.mT) / 2, torch.randn(3, 12, generator=generator, dtype=torch.float64)], monkeypatch)
+    compare(
+        ConvexLayer(problem, [C, v], [X, u]),
+        [(S + S.mT) / 2, torch.randn(3, 12, generator=generator, dtype=torch.float64)],
+        monkeypatch,
+    )
 
 
 def test_a_sparse_program_whose_small_eigenvalues_stall_refinement_is_solved():
@@ -157,9 +251,13 @@ def test_a_sparse_program_whose_small_eigenvalues_stall_refinement_is_solved():
     n = 2500
     A = sp.random_array((n, n), density=3 / n, random_state=0, format="csr")
     x, q, d = cp.Variable(n, name="x"), cp.Parameter(n, name="q"), cp.Parameter(n, name="d")
-    problem = cp.Problem(cp.Minimize(cp.sum_squares(x) / 2 + q @ x), [cp.multiply(d, A @ x) <= 1, x >= -1])
+    problem = cp.Problem(
+        cp.Minimize(cp.sum_squares(x) / 2 + q @ x), [cp.multiply(d, A @ x) <= 1, x >= -1]
+    )
     layer, random = ConvexLayer(problem, [q, d], [x]), np.random.default_rng(0)
-    solution = layer.solve(torch.from_numpy(random.standard_normal(n)), torch.from_numpy(random.uniform(0.5, 1.5, n)))
+    solution = layer.solve(
+        torch.from_numpy(random.standard_normal(n)), torch.from_numpy(random.uniform(0.5, 1.5, n))
+    )
     assert int(solution.status) == Status.SOLVED
     assert float(solution.residual) < 1e-12
 
@@ -174,9 +272,13 @@ def test_a_batch_takes_no_more_refinement_than_its_rows(monkeypatch):
     problem = cp.Problem(cp.Minimize(cost), [x[0] == start, *moves, cp.abs(u) <= 1])
     layer = ConvexLayer(problem, parameters=[start, goal], variables=[u], structure="generic")
     generator = torch.Generator().manual_seed(0)
-    starts, goals = (scale * torch.randn(8, 2, generator=generator, dtype=torch.float64) for scale in (2.0, 0.3))
+    starts, goals = (
+        scale * torch.randn(8, 2, generator=generator, dtype=torch.float64) for scale in (2.0, 0.3)
+    )
     counts, solve = [], SparseSystem._back_substitute
-    monkeypatch.setattr(SparseSystem, "_back_substitute", lambda self, right: counts.append(1) or solve(self, right))
+    monkeypatch.setattr(
+        SparseSystem, "_back_substitute", lambda self, right: counts.append(1) or solve(self, right)
+    )
 
     def taken(*parameters: torch.Tensor) -> int:
         parameters = [p.clone().requires_grad_() for p in parameters]

@@ -45,7 +45,9 @@ upper_tri(X) | x[None] | x + 1 | sum(1 / (x - p)) | K @ X @ K | power(t, h) | ce
 """
 
 
-@pytest.mark.parametrize("written", [part.strip() for part in SPELLINGS.replace("\n", "|").split("|") if part.strip()])
+@pytest.mark.parametrize(
+    "written", [part.strip() for part in SPELLINGS.replace("\n", "|").split("|") if part.strip()]
+)
 def test_what_is_spelt_is_read_back_as_the_same_expression(written):
     expression = eval(written, NAMES)
     _Speller().top(expression)  # `spelled` would hide a failure
@@ -77,8 +79,20 @@ def test_constraints_and_objectives_are_spelt(constraint, text):
 
 
 def test_the_words_of_cvxpy_itself_do_not_show():
-    shown = " ".join(spelled(eval(part, NAMES)) for part in SPELLINGS.replace("\n", "|").split("|") if part.strip())
-    for word in ("Promote", "Approx", "QuadForm", "None, False", "AddExpression", "reshape", "of shape"):
+    shown = " ".join(
+        spelled(eval(part, NAMES))
+        for part in SPELLINGS.replace("\n", "|").split("|")
+        if part.strip()
+    )
+    for word in (
+        "Promote",
+        "Approx",
+        "QuadForm",
+        "None, False",
+        "AddExpression",
+        "reshape",
+        "of shape",
+    ):
         assert word not in shown
 
 
@@ -116,7 +130,9 @@ log(exp(t) + exp(u)) | sqrt(t * u) | log(t * u) | log(prod(w)) | quad_form(x, h 
 """
 
 
-@pytest.mark.parametrize("written", [part.strip() for part in REWRITTEN.replace("\n", "|").split("|") if part.strip()])
+@pytest.mark.parametrize(
+    "written", [part.strip() for part in REWRITTEN.replace("\n", "|").split("|") if part.strip()]
+)
 def test_a_rewriting_that_is_advised_is_convex_and_has_the_same_value(written):
     expression = eval(written, NAMES)
     total = cp.sum(expression)
@@ -218,5 +234,7 @@ def test_a_parameter_behind_a_callback_is_told_what_to_give():
     both = cp.CallbackParam(callback=lambda: left.value @ right.value, shape=(3, 3), name="both")
     problem = cp.Problem(cp.Minimize(cp.norm(both @ x - p)))
     for given in ([left, right, p], [p], [left, p]):
-        with pytest.raises(ProblemError, match=r"`both` is a CallbackParam.*cp\.Parameter\(\(3, 3\)"):
+        with pytest.raises(
+            ProblemError, match=r"`both` is a CallbackParam.*cp\.Parameter\(\(3, 3\)"
+        ):
             ConvexLayer(problem, given, [x])

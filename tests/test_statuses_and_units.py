@@ -12,7 +12,12 @@ D = torch.float64
 
 def _falling(kind):
     x, c, u, lo = cp.Variable(2), cp.Parameter(2), cp.Parameter(2), cp.Parameter(2)
-    more = {"linear": 0.0, "square": cp.square(x[0]), "norm": 0.1 * cp.norm(x), "exponential": cp.exp(x[0])}[kind]
+    more = {
+        "linear": 0.0,
+        "square": cp.square(x[0]),
+        "norm": 0.1 * cp.norm(x),
+        "exponential": cp.exp(x[0]),
+    }[kind]
     return cp.Problem(cp.Minimize(c @ x + more), [x <= u, x >= lo]), [c, u, lo], [x]
 
 
@@ -20,7 +25,9 @@ def _falling(kind):
 def test_a_direction_along_infinite_bounds_is_seen(kind):
     layer = ConvexLayer(*_falling(kind), on_failure="keep")
     costs = torch.tensor([[1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [1.0, -1.0]], dtype=D)
-    upper = torch.tensor([[1.0, torch.inf], [1.0, 1.0], [torch.inf, torch.inf], [torch.inf, torch.inf]], dtype=D)
+    upper = torch.tensor(
+        [[1.0, torch.inf], [1.0, 1.0], [torch.inf, torch.inf], [torch.inf, torch.inf]], dtype=D
+    )
     lower = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, -torch.inf], [0.0, torch.inf]], dtype=D)
     wanted = [Status.UNBOUNDED, Status.SOLVED, Status.UNBOUNDED, Status.INFEASIBLE]
     assert layer.solve(costs, upper, lower).status.tolist() == wanted
@@ -30,8 +37,12 @@ def test_a_direction_along_infinite_bounds_is_seen(kind):
 
 def test_an_infimum_along_an_infinite_bound_is_not_attained():
     x, lo = cp.Variable(2), cp.Parameter(2)
-    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum(cp.exp(x))), [x >= lo]), [lo], [x], on_failure="keep")
-    solution = layer.solve(torch.tensor([[0.0, 0.0], [-torch.inf, 0.0], [-torch.inf, -torch.inf]], dtype=D))
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(cp.sum(cp.exp(x))), [x >= lo]), [lo], [x], on_failure="keep"
+    )
+    solution = layer.solve(
+        torch.tensor([[0.0, 0.0], [-torch.inf, 0.0], [-torch.inf, -torch.inf]], dtype=D)
+    )
     assert solution.status.tolist() == [Status.SOLVED, Status.UNATTAINED, Status.UNATTAINED]
 
 
@@ -71,12 +82,20 @@ def test_second_derivatives_do_not_know_units(unit):
 
     inverse = torch.linalg.inv(point)
     exact = 2 * inverse @ direction @ inverse @ direction @ inverse
-    assert (torch.func.jvp(moved, (point,), (direction,))[1] - exact).abs().max() <= 1e-10 * exact.abs().max()
+    assert (
+        torch.func.jvp(moved, (point,), (direction,))[1] - exact
+    ).abs().max() <= 1e-10 * exact.abs().max()
 
 
 def test_an_infimum_that_is_attained_is_not_called_otherwise_however_bad_the_units():
     """tr(PX) - log det X is least at P^-1; P of condition 3e8."""
     X, P = cp.Variable((2, 2), PSD=True), cp.Parameter((2, 2), PSD=True)
-    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.trace(P @ X) - cp.log_det(X))), [P], [X], on_failure="keep")
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(cp.trace(P @ X) - cp.log_det(X))), [P], [X], on_failure="keep"
+    )
     given = torch.tensor([[2.20459146e-04, -2.01974450], [-2.01974450, 4.10915914e04]], dtype=D)
-    assert layer.solve(given).status.item() in (Status.SOLVED, Status.INACCURATE, Status.NOT_CONVERGED)
+    assert layer.solve(given).status.item() in (
+        Status.SOLVED,
+        Status.INACCURATE,
+        Status.NOT_CONVERGED,
+    )

@@ -50,14 +50,18 @@ def near_miss(name, miss):
 
 
 def spelling(name):
-    return lambda: test_structures.test_a_spelling_is_matched_and_agrees_with_the_cone_program(BY_NAME[name])
+    return lambda: test_structures.test_a_spelling_is_matched_and_agrees_with_the_cone_program(
+        BY_NAME[name]
+    )
 
 
 def first_row(table, size, reason):
     """A matcher that never looks at the other rows."""
     part = table.normal
     keep = part.row == part.row[0]
-    return Table(1, part.row[keep] * 0, part.variable[keep], part.parameter[keep], part.coefficient[keep])
+    return Table(
+        1, part.row[keep] * 0, part.variable[keep], part.parameter[keep], part.coefficient[keep]
+    )
 
 
 MATCHERS = {
@@ -90,7 +94,11 @@ def changed_atom(atom, method, planted):
 
 
 def objective(name):
-    return lambda: test_normal_form.test_the_objective_has_cvxpys_value_and_the_constraints_their_violations(BY_NAME[name])
+    return lambda: (
+        test_normal_form.test_the_objective_has_cvxpys_value_and_the_constraints_their_violations(
+            BY_NAME[name]
+        )
+    )
 
 
 ATOMS = {
@@ -123,7 +131,9 @@ def test_an_atom_that_is_misread_is_caught(mutant, monkeypatch):
 def changed_kernel(module, name, change):
     def plant(patch):
         original = getattr(module, name)
-        patch.setattr(module, name, lambda *arguments, **options: change(original(*arguments, **options)))
+        patch.setattr(
+            module, name, lambda *arguments, **options: change(original(*arguments, **options))
+        )
 
     return plant
 
@@ -151,7 +161,9 @@ def duals_negated(answer: Answer) -> Answer:
 
 
 def everything_flagged(answer: Answer) -> Answer:
-    return dataclasses.replace(answer, degenerate=torch.ones(len(answer.outputs[0]), dtype=torch.bool))
+    return dataclasses.replace(
+        answer, degenerate=torch.ones(len(answer.outputs[0]), dtype=torch.bool)
+    )
 
 
 KERNELS = {
@@ -161,14 +173,22 @@ KERNELS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("change", [value_off, gradient_negated, everything_flagged], ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "change", [value_off, gradient_negated, everything_flagged], ids=lambda c: c.__name__
+)
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_kernel_with_a_fault_is_caught(name, change, monkeypatch):
     law = {
-        value_off: lambda: test_structures.test_it_agrees_with_the_cone_program_on_random_instances.hypothesis.inner_test(
-            name, 1, (2,)
+        value_off: lambda: (
+            test_structures.test_it_agrees_with_the_cone_program_on_random_instances.hypothesis.inner_test(
+                name, 1, (2,)
+            )
         ),
-        gradient_negated: lambda: test_structures.test_the_gradient_of_variables_and_value_is_that_of_five_point_differences(name),
+        gradient_negated: lambda: (
+            test_structures.test_the_gradient_of_variables_and_value_is_that_of_five_point_differences(
+                name
+            )
+        ),
         everything_flagged: lambda: test_structures.test_a_batch_equals_a_loop(name),
     }[change]
     caught(law, changed_kernel(KERNELS[name], name, change), monkeypatch)
@@ -236,7 +256,11 @@ def test_a_failed_row_with_a_plausible_gradient_is_caught(monkeypatch):
         return [None if bar is None else bar.nan_to_num(0.0) for bar in original(self, bars)]
 
     caught(
-        lambda: test_structures.test_a_loss_that_uses_a_failed_row_has_a_nan_gradient_there_and_only_there("softmax"),
+        lambda: (
+            test_structures.test_a_loss_that_uses_a_failed_row_has_a_nan_gradient_there_and_only_there(
+                "softmax"
+            )
+        ),
         lambda patch: patch.setattr(Gate, "guard", mutant),
         monkeypatch,
     )
@@ -250,7 +274,9 @@ def test_verify_catches_a_wrong_kernel():
     layer._choice.kernel._run = lambda values, like, at=None: value_off(run(values, like, at))
     found = layer.verify(*tensors)
     assert found.agrees, "a relative error of 1e-7 is within its tolerance"
-    layer._choice.kernel._run = lambda values, like, at=None: gradient_negated(run(values, like, at))
+    layer._choice.kernel._run = lambda values, like, at=None: gradient_negated(
+        run(values, like, at)
+    )
     found = layer.verify(*tensors)
     assert not found.agrees
     assert "DISAGREE" in str(found)

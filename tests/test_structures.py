@@ -17,7 +17,11 @@ from convlayer import ConvexLayer, ParameterError, ProblemError, SolverError, St
 from convlayer.structures import ROOT, STRUCTURES, in_order
 
 KERNELS = {name: s for name, s in STRUCTURES.items() if name != "quadratic_program"}
-NEAR_MISSES = {f"{name}: {miss}": (name, d) for name, s in STRUCTURES.items() for miss, d in s.near_misses().items()}
+NEAR_MISSES = {
+    f"{name}: {miss}": (name, d)
+    for name, s in STRUCTURES.items()
+    for miss, d in s.near_misses().items()
+}
 
 every_structure = pytest.mark.parametrize("name", STRUCTURES)
 every_kernel = pytest.mark.parametrize("name", KERNELS)
@@ -52,10 +56,17 @@ def test_a_near_miss_falls_through_with_a_reason(miss):
 def test_a_structure_that_refines_what_is_none_is_refused_in_words():
     misspelt = copy.copy(STRUCTURES["softmax"])
     misspelt.refines = "quadratic_programme"
-    with pytest.raises(ValueError, match=r"`softmax` refines 'quadratic_programme', which is none; expected one of .*'quadratic_program'"):
+    with pytest.raises(
+        ValueError,
+        match=r"`softmax` refines 'quadratic_programme', which is none; expected one of .*'quadratic_program'",
+    ):
         in_order({**STRUCTURES, "softmax": misspelt})
     order = list(STRUCTURES)
-    assert all(order.index(one.refines) > order.index(name) for name, one in STRUCTURES.items() if one.refines != ROOT)
+    assert all(
+        order.index(one.refines) > order.index(name)
+        for name, one in STRUCTURES.items()
+        if one.refines != ROOT
+    )
 
 
 @every_structure
@@ -85,14 +96,20 @@ def test_a_layer_first_called_for_inference_can_be_trained_after_it(spelling):
     assert all(g.isfinite().all() for g in torch.autograd.grad(outputs, inputs, weights(outputs)))
 
 
-@pytest.mark.parametrize("spelling", [s for s in SPELLINGS if s.structure == "quadratic_program"], ids=str)
+@pytest.mark.parametrize(
+    "spelling", [s for s in SPELLINGS if s.structure == "quadratic_program"], ids=str
+)
 def test_the_batched_interior_point_agrees_with_the_other_solver(spelling):
     layer, tensors = spelling.layer(solver="interior_point"), spelling.sample((5,), 4)
     inputs, others = leaves(tensors), leaves(tensors)
     (mine, *_), (theirs, *_) = layer(*inputs), spelling.layer(solver="clarabel")(*others)
     assert relative(mine, theirs) < 1e-10
     (cotangent,) = weights([mine])
-    for g, h in zip(torch.autograd.grad(mine, inputs, cotangent), torch.autograd.grad(theirs, others, cotangent), strict=True):
+    for g, h in zip(
+        torch.autograd.grad(mine, inputs, cotangent),
+        torch.autograd.grad(theirs, others, cotangent),
+        strict=True,
+    ):
         assert float((g - h).norm()) <= 1e-8 * max(1.0, float(h.norm()))
 
 
@@ -100,7 +117,9 @@ def test_the_solver_of_a_quadratic_program_is_chosen_by_cost_and_named():
     layer = problems.quadratic_program.layer(60, 60, 10)
     assert layer.structure == "quadratic_program"
     for batch in (1, 64):
-        (line,) = (line for line in layer.explain(batch=batch).splitlines() if line.startswith("Solver:"))
+        (line,) = (
+            line for line in layer.explain(batch=batch).splitlines() if line.startswith("Solver:")
+        )
         assert "the cheapest at this size and batch" in line
         assert "clarabel for rows that it does not settle" in line
     tensors = problems.quadratic_program.sample(6, 0, 60, 60, 10)
@@ -142,13 +161,22 @@ def test_the_gradient_of_variables_and_value_is_that_of_five_point_differences(n
     whole = torch.stack([g.norm() for g in gradients]).norm()
     for k, gradient in enumerate(gradients):
         # Along the line to another sample, which keeps the domain; marginals and equalities stay consistent together.
-        move = [b - a if name in ("entropic_optimal_transport",) or j == k else torch.zeros_like(a)
-                for j, (a, b) in enumerate(zip(tensors, others, strict=True))]
+        move = [
+            b - a if name in ("entropic_optimal_transport",) or j == k else torch.zeros_like(a)
+            for j, (a, b) in enumerate(zip(tensors, others, strict=True))
+        ]
         with torch.no_grad():
-            moved = sum(c * value([t + i * step * d for t, d in zip(tensors, move, strict=True)])
-                        for i, c in FIVE_POINT.items()) / step
+            moved = (
+                sum(
+                    c * value([t + i * step * d for t, d in zip(tensors, move, strict=True)])
+                    for i, c in FIVE_POINT.items()
+                )
+                / step
+            )
         expected = sum((g * d).sum() for g, d in zip(gradients, move, strict=True))
-        assert abs(float(moved - expected)) < 1e-8 * float(whole) * max(1.0, max(float(d.norm()) for d in move)), k
+        assert abs(float(moved - expected)) < 1e-8 * float(whole) * max(
+            1.0, max(float(d.norm()) for d in move)
+        ), k
         assert float(gradient.norm()) > 1e-4, "a gradient that vanishes would test nothing"
 
 
@@ -165,7 +193,10 @@ def test_a_cuda_device_agrees_with_the_host(name, dtype):
         (cotangent,) = weights([x.cpu()])
         found.append([x.detach(), *torch.autograd.grad(x, inputs, cotangent.to(device, dtype))])
     tolerance = 1e-9 if dtype is torch.float64 else 1e-3
-    assert all(relative(there.cpu().double(), here.double()) < tolerance for here, there in zip(*found, strict=True))
+    assert all(
+        relative(there.cpu().double(), here.double()) < tolerance
+        for here, there in zip(*found, strict=True)
+    )
 
 
 @every_structure
@@ -180,7 +211,9 @@ def test_a_batch_equals_a_loop(name):
             row = leaves([t[i, j] for t in tensors])
             (alone,) = layer(*row)
             assert relative(whole[i, j].detach(), alone.detach()) < 1e-11
-            for g, h in zip(gradients, torch.autograd.grad(alone, row, cotangent[i, j]), strict=True):
+            for g, h in zip(
+                gradients, torch.autograd.grad(alone, row, cotangent[i, j]), strict=True
+            ):
                 assert float((g[i, j] - h).norm()) <= 1e-9 * max(1.0, float(h.norm()))
 
 
@@ -188,11 +221,15 @@ def test_a_batch_equals_a_loop(name):
 def test_the_gradient_of_a_shared_parameter_is_the_sum_over_rows(name):
     layer, tensors = layer_of(name), sample(name, (), 9)
     for shared in range(len(tensors)):
-        inputs = leaves([t if k == shared else t.expand(3, *t.shape) for k, t in enumerate(tensors)])
+        inputs = leaves(
+            [t if k == shared else t.expand(3, *t.shape) for k, t in enumerate(tensors)]
+        )
         (x,) = layer(*inputs)
         if len(tensors) == 1:
             x = x.expand(3, *x.shape)
-        cotangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(10), dtype=torch.float64)
+        cotangent = torch.randn(
+            x.shape, generator=torch.Generator().manual_seed(10), dtype=torch.float64
+        )
         (got,) = torch.autograd.grad(x, inputs[shared], cotangent)
         total = torch.zeros_like(got)
         for k in range(3):
@@ -215,7 +252,9 @@ def rounded(name, dtype, batch, seed):
     """A sample that `dtype` holds; marginals have the same sum after rounding too."""
     tensors = [t.to(dtype) for t in sample(name, batch, seed)]
     if name == "entropic_optimal_transport":
-        tensors[1:3] = (torch.tensor(m).expand(*batch, -1).to(dtype) for m in ([0.25] * 4, [0.5, 0.25, 0.25]))
+        tensors[1:3] = (
+            torch.tensor(m).expand(*batch, -1).to(dtype) for m in ([0.25] * 4, [0.5, 0.25, 0.25])
+        )
     return tensors
 
 
@@ -381,7 +420,9 @@ def test_a_structure_with_a_multiplier_it_does_not_give_is_refused_with_the_cons
 def test_a_parameter_shared_by_two_inputs_of_a_kernel_collects_both_gradients():
     t, x = cp.Parameter(3), cp.Variable(3)
     A = np.arange(12.0).reshape(4, 3) + np.eye(4, 3)
-    problem = cp.Problem(cp.Minimize(cp.sum_squares(A @ x - cp.hstack([t, 1])) + cp.sum_squares(x - 2 * t)))
+    problem = cp.Problem(
+        cp.Minimize(cp.sum_squares(A @ x - cp.hstack([t, 1])) + cp.sum_squares(x - 2 * t))
+    )
     layer = ConvexLayer(problem, [t], [x])
     assert layer.structure == "least_squares"
     found = layer.verify(torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64))
@@ -410,7 +451,9 @@ def test_constraints_that_contradict_each_other_are_infeasible():
         layer(torch.zeros(3, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("spelling", ["one triangle", "a trace that is an entry", "a bordered matrix"])
+@pytest.mark.parametrize(
+    "spelling", ["one triangle", "a trace that is an entry", "a bordered matrix"]
+)
 def test_the_gradient_of_a_symmetric_parameter_is_symmetric_however_it_is_read(spelling):
     X, Z = cp.Parameter((2, 2), symmetric=True), cp.Variable((2, 2), symmetric=True)
     Q, q, y = cp.Parameter((2, 2), PSD=True), cp.Parameter(2), cp.Variable(2)
@@ -453,7 +496,9 @@ def test_multipliers_of_a_transport_are_flagged_and_its_plan_is_not():
     assert solution.degenerate.all()
     # Multipliers of the rows, differenced: what of them is unique.
     other = ConvexLayer(problem, parameters, outputs, structure="generic").solve(*tensors)
-    mine, theirs = (s.variables[1] - s.variables[1].mean(-1, keepdim=True) for s in (solution, other))
+    mine, theirs = (
+        s.variables[1] - s.variables[1].mean(-1, keepdim=True) for s in (solution, other)
+    )
     assert relative(mine, theirs) < 1e-8
 
 
@@ -490,7 +535,9 @@ def test_rows_that_a_kernel_does_not_settle_have_second_derivatives_too(monkeypa
     layer, tensors = layer_of("least_squares"), leaves(sample("least_squares", (3,)))
     expected = layer(*tensors)[0]
     directions = [torch.ones_like(t) for t in tensors]
-    tangent = torch.func.jvp(lambda *t: layer(*t)[0], tuple(t.detach() for t in tensors), tuple(directions))[1]
+    tangent = torch.func.jvp(
+        lambda *t: layer(*t)[0], tuple(t.detach() for t in tensors), tuple(directions)
+    )[1]
     first = torch.autograd.grad(expected.pow(3).sum(), tensors, create_graph=True)
     second = torch.autograd.grad(sum(g.sum() for g in first), tensors)
     run = layer._choice.kernel._run
@@ -505,6 +552,8 @@ def test_rows_that_a_kernel_does_not_settle_have_second_derivatives_too(monkeypa
     assert all(relative(a, b) < 1e-9 for a, b in zip(again, first, strict=True))
     for a, b in zip(torch.autograd.grad(sum(g.sum() for g in again), tensors), second, strict=True):
         assert relative(a, b) < 1e-8
-    got = torch.func.jvp(lambda *t: layer(*t)[0], tuple(t.detach() for t in tensors), tuple(directions))[1]
+    got = torch.func.jvp(
+        lambda *t: layer(*t)[0], tuple(t.detach() for t in tensors), tuple(directions)
+    )[1]
     assert relative(got, tangent) < 1e-9
     assert "row 1" in " ".join(layer.solve(*tensors).notes)

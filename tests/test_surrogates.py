@@ -57,7 +57,11 @@ def simplex(q):
 
 def quadratic(batch=3, n=5, m=9, seed=0):
     """Quadratic programs with a planted, strictly complementary solution, some rows active: (P, q, G, h), (x, y)."""
-    L, G, x = normal(batch, n, n, seed=seed), normal(batch, m, n, seed=seed + 1), normal(batch, n, seed=seed + 2)
+    L, G, x = (
+        normal(batch, n, n, seed=seed),
+        normal(batch, m, n, seed=seed + 1),
+        normal(batch, n, seed=seed + 2),
+    )
     P = L @ L.mT / n + 0.3 * torch.eye(n)
     y, s = (normal(batch, m, seed=seed + k).abs() + 0.3 for k in (3, 4))
     active = torch.arange(m) < n // 2
@@ -78,7 +82,10 @@ class Bars(NamedTuple):
 def bars_of(data, *arguments, **options):
     """What lpgd's secant makes of every entry."""
     secant, program = lpgd(data, *arguments, **options), data.program
-    P_bar, A_bar = (pull_back(name, program, torch.arange(len(rows)), *secant) for name, rows in (("P", program.P_rows), ("A", program.A_rows)))
+    P_bar, A_bar = (
+        pull_back(name, program, torch.arange(len(rows)), *secant)
+        for name, rows in (("P", program.P_rows), ("A", program.A_rows))
+    )
     return Bars(P_bar, -secant.w, A_bar, secant.u)
 
 
@@ -119,7 +126,11 @@ def test_lpgd_tends_to_the_derivative_as_tau_squared_over_a_ball():
         got = bars_of(data, x, y, x_bar, torch.zeros(4, 4).double(), solve, tau).q
         t = tau * q.abs().amax(1, keepdim=True) / x_bar.abs().amax(1, keepdim=True)
         up, low = q + t * x_bar, q - t * x_bar
-        assert close(got, (low / low.norm(dim=1, keepdim=True) - up / up.norm(dim=1, keepdim=True)) / (2 * t), 1e-6)
+        assert close(
+            got,
+            (low / low.norm(dim=1, keepdim=True) - up / up.norm(dim=1, keepdim=True)) / (2 * t),
+            1e-6,
+        )
         errors.append(float((got - exact).norm()))
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.05)
     assert errors[1] / errors[2] == pytest.approx(4, rel=0.05)
@@ -142,7 +153,11 @@ def test_lpgd_is_the_gradient_of_the_average_envelope_by_differences_of_optimal_
     A = torch.cat([torch.eye(n), -torch.eye(n), normal(1, n, seed=3)]).double()
     b, q = normal(2 * n + 1, seed=4).abs() + 0.5, normal(n, seed=5)
     L = normal(n, n, seed=6)
-    P = {"quadratic": L @ L.mT, "diagonal in part": torch.diag(tensor(1.3, 0, 0.4)), "linear": torch.zeros(n, n)}[kind]
+    P = {
+        "quadratic": L @ L.mT,
+        "diagonal in part": torch.diag(tensor(1.3, 0, 0.4)),
+        "linear": torch.zeros(n, n),
+    }[kind]
     data = data_of(P.double()[None], q[None], A[None], b[None], [Nonnegative(len(b))])
     x, y, _ = solve(data)
     x_bar, y_bar = normal(1, n, seed=7), 0.2 * normal(1, len(b), seed=8)
@@ -153,7 +168,14 @@ def test_lpgd_is_the_gradient_of_the_average_envelope_by_differences_of_optimal_
 
     def envelope(P, q, A, b):
         ends = (
-            optimal_value(P, q + k * t * x_bar[0].numpy(), A, b - k * t * y_bar[0].numpy(), x[0].numpy(), 1 / rho)
+            optimal_value(
+                P,
+                q + k * t * x_bar[0].numpy(),
+                A,
+                b - k * t * y_bar[0].numpy(),
+                x[0].numpy(),
+                1 / rho,
+            )
             for k in (1, -1)
         )
         up, low = ends
@@ -178,8 +200,12 @@ def test_lpgd_is_the_gradient_of_the_average_envelope_by_differences_of_optimal_
                     moved[which][place] += sign
                 values.append(envelope(*moved))
             differences.append((values[0] - values[1]) / (2 * h))
-        assert np.abs(bar[0].numpy() - differences).max(initial=0.0) <= 1e-4 * np.abs(differences).max(initial=1.0)
-    assert not close(bars.q, bars_of(data, x, y, x_bar, y_bar, solve, 1e-3, rho).q, 0.1), "no active set changed"
+        assert np.abs(bar[0].numpy() - differences).max(initial=0.0) <= 1e-4 * np.abs(
+            differences
+        ).max(initial=1.0)
+    assert not close(bars.q, bars_of(data, x, y, x_bar, y_bar, solve, 1e-3, rho).q, 0.1), (
+        "no active set changed"
+    )
 
 
 def test_perturbed_is_the_derivative_of_the_normal_distribution_function_on_the_simplex():
@@ -203,7 +229,9 @@ def test_the_noise_is_that_of_the_seed_and_of_each_row_its_own():
         tensor(1, 0, -1, 2).expand(3, 4),
         torch.ones(4) > 0,
     )
-    first, again, other = (perturbed(data, x_bar, solve, 1.0, 8, seed, moving) for seed in (5, 5, 6))
+    first, again, other = (
+        perturbed(data, x_bar, solve, 1.0, 8, seed, moving) for seed in (5, 5, 6)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert not torch.equal(first[0], first[1])
@@ -295,13 +323,19 @@ def test_where_objective_and_solution_vanish_units_are_ones():
     """minimise |x|^2 / 2: nothing but P has a size, and the solution is only zero to rounding."""
     P, none = 2 * torch.eye(2).double()[None], torch.zeros(1, 0).double()
     data = data_of(P, torch.zeros(1, 2).double(), torch.zeros(1, 0, 2).double(), none, [])
-    assert step_of(data, tensor([1e-17, 0.0]), none, tensor([4.0, -1.0]), none, 0.1) == pytest.approx(0.1 * 2 / 4)
+    assert step_of(
+        data, tensor([1e-17, 0.0]), none, tensor([4.0, -1.0]), none, 0.1
+    ) == pytest.approx(0.1 * 2 / 4)
 
 
 def test_a_bound_at_infinity_is_no_unit():
     """minimise |x|^2 / 2 - x subject to x <= 1e20, x <= 0.5."""
     data = data_of(
-        torch.ones(1, 1, 1).double(), tensor([-1.0]), tensor([1], [1])[None], tensor([1e20, 0.5]), [Nonnegative(2)]
+        torch.ones(1, 1, 1).double(),
+        tensor([-1.0]),
+        tensor([1], [1])[None],
+        tensor([1e20, 0.5]),
+        [Nonnegative(2)],
     )
     got = step_of(data, tensor([0.5]), tensor([0, 0.5]), tensor([0.0]), tensor([0.0, 2.0]), 0.1)
     assert got == pytest.approx(0.1 * 0.5 / 2)
@@ -310,7 +344,10 @@ def test_a_bound_at_infinity_is_no_unit():
 def test_pieces_and_shared_values_change_nothing(monkeypatch):
     data, x, y, x_bar = linear()
     expected = surrogate_gradients(data, x, y, x_bar)
-    own = Data(data.program, *(part.expand(2, -1).contiguous() for part in (data.P, data.q, data.A, data.b)))
+    own = Data(
+        data.program,
+        *(part.expand(2, -1).contiguous() for part in (data.P, data.q, data.A, data.b)),
+    )
     monkeypatch.setattr(surrogates, "AT_ONCE", 1)
     for other in (data, own, own.to_dense()):
         for name, bars in surrogate_gradients(other, x, y, x_bar).items():
@@ -334,7 +371,13 @@ def test_lpgd_with_one_side_unsolved_is_the_other_sides_envelope_and_leaves_othe
 
 def test_a_row_that_cannot_be_solved_is_nan_and_leaves_other_rows_alone():
     """minimise q x subject to x >= 0: unbounded as soon as the cost is negative."""
-    data = data_of(torch.zeros(1, 1, 1).double(), tensor([1], [1]), tensor([-1])[None], tensor([0]), [Nonnegative(1)])
+    data = data_of(
+        torch.zeros(1, 1, 1).double(),
+        tensor([1], [1]),
+        tensor([-1])[None],
+        tensor([0]),
+        [Nonnegative(1)],
+    )
     x, moving = torch.zeros(2, 1).double(), torch.tensor([True])
     q_bar = blackbox(data, x, tensor([-1], [1]), solve, 2.0, moving)
     assert torch.isnan(q_bar[0]).all()
@@ -342,7 +385,15 @@ def test_a_row_that_cannot_be_solved_is_nan_and_leaves_other_rows_alone():
     q_bar = perturbed(data, tensor([1], [0]), solve, 10.0, 8, 0, moving)
     assert torch.isnan(q_bar[0]).all()
     assert float(q_bar[1]) == 0
-    both = bars_of(data, x, tensor([1], [1]), tensor([1], [0]), x, lambda data: (*solve(data)[:2], data.q[:, 0] > -9), 0.5)
+    both = bars_of(
+        data,
+        x,
+        tensor([1], [1]),
+        tensor([1], [0]),
+        x,
+        lambda data: (*solve(data)[:2], data.q[:, 0] > -9),
+        0.5,
+    )
     for part in (both.q, both.A, both.b):
         assert torch.isnan(part[0]).all()
         assert (part[1] == 0).all()
@@ -352,11 +403,26 @@ def test_a_row_that_cannot_be_solved_is_nan_and_leaves_other_rows_alone():
     ("call", "message"),
     [
         (lambda data, x, y, every: bars_of(data, x, y, x, y, unreachable, 0.0), "tau is 0.0"),
-        (lambda data, x, y, every: bars_of(data, x, y, x, y, unreachable, 1.0, rho=-1.0), "rho is -1.0"),
-        (lambda data, x, y, every: blackbox(data, x, x, unreachable, math.inf, every), "lam is inf"),
-        (lambda data, x, y, every: perturbed(data, x, unreachable, math.nan, 8, 0, every), "sigma is nan"),
-        (lambda data, x, y, every: perturbed(data, x, unreachable, 1.0, 7, 0, every), "samples is 7"),
-        (lambda data, x, y, every: perturbed(data, x, unreachable, 1.0, 8, 0, every), "objective is quadratic"),
+        (
+            lambda data, x, y, every: bars_of(data, x, y, x, y, unreachable, 1.0, rho=-1.0),
+            "rho is -1.0",
+        ),
+        (
+            lambda data, x, y, every: blackbox(data, x, x, unreachable, math.inf, every),
+            "lam is inf",
+        ),
+        (
+            lambda data, x, y, every: perturbed(data, x, unreachable, math.nan, 8, 0, every),
+            "sigma is nan",
+        ),
+        (
+            lambda data, x, y, every: perturbed(data, x, unreachable, 1.0, 7, 0, every),
+            "samples is 7",
+        ),
+        (
+            lambda data, x, y, every: perturbed(data, x, unreachable, 1.0, 8, 0, every),
+            "objective is quadratic",
+        ),
         (lambda data, x, y, every: blackbox(data, x, x, unreachable, 1.0, every), "Use `lpgd`"),
     ],
 )

@@ -55,7 +55,9 @@ for n in (16, 20, 24):
         layer(X.requires_grad_())[0].sum().backward()
 print("right", torch.get_num_threads())
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
     assert run.stdout.startswith("right"), run.stderr[-2000:]
 
 
@@ -86,7 +88,13 @@ class Asked(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-WITHOUT_WORK = {"aten::detach", "aten::alias", "aten::empty.memory_format", "aten::lift_fresh", "aten::_reshape_alias"}
+WITHOUT_WORK = {
+    "aten::detach",
+    "aten::alias",
+    "aten::empty.memory_format",
+    "aten::lift_fresh",
+    "aten::_reshape_alias",
+}
 
 
 @contextmanager
@@ -104,7 +112,10 @@ def two_threads():
 
 
 LAYERS = {
-    **{name: lambda name=name: (ConvexLayer(*STRUCTURES[name].declare()), STRUCTURES[name].sample) for name in STRUCTURES},
+    **{
+        name: lambda name=name: (ConvexLayer(*STRUCTURES[name].declare()), STRUCTURES[name].sample)
+        for name in STRUCTURES
+    },
     "a symmetric parameter": lambda: (problems.leading_eigenvector.layer(6), None),
     "cone_program": lambda: (problems.nearest_correlation.layer(4, structure="generic"), None),
 }
@@ -156,10 +167,17 @@ def test_small_work_asks_for_one_thread_forward_backward_and_in_second_derivativ
 
 @pytest.mark.parametrize("mode", ["jacfwd", "jacrev", "hessian"])
 def test_transforms_ask_for_one_thread(mode):
-    layer, (A, b) = (problems.least_squares.layer(6, 3), (t[0] for t in problems.least_squares.sample(1, 0, 6, 3)[:2]))
+    layer, (A, b) = (
+        problems.least_squares.layer(6, 3),
+        (t[0] for t in problems.least_squares.sample(1, 0, 6, 3)[:2]),
+    )
     with two_threads(), Asked() as asked:
         getattr(torch.func, mode)(lambda b: layer(A, b)[0].sum())(b)
-    assert not {name for name in asked.several if "lu" in name or "cholesky" in name or "qr" in name or "solve" in name}
+    assert not {
+        name
+        for name in asked.several
+        if "lu" in name or "cholesky" in name or "qr" in name or "solve" in name
+    }
 
 
 def test_large_work_may_ask_for_more():

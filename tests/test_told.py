@@ -25,22 +25,33 @@ def told(text: str, head: str) -> str:
     return line.split(":", 1)[1].strip()
 
 
-@pytest.mark.parametrize("name", ["quadratic_program", "lasso", "norm_ball", "nearest_correlation", "logistic_regression"])
+@pytest.mark.parametrize(
+    "name",
+    ["quadratic_program", "lasso", "norm_ball", "nearest_correlation", "logistic_regression"],
+)
 @pytest.mark.parametrize("solver", [None, "clarabel", "scs"])
 def test_the_cone_program_is_verified_by_a_solver_that_has_no_part_in_it(name, solver, monkeypatch):
-    layer = CASES[name].layer(structure="generic", solver=solver) if solver is None else CASES[name].layer(solver=solver)
+    layer = (
+        CASES[name].layer(structure="generic", solver=solver)
+        if solver is None
+        else CASES[name].layer(solver=solver)
+    )
     tensors = CASES[name].sample(2)
     used: list[set[str]] = []
 
     def watched(kind):
         method = "solve_data" if issubclass(kind, BatchSolver) else "solve"
         inner = getattr(kind, method)
-        monkeypatch.setattr(kind, method, lambda self, *a: (used[-1].add(self.name), inner(self, *a))[1])
+        monkeypatch.setattr(
+            kind, method, lambda self, *a: (used[-1].add(self.name), inner(self, *a))[1]
+        )
 
     for one in SOLVERS.values():
         watched(type(one))
     solve = ConvexLayer.solve
-    monkeypatch.setattr(ConvexLayer, "solve", lambda self, *a: (used.append(set()), solve(self, *a))[1])
+    monkeypatch.setattr(
+        ConvexLayer, "solve", lambda self, *a: (used.append(set()), solve(self, *a))[1]
+    )
     found = layer.verify(*tensors)
     mine, theirs = used
     assert mine
@@ -53,7 +64,9 @@ def test_the_cone_program_is_verified_by_a_solver_that_has_no_part_in_it(name, s
 
 def box(**options):
     x, p = cp.Variable(3, name="x"), cp.Parameter(3, name="p")
-    return ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - p)), [cp.norm(x) <= 1]), [p], [x], **options)
+    return ConvexLayer(
+        cp.Problem(cp.Minimize(cp.sum_squares(x - p)), [cp.norm(x) <= 1]), [p], [x], **options
+    )
 
 
 def test_a_solution_that_is_off_is_found_out(monkeypatch):
@@ -61,7 +74,11 @@ def test_a_solution_that_is_off_is_found_out(monkeypatch):
 
     def off(self, *tensors):
         solution = solve(self, *tensors)
-        return solution if self._settings.solving.alone else replace(solution, variables=tuple(1.001 * v for v in solution.variables))
+        return (
+            solution
+            if self._settings.solving.alone
+            else replace(solution, variables=tuple(1.001 * v for v in solution.variables))
+        )
 
     monkeypatch.setattr(ConvexLayer, "solve", off)
     assert not layer.verify(torch.tensor([3.0, 1.0, 2.0], dtype=torch.float64)).agrees
@@ -113,11 +130,19 @@ def test_explain_has_one_set_of_costs_and_hints_that_are_true(name):
     for batch in (1, 32):
         text = layer.explain(batch)
         assert "estimated" not in text
-        assert len(re.findall(r"^Forward:", text, re.M)) == len(re.findall(r"^Backward:", text, re.M)) == 1
+        assert (
+            len(re.findall(r"^Forward:", text, re.M))
+            == len(re.findall(r"^Backward:", text, re.M))
+            == 1
+        )
         assert ("a norm in the objective" in text) == (name == "a norm")
         assert ("entropy" in text) == (name == "an entropy")
         assert "scs" not in text
-        lines = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.split(":")[0].strip() in {*STRUCTURES, "no"}]
+        lines = [
+            line.split(":", 1)[1].strip()
+            for line in text.splitlines()
+            if line.split(":")[0].strip() in {*STRUCTURES, "no"}
+        ]
         assert len(lines) == len(set(lines)), "two lines say the same"
         assert all(structure in text for structure in STRUCTURES)
 
@@ -139,7 +164,9 @@ def test_the_solver_that_explain_names_is_the_one_that_runs():
     for name, (problem, parameters, variables, options) in DECLARED.items():
         layer = ConvexLayer(problem, parameters, variables, on_failure="nan", **options)
         named = told(layer.explain(3), "Solver").split(",")[0]
-        solution = layer.solve(*[torch.full((3, *p.shape), 0.4, dtype=torch.float64) for p in parameters])
+        solution = layer.solve(
+            *[torch.full((3, *p.shape), 0.4, dtype=torch.float64) for p in parameters]
+        )
         assert not any("not settled" in note for note in solution.notes), (name, solution.notes)
         assert named in SOLVERS
 
@@ -152,11 +179,19 @@ def test_the_front_door_names_the_solvers_that_there_are():
 @pytest.mark.parametrize("solver", [None, *SOLVERS])
 def test_repr_names_a_solver_that_was_named_and_no_other(solver):
     named = f"solver={'the cheapest' if solver is None else solver}, "
-    assert named in repr(CASES["quadratic_program"].layer(structure="generic") if solver is None else CASES["quadratic_program"].layer(solver=solver))
+    assert named in repr(
+        CASES["quadratic_program"].layer(structure="generic")
+        if solver is None
+        else CASES["quadratic_program"].layer(solver=solver)
+    )
     options = {"daqp": {"iter_limit": 99}, "clarabel": {"max_iter": 99}}
     if solver in options:
-        assert named in repr(CASES["quadratic_program"].layer(solver=solver, solver_args=options[solver]))
-    assert "solver=clarabel, " in repr(CASES["quadratic_program"].layer(solver_args=options["clarabel"]))  # whose options they are
+        assert named in repr(
+            CASES["quadratic_program"].layer(solver=solver, solver_args=options[solver])
+        )
+    assert "solver=clarabel, " in repr(
+        CASES["quadratic_program"].layer(solver_args=options["clarabel"])
+    )  # whose options they are
 
 
 def test_no_sentence_counts_the_solvers():
@@ -172,31 +207,54 @@ def test_no_sentence_counts_the_solvers():
 def variables_alone(name):
     declared = CASES[name].declare()
     own = {variable.id for variable in declared.problem.variables()}
-    return ConvexLayer(declared.problem, declared.parameters, [v for v in declared.outputs if v.id in own], gp=CASES[name].gp)
+    return ConvexLayer(
+        declared.problem,
+        declared.parameters,
+        [v for v in declared.outputs if v.id in own],
+        gp=CASES[name].gp,
+    )
 
 
-@pytest.mark.parametrize("name", ["lasso", "norm_ball", "nearest_correlation", "logistic_regression", "posynomial"])
-def test_a_layer_is_verified_against_cvxpy_with_diffcp_which_finds_a_wrong_gradient(name, monkeypatch):
+@pytest.mark.parametrize(
+    "name", ["lasso", "norm_ball", "nearest_correlation", "logistic_regression", "posynomial"]
+)
+def test_a_layer_is_verified_against_cvxpy_with_diffcp_which_finds_a_wrong_gradient(
+    name, monkeypatch
+):
     layer, tensors = variables_alone(name), CASES[name].sample(2)
     found = layer.verify(*tensors, against="diffcp")
     assert found.agrees, found
     assert "against CVXPY with diffcp, 2 rows: agree" in str(found)
     assert bool((found.value > 0).any())  # two computations, not one
     adjoint = convlayer.paths.cone_solution.adjoint_of
-    monkeypatch.setattr(convlayer.paths.cone_solution, "adjoint_of", lambda *a: [1.01 * part for part in adjoint(*a)])
-    wrong = variables_alone(name).with_options(structure="generic").verify(*tensors, against="diffcp")
+    monkeypatch.setattr(
+        convlayer.paths.cone_solution,
+        "adjoint_of",
+        lambda *a: [1.01 * part for part in adjoint(*a)],
+    )
+    wrong = (
+        variables_alone(name).with_options(structure="generic").verify(*tensors, against="diffcp")
+    )
     assert not wrong.agrees
     assert "DISAGREE" in str(wrong)
 
 
 def test_what_diffcp_cannot_say_is_said():
-    with pytest.raises(ValueError, match="returns multipliers too: verify a layer of the variables alone"):
-        CASES["quadratic_program"].layer().verify(*CASES["quadratic_program"].sample(2), against="diffcp")
+    with pytest.raises(
+        ValueError, match="returns multipliers too: verify a layer of the variables alone"
+    ):
+        CASES["quadratic_program"].layer().verify(
+            *CASES["quadratic_program"].sample(2), against="diffcp"
+        )
     with pytest.raises(ValueError, match="`against` must be one of 'diffcp'; got 'ecos'"):
         CASES["lasso"].layer().verify(*CASES["lasso"].sample(2), against="ecos")
-    infeasible = ConvexLayer(*_capped(), on_failure="keep").verify(torch.tensor([1.0, -1.0]).double(), against="diffcp")
+    infeasible = ConvexLayer(*_capped(), on_failure="keep").verify(
+        torch.tensor([1.0, -1.0]).double(), against="diffcp"
+    )
     assert infeasible.agrees
-    form = variables_alone("quadratic_program").verify(*CASES["quadratic_program"].sample(2), against="diffcp")
+    form = variables_alone("quadratic_program").verify(
+        *CASES["quadratic_program"].sample(2), against="diffcp"
+    )
     assert "2 not compared" in str(form)
     assert "not DPP (when requires_grad is True" in str(form)
     a, x, z = cp.Parameter(2, nonneg=True), cp.Variable(2), cp.Variable()
@@ -208,4 +266,8 @@ def test_what_diffcp_cannot_say_is_said():
 
 def _capped():
     x, cap = cp.Variable(3), cp.Parameter()
-    return cp.Problem(cp.Minimize(cp.norm(x - np.arange(3))), [x >= 0, cp.sum(x) <= cap]), [cap], [x]
+    return (
+        cp.Problem(cp.Minimize(cp.norm(x - np.arange(3))), [x >= 0, cp.sum(x) <= cap]),
+        [cap],
+        [x],
+    )

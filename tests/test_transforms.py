@@ -49,7 +49,10 @@ class Path:
 
     def directions(self, *batch: int, seed: int) -> tuple[Tensor, ...]:
         generator = torch.Generator().manual_seed(seed)
-        return tuple(torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in self.sample(*batch))
+        return tuple(
+            torch.randn(t.shape, generator=generator, dtype=torch.float64)
+            for t in self.sample(*batch)
+        )
 
     def entered(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Matrices are symmetric where they are declared so, and the marginals of a transport sum to one."""
@@ -68,7 +71,10 @@ class Path:
     def loss(self, *tensors: Tensor) -> Tensor:
         """Of one instance, or of a batch whose rows count differently."""
         outputs = self(*tensors)
-        linear = sum((torch.cos(torch.arange(1.0, o.numel() + 1)).reshape(o.shape) * o).sum() for o in outputs)
+        linear = sum(
+            (torch.cos(torch.arange(1.0, o.numel() + 1)).reshape(o.shape) * o).sum()
+            for o in outputs
+        )
         return linear + sum(o.square().sum() for o in outputs) / 4
 
     def __repr__(self) -> str:
@@ -82,7 +88,9 @@ def paths() -> list[Path]:
     for spelling in SPELLINGS:
         problem, _, variables = spelling.declare()
         if not {v.id for v in variables} <= {v.id for v in problem.variables()}:
-            found.append(Path(str(spelling), spelling.layer, functools.partial(spelling.sample, seed=3)))
+            found.append(
+                Path(str(spelling), spelling.layer, functools.partial(spelling.sample, seed=3))
+            )
     for name in ("quadratic_program", "raw_second_order"):
         build = functools.partial(CASES[name].layer, solver="interior_point")
         found.append(Path(f"{name} interior_point", build, CASES[name].sample))
@@ -133,7 +141,9 @@ def every_gradient(path: Path) -> Callable[..., tuple[Tensor, ...]]:
     return grad(path.loss, argnums=tuple(range(path.arity)))
 
 
-def forward_over_reverse(path: Path, tensors: Sequence[Tensor], a: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def forward_over_reverse(
+    path: Path, tensors: Sequence[Tensor], a: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
     return jvp(every_gradient(path), tuple(tensors), tuple(a))[1]
 
 
@@ -166,16 +176,24 @@ def test_jacobians_of_both_modes_agree_with_a_loop_of_plain_backward(path):
     for output in outputs:
 
         def pulled(unit: Tensor, output: Tensor = output) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(output, inputs, unit.reshape(output.shape), retain_graph=True)
+            return torch.autograd.grad(
+                output, inputs, unit.reshape(output.shape), retain_graph=True
+            )
 
         units = torch.eye(output.numel(), dtype=torch.float64)
-        for name, columns in (("loop", zip(*map(pulled, units), strict=True)), ("batched", vmap(pulled)(units))):
+        for name, columns in (
+            ("loop", zip(*map(pulled, units), strict=True)),
+            ("batched", vmap(pulled)(units)),
+        ):
             found[name] += [
-                torch.stack([*c]).reshape(output.shape + t.shape) for c, t in zip(columns, tensors, strict=True)
+                torch.stack([*c]).reshape(output.shape + t.shape)
+                for c, t in zip(columns, tensors, strict=True)
             ]
     assert agree(found["batched"], found["loop"], 1e-12)
     for jacobian in (jacrev, jacfwd):
-        assert agree([part for row in jacobian(path, every)(*tensors) for part in row], found["loop"], 1e-9)
+        assert agree(
+            [part for row in jacobian(path, every)(*tensors) for part in row], found["loop"], 1e-9
+        )
 
 
 # Second derivatives -----------------------------------------------------------------------------------------------------
@@ -188,7 +206,8 @@ def test_the_second_derivative_is_that_of_central_differences_in_every_combinati
 
     def slope(step: float) -> Tensor:
         ahead, behind = (
-            inner(gradient(path, [t + sign * step * d for t, d in zip(tensors, b, strict=True)]), a) for sign in (1, -1)
+            inner(gradient(path, [t + sign * step * d for t, d in zip(tensors, b, strict=True)]), a)
+            for sign in (1, -1)
         )
         return (ahead - behind) / (2 * step)
 
@@ -211,7 +230,9 @@ def test_the_hessian_of_a_loss_agrees_with_a_loop_of_double_backward_and_is_symm
     shapes, sizes = [t.shape for t in tensors], [t.numel() for t in tensors]
 
     def loss(point: Tensor) -> Tensor:
-        return path.loss(*(part.view(shape) for part, shape in zip(point.split(sizes), shapes, strict=True)))
+        return path.loss(
+            *(part.view(shape) for part, shape in zip(point.split(sizes), shapes, strict=True))
+        )
 
     point = torch.cat([t.flatten() for t in tensors])
     (leaf,) = leaves([point])
@@ -258,7 +279,9 @@ def test_the_old_vmap_of_torch_is_refused_and_told_what_to_write_instead(path):
     inputs = leaves(path.sample())
     output = path.loss(*inputs)
     with pytest.raises(RuntimeError, match=r"torch\.func"):
-        torch.autograd.grad(output, inputs, torch.ones(2, dtype=torch.float64), is_grads_batched=True)
+        torch.autograd.grad(
+            output, inputs, torch.ones(2, dtype=torch.float64), is_grads_batched=True
+        )
 
 
 def test_a_layer_of_a_layer_is_differentiated_twice():
@@ -276,7 +299,12 @@ def test_a_layer_of_a_layer_is_differentiated_twice():
     def slope(step: float) -> Tensor:
         ahead, behind = (
             torch.stack(
-                [p.sum() for p in grad(loss, (0, 1))(*(t + s * step * d for t, d in zip(tensors, a, strict=True)))]
+                [
+                    p.sum()
+                    for p in grad(loss, (0, 1))(
+                        *(t + s * step * d for t, d in zip(tensors, a, strict=True))
+                    )
+                ]
             )
             for s in (1, -1)
         )
@@ -295,7 +323,9 @@ def test_a_layer_of_a_layer_is_differentiated_twice():
     assert abs(float(jvp(tangent, tensors, a)[1] - inner(second, a))) <= 1e-9 * size(second)
     inputs = leaves(tensors)
     assert agree(
-        torch.autograd.grad(inner(torch.autograd.grad(loss(*inputs), inputs, create_graph=True), a), inputs),
+        torch.autograd.grad(
+            inner(torch.autograd.grad(loss(*inputs), inputs, create_graph=True), a), inputs
+        ),
         second,
         1e-9,
     )
@@ -314,11 +344,18 @@ def splits(path: Path) -> list[list[bool]]:
     """Which parameters are batched: each alone, all the others, and all."""
     n = path.arity
     alone = [[k == chosen for k in range(n)] for chosen in range(n)]
-    return [[True] * n] + (alone + [[not one for one in row] for row in alone] if n > 2 else alone if n == 2 else [])
+    return [[True] * n] + (
+        alone + [[not one for one in row] for row in alone] if n > 2 else alone if n == 2 else []
+    )
 
 
-def looped(function: Callable, args: Sequence[Tensor], batched: Sequence[bool], count: int) -> list[Tensor]:
-    rows = [function(*(t[k] if one else t for t, one in zip(args, batched, strict=True))) for k in range(count)]
+def looped(
+    function: Callable, args: Sequence[Tensor], batched: Sequence[bool], count: int
+) -> list[Tensor]:
+    rows = [
+        function(*(t[k] if one else t for t, one in zip(args, batched, strict=True)))
+        for k in range(count)
+    ]
     return [torch.stack(column) for column in zip(*rows, strict=True)]
 
 
@@ -328,15 +365,21 @@ def test_vmap_over_any_parameters_at_any_dimension_is_a_loop(path):
     for batched in splits(path):
         args = [stack if one else t for t, stack, one in zip(alone, many, batched, strict=True)]
         expected = looped(path, args, batched, 2)
-        assert agree(vmap(path, tuple(0 if one else None for one in batched))(*args), expected, 1e-10)
+        assert agree(
+            vmap(path, tuple(0 if one else None for one in batched))(*args), expected, 1e-10
+        )
         last = [t.movedim(0, -1) if one else t for t, one in zip(args, batched, strict=True)]
-        assert agree(vmap(path, tuple(-1 if one else None for one in batched))(*last), expected, 1e-10)
+        assert agree(
+            vmap(path, tuple(-1 if one else None for one in batched))(*last), expected, 1e-10
+        )
 
 
 @every_path
 def test_vmap_inside_vmap_and_around_a_batch_is_a_loop(path):
     alone, many = path.sample(), around(path, 3, seed=1)
-    pairs = [torch.stack([t, t + 0.01 * d]) for t, d in zip(alone, path.directions(seed=2), strict=True)]
+    pairs = [
+        torch.stack([t, t + 0.01 * d]) for t, d in zip(alone, path.directions(seed=2), strict=True)
+    ]
     n = len(alone)
     within = [k == 0 for k in range(n)]
     if n == 1:
@@ -380,7 +423,9 @@ def test_vmap_of_a_second_derivative_over_samples_and_over_directions_is_a_loop(
     directions = [False] * n + [True] * n
     args = [*path.sample(), *a]
     assert agree(
-        vmap(function, tuple(0 if one else None for one in directions))(*args), looped(plain, args, directions, 2), 1e-8
+        vmap(function, tuple(0 if one else None for one in directions))(*args),
+        looped(plain, args, directions, 2),
+        1e-8,
     )
 
 
@@ -392,7 +437,13 @@ def test_what_solve_says_of_a_row_is_said_of_each_sample_by_vmap(path):
     def told(*row: Tensor) -> tuple[Tensor, ...]:
         solution = path.layer.solve(*row)
         assert solution.status.shape == ()
-        return solution.status, solution.iterations, solution.degenerate, solution.residual, solution.objective
+        return (
+            solution.status,
+            solution.iterations,
+            solution.degenerate,
+            solution.residual,
+            solution.objective,
+        )
 
     status, iterations, degenerate, residual, objective = vmap(told)(*tensors)
     assert torch.equal(status, expected.status)
@@ -407,7 +458,9 @@ def test_what_solve_says_of_a_row_is_said_of_each_sample_by_vmap(path):
 
 @every_path
 def test_a_row_that_failed_is_nan_in_every_transform_and_leaves_the_others_untouched(path):
-    lenient = Path(path.name, functools.partial(path.layer.with_options, on_failure="nan"), path.draw)
+    lenient = Path(
+        path.name, functools.partial(path.layer.with_options, on_failure="nan"), path.draw
+    )
     tensors, a = path.sample(3), path.directions(3, seed=1)
     spoilt = [t.clone() for t in tensors]
     spoilt[-1][1] = torch.nan
@@ -417,7 +470,13 @@ def test_a_row_that_failed_is_nan_in_every_transform_and_leaves_the_others_untou
         values, tangents = jvp(lenient, args[:n], args[n:])
         gradients, curvatures = jvp(every_gradient(lenient), args[:n], args[n:])
         _, pull = vjp(lenient, *args[:n])
-        return [*values, *tangents, *gradients, *curvatures, *pull(tuple(torch.ones_like(value) for value in values))]
+        return [
+            *values,
+            *tangents,
+            *gradients,
+            *curvatures,
+            *pull(tuple(torch.ones_like(value) for value in values)),
+        ]
 
     found = vmap(all_of_them)(*spoilt, *a)
     clean = vmap(all_of_them)(*(t[rows] for t in (*tensors, *a)))
@@ -433,7 +492,9 @@ def test_a_row_that_failed_is_nan_in_every_transform_and_leaves_the_others_untou
 
 def test_a_row_without_a_solution_is_named_inside_vmap_or_nan():
     low, high, x = cp.Parameter(2), cp.Parameter(2), cp.Variable(2)
-    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x)), [x >= low, x <= high]), [low, high], [x])
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(cp.sum_squares(x)), [x >= low, x <= high]), [low, high], [x]
+    )
     lows = torch.tensor([[0.1, 0.2], [3.0, 3.0], [0.3, 0.4]], dtype=torch.float64)
     high = torch.ones(2, dtype=torch.float64)
     with pytest.raises(SolverError, match="row 1: INFEASIBLE") as caught:
@@ -458,7 +519,9 @@ def test_a_warm_start_inside_a_transform_is_refused():
     solution = path.layer.solve(*tensors)
     for option in ({"ids": [0, 1]}, {"warm_start": solution}):
         with pytest.raises(RuntimeError, match=r"cannot be used inside a torch\.func transform"):
-            grad(lambda *args, option=option: path.layer.solve(*args, **option).objective.sum())(*tensors)
+            grad(lambda *args, option=option: path.layer.solve(*args, **option).objective.sum())(
+                *tensors
+            )
         with (
             forward_ad.dual_level(),
             pytest.raises(RuntimeError, match=r"cannot be used inside a torch\.func transform"),

@@ -41,17 +41,31 @@ def test_after_a_step_of_training_the_answer_is_that_of_a_cold_start(name):
     warm, cold = layer.solve(*inputs, ids=ids), layer.solve(*inputs)
     assert torch.equal(warm.status, cold.status)
     good = ~(warm.degenerate | cold.degenerate)
-    for a, b in zip([*warm.variables, warm.objective], [*cold.variables, cold.objective], strict=True):
+    for a, b in zip(
+        [*warm.variables, warm.objective], [*cold.variables, cold.objective], strict=True
+    ):
         assert close(a[good], b[good], 1e-8)
     if bool(good.all()):
-        bars = [torch.autograd.grad(sum(v.sum() for v in s.variables), inputs, allow_unused=True) for s in (warm, cold)]
+        bars = [
+            torch.autograd.grad(sum(v.sum() for v in s.variables), inputs, allow_unused=True)
+            for s in (warm, cold)
+        ]
         for a, b in zip(*bars, strict=True):
-            assert float((a - b).norm()) <= 1e-6 * max(1e-3, max(float(bar.norm()) for bar in bars[1]))
+            assert float((a - b).norm()) <= 1e-6 * max(
+                1e-3, max(float(bar.norm()) for bar in bars[1])
+            )
 
 
 def test_iterations_fall_by_more_than_a_third_on_a_training_run():
     saved = total = 0
-    for name in ("quadratic_program", "lasso", "norm_ball", "entropy", "nearest_correlation", "logistic_regression"):
+    for name in (
+        "quadratic_program",
+        "lasso",
+        "norm_ball",
+        "entropy",
+        "nearest_correlation",
+        "logistic_regression",
+    ):
         case = CASES[name]
         layer, tensors, other = case.layer(), case.sample(4, seed=0), case.sample(4, seed=1)
         for step in range(5):
@@ -93,7 +107,12 @@ def test_a_layer_forgets_when_told_and_its_copies_know_nothing():
     layer, tensors = case.layer(), case.sample(2, seed=0)
     layer.solve(*tensors, ids=[0, 1])
     assert len(layer._starts) == 2
-    for other in (copy.copy(layer), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer.with_options(on_failure="nan")):
+    for other in (
+        copy.copy(layer),
+        copy.deepcopy(layer),
+        pickle.loads(pickle.dumps(layer)),
+        layer.with_options(on_failure="nan"),
+    ):
         assert len(other._starts) == 0 or other._starts is layer._starts
     layer.forget()
     assert (layer.solve(*tensors, ids=[0, 1]).iterations > 0).all()

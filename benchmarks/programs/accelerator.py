@@ -20,7 +20,10 @@ def family(options: Options) -> Family:
         "accelerator",
         "Forward and the gradient of all parameters with the parameters on the device, and on the host, milliseconds; relative "
         "differences of the two.",
-        [(task.name, lambda task=task: [measure(task, options)]) for task in (QUICK if options.quick else TASKS)],
+        [
+            (task.name, lambda task=task: [measure(task, options)])
+            for task in (QUICK if options.quick else TASKS)
+        ],
     )
 
 

@@ -58,7 +58,9 @@ def measure(name: str, sizes: tuple[int, ...], options: Options) -> Row:
     hidden = dict(zip(signature(case).parameters, sizes, strict=True))
 
     def ours(*leaves: Tensor) -> Variables:
-        return tuple(x.cpu() for x in layer(*(leaf.to(options.device, options.dtype) for leaf in leaves)))
+        return tuple(
+            x.cpu() for x in layer(*(leaf.to(options.device, options.dtype) for leaf in leaves))
+        )
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -67,7 +69,11 @@ def measure(name: str, sizes: tuple[int, ...], options: Options) -> Row:
         assert solution.iterate is not None
         figures = {
             KKT: max(
-                kkt_residual(declared, [t[k].numpy() for t in tensors], *(v[k].numpy() for v in solution.iterate))
+                kkt_residual(
+                    declared,
+                    [t[k].numpy() for t in tensors],
+                    *(v[k].numpy() for v in solution.iterate),
+                )
                 for k in range(ROWS)
             ),
             SOLUTION: solution_error(ours, tensors, exact),
@@ -76,7 +82,9 @@ def measure(name: str, sizes: tuple[int, ...], options: Options) -> Row:
             "kinks": int((~expected[2]).sum()),
         }
     shape = ", ".join(f"{key} {size}" for key, size in hidden.items())
-    return Row(f"{name} ({shape})", {column: _plain(figure) for column, figure in figures.items()}, WANTED)
+    return Row(
+        f"{name} ({shape})", {column: _plain(figure) for column, figure in figures.items()}, WANTED
+    )
 
 
 def _plain(figure: float | int) -> float | int:
@@ -87,5 +95,7 @@ def summary(rows: list[Row]) -> Iterable[Row]:
     """Median and worst."""
     measured = [row for row in rows if not row.error]
     for name, reduce in (("median", statistics.median), ("worst", max)):
-        figures = {c: reduce([row.figures[c] for row in measured]) for c in (KKT, SOLUTION, GRADIENT)}
+        figures = {
+            c: reduce([row.figures[c] for row in measured]) for c in (KKT, SOLUTION, GRADIENT)
+        }
         yield Row(name, figures, WANTED)

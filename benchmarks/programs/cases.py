@@ -74,18 +74,40 @@ def factor(P: Tensor) -> Tensor:
 def second_order_program(n: int = 4, cones: int = 2, size: int = 3):
     """minimise 1/2 |x|^2 + q'x  subject to  |F_i x + g_i| <= d_i'x + e_i  for each cone, of `size` rows together."""
     k = size - 1
-    q, F, g = cp.Parameter(n, name="q"), cp.Parameter((cones * k, n), name="F"), cp.Parameter(cones * k, name="g")
-    D, e, x = cp.Parameter((cones, n), name="D"), cp.Parameter(cones, name="e"), cp.Variable(n, name="x")
+    q, F, g = (
+        cp.Parameter(n, name="q"),
+        cp.Parameter((cones * k, n), name="F"),
+        cp.Parameter(cones * k, name="g"),
+    )
+    D, e, x = (
+        cp.Parameter((cones, n), name="D"),
+        cp.Parameter(cones, name="e"),
+        cp.Variable(n, name="x"),
+    )
     norms = cp.norm(cp.reshape(F @ x + g, (cones, k), order="C"), 2, axis=1)
-    return cp.Problem(cp.Minimize(cp.sum_squares(x) / 2 + q @ x), [norms <= D @ x + e]), [q, F, g, D, e], [x]
+    return (
+        cp.Problem(cp.Minimize(cp.sum_squares(x) / 2 + q @ x), [norms <= D @ x + e]),
+        [q, F, g, D, e],
+        [x],
+    )
 
 
 @second_order_program.sampled_by
 def _inside_the_cones(draw, n, cones, size):
-    inside, F, g = draw.normal(n, 1), draw.normal(cones * (size - 1), n), draw.normal(cones * (size - 1))
+    inside, F, g = (
+        draw.normal(n, 1),
+        draw.normal(cones * (size - 1), n),
+        draw.normal(cones * (size - 1)),
+    )
     D = 0.3 * draw.normal(cones, n)
     norms = ((F @ inside).squeeze(-1) + g).unflatten(-1, (cones, size - 1)).norm(dim=-1)
-    return 3 * draw.normal(n), F, g, D, norms - (D @ inside).squeeze(-1) + draw.uniform(*ROOM, cones)
+    return (
+        3 * draw.normal(n),
+        F,
+        g,
+        D,
+        norms - (D @ inside).squeeze(-1) + draw.uniform(*ROOM, cones),
+    )
 
 
 @second_order_program.solved_by
@@ -105,7 +127,9 @@ def _by_active_cones(q, F, g, D, e):
         H = np.eye(n)
         for i, u, length, multiplier in zip(active, units, lengths, multipliers):
             H += multiplier / length * F[i].T @ (np.eye(len(u)) - np.outer(u, u)) @ F[i]
-        value = np.append(x + q + B.T @ multipliers, [v - D[i] @ x - e[i] for i, v in zip(active, lengths)])
+        value = np.append(
+            x + q + B.T @ multipliers, [v - D[i] @ x - e[i] for i, v in zip(active, lengths)]
+        )
         K = np.block([[H, B.T], [B, np.zeros((len(B), len(B)))]])
         step = np.linalg.solve(K, -value)
         x, multipliers = x + step[:n], multipliers + step[n:]
@@ -119,7 +143,11 @@ def constrained_control(states: int = 4, inputs: int = 2, horizon: int = 5):
     start, X = cp.Parameter(states, name="start"), cp.Variable((states, horizon + 1), name="X")
     U = cp.Variable((inputs, horizon), name="U")
     moves = [X[:, 0] == start, X[:, 1:] == A @ X[:, :-1] + B @ U, cp.abs(U) <= LIMIT]
-    return cp.Problem(cp.Minimize(cp.sum_squares(X) + EFFORT * cp.sum_squares(U)), moves), [A, B, start], [U]
+    return (
+        cp.Problem(cp.Minimize(cp.sum_squares(X) + EFFORT * cp.sum_squares(U)), moves),
+        [A, B, start],
+        [U],
+    )
 
 
 @constrained_control.sampled_by
@@ -136,7 +164,9 @@ def _condensed(A, B, start, *, horizon):
     S = np.zeros(((horizon + 1) * states, horizon * inputs))
     for t in range(1, horizon + 1):
         for k in range(t):
-            S[t * states : (t + 1) * states, k * inputs : (k + 1) * inputs] = np.linalg.matrix_power(A, t - 1 - k) @ B
+            S[t * states : (t + 1) * states, k * inputs : (k + 1) * inputs] = (
+                np.linalg.matrix_power(A, t - 1 - k) @ B
+            )
     P, q = 2 * S.T @ S + 2 * EFFORT * np.eye(S.shape[1]), 2 * S.T @ T @ start
     box, none = np.vstack([np.eye(len(q)), -np.eye(len(q))]), np.zeros((0, len(q)))
     u = quadratic_solution(P, q, box, np.full(2 * len(q), LIMIT), none, np.zeros(0))
@@ -145,7 +175,13 @@ def _condensed(A, B, start, *, horizon):
 
 CASES: dict[str, Prebuilt] = {
     case.name: case
-    for case in (*PROBLEMS.values(), dense_program, factored_program, second_order_program, constrained_control)
+    for case in (
+        *PROBLEMS.values(),
+        dense_program,
+        factored_program,
+        second_order_program,
+        constrained_control,
+    )
 }
 
 

@@ -24,7 +24,9 @@ def quadratic_solution(P, q, G, h, A, b) -> np.ndarray:
     K = np.block([[P, B.T], [B, np.zeros((len(c), len(c)))]])
     z = extended_solve(K, np.concatenate([-q, c]))
     x, multipliers = z[:n], z[n + len(b) :]
-    if np.any(G @ x > h + CHECK * (1 + abs(h))) or np.any(multipliers < -CHECK * (1 + abs(multipliers).max(initial=0))):
+    if np.any(G @ x > h + CHECK * (1 + abs(h))) or np.any(
+        multipliers < -CHECK * (1 + abs(multipliers).max(initial=0))
+    ):
         raise ArithmeticError(f"the active set of {len(active)} of {m} inequalities is not optimal")
     return x
 
@@ -34,7 +36,12 @@ def _active(P, q, G, h, A, b) -> np.ndarray:
     settings.verbose = False
     settings.tol_feas = settings.tol_gap_abs = settings.tol_gap_rel = 1e-11
     cones = [clarabel.ZeroConeT(len(b)), clarabel.NonnegativeConeT(len(h))]
-    matrices = sp.csc_matrix(np.triu(P)), q, sp.csc_matrix(np.vstack([A, G])), np.concatenate([b, h])
+    matrices = (
+        sp.csc_matrix(np.triu(P)),
+        q,
+        sp.csc_matrix(np.vstack([A, G])),
+        np.concatenate([b, h]),
+    )
     found = clarabel.DefaultSolver(*matrices, cones, settings).solve()
     z, s = (np.array(v)[len(b) :] for v in (found.z, found.s))
     return np.flatnonzero(z > s)

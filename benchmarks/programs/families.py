@@ -93,8 +93,12 @@ def measure(name: str, drawn: Drawn, size: int, condition: float) -> Row:
 def summary(rows: list[Row]) -> Iterable[Row]:
     """How many are solved, and the worst of them."""
     measured = [row for row in rows if not row.error]
-    figures = {c: sum(row.figures[c] for row in measured) for c in (ROWS, SOLVED, "inaccurate", "failed", "no second")}
+    figures = {
+        c: sum(row.figures[c] for row in measured)
+        for c in (ROWS, SOLVED, "inaccurate", "failed", "no second")
+    }
     worst = {
-        c: max((v for row in measured if (v := row.figures[c]) is not None), default=None) for c in (ERROR, "objective")
+        c: max((v for row in measured if (v := row.figures[c]) is not None), default=None)
+        for c in (ERROR, "objective")
     }
     yield Row("all", figures | worst, {ERROR: ("<=", WITHIN), "objective": ("<=", WITHIN)})

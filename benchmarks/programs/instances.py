@@ -50,7 +50,9 @@ class Instance:
 
     def layer(self) -> ConvexLayer:
         """All variables and all duals are outputs."""
-        return ConvexLayer(self.problem, self.parameters, [*self.variables, *self.duals], on_failure="keep")
+        return ConvexLayer(
+            self.problem, self.parameters, [*self.variables, *self.duals], on_failure="keep"
+        )
 
     def tensors(self) -> list[torch.Tensor]:
         """One a parameter, the batch in front."""
@@ -86,7 +88,9 @@ def certificate(problem: cp.Problem, duals: Sequence[np.ndarray]) -> dict[str, f
         y, excess = dual.ravel(order="F"), np.ravel(constraint.expr.value, order="F")
         constant, length = excess.copy(), np.zeros(len(y))
         for v, part in constraint.expr.grad.items():  # (size of v, size of the constraint)
-            J = sp.csr_array(part if sp.issparse(part) else np.atleast_2d(part)).reshape(v.size, len(y))
+            J = sp.csr_array(part if sp.issparse(part) else np.atleast_2d(part)).reshape(
+                v.size, len(y)
+            )
             value = v.value.ravel(order="F")
             constant, length = constant - J.T @ value, length + abs(J).T @ np.abs(value)
             gradient[v] = gradient.get(v, 0.0) + J @ y
@@ -99,7 +103,10 @@ def certificate(problem: cp.Problem, duals: Sequence[np.ndarray]) -> dict[str, f
             outside.append(np.maximum(excess, 0))
             negative.append(np.maximum(-y, 0))
             multipliers.append(y)
-            gap, weight = gap + float(np.abs(y) @ np.abs(excess)), weight + float(np.abs(y) @ length)
+            gap, weight = (
+                gap + float(np.abs(y) @ np.abs(excess)),
+                weight + float(np.abs(y) @ length),
+            )
     return {
         "feasibility": _size(outside) / max(_size(lengths), TINY),
         "stationarity": _size(gradient.values()) / max(_size(terms), TINY),
@@ -157,7 +164,9 @@ def _size(parts: Iterable[np.ndarray]) -> float:
 
 def sparse(random: np.random.Generator, m: int, n: int, density: float = DENSITY) -> sp.csc_array:
     """Gaussian, with at least one entry in each row and column."""
-    A = sp.random_array((m, n), density=density, rng=random, data_sampler=random.standard_normal, format="lil")
+    A = sp.random_array(
+        (m, n), density=density, rng=random, data_sampler=random.standard_normal, format="lil"
+    )
     for i in range(max(m, n)):
         A[i % m, i % n] = random.standard_normal()
     return sp.csc_array(A)
@@ -169,7 +178,11 @@ def random_quadratic_program(n: int, random: np.random.Generator):
     q, u, x = cp.Parameter(n, name="q"), cp.Parameter(10 * n, name="u"), cp.Variable(n, name="x")
     curvature = cp.sum_squares(M.T @ x) + RIDGE * cp.sum_squares(x)
     problem = cp.Problem(cp.Minimize(curvature / 2 + q @ x), [A @ x <= u])
-    return problem, [q, u], lambda r: (r.standard_normal(n), A @ r.standard_normal(n) + r.uniform(0, 1, 10 * n))
+    return (
+        problem,
+        [q, u],
+        lambda r: (r.standard_normal(n), A @ r.standard_normal(n) + r.uniform(0, 1, 10 * n)),
+    )
 
 
 def equality_program(n: int, random: np.random.Generator):
@@ -184,17 +197,27 @@ def equality_program(n: int, random: np.random.Generator):
 def predictive_control(states: int, random: np.random.Generator):
     """A linear system with bounds on states and inputs, over ten steps; the horizon's cost is that of Riccati's equation."""
     inputs = max(states // 2, 1)
-    A, B = np.eye(states) + 0.01 * random.standard_normal((states, states)), random.standard_normal((states, inputs))
+    A, B = (
+        np.eye(states) + 0.01 * random.standard_normal((states, states)),
+        random.standard_normal((states, inputs)),
+    )
     A /= max(1.0, np.abs(np.linalg.eigvals(A)).max() / 0.999)
-    Q, R = np.diag(random.uniform(0, 10, states) * (random.uniform(size=states) < 0.7)), 0.1 * np.eye(inputs)
+    Q, R = (
+        np.diag(random.uniform(0, 10, states) * (random.uniform(size=states) < 0.7)),
+        0.1 * np.eye(inputs),
+    )
     end = scipy.linalg.solve_discrete_are(A, B, Q + 1e-6 * np.eye(states), R)
     far, most = random.uniform(1, 2, states), random.uniform(0, 0.1, inputs)
     start, X = cp.Parameter(states, name="start"), cp.Variable((states, HORIZON + 1), name="X")
     U = cp.Variable((inputs, HORIZON), name="U")
     cost = cp.sum_squares(np.sqrt(Q) @ X[:, :-1]) + cp.sum_squares(np.sqrt(R) @ U)
     cost += cp.sum_squares(np.linalg.cholesky(end).T @ X[:, -1])
-    bounds = [sign * v <= size[:, None] for v, size in ((X[:, 1:], far), (U, most)) for sign in (1, -1)]
-    problem = cp.Problem(cp.Minimize(cost / 2), [X[:, 0] == start, X[:, 1:] == A @ X[:, :-1] + B @ U, *bounds])
+    bounds = [
+        sign * v <= size[:, None] for v, size in ((X[:, 1:], far), (U, most)) for sign in (1, -1)
+    ]
+    problem = cp.Problem(
+        cp.Minimize(cost / 2), [X[:, 0] == start, X[:, 1:] == A @ X[:, :-1] + B @ U, *bounds]
+    )
     return problem, [start], lambda r: (r.uniform(-0.5, 0.5, states) * far,)
 
 
@@ -213,7 +236,9 @@ def lasso(n: int, random: np.random.Generator):
     A = sparse(random, 10 * n, n)
     b, lam = cp.Parameter(10 * n, name="b"), cp.Parameter(nonneg=True, name="lam")
     x, y, t = cp.Variable(n, name="x"), cp.Variable(10 * n, name="y"), cp.Variable(n, name="t")
-    problem = cp.Problem(cp.Minimize(cp.sum_squares(y) + lam * cp.sum(t)), [y == A @ x - b, x <= t, x >= -t])
+    problem = cp.Problem(
+        cp.Minimize(cp.sum_squares(y) + lam * cp.sum(t)), [y == A @ x - b, x <= t, x >= -t]
+    )
 
     def draw(r):
         truth = r.standard_normal(n) * (r.uniform(size=n) < 0.5) / n**0.5
@@ -242,8 +267,15 @@ def support_vectors(n: int, random: np.random.Generator):
     """n features, 10 n points of two classes."""
     m = 10 * n
     label = np.where(np.arange(m) < m // 2, 1.0, -1.0)
-    A = sp.csc_array(sp.diags_array(label) @ (sparse(random, m, n) + sp.csc_array(np.outer(label / n, np.ones(n)))))
-    lam, x, t = cp.Parameter(nonneg=True, name="lam"), cp.Variable(n, name="x"), cp.Variable(m, name="t")
+    A = sp.csc_array(
+        sp.diags_array(label)
+        @ (sparse(random, m, n) + sp.csc_array(np.outer(label / n, np.ones(n))))
+    )
+    lam, x, t = (
+        cp.Parameter(nonneg=True, name="lam"),
+        cp.Variable(n, name="x"),
+        cp.Variable(m, name="t"),
+    )
     problem = cp.Problem(cp.Minimize(cp.sum_squares(x) + lam * cp.sum(t)), [t >= 1 - A @ x, t >= 0])
     return problem, [lam], lambda r: (np.array(r.uniform(0.5, 1.0)),)
 
@@ -278,7 +310,11 @@ def dense(condition: float, what: str) -> Family:
     def declare(n: int, random: np.random.Generator):
         P = cp.Parameter((n, n), PSD=True, name="P") if form else cp.Parameter((n, n), name="L")
         q, G = cp.Parameter(n, name="q"), cp.Parameter((n, n), name="G")
-        h, A, b = cp.Parameter(n, name="h"), cp.Parameter((n // 4, n), name="A"), cp.Parameter(n // 4, name="b")
+        h, A, b = (
+            cp.Parameter(n, name="h"),
+            cp.Parameter((n // 4, n), name="A"),
+            cp.Parameter(n // 4, name="b"),
+        )
         x = cp.Variable(n, name="x")
         curvature = cp.quad_form(x, P) if form else cp.sum_squares(P @ x)
         problem = cp.Problem(cp.Minimize(curvature / 2 + q @ x), [G @ x <= h, A @ x == b])

@@ -23,7 +23,9 @@ TRIALS = 3
 RATIO, SPELLING = "ratio", "factor / ours"
 SOLVED = 0.1  # relative error of the solution above which a peer has solved another problem
 SECONDS = 6.0
-LONG = 8.0  # seconds of a first call that is the measurement: what is wanted is judged on warm calls
+LONG = (
+    8.0  # seconds of a first call that is the measurement: what is wanted is judged on warm calls
+)
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,9 @@ def measure(task: Task, options: Options, seconds: float = SECONDS) -> Row:
             try:
                 matrices = name in (BY_MATRIX, *MATRICES)
                 runs[name] = Run(
-                    peer(name, declared, peers), tuple(t[:fewer] for t in host) if matrices else given, scale
+                    peer(name, declared, peers),
+                    tuple(t[:fewer] for t in host) if matrices else given,
+                    scale,
                 )
             except Exception as error:  # the peer's failure is a finding
                 refused[name] = reason(error)
@@ -146,7 +150,10 @@ def measure(task: Task, options: Options, seconds: float = SECONDS) -> Row:
     figures |= {name: cell(found[name]) for name in (FACTORED, GENERIC) if name in found}
     if isinstance(figures.get(FACTORED), float):
         figures[SPELLING] = figures[FACTORED] / mine.total
-    wanted = {over(name) if name in rivals else RATIO: (">=", bound) for name, bound in task.wanted.items()}
+    wanted = {
+        over(name) if name in rivals else RATIO: (">=", bound)
+        for name, bound in task.wanted.items()
+    }
     return Row(task.name, figures | columns, wanted)
 
 
@@ -175,5 +182,11 @@ def over(name: str) -> str:
 def summary(rows: list[Row]) -> Iterable[Row]:
     """Geometric means over the rows."""
     columns = (RATIO, *map(over, (CVXPYLAYERS, MOREAU, BY_MATRIX, QPTH, PROXQP)), SPELLING)
-    figures = {c: [row.figures[c] for row in rows if isinstance(row.figures.get(c), float)] for c in columns}
-    yield Row("geometric mean", {c: statistics.geometric_mean(values) for c, values in figures.items() if values})
+    figures = {
+        c: [row.figures[c] for row in rows if isinstance(row.figures.get(c), float)]
+        for c in columns
+    }
+    yield Row(
+        "geometric mean",
+        {c: statistics.geometric_mean(values) for c, values in figures.items() if values},
+    )

@@ -28,7 +28,11 @@ def lstsq(A: Tensor, b: Tensor, lam: Tensor) -> tuple[Tensor]:
     """Ridge, as least squares with sqrt(lam) I below A."""
     below = lam.sqrt()[..., None, None] * torch.eye(A.shape[-1], dtype=A.dtype)
     right = torch.cat([b, b.new_zeros(*b.shape[:-1], A.shape[-1])], -1)
-    return (torch.linalg.lstsq(torch.cat([A, below], -2), right.unsqueeze(-1), driver="gelsd").solution.squeeze(-1),)
+    return (
+        torch.linalg.lstsq(
+            torch.cat([A, below], -2), right.unsqueeze(-1), driver="gelsd"
+        ).solution.squeeze(-1),
+    )
 
 
 def solve(P: Tensor, q: Tensor, A: Tensor, b: Tensor) -> tuple[Tensor]:
@@ -67,7 +71,8 @@ def measure(name: str, options: Options) -> Row:
     structure = STRUCTURES[name]
     layer = ConvexLayer(*structure.declare())
     tensors = tuple(
-        t.to(options.device, options.dtype) for t in structure.sample((1,), torch.Generator().manual_seed(0))
+        t.to(options.device, options.dtype)
+        for t in structure.sample((1,), torch.Generator().manual_seed(0))
     )
     operator, rival = OPERATORS.get(name, (None, None))
     calls = CALLS // 10 if options.quick else CALLS
@@ -77,16 +82,23 @@ def measure(name: str, options: Options) -> Row:
         if rival is not None:
             _same(layer(*tensors), rival(*tensors))
         for column, run in ((FORWARD, _plain), (TRACED, _traced), (TOTAL, _backward)):
-            both = [partial(run, *prepared) for prepared in _prepared(layer, rival, tensors, run is not _plain)]
+            both = [
+                partial(run, *prepared)
+                for prepared in _prepared(layer, rival, tensors, run is not _plain)
+            ]
             figures[column], *theirs = medians(*both, calls=calls)
             figures[f"torch's, {column}"] = theirs[0] if theirs else None
     label = name if operator is None else f"{name}: {operator}"
     return Row(label, figures, {})
 
 
-def _prepared(ours: Layer, rival: Layer | None, tensors: tuple[Tensor, ...], traced: bool) -> list[tuple]:
+def _prepared(
+    ours: Layer, rival: Layer | None, tensors: tuple[Tensor, ...], traced: bool
+) -> list[tuple]:
     leaves = [t.clone().requires_grad_(traced) for t in tensors]
-    return [(layer, leaves, weights_of(layer(*leaves))) for layer in (ours, rival) if layer is not None]
+    return [
+        (layer, leaves, weights_of(layer(*leaves))) for layer in (ours, rival) if layer is not None
+    ]
 
 
 @torch.no_grad()

@@ -37,7 +37,13 @@ def family(options: Options) -> Family:
 
 
 def measure(k: int, options: Options) -> Row:
-    figures = alone("benchmarks.pytorch.compiled", k, 5 if options.quick else REPEATS, timeout=300, OMP_NUM_THREADS="1")
+    figures = alone(
+        "benchmarks.pytorch.compiled",
+        k,
+        5 if options.quick else REPEATS,
+        timeout=300,
+        OMP_NUM_THREADS="1",
+    )
     return Row(PATHS[k].name, figures, {"difference": ("<=", 1e-10)})
 
 
@@ -53,7 +59,9 @@ def main(k: int, repeats: int) -> dict[str, float | str]:
     step(compiled, given)
     seconds = clock() - start
     difference = _gradient(compiled, given) - (exact := _gradient(eager, given))
-    figures = interleaved(lambda: step(eager, given), lambda: step(compiled, given), repeats=repeats, seconds=SECONDS)
+    figures = interleaved(
+        lambda: step(eager, given), lambda: step(compiled, given), repeats=repeats, seconds=SECONDS
+    )
     (forward, backward), (forward_compiled, backward_compiled) = map(medians, figures)
     return {
         "path": eager.layer.structure,

@@ -129,13 +129,20 @@ def main(k: int, batch: int, who: str) -> dict[str, float | str]:
     start = time.perf_counter()
     held = [layer(*leaves)]
     likely = max(needed, peak.megabytes * MEGABYTE)
-    wanted = min(HELD, math.ceil(PAGES / likely), math.ceil(SECONDS / (time.perf_counter() - start)))
+    wanted = min(
+        HELD, math.ceil(PAGES / likely), math.ceil(SECONDS / (time.perf_counter() - start))
+    )
     held += [layer(*leaves) for _ in range(wanted // 4)]  # what was free is in use again
     before = resident()
     held += [layer(*leaves) for _ in range(wanted)]
     kept = (resident() - before) / wanted
     structure = layer.structure if who == OURS else who
-    return {"path": structure, "needed": needed / MEGABYTE, "kept": kept / MEGABYTE, "peak": peak.megabytes}
+    return {
+        "path": structure,
+        "needed": needed / MEGABYTE,
+        "kept": kept / MEGABYTE,
+        "peak": peak.megabytes,
+    }
 
 
 def resident() -> int:

@@ -21,7 +21,9 @@ class Model(nn.Module):
             self.register_buffer(f"theta{k}", tensor)
         size = len(tensors[self.moved])
         self.count, self.layer = len(tensors), path.layer()
-        self.mlp = nn.Sequential(nn.Linear(FEATURES, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, size)).double()
+        self.mlp = nn.Sequential(
+            nn.Linear(FEATURES, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, size)
+        ).double()
 
     def forward(self, features: Tensor) -> Tensor:
         theta = [self.get_buffer(f"theta{k}") for k in range(self.count)]
@@ -35,4 +37,6 @@ def built(path: Path) -> Model:
 
 
 def features(batch: int) -> Tensor:
-    return torch.randn(batch, FEATURES, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return torch.randn(
+        batch, FEATURES, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )

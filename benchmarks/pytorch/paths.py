@@ -21,7 +21,9 @@ SPARSE, QUADRATIC = "sparse_program", "quadratic_program"
 
 @dataclass(frozen=True)
 class Path:
-    problem: str  # its name in benchmarks.cases; or SPARSE, that of benchmarks.large by its nonzeros
+    problem: (
+        str  # its name in benchmarks.cases; or SPARSE, that of benchmarks.large by its nonzeros
+    )
     sizes: tuple[int, ...]
 
     @property
@@ -29,7 +31,11 @@ class Path:
         return f"{self.problem} ({' x '.join(map(str, self.sizes))})"
 
     def declared(self) -> Declared:
-        return declare_sparse(*self.sizes)[0] if self.problem == SPARSE else CASES[self.problem](*self.sizes)
+        return (
+            declare_sparse(*self.sizes)[0]
+            if self.problem == SPARSE
+            else CASES[self.problem](*self.sizes)
+        )
 
     def layer(self) -> ConvexLayer:
         return _layer(self.declared(), "auto")
@@ -46,7 +52,10 @@ class Path:
     def for_peers(self, tensors: Tensors) -> tuple[Declared, Tensors]:
         """They refuse quad_form of a Parameter and get a factor of it."""
         if self.problem == QUADRATIC:
-            return CASES["quadratic_program_factored"](*self.sizes), (torch.linalg.cholesky(tensors[0]), *tensors[1:])
+            return CASES["quadratic_program_factored"](*self.sizes), (
+                torch.linalg.cholesky(tensors[0]),
+                *tensors[1:],
+            )
         if self.problem == "equality_constrained_qp":
             return Task(self.problem, self.problem, len(tensors[0]), self.sizes).for_peers(tensors)
         return self.declared(), tensors
@@ -57,7 +66,9 @@ class Path:
 
 
 def _layer(declared: Declared, structure: str) -> ConvexLayer:
-    return ConvexLayer(declared.problem, declared.parameters, declared.variables, structure=structure)
+    return ConvexLayer(
+        declared.problem, declared.parameters, declared.variables, structure=structure
+    )
 
 
 def twin(declared: Declared) -> ConvexLayer:

@@ -58,7 +58,9 @@ def measure(path: Path, options: Options) -> Row:
     with warnings.catch_warnings(), one_thread():
         warnings.simplefilter("ignore")
         repeats = 3 if options.quick else REPEATS
-        times = interleaved(*(partial(timed, run) for run in runs), repeats=repeats, seconds=SECONDS)
+        times = interleaved(
+            *(partial(timed, run) for run in runs), repeats=repeats, seconds=SECONDS
+        )
         whole, jvp, hvp, single, full = (medians(column)[0] for column in times)
         rows = sum(x.numel() for x in layer(*one))
         figures = {
@@ -109,7 +111,9 @@ def outcome(run: Callable[[Layer], Tensors], theirs: Layer, ours: Layer) -> str:
 
 def direction(path: Path, batch: int) -> Tensors:
     """From one sample to another, so that symmetric matrices stay so and the marginals of a transport agree."""
-    return tuple(other - t for other, t in zip(path.sample(batch, 1), path.sample(batch), strict=True))
+    return tuple(
+        other - t for other, t in zip(path.sample(batch, 1), path.sample(batch), strict=True)
+    )
 
 
 def timed(run: Callable[[], object]) -> tuple[float]:
@@ -138,7 +142,10 @@ def product(layer: Layer, tensors: Tensors, a: Tensors) -> Tensors:
 
 def smooth(outputs: Tensors) -> Tensor:
     """<w, x> + |x|^2 / 2: one of the two alone is constant on some solution sets, such as projectors and spheres."""
-    return sum((w * x).sum() + x.square().sum() / 2 for w, x in zip(weights_of(outputs), outputs, strict=True))
+    return sum(
+        (w * x).sum() + x.square().sum() / 2
+        for w, x in zip(weights_of(outputs), outputs, strict=True)
+    )
 
 
 def jacobian(layer: Layer, tensors: Tensors) -> Tensors:

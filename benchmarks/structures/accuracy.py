@@ -38,7 +38,8 @@ TEMPERATURES, SHAPE = (1.0, 1e-1, 1e-2, 1e-3), (10, 12)
 
 def family(options: Options) -> Family:
     tasks = [
-        (task.name, lambda task=task: [measure(task, options)]) for task in (TASKS[::4] if options.quick else TASKS)
+        (task.name, lambda task=task: [measure(task, options)])
+        for task in (TASKS[::4] if options.quick else TASKS)
     ]
     for eps in TEMPERATURES[:2] if options.quick else TEMPERATURES:
         tasks.append((f"transport at {eps:g}", lambda eps=eps: [temperature(eps, options)]))
@@ -53,10 +54,16 @@ def family(options: Options) -> Family:
 
 
 def measure(task: Task, options: Options) -> Row:
-    case, layer, tensors = PROBLEMS[task.problem], task.layer(), task.data(Options(options.quick, torch.device("cpu")))
+    case, layer, tensors = (
+        PROBLEMS[task.problem],
+        task.layer(),
+        task.data(Options(options.quick, torch.device("cpu"))),
+    )
 
     def ours(*leaves: Tensor) -> tuple[Tensor, ...]:
-        return tuple(x.cpu() for x in layer(*(leaf.to(options.device, options.dtype) for leaf in leaves)))
+        return tuple(
+            x.cpu() for x in layer(*(leaf.to(options.device, options.dtype) for leaf in leaves))
+        )
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -71,15 +78,24 @@ def measure(task: Task, options: Options) -> Row:
     return Row(task.name, figures, WANTED)
 
 
-def differences(case: Prebuilt, tensors: Variables, sizes: dict[str, int]) -> tuple[list[Variables], Tensor, Tensor]:
+def differences(
+    case: Prebuilt, tensors: Variables, sizes: dict[str, int]
+) -> tuple[list[Variables], Tensor, Tensor]:
     """Directions, the derivatives of the functional along them, (rows, directions), and which of those are to be kept."""
     others = [case.sample(ROWS, seed, **sizes) for seed in range(1, DIRECTIONS + 1)]
     directions = [tuple(b - a for a, b in zip(tensors, other, strict=True)) for other in others]
     values = []
     for direction in directions:
-        at = [case.oracle(*(t + k * STEP / 2 * d for t, d in zip(tensors, direction)), **sizes) for k in POINTS]
+        at = [
+            case.oracle(*(t + k * STEP / 2 * d for t, d in zip(tensors, direction)), **sizes)
+            for k in POINTS
+        ]
         weights = weights_of(at[0])
-        values.append(torch.stack([sum((w * x).flatten(1).sum(1) for w, x in zip(weights, xs)) for xs in at], -1))
+        values.append(
+            torch.stack(
+                [sum((w * x).flatten(1).sum(1) for w, x in zip(weights, xs)) for xs in at], -1
+            )
+        )
     return directions, *slopes(torch.stack(values, 1))
 
 
@@ -97,7 +113,10 @@ def temperature(eps: float, options: Options) -> Row:
         M, r, c, eps = (t[k].numpy() for t in tensors)
         plan, exact = transport(M, r, c, float(eps), V[k].numpy())
         solution.append(_relative([run.outputs[0][k]], [torch.from_numpy(plan)]))
-        bars, exactly = [bar[k] for bar in run.gradients if bar is not None], [torch.from_numpy(e) for e in exact]
+        bars, exactly = (
+            [bar[k] for bar in run.gradients if bar is not None],
+            [torch.from_numpy(e) for e in exact],
+        )
         parts.append([_relative([got], [e]) for got, e in zip(bars, exactly, strict=True)])
         gradient.append(max(parts[-1]))
     figures = {SOLUTION: max(solution), GRADIENT: max(gradient)}

@@ -27,7 +27,8 @@ def family(options: Options) -> Family:
 
 def measure(m: int, n: int) -> Row:
     runs = sorted(
-        (alone("benchmarks.structures.construction", m, n) for _ in range(REPEATS)), key=lambda run: run["seconds"]
+        (alone("benchmarks.structures.construction", m, n) for _ in range(REPEATS)),
+        key=lambda run: run["seconds"],
     )
     figures = runs[REPEATS // 2]
     figures["multiples of A"] = figures["MB"] * MEGABYTE / (8 * m * n)

@@ -14,7 +14,9 @@ DIGITS, STEPS = 40, 200
 Gradient = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
-def transport(M: np.ndarray, r: np.ndarray, c: np.ndarray, eps: float, V: np.ndarray) -> tuple[np.ndarray, Gradient]:
+def transport(
+    M: np.ndarray, r: np.ndarray, c: np.ndarray, eps: float, V: np.ndarray
+) -> tuple[np.ndarray, Gradient]:
     """The plan, and the gradient in (M, r, c, eps)."""
     m, n = M.shape
     with mp.workdps(DIGITS):
@@ -25,11 +27,16 @@ def transport(M: np.ndarray, r: np.ndarray, c: np.ndarray, eps: float, V: np.nda
         z, goal = _start(M / float(eps), r, c), r_ + [share * entry for entry in c_]
         for _ in range(STEPS):
             P, J = _plan(K, z, m, n)
-            F = [mp.fsum(P[i, :]) - goal[i] for i in range(m)] + [mp.fsum(P[:, j]) - goal[m + j] for j in range(n - 1)]
+            F = [mp.fsum(P[i, :]) - goal[i] for i in range(m)] + [
+                mp.fsum(P[:, j]) - goal[m + j] for j in range(n - 1)
+            ]
             step = mp.lu_solve(J, -mp.matrix(F))
             size = max(abs(entry) for entry in step)
             damping = 1 if size < 0.5 else mp.mpf(0.5) / size
-            z = [entry + damping * change for entry, change in zip(z, [*step, mp.mpf(0)], strict=True)]
+            z = [
+                entry + damping * change
+                for entry, change in zip(z, [*step, mp.mpf(0)], strict=True)
+            ]
             if size < mp.mpf(10) ** (10 - DIGITS):
                 break
         else:
@@ -41,7 +48,9 @@ def transport(M: np.ndarray, r: np.ndarray, c: np.ndarray, eps: float, V: np.nda
         shift = (mp.fsum(ab[m:]) - mp.fsum(ab[:m])) / (m + n)
         a, b = [entry + shift for entry in ab[:m]], [entry - shift for entry in ab[m:]]
         M_bar = [[(P[i, j] * (a[i] + b[j]) - PV[i, j]) / e for j in range(n)] for i in range(m)]
-        eps_bar = mp.fsum(M_bar[i][j] * (z[i] + z[m + j] + K[i, j]) for i in range(m) for j in range(n))
+        eps_bar = mp.fsum(
+            M_bar[i][j] * (z[i] + z[m + j] + K[i, j]) for i in range(m) for j in range(n)
+        )
         plan = np.array([[float(P[i, j]) for j in range(n)] for i in range(m)])
         return plan, (
             np.array(M_bar, dtype=float),

@@ -29,11 +29,20 @@ def measure(n: int, options: Options) -> Row:
     timed = alternating({"ours": Run(task.layer(), task.data(options))}, 1.0)["ours"]
     if not isinstance(timed, Timed):
         raise RuntimeError(timed)
-    figures = {"points": n, "forward": timed.forward, TOTAL: timed.total, "quartiles": timed.quartiles}
+    figures = {
+        "points": n,
+        "forward": timed.forward,
+        TOTAL: timed.total,
+        "quartiles": timed.quartiles,
+    }
     return Row(task.name, {**figures, "ns a point": 1e6 * timed.total / n})
 
 
 def slope(rows: list[Row]) -> Iterable[Row]:
     """By least squares in logarithms."""
-    columns = [np.log([row.figures[name] for row in rows if not row.error]) for name in ("points", TOTAL)]
-    yield Row("exponent of growth", {TOTAL: float(np.polyfit(*columns, 1)[0])}, {TOTAL: ("<=", 1.1)})
+    columns = [
+        np.log([row.figures[name] for row in rows if not row.error]) for name in ("points", TOTAL)
+    ]
+    yield Row(
+        "exponent of growth", {TOTAL: float(np.polyfit(*columns, 1)[0])}, {TOTAL: ("<=", 1.1)}
+    )

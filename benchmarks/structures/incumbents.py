@@ -86,7 +86,9 @@ def measure(task: Task, wanted: float | None, options: Options) -> Row:
                 rivals += [timed.total] if solution is not None and solution <= SOLVED else []
     if rivals:
         figures[RATIO] = min(rivals) / mine.total
-        figures[ALONE] = min(rivals) / single if isinstance(single := figures[SINGLE], float) else None
+        figures[ALONE] = (
+            min(rivals) / single if isinstance(single := figures[SINGLE], float) else None
+        )
     return Row(task.name, figures, {} if wanted is None else {RATIO: (">=", wanted)})
 
 
@@ -97,6 +99,12 @@ def summary(rows: list[Row]) -> Iterable[Row]:
         {
             column: statistics.geometric_mean(values)
             for column in (RATIO, ALONE, OVER_GENERIC)
-            if (values := [row.figures[column] for row in rows if isinstance(row.figures.get(column), float)])
+            if (
+                values := [
+                    row.figures[column]
+                    for row in rows
+                    if isinstance(row.figures.get(column), float)
+                ]
+            )
         },
     )

@@ -18,13 +18,19 @@ from benchmarks.table import Options
 
 def peak(task: Task, iterations: int) -> float:
     """Megabytes."""
-    return alone("benchmarks.structures.memory", task.batch, *task.sizes, task.eps, iterations, timeout=100)["MB"]
+    return alone(
+        "benchmarks.structures.memory", task.batch, *task.sizes, task.eps, iterations, timeout=100
+    )["MB"]
 
 
 def main(batch: int, m: int, n: int, eps: float, iterations: int) -> dict[str, float]:
     def run(batch: int, m: int, n: int) -> Run:
         task = Task("entropic_optimal_transport", "entropic_optimal_transport", batch, (m, n), eps)
-        layer = (lambda *leaves: sinkhorn(*leaves, iterations=iterations)) if iterations else task.layer()
+        layer = (
+            (lambda *leaves: sinkhorn(*leaves, iterations=iterations))
+            if iterations
+            else task.layer()
+        )
         return Run(layer, task.data(Options(quick=False, device=torch.device("cpu"))))
 
     run(2, 5, 5)()  # libraries are loaded before memory is counted

@@ -44,7 +44,9 @@ def measure(task: Task, options: Options) -> Row:
         warnings.simplefilter("ignore")
         for column, traced in ((PLAIN, False), (TRACED, True)):
             leaves = [t.clone().requires_grad_(traced) for t in values]
-            whole, kernel = medians(partial(layer, *leaves), partial(specialised._run, leaves, leaves[0]), calls=calls)
+            whole, kernel = medians(
+                partial(layer, *leaves), partial(specialised._run, leaves, leaves[0]), calls=calls
+            )
             if not traced:
                 figures |= {"layer": whole, "kernel": kernel}
             figures[column] = whole - kernel

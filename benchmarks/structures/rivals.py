@@ -27,11 +27,15 @@ def incumbent(name: str, declared: Declared) -> Layer:
     if CvxpyLayer is None:
         raise ImportError("cvxpylayers is not installed")
     parameters, variables = list(declared.parameters), list(declared.variables)
-    return CvxpyLayer(declared.problem, parameters=parameters, variables=variables, **INCUMBENTS[name])
+    return CvxpyLayer(
+        declared.problem, parameters=parameters, variables=variables, **INCUMBENTS[name]
+    )
 
 
 def lstsq(A: Tensor, b: Tensor) -> tuple[Tensor]:
-    driver = "gelsd" if A.device.type == "cpu" else "gels"  # the only one there is on an accelerator
+    driver = (
+        "gelsd" if A.device.type == "cpu" else "gels"
+    )  # the only one there is on an accelerator
     return (torch.linalg.lstsq(A, b.unsqueeze(-1), driver=driver).solution.squeeze(-1),)
 
 
@@ -69,7 +73,9 @@ def sinkhorn(M: Tensor, r: Tensor, c: Tensor, eps: Tensor, iterations: int) -> t
 
 
 @torch.no_grad()
-def iterations_to(tolerance: float, M: Tensor, r: Tensor, c: Tensor, eps: Tensor, limit: int = 100_000) -> int:
+def iterations_to(
+    tolerance: float, M: Tensor, r: Tensor, c: Tensor, eps: Tensor, limit: int = 100_000
+) -> int:
     """Of Sinkhorn until the marginals are met to this relative error in every row; they are looked at every tenth time."""
     kernel, g = -M / eps[:, None, None], torch.zeros_like(c)
     for count in range(1, limit + 1):
@@ -79,7 +85,9 @@ def iterations_to(tolerance: float, M: Tensor, r: Tensor, c: Tensor, eps: Tensor
             rows = (kernel + f.unsqueeze(2) + g.unsqueeze(1)).exp().sum(2)
             if bool(((rows - r).norm(dim=1) <= tolerance * r.norm(dim=1)).all()):
                 return count
-    raise ArithmeticError(f"Sinkhorn has not met the marginals to {tolerance:g} in {limit} iterations")
+    raise ArithmeticError(
+        f"Sinkhorn has not met the marginals to {tolerance:g} in {limit} iterations"
+    )
 
 
 def pot(M: Tensor, r: Tensor, c: Tensor, eps: Tensor) -> tuple[Tensor]:

@@ -29,7 +29,12 @@ ROWS: list[tuple[Task, str, Layer, float | None]] = [
     (Task("least_squares", "least_squares", 32, (100, 50)), "torch.linalg.lstsq", lstsq, 5.0),
     (Task("least_squares", "least_squares", 256, (20, 10)), "torch.linalg.lstsq", lstsq, 5.0),
     *(
-        (Task("leading_eigenvector", "leading_eigenspace", batch, (n,)), "torch.linalg.eigh", projector, NO_SLOWER)
+        (
+            Task("leading_eigenvector", "leading_eigenspace", batch, (n,)),
+            "torch.linalg.eigh",
+            projector,
+            NO_SLOWER,
+        )
         for batch, n in ((4096, 4), (8, 8), (32, 32), (1, 200))
     ),
     (Task("softmax", "softmax", 2048, (1000,)), "torch.softmax", softmax, SOFT),
@@ -49,9 +54,17 @@ def family(options: Options) -> Family:
     ]
     for task, wanted in TRANSPORTS.items():
         if not (options.quick and wanted):
-            tasks.append((f"{task.name}, Sinkhorn", lambda task=task, wanted=wanted: [unrolled(task, wanted, options)]))
             tasks.append(
-                (f"{task.name}, POT", lambda task=task: [measure(task, "ot.batch.solve_batch", pot, None, options)])
+                (
+                    f"{task.name}, Sinkhorn",
+                    lambda task=task, wanted=wanted: [unrolled(task, wanted, options)],
+                )
+            )
+            tasks.append(
+                (
+                    f"{task.name}, POT",
+                    lambda task=task: [measure(task, "ot.batch.solve_batch", pot, None, options)],
+                )
             )
     return Family(
         "specialists",
@@ -64,19 +77,29 @@ def family(options: Options) -> Family:
     )
 
 
-def measure(task: Task, name: str, layer: Layer, wanted: float | None, options: Options, scale: float = 1.0) -> Row:
+def measure(
+    task: Task, name: str, layer: Layer, wanted: float | None, options: Options, scale: float = 1.0
+) -> Row:
     data = task.data(options)
     ours, rival = Run(task.layer(), data), Run(layer, data, scale)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = alternating(
-            {"ours": ours, "rival": rival, "ours alone": ours.on_one_thread(), "rival alone": rival.on_one_thread()},
+            {
+                "ours": ours,
+                "rival": rival,
+                "ours alone": ours.on_one_thread(),
+                "rival alone": rival.on_one_thread(),
+            },
             SECONDS / 4 if options.quick else SECONDS,
         )
         solution, gradient = errors(ours, rival, task.declared, task.declared)
     mine, theirs = found["ours"], found["rival"]
     figures = {"ours": cell(mine), "rival": cell(theirs), RATIO: None, SINGLE: None}
-    figures |= {RATIO: _ratio(theirs, mine), SINGLE: _ratio(found["rival alone"], found["ours alone"])}
+    figures |= {
+        RATIO: _ratio(theirs, mine),
+        SINGLE: _ratio(found["rival alone"], found["ours alone"]),
+    }
     for who, timed in (("ours", mine), ("rival", theirs)):
         if isinstance(timed, Timed):
             figures[f"{who} quartiles"] = timed.quartiles
@@ -89,7 +112,12 @@ def unrolled(task: Task, wanted: float | None, options: Options) -> Row:
     count = iterations_to(TOLERANCE, *task.data(options))
     timed = min(count, UNROLLED)
     row = measure(
-        task, f"{count} iterations of Sinkhorn", partial(sinkhorn, iterations=timed), wanted, options, count / timed
+        task,
+        f"{count} iterations of Sinkhorn",
+        partial(sinkhorn, iterations=timed),
+        wanted,
+        options,
+        count / timed,
     )
     if options.device.type == "cpu":
         ours, rival = peak(task, 0), peak(task, timed) * count / timed
@@ -101,4 +129,6 @@ def unrolled(task: Task, wanted: float | None, options: Options) -> Row:
 
 
 def _ratio(theirs: Timed | str, mine: Timed | str) -> float | None:
-    return theirs.total / mine.total if isinstance(theirs, Timed) and isinstance(mine, Timed) else None
+    return (
+        theirs.total / mine.total if isinstance(theirs, Timed) and isinstance(mine, Timed) else None
+    )

@@ -27,7 +27,9 @@ class Task:
     batch: int
     sizes: tuple[int, ...]
     eps: float | None = None  # the temperature of a transport
-    peer_rows: int = 0  # rows that slow peers and our generic path are measured on, scaled to the batch; 0: all
+    peer_rows: int = (
+        0  # rows that slow peers and our generic path are measured on, scaled to the batch; 0: all
+    )
 
     @property
     def name(self) -> str:
@@ -51,14 +53,23 @@ class Task:
         tensors = PROBLEMS[self.problem].sample(self.batch, 0, *self.sizes)
         if self.eps is not None:
             M, r, c, eps = tensors
-            tensors = M, r / r.sum(1, keepdim=True), c / c.sum(1, keepdim=True), torch.full_like(eps, self.eps)
+            tensors = (
+                M,
+                r / r.sum(1, keepdim=True),
+                c / c.sum(1, keepdim=True),
+                torch.full_like(eps, self.eps),
+            )
         return tuple(t.to(options.device, options.dtype) for t in tensors)
 
     def layer(self) -> ConvexLayer:
         """Ours, with the path it chooses by itself."""
-        layer = ConvexLayer(self.declared.problem, self.declared.parameters, self.declared.variables)
+        layer = ConvexLayer(
+            self.declared.problem, self.declared.parameters, self.declared.variables
+        )
         if layer.structure != self.structure:
-            raise ValueError(f"the layer took {layer.structure} for {self.problem}, not {self.structure}")
+            raise ValueError(
+                f"the layer took {layer.structure} for {self.problem}, not {self.structure}"
+            )
         return layer
 
     def generic(self) -> ConvexLayer:
@@ -77,12 +88,21 @@ class Task:
             return self.declared, data
         n, p = self.sizes
         L, q = cp.Parameter((n, n), name="L"), cp.Parameter(n, name="q")
-        A, b, x = cp.Parameter((p, n), name="A"), cp.Parameter(p, name="b"), cp.Variable(n, name="x")
+        A, b, x = (
+            cp.Parameter((p, n), name="A"),
+            cp.Parameter(p, name="b"),
+            cp.Variable(n, name="x"),
+        )
         problem = cp.Problem(cp.Minimize(cp.sum_squares(L.T @ x) / 2 + q @ x), [A @ x == b])
-        return Declared(self.problem, problem, (L, q, A, b), (x,)), (torch.linalg.cholesky(data[0]), *data[1:])
+        return Declared(self.problem, problem, (L, q, A, b), (x,)), (
+            torch.linalg.cholesky(data[0]),
+            *data[1:],
+        )
 
 
 def weights_of(outputs: Variables) -> Variables:
     """Cotangents, the same for everyone."""
     generator = torch.Generator().manual_seed(7)
-    return tuple(torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in outputs)
+    return tuple(
+        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in outputs
+    )

@@ -32,19 +32,28 @@ def family(options: Options) -> Family:
         "temperature",
         f"Softmax at temperature {TAU:g}, {ROWS} rows of {N}: relative errors of the solution, and of the gradient of y in units of "
         f"that row's gradient; and how many rows of the gradient are off by more than 10 %.",
-        [(name, lambda name=name: [measure(name, options)]) for name in ("ours", CVXPYLAYERS, MOREAU)],
+        [
+            (name, lambda name=name: [measure(name, options)])
+            for name in ("ours", CVXPYLAYERS, MOREAU)
+        ],
     )
 
 
 def declare() -> Declared:
-    y, tau, x = cp.Parameter(N, name="y"), cp.Parameter(nonneg=True, name="tau"), cp.Variable(N, name="x")
+    y, tau, x = (
+        cp.Parameter(N, name="y"),
+        cp.Parameter(nonneg=True, name="tau"),
+        cp.Variable(N, name="x"),
+    )
     problem = cp.Problem(cp.Maximize(y @ x + tau * cp.sum(cp.entr(x))), [cp.sum(x) == 1])
     return Declared("softmax", problem, (y, tau), (x,))
 
 
 def measure(name: str, options: Options) -> Row:
     declared = declare()
-    y = SPREAD * torch.randn(ROWS, N, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = SPREAD * torch.randn(
+        ROWS, N, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     tensors = (y, torch.full((ROWS,), TAU, dtype=torch.float64))
     (w,) = weights_of((y,))
     solution, gradient = closed_form(y, w)
@@ -55,7 +64,11 @@ def measure(name: str, options: Options) -> Row:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for k in range(ROWS):  # one at a time: a peer that fails in one row fails in all of a batch
-            run = Run(layer, tuple(t[k : k + 1].to(device) for t in tensors), weights=(w[k : k + 1].to(device),))
+            run = Run(
+                layer,
+                tuple(t[k : k + 1].to(device) for t in tensors),
+                weights=(w[k : k + 1].to(device),),
+            )
             try:
                 run()
             except Exception:

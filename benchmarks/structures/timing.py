@@ -19,7 +19,10 @@ from convlayer.problems import Declared
 SLICE = 0.02  # seconds that a fast run repeats itself in one turn
 LONG = 3.0  # seconds of a first call that is the measurement
 TURNS = 60
-UNDETERMINED = ("r", "c")  # parameters, the marginals of a transport, whose gradient is known up to a constant
+UNDETERMINED = (
+    "r",
+    "c",
+)  # parameters, the marginals of a transport, whose gradient is known up to a constant
 
 
 @dataclass
@@ -41,10 +44,15 @@ class Run:
         except BaseException as error:
             if type(error).__name__ != "PanicException":
                 raise
-            raise RuntimeError(f"panic: {error}") from None  # inside a compiled peer: not an Exception
+            raise RuntimeError(
+                f"panic: {error}"
+            ) from None  # inside a compiled peer: not an Exception
 
     def _timed(self) -> tuple[float, float]:
-        device, leaves = self.tensors[0].device, [t.detach().clone().requires_grad_() for t in self.tensors]
+        device, leaves = (
+            self.tensors[0].device,
+            [t.detach().clone().requires_grad_() for t in self.tensors],
+        )
         start = clock(device)
         outputs = tuple(self.layer(*leaves))
         forward = clock(device) - start
@@ -80,7 +88,9 @@ class Timed:
         return f"{low:.3g} to {high:.3g}"
 
 
-def alternating(runs: Mapping[str, Run], seconds: float, long: float = LONG) -> dict[str, Timed | str]:
+def alternating(
+    runs: Mapping[str, Run], seconds: float, long: float = LONG
+) -> dict[str, Timed | str]:
     """All runs in turn for about `seconds` after a warm-up, so that drift hits all alike; one that fails says how.
 
     A run whose first call takes more than `long` seconds is not asked again.
@@ -92,7 +102,9 @@ def alternating(runs: Mapping[str, Run], seconds: float, long: float = LONG) -> 
             found[name] = Timed([first] if sum(first) > 1e3 * long * run.scale else [])
         except Exception as error:  # a peer's failure is a finding
             found[name] = reason(error)
-    waiting = {name: timed for name, timed in found.items() if isinstance(timed, Timed) and not timed.calls}
+    waiting = {
+        name: timed for name, timed in found.items() if isinstance(timed, Timed) and not timed.calls
+    }
     start = time.perf_counter()
     for turn in range(TURNS):
         for name, timed in waiting.items():
@@ -114,17 +126,23 @@ def cell(timed: Timed | str | None) -> float | str | None:
     return timed.total if isinstance(timed, Timed) else timed
 
 
-def errors(mine: Run, theirs: Run, declared: Declared, peers: Declared) -> tuple[float | None, float | None]:
+def errors(
+    mine: Run, theirs: Run, declared: Declared, peers: Declared
+) -> tuple[float | None, float | None]:
     """Relative differences from ours of the solution, and of the gradient of the parameters that both have; the worst row."""
     if not theirs.outputs:
         return None, None
-    solution = _relative(theirs.outputs, tuple(x[: len(y)] for x, y in zip(mine.outputs, theirs.outputs, strict=True)))
+    solution = _relative(
+        theirs.outputs,
+        tuple(x[: len(y)] for x, y in zip(mine.outputs, theirs.outputs, strict=True)),
+    )
     ours, others = _named(mine, declared), _named(theirs, peers)
     both = [name for name in others if name in ours]
     if not both:
         return solution, None
     return solution, _relative(
-        tuple(others[name] for name in both), tuple(ours[name][: len(others[name])] for name in both)
+        tuple(others[name] for name in both),
+        tuple(ours[name][: len(others[name])] for name in both),
     )
 
 
@@ -132,7 +150,9 @@ def _named(run: Run, declared: Declared) -> dict[str, Tensor]:
     found = {}
     for parameter, gradient in zip(declared.parameters, run.gradients, strict=False):
         if gradient is not None and parameter.name() not in UNDETERMINED:
-            found[parameter.name()] = (gradient + gradient.mT) / 2 if parameter.attributes["symmetric"] else gradient
+            found[parameter.name()] = (
+                (gradient + gradient.mT) / 2 if parameter.attributes["symmetric"] else gradient
+            )
     return found
 
 

@@ -141,7 +141,9 @@ def _keep(local: Local) -> Tensor:
 
 
 @torch.library.custom_op("convlayer::solve", mutates_args=())
-def _solve(thetas: Sequence[Tensor], ids: Tensor | None, layer: str, differentiable: bool) -> list[Tensor]:
+def _solve(
+    thetas: Sequence[Tensor], ids: Tensor | None, layer: str, differentiable: bool
+) -> list[Tensor]:
     _without_tangents()
     with recording():
         outputs, local = _layer(layer)._front.evaluated(thetas, ids, differentiable)
@@ -157,7 +159,11 @@ def _(thetas, ids, layer, differentiable):
 
 @torch.library.custom_op("convlayer::adjoint", mutates_args=())
 def _adjoint(
-    thetas: Sequence[Tensor], number: Tensor, bars: Sequence[Tensor], needed: Sequence[bool], layer: str
+    thetas: Sequence[Tensor],
+    number: Tensor,
+    bars: Sequence[Tensor],
+    needed: Sequence[bool],
+    layer: str,
 ) -> list[Tensor]:
     local = _kept.get(int(number))
     with recording():

@@ -52,7 +52,9 @@ class Local(ABC):
         """D^2[a, b]."""
 
     @abstractmethod
-    def mixed(self, thetas: Tensors, bars: Tensors, a: Tensors, needed: Sequence[bool]) -> list[Tensor]:
+    def mixed(
+        self, thetas: Tensors, bars: Tensors, a: Tensors, needed: Sequence[bool]
+    ) -> list[Tensor]:
         """bars' D^2[a, .], for the parameters that are needed."""
 
 
@@ -78,7 +80,13 @@ class Recorded(Local):
         guard: Callable[[Tensors], Tensors],  # of cotangents of the outputs,
         spoil: Callable[[Tensors], list[Tensor]],  # and of their tangents
     ) -> None:
-        self.leaves, self.outputs, self.again, self.guard, self.spoil = leaves, outputs, again, guard, spoil
+        self.leaves, self.outputs, self.again, self.guard, self.spoil = (
+            leaves,
+            outputs,
+            again,
+            guard,
+            spoil,
+        )
 
     @_on_one_thread
     def cotangent(self, thetas: Tensors, bars: Tensors, needed: Sequence[bool]) -> list[Tensor]:
@@ -107,10 +115,14 @@ class Recorded(Local):
             """D a there."""
             return torch.func.jvp(lambda *x: tuple(self.again(*x)), at, tuple(a))[1]
 
-        return self.spoil(torch.func.jvp(tangent, tuple(theta.detach() for theta in thetas), tuple(b))[1])
+        return self.spoil(
+            torch.func.jvp(tangent, tuple(theta.detach() for theta in thetas), tuple(b))[1]
+        )
 
     @_on_one_thread
-    def mixed(self, thetas: Tensors, bars: Tensors, a: Tensors, needed: Sequence[bool]) -> list[Tensor]:
+    def mixed(
+        self, thetas: Tensors, bars: Tensors, a: Tensors, needed: Sequence[bool]
+    ) -> list[Tensor]:
         with torch.enable_grad():
             leaves = _leaves(thetas)
             # The gradient of <D' bars, a>.
@@ -126,7 +138,9 @@ def _only(tensors: Tensors, needed: Sequence[bool]) -> list[Tensor]:
     return [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
 
 
-def pulled(outputs: Tensors, inputs: Tensors, bars: Sequence[Tensor | None], **options: bool) -> list[Tensor]:
+def pulled(
+    outputs: Tensors, inputs: Tensors, bars: Sequence[Tensor | None], **options: bool
+) -> list[Tensor]:
     """torch.autograd.grad, with zeros where no way leads from an output to an input; a cotangent of zero may be None."""
     both = zip(outputs, bars, strict=True)
     pairs = [(output, bar) for output, bar in both if output.requires_grad and bar is not None]
@@ -174,7 +188,9 @@ def anew(
 ) -> tuple[Tensor, ...]:
     """What `solve` finds for these parameters, differentiable in every way; it is called outside of any transform."""
     # Views: of a leaf it cannot be told whether a backward pass goes on to it, see `is_reached`.
-    return _Solved.apply(EvaluationPoint([t.ndim for t in thetas], solve), None, *(t.view_as(t) for t in thetas))
+    return _Solved.apply(
+        EvaluationPoint([t.ndim for t in thetas], solve), None, *(t.view_as(t) for t in thetas)
+    )
 
 
 def known(solution: Tensors, local: Callable[[], Local], thetas: Tensors) -> tuple[Tensor, ...]:
@@ -187,7 +203,9 @@ def pulled_back(
 ) -> list[Tensor | None]:
     """Cotangents of the parameters from those of the solution, of which `first` is the first output; differentiable once more."""
     return (
-        _spread(_Cotangent.apply(point, needed, *thetas, first, *bars), needed) if any(needed) else [None] * len(thetas)
+        _spread(_Cotangent.apply(point, needed, *thetas, first, *bars), needed)
+        if any(needed)
+        else [None] * len(thetas)
     )
 
 
@@ -231,7 +249,9 @@ class _Transformable(Function):
         would become (5, 1, 2): without the one, its five would be taken for the batch.
         """
         dims, mapped = in_dims[2:], [dim is not None for dim in in_dims[2:]]
-        fronts = [t if dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, dims, strict=True)]
+        fronts = [
+            t if dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, dims, strict=True)
+        ]
         # The solution's first output follows the parameters; `_Solved` has none, since it is what
         # finds it.
         of_one = bool(cls.groups) and not mapped[len(point.ranks)]
@@ -241,7 +261,12 @@ class _Transformable(Function):
 
     @classmethod
     def _one_by_one(
-        cls, point: EvaluationPoint, needed: Any, size: int, fronts: list[Tensor], mapped: list[bool]
+        cls,
+        point: EvaluationPoint,
+        needed: Any,
+        size: int,
+        fronts: list[Tensor],
+        mapped: list[bool],
     ) -> list[Tensor]:
         if not size:  # of outputs without entries: one of zeros tells the shapes
             pairs = zip(fronts, mapped, strict=True)
@@ -254,12 +279,19 @@ class _Transformable(Function):
 
     @classmethod
     def _as_one_batch(
-        cls, point: EvaluationPoint, needed: Any, size: int, fronts: list[Tensor], mapped: list[bool]
+        cls,
+        point: EvaluationPoint,
+        needed: Any,
+        size: int,
+        fronts: list[Tensor],
+        mapped: list[bool],
     ) -> list[Tensor]:
         ranks, kinds = point.ranks, cls._kinds(len(point.ranks), len(fronts))
         shapes = [t.shape[is_mapped:] for t, is_mapped in zip(fronts, mapped, strict=True)]
         # The dimensions of the batch that is under way already, before the one that vmap adds.
-        lead = max((len(shape) - rank for shape, rank in zip(shapes, ranks, strict=False)), default=0)
+        lead = max(
+            (len(shape) - rank for shape, rank in zip(shapes, ranks, strict=False)), default=0
+        )
         # A parameter gets the new dimension where it or what is like it is mapped, or its gradient
         # is wanted.
         wide = [cls.result == "parameters" and need for need in needed or [False] * len(ranks)]
@@ -322,7 +354,13 @@ class _Solved(_Transformable):
     def backward(ctx: Any, *bars: Tensor) -> tuple[Tensor | None, ...]:
         # theta_bar = D' z_bar
         point, needed = ctx.point, ctx.needs_input_grad[2:]
-        return None, None, *_spread(_Cotangent.apply(point, needed, *ctx.saved_tensors, *bars[: point.outputs]), needed)
+        return (
+            None,
+            None,
+            *_spread(
+                _Cotangent.apply(point, needed, *ctx.saved_tensors, *bars[: point.outputs]), needed
+            ),
+        )
 
     @staticmethod
     def jvp(ctx: Any, _: None, __: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -348,12 +386,16 @@ class _Tangent(_Transformable):
         by_theta, _, by_a = _split(ctx.n, ctx.needs_input_grad[2:])
         # The second derivative in the parameters is not to be worked out where only that in a
         # cotangent is asked for.
-        by_theta = [need and is_reached(theta) for need, theta in zip(by_theta, thetas, strict=True)]
+        by_theta = [
+            need and is_reached(theta) for need, theta in zip(by_theta, thetas, strict=True)
+        ]
         # Of bar' D a:  theta_bar = bar' D^2[a, .],  a_bar = D' bar
         thetas_bar: Sequence[Tensor | None] = [None] * ctx.n
         a_bar: Sequence[Tensor | None] = [None] * ctx.n
         if any(by_theta):
-            thetas_bar = _spread(_Mixed.apply(ctx.point, by_theta, *thetas, first, *bars, *a), by_theta)
+            thetas_bar = _spread(
+                _Mixed.apply(ctx.point, by_theta, *thetas, first, *bars, *a), by_theta
+            )
         if any(by_a):
             a_bar = _spread(_Cotangent.apply(ctx.point, by_a, *thetas, first, *bars), by_a)
         return None, None, *thetas_bar, None, *a_bar
@@ -365,7 +407,9 @@ class _Tangent(_Transformable):
         # d(D a) = D^2[a, dtheta] + D da
         parts = []
         if _any(d_thetas):
-            parts.append(_Second.apply(ctx.point, None, *thetas, first, *a, *_filled(d_thetas, thetas)))
+            parts.append(
+                _Second.apply(ctx.point, None, *thetas, first, *a, *_filled(d_thetas, thetas))
+            )
         if _any(d_a):
             parts.append(_Tangent.apply(ctx.point, None, *thetas, first, *_filled(d_a, thetas)))
         return _summed(parts)
@@ -378,7 +422,9 @@ class _Cotangent(_Transformable):
     result = "parameters"
 
     @staticmethod
-    def forward(point: EvaluationPoint, needed: Sequence[bool], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        point: EvaluationPoint, needed: Sequence[bool], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         thetas, _, bars = _split(len(point.ranks), tensors)
         return _apart(point.local.cotangent(thetas, bars, needed))
 
@@ -386,13 +432,17 @@ class _Cotangent(_Transformable):
     def backward(ctx: Any, *a: Tensor) -> tuple[Tensor | None, ...]:
         thetas, first, bars = _split(ctx.n, ctx.saved_tensors)
         by_theta, _, by_bars = _split(ctx.n, ctx.needs_input_grad[2:])
-        by_theta = [need and is_reached(theta) for need, theta in zip(by_theta, thetas, strict=True)]
+        by_theta = [
+            need and is_reached(theta) for need, theta in zip(by_theta, thetas, strict=True)
+        ]
         # Of a' D' z_bar:  theta_bar = z_bar' D^2[a, .],  the cotangent of z_bar = D a
         direction = _filled(_spread(a, ctx.needed), thetas)
         thetas_bar: Sequence[Tensor | None] = [None] * ctx.n
         bars_bar: Sequence[Tensor | None] = [None] * len(bars)
         if any(by_theta):
-            thetas_bar = _spread(_Mixed.apply(ctx.point, by_theta, *thetas, first, *bars, *direction), by_theta)
+            thetas_bar = _spread(
+                _Mixed.apply(ctx.point, by_theta, *thetas, first, *bars, *direction), by_theta
+            )
         if any(by_bars):
             bars_bar = _Tangent.apply(ctx.point, None, *thetas, first, *direction)
         return None, None, *thetas_bar, None, *bars_bar
@@ -404,9 +454,15 @@ class _Cotangent(_Transformable):
         # d(D' z_bar) = z_bar' D^2[dtheta, .] + D' dz_bar
         parts = []
         if _any(d_thetas):
-            parts.append(_Mixed.apply(ctx.point, ctx.needed, *thetas, first, *bars, *_filled(d_thetas, thetas)))
+            parts.append(
+                _Mixed.apply(
+                    ctx.point, ctx.needed, *thetas, first, *bars, *_filled(d_thetas, thetas)
+                )
+            )
         if _any(d_bars):
-            parts.append(_Cotangent.apply(ctx.point, ctx.needed, *thetas, first, *_filled(d_bars, bars)))
+            parts.append(
+                _Cotangent.apply(ctx.point, ctx.needed, *thetas, first, *_filled(d_bars, bars))
+            )
         return _summed(parts)
 
 
@@ -441,7 +497,9 @@ class _Mixed(_Last):
     result = "parameters"
 
     @staticmethod
-    def forward(point: EvaluationPoint, needed: Sequence[bool], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        point: EvaluationPoint, needed: Sequence[bool], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         n = len(point.ranks)
         thetas, _, rest = _split(n, tensors)
         bars, a = rest[: len(rest) - n], rest[len(rest) - n :]
@@ -456,7 +514,9 @@ def _apart(parts: Tensors) -> tuple[Tensor, ...]:
     """Each in memory of its own, which forward mode needs: a tangent is laid out as what it is the tangent of."""
     with few_threads_to_differentiate(parts):
         return tuple(
-            part.clone(memory_format=torch.contiguous_format) if is_view(part) or not part.is_contiguous() else part
+            part.clone(memory_format=torch.contiguous_format)
+            if is_view(part) or not part.is_contiguous()
+            else part
             for part in parts
         )
 
@@ -474,7 +534,9 @@ def _spread(parts: Tensors, needed: Sequence[bool]) -> list[Tensor | None]:
 
 def _filled(parts: Sequence[Tensor | None], like: Tensors) -> list[Tensor]:
     """Zeros where there is none."""
-    return [torch.zeros_like(x) if part is None else part for part, x in zip(parts, like, strict=True)]
+    return [
+        torch.zeros_like(x) if part is None else part for part, x in zip(parts, like, strict=True)
+    ]
 
 
 def _any(parts: Sequence[Tensor | None]) -> bool:

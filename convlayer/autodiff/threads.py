@@ -37,7 +37,11 @@ def cores() -> int:
 @cache
 def _libraries() -> list:
     """The OpenMP libraries of this process, whose settings are each thread's own."""
-    return [library for library in ThreadpoolController().lib_controllers if library.user_api == "openmp"]
+    return [
+        library
+        for library in ThreadpoolController().lib_controllers
+        if library.user_api == "openmp"
+    ]
 
 
 class one_thread:  # noqa: N801

@@ -35,13 +35,17 @@ def is_transformed(tensors: Sequence[Tensor | None]) -> bool:
         return False
     if functorch.peek_interpreter_stack() is not None:
         return True
-    return in_forward_mode() and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    return in_forward_mode() and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
 
 
 def in_vmap_alone() -> bool:
     """Every transform that is under way is a vmap, and no tangent is."""
     levels = functorch.get_interpreter_stack() or ()
-    return not in_forward_mode() and all(level.key() == functorch.TransformType.Vmap for level in levels)
+    return not in_forward_mode() and all(
+        level.key() == functorch.TransformType.Vmap for level in levels
+    )
 
 
 def is_of_old_vmap(tensor: Tensor) -> bool:
@@ -50,7 +54,10 @@ def is_of_old_vmap(tensor: Tensor) -> bool:
 
 
 def plain_gradients(
-    outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], bars: tuple[Tensor, ...], retain_graph: bool
+    outputs: tuple[Tensor, ...],
+    inputs: tuple[Tensor, ...],
+    bars: tuple[Tensor, ...],
+    retain_graph: bool,
 ) -> tuple[Tensor | None, ...]:
     """torch.autograd.grad of plain tensors, None where no way leads to an input; its checks take as long as a small kernel."""
     return torch.autograd.graph._engine_run_backward(

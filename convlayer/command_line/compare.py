@@ -92,7 +92,9 @@ def compare(*, quick: bool, device: str, dtype: str, out: str) -> int:
     try:
         place = torch.zeros((), device=device).device
     except (RuntimeError, AssertionError) as error:
-        print(f"The device {device!r} cannot be used: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(
+            f"The device {device!r} cannot be used: {str(error).splitlines()[0]}", file=sys.stderr
+        )
         return 2
     warnings.simplefilter("ignore")  # a degenerate row among random ones is no news here
     effort, kind = Effort.of(quick), getattr(torch, dtype)
@@ -114,7 +116,9 @@ def compare(*, quick: bool, device: str, dtype: str, out: str) -> int:
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     where = f"{_device_name(place)}, {dtype}"
-    (folder / "compare.json").write_text(json.dumps(_record(rows, curves, rivalries, where), indent=1) + "\n")
+    (folder / "compare.json").write_text(
+        json.dumps(_record(rows, curves, rivalries, where), indent=1) + "\n"
+    )
     worst = max(max(row.value, row.gradient) for row in rows)
     draw(
         rows,
@@ -169,7 +173,17 @@ def scale(case: Case, effort: Effort, device: torch.device, dtype: torch.dtype) 
 
 def table_of_rows(rows: list[Row]) -> str:
     """For the terminal."""
-    head = ("problem", "size", "batch", "cone program", "kernel", "speed-up", "value", "gradient", "memory, MB")
+    head = (
+        "problem",
+        "size",
+        "batch",
+        "cone program",
+        "kernel",
+        "speed-up",
+        "value",
+        "gradient",
+        "memory, MB",
+    )
     lines = [
         (
             row.title, row.size, str(row.batch), milliseconds(row.generic), milliseconds(row.specialised), f"{row.speedup:.3g}x",
@@ -185,7 +199,9 @@ def table_of_rows(rows: list[Row]) -> str:
     return "\n".join(text)
 
 
-def _sample(case: Case, size: int, batch: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+def _sample(
+    case: Case, size: int, batch: int, device: torch.device, dtype: torch.dtype
+) -> list[Tensor]:
     drawn = getattr(problems, case.problem).sample(batch, 0, *case.sizes(size))
     return [t.to(device, dtype).requires_grad_() for t in case.prepare(list(drawn))]
 
@@ -213,7 +229,9 @@ class _ResidentPeak:
         with suppress(OSError, AttributeError, TypeError):  # not glibc
             ctypes.CDLL(None).malloc_trim(0)
         with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+            Path("/proc/self/clear_refs").write_text(
+                "5"
+            )  # the high-water mark starts again from here
         self.before = _resident("VmRSS")
         return self
 
@@ -226,7 +244,9 @@ def _resident(field: str) -> int:
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024
+        )
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
@@ -243,7 +263,11 @@ def _record(
         "convlayer": __version__,
         "torch": torch.__version__,
         "where": where,
-        "units": {"times": "seconds", "memory": "megabytes", "value, gradient": "relative difference"},
+        "units": {
+            "times": "seconds",
+            "memory": "megabytes",
+            "value, gradient": "relative difference",
+        },
         "problems": [{**asdict(row), "speedup": row.speedup} for row in rows],
         "scaling": [asdict(curve) for curve in curves],
         "small": [asdict(rivalry) for rivalry in rivalries],

@@ -19,7 +19,13 @@ from convlayer.solvers import SOLVERS
 from convlayer.structures import STRUCTURES
 
 DEVELOPMENT = "dev"  # the extra of those who work on the package itself
-SETTINGS = ("OMP_NUM_THREADS", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "CUDA_VISIBLE_DEVICES")
+SETTINGS = (
+    "OMP_NUM_THREADS",
+    "ATEN_CPU_CAPABILITY",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "MKL_CBWR",
+    "CUDA_VISIBLE_DEVICES",
+)
 BATCH = 8
 STEP, TOLERANCE = 1e-6, 1e-6  # of the differences, and of the gradient against them
 
@@ -29,8 +35,12 @@ def examine() -> int:
     print(f"{'convlayer':<14}{__version__}, in {Path(__file__).parent}")
     print(f"{'python':<14}{platform.python_version()}, {platform.platform()}")
     for name, optional in _dependencies().items():
-        print(f"{name:<14}{_version(name) or ('not installed (optional)' if optional else 'MISSING')}")
-    print(f"{'processor':<14}{_processor()}; torch computes for {torch.backends.cpu.get_cpu_capability()}")
+        print(
+            f"{name:<14}{_version(name) or ('not installed (optional)' if optional else 'MISSING')}"
+        )
+    print(
+        f"{'processor':<14}{_processor()}; torch computes for {torch.backends.cpu.get_cpu_capability()}"
+    )
     print(f"{'cores':<14}{os.cpu_count()}; torch uses {torch.get_num_threads()} threads")
     for line in _blas():
         print(f"{'blas':<14}{line}")
@@ -102,18 +112,27 @@ def _check_structure(name: str) -> bool:
         return _say(name, False, f"{type(error).__name__}: {error}".splitlines()[0])
     if layer.structure != name:
         return _say(name, False, f"its own problem takes the path {layer.structure}")
-    worst = {part: float(getattr(found, part).max()) for part in ("solution", "value", "gradient", "infeasibility")}
+    worst = {
+        part: float(getattr(found, part).max())
+        for part in ("solution", "value", "gradient", "infeasibility")
+    }
     return _say(
-        name, found.agrees, ", ".join(f"{part} {size:.0e}" for part, size in worst.items()) + " from the cone program"
+        name,
+        found.agrees,
+        ", ".join(f"{part} {size:.0e}" for part, size in worst.items()) + " from the cone program",
     )
 
 
 def _check_solver(name: str) -> bool:
     """A quadratic program by this solver and by the default one."""
     tensors = problems.quadratic_program.sample(BATCH, 0)
-    mine, default = (problems.quadratic_program.layer(solver=solver).solve for solver in (name, "clarabel"))
+    mine, default = (
+        problems.quadratic_program.layer(solver=solver).solve for solver in (name, "clarabel")
+    )
     try:
-        found = verify(name, mine, default, tensors, 1, torch.zeros(BATCH, dtype=torch.float64), seed=0)
+        found = verify(
+            name, mine, default, tensors, 1, torch.zeros(BATCH, dtype=torch.float64), seed=0
+        )
     except Exception as error:
         return _say(name, False, f"{type(error).__name__}: {error}".splitlines()[0])
     worst = {part: float(getattr(found, part).max()) for part in ("solution", "value", "gradient")}
@@ -136,7 +155,9 @@ def _check_differences() -> bool:
     with torch.no_grad():
         difference = float(loss(STEP) - loss(-STEP)) / (2 * STEP)
     deviation = abs(slope - difference) / abs(difference)
-    return _say("cone_program", deviation < TOLERANCE, f"gradient {deviation:.0e} from central differences")
+    return _say(
+        "cone_program", deviation < TOLERANCE, f"gradient {deviation:.0e} from central differences"
+    )
 
 
 def _listed(worst: dict[str, float]) -> str:

@@ -33,9 +33,13 @@ def load_layer(
     found = vars(module).get(name)
     if found is None:
         public = [
-            key for key, value in vars(module).items() if not key.startswith("_") and _is_candidate(value, module)
+            key
+            for key, value in vars(module).items()
+            if not key.startswith("_") and _is_candidate(value, module)
         ]
-        raise LoadError(f"{path} defines no `{name}`. It defines: {', '.join(public) or 'nothing that could be one'}.")
+        raise LoadError(
+            f"{path} defines no `{name}`. It defines: {', '.join(public) or 'nothing that could be one'}."
+        )
     if callable(found) and not isinstance(found, ConvexLayer):
         try:
             found = found()
@@ -54,7 +58,9 @@ def _module(path: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise LoadError(f"{path} is not a Python file.")
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent.resolve()))  # as for a script, which may import its neighbours
+    sys.path.insert(
+        0, str(path.parent.resolve())
+    )  # as for a script, which may import its neighbours
     try:
         spec.loader.exec_module(module)
     except Exception as error:
@@ -65,7 +71,10 @@ def _module(path: Path) -> ModuleType:
 
 
 def _is_candidate(value: Any, module: ModuleType) -> bool:
-    return isinstance(value, (cp.Problem, ConvexLayer)) or getattr(value, "__module__", None) == module.__name__
+    return (
+        isinstance(value, (cp.Problem, ConvexLayer))
+        or getattr(value, "__module__", None) == module.__name__
+    )
 
 
 def _layer(found: Any, name: str) -> ConvexLayer:

@@ -40,9 +40,21 @@ def draw(rows: Sequence[Row], curves: Sequence[Curve], subtitle: str, path: Path
         left, right = halves
         figure.text(0.022, 0.945, TITLE, fontsize=20, weight="bold")
         figure.text(0.022, 0.905, subtitle, fontsize=13, color="#555555")
-        _bars(left.subplots(gridspec_kw={"left": 0.26, "right": 0.95, "bottom": 0.1, "top": 0.82}), rows)
+        _bars(
+            left.subplots(gridspec_kw={"left": 0.26, "right": 0.95, "bottom": 0.1, "top": 0.82}),
+            rows,
+        )
         grid = right.subplots(
-            2, 3, gridspec_kw={"left": 0.085, "right": 0.98, "bottom": 0.1, "top": 0.82, "hspace": 0.52, "wspace": 0.36}
+            2,
+            3,
+            gridspec_kw={
+                "left": 0.085,
+                "right": 0.98,
+                "bottom": 0.1,
+                "top": 0.82,
+                "hspace": 0.52,
+                "wspace": 0.36,
+            },
         )
         for k, (axes, curve) in enumerate(zip(grid.flat, curves)):
             _lines(axes, curve, first=k == 0, outer=k % 3 == 0)
@@ -55,7 +67,9 @@ def _bars(axes: Any, rows: Sequence[Row]) -> None:
     """Two bars a problem, each with its time at its end; the speed-up at the right."""
     low = 0.4 * min(min(row.specialised, row.generic) for row in rows)
     high = max(max(row.specialised, row.generic) for row in rows)
-    axes.set(xscale="log", xlim=(low, 30 * high), ylim=(len(rows) - 0.4, -0.75), yticks=range(len(rows)))
+    axes.set(
+        xscale="log", xlim=(low, 30 * high), ylim=(len(rows) - 0.4, -0.75), yticks=range(len(rows))
+    )
     axes.set_yticklabels([f"{row.title}\n{_two_lines(row.size)}" for row in rows])
     for k, row in enumerate(rows):
         for shift, seconds, colour, name in (
@@ -78,12 +92,22 @@ def _bars(axes: Any, rows: Sequence[Row]) -> None:
             weight="bold",
             color=INK,
         )
-    axes.text(0.995, -0.62, "speed-up", transform=axes.get_yaxis_transform(), ha="right", va="center", color="#555555")
+    axes.text(
+        0.995,
+        -0.62,
+        "speed-up",
+        transform=axes.get_yaxis_transform(),
+        ha="right",
+        va="center",
+        color="#555555",
+    )
     axes.set_title(f"Time a call, batch of {rows[0].batch}", pad=8)
     axes.set_xlabel("forward and backward (log scale)", loc="left")
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    axes.xaxis.set_major_locator(FixedLocator([10.0**e for e in range(-5, 3) if low <= 10.0**e <= 3 * high]))
+    axes.xaxis.set_major_locator(
+        FixedLocator([10.0**e for e in range(-5, 3) if low <= 10.0**e <= 3 * high])
+    )
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _time(value)))
 
@@ -91,10 +115,26 @@ def _bars(axes: Any, rows: Sequence[Row]) -> None:
 def _lines(axes: Any, curve: Curve, *, first: bool, outer: bool) -> None:
     """Time against size, both logarithmic."""
     for seconds, colour in ((curve.generic, GENERIC), (curve.specialised, SPECIALISED)):
-        axes.plot(curve.sizes[: len(seconds)], seconds, color=colour, lw=2.4, marker="o", ms=6, clip_on=False)
+        axes.plot(
+            curve.sizes[: len(seconds)],
+            seconds,
+            color=colour,
+            lw=2.4,
+            marker="o",
+            ms=6,
+            clip_on=False,
+        )
     if first:
         axes.text(0.04, 0.9, "cone program", color=GENERIC, weight="bold", transform=axes.transAxes)
-        axes.text(0.98, 0.07, "kernel", color=SPECIALISED, weight="bold", ha="right", transform=axes.transAxes)
+        axes.text(
+            0.98,
+            0.07,
+            "kernel",
+            color=SPECIALISED,
+            weight="bold",
+            ha="right",
+            transform=axes.transAxes,
+        )
     axes.set(xscale="log", yscale="log", xlabel=curve.axis, ylim=(2e-4, 4.0))
     axes.set_title(curve.title, pad=8)
     axes.xaxis.set_major_locator(FixedLocator(curve.sizes))

@@ -21,7 +21,9 @@ class Spectrum:
     """
 
     values: Tensor  # (*batch, k), in [0, 1]
-    basis: Tensor | None  # (*batch, k, k), orthogonal, or what stands for it, (*batch, k, 2), see `from_basis`; None: the identity
+    basis: (
+        Tensor | None
+    )  # (*batch, k, k), orthogonal, or what stands for it, (*batch, k, 2), see `from_basis`; None: the identity
 
 
 class Cone(ABC):
@@ -149,7 +151,9 @@ def spectral_weight(left: Tensor, right: Tensor) -> Tensor:
     return torch.where((total > 0) & (total < torch.inf), 0.5 * (left + right) / total + 0.5, 1.0)
 
 
-def bend(h: Tensor, g: Tensor, radial: Tensor, normal: Tensor, geodesic: Tensor | float = 0.0) -> Tensor:
+def bend(
+    h: Tensor, g: Tensor, radial: Tensor, normal: Tensor, geodesic: Tensor | float = 0.0
+) -> Tensor:
     """Pi''[h, g] on a curved boundary, all in the eigenbasis of DPi: along p, along v - p, and the rest, of eigenvalue c.
 
     Pi'' is the third derivative of |Pi|^2/2, and so symmetric in three arguments. Moving v in the plane of p and v - p
@@ -164,7 +168,9 @@ def bend(h: Tensor, g: Tensor, radial: Tensor, normal: Tensor, geodesic: Tensor 
     h_ray, h_normal, h_rest = h[..., :1], h[..., 1:2], h[..., 2:]
     g_ray, g_normal, g_rest = g[..., :1], g[..., 1:2], g[..., 2:]
     both = (h_rest * g_rest).sum(-1, keepdim=True)
-    rest = (radial * h_ray + normal * h_normal) * g_rest + (radial * g_ray + normal * g_normal) * h_rest
+    rest = (radial * h_ray + normal * h_normal) * g_rest + (
+        radial * g_ray + normal * g_normal
+    ) * h_rest
     return torch.cat((radial * both, normal * both, rest + geodesic * h_rest * g_rest), -1)
 
 
@@ -220,6 +226,10 @@ def lift(eigenvalues: Tensor, tolerance: float) -> Tensor:
     """Eigenvalues with those in [-tolerance, 0) reflected: the branch with the larger derivative at a kink. With a negative tolerance
     those in [0, -tolerance) are, and none stays zero: the branch with the smaller derivative."""
     if tolerance >= 0:
-        return torch.where(eigenvalues >= -tolerance, eigenvalues.abs(), eigenvalues) if tolerance else eigenvalues
+        return (
+            torch.where(eigenvalues >= -tolerance, eigenvalues.abs(), eigenvalues)
+            if tolerance
+            else eigenvalues
+        )
     below = -eigenvalues.abs().clamp(min=torch.finfo(eigenvalues.dtype).tiny)
     return torch.where(eigenvalues < -tolerance, below, eigenvalues)

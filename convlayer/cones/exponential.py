@@ -166,7 +166,9 @@ class Exponential(Cone):
     def _solve(self, v: Tensor) -> tuple[Tensor, _Root, _Case]:
         case, rows, closed, blot = self._case(v)
         (r, s, t), scale, polar, quadrant = case.v, case.scale, case.polar, case.quadrant
-        root = _root(r.masked_fill(quadrant, 1.0), s.masked_fill(quadrant, 1.0), t, ~(closed | polar))
+        root = _root(
+            r.masked_fill(quadrant, 1.0), s.masked_fill(quadrant, 1.0), t, ~(closed | polar)
+        )
         size = scale.masked_fill(polar, 0.0)
         p_r = torch.where(closed, rows[0], root.a * root.rho * size)
         p_s = torch.where(closed, rows[1].clamp(min=0), root.a * size)
@@ -225,7 +227,9 @@ def _root(r: Tensor, s: Tensor, t: Tensor, wanted: Tensor) -> _Root:
         return value, value / slope
 
     first, idle = d, ~wanted | (d <= NEAR)
-    settled = ((x0.abs() + d + 1) * 4e-15).masked_fill(idle, torch.inf)  # the rounding of the equation
+    settled = ((x0.abs() + d + 1) * 4e-15).masked_fill(
+        idle, torch.inf
+    )  # the rounding of the equation
     for sweep in range(SWEEPS):
         value, step = newton(d)
         d = torch.minimum(torch.maximum(d + step, d * 0.0625), most)
@@ -263,7 +267,9 @@ def _frame(rho: Tensor) -> _Frame:
         (ray_c, normal_k * fall, both * torch.addcmul(kk, rho, cc)),
         (k * ray, -c * normal, -both * e * torch.addcmul(one, rho, fall, value=-1)),
     )
-    return _Frame(torch.stack([entry for row in columns for entry in row]), c, k, ray_square, normal_square)
+    return _Frame(
+        torch.stack([entry for row in columns for entry in row]), c, k, ray_square, normal_square
+    )
 
 
 class _Inside(Interior):
@@ -281,14 +287,21 @@ class _Inside(Interior):
         ray, normal, across = surface.basis.unflatten(0, (3, 3)).unbind(1)  # (3, *batch) each
         deep = (psi > s * (1 + (rho - 1).abs())).unsqueeze(-1)
         axes = torch.eye(3, dtype=s.dtype, device=s.device)
-        self.frame = torch.where(deep.unsqueeze(-1), axes, torch.stack((normal, across, ray), -1).movedim(0, -2))
-        bend = normal[1] / s - normal[2] / t, (surface.ray_square / surface.normal_square).sqrt() / s
+        self.frame = torch.where(
+            deep.unsqueeze(-1), axes, torch.stack((normal, across, ray), -1).movedim(0, -2)
+        )
+        bend = (
+            normal[1] / s - normal[2] / t,
+            (surface.ray_square / surface.normal_square).sqrt() / s,
+        )
         self.g = torch.where(
             deep,
             torch.stack((-one, rho - 1, s / t), -1),
             torch.stack((-surface.normal_square.sqrt() / surface.k, zero, zero), -1),
         )
-        self.h = torch.where(deep, torch.stack((zero, 1 / s, -1 / t), -1), torch.stack((*bend, zero), -1))
+        self.h = torch.where(
+            deep, torch.stack((zero, 1 / s, -1 / t), -1), torch.stack((*bend, zero), -1)
+        )
         rows = (
             self.g / psi.unsqueeze(-1),
             self.h * (s / psi).sqrt().unsqueeze(-1),
@@ -315,7 +328,11 @@ class _Inside(Interior):
 
 
 def _bracketed(
-    newton: Callable[[Tensor], tuple[Tensor, Tensor]], d: Tensor, most: Tensor, settled: Tensor, idle: Tensor
+    newton: Callable[[Tensor], tuple[Tensor, Tensor]],
+    d: Tensor,
+    most: Tensor,
+    settled: Tensor,
+    idle: Tensor,
 ) -> Tensor:
     """Newton's method where it stays inside a bracket, else bisection of log d."""
     least = torch.full_like(d, 1e-300)

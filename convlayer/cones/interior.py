@@ -70,7 +70,9 @@ def minimise(start: Interior, v: Tensor) -> Interior:
         descent = rotate(now.frame.mT, now.polar - now.point + v).unsqueeze(-1)
         c = torch.cholesky_solve(descent, torch.linalg.cholesky_ex(matrix).L).squeeze(-1)
         length = rotate(now.factor, c).norm(dim=-1, keepdim=True)
-        now = now.moved(torch.where(length > DESCENT.damped, c / (1 + length), c), (length > small).squeeze(-1))
+        now = now.moved(
+            torch.where(length > DESCENT.damped, c / (1 + length), c), (length > small).squeeze(-1)
+        )
         calm += bool((length <= small).all())
         if calm == DESCENT.calm:
             break
@@ -90,9 +92,13 @@ def rest_of(now: Interior) -> tuple[Tensor, Tensor]:
             first, second = columns[i], columns[j]
             a, b = (column[..., :rows].square().sum(-1) for column in (first, second))
             product = (first[..., :rows] * second[..., :rows]).sum(-1)
-            worst = torch.maximum(worst, (product / (a * b).sqrt()).abs().amax() if product.numel() else worst)
+            worst = torch.maximum(
+                worst, (product / (a * b).sqrt()).abs().amax() if product.numel() else worst
+            )
             cotangent = (b - a) / (2 * product)
-            tangent = torch.copysign(1 / (cotangent.abs() + torch.hypot(cotangent, torch.ones_like(a))), cotangent)
+            tangent = torch.copysign(
+                1 / (cotangent.abs() + torch.hypot(cotangent, torch.ones_like(a))), cotangent
+            )
             tangent = torch.where(product == 0, 0.0, tangent).unsqueeze(-1)
             cosine = torch.rsqrt(1 + tangent * tangent)
             columns[i] = (first - tangent * second) * cosine

@@ -79,9 +79,15 @@ class Power(Cone):
     size: ClassVar[int] = 3  # type: ignore[misc]
 
     def __init__(self, alphas: float | Sequence[float]) -> None:
-        chosen = (float(alphas),) if isinstance(alphas, (int, float)) else tuple(float(alpha) for alpha in alphas)
+        chosen = (
+            (float(alphas),)
+            if isinstance(alphas, (int, float))
+            else tuple(float(alpha) for alpha in alphas)
+        )
         if not chosen or not all(0 < alpha < 1 for alpha in chosen):
-            raise ValueError(f"A power cone was given alpha = {alphas}; expected numbers strictly between 0 and 1.")
+            raise ValueError(
+                f"A power cone was given alpha = {alphas}; expected numbers strictly between 0 and 1."
+            )
         object.__setattr__(self, "alphas", chosen)
 
     def inside(self) -> Tensor:
@@ -108,7 +114,9 @@ class Power(Cone):
         alpha, beta = self._exponents(v)
         sign = _sign(case.v)
         frame = _frame(root.x, root.y, root.w, sign, alpha, beta)
-        middle = 1 / (1 + alpha * beta * (root.q / root.w) * (frame.ray_square / frame.normal_square))
+        middle = 1 / (
+            1 + alpha * beta * (root.q / root.w) * (frame.ray_square / frame.normal_square)
+        )
         inside, leading = case.inside, ~case.polar
         if tolerance > 0:
             inside = inside | ((case.v - _point(root, sign)).norm(dim=-1) * case.scale <= tolerance)
@@ -123,7 +131,9 @@ class Power(Cone):
         p, root, case = self._solve(v)
         alpha, beta = self._exponents(v)
         sign = _sign(case.v)
-        basis, (x, y, w), slope, ray_square, normal_square = _frame(root.x, root.y, root.w, sign, alpha, beta)
+        basis, (x, y, w), slope, ray_square, normal_square = _frame(
+            root.x, root.y, root.w, sign, alpha, beta
+        )
         xx, yy, ss = x * x, y * y, slope * slope
         free, bent = root.w * normal_square, alpha * beta * root.q * ray_square
         total = (free + bent) * torch.where(case.scale > 0, case.scale, 1.0)
@@ -152,7 +162,9 @@ class Power(Cone):
         x, y, _ = case.v.unbind(-1)
         unit = p / torch.where(case.scale > 0, case.scale, 1.0).unsqueeze(-1)
         curved = torch.minimum((case.v - unit).norm(dim=-1), unit.norm(dim=-1))
-        flat = torch.where((x < 0) & (y < 0), self._polar_depth(case.v), torch.minimum(x.abs(), y.abs()))
+        flat = torch.where(
+            (x < 0) & (y < 0), self._polar_depth(case.v), torch.minimum(x.abs(), y.abs())
+        )
         margin = torch.where(case.flat, flat, curved)
         margin = torch.where(case.inside, self._depth(case.v), margin)
         return torch.where(case.polar, self._polar_depth(case.v), margin) * case.scale
@@ -185,7 +197,9 @@ class Power(Cone):
         x, y, z = unit.unbind(-1)
         height = z.abs()
         inside = (x >= 0) & (y >= 0) & (x**alpha * y**beta >= height)
-        polar = (x <= 0) & (y <= 0) & ((-x / alpha) ** alpha * (-y / beta) ** beta >= height) & ~inside
+        polar = (
+            (x <= 0) & (y <= 0) & ((-x / alpha) ** alpha * (-y / beta) ** beta >= height) & ~inside
+        )
         flat = (height <= FLAT) & ~inside
         return _Case(unit, scale, inside, polar & ~flat, flat), blot
 
@@ -195,10 +209,16 @@ class Power(Cone):
         x, y, z = case.v.unbind(-1)
         height, scale, inside, polar, flat = z.abs(), case.scale, case.inside, case.polar, case.flat
         wanted = ~(inside | polar | flat)
-        stand_ins = (torch.where(wanted, x, 0.0), torch.where(wanted, y, 0.0), torch.where(wanted, height, 1.0))
+        stand_ins = (
+            torch.where(wanted, x, 0.0),
+            torch.where(wanted, y, 0.0),
+            torch.where(wanted, height, 1.0),
+        )
         root = _root(*stand_ins, alpha, beta, wanted)
         polar_root = _Root(alpha / -x, beta / -y, 1 / height, height)
-        root = _Root(*(torch.where(polar & (x < 0) & (y < 0), b, a) for a, b in zip(root, polar_root)))
+        root = _Root(
+            *(torch.where(polar & (x < 0) & (y < 0), b, a) for a, b in zip(root, polar_root))
+        )
         p = _point(root, z.sign()) * torch.where(polar, 0.0, scale).unsqueeze(-1)
         face = torch.cat((v[..., :2].clamp(min=0), torch.zeros_like(v[..., 2:])), -1)
         p = torch.where(inside.unsqueeze(-1), v, torch.where(flat.unsqueeze(-1), face, p))
@@ -231,11 +251,15 @@ class Power(Cone):
         x, y, height = -v[..., 0], -v[..., 1], v[..., 2].abs()
         along_x = x - alpha * (height / (y / beta) ** beta) ** (1 / alpha)
         along_y = y - beta * (height / (x / alpha) ** alpha) ** (1 / beta)
-        least = torch.minimum(torch.minimum(along_x, along_y), (x / alpha) ** alpha * (y / beta) ** beta - height)
+        least = torch.minimum(
+            torch.minimum(along_x, along_y), (x / alpha) ** alpha * (y / beta) ** beta - height
+        )
         return torch.where((x > 0) & (y > 0), least, 0.0).clamp(min=0)
 
 
-def _root(x: Tensor, y: Tensor, height: Tensor, alpha: Tensor, beta: Tensor, wanted: Tensor) -> _Root:
+def _root(
+    x: Tensor, y: Tensor, height: Tensor, alpha: Tensor, beta: Tensor, wanted: Tensor
+) -> _Root:
     """Solve  f = alpha log p_x + beta log p_y - log w = 0  for w in (0, height), where `wanted`.
 
     f falls from w = 0, where it is negative only on -K*, to w = height, where it is positive only on K. Either end may
@@ -254,36 +278,54 @@ def _root(x: Tensor, y: Tensor, height: Tensor, alpha: Tensor, beta: Tensor, wan
 
     half = height * 0.5
     p_x, p_y, _ = surface(half)
-    from_top = alpha * torch.log(p_x) + beta * torch.log(p_y) > torch.log(half)  # then the unknown is q, else w
-    bounded = torch.where(from_top, (x > 0) & (y > 0), (x < 0) & (y < 0))  # f is finite at the anchor
+    from_top = alpha * torch.log(p_x) + beta * torch.log(p_y) > torch.log(
+        half
+    )  # then the unknown is q, else w
+    bounded = torch.where(
+        from_top, (x > 0) & (y > 0), (x < 0) & (y < 0)
+    )  # f is finite at the anchor
 
     # at a finite end:  |f(0)| = sum_i weight_i log((1 + sqrt(1 + 4 area/size_i))/2) - log(1 - d/height)
     width_x = torch.where(from_top, x, x / alpha).abs()
     width_y = torch.where(from_top, y, y / beta).abs()
-    limit = (torch.log(height) - alpha * torch.log(width_x) - beta * torch.log(width_y)).clamp(min=0)
+    limit = (torch.log(height) - alpha * torch.log(width_x) - beta * torch.log(width_y)).clamp(
+        min=0
+    )
     start = -torch.expm1(-limit) * height
     for weight, u in ((alpha, x), (beta, y)):
         ratio = (limit / weight).clamp(max=300)
-        start = torch.minimum(start, u * u / weight * torch.exp(ratio) * torch.expm1(ratio) / height)
+        start = torch.minimum(
+            start, u * u / weight * torch.exp(ratio) * torch.expm1(ratio) / height
+        )
     least = height * NEAR
     most = half
     d = torch.where(bounded, torch.minimum(start, half), half * 0.5).clamp(min=least)
     floor, idle = least * 2, ~wanted
     sign = torch.where(from_top, -1.0, 1.0)  # f falls in w and rises in q
     p_x, p_y, _ = surface(d)
-    logs = alpha * p_x.log().abs() + beta * p_y.log().abs() + torch.where(from_top, height, d).log().abs()
+    logs = (
+        alpha * p_x.log().abs()
+        + beta * p_y.log().abs()
+        + torch.where(from_top, height, d).log().abs()
+    )
     settled = 2e-15 * (1 + logs)  # the rounding of f
     for _ in range(ITERATIONS):
         p_x, p_y, growth = surface(d)
         rest = height - d
-        value = alpha * torch.log(p_x) + beta * torch.log(p_y) - torch.log(torch.where(from_top, rest, d))
+        value = (
+            alpha * torch.log(p_x)
+            + beta * torch.log(p_y)
+            - torch.log(torch.where(from_top, rest, d))
+        )
         value = value * sign
         slope = growth * sign - torch.where(from_top, d / rest, 1.0)  # of value, in log d: negative
         least, most = torch.where(value > 0, d, least), torch.where(value > 0, most, d)
         step = -value / slope
         new = torch.where(bounded, d + d * step, d * torch.exp(step.clamp(-400, 400)))
         noise = value.abs() <= settled
-        new = torch.where(noise & ~(step.abs() <= 1e-3), d, new)  # next to a finite end the slope vanishes with d
+        new = torch.where(
+            noise & ~(step.abs() <= 1e-3), d, new
+        )  # next to a finite end the slope vanishes with d
         done = (step.abs() <= 1e-8) | noise
         trusted = ((new > least) & (new < most)) | done
         d = torch.where(idle, d, torch.where(trusted, new, torch.sqrt(least) * torch.sqrt(most)))
@@ -303,7 +345,9 @@ class _Inside(Interior):
     (M, M x P, P) there.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, z: Tensor, down: Tensor, alpha: Tensor, beta: Tensor) -> None:
+    def __init__(
+        self, x: Tensor, y: Tensor, z: Tensor, down: Tensor, alpha: Tensor, beta: Tensor
+    ) -> None:
         self.x, self.y, self.alpha, self.beta = x, y, alpha, beta
         self.w = w = _surface(x, y, alpha, beta)
         near = down < 0.5 * w  # of z and w - z, the larger is taken from the other
@@ -312,7 +356,10 @@ class _Inside(Interior):
         surface = _frame(x, y, w, one, alpha, beta)
         ray, normal, across = surface.basis.unbind(-1)
         self.frame = torch.stack((normal, across, ray), -1)
-        bend = normal[..., 0] / x - normal[..., 1] / y, (surface.ray_square / surface.normal_square).sqrt() / w
+        bend = (
+            normal[..., 0] / x - normal[..., 1] / y,
+            (surface.ray_square / surface.normal_square).sqrt() / w,
+        )
         self.g = torch.stack((-surface.normal_square.sqrt() / surface.slope, zero, zero), -1)
         self.h = torch.stack((*bend, zero), -1)
         both = w * (1 / self.down + 1 / up)
@@ -344,7 +391,9 @@ class _Inside(Interior):
         turn = -(self.h * c).sum(-1) * self.x / x  # of y/x, relative
         excess = self.w * x / self.x * (beta * turn - torch.expm1(beta * torch.log1p(turn)))
         excess = torch.where(curved, excess, 0.0)
-        return _Inside(x, y, self.z + step_z, self.down + (self.g * c).sum(-1) - excess, self.alpha, beta)
+        return _Inside(
+            x, y, self.z + step_z, self.down + (self.g * c).sum(-1) - excess, self.alpha, beta
+        )
 
 
 def _surface(x: Tensor, y: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
@@ -354,9 +403,15 @@ def _surface(x: Tensor, y: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
 def _frame(x: Tensor, y: Tensor, w: Tensor, sign: Tensor, alpha: Tensor, beta: Tensor) -> _Frame:
     large, slope = torch.maximum(x, y), torch.minimum(x, y) / w
     x, y, w = x / large, y / large, w / large
-    ray, normal = torch.stack((x, y, sign * w), -1), torch.stack((-alpha * y, -beta * x, sign * slope), -1)
+    ray, normal = (
+        torch.stack((x, y, sign * w), -1),
+        torch.stack((-alpha * y, -beta * x, sign * slope), -1),
+    )
     ray_square, normal_square = ray.square().sum(-1), normal.square().sum(-1)
-    ray, normal = ray * ray_square.rsqrt().unsqueeze(-1), normal * normal_square.rsqrt().unsqueeze(-1)
+    ray, normal = (
+        ray * ray_square.rsqrt().unsqueeze(-1),
+        normal * normal_square.rsqrt().unsqueeze(-1),
+    )
     basis = torch.stack((ray, normal, torch.linalg.cross(ray, normal)), -1)
     return _Frame(basis, (x, y, w), slope, ray_square, normal_square)
 
@@ -370,7 +425,9 @@ def _point(root: _Root, sign: Tensor) -> Tensor:
 
 
 @constants
-def _exponents(alphas: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def _exponents(
+    alphas: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """alpha and 1 - alpha, () for one block and (k,) for k."""
     alpha = torch.tensor(alphas if len(alphas) > 1 else alphas[0], dtype=dtype).to(device)
     return alpha, 1 - alpha

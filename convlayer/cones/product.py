@@ -53,7 +53,11 @@ class _Group(NamedTuple):
 
     def shaped(self, device: torch.device) -> slice | Tensor:
         """Where its rows are, block by block: a slice, or (count, size)."""
-        return self.rows if isinstance(self.rows, slice) else self.rows.to(device).unflatten(0, (self.copies, -1))
+        return (
+            self.rows
+            if isinstance(self.rows, slice)
+            else self.rows.to(device).unflatten(0, (self.copies, -1))
+        )
 
 
 class ProductSpectrum:
@@ -82,7 +86,9 @@ class ProductSpectrum:
 
     def index_select(self, rows: Tensor) -> ProductSpectrum:
         """The spectrum of a subset of a flattened batch, values (B, m) -> (len(rows), m)."""
-        return ProductSpectrum(self.values[rows], [(where, basis[rows]) for where, basis in self.bases])
+        return ProductSpectrum(
+            self.values[rows], [(where, basis[rows]) for where, basis in self.bases]
+        )
 
     def put(self, rows: Tensor, other: ProductSpectrum) -> ProductSpectrum:
         """This one, with that of some rows of a flattened batch replaced."""
@@ -135,7 +141,11 @@ class Product:
             order += rows
             contiguous = rows[-1] - rows[0] == len(rows) - 1
             self._groups.append(
-                _Group(merged, count, slice(rows[0], rows[-1] + 1) if contiguous else torch.tensor(rows))
+                _Group(
+                    merged,
+                    count,
+                    slice(rows[0], rows[-1] + 1) if contiguous else torch.tensor(rows),
+                )
             )
         self._restore = None if order == sorted(order) else torch.argsort(torch.tensor(order))
 
@@ -158,17 +168,23 @@ class Product:
     @property
     def inside(self) -> Tensor:
         """(m,) a point inside every cone; ones in the zero cone, which has none."""
-        return torch.cat([torch.zeros(0, dtype=torch.float64), *(cone.inside() for cone in self.cones)])
+        return torch.cat(
+            [torch.zeros(0, dtype=torch.float64), *(cone.inside() for cone in self.cones)]
+        )
 
     def project(self, v: Tensor) -> Tensor:
         """Pi_K(v)."""
-        return self._assemble(v, [group.cone.project(group.take(v)).flatten(-2) for group in self._groups])
+        return self._assemble(
+            v, [group.cone.project(group.take(v)).flatten(-2) for group in self._groups]
+        )
 
     def project_dual(self, v: Tensor) -> Tensor:
         """Pi_K*(v)."""
         return v + self.project(-v)
 
-    def linearise_dual(self, v: Tensor, tolerance: float = 0.0) -> tuple[Tensor, Tensor, ProductSpectrum]:
+    def linearise_dual(
+        self, v: Tensor, tolerance: float = 0.0
+    ) -> tuple[Tensor, Tensor, ProductSpectrum]:
         """y = Pi_K*(v), s = y - v = Pi_K(-v), and DPi_K*(v).
 
         s is the projection itself, not a difference, so its small components keep their accuracy. At a kink the branch
@@ -200,7 +216,9 @@ class Product:
         for group in self._groups:
             part = group.take(mirrored)
             p, spectrum = group.cone.linearise(part, tolerance)
-            other = group.cone.linearise(part, -tolerance)[1] if group.cone.two_branched else spectrum
+            other = (
+                group.cone.linearise(part, -tolerance)[1] if group.cone.two_branched else spectrum
+            )
             if not group.cone.two_branched:
                 known = known & (group.cone.margin(part, p) >= tolerance).all(-1)
             free.append(spectrum.values.flatten(-2))
@@ -233,13 +251,18 @@ class Product:
         """Pi_K*''(v)[h, g] = Pi_K''(-v)[h, g], (*batch, m)."""
         mirrored, parts = -v, []
         for group in self._groups:
-            parts.append(group.cone.curvature(group.take(mirrored), group.take(h), group.take(g)).flatten(-2))
+            parts.append(
+                group.cone.curvature(group.take(mirrored), group.take(h), group.take(g)).flatten(-2)
+            )
         return self._assemble(v, parts)
 
     def margin(self, v: Tensor, s: Tensor) -> Tensor:
         """The least margin of the blocks at -v, the distance to the nearest kink of Pi_K*, (*batch,). s = Pi_K(-v)."""
         mirrored = -v
-        margins = [group.cone.margin(group.take(mirrored), group.take(s)).amin(-1) for group in self._groups]
+        margins = [
+            group.cone.margin(group.take(mirrored), group.take(s)).amin(-1)
+            for group in self._groups
+        ]
         return torch.stack(margins, -1).amin(-1) if margins else v.new_full(v.shape[:-1], torch.inf)
 
     def describe(self) -> str:
@@ -286,5 +309,3 @@ def _rows_of(x: Tensor, rows: slice | Tensor, dim: int) -> Tensor:
     if isinstance(rows, slice):
         return x.narrow(dim, rows.start, rows.stop - rows.start)
     return x.index_select(dim, rows.flatten().to(x.device))
-
-

@@ -102,7 +102,9 @@ class SecondOrder(Cone):
         first, second = eigenvalues[..., :1], eigenvalues[..., 1:]
         curved = (first > 0) & (second < 0)
         gap = torch.where(curved, first - second, 1.0)
-        radial, inward = (torch.where(curved, part / gap / gap * sqrt(2), 0.0) for part in (-second, first))
+        radial, inward = (
+            torch.where(curved, part / gap / gap * sqrt(2), 0.0) for part in (-second, first)
+        )
         basis = self._basis(u)
         h, g = (to_basis(basis, part.unsqueeze(-1)).squeeze(-1) for part in (h, g))
         return from_basis(basis, bend(h, g, radial, inward).unsqueeze(-1)).squeeze(-1) + (p - p)
@@ -149,7 +151,9 @@ class SecondOrder(Cone):
         below.narrow(-1, 0, 2).mul_(u.unsqueeze(-1))
         if self.size > 2:
             rest = u.narrow(-1, 1, self.size - 2)
-            below.narrow(-1, 2, self.size - 2).addcmul_(_towards(u).unsqueeze(-1), rest.unsqueeze(-2), value=-1)
+            below.narrow(-1, 2, self.size - 2).addcmul_(
+                _towards(u).unsqueeze(-1), rest.unsqueeze(-2), value=-1
+            )
         return basis
 
 
@@ -162,7 +166,9 @@ def _towards(u: Tensor) -> Tensor:
 
 
 @constants
-def _constants(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _constants(
+    size: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     """The axis e_1 of R^(size - 1), the signs (1, -1), and the basis where it does not depend on u."""
     axis = torch.zeros(size - 1, dtype=dtype, device=device)
     axis[0] = 1

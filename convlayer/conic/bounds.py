@@ -30,23 +30,34 @@ class Bounds:
     coefficients: Tensor  # (k,)
 
     @classmethod
-    def of(cls, program: Program, fixed: np.ndarray, values: np.ndarray, shown: np.ndarray) -> Bounds | None:
+    def of(
+        cls, program: Program, fixed: np.ndarray, values: np.ndarray, shown: np.ndarray
+    ) -> Bounds | None:
         """fixed (nnz(A),): entries that no parameter moves, with their values; shown (n,): the variables that matter."""
         scalar = program.inequalities.numpy().copy()
         for block in program.cones.blocks:
             if not block.elementwise and block.size == 1:  # a ray, which is the nonnegative one
                 scalar[block.start] = True
         alone = np.bincount(program.A_rows, minlength=program.m) == 1
-        mine = np.flatnonzero(fixed & (values != 0) & (scalar & alone)[program.A_rows] & shown[program.A_cols])
+        mine = np.flatnonzero(
+            fixed & (values != 0) & (scalar & alone)[program.A_rows] & shown[program.A_cols]
+        )
         if not len(mine):
             return None
-        return cls(*(torch.from_numpy(part[mine].copy()) for part in (program.A_rows, program.A_cols, values)))
+        return cls(
+            *(
+                torch.from_numpy(part[mine].copy())
+                for part in (program.A_rows, program.A_cols, values)
+            )
+        )
 
     def hold(self, x: Tensor, b: Tensor) -> Tensor:
         """x (B, n), where it is outside them moved onto its bounds; b (B or 1, m)."""
         for sign, rows, columns, coefficients in self._sides(x.device):
             # A bound that is NaN, as in rows that are left out, says nothing.
-            limits = (b.index_select(1, rows) / coefficients).nan_to_num(sign * torch.inf, torch.inf, -torch.inf)
+            limits = (b.index_select(1, rows) / coefficients).nan_to_num(
+                sign * torch.inf, torch.inf, -torch.inf
+            )
             index, limits = (part.expand(len(x), -1) for part in (columns, limits))
             x = x.scatter_reduce(1, index, limits, "amin" if sign > 0 else "amax")
         return x
@@ -54,16 +65,25 @@ class Bounds:
     @once_for_each
     def _sides(self, device: torch.device) -> list[tuple[float, Tensor, Tensor, Tensor]]:
         """(1 or -1, rows, columns, coefficients) of the bounds from above and from below, where there are some."""
-        sides = [(sign, torch.nonzero(sign * self.coefficients > 0).flatten()) for sign in (1.0, -1.0)]
+        sides = [
+            (sign, torch.nonzero(sign * self.coefficients > 0).flatten()) for sign in (1.0, -1.0)
+        ]
         rows, columns, coefficients = self.rows, self.columns, self.coefficients
         return [
-            (sign, rows[which].to(device), columns[which].to(device), coefficients[which].to(device))
+            (
+                sign,
+                rows[which].to(device),
+                columns[which].to(device),
+                coefficients[which].to(device),
+            )
             for sign, which in sides
             if len(which)
         ]
 
 
-def implied(program: Program, fixed: np.ndarray, values: np.ndarray, b: np.ndarray, told: np.ndarray) -> Tensor | None:
+def implied(
+    program: Program, fixed: np.ndarray, values: np.ndarray, b: np.ndarray, told: np.ndarray
+) -> Tensor | None:
     """The inequalities that a coordinate of some cone, one which is never negative, implies; None: there are none.
 
     fixed (nnz(A),): entries that no parameter moves, with their values; b (m,): right-hand sides, NaN where a parameter moves them;

@@ -105,5 +105,9 @@ def unbounded(data: Data, x: Tensor) -> Tensor:
     error = torch.cat([operators.P(x), image + s], 1).abs().amax(1)
     # A curvature that is small beside the rest of the program is none the less one: each row of P in units of its own.
     rows = operators.absolute.P(torch.ones_like(x))
-    curved = (operators.P(x).abs() > PROOF.flat * rows * x.abs().amax(1, keepdim=True)).any(1) if x.shape[1] else gain > 0
+    curved = (
+        (operators.P(x).abs() > PROOF.flat * rows * x.abs().amax(1, keepdim=True)).any(1)
+        if x.shape[1]
+        else gain > 0
+    )
     return (gain > 0) & (error <= CERTIFICATE * gain) & ~curved

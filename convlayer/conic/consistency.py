@@ -52,10 +52,14 @@ class Dependence:
         filled = np.zeros(program.m, dtype=bool)
         filled[program.A_rows[(values != 0) | ~fixed]] = True
         empty = np.flatnonzero(program.inequalities.numpy() & ~filled)
-        entangled = equalities[_entangled(*_among(equalities, program, values), len(equalities), program.n)]
+        entangled = equalities[
+            _entangled(*_among(equalities, program, values), len(equalities), program.n)
+        ]
         if not len(empty) and not len(entangled):
             return None
-        matrix = sp.csr_array((values, (program.A_rows, program.A_cols)), shape=(program.m, program.n))
+        matrix = sp.csr_array(
+            (values, (program.A_rows, program.A_cols)), shape=(program.m, program.n)
+        )
         matrix.eliminate_zeros()
         null = _left_null(matrix[entangled])
         touched = (np.abs(null) > TRACE).any(1)
@@ -102,7 +106,11 @@ class Dependence:
                 largest = beside.amax(1, keepdim=True)
             else:
                 groups = here.group.expand(len(sizes), -1)
-                largest = torch.zeros_like(beside).scatter_reduce_(1, groups, beside, "amax").gather(1, groups)
+                largest = (
+                    torch.zeros_like(beside)
+                    .scatter_reduce_(1, groups, beside, "amax")
+                    .gather(1, groups)
+                )
             shares.append(here._apart(b).abs() / largest.clamp(min=tiny))
         if len(here.empty):
             shares.append(here._below(b) / sizes.index_select(1, here.empty).clamp(min=tiny))
@@ -115,7 +123,11 @@ class Dependence:
     def proof(self, b: Tensor) -> Tensor:
         """(B or 1, m) y, where the rows do not agree."""
         here = self.on(b.device)
-        return torch.zeros_like(b).index_copy(1, here.rows, -here._apart(b)).index_copy(1, here.empty, here._below(b))
+        return (
+            torch.zeros_like(b)
+            .index_copy(1, here.rows, -here._apart(b))
+            .index_copy(1, here.empty, here._below(b))
+        )
 
 
 def _left_null(matrix: sp.csr_array) -> np.ndarray:

@@ -80,7 +80,12 @@ class Elimination:
         before, n, k = self.before, len(self.x), len(self.t)
         place_r, place_row = np.full(before.m, -1), np.full(before.m, -1)
         place_t, place_x = np.full(before.n, -1), np.full(before.n, -1)
-        for place, index in ((place_r, self.r), (place_row, self.rows), (place_t, self.t), (place_x, self.x)):
+        for place, index in (
+            (place_r, self.r),
+            (place_row, self.rows),
+            (place_t, self.t),
+            (place_x, self.x),
+        ):
             place[index] = np.arange(len(index))
         i, j = before.A_rows, before.A_cols
         in_L = np.flatnonzero((place_r[i] >= 0) & (place_x[j] >= 0))
@@ -88,11 +93,16 @@ class Elimination:
         row, column = before.P_rows, before.P_cols
         own = np.flatnonzero((place_x[row] >= 0) & (place_x[column] >= 0))
         off = own[row[own] != column[own]]
-        across = [place_x[row[own]] * n + place_x[column[own]], place_x[column[off]] * n + place_x[row[off]]]
+        across = [
+            place_x[row[own]] * n + place_x[column[own]],
+            place_x[column[off]] * n + place_x[row[off]],
+        ]
         gone = np.flatnonzero(place_t[row] >= 0)  # of which only the diagonal is there
         return {
             "L": _placed(in_L, place_r[i[in_L]] * n + place_x[j[in_L]], len(i), k * n),
-            "A": _placed(in_A, place_row[i[in_A]] * n + place_x[j[in_A]], len(i), len(self.rows) * n),
+            "A": _placed(
+                in_A, place_row[i[in_A]] * n + place_x[j[in_A]], len(i), len(self.rows) * n
+            ),
             "P": _placed(np.concatenate([own, off]), np.concatenate(across), len(row), n * n),
             "P_tt": _placed(gone, place_t[row[gone]], len(row), k),
         }
@@ -136,7 +146,9 @@ class Eliminated:
 
     def only(self, index: Tensor) -> Eliminated:
         """Some rows, for the way back alone."""
-        parts = (take_rows(part, index) for part in (self.L, self.D, self.P_tt, self.q_t, self.right))
+        parts = (
+            take_rows(part, index) for part in (self.L, self.D, self.P_tt, self.q_t, self.right)
+        )
         return Eliminated(self.elimination, None, *parts)
 
     def _index(self, like: Tensor) -> dict[str, Tensor]:
@@ -154,7 +166,11 @@ class Eliminated:
         t = (self.right - product(self.L, x)) / E
         # y_r = -(P_tt t + q_t) / E
         y_r = -(self.P_tt * t + self.q_t) / E
-        return self._joined(x, t, "n"), self._joined(s, torch.zeros_like(y_r), "m"), self._joined(y, y_r, "m")
+        return (
+            self._joined(x, t, "n"),
+            self._joined(s, torch.zeros_like(y_r), "m"),
+            self._joined(y, y_r, "m"),
+        )
 
     def enter_cotangents(self, x_bar: Tensor, y_bar: Tensor) -> tuple[Tensor, Tensor]:
         """Those of (x, y) as those of the smaller program's."""
@@ -164,7 +180,9 @@ class Eliminated:
         g = x_bar[:, index["x"]] - product(self.L.mT, g_t / index["E"] - self.D * c)
         return g, y_bar[:, index["rows"]]
 
-    def leave_adjoint(self, w: Tensor, u: Tensor, x_bar: Tensor, y_bar: Tensor) -> tuple[Tensor, Tensor]:
+    def leave_adjoint(
+        self, w: Tensor, u: Tensor, x_bar: Tensor, y_bar: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The adjoint of the smaller program as that of the larger, whose cotangents are given, too."""
         index = self._index(w)
         g_t, c, E = x_bar[:, index["t"]], y_bar[:, index["r"]], index["E"]

@@ -32,7 +32,9 @@ class LinearMap:
         self.shape = matrix.shape
         self.read = np.unique(matrix.indices).astype(np.int64)  # the inputs that it reads
         self._matrix: sp.csr_array | None = matrix
-        self.run: slice | None = None  # the inputs that the outputs are, where they are just these, in order
+        self.run: slice | None = (
+            None  # the inputs that the outputs are, where they are just these, in order
+        )
         self._position: np.ndarray | None = None
         self._coefficient: np.ndarray | None = None
         counts = np.diff(matrix.indptr)
@@ -54,7 +56,11 @@ class LinearMap:
         picked = x[:, self.run] if self.run is not None else x.index_select(1, placed.position)
         if placed.coefficient is not None:
             picked = picked * placed.coefficient
-        return picked if placed.row is None else x.new_zeros(len(x), self.shape[0]).index_add_(1, placed.row, picked)
+        return (
+            picked
+            if placed.row is None
+            else x.new_zeros(len(x), self.shape[0]).index_add_(1, placed.row, picked)
+        )
 
     @once_for_each
     def _on(self, device: torch.device) -> _Placed:
@@ -62,6 +68,8 @@ class LinearMap:
         if position is None:
             assert self._matrix is not None
             position, coefficient = self._matrix.indices.astype(np.int64), self._matrix.data
-            row = torch.from_numpy(np.repeat(np.arange(self.shape[0]), np.diff(self._matrix.indptr))).to(device)
+            row = torch.from_numpy(
+                np.repeat(np.arange(self.shape[0]), np.diff(self._matrix.indptr))
+            ).to(device)
         weight = None if coefficient is None else torch.from_numpy(coefficient).to(device)
         return _Placed(torch.from_numpy(position).to(device), weight, row)

@@ -81,14 +81,18 @@ class KKTPattern:
             (n + split.rows, end + split.multipliers),
             (diagonal, diagonal),
         )
-        rows, columns = (np.concatenate(side).astype(np.int64) for side in zip(*places, strict=True))
+        rows, columns = (
+            np.concatenate(side).astype(np.int64) for side in zip(*places, strict=True)
+        )
         key, inverse = np.unique(columns * size + rows, return_inverse=True)
         columns, rows = np.divmod(key, max(size, 1))
         self.nnz = len(key)
         self.rows, self.columns = torch.from_numpy(rows), torch.from_numpy(columns)
         self.off_diagonal = torch.from_numpy(np.flatnonzero(rows != columns))
         where = torch.from_numpy(inverse).split([len(side) for side, _ in places])
-        self.place_P, self.place_E, self.place_axes, self.place_multipliers, self.place_diagonal = where
+        self.place_P, self.place_E, self.place_axes, self.place_multipliers, self.place_diagonal = (
+            where
+        )
 
         # Of a quasidefinite matrix: the variables' and the multipliers' unknowns, and the rows'.
         self.signs = torch.ones(size, dtype=torch.float64)
@@ -119,7 +123,9 @@ class KKTPattern:
         """(blocks, k, columns) where the entries of these blocks of k rows stand among the values of E; the last value is
         padding."""
         columns = [self._columns_of[start] for start in starts]
-        positions = np.full((len(starts), k, max(map(len, columns))), len(self._E_keys), dtype=np.int64)
+        positions = np.full(
+            (len(starts), k, max(map(len, columns))), len(self._E_keys), dtype=np.int64
+        )
         for block, (start, own) in enumerate(zip(starts, columns, strict=True)):
             rows = start + np.arange(k)[:, None]
             positions[block, :, : len(own)] = np.searchsorted(self._E_keys, rows * self.n + own)
@@ -130,8 +136,12 @@ class KKTPattern:
         count, (source, indices, indptr) = len(values), self._whole
         shift = np.arange(count)[:, None]
         columns = (indices + self.size * shift).ravel().astype(np.int32)
-        starts = np.append((indptr[:-1] + len(source) * shift).ravel(), count * len(source)).astype(np.int32)
-        return sp.csr_array((values[:, source].ravel(), columns, starts), shape=(count * self.size,) * 2)
+        starts = np.append((indptr[:-1] + len(source) * shift).ravel(), count * len(source)).astype(
+            np.int32
+        )
+        return sp.csr_array(
+            (values[:, source].ravel(), columns, starts), shape=(count * self.size,) * 2
+        )
 
     @cached_property
     def _whole(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -249,7 +259,9 @@ class _Split:
         """(B, m, 2) f and g of every cone."""
         found = spectrum.values.new_zeros(*spectrum.values.shape, 2)
         for rows, basis in self.bases(spectrum):
-            found[:, rows if isinstance(rows, slice) else rows.flatten()] = axes(basis).flatten(1, 2)
+            found[:, rows if isinstance(rows, slice) else rows.flatten()] = axes(basis).flatten(
+                1, 2
+            )
         return found
 
     def bases(self, spectrum: ProductSpectrum) -> list[tuple[slice | Tensor, Tensor]]:
@@ -258,7 +270,9 @@ class _Split:
     def along(self, A: Tensor, axes: Tensor) -> Tensor:
         """(B, 2, s) f'A and g'A, A (B or 1, nnz(A))."""
         terms = A[:, self.entries].unsqueeze(1) * axes[:, self.entry_rows].mT
-        return terms.new_zeros(len(terms), 2, len(self.cone)).index_add_(2, self.entry_columns, terms)
+        return terms.new_zeros(len(terms), 2, len(self.cone)).index_add_(
+            2, self.entry_columns, terms
+        )
 
 
 def _joined(parts: Iterable[np.ndarray]) -> np.ndarray:
@@ -285,7 +299,11 @@ class Factor:
             self.valid = False
 
     def solve(self, right: np.ndarray) -> np.ndarray:
-        return self._solver.solve(right) if self.valid and self._solver else np.full_like(right, np.nan)
+        return (
+            self._solver.solve(right)
+            if self.valid and self._solver
+            else np.full_like(right, np.nan)
+        )
 
     def counts(self) -> np.ndarray:
         """Nonzeros of each column of the factor, the diagonal included."""

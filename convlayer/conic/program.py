@@ -161,7 +161,8 @@ class Program:
         right = np.concatenate([self.n + self.A_rows, self.P_cols, self.n + cone])
         size = self.n + self.m
         count, part = connected_components(
-            sp.csr_array((np.ones(len(left), dtype=np.int8), (left, right)), shape=(size, size)), directed=False
+            sp.csr_array((np.ones(len(left), dtype=np.int8), (left, right)), shape=(size, size)),
+            directed=False,
         )
         part = torch.from_numpy(part.astype(np.int64))
         return part[: self.n], part[self.n :], count
@@ -193,13 +194,17 @@ class Program:
         tied = ~free[self.A_rows]
         left, right = self.A_cols[tied], self.n + self.scale_group.numpy()[self.A_rows[tied]]
         size = self.n + self.m
-        _, group = connected_components(sp.csr_array((np.ones(len(left)), (left, right)), shape=(size, size)), directed=False)
+        _, group = connected_components(
+            sp.csr_array((np.ones(len(left)), (left, right)), shape=(size, size)), directed=False
+        )
         group = np.unique(group[: self.n], return_inverse=True)[1].astype(np.int64)
         inside, outside = (np.isin(self.A_rows, first + offset) for offset in (2, 0))
         seen, valued = np.zeros(self.n, dtype=bool), np.zeros(self.n, dtype=bool)
         seen[np.isin(group, group[self.A_cols[inside]])] = True
         valued[self.A_cols[outside]] = True
-        return Logarithms(*(torch.from_numpy(part) for part in (first, group, seen, valued & ~seen)))
+        return Logarithms(
+            *(torch.from_numpy(part) for part in (first, group, seen, valued & ~seen))
+        )
 
     @property
     def nnz(self) -> int:
@@ -231,12 +236,17 @@ class Data:
     def largest_costs(self) -> tuple[Tensor, Tensor]:
         """The largest entries of |q| and of |P|, (B or 1, 1) each."""
         sizes = self.q.abs(), self.P.abs().flatten(1)
-        q, P = (part.amax(1, keepdim=True) if part.shape[1] else part.new_zeros(len(part), 1) for part in sizes)
+        q, P = (
+            part.amax(1, keepdim=True) if part.shape[1] else part.new_zeros(len(part), 1)
+            for part in sizes
+        )
         return q, P
 
     def rows(self, index: Tensor) -> Data:
         """The instances at `index`; shared values stay shared."""
-        return Data(self.program, *(take_rows(values, index) for values in (self.P, self.q, self.A, self.b)))
+        return Data(
+            self.program, *(take_rows(values, index) for values in (self.P, self.q, self.A, self.b))
+        )
 
     def between(self, lo: int, hi: int) -> Data:
         """The instances of a range, without copies."""
@@ -323,7 +333,9 @@ class Operators:
     @cached_property
     def _strict(self) -> Tensor:
         """(., B or 1) the stored entries of P off its diagonal."""
-        return self.P_values.index_select(0, self.data.program.on(self.P_values.device)["P_off_diagonal"])
+        return self.P_values.index_select(
+            0, self.data.program.on(self.P_values.device)["P_off_diagonal"]
+        )
 
     def P(self, x: Tensor) -> Tensor:
         if not len(self.data.program.P_rows):
@@ -333,7 +345,9 @@ class Operators:
         index = self.data.program.on(x.device)
         columns = x.mT.contiguous()
         image = torch.zeros_like(columns)
-        image.index_add_(0, index["P_rows"], self.P_values * columns.index_select(0, index["P_cols"]))
+        image.index_add_(
+            0, index["P_rows"], self.P_values * columns.index_select(0, index["P_cols"])
+        )
         if len(self.data.program.P_off_diagonal):
             i, j = index["P_off_rows"], index["P_off_cols"]
             image.index_add_(0, j, self._strict * columns.index_select(0, i))
@@ -359,7 +373,11 @@ def take_rows(values: Tensor, index: Tensor, dim: int = 0) -> Tensor:
 
 def _gather_add(values: Tensor, x: Tensor, source: Tensor, target: Tensor, size: int) -> Tensor:
     """Sparse product by index: values (nnz, B or 1), x (B, .) -> (B, size)."""
-    return x.new_zeros(size, len(x)).index_add_(0, target, values * x.mT.contiguous().index_select(0, source)).mT
+    return (
+        x.new_zeros(size, len(x))
+        .index_add_(0, target, values * x.mT.contiguous().index_select(0, source))
+        .mT
+    )
 
 
 def dense_P(data: Data) -> Tensor:

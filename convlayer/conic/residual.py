@@ -90,7 +90,9 @@ class Scaling:
     e: Tensor  # (B or 1, m) one for each row of A; equal within a cone that is not elementwise, or sheared
     rho: Tensor  # (B, 1)
     tau: Tensor  # (B, 1)
-    unbounded: Tensor | None  # (B, m) inequalities whose right-hand side was as good as infinite, and was cut
+    unbounded: (
+        Tensor | None
+    )  # (B, m) inequalities whose right-hand side was as good as infinite, and was cut
     shear: Shear | None = None
 
     def rows(self, index: Tensor) -> Scaling:
@@ -104,15 +106,29 @@ class Scaling:
         )
 
     def enter(self, x: Tensor, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, s, y = (x if self.c is None else x / self.c) * self.rho, s * (self.rho * self.e), y * (self.tau / self.e)
-        return (x, s, y) if self.shear is None else (x, self.shear.slack(s, 1.0), self.shear.dual(y, 1.0))
+        x, s, y = (
+            (x if self.c is None else x / self.c) * self.rho,
+            s * (self.rho * self.e),
+            y * (self.tau / self.e),
+        )
+        return (
+            (x, s, y)
+            if self.shear is None
+            else (x, self.shear.slack(s, 1.0), self.shear.dual(y, 1.0))
+        )
 
     def leave(self, x: Tensor, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.shear is not None:
             s, y = self.shear.slack(s, -1.0), self.shear.dual(y, -1.0)
-        return (x if self.c is None else x * self.c) / self.rho, s / (self.rho * self.e), y * (self.e / self.tau)
+        return (
+            (x if self.c is None else x * self.c) / self.rho,
+            s / (self.rho * self.e),
+            y * (self.e / self.tau),
+        )
 
-    def to_same(self, other: Scaling, x: Tensor, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def to_same(
+        self, other: Scaling, x: Tensor, s: Tensor, y: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """From these units into others that differ in rho and tau alone."""
         rho, tau = other.rho / self.rho, other.tau / self.tau
         return x * rho, s * rho, y * tau
@@ -135,9 +151,14 @@ def normalise(data: Data) -> tuple[Data, Scaling]:
     if natural is not None:
         c, e, shear = natural
         data = _in_units(data, c, e)
-        data = replace(data, b=shear.slack(data.b.expand(len(shear.a), -1) if len(data.b) == 1 else data.b, 1.0))
+        data = replace(
+            data,
+            b=shear.slack(data.b.expand(len(shear.a), -1) if len(data.b) == 1 else data.b, 1.0),
+        )
         inner, scaling = _normalised(data)
-        return inner, replace(scaling, c=c if scaling.c is None else c * scaling.c, e=e * scaling.e, shear=shear)
+        return inner, replace(
+            scaling, c=c if scaling.c is None else c * scaling.c, e=e * scaling.e, shear=shear
+        )
     return _normalised(data)
 
 
@@ -199,7 +220,11 @@ def _units_of_logarithms(data: Data) -> tuple[Tensor, Tensor, Shear] | None:
     value = torch.where(value > 0, value, 1.0)
     cost = torch.maximum((curvature / value).sqrt(), slope / value).expand(batch, -1)
     index = group.expand(batch, -1)
-    cost = cost.new_zeros(batch, data.program.n).scatter_reduce_(1, index, cost, "amax").gather(1, index)
+    cost = (
+        cost.new_zeros(batch, data.program.n)
+        .scatter_reduce_(1, index, cost, "amax")
+        .gather(1, index)
+    )
     c = torch.where(seen & (cost > 0), 1 / cost, 1.0)
     if not bool(((c > MILD) | (c < 1 / MILD)).any()):
         return None
@@ -243,15 +268,25 @@ def _equilibrate(data: Data) -> tuple[Tensor | None, Tensor]:
         alone = _column_sizes(data, _times_columns(data, _times_rows_of_P(data, P, c), c, "P"), "P")
         e = e * _reciprocal(_row_sizes(data, now)).sqrt()
         c = c * _reciprocal(torch.maximum(columns, alone)).sqrt()
-    return c, e * _reciprocal(_row_sizes(data, _times_columns(data, _times_rows(data, A, e), c, "A")))
+    return c, e * _reciprocal(
+        _row_sizes(data, _times_columns(data, _times_rows(data, A, e), c, "A"))
+    )
 
 
 def _times_rows(data: Data, A: Tensor, e: Tensor) -> Tensor:
-    return A * e.unsqueeze(2) if data.dense else A * e.index_select(1, data.program.on(A.device)["A_rows"])
+    return (
+        A * e.unsqueeze(2)
+        if data.dense
+        else A * e.index_select(1, data.program.on(A.device)["A_rows"])
+    )
 
 
 def _times_rows_of_P(data: Data, P: Tensor, c: Tensor) -> Tensor:
-    return P * c.unsqueeze(2) if data.dense else P * c.index_select(1, data.program.on(P.device)["P_rows"])
+    return (
+        P * c.unsqueeze(2)
+        if data.dense
+        else P * c.index_select(1, data.program.on(P.device)["P_rows"])
+    )
 
 
 def _times_columns(data: Data, matrix: Tensor, c: Tensor, name: str) -> Tensor:
@@ -264,7 +299,9 @@ def _row_sizes(data: Data, A: Tensor) -> Tensor:
     program = data.program
     if not data.dense:
         index = program.on(A.device)
-        sizes = A.new_zeros(len(A), program.m).scatter_reduce_(1, index["A_groups"].expand(len(A), -1), A, "amax")
+        sizes = A.new_zeros(len(A), program.m).scatter_reduce_(
+            1, index["A_groups"].expand(len(A), -1), A, "amax"
+        )
         return sizes if program.is_elementwise else sizes.index_select(1, index["scale_group"])
     sizes = A.amax(2) if A.numel() else A.new_zeros(A.shape[:2])
     if program.is_elementwise:
@@ -298,7 +335,9 @@ def _column_sizes(data: Data, matrix: Tensor, name: str) -> Tensor:
         return matrix.amax(1) if matrix.numel() else matrix.new_zeros(len(matrix), program.n)
     largest = matrix.new_zeros(len(matrix), program.n)
     for index in ("A_cols",) if name == "A" else ("P_rows", "P_cols"):
-        largest.scatter_reduce_(1, program.on(matrix.device)[index].expand(len(matrix), -1), matrix, "amax")
+        largest.scatter_reduce_(
+            1, program.on(matrix.device)[index].expand(len(matrix), -1), matrix, "amax"
+        )
     return largest
 
 
@@ -313,7 +352,9 @@ def rescale(data: Data, rho: Tensor, tau: Tensor) -> Data:
     return scaled
 
 
-def recentre(data: Data, scaling: Scaling, x: Tensor, y: Tensor, seen: Tensor | None = None) -> tuple[Data, Scaling]:
+def recentre(
+    data: Data, scaling: Scaling, x: Tensor, y: Tensor, seen: Tensor | None = None
+) -> tuple[Data, Scaling]:
     """Units in which a point found in `data`'s units has |x| and |y| near one: there v = y - s tells active from inactive best.
 
     seen: (n,) the variables by whose size that of x is told, all by default: an auxiliary one may be free to be as large as it likes.
@@ -367,7 +408,9 @@ def term_sizes(operators: Operators, x: Tensor, s: Tensor, y: Tensor, faint: Fai
     if len(program.P_rows):
         dual = dual + absolute.P(x)
         # An x that is zero beside others of size one is so to their rounding.
-        least = torch.maximum(least, operators.data.largest_costs[1] * largest_of_part(x, "part_of_x", program))
+        least = torch.maximum(
+            least, operators.data.largest_costs[1] * largest_of_part(x, "part_of_x", program)
+        )
     return Sizes(dual + _floor(least, faint), primal)
 
 
@@ -388,7 +431,9 @@ def largest_of_part(sizes: Tensor, part: str, program: Program) -> Tensor:
 def in_groups(sizes: Tensor, group: Tensor, count: int) -> Tensor:
     """(B, k) the largest of each entry's group."""
     index = group.expand(len(sizes), -1)
-    return sizes.new_zeros(len(sizes), count).scatter_reduce_(1, index, sizes, "amax").gather(1, index)
+    return (
+        sizes.new_zeros(len(sizes), count).scatter_reduce_(1, index, sizes, "amax").gather(1, index)
+    )
 
 
 def rounding(operators: Operators, s: Tensor, y: Tensor, sizes: Sizes) -> Sizes:
@@ -401,8 +446,12 @@ def rounding(operators: Operators, s: Tensor, y: Tensor, sizes: Sizes) -> Sizes:
         return Sizes(*(ROUNDING * part for part in sizes))
     index = program.on(s.device)
     left, right = (in_groups(part.abs(), index["scale_group"], program.m) for part in (s, y))
-    edge = torch.where(index["elementwise"] | (left == 0) | (right == 0), 0.0, torch.maximum(left, right))
-    return Sizes(ROUNDING * (sizes.dual + operators.absolute.At(edge)), ROUNDING * (sizes.primal + edge))
+    edge = torch.where(
+        index["elementwise"] | (left == 0) | (right == 0), 0.0, torch.maximum(left, right)
+    )
+    return Sizes(
+        ROUNDING * (sizes.dual + operators.absolute.At(edge)), ROUNDING * (sizes.primal + edge)
+    )
 
 
 def residual(
@@ -429,7 +478,9 @@ def relative_size(F1: Tensor, F2: Tensor, sizes: Sizes) -> Tensor:
 
 def largest(values: Tensor) -> Tensor:
     """(B, k) -> (B, 1), zero where k is zero."""
-    return values.abs().amax(1, keepdim=True) if values.shape[1] else values.new_zeros(len(values), 1)
+    return (
+        values.abs().amax(1, keepdim=True) if values.shape[1] else values.new_zeros(len(values), 1)
+    )
 
 
 def _greatest(sizes: Tensor) -> Tensor:

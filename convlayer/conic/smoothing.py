@@ -50,7 +50,10 @@ def smoothed(
     visible, units: as in `polish`.
     """
     point = _at(operators, x, y - s, kappa)
-    running, steps = torch.ones_like(point.size, dtype=torch.bool), torch.zeros_like(point.size, dtype=torch.int64)
+    running, steps = (
+        torch.ones_like(point.size, dtype=torch.bool),
+        torch.zeros_like(point.size, dtype=torch.int64),
+    )
     for _ in range(STEPS):
         rows = torch.nonzero(running & ~(point.size <= NEWTON.target)).flatten()
         if not len(rows):
@@ -65,7 +68,9 @@ def smoothed(
     system = factorise(operators, point.spectrum, visible, units)
     dx, dv = newton(operators, point.spectrum, system, point.F1, point.F2)
     alone = _alone(operators, point)
-    away = torch.stack([_share(dx, x, point.x), _share(dv, point.v), _share(alone, point.v)]).amax(0)
+    away = torch.stack([_share(dx, x, point.x), _share(dv, point.v), _share(alone, point.v)]).amax(
+        0
+    )
     return Root(
         operators,
         point.x,
@@ -125,7 +130,11 @@ def _alone(operators: Operators, point: ResidualPoint) -> Tensor:
     """The step (I - D)^-1 F2 that v would take without x, (B, m): where I - D is lost to rounding J is singular, and its own
     step, orthogonal to the null space, says nothing."""
     free = (1 - point.spectrum.values).clamp(min=torch.finfo(point.v.dtype).eps)
-    return torch.where(operators.data.program.equalities.to(free.device), 0.0, point.spectrum.to_basis(point.F2) / free)
+    return torch.where(
+        operators.data.program.equalities.to(free.device),
+        0.0,
+        point.spectrum.to_basis(point.F2) / free,
+    )
 
 
 def _largest(*parts: Tensor) -> Tensor:
@@ -135,4 +144,6 @@ def _largest(*parts: Tensor) -> Tensor:
 
 def _share(step: Tensor, *of: Tensor) -> Tensor:
     """(B,) |step| relative to the vectors it is added to, or to one, where they are smaller."""
-    return _largest(step) / _largest(*of).clamp(min=1) if step.shape[1] else step.new_zeros(len(step))
+    return (
+        _largest(step) / _largest(*of).clamp(min=1) if step.shape[1] else step.new_zeros(len(step))
+    )

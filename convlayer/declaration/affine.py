@@ -72,7 +72,13 @@ class Table:
         if sp.issparse(value):
             part = sp.coo_array(value)
             row = part.row.astype(np.int64) + part.shape[0] * part.col.astype(np.int64)
-            return cls(int(np.prod(part.shape)), row, nothing(len(row)), nothing(len(row)), part.data.astype(float))
+            return cls(
+                int(np.prod(part.shape)),
+                row,
+                nothing(len(row)),
+                nothing(len(row)),
+                part.data.astype(float),
+            )
         flat = np.asarray(value, dtype=float).ravel(order="F")
         row = np.flatnonzero(flat)
         return cls(len(flat), row, nothing(len(row)), nothing(len(row)), flat[row])
@@ -84,7 +90,10 @@ class Table:
 
     def take(self, which: np.ndarray) -> Table:
         """The entries `which`, with the same rows."""
-        return Table(self.size, *(part[which] for part in (self.row, self.variable, self.parameter, self.coefficient)))
+        return Table(
+            self.size,
+            *(part[which] for part in (self.row, self.variable, self.parameter, self.coefficient)),
+        )
 
     def scaled(self, factor: float | np.ndarray) -> Table:
         """Times a number, or one number a row."""
@@ -131,7 +140,10 @@ class Table:
 
     def __getstate__(self) -> dict:
         # Neither copies nor pickles carry what can be worked out again.
-        return {name: self.__dict__[name] for name in ("size", "row", "variable", "parameter", "coefficient")}
+        return {
+            name: self.__dict__[name]
+            for name in ("size", "row", "variable", "parameter", "coefficient")
+        }
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -159,7 +171,9 @@ def _sorting(keys: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
 
 def _groups(key: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     order = np.argsort(key, kind="stable")
-    return order, np.concatenate([[0], np.cumsum(np.bincount(key, minlength=size))]).astype(np.int64)
+    return order, np.concatenate([[0], np.cumsum(np.bincount(key, minlength=size))]).astype(
+        np.int64
+    )
 
 
 def nothing(count: int) -> np.ndarray:
@@ -192,13 +206,21 @@ def selected_rows(table: Table, kept: np.ndarray) -> Table:
 
 def add(tables: Sequence[Table]) -> Table:
     """The sum of maps with as many rows."""
-    return tables[0] if len(tables) == 1 else Table(tables[0].size, *_joined(tables, [t.row for t in tables]))
+    return (
+        tables[0]
+        if len(tables) == 1
+        else Table(tables[0].size, *_joined(tables, [t.row for t in tables]))
+    )
 
 
 def _joined(tables: Sequence[Table], rows: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
     if not tables:
         return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
-    parts = ([t.variable for t in tables], [t.parameter for t in tables], [t.coefficient for t in tables])
+    parts = (
+        [t.variable for t in tables],
+        [t.parameter for t in tables],
+        [t.coefficient for t in tables],
+    )
     return (np.concatenate(rows), *(np.concatenate(part) for part in parts))
 
 
@@ -211,7 +233,9 @@ def composed(first: Table, second: Table) -> Table:
         first.size,
         np.concatenate([outer.row, inner.row[ours]]),
         np.concatenate([outer.variable, second.variable[theirs]]),
-        np.concatenate([outer.parameter, _one_of_two(inner.parameter[ours], second.parameter[theirs])]),
+        np.concatenate(
+            [outer.parameter, _one_of_two(inner.parameter[ours], second.parameter[theirs])]
+        ),
         np.concatenate([outer.coefficient, inner.coefficient[ours] * second.coefficient[theirs]]),
     )
 
@@ -229,7 +253,9 @@ def _pairs(key: np.ndarray, groups: tuple[np.ndarray, np.ndarray]) -> tuple[np.n
 
 def weigh(weight: Table, argument: Table) -> Table:
     """The one row sum_i weight_i argument_i."""
-    first = Table(1, np.zeros(len(weight.row), np.int64), weight.row, weight.parameter, weight.coefficient)
+    first = Table(
+        1, np.zeros(len(weight.row), np.int64), weight.row, weight.parameter, weight.coefficient
+    )
     return composed(first, argument)
 
 
@@ -242,9 +268,15 @@ def _one_of_two(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 class Reader:
     """Reads the tables of a problem's affine expressions: each part of them once, wherever it is used, arguments first."""
 
-    def __init__(self, variables: Sequence[cp.Variable], parameters: Sequence[cp.Parameter]) -> None:
-        self._variables = {v.id: start for v, start in zip(variables, starts(variables), strict=False)}
-        self._parameters = {p.id: start for p, start in zip(parameters, starts(parameters), strict=False)}
+    def __init__(
+        self, variables: Sequence[cp.Variable], parameters: Sequence[cp.Parameter]
+    ) -> None:
+        self._variables = {
+            v.id: start for v, start in zip(variables, starts(variables), strict=False)
+        }
+        self._parameters = {
+            p.id: start for p, start in zip(parameters, starts(parameters), strict=False)
+        }
         self._memory: dict[int, tuple[Any, Table]] = {}
         self._leaves = self._made = 0  # entries of tables
         self.contents = Contents()
@@ -306,12 +338,18 @@ class Reader:
         standins = {id(argument): cp.Variable(argument.shape) for argument in moving}
         inner = Reader(list(standins.values()), [])
         inner._parameters = self._parameters
-        return inner.table(expression.copy([standins.get(id(a), a) for a in expression.args])), moving
+        return inner.table(
+            expression.copy([standins.get(id(a), a) for a in expression.args])
+        ), moving
 
     def _require_affine(self, expression: Any) -> None:
         """Of an atom that is read through CVXPY's own matrix of it."""
         bearing = [a for a in expression.args if not self.contents.constant(a)]
-        if not isinstance(expression, Atom) or not expression.is_atom_convex() or not expression.is_atom_concave():
+        if (
+            not isinstance(expression, Atom)
+            or not expression.is_atom_convex()
+            or not expression.is_atom_concave()
+        ):
             raise UnsupportedError(f"`{type(expression).__name__}` is not affine")
         if len(bearing) > 1 and any(not self.contents.variables(a) for a in bearing):
             raise UnsupportedError(f"`{type(expression).__name__}` of a Parameter and a variable")
@@ -325,16 +363,30 @@ class Reader:
         copy = expression.copy([standins.get(id(a), a) for a in expression.args])
         random = np.random.default_rng(0)
         points = [
-            [random.standard_normal(a.shape) if id(a) in standins else a.value for a in expression.args] for _ in "ab"
+            [
+                random.standard_normal(a.shape) if id(a) in standins else a.value
+                for a in expression.args
+            ]
+            for _ in "ab"
         ]
-        here, there = (np.asarray(copy.numeric(point), dtype=float).ravel(order="F") for point in points)
-        gradients = [g for g, a in zip(copy._grad(points[0]), expression.args, strict=True) if id(a) in standins]
+        here, there = (
+            np.asarray(copy.numeric(point), dtype=float).ravel(order="F") for point in points
+        )
+        gradients = [
+            g
+            for g, a in zip(copy._grad(points[0]), expression.args, strict=True)
+            if id(a) in standins
+        ]
         if any(g is None or np.ndim(g) != 2 for g in gradients):
             raise UnsupportedError(f"`{type(expression).__name__}` is not read")
         matrix = sp.coo_array(sp.vstack([sp.csc_array(g) for g in gradients]).T)
         vector, other = (
             np.concatenate(
-                [v.ravel(order="F") for v, a in zip(point, expression.args, strict=True) if id(a) in standins]
+                [
+                    v.ravel(order="F")
+                    for v, a in zip(point, expression.args, strict=True)
+                    if id(a) in standins
+                ]
             )
             for point in points
         )
@@ -343,7 +395,14 @@ class Reader:
             raise UnsupportedError(f"`{type(expression).__name__}` is not read")
         row, column = matrix.row.astype(np.int64), matrix.col.astype(np.int64)
         linear = Table(expression.size, row, column, nothing(len(row)), matrix.data.astype(float))
-        first = add([linear, Table.of_constant(np.where(np.abs(offset) <= 1e-13 * (1 + np.abs(here)), 0.0, offset))])
+        first = add(
+            [
+                linear,
+                Table.of_constant(
+                    np.where(np.abs(offset) <= 1e-13 * (1 + np.abs(here)), 0.0, offset)
+                ),
+            ]
+        )
         return composed(first, stack([self._memory[id(a)][1] for a in bearing]))
 
 
@@ -352,7 +411,9 @@ def _is_identity(expression: Any) -> bool:
 
 
 def _is_one(p: Any) -> bool:
-    return (not isinstance(p, cp.Expression) and p == 1) or (isinstance(p, cp.Constant) and p.value == 1)
+    return (not isinstance(p, cp.Expression) and p == 1) or (
+        isinstance(p, cp.Constant) and p.value == 1
+    )
 
 
 def starts(leaves: Sequence[Any]) -> list[int]:
@@ -363,7 +424,9 @@ def starts(leaves: Sequence[Any]) -> list[int]:
 def _leaf(start: int, size: int, variable: bool) -> Table:
     row = np.arange(size)
     here, nowhere = row + start, nothing(size)
-    return Table(size, row, here if variable else nowhere, nowhere if variable else here, np.ones(size))
+    return Table(
+        size, row, here if variable else nowhere, nowhere if variable else here, np.ones(size)
+    )
 
 
 def _gather(expression: Any, tables: list[Table]) -> Table:
@@ -385,18 +448,24 @@ def summed_into(expression: Any) -> np.ndarray:
     """For each entry of an axis atom's argument, the entry of the atom that it goes into."""
     shape = expression.args[0].shape
     kept = np.sum(np.zeros(shape), axis=expression.axis, keepdims=True).shape
-    return np.broadcast_to(np.arange(expression.size).reshape(kept, order="F"), shape).ravel(order="F")
+    return np.broadcast_to(np.arange(expression.size).reshape(kept, order="F"), shape).ravel(
+        order="F"
+    )
 
 
 def _add(expression: Any, tables: list[Table]) -> Table:
-    widened = [_widen(t, a.shape, expression.shape) for t, a in zip(tables, expression.args, strict=True)]
+    widened = [
+        _widen(t, a.shape, expression.shape) for t, a in zip(tables, expression.args, strict=True)
+    ]
     return add(widened)
 
 
 def _widen(table: Table, shape: tuple[int, ...], wanted: tuple[int, ...]) -> Table:
     if tuple(shape) == tuple(wanted):
         return table
-    moved = np.broadcast_to(np.arange(table.size).reshape(shape, order="F"), wanted).ravel(order="F")
+    moved = np.broadcast_to(np.arange(table.size).reshape(shape, order="F"), wanted).ravel(
+        order="F"
+    )
     return picked(table, moved)
 
 
@@ -409,12 +478,16 @@ def _product(left: Table, right: Table, expression: Any) -> Table:
 
 
 def _multiply(expression: Any, tables: list[Table]) -> Table:
-    left, right = (_widen(t, a.shape, expression.shape) for t, a in zip(tables, expression.args, strict=True))
+    left, right = (
+        _widen(t, a.shape, expression.shape) for t, a in zip(tables, expression.args, strict=True)
+    )
     return _product(left, right, expression)
 
 
 def _divide(expression: Any, tables: list[Table]) -> Table:
-    left, right = (_widen(t, a.shape, expression.shape) for t, a in zip(tables, expression.args, strict=True))
+    left, right = (
+        _widen(t, a.shape, expression.shape) for t, a in zip(tables, expression.args, strict=True)
+    )
     if (right.variable != NONE).any() or (right.parameter != NONE).any():
         raise UnsupportedError("a division by a Parameter")
     divisor = np.zeros(right.size)
@@ -457,6 +530,8 @@ _READERS: list[tuple[Any, Callable[[Any, list[Table]], Table]]] = [
     (MulExpression, _matmul),
 ]
 # The atoms that are read without CVXPY's matrix.
-_READ = tuple(kind for kinds, _ in _READERS for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+_READ = tuple(
+    kind for kinds, _ in _READERS for kind in (kinds if isinstance(kinds, tuple) else (kinds,))
+)
 # Atoms in which no two entries meet in one, so that none is to be added to another.
 _MOVING = (*_GATHERS, NegExpression)

@@ -29,7 +29,9 @@ class Kept(dict):
         if tensor is None:
             with torch.inference_mode(False):  # it serves calls that are differentiated too
                 found = torch.from_numpy(np.ascontiguousarray(array)).to(like.device, dtype)
-            tensor = self.setdefault(place, found)  # atomic: threads that meet here take the same one
+            tensor = self.setdefault(
+                place, found
+            )  # atomic: threads that meet here take the same one
         return tensor
 
     def __reduce__(self):
@@ -41,7 +43,9 @@ class _Piece:
     """The part of one parameter: view, then scale, then, where it is not the whole, scatter."""
 
     parameter: int
-    source: np.ndarray | str  # "whole", "transposed", "scalar", or row-major positions in the parameter
+    source: (
+        np.ndarray | str
+    )  # "whole", "transposed", "scalar", or row-major positions in the parameter
     scale: float | np.ndarray
     target: np.ndarray | None  # flat positions; None: all of them in order
 
@@ -68,12 +72,21 @@ class Binding:
             mine = (parameter >= start) & (parameter < start + leaf.size)
             if mine.any():
                 self._pieces.append(
-                    _piece(k, leaf.shape, self.size, target[mine], parameter[mine] - start, coefficient[mine])
+                    _piece(
+                        k,
+                        leaf.shape,
+                        self.size,
+                        target[mine],
+                        parameter[mine] - start,
+                        coefficient[mine],
+                    )
                 )
         self._kept = Kept()
 
     @classmethod
-    def of_rows(cls, table: Table, parameters: Sequence[cp.Parameter], starts: Sequence[int]) -> Binding:
+    def of_rows(
+        cls, table: Table, parameters: Sequence[cp.Parameter], starts: Sequence[int]
+    ) -> Binding:
         """The rows of a table without variables, (rows,)."""
         return cls((table.size,), table.row, table.parameter, table.coefficient, parameters, starts)
 
@@ -85,7 +98,9 @@ class Binding:
     def __call__(self, values: Sequence[Tensor], like: Tensor) -> Tensor:
         """`like` tells dtype and device where no parameter does."""
         total = (
-            None if self._constant is None else self._kept.tensor("constant", self._constant, like).view(1, *self.shape)
+            None
+            if self._constant is None
+            else self._kept.tensor("constant", self._constant, like).view(1, *self.shape)
         )
         for k, piece in enumerate(self._pieces):
             part = self._part(k, piece, values[piece.parameter])
@@ -96,7 +111,11 @@ class Binding:
     def _part(self, k: int, piece: _Piece, value: Tensor) -> Tensor:
         rows = value.shape[0]
         if not isinstance(piece.source, str):
-            part = value.unsqueeze(-1).flatten(1).index_select(1, self._kept.tensor(("source", k), piece.source, value))
+            part = (
+                value.unsqueeze(-1)
+                .flatten(1)
+                .index_select(1, self._kept.tensor(("source", k), piece.source, value))
+            )
         elif piece.source == "whole":
             part = value
         elif piece.source == "transposed":
@@ -116,13 +135,22 @@ class Binding:
 
 
 def _piece(
-    k: int, shape: tuple[int, ...], size: int, target: np.ndarray, entry: np.ndarray, coefficient: np.ndarray
+    k: int,
+    shape: tuple[int, ...],
+    size: int,
+    target: np.ndarray,
+    entry: np.ndarray,
+    coefficient: np.ndarray,
 ) -> _Piece:
     if len(target) > 1 and (np.diff(target) <= 0).any():
         order = np.argsort(target, kind="stable")
         target, entry, coefficient = target[order], entry[order], coefficient[order]
     # CVXPY counts entries column-major, torch row-major.
-    entry = np.ravel_multi_index(np.unravel_index(entry, shape, order="F"), shape) if len(shape) > 1 else entry
+    entry = (
+        np.ravel_multi_index(np.unravel_index(entry, shape, order="F"), shape)
+        if len(shape) > 1
+        else entry
+    )
     everything = len(target) == size and np.array_equal(target, np.arange(size))
     scale: float | np.ndarray = coefficient
     if len(coefficient) and (coefficient == coefficient[0]).all():
@@ -133,6 +161,8 @@ def _piece(
             source = "scalar"
         elif np.array_equal(entry, np.arange(math.prod(shape))):
             source = "whole"
-        elif len(shape) == 2 and np.array_equal(entry, np.arange(math.prod(shape)).reshape(shape).T.ravel()):
+        elif len(shape) == 2 and np.array_equal(
+            entry, np.arange(math.prod(shape)).reshape(shape).T.ravel()
+        ):
             source = "transposed"
     return _Piece(k, source, scale, None if everything else target)

@@ -78,10 +78,19 @@ def _scope(place: str, dpp: bool) -> ExitStack:
 def _parts(problem: cp.Problem) -> Iterator[tuple[str, Any, list[Any], list[str]]]:
     """(where, the objective or constraint, its expressions, what is asked of each)."""
     objective = problem.objective
-    yield "the objective", objective, [objective.expr], [CONCAVE if isinstance(objective, cp.Maximize) else CONVEX]
+    yield (
+        "the objective",
+        objective,
+        [objective.expr],
+        [CONCAVE if isinstance(objective, cp.Maximize) else CONVEX],
+    )
     for k, constraint in enumerate(problem.constraints):
         args = list(constraint.args)
-        asked = [CONVEX, CONCAVE] if isinstance(constraint, cp.constraints.Inequality) else [AFFINE] * len(args)
+        asked = (
+            [CONVEX, CONCAVE]
+            if isinstance(constraint, cp.constraints.Inequality)
+            else [AFFINE] * len(args)
+        )
         yield f"constraints[{k}]", constraint, args, asked
 
 

@@ -37,9 +37,16 @@ class Declaration:
         variables: list[cp.Variable],
         gp: bool,
         owners: dict[int, Any],
-        weight: cp.Parameter | None = None,  # of a proximal term in the cone program: a parameter after the others
+        weight: cp.Parameter
+        | None = None,  # of a proximal term in the cone program: a parameter after the others
     ) -> None:
-        self.problem, self.parameters, self.variables, self.gp, self.owners = problem, parameters, variables, gp, owners
+        self.problem, self.parameters, self.variables, self.gp, self.owners = (
+            problem,
+            parameters,
+            variables,
+            gp,
+            owners,
+        )
         self.weight = weight
         self._prepared: Prepared | None = None
         self._canonical: Canonical | None = None
@@ -48,7 +55,11 @@ class Declaration:
 
     @classmethod
     def checked(
-        cls, problem: cp.Problem, parameters: Sequence[cp.Parameter], variables: Sequence[cp.Variable], gp: bool
+        cls,
+        problem: cp.Problem,
+        parameters: Sequence[cp.Parameter],
+        variables: Sequence[cp.Variable],
+        gp: bool,
     ) -> Declaration:
         """ProblemError or TypeError: what cannot be a layer."""
         with quiet_cvxpy():
@@ -75,8 +86,13 @@ class Declaration:
             if self._canonical is None:
                 problem, parameters = self.problem, self.parameters
                 if self.weight is not None:
-                    problem, parameters = with_proximal_term(problem, self.weight), [*parameters, self.weight]
-                self._canonical = canonicalise(problem, parameters, self.variables, gp=self.gp, checked=self._prepared)
+                    problem, parameters = (
+                        with_proximal_term(problem, self.weight),
+                        [*parameters, self.weight],
+                    )
+                self._canonical = canonicalise(
+                    problem, parameters, self.variables, gp=self.gp, checked=self._prepared
+                )
                 self._prepared = None
             return self._canonical
 
@@ -90,7 +106,9 @@ class Declaration:
         """A name that only equal declarations have, in any process."""
         with self._lock:
             if self._digest is None:
-                self._digest = digest_of_declaration(self.problem, self.parameters, self.variables, self.gp)
+                self._digest = digest_of_declaration(
+                    self.problem, self.parameters, self.variables, self.gp
+                )
             return self._digest
 
     def __deepcopy__(self, memo: dict) -> Declaration:

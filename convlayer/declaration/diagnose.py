@@ -63,9 +63,14 @@ def check_arguments(
 
 def _check_lists(parameters: Any, variables: Any) -> None:
     """Lists of leaves of the right kind."""
-    for name, given, kind in (("parameters", parameters, cp.Parameter), ("variables", variables, cp.Variable)):
+    for name, given, kind in (
+        ("parameters", parameters, cp.Parameter),
+        ("variables", variables, cp.Variable),
+    ):
         if not isinstance(given, (list, tuple)):
-            raise TypeError(f"`{name}` must be a list or tuple of cvxpy.{kind.__name__}; got {type(given).__name__}.")
+            raise TypeError(
+                f"`{name}` must be a list or tuple of cvxpy.{kind.__name__}; got {type(given).__name__}."
+            )
         for item in given:
             if isinstance(item, cp.constraints.constraint.Constraint):
                 raise TypeError(
@@ -130,7 +135,9 @@ def check_convexity(problem: cp.Problem, gp: bool) -> None:
             )
     for leaf in (*problem.variables(), *problem.parameters()):
         if leaf.is_complex():
-            raise ProblemError(f"`{leaf.name()}` is complex; write its real and imaginary parts as two real ones.")
+            raise ProblemError(
+                f"`{leaf.name()}` is complex; write its real and imaginary parts as two real ones."
+            )
     for k, constraint in enumerate(problem.constraints):
         if isinstance(constraint, cp.FiniteSet):
             raise ProblemError(
@@ -148,20 +155,28 @@ def check_convexity(problem: cp.Problem, gp: bool) -> None:
         if problem.is_dgp(dpp=True):  # type: ignore[call-arg]
             return
         if problem.is_dgp():
-            raise ProblemError(f"The problem is log-log convex but not DPP: {_located(problem, DGP, dpp=True)}")
-        raise ProblemError(f"The problem is not log-log convex (DGP): {_located(problem, DGP, dpp=False)}")
+            raise ProblemError(
+                f"The problem is log-log convex but not DPP: {_located(problem, DGP, dpp=True)}"
+            )
+        raise ProblemError(
+            f"The problem is not log-log convex (DGP): {_located(problem, DGP, dpp=False)}"
+        )
     if problem.is_dpp("dcp", quad_form_dpp="qp"):  # type: ignore[call-arg]
         return
     if problem.is_dcp():
         raise ProblemError(f"The problem is not DPP: {_located(problem, DCP, dpp=True)}")
     if problem.is_dgp():
-        raise ProblemError("The problem is not convex as written (DCP), but it is log-log convex: pass gp=True.")
+        raise ProblemError(
+            "The problem is not convex as written (DCP), but it is log-log convex: pass gp=True."
+        )
     otherwise = (
         "it is quasiconvex (DQCP), which is solved by bisection, and its solution is not differentiable by a cone program: "
         if problem.is_dqcp()
         else ""
     )
-    raise ProblemError(f"The problem is not convex (DCP): {_located(problem, DCP, False, otherwise)}")
+    raise ProblemError(
+        f"The problem is not convex (DCP): {_located(problem, DCP, False, otherwise)}"
+    )
 
 
 def _quote(names: Sequence[str]) -> str:

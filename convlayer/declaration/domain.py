@@ -23,7 +23,11 @@ def is_symmetric(parameter: cp.Parameter) -> bool:
 
 def declared(parameter: cp.Parameter) -> frozenset[str]:
     """The attributes of a parameter that its values could violate."""
-    return frozenset(name for name, value in parameter.attributes.items() if value is not None and value is not False)
+    return frozenset(
+        name
+        for name, value in parameter.attributes.items()
+        if value is not None and value is not False
+    )
 
 
 def plainly_inside(domain: frozenset[str], value: Tensor) -> bool:
@@ -133,7 +137,11 @@ def _out_of_bounds(parameter: cp.Parameter, value: Tensor, slack: Tensor) -> _Vi
     lower, upper = (_dense_bound(bound, parameter.shape, value) for bound in bounds)
     off = slack.view(-1, *[1] * (value.ndim - 1))
     outside = (value < lower - off) | (value > upper + off)
-    yield outside.unsqueeze(-1).flatten(1).any(1), "with bounds, and lies outside them.", "Clamp it."
+    yield (
+        outside.unsqueeze(-1).flatten(1).any(1),
+        "with bounds, and lies outside them.",
+        "Clamp it.",
+    )
 
 
 def _plainly_inside(domain: frozenset[str], value: Tensor) -> bool:

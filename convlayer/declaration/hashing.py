@@ -25,7 +25,9 @@ FORMAT = 1
 # What is read as a node of the graph, by its type, its attributes and its arguments.
 NODES = (cp.Expression, cp.Constraint, Objective)
 # Attributes of a node that are no content: what CVXPY numbers, derives from the rest, or found out before.
-PASSING = frozenset(("args", "id", "constr_id", "dual_variables", "_label", "_expr", "approx_error"))
+PASSING = frozenset(
+    ("args", "id", "constr_id", "dual_variables", "_label", "_expr", "approx_error")
+)
 # How the names of attributes begin in which CVXPY keeps what it has worked out.
 LAZY = ("_lazy", "_cached")
 
@@ -43,7 +45,10 @@ def digest(*parts: Any) -> str:
 
 
 def digest_of_declaration(
-    problem: cp.Problem, parameters: Sequence[cp.Parameter], variables: Sequence[cp.Variable], gp: bool
+    problem: cp.Problem,
+    parameters: Sequence[cp.Parameter],
+    variables: Sequence[cp.Variable],
+    gp: bool,
 ) -> str:
     """Of the problem, the order of its parameters, and what is returned of its solution."""
     try:
@@ -76,7 +81,11 @@ class _Reader:
         stack = [root]
         while stack:
             node = stack[-1]
-            waiting = [] if id(node) in self._done else [c for c in _nodes(_content(node)) if id(c) not in self._done]
+            waiting = (
+                []
+                if id(node) in self._done
+                else [c for c in _nodes(_content(node)) if id(c) not in self._done]
+            )
             if waiting:
                 stack.extend(reversed(waiting))
                 continue
@@ -93,7 +102,9 @@ class _Reader:
         if isinstance(node, (cp.Variable, cp.Parameter)):
             number = self._numbers.setdefault(id(node), len(self._numbers))
         shape = getattr(node, "shape", None)
-        return _encoded([f"{kind.__module__}.{kind.__qualname__}", number, shape, _content(node)], self._done)
+        return _encoded(
+            [f"{kind.__module__}.{kind.__qualname__}", number, shape, _content(node)], self._done
+        )
 
 
 def _content(node: Any) -> Any:
@@ -104,7 +115,11 @@ def _content(node: Any) -> Any:
         return node.value
     if isinstance(node, Leaf):
         return node.attributes, node.bounds
-    own = {name: value for name, value in vars(node).items() if name not in PASSING and not _is_cache(name)}
+    own = {
+        name: value
+        for name, value in vars(node).items()
+        if name not in PASSING and not _is_cache(name)
+    }
     return node.args, own
 
 
@@ -130,7 +145,11 @@ def _encoded(value: Any, done: dict[int, bytes]) -> bytes:
         return _framed(b"node", done[id(value)])
     if isinstance(value, np.generic):
         value = value.item()
-    if value is None or value is Ellipsis or isinstance(value, (bool, int, float, complex, str, bytes, Fraction)):
+    if (
+        value is None
+        or value is Ellipsis
+        or isinstance(value, (bool, int, float, complex, str, bytes, Fraction))
+    ):
         return _framed(type(value).__name__.encode(), repr(value).encode())
     if sp.issparse(value):
         return _framed(b"sparse", *_sparse(value))
@@ -156,7 +175,11 @@ def _array(value: np.ndarray) -> tuple[bytes, bytes, bytes]:
     if value.dtype.kind not in "biufc":
         raise UnreadableError(value.dtype)
     kind = "<c16" if value.dtype.kind == "c" else "<f8"
-    return kind.encode(), repr(value.shape).encode(), np.ascontiguousarray(value).astype(kind).tobytes()
+    return (
+        kind.encode(),
+        repr(value.shape).encode(),
+        np.ascontiguousarray(value).astype(kind).tobytes(),
+    )
 
 
 def _sparse(value: Any) -> tuple[bytes, ...]:

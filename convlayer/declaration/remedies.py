@@ -64,7 +64,9 @@ def _names(expression: Any) -> str:
 def _same(a: Any, b: Any) -> bool:
     """The same expression, or the same spelt twice."""
     a, b = plain(a), plain(b)
-    return a is b or ({v.id for v in a.variables()} == {v.id for v in b.variables()} and spelled(a) == spelled(b))
+    return a is b or (
+        {v.id for v in a.variables()} == {v.id for v in b.variables()} and spelled(a) == spelled(b)
+    )
 
 
 def _is_product(e: Any) -> bool:
@@ -99,10 +101,18 @@ def _root_of_squares(fault: Fault, e: Any) -> str | None:
     if _kind(inner) in ("multiply", "DivExpression") and len(_varying(inner)) == 1:
         inner, scale = plain(_varying(inner)[0]), ", times the root of the factor"
     if is_scaled_squares(inner) or exponent_of(inner) == 2:
-        instead = f"norm({spelled(inner.args[0])})" if is_scaled_squares(inner) else f"abs({spelled(inner.args[0])})"
+        instead = (
+            f"norm({spelled(inner.args[0])})"
+            if is_scaled_squares(inner)
+            else f"abs({spelled(inner.args[0])})"
+        )
     elif _is_product(inner) and _same(*inner.args):
-        instead = f"{'norm' if _kind(inner) == 'MulExpression' else 'abs'}({spelled(inner.args[0])})"
-    elif (form := inner.args if isinstance(inner, cp.QuadForm) else _as_quadratic_form(inner)) is not None:
+        instead = (
+            f"{'norm' if _kind(inner) == 'MulExpression' else 'abs'}({spelled(inner.args[0])})"
+        )
+    elif (
+        form := inner.args if isinstance(inner, cp.QuadForm) else _as_quadratic_form(inner)
+    ) is not None:
         base, matrix = form
         factor = "a Parameter L" if matrix.parameters() else "L = numpy.linalg.cholesky of it"
         return (
@@ -163,13 +173,15 @@ def _times_logarithm(fault: Fault, e: Any) -> str | None:
             under = spelled(ratio.args[1])
             return f"{_text(e)} is a product of two functions of a variable. Write `rel_entr({spelled(x)}, {under})`."
         terms = _terms(other)
-        if _kind(terms[0]) == "log" and _kind(terms[-1]) == "NegExpression" and _same(x, terms[0].args[0]):
+        if (
+            _kind(terms[0]) == "log"
+            and _kind(terms[-1]) == "NegExpression"
+            and _same(x, terms[0].args[0])
+        ):
             inner = plain(terms[-1].args[0])
             if len(terms) == 2 and _kind(inner) == "log":
                 under = spelled(inner.args[0])
-                return (
-                    f"{_text(e)} is a product of two functions of a variable. Write `rel_entr({spelled(x)}, {under})`."
-                )
+                return f"{_text(e)} is a product of two functions of a variable. Write `rel_entr({spelled(x)}, {under})`."
     return None
 
 
@@ -181,11 +193,17 @@ def _log_of_exponentials(fault: Fault, e: Any) -> str | None:
         return f"{_text(e)} is convex, though no rule says so. Write `log_sum_exp({spelled(inner.args[0].args[0])})`."
     terms = _terms(inner)
     powers = [t for t in terms if _kind(t) == "exp"]
-    if len(powers) == 1 and len(terms) == 2 and all(t.is_constant() for t in terms if t is not powers[0]):
+    if (
+        len(powers) == 1
+        and len(terms) == 2
+        and all(t.is_constant() for t in terms if t is not powers[0])
+    ):
         return f"{_text(e)} is convex, though no rule says so. Write `logistic({spelled(powers[0].args[0])})`."
     if len(powers) == len(terms) > 1:
         parts = ", ".join(spelled(t.args[0]) for t in powers)
-        return f"{_text(e)} is convex, though no rule says so. Write `log_sum_exp(hstack([{parts}]))`."
+        return (
+            f"{_text(e)} is convex, though no rule says so. Write `log_sum_exp(hstack([{parts}]))`."
+        )
     if _is_product(inner) or _kind(inner) == "Prod":
         parts = " + ".join(f"log({spelled(a)})" for a in inner.args)
         instead = f"sum(log({spelled(inner.args[0])}))" if _kind(inner) == "Prod" else parts
@@ -215,9 +233,7 @@ def _sum_of_squares(fault: Fault, e: Any) -> str | None:
     if not _same(a, b) and not bare[0].is_symmetric():
         name = spelled(bare[0])
         return f"{_text(e)} is a sum of squares where `{name}` is symmetric, and else of no sign. Declare it symmetric=True and write `sum_squares({name})`."
-    return (
-        f"{_text(e)} multiplies an expression by itself. Write `sum_squares({spelled(bare[0])})`{_if_concave(fault)}."
-    )
+    return f"{_text(e)} multiplies an expression by itself. Write `sum_squares({spelled(bare[0])})`{_if_concave(fault)}."
 
 
 def _square_over_a_variable(fault: Fault, e: Any) -> str | None:
@@ -233,7 +249,11 @@ def _square_over_a_variable(fault: Fault, e: Any) -> str | None:
 def _bound_through_a_function(fault: Fault, e: Any) -> str | None:
     """log(x) <= c, exp(x) >= c."""
     item = fault.item
-    if e is not fault.culprit or fault.parent is not None or not isinstance(item, cp.constraints.Inequality):
+    if (
+        e is not fault.culprit
+        or fault.parent is not None
+        or not isinstance(item, cp.constraints.Inequality)
+    ):
         return None
     other, sign = item.args[1 - fault.side], ("<=", ">=")[fault.side]
     inverse = (
@@ -248,7 +268,11 @@ def _bound_through_a_function(fault: Fault, e: Any) -> str | None:
     if inverse is None or other.variables():
         return None
     side = inverse.format(spelled(other))
-    how = ", with a Parameter for its right-hand side, computed in torch before the layer" if other.parameters() else ""
+    how = (
+        ", with a Parameter for its right-hand side, computed in torch before the layer"
+        if other.parameters()
+        else ""
+    )
     return f"`{spelled(item)}` bounds {_text(e)} from the side on which it is not {fault.wanted}. Write `{spelled(e.args[0])} {sign} {side}`{how}."
 
 
@@ -308,7 +332,11 @@ def _quotient(fault: Fault, e: Any) -> str | None:
             return None
         return f"{text} divides by a Parameter. Declare a Parameter for the reciprocal, 1 / {_bracketed(under)}, and {IN_TORCH}."
     if not over.variables():
-        number = over.is_constant() and not over.parameters() and bool(np.all(np.asarray(over.value) == 1))
+        number = (
+            over.is_constant()
+            and not over.parameters()
+            and bool(np.all(np.asarray(over.value) == 1))
+        )
         factor = "" if number else "multiply(" if over.size > 1 else f"{_bracketed(over)} * "
         written = f"{factor}{f'{spelled(over)}, ' if factor == 'multiply(' else ''}inv_pos({below})"
         written += ")" if factor == "multiply(" else ""
@@ -343,8 +371,14 @@ def _quadratic_form(fault: Fault, e: Any) -> str | None:
             )
         return None
     if matrix.parameters():
-        scale = next((a for a in matrix.args if plain(a).size == 1), None) if _kind(matrix) == "multiply" else None
-        other = next((a for a in matrix.args if a is not scale), None) if scale is not None else None
+        scale = (
+            next((a for a in matrix.args if plain(a).size == 1), None)
+            if _kind(matrix) == "multiply"
+            else None
+        )
+        other = (
+            next((a for a in matrix.args if a is not scale), None) if scale is not None else None
+        )
         if scale is not None and other is not None and not other.parameters():
             outside = f"{spelled(scale)} * quad_form({spelled(base)}, {_of_matrix(other)})"
             signed = "" if scale.is_nonneg() else f", with {_names(scale)} declared nonneg=True"
@@ -358,7 +392,9 @@ def _quadratic_form(fault: Fault, e: Any) -> str | None:
     if wrong <= 0 or e.is_convex() or e.is_concave():
         return None
     if wrong <= ROUNDING_OF_EIGENVALUES * size:
-        minus, inside = ("-", f"-{_of_matrix(matrix)}") if fault.wanted == CONCAVE else ("", _of_matrix(matrix))
+        minus, inside = (
+            ("-", f"-{_of_matrix(matrix)}") if fault.wanted == CONCAVE else ("", _of_matrix(matrix))
+        )
         return (
             f"the matrix of {text} is semidefinite but for rounding (eigenvalues from {least:.2g} to {most:.2g}). Write "
             f"`{minus}quad_form({spelled(base)}, psd_wrap({inside}))`, which takes your word for it, or the factor itself: sum_squares(F @ x) for F'F."
@@ -384,7 +420,11 @@ def _eigenvalues(matrix: Any) -> tuple[float, float]:
 
 
 def _over_a_parameter(fault: Fault, e: Any) -> str | None:
-    if _kind(e) not in ("quad_over_lin", "MatrixFrac") or not e.args[1].parameters() or e.args[1].variables():
+    if (
+        _kind(e) not in ("quad_over_lin", "MatrixFrac")
+        or not e.args[1].parameters()
+        or e.args[1].variables()
+    ):
         return None
     if not fault.dpp or is_scaled_squares(e):
         return None
@@ -413,7 +453,11 @@ def _sign_of_a_factor(fault: Fault, e: Any) -> str | None:
     if not factor.parameters():
         return f"{_text(e)} multiplies {_text(curved)}, which is {shape}, by numbers of both signs: it is {shape} for some, and not for others."
     unsigned = [p.name() for p in _parameters(factor) if not (p.is_nonneg() or p.is_nonpos())]
-    declare = f"Declare the sign of {quoted(unsigned)}, as in Parameter(nonneg=True), or d" if unsigned else "D"
+    declare = (
+        f"Declare the sign of {quoted(unsigned)}, as in Parameter(nonneg=True), or d"
+        if unsigned
+        else "D"
+    )
     return (
         f"{_text(e)} multiplies {_text(curved)}, which is {shape}, by Parameters of unknown sign. "
         f"{declare}eclare one Parameter(nonneg=True) for the whole factor and {IN_TORCH}."

@@ -64,7 +64,9 @@ def spelled(item: Any) -> str:
     """An expression, an objective, a constraint or a leaf, whole."""
     try:
         return _Speller().top(item)
-    except Exception:  # CVXPY's expressions may be anything, and a message about one must not be lost for that
+    except (
+        Exception
+    ):  # CVXPY's expressions may be anything, and a message about one must not be lost for that
         return _plainly(item)
 
 
@@ -173,7 +175,11 @@ class _Speller:
             text = self.text(inner, PRODUCT if negative else SUM)
             if not negative and text.startswith("-"):
                 negative, text = True, text[1:]
-            parts.append(f"{'-' if negative else ''}{text}" if not k else f" {'-' if negative else '+'} {text}")
+            parts.append(
+                f"{'-' if negative else ''}{text}"
+                if not k
+                else f" {'-' if negative else '+'} {text}"
+            )
             if self.left <= 0:
                 break
         return "".join(parts), SUM
@@ -196,7 +202,9 @@ class _Speller:
 
     def of_MulExpression(self, e: Any) -> tuple[str, int]:
         a, b = e.args
-        if all(type(part).__name__ == "reshape" for part in e.args) and a.shape[1:] == b.shape[:1] == (1,):
+        if all(type(part).__name__ == "reshape" for part in e.args) and a.shape[1:] == b.shape[
+            :1
+        ] == (1,):
             return self.call("outer", [a.args[0], b.args[0]]), ATOM
         return f"{self.text(a, PRODUCT)} @ {self.text(b, SIGN)}", PRODUCT
 
@@ -227,14 +235,23 @@ class _Speller:
         if type(inner).__name__.startswith("GeoMean") and exponent == -inner.args[0].size:
             return self.call("inv_prod", inner.args), ATOM
         name = {2.0: "square", 0.5: "sqrt", -1.0: "inv_pos"}.get(exponent)
-        return self.call(name, e.args) if name else self.call("power", e.args, _figure(exponent)), ATOM
+        return self.call(name, e.args) if name else self.call(
+            "power", e.args, _figure(exponent)
+        ), ATOM
 
     def of_Pnorm(self, e: Any) -> tuple[str, int]:
         inner, p = e.args[0], float(e.p)
         rest = _axes(e)
-        if type(inner).__name__ == "reshape" and inner.args[0].ndim == 2 and inner.ndim == 1 and p == 2:
+        if (
+            type(inner).__name__ == "reshape"
+            and inner.args[0].ndim == 2
+            and inner.ndim == 1
+            and p == 2
+        ):
             return self.call("norm", inner.args, "'fro'"), ATOM
-        return self.call("norm", [inner], *rest) if p == 2 else self.call("pnorm", [inner], _figure(p), *rest), ATOM
+        return self.call("norm", [inner], *rest) if p == 2 else self.call(
+            "pnorm", [inner], _figure(p), *rest
+        ), ATOM
 
     def of_quad_over_lin(self, e: Any) -> tuple[str, int]:
         if is_scaled_squares(e):
@@ -263,7 +280,9 @@ class _Speller:
                 words.append(_slice(key, -1))
             else:
                 array = np.asarray(key)
-                words.append(str(array.tolist()) if array.size <= MOST_ENTRIES else f"<{array.size} entries>")
+                words.append(
+                    str(array.tolist()) if array.size <= MOST_ENTRIES else f"<{array.size} entries>"
+                )
         return f"{self.text(e.args[0], ATOM)}[{', '.join(words)}]", ATOM
 
     def of_transpose(self, e: Any) -> tuple[str, int]:
@@ -271,7 +290,9 @@ class _Speller:
 
     def of_reshape(self, e: Any) -> tuple[str, int]:
         if e.shape == (e.args[0].size,):
-            return (self.call("vec", e.args), ATOM) if e.args[0].ndim > 1 else self.written(e.args[0])
+            return (
+                (self.call("vec", e.args), ATOM) if e.args[0].ndim > 1 else self.written(e.args[0])
+            )
         return self.call("reshape", e.args, str(tuple(e.shape)).replace(" ", "")), ATOM
 
     def of_Hstack(self, e: Any) -> tuple[str, int]:
@@ -327,7 +348,10 @@ def _moment(over: Any, count: float) -> tuple[str, Any, Sequence[str]] | None:
     inner: Any = plain(over.args[0]) if over.args else None
     if kind == "sum_largest" and count == over.k:
         return "cvar", over.args[0], (_figure(1 - count / over.args[0].size),)
-    if kind in ("quad_over_lin", "PnormApprox", "Pnorm") and type(inner).__name__ in ("AddExpression", "reshape"):
+    if kind in ("quad_over_lin", "PnormApprox", "Pnorm") and type(inner).__name__ in (
+        "AddExpression",
+        "reshape",
+    ):
         centred = inner.args[0] if type(inner).__name__ == "reshape" else inner
         terms = _terms(centred)
         if len(terms) == 2 and type(plain(terms[1])).__name__ == "NegExpression":
@@ -342,7 +366,11 @@ def _terms(expression: Any) -> list[Any]:
 
 
 def _settings(e: Any) -> list[str]:
-    words = [_figure(_scalar(getattr(e, name))) for name in COUNTED.get(type(e).__name__, ()) if hasattr(e, name)]
+    words = [
+        _figure(_scalar(getattr(e, name)))
+        for name in COUNTED.get(type(e).__name__, ())
+        if hasattr(e, name)
+    ]
     words = [word for word in words if not (type(e).__name__ == "huber" and word == "1")]
     return words + _axes(e)
 
@@ -396,7 +424,11 @@ def _number(constant: Any) -> tuple[str, int]:
             return text, SIGN if text.startswith("-") else ATOM
         if array.size <= MOST_ENTRIES and array.ndim == 1:
             return f"[{', '.join(_figure(v) for v in array.tolist())}]", ATOM
-        if array.ndim == 2 and array.shape[0] == array.shape[1] and bool((array == np.eye(len(array))).all()):
+        if (
+            array.ndim == 2
+            and array.shape[0] == array.shape[1]
+            and bool((array == np.eye(len(array))).all())
+        ):
             return f"eye({len(array)})", ATOM
     return f"<constant of shape {shape}>", ATOM
 

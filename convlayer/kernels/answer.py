@@ -45,7 +45,9 @@ class Answer:
     def flagged(self) -> Answer:
         """With every row differentiated by rule."""
         first = self.outputs[0]
-        return replace(self, degenerate=torch.ones(len(first), dtype=torch.bool, device=first.device))
+        return replace(
+            self, degenerate=torch.ones(len(first), dtype=torch.bool, device=first.device)
+        )
 
     def again(self, *inputs: Tensor | None) -> Answer:
         """The same answer for the same inputs, in plain torch operations with the kernel's own factor: its first and second
@@ -54,7 +56,9 @@ class Answer:
         Where no input was to be differentiated, what is made of the outputs may be: they are constants."""
         if self.local is not None:
             return replace(self, outputs=self.local(*inputs))
-        return self if self.constant is None else replace(self, outputs=self.constant, constant=None)
+        return (
+            self if self.constant is None else replace(self, outputs=self.constant, constant=None)
+        )
 
     def with_outputs(self, *outputs: Tensor) -> Answer:
         """The same rows with other outputs made from these."""

@@ -148,7 +148,15 @@ def entropic_optimal_transport(
     held: list[_Held] = []
     P, f, g, status, iterations, residual, degenerate = _Transport.apply(held, M, r, c, eps)
     local = partial(_by_chord_steps, held[0], f, g) if P.requires_grad else None
-    return Answer((P, f, g), status, iterations, residual, degenerate, local=local, apart=partial(_apart, r, c, len(P)))
+    return Answer(
+        (P, f, g),
+        status,
+        iterations,
+        residual,
+        degenerate,
+        local=local,
+        apart=partial(_apart, r, c, len(P)),
+    )
 
 
 def _apart(r: Tensor, c: Tensor, batch: int) -> Tensor:
@@ -181,7 +189,9 @@ class _Transport(torch.autograd.Function):
     """The plan and the potentials, with the first derivative by the factor of the last Newton step."""
 
     @staticmethod
-    def forward(ctx: Any, held: list[_Held], M: Tensor, r: Tensor, c: Tensor, eps: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, held: list[_Held], M: Tensor, r: Tensor, c: Tensor, eps: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.sizes, ctx.dtype = (len(M), len(r), len(c), len(eps)), M.dtype
         ctx.flipped = M.shape[1] > M.shape[2]
@@ -194,7 +204,9 @@ class _Transport(torch.autograd.Function):
             no_row, no_column = task.absent
             P = P.masked_fill(no_row.mT, 0.0).masked_fill_(no_column, 0.0)
             if any(ctx.needs_input_grad[2:4]):
-                degenerate = degenerate | (no_row.any(2) | no_column.any(2)).view(-1) & (status < Status.INFEASIBLE)
+                degenerate = degenerate | (no_row.any(2) | no_column.any(2)).view(-1) & (
+                    status < Status.INFEASIBLE
+                )
         ctx.refinements, ctx.absent, ctx.blocks = plan.refinements, task.absent, task.blocks
         rest = (status, plan.iterations, plan.residual, degenerate)
         ctx.mark_non_differentiable(*rest)
@@ -209,13 +221,25 @@ class _Transport(torch.autograd.Function):
         ctx.save_for_backward(kept, plan.factor, plan.rho, c, task.eps)
         failed = None if task.status is None else status.view(-1, 1, 1) >= Status.INFEASIBLE
         held.append(
-            _Held(plan.P, plan.factor, plan.rho, c, plan.refinements, task.absent, task.blocks, failed, ctx.flipped)
+            _Held(
+                plan.P,
+                plan.factor,
+                plan.rho,
+                c,
+                plan.refinements,
+                task.absent,
+                task.blocks,
+                failed,
+                ctx.flipped,
+            )
         )
         return (*outputs, *rest)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, P_bar: Tensor | None, f_bar: Tensor | None, g_bar: Tensor | None, *_: Any):
+    def backward(
+        ctx: Any, P_bar: Tensor | None, f_bar: Tensor | None, g_bar: Tensor | None, *_: Any
+    ):
         if P_bar is None and f_bar is None and g_bar is None:
             return None, None, None, None, None
         P, factor, rho, c, eps = ctx.saved_tensors
@@ -314,8 +338,12 @@ class _Task:
     spread: Tensor  # (B or 1, 1, 1) the largest finite entry of C
     widest: float  # over the batch
     status: Tensor | None  # (B,) of what is known before solving; None: nothing
-    absent: tuple[Tensor, Tensor] | None  # (B, 1, m) and (B, 1, n) bool, zero marginals; None: there are none
-    blocks: tuple[Tensor, Tensor] | None  # (B, 1, m) and (B, 1, n) int64, connected components; None: everything is one
+    absent: (
+        tuple[Tensor, Tensor] | None
+    )  # (B, 1, m) and (B, 1, n) bool, zero marginals; None: there are none
+    blocks: (
+        tuple[Tensor, Tensor] | None
+    )  # (B, 1, m) and (B, 1, n) int64, connected components; None: everything is one
 
 
 def _posed(M: Tensor, r: Tensor, c: Tensor, eps: Tensor) -> _Task:
@@ -334,7 +362,18 @@ def _posed(M: Tensor, r: Tensor, c: Tensor, eps: Tensor) -> _Task:
     widest = torch.where(plain, spread, torch.nan).max().item()
     if widest < torch.inf:
         total, eps, none = total.expand(B, 1, 1), eps.expand(B, 1, 1), (None, None, None)
-        return _Task(C, low, eps * base, r.expand(B, -1, -1), c.expand(B, -1, -1), total, eps, spread, widest, *none)
+        return _Task(
+            C,
+            low,
+            eps * base,
+            r.expand(B, -1, -1),
+            c.expand(B, -1, -1),
+            total,
+            eps,
+            spread,
+            widest,
+            *none,
+        )
     M, r, c, eps = (t.expand(B, -1, -1) for t in (M, *masses, eps))
     return _special(M, r, c, eps, MASSES[dtype])
 
@@ -351,7 +390,13 @@ def _special(M: Tensor, r: Tensor, c: Tensor, eps: Tensor, tolerance: float) -> 
     """The same where some row is wrong, infeasible, holds zero marginals or forbidden pairs."""
     # Rows that are wrong or cannot be: they hold ones and zeros from here on.
     total, other = r.sum(2, keepdim=True), c.sum(2, keepdim=True)
-    bad = ~((r >= 0).all(2, True) & (c >= 0).all(2, True) & (eps > 0) & (eps < torch.inf) & (total + other < torch.inf))
+    bad = ~(
+        (r >= 0).all(2, True)
+        & (c >= 0).all(2, True)
+        & (eps > 0)
+        & (eps < torch.inf)
+        & (total + other < torch.inf)
+    )
     bad |= ~(M.amin((1, 2), keepdim=True) > -torch.inf)
     infeasible = ~((total - other).abs() <= tolerance * torch.maximum(total, other))
     status = torch.where(infeasible, int(Status.INFEASIBLE), int(Status.SOLVED))
@@ -379,13 +424,28 @@ def _special(M: Tensor, r: Tensor, c: Tensor, eps: Tensor, tolerance: float) -> 
     C, low, base = _reduced(M, eps)
     spread = torch.where(C.isposinf(), 0.0, C).amax((1, 2), keepdim=True)
     known = absent if bool(absent[0].any() | absent[1].any()) else None
-    return _Task(C, low, eps * base, r, c, total, eps, spread, spread.max().item(), status.view(-1), known, blocks)
+    return _Task(
+        C,
+        low,
+        eps * base,
+        r,
+        c,
+        total,
+        eps,
+        spread,
+        spread.max().item(),
+        status.view(-1),
+        known,
+        blocks,
+    )
 
 
 def _attached(M: Tensor, absent: Tensor, c: Tensor) -> Tensor:
     """Costs in which every absent row may reach one column at least."""
     alone = absent.mT & M.isposinf().all(2, True)
-    first = torch.zeros_like(M, dtype=torch.bool).scatter_(2, c.argmax(2, keepdim=True).expand(-1, M.shape[1], 1), True)
+    first = torch.zeros_like(M, dtype=torch.bool).scatter_(
+        2, c.argmax(2, keepdim=True).expand(-1, M.shape[1], 1), True
+    )
     return M.masked_fill(alone & first, 0.0)
 
 
@@ -413,7 +473,11 @@ def _sums(f: Tensor, labels: Tensor, rows: int) -> Tensor:
 
 
 def _rescaled(
-    r: Tensor, c: Tensor, blocks: tuple[Tensor, Tensor], absent: tuple[Tensor, Tensor], tolerance: float
+    r: Tensor,
+    c: Tensor,
+    blocks: tuple[Tensor, Tensor],
+    absent: tuple[Tensor, Tensor],
+    tolerance: float,
 ) -> tuple[Tensor, Tensor]:
     """c with the mass of r in each component, and (B, 1, 1) where they differ by too much."""
     m = r.shape[2]
@@ -439,7 +503,9 @@ def _balanced(
         absent = torch.zeros_like(f, dtype=torch.bool), torch.zeros_like(g, dtype=torch.bool)
     f, g = f.masked_fill(absent[0], 0.0), g.masked_fill(absent[1], 0.0)
     m = f.shape[2]
-    count = _sums((~absent[0]).to(f.dtype), blocks[0], m) + _sums((~absent[1]).to(f.dtype), blocks[1], m)
+    count = _sums((~absent[0]).to(f.dtype), blocks[0], m) + _sums(
+        (~absent[1]).to(f.dtype), blocks[1], m
+    )
     shift = (_sums(g, blocks[1], m) - _sums(f, blocks[0], m)) / count.clamp_min(1.0)
     f, g = f + shift.gather(2, blocks[0]), g - shift.gather(2, blocks[1])
     return f.masked_fill(absent[0], 0.0), g.masked_fill(absent[1], 0.0)
@@ -545,7 +611,9 @@ class _End:
 
     def updated(self, which: Tensor, rows: _End) -> _End:
         """With these rows in the place of some."""
-        return _End(*(getattr(self, name).index_copy(0, which, getattr(rows, name)) for name in _FIELDS))
+        return _End(
+            *(getattr(self, name).index_copy(0, which, getattr(rows, name)) for name in _FIELDS)
+        )
 
 
 _FIELDS = tuple(_End.__dataclass_fields__)
@@ -680,7 +748,13 @@ def _solve(factor: Tensor, h: Tensor) -> Tensor:
 
 
 def _conjugate(
-    P: Tensor, a: Tensor, b: Tensor, s: Tensor, h: Tensor, tolerance: float, blocks: tuple[Tensor, Tensor] | None
+    P: Tensor,
+    a: Tensor,
+    b: Tensor,
+    s: Tensor,
+    h: Tensor,
+    tolerance: float,
+    blocks: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
     """x with (I - Q Q') x = h, Q Q' = diag(a) P diag(b) P' diag(a), by conjugate gradients; and which rows got there.
 
@@ -719,7 +793,18 @@ def _adjoint(
     """a with (diag(rho) - P diag(1/c) P') a = h."""
     w = rho.rsqrt()
     if factor.shape[1] == 0:
-        return _conjugate(P, w, 1.0 / c, (rho / rho.sum(2, keepdim=True)).sqrt(), h * w, CONJUGATE.adjoint, blocks)[0] * w
+        return (
+            _conjugate(
+                P,
+                w,
+                1.0 / c,
+                (rho / rho.sum(2, keepdim=True)).sqrt(),
+                h * w,
+                CONJUGATE.adjoint,
+                blocks,
+            )[0]
+            * w
+        )
     a = _solve(factor, h * w) * w
     for _ in range(refinements):
         left = h - (rho * a - torch.bmm(torch.bmm(a, P) / c, P.mT))
@@ -729,7 +814,9 @@ def _adjoint(
 
 def _judged(task: _Task, plan: _Plan) -> tuple[_Plan, Tensor]:
     """The status of each row, and the plan with zeros where it failed."""
-    status = torch.where(plan.residual <= VERDICT.inaccurate, int(Status.INACCURATE), int(Status.NOT_CONVERGED))
+    status = torch.where(
+        plan.residual <= VERDICT.inaccurate, int(Status.INACCURATE), int(Status.NOT_CONVERGED)
+    )
     status = torch.where(plan.residual <= VERDICT.solved, int(Status.SOLVED), status)
     base = task.base.abs() / task.eps
     if float((task.spread + base.amax(2, keepdim=True)).max()) > VERDICT.sharp:
@@ -765,7 +852,9 @@ def _judged(task: _Task, plan: _Plan) -> tuple[_Plan, Tensor]:
 def _potentials(task: _Task, plan: _Plan, status: Tensor) -> tuple[Tensor, Tensor]:
     """f and g in the units of the costs, balanced."""
     f = task.eps * (plan.phi + (task.r * task.total).log_() + 1.0) + task.low
-    f, g = _balanced(f, task.eps * (plan.gamma + task.c.log()) + task.base, task.blocks, task.absent)
+    f, g = _balanced(
+        f, task.eps * (plan.gamma + task.c.log()) + task.base, task.blocks, task.absent
+    )
     if task.status is None:
         return f, g
     failed = (status >= Status.INFEASIBLE).view(-1, 1, 1)
@@ -844,7 +933,9 @@ def _by_chord_steps(
 
 def _potential(held: _Held, h: Tensor) -> Tensor:
     """S^+ h at the solution."""
-    return _adjoint(held.P.detach(), held.factor, held.rho, held.c, h, held.refinements, held.blocks)
+    return _adjoint(
+        held.P.detach(), held.factor, held.rho, held.c, h, held.refinements, held.blocks
+    )
 
 
 class _SelfAdjoint(torch.autograd.Function):
@@ -867,5 +958,7 @@ class _SelfAdjoint(torch.autograd.Function):
         return _SelfAdjoint.apply(ctx.solve, tangent)
 
     @staticmethod
-    def vmap(_: Any, dims: tuple[None, int], solve: Callable[[Tensor], Tensor], h: Tensor) -> tuple[Tensor, int]:
+    def vmap(
+        _: Any, dims: tuple[None, int], solve: Callable[[Tensor], Tensor], h: Tensor
+    ) -> tuple[Tensor, int]:
         return torch.stack([_SelfAdjoint.apply(solve, part) for part in h.unbind(dims[1])]), 0

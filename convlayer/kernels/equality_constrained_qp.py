@@ -53,7 +53,8 @@ def equality_constrained_qp(
     q: Tensor,  # (B or 1, n)
     A: Tensor,  # (B or 1, p, n), p >= 0
     b: Tensor,  # (B or 1, p)
-    visible: Tensor | None = None,  # (n + p,) one where (x, nu) is looked at or moved, zero elsewhere; None for ones
+    visible: Tensor
+    | None = None,  # (n + p,) one where (x, nu) is looked at or moved, zero elsewhere; None for ones
 ) -> Answer:
     """Quadratic program with equality constraints only.
 
@@ -89,7 +90,16 @@ def equality_constrained_qp(
     else:
         x, nu, local = solved.x.to(P.dtype), solved.nu.to(P.dtype), None
     apart = None if solved.apart is None else partial(torch.Tensor.detach, solved.apart)
-    return Answer((x, nu), solved.status, None, solved.residual, solved.degenerate, solved.definite, local, apart)
+    return Answer(
+        (x, nu),
+        solved.status,
+        None,
+        solved.residual,
+        solved.degenerate,
+        solved.definite,
+        local,
+        apart,
+    )
 
 
 class _Differentiable(torch.autograd.Function):
@@ -133,10 +143,21 @@ class _Problem:
     @classmethod
     def of(cls, P: Tensor, q: Tensor, A: Tensor, b: Tensor) -> _Problem:
         sizes = [len(t) for t in (P, q, A, b)]
-        batch, factors = max(sizes) if min(sizes) else 0, max(sizes[0], sizes[2]) if sizes[0] and sizes[2] else 0
+        batch, factors = (
+            max(sizes) if min(sizes) else 0,
+            max(sizes[0], sizes[2]) if sizes[0] and sizes[2] else 0,
+        )
         eps = torch.finfo(P.dtype).eps
         right = _Pair(-_rows(q, factors, batch), _rows(b, factors, batch))
-        return cls(P, A.double(), right, factors, batch, max(LIMITS.rank, 8 * eps), max(LIMITS.consistent, 100 * eps))
+        return cls(
+            P,
+            A.double(),
+            right,
+            factors,
+            batch,
+            max(LIMITS.rank, 8 * eps),
+            max(LIMITS.consistent, 100 * eps),
+        )
 
     @cached_property
     def P(self) -> Tensor:
@@ -168,7 +189,9 @@ class _Problem:
 def _rows(vectors: Tensor, factors: int, batch: int) -> Tensor:
     """(B or 1, .) -> rows."""
     vectors = vectors.double()
-    return (vectors if len(vectors) == batch else vectors.expand(batch, -1)).unsqueeze(0 if factors == 1 else 1)
+    return (vectors if len(vectors) == batch else vectors.expand(batch, -1)).unsqueeze(
+        0 if factors == 1 else 1
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,8 +245,12 @@ class _PseudoInverse:
 
     def solve_into(self, z: _Pair, problem: _Problem, right: _Pair) -> _Pair:
         """z, with K^+ right in these rows."""
-        exact = self.solve(problem.take(self.index), _Pair(right.x[self.index], right.nu[self.index]))
-        return _Pair(z.x.index_copy(0, self.index, exact.x), z.nu.index_copy(0, self.index, exact.nu))
+        exact = self.solve(
+            problem.take(self.index), _Pair(right.x[self.index], right.nu[self.index])
+        )
+        return _Pair(
+            z.x.index_copy(0, self.index, exact.x), z.nu.index_copy(0, self.index, exact.nu)
+        )
 
     def solve(self, problem: _Problem, right: _Pair) -> _Pair:
         """K^+ right, for the problem of these rows."""
@@ -255,7 +282,9 @@ class _Solved:
     residual: Tensor  # (B,)
     degenerate: Tensor  # (B,)
     definite: bool  # every P is positive definite
-    apart: Tensor | None  # (B,) by how much rows of Ax = b that depend on each other disagree; None: no row does
+    apart: (
+        Tensor | None
+    )  # (B,) by how much rows of Ax = b that depend on each other disagree; None: no row does
 
 
 def _solve(problem: _Problem, visible: Tensor | None) -> _Solved:
@@ -416,7 +445,9 @@ def _null_space(problem: _Problem, count: int) -> _Singular:
     # of V.
     U, values, Vt = torch.linalg.svd(A, full_matrices=True)
     used = values > problem.rank * values.amax(1, keepdim=True) if p else values > 0
-    range_x, range_nu = (torch.nn.functional.pad(used, (0, size - used.shape[1])) for size in (n, p))
+    range_x, range_nu = (
+        torch.nn.functional.pad(used, (0, size - used.shape[1])) for size in (n, p)
+    )
     V, r = Vt.mT, min(n, p)
     pinv = V[:, :, :r] * torch.where(used, 1.0 / values, 0.0).unsqueeze(1) @ U[:, :, :r].mT
     Z = V * ~range_x.unsqueeze(1)
@@ -507,12 +538,19 @@ def _sticks_out(basis: Tensor, rows: Tensor, terms: Tensor, tolerance: float) ->
 
 
 def _pull_back(
-    data: list[Tensor], factor: _Factor, failed: Tensor | None, z: _Pair, z_bar: _Pair, needed: tuple[bool, ...]
+    data: list[Tensor],
+    factor: _Factor,
+    failed: Tensor | None,
+    z: _Pair,
+    z_bar: _Pair,
+    needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Cotangents of P, q, A and b."""
     P, q, A, b = data
     problem = _Problem.of(P, q, A, b)
-    (x, nu), right = (_Pair(*(_rows(t, problem.factors, problem.batch) for t in pair)) for pair in (z, z_bar))
+    (x, nu), right = (
+        _Pair(*(_rows(t, problem.factors, problem.batch) for t in pair)) for pair in (z, z_bar)
+    )
     if failed is not None:
         right = _Pair(*(torch.where(failed.unsqueeze(2), 0.0 * t, t) for t in right))
     # K (d, e) = (x_bar, nu_bar)
@@ -574,8 +612,12 @@ def _by_chord_steps(
         easy, order = the_others(hard, count)
         first = _Pair(z.x[easy], z.nu[easy])
         first = _regular(problem.take(easy), here.take(easy), factor.take(easy), first)
-        last = _of_minimum_norm(problem.take(hard), here.take(hard), exact, _Pair(z.x[hard], z.nu[hard]))
-        z = _Pair(*(torch.cat(parts).index_select(0, order) for parts in zip(first, last, strict=True)))
+        last = _of_minimum_norm(
+            problem.take(hard), here.take(hard), exact, _Pair(z.x[hard], z.nu[hard])
+        )
+        z = _Pair(
+            *(torch.cat(parts).index_select(0, order) for parts in zip(first, last, strict=True))
+        )
     x, nu = (t.reshape(problem.batch, t.shape[2]).to(P.dtype) for t in z)
     if failed is not None:
         rows = failed.reshape(-1, 1)
@@ -596,9 +638,7 @@ def _regular(problem: _Problem, here: _Problem, factor: _Factor, z: _Pair) -> _P
     return z
 
 
-def _of_minimum_norm(
-    problem: _Problem, here: _Problem, exact: _PseudoInverse, z: _Pair
-) -> _Pair:
+def _of_minimum_norm(problem: _Problem, here: _Problem, exact: _PseudoInverse, z: _Pair) -> _Pair:
     """z by two chord steps with K^+, and N the projector on the null space of K, here.
 
     What K z = (-q, b) leaves free of z follows z = K y, with y in the range of K^+:

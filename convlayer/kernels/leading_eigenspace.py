@@ -47,7 +47,9 @@ def leading_eigenspace(
     """
     n = X.shape[-1]
     if not 1 <= k <= n:
-        raise ValueError(f"The number of eigenvectors is k = {k}; expected 1 <= k <= {n} for a {n} x {n} matrix.")
+        raise ValueError(
+            f"The number of eigenvectors is k = {k}; expected 1 <= k <= {n} for a {n} x {n} matrix."
+        )
     kept: list[Any] = []
     Z, eigenvalue, near, tied = _Eigenspace.apply(X, k, largest, kept)
     local = partial(_perturbed, k, largest, Z, eigenvalue, tied, *kept) if Z.requires_grad else None
@@ -109,7 +111,9 @@ def _perturbed(
     mean = (U * (equal / count).unsqueeze(-2)) @ U.mT
     coupling = torch.where(equal, 0, 1 / (l_k - l))
     toward = (U.mT @ (dX @ U[..., cut, None])).squeeze(-1)
-    eigenvalue = eigenvalue.detach() + (mean * dX).sum((-2, -1)) + (coupling * toward.square()).sum(-1)
+    eigenvalue = (
+        eigenvalue.detach() + (mean * dX).sum((-2, -1)) + (coupling * toward.square()).sum(-1)
+    )
     repeated = count.squeeze(-1) > 1
     if repeated.any():
         eigenvalue = eigenvalue + _bent(dX, repeated)
@@ -170,7 +174,9 @@ class _Eigenspace(Function):
         # left = U_b ((U_b'G U_a) / (l_a - l_b)),  and u_k l_bar / 2 for l_k
         left = None
         if Z_bar is not None and Ub.shape[-1]:
-            slope = torch.bmm(Ub.mT, torch.bmm(Z_bar, Ua).baddbmm_(Z_bar.mT, Ua, beta=0.5, alpha=0.5))
+            slope = torch.bmm(
+                Ub.mT, torch.bmm(Z_bar, Ua).baddbmm_(Z_bar.mT, Ua, beta=0.5, alpha=0.5)
+            )
             gap = l[:, None, block] - l[:, rest, None]
             if weight is None:
                 left = torch.bmm(Ub, slope.div_(gap))
@@ -190,7 +196,9 @@ class _Eigenspace(Function):
 
 def _sides(n: int, k: int, largest: bool) -> tuple[slice, slice, int]:
     """Where in the ascending l the block is, where the rest, and where l_k: the block begins at n - k, or ends at k."""
-    return (slice(n - k, n), slice(0, n - k), n - k) if largest else (slice(0, k), slice(k, n), k - 1)
+    return (
+        (slice(n - k, n), slice(0, n - k), n - k) if largest else (slice(0, k), slice(k, n), k - 1)
+    )
 
 
 def _tie(l: Tensor) -> Tensor:
@@ -200,6 +208,9 @@ def _tie(l: Tensor) -> Tensor:
 
 def _weights(l: Tensor, at_cut: Tensor, k: int, largest: bool) -> Tensor:
     """Eigenvalues of the point of least norm: 1 above the tie, 0 below it, what is left shared by the tied."""
-    distance, tie = l - at_cut.unsqueeze(-1) if largest else at_cut.unsqueeze(-1) - l, _tie(l).unsqueeze(-1)
+    distance, tie = (
+        l - at_cut.unsqueeze(-1) if largest else at_cut.unsqueeze(-1) - l,
+        _tie(l).unsqueeze(-1),
+    )
     above, equal = (distance > tie).to(l.dtype), (distance.abs() <= tie).to(l.dtype)
     return above + equal * ((k - above.sum(-1, keepdim=True)) / equal.sum(-1, keepdim=True))

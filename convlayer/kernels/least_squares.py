@@ -49,7 +49,8 @@ def least_squares(
     b: Tensor,  # (B or 1, m, k)
     w: Tensor | None = None,  # (B or 1, m), nonnegative; None for ones
     ridge: Tensor | None = None,  # (B or 1, n), nonnegative; None for zeros
-    visible: Tensor | None = None,  # (n, k) one where x is looked at or what it meets moved, zero elsewhere; None for ones
+    visible: Tensor
+    | None = None,  # (n, k) one where x is looked at or what it meets moved, zero elsewhere; None for ones
 ) -> Answer:
     """Least squares with row weights, a ridge, and k right-hand sides that share the matrix.
 
@@ -325,9 +326,7 @@ def _doubtful(problem: _Problem, x: Tensor, r: Tensor) -> Tensor:
     return _gradient(problem, inner, x.repeat(1, 2, 1)) + rounding_samples(terms)
 
 
-def _relative_error(
-    problem: _Problem, off: Tensor, x: Tensor, visible: Tensor | None
-) -> Tensor:
+def _relative_error(problem: _Problem, off: Tensor, x: Tensor, visible: Tensor | None) -> Tensor:
     """(B,) the largest entry of x's error that is seen, relative to x, in units of S's columns."""
     # (S'S)_jj = sum_i w_i A_ij^2 + ridge_j
     squares = problem.A.square() if problem.w is None else problem.A.square() * problem.w.mT
@@ -384,7 +383,9 @@ def _gradient(problem: _Problem, r: Tensor, x: Tensor) -> Tensor:
     return problem.penalise(problem.weigh(r) @ problem.A, x)
 
 
-def _fit(problem: _Problem, L: Tensor, b: Tensor, x: Tensor, corrections: int) -> tuple[Tensor, Tensor]:
+def _fit(
+    problem: _Problem, L: Tensor, b: Tensor, x: Tensor, corrections: int
+) -> tuple[Tensor, Tensor]:
     """(x, b - A x) with A'W (b - A x) = ridge x, from a first x."""
     for _ in range(corrections):
         x = x + _substitute(L, _gradient(problem, b - mm(x, problem.A.mT), x))
@@ -410,7 +411,9 @@ class _Orthogonal:
     index: Tensor  # (R,) of the rows of the batch
     Q: Tensor  # (R, rows of S or more, n)
     Z: Tensor  # (R, n, n)
-    null: Tensor | None  # (R, n, n), an orthonormal basis of the null space of S, then columns of zeros
+    null: (
+        Tensor | None
+    )  # (R, n, n), an orthonormal basis of the null space of S, then columns of zeros
     deficient: Tensor  # (R,)
     root_w: Tensor | None  # (R or 1, 1, m)
     root_ridge: Tensor | None  # (R or 1, 1, n)
@@ -483,7 +486,9 @@ class _Orthogonal:
         """(R,) whether a null vector of S, of unit length, is not zero in what is visible, (n, k)."""
         if self.null is None:
             return self.deficient
-        return (self.null * (visible.to(self.null) > 0).any(1, keepdim=True)).abs().amax((1, 2)) > ACCURACY.hidden
+        return (self.null * (visible.to(self.null) > 0).any(1, keepdim=True)).abs().amax(
+            (1, 2)
+        ) > ACCURACY.hidden
 
     def span(self, problem: _Problem, v: Tensor) -> tuple[Tensor, Tensor]:
         """(z, W A z) with z = (S'S)^+ v."""
@@ -595,9 +600,7 @@ def _by_chord_steps(
     return (_columns(x, problem.shape).to(A.dtype),)
 
 
-def _regular(
-    problem: _Problem, here: _Problem, factor: _Factor, x: Tensor, y: Tensor
-) -> Tensor:
+def _regular(problem: _Problem, here: _Problem, factor: _Factor, x: Tensor, y: Tensor) -> Tensor:
     """x by two chord steps with the factor of K = S'S, here.
 
     On K x = A'W b:               x <- x + K^-1 (A'W (b - A x) - ridge x).

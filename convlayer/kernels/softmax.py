@@ -48,7 +48,9 @@ def softmax(
     given = [t for t in (tau, r) if t is not None]
     if all(not t.numel() or t.amin().item() > 0 for t in given):
         outputs = _outputs(_Softmax.apply(theta, tau, r, multiplier, None, None))
-        return Answer(outputs, local=partial(_expression, multiplier) if outputs[0].requires_grad else None)
+        return Answer(
+            outputs, local=partial(_expression, multiplier) if outputs[0].requires_grad else None
+        )
     tau, r = (theta.new_ones(1) if t is None else t for t in (tau, r))
     rows = 0 if 0 in (len(theta), len(tau), len(r)) else max(len(theta), len(tau), len(r))
     bad = ((tau <= 0) | (r < 0)).expand(rows)
@@ -72,7 +74,9 @@ def _expression(
     bad, empty = (tau <= 0) | (r < 0), r <= 0
     top = theta.gather(-1, theta.argmax(-1, keepdim=True))
     gap, scale = theta - top, torch.where(tau <= 0, 1, tau).unsqueeze(-1)
-    near = gap > -VANISHED * scale  # the others are left out, since 0 * inf would be NaN where e underflows
+    near = (
+        gap > -VANISHED * scale
+    )  # the others are left out, since 0 * inf would be NaN where e underflows
     e = torch.where(near, (torch.where(near, gap, 0) / scale).exp(), 0)
     total = e.sum(-1, keepdim=True)
     y = torch.where(bad, 0, r).unsqueeze(-1) * (e / total)
@@ -97,7 +101,9 @@ class _Softmax(Function):
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
         ctx.sizes = tuple(1 if t is None else t.shape[0] for t in (theta, tau, r))
-        if bad is not None:  # these rows are computed with tau = r = 1, which keeps p at hand, and emptied at the end
+        if (
+            bad is not None
+        ):  # these rows are computed with tau = r = 1, which keeps p at hand, and emptied at the end
             tau, r = (None if t is None else torch.where(t <= 0, 1, t) for t in (tau, r))
         tau, r = (None if t is None else t.unsqueeze(-1) for t in (tau, r))
         by_tau = ctx.needs_input_grad[1]
@@ -121,7 +127,9 @@ class _Softmax(Function):
                 nu = torch.addcmul(top - tau, tau, log_largest, value=-1)
             nu = nu.squeeze(-1)
         empty = bad | edge if bad is not None and edge is not None else None
-        ctx.save_for_backward(p, tau, r, empty, *((theta, top, log_largest) if by_tau else (None, None, None)))
+        ctx.save_for_backward(
+            p, tau, r, empty, *((theta, top, log_largest) if by_tau else (None, None, None))
+        )
         if empty is not None and bad is not None:
             y = y.masked_fill(empty.unsqueeze(-1), 0)
             nu = None if nu is None else nu.masked_fill(empty, torch.inf).masked_fill(bad, 0)
@@ -147,7 +155,9 @@ class _Softmax(Function):
         if r is not None:
             theta_bar = theta_bar * r if r.shape[0] > theta_bar.shape[0] else theta_bar.mul_(r)
         if tau is not None:
-            theta_bar = theta_bar / tau if tau.shape[0] > theta_bar.shape[0] else theta_bar.div_(tau)
+            theta_bar = (
+                theta_bar / tau if tau.shape[0] > theta_bar.shape[0] else theta_bar.div_(tau)
+            )
         if w is not None:
             theta_bar = theta_bar + p * w
         if empty is not None:
@@ -161,7 +171,14 @@ class _Softmax(Function):
             if w is not None:
                 tau_bar = tau_bar - w * (1 + log_largest)
             tau_bar = sum_to(ctx.sizes[1], tau_bar.squeeze(-1))
-        return sum_to(ctx.sizes[0], theta_bar) if by_theta else None, tau_bar, r_bar, None, None, None
+        return (
+            sum_to(ctx.sizes[0], theta_bar) if by_theta else None,
+            tau_bar,
+            r_bar,
+            None,
+            None,
+            None,
+        )
 
 
 def _pulled_back(p: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,9 @@ def sparsemax(
     return Answer((x, tau), status=status, degenerate=kink, local=local)
 
 
-def _on_support(x: Tensor, tau: Tensor, tie: Tensor | None, y: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+def _on_support(
+    x: Tensor, tau: Tensor, tie: Tensor | None, y: Tensor, r: Tensor
+) -> tuple[Tensor, Tensor]:
     """The outputs x, tau in differentiable operations: what the inputs move them by, on their support."""
     x, tau = x.detach(), tau.detach()
     support = x > (0 if tie is None else tie)
@@ -69,7 +71,9 @@ class _Sparsemax(Function):
     """x and tau with their first derivative, and where they have none."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, r: Tensor) -> tuple[Tensor, Tensor, *tuple[Tensor | None, ...]]:
+    def forward(
+        ctx: Any, y: Tensor, r: Tensor
+    ) -> tuple[Tensor, Tensor, *tuple[Tensor | None, ...]]:
         ctx.set_materialize_grads(False)
         ctx.sizes = y.shape[0], r.shape[0]
         top = y.amax(-1, keepdim=True)
@@ -94,7 +98,9 @@ class _Sparsemax(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, v: Tensor | None, w: Tensor | None, *_: None) -> tuple[Tensor | None, Tensor | None]:
+    def backward(
+        ctx: Any, v: Tensor | None, w: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, Tensor | None]:
         support, size, infeasible = ctx.saved_tensors
         by_y, by_r = ctx.needs_input_grad
         v = torch.zeros_like(support) if v is None else v
@@ -150,7 +156,9 @@ def _start(d: Tensor, r: Tensor) -> Tensor:
     """A threshold not above the solution's, and equal to it where sorting is cheap; d <= 0."""
     n = d.shape[-1]
     if d.numel() <= SORTED:
-        mean = (d.sort(-1, descending=True).values.cumsum(-1) - r).div_(torch.arange(1, n + 1, device=d.device))
+        mean = (d.sort(-1, descending=True).values.cumsum(-1) - r).div_(
+            torch.arange(1, n + 1, device=d.device)
+        )
         return mean.amax(-1, keepdim=True)
     bound = torch.maximum((d.sum(-1, keepdim=True) - r).div_(n), -r)
     if n < 8 * BLOCK:

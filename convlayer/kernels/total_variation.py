@@ -62,13 +62,21 @@ def total_variation(
 
 
 def _on_segments(
-    u: Tensor, ids: Tensor, length: Tensor, step: Tensor, special: Tensor | None, x: Tensor, lam: Tensor
+    u: Tensor,
+    ids: Tensor,
+    length: Tensor,
+    step: Tensor,
+    special: Tensor | None,
+    x: Tensor,
+    lam: Tensor,
 ) -> tuple[Tensor]:
     """The output u in differentiable operations: what the inputs move it by, on its segments."""
     moves = movement(x), movement(lam).unsqueeze(1)
     dx, dlam = torch.broadcast_tensors(*(d.double() for d in moves))
     flat = ids.view(-1)
-    stacked = dx.reshape(len(dx) // max(1, len(ids)), len(flat))  # a row solved alone may now stand for many
+    stacked = dx.reshape(
+        len(dx) // max(1, len(ids)), len(flat)
+    )  # a row solved alone may now stand for many
     # du = the mean of dx over the segment + dlam (s_right - s_left) / length
     sums = dx.new_zeros(len(stacked), len(length)).index_add(1, flat, stacked)
     du = (sums / length).index_select(1, flat).view_as(dx)
@@ -134,7 +142,9 @@ def _taut_string(x: Tensor, lam: Tensor) -> tuple[Tensor, ...]:
     B, n = x.shape
     exponent = x.abs().amax(1, keepdim=True).frexp()[1].clamp(-1000, 1022)
     scale = torch.ldexp(torch.ones_like(lam), exponent)
-    x = pad(x * scale.reciprocal(), (1, 0))  # |x| <= 1 (4 at the end of the range), by a power of two: exact
+    x = pad(
+        x * scale.reciprocal(), (1, 0)
+    )  # |x| <= 1 (4 at the end of the range), by a power of two: exact
     lam = (lam / scale).clamp(max=8.0 * n)  # |z| <= 2 n max |x|: beyond that nothing changes
     sums = _running_sums(x)
     knot = torch.zeros(B, n + 1, dtype=torch.bool, device=x.device)
@@ -152,7 +162,9 @@ def _taut_string(x: Tensor, lam: Tensor) -> tuple[Tensor, ...]:
         count += 1
         # The slopes between the knots:  u = (the segment's sum of x - the rise of the dual) /
         # length.
-        q = torch.cat([zero, knots.nonzero().squeeze(1)])  # the knots; q[k], q[k + 1] bound segment k
+        q = torch.cat(
+            [zero, knots.nonzero().squeeze(1)]
+        )  # the knots; q[k], q[k + 1] bound segment k
         a, length = anchors[q], torch.diff(q)
         mass = torch.diff(sums.index_select(1, q)).sum(0)
         u = (mass - torch.diff(a)) / length
@@ -163,7 +175,9 @@ def _taut_string(x: Tensor, lam: Tensor) -> tuple[Tensor, ...]:
         z = r.cumsum(1)
         c = (z.abs() > loose).gt(knot).view(-1).nonzero().squeeze(1)
         local = z.view(-1)
-        if not len(c):  # the small violations: measured from the segment's own left knot, for z drifts by rounding
+        if not len(
+            c
+        ):  # the small violations: measured from the segment's own left knot, for z drifts by rounding
             tol = (4 * EPS) * mass.abs()
             local = local - (local[q] - a).index_select(0, flat)
             height, slack = local.abs().view(B, n + 1), tol.index_select(0, flat).view(B, n + 1)
@@ -185,16 +199,28 @@ def _taut_string(x: Tensor, lam: Tensor) -> tuple[Tensor, ...]:
 
     # The verdict: jumps of sign at the knots, kinks within the rounding of a slope, the residual.
     end = q % (n + 1)
-    sign = torch.copysign(torch.ones_like(u[:1]), -anchors[q]).masked_fill((end == 0) | (end == n), 0.0)
+    sign = torch.copysign(torch.ones_like(u[:1]), -anchors[q]).masked_fill(
+        (end == 0) | (end == n), 0.0
+    )
     error = 4 * EPS * (mass.abs() + torch.diff(anchors[q]).abs()) / length
     barely = (rise * sign[2:-1] <= error[1:-1] + error[2:]) & (a != 0)
     degenerate = (height + slack >= 2 * lam - tight).gt(knot).any(1)
     degenerate[q[2:-1][barely] // (n + 1)] = True
-    residual = (z.abs().amax(1, keepdim=True) - lam).clamp(min=0) / (lam + x.abs().sum(1, keepdim=True) + TINY)
+    residual = (z.abs().amax(1, keepdim=True) - lam).clamp(min=0) / (
+        lam + x.abs().sum(1, keepdim=True) + TINY
+    )
     if len(false):  # the repairs ran out: steps against the dual's sign, in units of |x|
         residual[:, 0].scatter_reduce_(0, q[2:-1][false] // (n + 1), rise[false].abs(), "amax")
     solution = (u.index_select(0, flat).view(B, n + 1) * scale)[:, 1:].contiguous()
-    return solution, ids[:, 1:].contiguous(), length, torch.diff(sign), passes, residual[:, 0], degenerate
+    return (
+        solution,
+        ids[:, 1:].contiguous(),
+        length,
+        torch.diff(sign),
+        passes,
+        residual[:, 0],
+        degenerate,
+    )
 
 
 def _certain_knots(x: Tensor, lam: Tensor, knot: Tensor, anchor: Tensor) -> None:
@@ -239,6 +265,8 @@ def _running_sums(x: Tensor) -> Tensor:
     before, after = high[:, :-1], high[:, 1:]
     rise = after - before
     back = rise - after
-    error = (after - (rise - back)) - (before + back)  # after - before = rise + error exactly (Knuth's two-difference)
+    error = (after - (rise - back)) - (
+        before + back
+    )  # after - before = rise + error exactly (Knuth's two-difference)
     low = pad((x[:, 1:] - rise) - error, (1, 0)).cumsum(1)
     return torch.stack([high, low]).view(2, -1)

@@ -56,7 +56,9 @@ class Attempted:
             for piece in part.pieces
         ]
         names = ("x", "s", "y", "attempt", "stopped")
-        x, s, y, attempt, stopped = (torch.cat([getattr(part, name) for part in parts]) for name in names)
+        x, s, y, attempt, stopped = (
+            torch.cat([getattr(part, name) for part in parts]) for name in names
+        )
         return cls(x, s, y, Verdict.cat([part.verdict for part in parts]), attempt, stopped, pieces)
 
     def lifted(self, eliminated: Eliminated) -> Attempted:

@@ -37,14 +37,23 @@ def attempted(request: ConeRequest, data: Data, start: tuple[Tensor, ...] | None
     program = data.program if request.elimination is None else request.elimination.program
     a_row = program.n * (program.n + program.m)
     dense = request.elimination is not None or prefers_dense(program)
-    if not dense or request.device.type != "cpu" or request.executor is not None or data.batch * a_row < LARGE:
+    if (
+        not dense
+        or request.device.type != "cpu"
+        or request.executor is not None
+        or data.batch * a_row < LARGE
+    ):
         return _settled(request, data, start)
     alone = replace(request, executor=Inline())
     pieces = min(data.batch, cores() * math.ceil(data.batch * a_row / PIECE / cores()))
     bounds = [k * data.batch // pieces for k in range(pieces + 1)]
     ranges = list(pairwise(bounds))
     jobs = [
-        (alone, data.between(lo, hi), None if start is None else tuple(part[lo:hi] for part in start))
+        (
+            alone,
+            data.between(lo, hi),
+            None if start is None else tuple(part[lo:hi] for part in start),
+        )
         for lo, hi in ranges
     ]
     found = in_threads(lambda job: _settled(*job), jobs, [hi - lo for lo, hi in ranges])
@@ -82,7 +91,9 @@ def _settled(request: ConeRequest, data: Data, start: tuple[Tensor, ...] | None)
     if request.canonical.gp and request.canonical.sign > 0:
         # The objective's logarithm falls without end: it tends to zero.
         status = found.verdict.status
-        found = found.with_status(torch.where(status == Status.UNBOUNDED, int(Status.UNATTAINED), status))
+        found = found.with_status(
+            torch.where(status == Status.UNBOUNDED, int(Status.UNATTAINED), status)
+        )
     verdict = found.verdict
     return replace(found, verdict=replace(verdict, degenerate=verdict.degenerate & ~verdict.failed))
 
@@ -93,15 +104,21 @@ def _is_plainly_solved(verdict: Verdict) -> bool:
     return at_rest and not bool(verdict.status.any()) and not bool(verdict.degenerate.any())
 
 
-def _attempt(request: ConeRequest, data: Data, place: int, start: tuple[Tensor, ...] | None) -> Attempted:
+def _attempt(
+    request: ConeRequest, data: Data, place: int, start: tuple[Tensor, ...] | None
+) -> Attempted:
     """One attempt; the first ones on the program without its auxiliary variables, where they can be taken out."""
     if request.elimination is None or place > 0:
-        return _attempt_in_units(request, *normalise(data), place, start, request.canonical.visible, None)
+        return _attempt_in_units(
+            request, *normalise(data), place, start, request.canonical.visible, None
+        )
     eliminated = request.elimination.enter(data)
     assert eliminated.data is not None
     start = None if start is None else eliminated.enter_point(*start)
     scaled = normalise(eliminated.data.widen(data.batch))
-    found = _attempt_in_units(request, *scaled, place, start, request.elimination.visible, eliminated)
+    found = _attempt_in_units(
+        request, *scaled, place, start, request.elimination.visible, eliminated
+    )
     return found.lifted(eliminated)
 
 
@@ -165,9 +182,18 @@ def _attempt_in_units(
     if len(refine) == rows <= at_once:
         found = refined(request, given)
         parts = [(every, found)]
-        x, s, y, verdict = found.x, found.s, found.y, _verdict_of(found, found.status, point.iterations, place)
+        x, s, y, verdict = (
+            found.x,
+            found.s,
+            found.y,
+            _verdict_of(found, found.status, point.iterations, place),
+        )
     else:
-        parts = [(part, refined(request, given.rows(part))) for part in refine.split(at_once) if len(part)]
+        parts = [
+            (part, refined(request, given.rows(part)))
+            for part in refine.split(at_once)
+            if len(part)
+        ]
         x, s, y = scaling.leave(point.x, point.s, point.y)
         verdict = replace(Verdict.unknown(status), iterations=point.iterations)
         for part, found in parts:
@@ -175,10 +201,14 @@ def _attempt_in_units(
                 whole.index_copy(0, part, some)
                 for whole, some in zip((x, s, y), (found.x, found.s, found.y), strict=True)
             )
-            verdict = verdict.put(part, _verdict_of(found, found.status, point.iterations[part], place))
+            verdict = verdict.put(
+                part, _verdict_of(found, found.status, point.iterations[part], place)
+            )
     if point.stopped is not None:
         halted = torch.nonzero(point.stopped).flatten()
-        left = _residual_of(data.rows(halted), scaling.rows(halted), *(part[halted] for part in (x, s, y)))
+        left = _residual_of(
+            data.rows(halted), scaling.rows(halted), *(part[halted] for part in (x, s, y))
+        )
         verdict = replace(verdict, residual=verdict.residual.index_copy(0, halted, left))
     if bool(verdict.status.any()):
         candidates = point.y, scaling.enter(x, s, y)[2]
@@ -215,7 +245,9 @@ def _verdict_of(found: Refined, status: Tensor, iterations: Tensor, place: int) 
 
 
 def _piece(rows: Tensor, found: Refined) -> Piece:
-    return Piece(rows, found.zero.settled(), found.scaling, torch.arange(len(rows), device=rows.device))
+    return Piece(
+        rows, found.zero.settled(), found.scaling, torch.arange(len(rows), device=rows.device)
+    )
 
 
 def _is_sharpest(request: ConeRequest, place: int) -> bool:

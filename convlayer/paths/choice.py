@@ -17,7 +17,9 @@ from convlayer.structures import STRUCTURES
 class Choice:
     """The path that was chosen: a kernel, or none, which is the cone program."""
 
-    declared: Declaration  # with the term that chooses a least norm, where the cone program needs one
+    declared: (
+        Declaration  # with the term that chooses a least norm, where the cone program needs one
+    )
     recognition: Recognition
     structure: str  # its name, or "cone_program"
     kernel: Specialised | None

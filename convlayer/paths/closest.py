@@ -61,7 +61,11 @@ from convlayer.paths.verdict import Verdict
 from convlayer.solution import Status
 from convlayer.solvers import SOLVERS
 
-FREE, POINT, RAY = 0, 1, 2  # what a row's slack is left with: its cone, nothing but zero, or a ray of it
+FREE, POINT, RAY = (
+    0,
+    1,
+    2,
+)  # what a row's slack is left with: its cone, nothing but zero, or a ray of it
 PRECISION = 1e-6  # relative, of faces that a first program has found
 ACTIVE = 1e-9  # share of the largest multiplier above which one counts as not zero
 NONE = 1e-12  # share of the largest shift up to which one is none
@@ -86,7 +90,9 @@ class Closest:
     value: Tensor  # (R,) of the cone program
     shift: Tensor  # (R, m) t*
     verdict: Verdict  # the worse of the two programs'
-    outputs_at: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]  # entries -> (x, y, value, shift), in any transform
+    outputs_at: Callable[
+        [Sequence[Tensor]], tuple[Tensor, ...]
+    ]  # entries -> (x, y, value, shift), in any transform
 
     @property
     def status(self) -> Tensor:
@@ -95,7 +101,11 @@ class Closest:
 
 
 def closest(
-    relaxation: Relaxation, entries: Sequence[Tensor], tolerance: float, few: bool = False, least: float | None = None
+    relaxation: Relaxation,
+    entries: Sequence[Tensor],
+    tolerance: float,
+    few: bool = False,
+    least: float | None = None,
 ) -> Closest:
     """Both programs for R infeasible rows.
 
@@ -112,7 +122,9 @@ def closest(
     settled = _rounding(first.derivative.operators.data.b[:, : program.m], shift)
     shift, pattern = shift + settled, _pattern(program, multipliers)
     own, _ = evaluate(relaxation.canonical, plain, False, shift.new_zeros(()))
-    doubted = ~_certified(first, own, multipliers, pattern, shift, tolerance if least is None else least)
+    doubted = ~_certified(
+        first, own, multipliers, pattern, shift, tolerance if least is None else least
+    )
     lost = ~first.verdict.failed & doubted
     status = first.verdict.status.masked_fill(lost, int(Status.NOT_CONVERGED))
     verdict = replace(first.verdict, status=status)
@@ -122,7 +134,9 @@ def closest(
     for k, one in enumerate(patterns):
         rows, faces = going[which == k], _Faces(relaxation, one)
         part = [take_rows(values, rows) for values in plain]
-        second = _solved(faces.stage, faces.entries(part, multipliers[rows], shift[rows]), tolerance)
+        second = _solved(
+            faces.stage, faces.entries(part, multipliers[rows], shift[rows]), tolerance
+        )
         verdict = verdict.put(rows, verdict.take(rows).with_next(second.verdict))
         groups.append((rows, faces, second.derivative))
     outputs_at = partial(_outputs_at, relaxation, few, first.derivative, settled, groups)
@@ -151,7 +165,9 @@ def _outputs_at(
     n, m = relaxation.canonical.program.n, relaxation.canonical.program.m
     found = [multipliers.new_zeros(len(multipliers), size) for size in (n, m, 1)]
     for rows, faces, second in groups:
-        part = faces.entries([take_rows(values, rows) for values in entries], multipliers[rows], shift[rows])
+        part = faces.entries(
+            [take_rows(values, rows) for values in entries], multipliers[rows], shift[rows]
+        )
         x, y, value = _known(second, part)
         parts = x[:, :n], y[:, :m].masked_fill(faces.pattern != FREE, torch.nan), value.unsqueeze(1)
         found = [whole.index_copy(0, rows, some) for whole, some in zip(found, parts, strict=True)]
@@ -185,7 +201,14 @@ def _solved(stage: _Stage, entries: Sequence[Tensor], tolerance: float) -> ConeF
     return solve(request, entries)
 
 
-def _certified(first: ConeFound, own: Data, multipliers: Tensor, pattern: Tensor, shift: Tensor, tolerance: float) -> Tensor:
+def _certified(
+    first: ConeFound,
+    own: Data,
+    multipliers: Tensor,
+    pattern: Tensor,
+    shift: Tensor,
+    tolerance: float,
+) -> Tensor:
     """(R,) whether y proves that there is no feasible point near x, and so that the shift is neither zero nor only approached.
 
     A'y = 0 and -b'y = |t|^2 > 0, or w'|t|, exclude every x; as computed, those with x'A'y well below that. own: the program's data.
@@ -233,10 +256,16 @@ class _Stage(Canonical):
         variables: Sequence[Recovery],
         consistent: Tensor,
     ) -> _Stage:
-        moving = {name: np.unique(matrices[name][:, ONE + 1 :].tocoo().row).astype(np.int64) for name in ("P", "A")}
+        moving = {
+            name: np.unique(matrices[name][:, ONE + 1 :].tocoo().row).astype(np.int64)
+            for name in ("P", "A")
+        }
         return cls(
             program=program,
-            maps={name: AffineMap(matrix, sizes, moving.get(name)) for name, matrix in matrices.items()},
+            maps={
+                name: AffineMap(matrix, sizes, moving.get(name))
+                for name, matrix in matrices.items()
+            },
             moving=moving,
             parameters=[ParameterEntries((size,), symmetric=False, log=False) for size in sizes],
             variables=list(variables),
@@ -272,9 +301,13 @@ class Relaxation:
         twin = canonicalise(declared.problem, declared.parameters, duals)
         mine, other = canonical.program, twin.program
         if mine.cones != other.cones or not np.array_equal(mine.A_rows, other.A_rows):
-            raise CanonicalisationError("CVXPY made two cone programs of one problem; this version is not supported.")
+            raise CanonicalisationError(
+                "CVXPY made two cone programs of one problem; this version is not supported."
+            )
         if any(r.coefficient is not None and not bool(r.coefficient.all()) for r in twin.variables):
-            raise CanonicalisationError("CVXPY leaves out rows of a constraint; this version is not supported.")
+            raise CanonicalisationError(
+                "CVXPY leaves out rows of a constraint; this version is not supported."
+            )
         recoveries = iter(twin.variables)
         own = [[next(recoveries) for _ in constraint.dual_variables] for constraint in constraints]
         return cls(canonical, own, names)
@@ -298,7 +331,12 @@ class Relaxation:
             # y'(Ax - b) = dual'(lhs - rhs) whatever x: a dual variable's coefficient divides where the shift is taken back.
             parts = tuple(
                 (
-                    0.0 - (shift[:, r.position] if r.coefficient is None else shift[:, r.position] / r.coefficient)
+                    0.0
+                    - (
+                        shift[:, r.position]
+                        if r.coefficient is None
+                        else shift[:, r.position] / r.coefficient
+                    )
                 ).reshape(len(shift), *r.shape)
                 for r in recoveries
             )
@@ -340,7 +378,10 @@ class Relaxation:
         """The same for the least one-norm, with t = v - u: the variables are x, u (on S) and v (on rows of S that may be shifted both ways)."""
         program, matrices = self.canonical.program, self.canonical._matrices
         n, m, width = program.n, program.m, matrices["b"].shape[1]
-        down, up = np.flatnonzero(self.soft.numpy()), np.flatnonzero((self.soft & self._both_ways).numpy())
+        down, up = (
+            np.flatnonzero(self.soft.numpy()),
+            np.flatnonzero((self.soft & self._both_ways).numpy()),
+        )
         on, k = np.concatenate([down, up]), len(down) + len(up)
         weights = np.zeros(m)
         weights[down] = np.linspace(1 + TIE, 1.0, len(down))
@@ -359,10 +400,15 @@ class Relaxation:
             A_cols=A_cols[order],
         )
         signs = np.concatenate([-np.ones(len(down)), np.ones(len(up))])
-        blank, added = sp.csr_array((k, width)), _constants(np.concatenate([signs, -np.ones(k)]), width)
+        blank, added = (
+            sp.csr_array((k, width)),
+            _constants(np.concatenate([signs, -np.ones(k)]), width),
+        )
         maps = {
             "P": sp.csr_array((0, width)),
-            "q": sp.csr_array(sp.vstack([sp.csr_array((n, width)), _constants(weights[on], width)])),
+            "q": sp.csr_array(
+                sp.vstack([sp.csr_array((n, width)), _constants(weights[on], width)])
+            ),
             "A": sp.csr_array(sp.vstack([matrices["A"], added]))[order],
             "b": sp.csr_array(sp.vstack([matrices["b"], blank])),
             "d": sp.csr_array((1, width)),
@@ -376,7 +422,11 @@ class Relaxation:
         rows = torch.ones(self.canonical.program.m, dtype=torch.bool)
         for block in self.canonical.program.cones.blocks:
             last = block.start + (
-                block.size if block.name == "nonnegative" else 1 if block.name == "second_order" else 0
+                block.size
+                if block.name == "nonnegative"
+                else 1
+                if block.name == "second_order"
+                else 0
             )
             rows[block.start : last] = False
         return rows
@@ -386,7 +436,10 @@ class Relaxation:
         n, m = self.canonical.program.n, self.canonical.program.m
         if not few:
             return y, torch.where(self.soft, -y, 0.0)
-        down, up = torch.nonzero(self.soft).flatten(), torch.nonzero(self.soft & self._both_ways).flatten()
+        down, up = (
+            torch.nonzero(self.soft).flatten(),
+            torch.nonzero(self.soft & self._both_ways).flatten(),
+        )
         u, v = x[:, n : n + len(down)], x[:, n + len(down) :]
         zero = x.new_zeros(len(x), m)
         t = zero.index_copy(1, up, v) - zero.index_copy(1, down, u)
@@ -420,14 +473,18 @@ class _Faces:
             if block.name == "second_order" and pattern[block.start] == FREE:
                 cones.append(SecondOrder(block.size))
             elif block.name == "nonnegative":
-                cones += [Nonnegative(1) if kind == FREE else Zero(1) for kind in pattern[rows].tolist()]
+                cones += [
+                    Nonnegative(1) if kind == FREE else Zero(1) for kind in pattern[rows].tolist()
+                ]
             else:
                 cones.append(Zero(block.size))
             zero[rows] = block.name == "zero"
             if pattern[block.start] == RAY:
                 self.rays.append(rows)
         k = len(self.rays)
-        on_ray = np.concatenate([np.zeros(0, dtype=np.int64), *(np.arange(r.start, r.stop) for r in self.rays)])
+        on_ray = np.concatenate(
+            [np.zeros(0, dtype=np.int64), *(np.arange(r.start, r.stop) for r in self.rays)]
+        )
         ray_of = np.repeat(np.arange(k), [r.stop - r.start for r in self.rays])
         ends = np.arange(k)
         # After x stand the betas: their columns hold the rays, and -1 in rows of their own, -beta + s = 0, s >= 0.
@@ -448,7 +505,9 @@ class _Faces:
         maps = {name: _widened(matrix, sum(wider)) for name, matrix in canonical._matrices.items()}
         total = width + sum(wider)
         directions = _selection(np.arange(len(on_ray)), width + m, total)
-        maps["A"] = sp.csr_array(sp.vstack([maps["A"], directions, _constants(-np.ones(k), total)]))[order]
+        maps["A"] = sp.csr_array(
+            sp.vstack([maps["A"], directions, _constants(-np.ones(k), total)])
+        )[order]
         soft = sp.diags_array(relaxation.soft.numpy().astype(float))
         shifts = sp.csr_array(soft @ _selection(np.arange(m), width, total))
         blank = sp.csr_array((k, total))
@@ -460,14 +519,20 @@ class _Faces:
                 read[recovery.position] = True
         consistent = (pattern != FREE) | (zero & ~read)
         consistent = torch.cat([consistent, consistent.new_zeros(k)])
-        self.stage = _Stage.of(faced, maps, [*relaxation.sizes, *wider], canonical.variables, consistent)
+        self.stage = _Stage.of(
+            faced, maps, [*relaxation.sizes, *wider], canonical.variables, consistent
+        )
 
     def entries(self, entries: Sequence[Tensor], y: Tensor, t: Tensor) -> list[Tensor]:
         """The parameters' entries, the first program's multipliers and its shifts (R, m) -> the second program's entries."""
         if not self.rays:
             return [*entries, -t]
         tails = [y[:, rows][:, 1:] for rows in self.rays]
-        rays = [part for tail in tails for part in (torch.ones_like(y[:, :1]), -tail / tail.norm(dim=1, keepdim=True))]
+        rays = [
+            part
+            for tail in tails
+            for part in (torch.ones_like(y[:, :1]), -tail / tail.norm(dim=1, keepdim=True))
+        ]
         return [*entries, -t, torch.cat(rays, 1)]
 
 
@@ -485,5 +550,6 @@ def _selection(rows: np.ndarray, start: int, width: int) -> sp.csr_array:
 def _widened(matrix: sp.csr_array, columns: int) -> sp.csr_array:
     """With inputs that it does not read."""
     return sp.csr_array(
-        (matrix.data, matrix.indices, matrix.indptr), shape=(matrix.shape[0], matrix.shape[1] + columns)
+        (matrix.data, matrix.indices, matrix.indptr),
+        shape=(matrix.shape[0], matrix.shape[1] + columns),
     )

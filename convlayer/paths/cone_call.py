@@ -36,7 +36,9 @@ class ConeRequest:
     selected: bool  # by a small proximal term, the solution of least norm
     # Relative, of the parameters: what their rounding may have moved apart is not told from what agrees.
     parameters_precision: float
-    gradient: Callable[[ConeFound, ConeDerivative], ConeDerivative]  # to be taken in place of the exact one
+    gradient: Callable[
+        [ConeFound, ConeDerivative], ConeDerivative
+    ]  # to be taken in place of the exact one
     tell: Tell  # of rows whose derivative wants a warning
 
     @property

@@ -73,7 +73,9 @@ def entries_bar(
     for k in wanted:
         for name, mapping in maps.items():
             if k in mapping.back:
-                part = mapping.back[k](bars[name] if lengths[k] == batch else bars[name].sum(0, keepdim=True))
+                part = mapping.back[k](
+                    bars[name] if lengths[k] == batch else bars[name].sum(0, keepdim=True)
+                )
                 found[k] = found[k] + part if k in found else part
     return found
 
@@ -101,7 +103,9 @@ class ConeDerivative(Local):
         canonical: Canonical,
         data: Callable[[], Data],  # made anew where it is needed: the first derivative does without
         solution: tuple[Tensor, Tensor, Tensor],  # (x, y, value)
-        point: tuple[Tensor, Tensor, Tensor],  # (x, s, y) whose derivative is taken for the solution's
+        point: tuple[
+            Tensor, Tensor, Tensor
+        ],  # (x, s, y) whose derivative is taken for the solution's
         adjoint: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
         tell: Callable[[Tensor, Tensor, dict[int, Tensor]], None] | None,
     ) -> None:
@@ -123,7 +127,9 @@ class ConeDerivative(Local):
 
     def check_unchanged(self) -> None:
         if versions([*self.solution, *self.point]) != self._versions:
-            raise RuntimeError("An output of the layer was changed in place; its derivative needs it as it was.")
+            raise RuntimeError(
+                "An output of the layer was changed in place; its derivative needs it as it was."
+            )
 
     def adjoint(self, x_bar: Tensor, y_bar: Tensor) -> tuple[Tensor, Tensor]:
         """NaN in rows whose cotangents are not finite: these have no part in a solve, and are no fault of its system."""
@@ -131,7 +137,9 @@ class ConeDerivative(Local):
         lost = not_finite(x_bar, y_bar)
         if lost is None:
             return self._adjoint(x_bar, y_bar)
-        return spoilt(self._adjoint(x_bar.masked_fill(lost, 0.0), y_bar.masked_fill(lost, 0.0)), lost)
+        return spoilt(
+            self._adjoint(x_bar.masked_fill(lost, 0.0), y_bar.masked_fill(lost, 0.0)), lost
+        )
 
     def cotangent(
         self, entries: Tensors, bars: Tensors, needed: Sequence[bool], failed: Tensor | None = None
@@ -177,12 +185,18 @@ class ConeDerivative(Local):
         of_y, of_s = k / alpha, k / beta
         r, t = (
             sum(parts)
-            for parts in zip(_image(one.operators, two.x, two.y), _image(two.operators, one.x, one.y), strict=True)
+            for parts in zip(
+                _image(one.operators, two.x, two.y),
+                _image(two.operators, one.x, one.y),
+                strict=True,
+            )
         )
         x, y = self.adjoint(-(r + self.operators.At(of_y)), -(t + of_s))
         return [x, y + of_y, (two.x * one.r).sum(1) + (two.y * one.t).sum(1)]
 
-    def mixed(self, entries: Tensors, bars: Tensors, a: Tensors, needed: Sequence[bool]) -> list[Tensor]:
+    def mixed(
+        self, entries: Tensors, bars: Tensors, a: Tensors, needed: Sequence[bool]
+    ) -> list[Tensor]:
         x_bar, y_bar, value_bar = bars
         w, u = self.adjoint(x_bar, y_bar)
         moved, v = self._moved(a), value_bar.unsqueeze(1)
@@ -192,7 +206,9 @@ class ConeDerivative(Local):
         by_v = self._curvature(moved, (y_bar - self.operators.A(w)) / alpha - u / beta)
         by_y, by_s = alpha * by_v, beta * by_v
         r, t = _image(moved.operators, w, u)
-        w_next, u_next = self.adjoint(v * moved.r - r + self.operators.At(by_s), v * moved.t - t + by_y)
+        w_next, u_next = self.adjoint(
+            v * moved.r - r + self.operators.At(by_s), v * moved.t - t + by_y
+        )
         u_next = u_next - by_s
         terms = [Term(self.x, self.y, w_next, u_next), Term(moved.x, moved.y, w, u)]
         vectors = {"q": -w_next, "b": u_next, "d": torch.zeros_like(v)}
@@ -225,14 +241,22 @@ class ConeDerivative(Local):
         if program.is_polyhedral:
             return ones, ones
         group = program.on(y.device)["scale_group"]
-        most = (y * s == in_groups(y * s, group, program.m)) & (y > NOISE * largest(y)) & (s > NOISE * largest(s))
+        most = (
+            (y * s == in_groups(y * s, group, program.m))
+            & (y > NOISE * largest(y))
+            & (s > NOISE * largest(s))
+        )
         at = [in_groups(torch.where(most, part, 0.0), group, program.m) for part in (y, s)]
         both = (at[0] > 0) & (at[1] > 0)
         alpha, beta = (torch.where(both, 1 / torch.where(both, part, 1.0), 1.0) for part in at)
         return alpha, beta
 
     def _to_entries(
-        self, entries: Tensors, needed: Sequence[bool], terms: Sequence[Term], vectors: dict[str, Tensor]
+        self,
+        entries: Tensors,
+        needed: Sequence[bool],
+        terms: Sequence[Term],
+        vectors: dict[str, Tensor],
     ) -> list[Tensor]:
         wanted = _wanted(needed)
         found = entries_bar(self.canonical, [len(part) for part in entries], wanted, terms, vectors)

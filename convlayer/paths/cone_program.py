@@ -24,11 +24,12 @@ from convlayer.paths.starts import Starts
 from convlayer.solution import Status
 from convlayer.solvers import Attempt, BatchSolver
 
-ROUNDINGS, COARSEST = 8, 1e-6  # the tolerance is at least so many roundings of the parameters, up to this
+ROUNDINGS, COARSEST = (
+    8,
+    1e-6,
+)  # the tolerance is at least so many roundings of the parameters, up to this
 HOST = torch.device("cpu")
-STOPPED = (
-    "The solver's time limit ended it before it had converged; it was not tried again, and its last point was not improved."
-)
+STOPPED = "The solver's time limit ended it before it had converged; it was not tried again, and its last point was not improved."
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +57,11 @@ class ConeProgram:
             device = HOST
         thetas = thetas_of(self.declared, request.values, device)
         differentiable = torch.is_grad_enabled() and any(theta.requires_grad for theta in thetas)
-        bad = torch.zeros(request.size, dtype=torch.bool) if request.bad.which is None else request.bad.which
+        bad = (
+            torch.zeros(request.size, dtype=torch.bool)
+            if request.bad.which is None
+            else request.bad.which
+        )
         asked = ConeRequest(
             canonical=canonical,
             attempts=attempts,
@@ -85,7 +90,10 @@ class ConeProgram:
 
         def outputs_at(values: list[Tensor]) -> list[Tensor]:
             given = [*(value.to(device, torch.float64) for value in values), *thetas[len(values) :]]
-            entries = [reader.read(value) for reader, value in zip(canonical.parameters, given, strict=True)]
+            entries = [
+                reader.read(value)
+                for reader, value in zip(canonical.parameters, given, strict=True)
+            ]
             return recovered(*known(found.derivative.solution, lambda: found.derivative, entries))
 
         return Found(
@@ -95,7 +103,10 @@ class ConeProgram:
             blank=found.blank,
             stopped=found.stopped,
             iterate=found.point,
-            notes=(*_ways(attempts, found.attempt, found.verdict.status), *_agreed(found.agreement)),
+            notes=(
+                *_ways(attempts, found.attempt, found.verdict.status),
+                *_agreed(found.agreement),
+            ),
             details={**_disagreeing(found.agreement, coarsest), **_stopped(found)},
         )
 
@@ -112,7 +123,9 @@ def coarsest_of(values: Sequence[Tensor]) -> torch.dtype:
     return max((v.dtype for v in values), key=domain.relative, default=torch.float64)
 
 
-def thetas_of(declared: Declaration, values: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+def thetas_of(
+    declared: Declaration, values: Sequence[Tensor], device: torch.device
+) -> list[Tensor]:
     """The cone program's parameters from the user's, (B or 1, *shape) each."""
     thetas = [value.to(device, torch.float64) for value in values]
     if declared.weight is not None:
@@ -123,7 +136,10 @@ def thetas_of(declared: Declaration, values: Sequence[Tensor], device: torch.dev
 def entries_of(declared: Declaration, values: Sequence[Tensor]) -> list[Tensor]:
     """What the cone program reads of the user's parameters, (B or 1, size) each, on the host."""
     thetas = thetas_of(declared, values, HOST)
-    return [reader.read(theta) for reader, theta in zip(declared.canonical.parameters, thetas, strict=True)]
+    return [
+        reader.read(theta)
+        for reader, theta in zip(declared.canonical.parameters, thetas, strict=True)
+    ]
 
 
 def _ways(attempts: Sequence[Attempt], taken: Tensor, status: Tensor) -> list[Note]:
@@ -131,7 +147,11 @@ def _ways(attempts: Sequence[Attempt], taken: Tensor, status: Tensor) -> list[No
     first, notes = attempts[0].solver.name, list[Note]()
     if bool(taken.any()):
         for name in dict.fromkeys(attempt.solver.name for attempt in attempts[1:]):
-            mine = [place for place, attempt in enumerate(attempts) if place and attempt.solver.name == name]
+            mine = [
+                place
+                for place, attempt in enumerate(attempts)
+                if place and attempt.solver.name == name
+            ]
             rows = torch.nonzero(torch.isin(taken, torch.tensor(mine))).flatten()
             if len(rows):
                 why = "sharper" if name == first else f"not settled by {first}"

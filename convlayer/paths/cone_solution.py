@@ -44,7 +44,11 @@ def attached(found: ConeFound, thetas: Sequence[Tensor]) -> tuple[Tensor, Tensor
 
     Where a second derivative is wanted the layer takes another way, and nothing arrives here.
     """
-    return Attached.apply(found, *thetas) if found.exact is not None else (found.x, found.y, found.value)
+    return (
+        Attached.apply(found, *thetas)
+        if found.exact is not None
+        else (found.x, found.y, found.value)
+    )
 
 
 class Attached(torch.autograd.Function):
@@ -85,10 +89,14 @@ def _solve(request: ConeRequest, thetas: Sequence[Tensor]) -> ConeFound:
     canonical, batch = request.canonical, len(request.bad)
     program = canonical.program
     # Evaluate the data.
-    entries = [reader.read(theta) for reader, theta in zip(canonical.parameters, thetas, strict=True)]
+    entries = [
+        reader.read(theta) for reader, theta in zip(canonical.parameters, thetas, strict=True)
+    ]
     affordable = batch * (program.n + program.m) * program.n <= WHOLE_ENTRIES
     dense = request.elimination is None and prefers_dense(program) and affordable
-    data, d = evaluate(canonical, entries, dense, torch.zeros((), dtype=torch.float64, device=request.device))
+    data, d = evaluate(
+        canonical, entries, dense, torch.zeros((), dtype=torch.float64, device=request.device)
+    )
     equalities = agreement(canonical, entries, data.b, batch, request.precision)
     data = agreed(canonical, data)
     # Solve the rows that can be.
@@ -99,16 +107,22 @@ def _solve(request: ConeRequest, thetas: Sequence[Tensor]) -> ConeFound:
     value = objective(Operators(data), x, d)
     # A failed row's iterate may hold anything; behind the outputs its zero cotangents must stay zeros.
     if not math.isfinite((x.sum() + y.sum() + value.sum()).item()):
-        blank = blank | ~(torch.isfinite(x).all(1) & torch.isfinite(y).all(1) & torch.isfinite(value))
+        blank = blank | ~(
+            torch.isfinite(x).all(1) & torch.isfinite(y).all(1) & torch.isfinite(value)
+        )
     if bool(blank.any()):
         x[blank], y[blank], value[blank] = 0.0, 0.0, 0.0
     if equalities is not None:
         y = torch.where(equalities.refuted.to(y.device).unsqueeze(1), equalities.y.to(y.device), y)
     verdict, exact = found.verdict.cpu(), None
     if request.differentiable:
-        tell = Telling(canonical, request.selected, verdict.degenerate, request.tell, found.pieces, data.q, x)
+        tell = Telling(
+            canonical, request.selected, verdict.degenerate, request.tell, found.pieces, data.q, x
+        )
         make_data = partial(evaluated, canonical, entries, dense, request.device)
-        exact = ConeDerivative(canonical, make_data, (x, y, value), (x, s, y), partial(adjoint_of, found.pieces), tell)
+        exact = ConeDerivative(
+            canonical, make_data, (x, y, value), (x, s, y), partial(adjoint_of, found.pieces), tell
+        )
     stopped = found.stopped.cpu() if bool(found.stopped.any()) else None
     attempt = found.attempt.cpu()
     return ConeFound(request, x, s, y, value, verdict, attempt, blank, stopped, equalities, exact)
@@ -127,9 +141,13 @@ def _solved(
     if not len(good):
         x, s, y = (data.q.new_zeros(batch, k) for k in (program.n, program.m, program.m))
         verdict = Verdict.unknown(_left_out(request, refuted, batch))
-        return Attempted(x, s, y, verdict, torch.zeros_like(verdict.status), torch.zeros_like(blank), []), blank
+        return Attempted(
+            x, s, y, verdict, torch.zeros_like(verdict.status), torch.zeros_like(blank), []
+        ), blank
     chosen = (data if everything else data.rows(good)).widen(len(good))
-    start = None if request.start is None else tuple(part.to(device)[good] for part in request.start)
+    start = (
+        None if request.start is None else tuple(part.to(device)[good] for part in request.start)
+    )
     found = attempted(request, chosen, start)
     if not everything:
         found = _spread(found, good, _left_out(request, refuted, batch))
@@ -146,7 +164,9 @@ def _solvable(
     """The rows whose values are numbers and whose right-hand sides do not exclude a solution, and (B,) the others of these."""
     good = torch.arange(batch, device=request.device)
     parts = (data.P, data.q, data.A, data.b, d)
-    if not math.isfinite(torch.stack([part.sum() for part in parts]).sum().item()) or bool(request.bad.any()):
+    if not math.isfinite(torch.stack([part.sum() for part in parts]).sum().item()) or bool(
+        request.bad.any()
+    ):
         finite = ~request.bad.to(request.device)
         for part in parts:
             finite = finite & torch.isfinite(part.flatten(1)).all(1)
@@ -189,7 +209,9 @@ def resolved(request: ConeRequest) -> Callable[[Data], tuple[Tensor, Tensor, Ten
     def solve(data: Data) -> tuple[Tensor, Tensor, Tensor]:
         batch = data.batch
         bad = torch.zeros(batch, dtype=torch.bool)
-        plain = replace(request, elimination=None, bad=bad, start=None, differentiable=False, judged=False)
+        plain = replace(
+            request, elimination=None, bad=bad, start=None, differentiable=False, judged=False
+        )
         found, _ = _solved(plain, data, data.q.new_zeros(1, 1), batch, None)
         return found.x, found.y, found.verdict.failed
 
@@ -211,7 +233,9 @@ def on_central_path(
         data, scaling = normalise(exact.data.rows(rows).widen(len(rows)))
         start = scaling.enter(x[rows], s[rows], y[rows])
         data, inner = recentre(data, scaling, start[0], start[2])
-        zero = smoothed(Operators(data, dense), *inner.enter(x[rows], s[rows], y[rows]), kappa, visible, inner.c)
+        zero = smoothed(
+            Operators(data, dense), *inner.enter(x[rows], s[rows], y[rows]), kappa, visible, inner.c
+        )
         x[rows], s[rows], y[rows] = inner.leave(zero.x, zero.s, zero.y)
         pieces.append(Piece(rows, zero, inner, torch.arange(len(rows), device=device)))
         lost[rows] = ~(zero.residual <= UNSMOOTHED)
@@ -223,6 +247,8 @@ def on_central_path(
         used = lost & ((x_bar != 0).any(1) | (y_bar != 0).any(1))
         if bool(used.any()):
             tell(torch.nonzero(used).flatten().cpu(), Cause.NO_PATH, ())
-        return w.masked_fill(used.unsqueeze(1), torch.nan), u.masked_fill(used.unsqueeze(1), torch.nan)
+        return w.masked_fill(used.unsqueeze(1), torch.nan), u.masked_fill(
+            used.unsqueeze(1), torch.nan
+        )
 
     return (x, s, y), adjoint

@@ -105,7 +105,9 @@ class Conflict:
         return f" ({member.amount:.3g}{' each' if len(member.entries) > 1 else ''})"
 
 
-def conflicts(declared: Declaration, values: Sequence[Tensor], rows: Sequence[int]) -> dict[int, Conflict]:
+def conflicts(
+    declared: Declaration, values: Sequence[Tensor], rows: Sequence[int]
+) -> dict[int, Conflict]:
     """For the first few of these rows of a call's parameters, (B or 1, *shape) each: what contradicts itself, where that is found.
 
     Words about an error must not become another one: what goes wrong here is left unsaid.
@@ -116,7 +118,9 @@ def conflicts(declared: Declaration, values: Sequence[Tensor], rows: Sequence[in
         return {}
 
 
-def _found(declared: Declaration, values: Sequence[Tensor], rows: Sequence[int]) -> dict[int, Conflict]:
+def _found(
+    declared: Declaration, values: Sequence[Tensor], rows: Sequence[int]
+) -> dict[int, Conflict]:
     canonical = declared.canonical
     affordable = int(BUDGET.seconds / SOLVER.row_seconds(canonical.program)) if rows else 0
     rows = list(rows)[: min(BUDGET.rows, affordable // BUDGET.least)]
@@ -152,10 +156,15 @@ class _Row:
     def __init__(self, canonical: Canonical, sources: list[Source], data: Data, row: int) -> None:
         program = canonical.program
         values = data.A_entries[min(row, len(data.A) - 1)].numpy()
-        self.A = sp.csr_array((values, (program.A_rows, program.A_cols)), shape=(program.m, program.n))
+        self.A = sp.csr_array(
+            (values, (program.A_rows, program.A_cols)), shape=(program.m, program.n)
+        )
         self.b = data.b[min(row, len(data.b) - 1)].numpy()
         self.program, self.sources, self.gp = program, sources, canonical.gp
-        sizes = np.maximum(abs(self.A).max(axis=1).toarray().ravel(), np.where(abs(self.b) < SHARES.infinite, abs(self.b), 0))
+        sizes = np.maximum(
+            abs(self.A).max(axis=1).toarray().ravel(),
+            np.where(abs(self.b) < SHARES.infinite, abs(self.b), 0),
+        )
         group = program.scale_group.numpy()
         largest = np.zeros(program.m)
         np.maximum.at(largest, group, sizes)
@@ -175,7 +184,12 @@ class _Row:
         least = max(SHARES.nothing, SHARES.less * self.gap)
         members, solves = set(shares), solves - 1
         for candidate in sorted(shares, key=shares.__getitem__):
-            if candidate not in members or len(members) == 1 or solves <= 0 or time.monotonic() > until:
+            if (
+                candidate not in members
+                or len(members) == 1
+                or solves <= 0
+                or time.monotonic() > until
+            ):
                 continue
             fewer, solves = self.shares(members - {candidate}, least), solves - 1
             if fewer is not None:
@@ -210,7 +224,11 @@ class _Row:
         weight = np.abs(y[rows]) * self.sizes[rows]
         part = entries[(entries >= 0) & (weight > SHARES.absent * weight.max(initial=0.0))]
         several = (entries >= 0).sum() > 1
-        return Member(source.name, None if found is None else found[0], tuple(sorted(part.tolist())) if several else ())
+        return Member(
+            source.name,
+            None if found is None else found[0],
+            tuple(sorted(part.tolist())) if several else (),
+        )
 
     def elastic(self, kept: np.ndarray, give: np.ndarray) -> tuple[float, np.ndarray] | None:
         """(tau*, y (m,)) of the kept rows, each giving way by `give` times tau along its cone's inside."""
@@ -223,8 +241,15 @@ class _Row:
                 fixed = rows[give[rows] == 0] if block.name == "zero" else rows[:0]
                 loose = np.setdiff1d(rows, fixed)
                 both = np.concatenate([loose, loose]) if block.name == "zero" else loose
-                signs = np.repeat([1.0, -1.0], len(loose)) if block.name == "zero" else np.ones(len(loose))
-                parts += [(fixed, np.ones(len(fixed)), Zero(len(fixed))), (both, signs, Nonnegative(len(both)))]
+                signs = (
+                    np.repeat([1.0, -1.0], len(loose))
+                    if block.name == "zero"
+                    else np.ones(len(loose))
+                )
+                parts += [
+                    (fixed, np.ones(len(fixed)), Zero(len(fixed))),
+                    (both, signs, Nonnegative(len(both))),
+                ]
             elif kept[rows].all():
                 parts.append((rows, np.ones(len(rows)), cone))
         rows, signs = (np.concatenate([part[k] for part in parts]) for k in (0, 1))
@@ -237,7 +262,15 @@ class _Row:
         at = whole.tocoo()
         empty = np.zeros(0, dtype=np.int64)
         cones = Product([*(cone for _, _, cone in parts if cone.size), Nonnegative(1)])
-        program = Program(n + 1, len(rows) + 1, cones, empty, empty, at.row.astype(np.int64), at.col.astype(np.int64))
+        program = Program(
+            n + 1,
+            len(rows) + 1,
+            cones,
+            empty,
+            empty,
+            at.row.astype(np.int64),
+            at.col.astype(np.int64),
+        )
         q, b = np.zeros(n + 1), np.append(signs * self.b[rows], 0.0)
         q[n] = 1.0
         task = Task(program, np.zeros((1, 0)), q[None], whole.data[None], b[None], SHARES.tolerance)

@@ -24,7 +24,9 @@ from convlayer.structures import STRUCTURES, Cost, Match, MismatchError
 SMALL = 400  # unknowns up to which a kernel is taken without looking at the sparsity
 SPARSE = 0.05  # density above which a matrix counts as dense
 AN_ENTRY = 1e-7  # seconds that each of them spends on an entry, beside its flops
-TYPICAL = clarabel.FACTORISATIONS  # factorisations of a row of the cone program, for an estimate before it is there
+TYPICAL = (
+    clarabel.FACTORISATIONS
+)  # factorisations of a row of the cone program, for an estimate before it is there
 CHOICES = ("auto", "generic", "cone_program", *STRUCTURES)
 
 
@@ -78,9 +80,21 @@ def recognise(
     assert best.match is not None
     assert generic is not None
     if best.match.cost is not None and best.match.cost.seconds() > generic.seconds():
-        return Recognition(form, findings, None, generic, f"it is sparse: cheaper than the dense kernel of {best.name}")
-    why = "the cheapest solver at each batch" if best.match.cost is None else "cheaper than the cone program"
-    return Recognition(form, findings, best, generic, f"the most special structure that matched, and {why}")
+        return Recognition(
+            form,
+            findings,
+            None,
+            generic,
+            f"it is sparse: cheaper than the dense kernel of {best.name}",
+        )
+    why = (
+        "the cheapest solver at each batch"
+        if best.match.cost is None
+        else "cheaper than the cone program"
+    )
+    return Recognition(
+        form, findings, best, generic, f"the most special structure that matched, and {why}"
+    )
 
 
 def attempts(program: Program, batch: int, tolerance: float, device: torch.device) -> list[Attempt]:
@@ -89,7 +103,9 @@ def attempts(program: Program, batch: int, tolerance: float, device: torch.devic
         name = cheapest_solver(program, batch)
     else:
         # What fits stays on the device: the way to the host and back, and few cores there, cost more.
-        name = "interior_point" if prefers_dense(program) and fits_densely(program, batch) else DEFAULT
+        name = (
+            "interior_point" if prefers_dense(program) and fits_densely(program, batch) else DEFAULT
+        )
     sure = SOLVERS[DEFAULT].attempts(tolerance, {})
     first = Attempt(SOLVERS[name], tolerance, SOLVERS[name].quick)
     # What a sharper solve does not settle, the same tolerance again seldom does: it comes last.
@@ -99,7 +115,11 @@ def attempts(program: Program, batch: int, tolerance: float, device: torch.devic
 def other_solver(program: Program, batch: int, taken: Sequence[Attempt]) -> str | None:
     """A solver that takes this program and has no part in these attempts; None if there is none."""
     used = {attempt.solver.name for attempt in taken}
-    free = [solver for name, solver in SOLVERS.items() if name not in used and solver.fits(program, batch)]
+    free = [
+        solver
+        for name, solver in SOLVERS.items()
+        if name not in used and solver.fits(program, batch)
+    ]
     free.sort(key=lambda solver: (not solver.precise, -len(solver.cones or ())))
     return next((solver.name for solver in free if solver.takes(program)), None)
 
@@ -114,7 +134,9 @@ def cheapest_solver(program: Program, batch: int) -> str:
     return min(SOLVERS, key=lambda name: SOLVERS[name].seconds(program, batch))
 
 
-def _ask(name: str, form: NormalForm | None, variables: Sequence[cp.Variable], owners: dict) -> Finding:
+def _ask(
+    name: str, form: NormalForm | None, variables: Sequence[cp.Variable], owners: dict
+) -> Finding:
     if form is None:
         return Finding(name, None, "the problem is log-log convex")
     try:

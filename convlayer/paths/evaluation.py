@@ -27,19 +27,25 @@ class Agreement(NamedTuple):
     y: Tensor  # the proof of that
 
 
-def evaluate(canonical: Canonical, entries: Sequence[Tensor], dense: bool, like: Tensor) -> tuple[Data, Tensor]:
+def evaluate(
+    canonical: Canonical, entries: Sequence[Tensor], dense: bool, like: Tensor
+) -> tuple[Data, Tensor]:
     """Entries of the parameters, (B or 1, size) each -> the cone program's values and the offset d: shared stays shared."""
     maps = {**canonical.maps, **canonical.dense_maps} if dense else canonical.maps
     values = {name: mapping(entries, like) for name, mapping in maps.items()}
     if dense:
         n, m = canonical.program.n, canonical.program.m
-        values["P"], values["A"] = (values[name].view(len(values[name]), k, n) for name, k in (("P", n), ("A", m)))
+        values["P"], values["A"] = (
+            values[name].view(len(values[name]), k, n) for name, k in (("P", n), ("A", m))
+        )
     d = values.pop("d")
     values["b"] = without_infinity(canonical.program, values["b"])
     return Data(canonical.program, **values), d
 
 
-def evaluated(canonical: Canonical, entries: Sequence[Tensor], dense: bool, device: torch.device) -> Data:
+def evaluated(
+    canonical: Canonical, entries: Sequence[Tensor], dense: bool, device: torch.device
+) -> Data:
     """The same apart from every graph, with right-hand sides that agree."""
     like = torch.zeros((), dtype=torch.float64, device=device)
     with torch.no_grad(), one_thread():
@@ -73,11 +79,15 @@ def objective(operators: Operators, x: Tensor, d: Tensor) -> Tensor:
     return (x * (operators.P(x) / 2 + operators.data.q)).sum(1) + d.squeeze(1)
 
 
-def least_norm_weight(canonical: Canonical, thetas: Sequence[Tensor], device: torch.device) -> Tensor:
+def least_norm_weight(
+    canonical: Canonical, thetas: Sequence[Tensor], device: torch.device
+) -> Tensor:
     """(B or 1,) of a proximal term, canonical's last parameter: NEGLIGIBLE where the row's solution and multipliers are of size one."""
     with torch.no_grad():
         none = torch.zeros(1, dtype=torch.float64, device=device)
         readers = zip(canonical.parameters, [*thetas, none], strict=True)
-        data, _ = evaluate(canonical, [reader.read(theta) for reader, theta in readers], False, none)
+        data, _ = evaluate(
+            canonical, [reader.read(theta) for reader, theta in readers], False, none
+        )
         _, scaling = normalise(data)
         return (NEGLIGIBLE * scaling.rho / scaling.tau).squeeze(1).nan_to_num(NEGLIGIBLE)

@@ -33,9 +33,7 @@ from convlayer.paths.starts import Starts, samples_of, start_of
 from convlayer.progress import shown
 from convlayer.solution import AccuracyWarning, Cause, GradientWarning, Solution, Status
 
-COLD_IN_TRANSFORMS = (
-    "A warm start, or `ids`, cannot be used inside a torch.func transform or with a tangent; leave it out."
-)
+COLD_IN_TRANSFORMS = "A warm start, or `ids`, cannot be used inside a torch.func transform or with a tangent; leave it out."
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,9 +108,14 @@ class Front:
 
     def values(self, tensors: Sequence[Tensor], batch: tuple[int, ...]) -> list[Tensor]:
         """(*own batch, *shape) -> (B or 1, *shape) of each parameter."""
-        return [flatten_batch(t, p, batch) for t, p in zip(tensors, self.declared.parameters, strict=True)]
+        return [
+            flatten_batch(t, p, batch)
+            for t, p in zip(tensors, self.declared.parameters, strict=True)
+        ]
 
-    def run(self, tensors: tuple[Tensor, ...], call: Call) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Gate]:
+    def run(
+        self, tensors: tuple[Tensor, ...], call: Call
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Gate]:
         """The outputs; with `everything` the objective too, and status, iterations, residual, degenerate and margin of the rows."""
         if not is_transformed(tensors):
             gate = self._solved(leaves_of(tensors), call)
@@ -121,7 +124,9 @@ class Front:
             raise RuntimeError(COLD_IN_TRANSFORMS)
         gates: list[Gate] = []
 
-        def solve(thetas: Sequence[Tensor], differentiable: bool) -> tuple[list[Tensor], tuple[Tensor, ...], Local]:
+        def solve(
+            thetas: Sequence[Tensor], differentiable: bool
+        ) -> tuple[list[Tensor], tuple[Tensor, ...], Local]:
             gate = self.apart(thetas, call, differentiable)
             gates.append(gate)
             return gate.filled, gate.table() if call.everything else (), gate.local
@@ -151,13 +156,17 @@ class Front:
     def apart(self, thetas: Sequence[Tensor], call: Call, differentiable: bool) -> Gate:
         """Solved on plain tensors apart from every graph, with what its derivatives need."""
         with torch.set_grad_enabled(differentiable):
-            return self._solved(tuple(theta.detach().requires_grad_(differentiable) for theta in thetas), call)
+            return self._solved(
+                tuple(theta.detach().requires_grad_(differentiable) for theta in thetas), call
+            )
 
     def _solved(self, tensors: tuple[Tensor, ...], call: Call) -> Gate:
         """Check the values, ask the path, apply the failure policy."""
         dtype, device, batch = self.shapes(tensors)
         values, kernel = self.values(tensors, batch), self.choice.kernel
-        operations = float(sum(value.numel() for value in values))  # but for what the cone program does on its own threads
+        operations = float(
+            sum(value.numel() for value in values)
+        )  # but for what the cone program does on its own threads
         if kernel is not None:
             operations += kernel.operations(max((len(value) for value in values), default=1))
         tell = partial(self._tell, batch)
@@ -183,7 +192,9 @@ class Front:
             found = self._path(cone_program)(request)
             self._judge(found, request, batch)
             fill = self.on_failure == "nan"
-            return Gate.of(found, values, tensors, self.declared.parameters, batch, dtype, device, tell, fill)
+            return Gate.of(
+                found, values, tensors, self.declared.parameters, batch, dtype, device, tell, fill
+            )
 
     def _path(self, cone_program: bool) -> Path:
         """The path that was chosen, or the cone program, with what stands around it."""
@@ -215,6 +226,8 @@ class Front:
         details = {**found.details, **request.bad.details}
         refuse_failed(self.declared, request.values, found.verdict, details, self.on_failure, batch)
 
-    def _tell(self, batch: tuple[int, ...], rows: Tensor, cause: Cause, parameters: Sequence[int]) -> None:
+    def _tell(
+        self, batch: tuple[int, ...], rows: Tensor, cause: Cause, parameters: Sequence[int]
+    ) -> None:
         names = [self.declared.parameters[k].name() for k in parameters]
         self.told(GradientWarning.of(rows, batch, cause, names), cause)

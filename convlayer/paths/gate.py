@@ -35,9 +35,13 @@ from convlayer.solution import Cause, rows_in_words
 class Gate:
     """The outputs of a call on their way out."""
 
-    outputs: list[Tensor]  # (*batch, ...), as the path recorded them; where rows failed, behind the fence
+    outputs: list[
+        Tensor
+    ]  # (*batch, ...), as the path recorded them; where rows failed, behind the fence
     found: Found
-    leaves: tuple[Tensor, ...]  # the parameters as they were given, in the graph that the path recorded
+    leaves: tuple[
+        Tensor, ...
+    ]  # the parameters as they were given, in the graph that the path recorded
     parameters: Sequence[cp.Parameter]
     batch: tuple[int, ...]
     dtype: torch.dtype
@@ -65,7 +69,9 @@ class Gate:
         failed = empty = None
         if found.verdict is not None and bool(found.verdict.failed.any()):
             failed = found.verdict.failed.view(batch)
-            blank = torch.zeros(size, dtype=torch.bool) if found.blank is None else found.blank.cpu()
+            blank = (
+                torch.zeros(size, dtype=torch.bool) if found.blank is None else found.blank.cpu()
+            )
             empty = failed if fill else blank.view(batch)
             if any(value.requires_grad for value in values):
                 # Keep rows that failed from the path's own derivative.
@@ -79,7 +85,9 @@ class Gate:
     def filled(self) -> list[Tensor]:
         """The outputs apart from their graph, NaN in rows that are to be empty."""
         outputs = [output.detach() for output in self.outputs]
-        return outputs if self.empty is None else [_filled(output, self.empty) for output in outputs]
+        return (
+            outputs if self.empty is None else [_filled(output, self.empty) for output in outputs]
+        )
 
     def leave(self, thetas: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The outputs, through the gate if they are differentiable."""
@@ -100,12 +108,18 @@ class Gate:
     def shifts(self) -> Shifts | None:
         """By constraint, (*batch, ...) each."""
         shift = self.found.shift
-        return None if shift is None else Shifts.of([_in_batch(part, self.batch) for part in shift], shift.names)
+        return (
+            None
+            if shift is None
+            else Shifts.of([_in_batch(part, self.batch) for part in shift], shift.names)
+        )
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Which rows took which way, in words."""
-        return tuple(f"{rows_in_words(rows, self.batch)}: {what}" for rows, what in self.found.notes)
+        return tuple(
+            f"{rows_in_words(rows, self.batch)}: {what}" for rows, what in self.found.notes
+        )
 
     def guard(self, bars: Sequence[Any]) -> list[Any]:
         """Cotangents of the outputs: in rows that failed NaN where the loss uses them and zero where it does not."""
@@ -127,7 +141,11 @@ class Gate:
     def spoil(self, tangents: Sequence[Tensor]) -> list[Tensor]:
         """Tangents of the outputs, NaN in rows that failed."""
         self._tell_of_ruled(tangents)
-        return list(tangents) if self.failed is None else [_filled(tangent, self.failed) for tangent in tangents]
+        return (
+            list(tangents)
+            if self.failed is None
+            else [_filled(tangent, self.failed) for tangent in tangents]
+        )
 
     def _tell_of_ruled(self, parts: Sequence[Tensor | None]) -> None:
         """Warn of rows differentiated by rule whose cotangents, or tangents, are not zero."""
@@ -167,10 +185,15 @@ class Gate:
         A row that failed becomes a sum of squares: a cotangent of it that is NaN arrives as NaN, and one that is zero as zero.
         """
         if versions([output for output in self.outputs if output.requires_grad]) != self.versions:
-            raise RuntimeError("An output of the layer was changed in place; its derivative needs it as it was.")
+            raise RuntimeError(
+                "An output of the layer was changed in place; its derivative needs it as it was."
+            )
         size = math.prod(self.batch)
         with no_autocast(self.device):
-            values = [flatten_batch(t, p, self.batch) for t, p in zip(thetas, self.parameters, strict=True)]
+            values = [
+                flatten_batch(t, p, self.batch)
+                for t, p in zip(thetas, self.parameters, strict=True)
+            ]
             if self.failed is None:
                 outputs = self.found.outputs_at(values)
             else:
@@ -180,11 +203,17 @@ class Gate:
     def _outputs_beside_failed(self, failed: Tensor, values: list[Tensor]) -> list[Tensor]:
         size = len(failed)
         squares = torch.stack(
-            [v.nan_to_num(0.0, 0.0, 0.0).unsqueeze(-1).flatten(1).square().sum(1).expand(size) for v in values]
+            [
+                v.nan_to_num(0.0, 0.0, 0.0).unsqueeze(-1).flatten(1).square().sum(1).expand(size)
+                for v in values
+            ]
         ).sum(0)
         if bool(failed.all()):  # there are no values at which the path could be asked
             shapes = [output.shape[len(self.batch) :] for output in self.outputs]
-            flat = [o.detach().reshape(size, *shape) for o, shape in zip(self.outputs, shapes, strict=True)]
+            flat = [
+                o.detach().reshape(size, *shape)
+                for o, shape in zip(self.outputs, shapes, strict=True)
+            ]
         else:
             flat = self.found.outputs_at([without(value, failed) for value in values])
         return [_where(failed, squares, output) for output in flat]
@@ -217,10 +246,14 @@ class _Fence(torch.autograd.Function):
         if not bool(used.any()):
             return None, None, *passed, *(None for _ in ctx.shapes)
         spoilt = []
-        for (shape, dtype, device), needed in zip(ctx.shapes, ctx.needs_input_grad[2 + ctx.count :], strict=True):
+        for (shape, dtype, device), needed in zip(
+            ctx.shapes, ctx.needs_input_grad[2 + ctx.count :], strict=True
+        ):
             rows = used if shape[0] == len(used) else used.any().unsqueeze(0)
             zeros = torch.zeros(shape, dtype=dtype, device=device) if needed else None
-            spoilt.append(None if zeros is None else zeros.masked_fill_(_beside(rows, zeros), torch.nan))
+            spoilt.append(
+                None if zeros is None else zeros.masked_fill_(_beside(rows, zeros), torch.nan)
+            )
         return None, None, *passed, *spoilt
 
 
@@ -242,7 +275,9 @@ def _filled(output: Tensor, rows: Tensor) -> Tensor:
 def _where(rows: Tensor, then: Tensor, output: Tensor) -> Tensor:
     """(B,), (B or 1,), (B or 1, ...) -> (B, ...): the one number in these rows."""
     ones = [1] * (output.ndim - 1)
-    return torch.where(rows.to(output.device).view(-1, *ones), then.to(output).view(-1, *ones), output)
+    return torch.where(
+        rows.to(output.device).view(-1, *ones), then.to(output).view(-1, *ones), output
+    )
 
 
 def _in_batch(part: Any, batch: tuple[int, ...]) -> Any:
@@ -256,7 +291,8 @@ def leaves_of(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The same tensors as leaves of a graph of the layer's own, to be differentiated as they are."""
     recorded = torch.is_grad_enabled()
     return tuple(
-        t.detach().requires_grad_(recorded and t.requires_grad) if isinstance(t, Tensor) else t for t in tensors
+        t.detach().requires_grad_(recorded and t.requires_grad) if isinstance(t, Tensor) else t
+        for t in tensors
     )
 
 
@@ -290,13 +326,16 @@ class _Leave(torch.autograd.Function):
                 found = iter(_pulled(gate, wanted, gate.guard(bars), keep))
             return None, *(next(found) if need else None for need in needed)
         given = [
-            torch.zeros_like(output) if bar is None else bar for bar, output in zip(bars, gate.outputs, strict=True)
+            torch.zeros_like(output) if bar is None else bar
+            for bar, output in zip(bars, gate.outputs, strict=True)
         ]
         point = EvaluationPoint([len(p.shape) for p in gate.parameters], local=gate.local)
         return None, *pulled_back(point, thetas, gate.filled[0], given, needed)
 
 
-def _pulled(gate: Gate, leaves: Sequence[Tensor], bars: Sequence[Tensor | None], keep: bool) -> list[Tensor]:
+def _pulled(
+    gate: Gate, leaves: Sequence[Tensor], bars: Sequence[Tensor | None], keep: bool
+) -> list[Tensor]:
     """Cotangents of the leaves."""
     both = zip(gate.outputs, bars, strict=True)
     pairs = [(output, bar) for output, bar in both if output.requires_grad and bar is not None]
@@ -304,7 +343,10 @@ def _pulled(gate: Gate, leaves: Sequence[Tensor], bars: Sequence[Tensor | None],
         return [torch.zeros_like(leaf) for leaf in leaves]
     ends, starts = zip(*pairs, strict=True)
     found = plain_gradients(ends, tuple(leaves), starts, keep)
-    return [torch.zeros_like(leaf) if bar is None else bar for leaf, bar in zip(leaves, found, strict=True)]
+    return [
+        torch.zeros_like(leaf) if bar is None else bar
+        for leaf, bar in zip(leaves, found, strict=True)
+    ]
 
 
 def flatten_batch(tensor: Tensor, parameter: cp.Parameter, batch: tuple[int, ...]) -> Tensor:
@@ -321,7 +363,9 @@ def flatten_batch(tensor: Tensor, parameter: cp.Parameter, batch: tuple[int, ...
     return tensor.expand(*batch, *shape).reshape(math.prod(batch), *shape)
 
 
-def shaped(output: Tensor, dtype: torch.dtype, device: torch.device, batch: tuple[int, ...], size: int) -> Tensor:
+def shaped(
+    output: Tensor, dtype: torch.dtype, device: torch.device, batch: tuple[int, ...], size: int
+) -> Tensor:
     """(B or 1, *shape) -> (*batch, *shape)."""
     if output.dtype is not dtype or output.device != device:
         output = output.to(device, dtype)
@@ -334,7 +378,11 @@ def shaped(output: Tensor, dtype: torch.dtype, device: torch.device, batch: tupl
 
 def no_autocast(device: torch.device):
     """A context in which no operation on this device is cast to another precision."""
-    kind = device.type if device.type == "cpu" or torch.amp.is_autocast_available(device.type) else "cpu"
+    kind = (
+        device.type
+        if device.type == "cpu" or torch.amp.is_autocast_available(device.type)
+        else "cpu"
+    )
     if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled(kind)):
         return nullcontext()
     stack = ExitStack()

@@ -74,7 +74,9 @@ class Smoothed(Gradient):
 
     def __call__(self, found: ConeFound, exact: ConeDerivative) -> ConeDerivative:
         point, adjoint = on_central_path(found, exact, self.kappa)
-        return _SmoothedDerivative(exact.canonical, exact.make_data, exact.solution, point, adjoint, None)
+        return _SmoothedDerivative(
+            exact.canonical, exact.make_data, exact.solution, point, adjoint, None
+        )
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,15 @@ class Lpgd(Gradient):
         if not self.rho > 0:
             raise ValueError(f"`rho` must be positive; got {self.rho!r}.")
         if self.side not in SIDES:
-            raise ValueError(f"`side` must be one of {', '.join(map(repr, SIDES))}; got {self.side!r}.")
+            raise ValueError(
+                f"`side` must be one of {', '.join(map(repr, SIDES))}; got {self.side!r}."
+            )
 
     def __call__(self, found: ConeFound, exact: ConeDerivative) -> ConeDerivative:
-        solve, options = resolved(found.request), (self.tau, self.rho, SIDES[self.side], self.absolute)
+        solve, options = (
+            resolved(found.request),
+            (self.tau, self.rho, SIDES[self.side], self.absolute),
+        )
 
         def pull(x_bar: Tensor, y_bar: Tensor) -> Term:
             return Term(*lpgd(exact.data, exact.x, exact.y, x_bar, y_bar, solve, *options))
@@ -156,7 +163,9 @@ class Perturbed(_OfCosts):
     def __post_init__(self) -> None:
         _positive(self, "sigma")
         if not isinstance(self.samples, int) or self.samples < 2 or self.samples % 2:
-            raise ValueError(f"`samples` must be an even number, as noise comes in pairs; got {self.samples!r}.")
+            raise ValueError(
+                f"`samples` must be an even number, as noise comes in pairs; got {self.samples!r}."
+            )
 
     def bar(self, exact: ConeDerivative, x_bar: Tensor, solve: Solve, moving: Tensor) -> Tensor:
         return perturbed(exact.data, x_bar, solve, self.sigma, self.samples, self.seed, moving)
@@ -176,7 +185,9 @@ class Blackbox(_OfCosts):
         return blackbox(exact.data, exact.x, x_bar, solve, self.lam, moving)
 
 
-GRADIENTS: dict[str, type[Gradient]] = {kind.name: kind for kind in (Exact, Smoothed, Lpgd, Perturbed, Blackbox)}
+GRADIENTS: dict[str, type[Gradient]] = {
+    kind.name: kind for kind in (Exact, Smoothed, Lpgd, Perturbed, Blackbox)
+}
 
 
 def gradient_of(gradient: str | Gradient, arguments: Mapping[str, Any] | None) -> Gradient:
@@ -184,7 +195,9 @@ def gradient_of(gradient: str | Gradient, arguments: Mapping[str, Any] | None) -
     if isinstance(gradient, Gradient) and not arguments:
         return gradient
     if gradient not in GRADIENTS:
-        raise ValueError(f"`gradient` must be one of {', '.join(map(repr, GRADIENTS))}; got {gradient!r}.")
+        raise ValueError(
+            f"`gradient` must be one of {', '.join(map(repr, GRADIENTS))}; got {gradient!r}."
+        )
     kind = GRADIENTS[gradient]
     known = kind.__dataclass_fields__.keys()  # type: ignore[attr-defined]
     unknown = (arguments or {}).keys() - known
@@ -206,15 +219,21 @@ class _SmoothedDerivative(ConeDerivative):
     def second(self, entries: Tensors, a: Tensors, b: Tensors) -> list[Tensor]:
         raise _refused("smoothed", "second derivatives")
 
-    def mixed(self, entries: Tensors, bars: Tensors, a: Tensors, needed: Sequence[bool]) -> list[Tensor]:
+    def mixed(
+        self, entries: Tensors, bars: Tensors, a: Tensors, needed: Sequence[bool]
+    ) -> list[Tensor]:
         raise _refused("smoothed", "second derivatives")
 
 
 class _Surrogate(ConeDerivative):
     """Cotangents alone, by what `pull` makes of those of x and y."""
 
-    def __init__(self, exact: ConeDerivative, name: str, pull: Callable[[Tensor, Tensor], Term]) -> None:
-        super().__init__(exact.canonical, exact.make_data, exact.solution, exact.point, exact.adjoint, None)
+    def __init__(
+        self, exact: ConeDerivative, name: str, pull: Callable[[Tensor, Tensor], Term]
+    ) -> None:
+        super().__init__(
+            exact.canonical, exact.make_data, exact.solution, exact.point, exact.adjoint, None
+        )
         self._name, self._pull = name, pull
 
     def term(self, x_bar: Tensor, y_bar: Tensor) -> Term:
@@ -231,9 +250,13 @@ class _Surrogate(ConeDerivative):
     def second(self, entries: Tensors, a: Tensors, b: Tensors) -> list[Tensor]:
         raise _refused(self._name, "second derivatives")
 
-    def mixed(self, entries: Tensors, bars: Tensors, a: Tensors, needed: Sequence[bool]) -> list[Tensor]:
+    def mixed(
+        self, entries: Tensors, bars: Tensors, a: Tensors, needed: Sequence[bool]
+    ) -> list[Tensor]:
         raise _refused(self._name, "second derivatives")
 
 
 def _refused(name: str, what: str) -> RuntimeError:
-    return RuntimeError(f"gradient={name!r} is a first derivative, and has no {what}: gradient='exact' does.")
+    return RuntimeError(
+        f"gradient={name!r} is a first derivative, and has no {what}: gradient='exact' does."
+    )

@@ -41,8 +41,12 @@ class Request:
     look_closer: Callable[[], BadRows] = BadRows
     everything: bool = False  # the objective, as the last output, and a verdict on every row
     solver_args: Mapping[str, Any] | None = None  # of this call
-    start: tuple[Tensor, ...] | None = None  # (x, s, y) of the cone program, NaN in rows that have none
-    samples: Sequence[Hashable] | None = None  # the row's names, under which its solution is kept for a next start
+    start: tuple[Tensor, ...] | None = (
+        None  # (x, s, y) of the cone program, NaN in rows that have none
+    )
+    samples: Sequence[Hashable] | None = (
+        None  # the row's names, under which its solution is kept for a next start
+    )
 
     def of_rows(self, rows: Tensor) -> Request:
         """These rows alone, cold, none of them bad."""
@@ -71,12 +75,16 @@ class Found:
 
     outputs: list[Tensor]  # the variables, then the objective if it was asked for: (B or 1, ...)
     outputs_at: Outputs  # the same as a function of the parameters
-    verdict: Verdict | None  # None: every row is solved, by a closed form, and nobody asked for more
+    verdict: (
+        Verdict | None
+    )  # None: every row is solved, by a closed form, and nobody asked for more
     blank: Tensor | None = None  # rows without any iterate; None: no row
     # Rows differentiated by rule, and the cause of it, of which the path does not tell by itself at backward.
     ruled: tuple[tuple[Tensor, Cause], ...] = ()
     stopped: Tensor | None = None  # rows that a time limit ended; None: no row
-    iterate: tuple[Tensor, Tensor, Tensor] | None = None  # (x, s, y) of the cone program, if it was solved alone
+    iterate: tuple[Tensor, Tensor, Tensor] | None = (
+        None  # (x, s, y) of the cone program, if it was solved alone
+    )
     notes: tuple[tuple[Tensor, str], ...] = ()  # rows, and which way they took
     details: Mapping[int, str] = field(default_factory=dict)  # of rows that failed, why
     shift: Shifts | None = None  # of each constraint, (B, ...), where one was shifted
@@ -89,9 +97,13 @@ class Path(Protocol):
         """Solve, with what derivatives need where a value requires one."""
 
 
-def put(outputs: Sequence[Tensor], rows: Tensor, theirs: Sequence[Tensor], size: int) -> list[Tensor]:
+def put(
+    outputs: Sequence[Tensor], rows: Tensor, theirs: Sequence[Tensor], size: int
+) -> list[Tensor]:
     """The outputs (size or 1, ...) with those of another path, (R, ...), in these rows."""
     return [
-        mine.expand(size, *mine.shape[1:]).index_copy(0, rows.to(mine.device), part.to(mine.device, mine.dtype))
+        mine.expand(size, *mine.shape[1:]).index_copy(
+            0, rows.to(mine.device), part.to(mine.device, mine.dtype)
+        )
         for mine, part in zip(outputs, theirs, strict=True)
     ]

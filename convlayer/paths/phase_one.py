@@ -39,7 +39,9 @@ def nearest(data: Data) -> tuple[Tensor, Tensor]:
     usable = point.status <= int(Status.INACCURATE)
     t = torch.where(usable, point.x[:, -1], torch.nan)
     # The two sides of an equality have one multiplier.
-    y = torch.zeros(batch, data.program.m + 1, dtype=b.dtype).index_add(1, form.right, point.y * form.sign)[:, :-1]
+    y = torch.zeros(batch, data.program.m + 1, dtype=b.dtype).index_add(
+        1, form.right, point.y * form.sign
+    )[:, :-1]
     return t.to(data.b.device), y.to(data.b.device)
 
 
@@ -70,7 +72,9 @@ def _made(program: Program) -> _Form:
     first, rest = np.flatnonzero(equal), np.flatnonzero(~equal & ~elementwise)
     # Rows: E x - t <= f, -E x - t <= -f, the inequalities, -t <= 1, the other cones.
     right = np.concatenate([first, first, np.flatnonzero(elementwise), [m], rest])
-    sign = np.concatenate([np.ones(len(first)), -np.ones(len(first)), np.ones(len(right) - 2 * len(first))])
+    sign = np.concatenate(
+        [np.ones(len(first)), -np.ones(len(first)), np.ones(len(right) - 2 * len(first))]
+    )
     by_t = np.concatenate([np.ones(2 * len(first)), inside[elementwise], [1.0], inside[rest]])
     places = [np.full(m + 1, -1), np.full(m + 1, -1)]
     places[0][right[len(first) :]] = np.arange(len(first), len(right))

@@ -33,9 +33,17 @@ class Piece:
 
     def adjoint(self, x_bar: Tensor, y_bar: Tensor) -> tuple[Tensor, Tensor]:
         """Cotangents of these rows -> (w, u), in the original units."""
-        inner = (x_bar, y_bar) if self.eliminated is None else self.eliminated.enter_cotangents(x_bar, y_bar)
-        w, u = self.scaling.leave_adjoint(*adjoint(self.zero, *self.scaling.enter_cotangents(*inner)))
-        return (w, u) if self.eliminated is None else self.eliminated.leave_adjoint(w, u, x_bar, y_bar)
+        inner = (
+            (x_bar, y_bar)
+            if self.eliminated is None
+            else self.eliminated.enter_cotangents(x_bar, y_bar)
+        )
+        w, u = self.scaling.leave_adjoint(
+            *adjoint(self.zero, *self.scaling.enter_cotangents(*inner))
+        )
+        return (
+            (w, u) if self.eliminated is None else self.eliminated.leave_adjoint(w, u, x_bar, y_bar)
+        )
 
     def whole(self, batch: int) -> bool:
         """It is the answer for all rows of the batch, in order."""
@@ -120,5 +128,7 @@ class Telling:
         size = x_bar.abs().amax(1) * self.x.abs().amax(1)
         unmoved = size > 0
         for bar in bars:
-            unmoved = unmoved & (bar.flatten(1).abs().amax(1) * self.q.abs().amax(1) <= NOTHING * size)
+            unmoved = unmoved & (
+                bar.flatten(1).abs().amax(1) * self.q.abs().amax(1) <= NOTHING * size
+            )
         return unmoved

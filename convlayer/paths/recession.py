@@ -47,7 +47,9 @@ def recedes(data: Data, x: Tensor) -> Tensor:
     host, points = data.host(), x.nan_to_num(0.0, 0.0, 0.0).cpu().numpy()
     P, q, A = host.P_entries.numpy(), host.q.numpy(), host.A_entries.numpy()
     rows = range(len(points))
-    found = [_recedes(data.program, P[k % len(P)], q[k % len(q)], A[k % len(A)], points[k]) for k in rows]
+    found = [
+        _recedes(data.program, P[k % len(P)], q[k % len(q)], A[k % len(A)], points[k]) for k in rows
+    ]
     return torch.tensor(found, dtype=torch.bool, device=x.device)
 
 
@@ -56,7 +58,10 @@ def steepest(data: Data) -> Tensor:
     host = data.host()
     P, q, A = host.P_entries.numpy(), host.q.numpy(), host.A_entries.numpy()
     rows = range(data.batch)
-    found = [_farthest(data.program, P[k % len(P)], q[k % len(q)], A[k % len(A)], q[k % len(q)])[0] for k in rows]
+    found = [
+        _farthest(data.program, P[k % len(P)], q[k % len(q)], A[k % len(A)], q[k % len(q)])[0]
+        for k in rows
+    ]
     return torch.from_numpy(np.array(found)).to(data.q.device)
 
 
@@ -85,7 +90,14 @@ def _farthest(
     # A curvature that is small beside the rest of the program is none the less one: every row of P in units of its own.
     curved = (sp.diags_array(1 / largest[largest > 0]) @ curved[largest > 0]).tocsr()
     matrix, one = sp.csr_array((A, (program.A_rows, program.A_cols)), shape=(m, n)), sp.eye_array(n)
-    lines = [curved, matrix[:zeros], sp.csr_array(q[None] / max(np.abs(q).max(), 1.0)), one, -one, matrix[zeros:]]
+    lines = [
+        curved,
+        matrix[:zeros],
+        sp.csr_array(q[None] / max(np.abs(q).max(), 1.0)),
+        one,
+        -one,
+        matrix[zeros:],
+    ]
     stacked = sp.csc_array(sp.vstack(lines))
     stacked.sort_indices()
     cones = [c for c in program.cones.cones if not isinstance(c, Zero)]
@@ -100,7 +112,15 @@ def _farthest(
     )
     right = np.zeros(form.m)
     right[curved.shape[0] + zeros + 1 :][: 2 * n] = 1.0
-    task = Task(form, np.zeros((1, 0)), costs[None], stacked.data[None], right[None], SHARES.tolerance)
+    task = Task(
+        form, np.zeros((1, 0)), costs[None], stacked.data[None], right[None], SHARES.tolerance
+    )
     (iterate,) = Clarabel().solve(task)
-    held = np.abs(np.delete(iterate.y, slice(curved.shape[0] + zeros + 1, curved.shape[0] + zeros + 1 + 2 * n)))
-    return iterate.x, iterate.status <= Status.INACCURATE and held.max(initial=0.0) <= SHARES.strained
+    held = np.abs(
+        np.delete(
+            iterate.y, slice(curved.shape[0] + zeros + 1, curved.shape[0] + zeros + 1 + 2 * n)
+        )
+    )
+    return iterate.x, iterate.status <= Status.INACCURATE and held.max(
+        initial=0.0
+    ) <= SHARES.strained

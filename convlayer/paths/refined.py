@@ -116,7 +116,10 @@ def _not_run_away(status: Tensor, seen: Tensor) -> Tensor:
     size = seen.abs().amax(1)
     if size.amax().item() <= TRUST.runaway:
         return status
-    for bound, verdict in ((TRUST.runaway, Status.INACCURATE), (TRUST.runaway**1.5, Status.NOT_CONVERGED)):
+    for bound, verdict in (
+        (TRUST.runaway, Status.INACCURATE),
+        (TRUST.runaway**1.5, Status.NOT_CONVERGED),
+    ):
         status = torch.where((size > bound) & (status < verdict), int(verdict), status)
     return status
 
@@ -156,23 +159,35 @@ def _verdict(zero: Root, tolerance: float) -> Tensor:
 
     A problem so ill-conditioned that the residual's rounding moves the solution is not called solved either.
     """
-    solved = (zero.judged <= tolerance) & (zero.error <= min(max(TRUST.sensitive, 10 * tolerance), TRUST.meaningless))
+    solved = (zero.judged <= tolerance) & (
+        zero.error <= min(max(TRUST.sensitive, 10 * tolerance), TRUST.meaningless)
+    )
     if bool(solved.all()):
         return torch.full_like(solved, int(Status.SOLVED), dtype=torch.int64)
-    judged = torch.where(zero.judged <= TRUST.inaccurate, int(Status.INACCURATE), int(Status.NOT_CONVERGED))
+    judged = torch.where(
+        zero.judged <= TRUST.inaccurate, int(Status.INACCURATE), int(Status.NOT_CONVERGED)
+    )
     judged = torch.where(solved, int(Status.SOLVED), judged)
     return torch.where(zero.error <= TRUST.meaningless, judged, int(Status.NOT_CONVERGED))
 
 
-def _judged(request: ConeRequest, zero: Root, scaling: Scaling, eliminated: Eliminated | None) -> Root:
+def _judged(
+    request: ConeRequest, zero: Root, scaling: Scaling, eliminated: Eliminated | None
+) -> Root:
     """The zero, its degenerate rows judged by what parameters move and outputs read."""
     if not request.judged or not bool(zero.degenerate.any()):
         return zero
     rows = torch.nonzero(zero.degenerate & (zero.residual <= TRUST.inaccurate)).flatten()
-    return judged(zero, rows, _sides(request.canonical, zero, scaling, eliminated, rows)) if len(rows) else zero
+    return (
+        judged(zero, rows, _sides(request.canonical, zero, scaling, eliminated, rows))
+        if len(rows)
+        else zero
+    )
 
 
-def _selected(canonical: Canonical, zero: Root, scaling: Scaling, eliminated: Eliminated | None) -> Root:
+def _selected(
+    canonical: Canonical, zero: Root, scaling: Scaling, eliminated: Eliminated | None
+) -> Root:
     """The zero, flagged where it is one of many solutions, chosen by the negligible term, and parameters move the choice.
 
     Where the pivots are no larger than the term, it chooses; a direction of the parameters along which the solution moves as fast as the
@@ -181,13 +196,17 @@ def _selected(canonical: Canonical, zero: Root, scaling: Scaling, eliminated: El
     chosen = zero.system.smallest <= 10 * NEGLIGIBLE
     if not bool(chosen.any()):
         return zero
-    sides = _sides(canonical, zero, scaling, eliminated, torch.arange(len(zero.x), device=zero.x.device))
+    sides = _sides(
+        canonical, zero, scaling, eliminated, torch.arange(len(zero.x), device=zero.x.device)
+    )
     w, _ = zero.system.solve(sides.moved[0], zero.spectrum.to_basis(sides.moved[1]))
     jumps = chosen & ~(w.abs().amax(1) <= NEGLIGIBLE**-0.5)
     return replace(zero, flagged=zero.flagged | jumps, unfelt=zero.unfelt & ~jumps)
 
 
-def _sides(canonical: Canonical, zero: Root, scaling: Scaling, eliminated: Eliminated | None, rows: Tensor) -> Sides:
+def _sides(
+    canonical: Canonical, zero: Root, scaling: Scaling, eliminated: Eliminated | None, rows: Tensor
+) -> Sides:
     """What parameters move and outputs read, in the units of some rows of a zero: every parameter as much as the others."""
     units = scaling.rows(rows)
     point = units.leave(zero.x[rows], zero.s[rows], zero.y[rows])
@@ -197,7 +216,9 @@ def _sides(canonical: Canonical, zero: Root, scaling: Scaling, eliminated: Elimi
     def entered(a: Tensor, c: Tensor) -> Tensor:
         inner = units.enter_cotangents(*((a, c) if part is None else part.enter_cotangents(a, c)))
         both = torch.cat(inner, 1)
-        size = both.norm(dim=1, keepdim=True)  # not the largest entry's: two of size one would cancel
+        size = both.norm(
+            dim=1, keepdim=True
+        )  # not the largest entry's: two of size one would cancel
         return both / torch.where(size > 0, size, 1.0)
 
     a, c = (values.to(x.device).expand(len(rows), -1) for values in canonical.reading)
@@ -205,8 +226,12 @@ def _sides(canonical: Canonical, zero: Root, scaling: Scaling, eliminated: Elimi
     turning, sizes = [], [zero.x.shape[1], zero.y.shape[1]]
     for direction in canonical.directions:
         change = {name: value.to(x.device) for name, value in direction.items()}
-        operators = Operators(Data(canonical.program, *(change[name] for name in ("P", "q", "A", "b"))))
-        moved = moved + entered(-(operators.P(x) + operators.At(y) + change["q"]), change["b"] - operators.A(x))
+        operators = Operators(
+            Data(canonical.program, *(change[name] for name in ("P", "q", "A", "b")))
+        )
+        moved = moved + entered(
+            -(operators.P(x) + operators.At(y) + change["q"]), change["b"] - operators.A(x)
+        )
         if bool(change["P"].any()) or bool(change["A"].any()):
             turning.append(operators)
 
@@ -216,9 +241,18 @@ def _sides(canonical: Canonical, zero: Root, scaling: Scaling, eliminated: Elimi
         if part is not None:
             here = part.only(index)
             none = here.leave(*(torch.zeros_like(values) for values in (x, s, y)))
-            x, _, y = (there - origin for there, origin in zip(here.leave(x, s, y), none, strict=True))
+            x, _, y = (
+                there - origin for there, origin in zip(here.leave(x, s, y), none, strict=True)
+            )
         images = [(-(operators.P(x) + operators.At(y)), -operators.A(x)) for operators in turning]
-        return [inner.enter_cotangents(*(pair if part is None else here.enter_cotangents(*pair))) for pair in images]
+        return [
+            inner.enter_cotangents(*(pair if part is None else here.enter_cotangents(*pair)))
+            for pair in images
+        ]
 
-    constant = canonical.constant if part is None else canonical.constant[torch.from_numpy(part.elimination.rows)]
+    constant = (
+        canonical.constant
+        if part is None
+        else canonical.constant[torch.from_numpy(part.elimination.rows)]
+    )
     return Sides(moved.split(sizes, 1), read.split(sizes, 1), constant.to(x.device), turned)

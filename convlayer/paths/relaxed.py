@@ -21,7 +21,9 @@ from convlayer.shifts import Shifts
 from convlayer.solution import Cause, Status
 
 REAL = 1e-13  # a relative shift from which on constraints do contradict each other
-ROUNDED = "constraints contradict each other by rounding alone; solved with the least shift that ends it"
+ROUNDED = (
+    "constraints contradict each other by rounding alone; solved with the least shift that ends it"
+)
 Entries = Callable[[list[Tensor]], list[Tensor]]  # of some rows, from all values
 
 
@@ -37,7 +39,11 @@ class Reconciled:
         found = self.path(request)
         if found.verdict is None or not bool(found.verdict.unsettled.any()):
             return found
-        unsettled = found.verdict.unsettled if found.stopped is None else found.verdict.unsettled & ~found.stopped
+        unsettled = (
+            found.verdict.unsettled
+            if found.stopped is None
+            else found.verdict.unsettled & ~found.stopped
+        )
         rows = torch.nonzero(unsettled).flatten()
         relaxation = _relaxation(self.declared, rows)
         if relaxation is None:
@@ -76,14 +82,19 @@ class Relaxed:
         entries = partial(_entries, self.declared, rows)
         with one_thread():
             least = closest(relaxation, entries(request.values), self.tolerance, self.few)
-        answered = _answered(found, request, rows, relaxation, least, torch.arange(len(rows)), entries)
+        answered = _answered(
+            found, request, rows, relaxation, least, torch.arange(len(rows)), entries
+        )
         good = least.status < Status.INFEASIBLE
         parts = relaxation.by_constraint(least.shift.detach())
         shift = Shifts.of([_spread(part, rows, request.size) for part in parts], relaxation.names)
         notes = found.notes
         if bool(good.any()):
             how = Shifts.of([_taken(part, good) for part in parts], relaxation.names)
-            notes = (*notes, (rows[good], f"infeasible; solved as the closest feasible problem. {how}"))
+            notes = (
+                *notes,
+                (rows[good], f"infeasible; solved as the closest feasible problem. {how}"),
+            )
         return replace(answered, notes=notes, shift=shift)
 
 
@@ -130,7 +141,9 @@ def _answered(
         outputs=answered(found.outputs, least.x, least.y, least.value),
         outputs_at=outputs_at,
         verdict=found.verdict.put(rows, verdict),
-        blank=None if found.blank is None else found.blank.index_fill(0, rows.to(found.blank.device), False),
+        blank=None
+        if found.blank is None
+        else found.blank.index_fill(0, rows.to(found.blank.device), False),
         ruled=(*((mask & others, cause) for mask, cause in found.ruled), (ruled, Cause.SINGULAR)),
         iterate=None,
     )

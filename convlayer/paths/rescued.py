@@ -34,7 +34,9 @@ class Rescued:
         assert other.verdict is not None
         assert found.blank is not None
         verdict = found.verdict.put(rows, other.verdict)
-        blank = torch.zeros(len(rows), dtype=torch.bool) if other.blank is None else other.blank.cpu()
+        blank = (
+            torch.zeros(len(rows), dtype=torch.bool) if other.blank is None else other.blank.cpu()
+        )
         rescued = rows[~verdict.failed[rows]]
         return replace(
             found,
@@ -46,21 +48,27 @@ class Rescued:
             ruled=tuple((mask & ~unsettled, cause) for mask, cause in found.ruled),
             notes=(
                 *found.notes,
-                *another_way(rows, other.verdict.status, "not settled by the kernel", "as a cone program"),
+                *another_way(
+                    rows, other.verdict.status, "not settled by the kernel", "as a cone program"
+                ),
                 *((rows[which], what) for which, what in other.notes),
             ),
             details={**found.details, **{int(rows[k]): why for k, why in other.details.items()}},
         )
 
 
-def _outputs_at(found: Found, path: Path, request: Request, unsettled: Tensor, rescued: Tensor) -> Outputs:
+def _outputs_at(
+    found: Found, path: Path, request: Request, unsettled: Tensor, rescued: Tensor
+) -> Outputs:
     """The outputs with those of the rescued rows, solved anew, in their place."""
 
     def solve(values: Sequence[Tensor], _: bool) -> tuple[list[Tensor], tuple, Local]:
         leaves = [value.detach().requires_grad_() for value in values]
         with torch.enable_grad(), one_thread():
             theirs = path(request.of_rows(rescued).at(leaves))
-        local = Recorded(leaves, theirs.outputs, lambda *values: theirs.outputs_at(list(values)), tuple, list)
+        local = Recorded(
+            leaves, theirs.outputs, lambda *values: theirs.outputs_at(list(values)), tuple, list
+        )
         return [output.detach() for output in theirs.outputs], (), local
 
     settled = [output.detach() for output in found.outputs]

@@ -121,7 +121,12 @@ class Settings:
         """What of it tells one layer from another, whatever the process: see `hashing.digest`."""
         solver, gradient = self.solving.solver, self.gradient
         own = type(solver).__module__.startswith("convlayer.")
-        how = self.solving.alone, solver.name if own else solver, self.solving.tolerance, dict(self.solving.options)
+        how = (
+            self.solving.alone,
+            solver.name if own else solver,
+            self.solving.tolerance,
+            dict(self.solving.options),
+        )
         return *how, type(gradient).__qualname__, vars(gradient), self.regularise
 
     @property
@@ -159,7 +164,11 @@ def _solver(solver: str | ConeSolver | None) -> ConeSolver:
 
 
 def _proximal_weight(weight: Any, gp: bool) -> float:
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+    if (
+        isinstance(weight, bool)
+        or not isinstance(weight, (int, float))
+        or not 0 < weight < math.inf
+    ):
         raise ValueError(f"`regularise` must be a positive number or 'least_norm'; got {weight!r}.")
     if gp:
         raise ValueError(

@@ -55,15 +55,24 @@ class Specialised:
     """A match put to work for the variables that a layer returns."""
 
     def __init__(
-        self, form: NormalForm, name: str, match: Match, variables: Sequence[cp.Variable], owners: dict
+        self,
+        form: NormalForm,
+        name: str,
+        match: Match,
+        variables: Sequence[cp.Variable],
+        owners: dict,
     ) -> None:
         self.form, self.name, self.match = form, name, match
         self._variables, self._owners = variables, owners
         self._outputs = outputs_of(form, match, variables, owners)
         assert match.build is not None
         self._run = match.build(wanted(form, variables, owners))
-        self._tied = [k for k, p in enumerate(form.parameters) if is_symmetric(p) and not match.symmetrises]
-        self._masks = [(k, mask) for k, p in enumerate(form.parameters) if (mask := _mask(p)) is not None]
+        self._tied = [
+            k for k, p in enumerate(form.parameters) if is_symmetric(p) and not match.symmetrises
+        ]
+        self._masks = [
+            (k, mask) for k, p in enumerate(form.parameters) if (mask := _mask(p)) is not None
+        ]
         self._kept = Kept()
 
     def __call__(self, request: Request) -> Found:
@@ -88,10 +97,20 @@ class Specialised:
             refuted = (verdict.status == Status.INFEASIBLE) & (apart > ROUNDING)
             status = verdict.status.masked_fill(refuted, int(Status.NOT_CONVERGED))
             verdict, notes = replace(verdict, status=status), made_to_agree(apart, refuted)
-        degenerate = _row(answer.degenerate, request.size, torch.bool) if verdict is None else verdict.degenerate
-        ruled = () if degenerate is None or not bool(degenerate.any()) else ((degenerate, STRUCTURES[self.name].cause),)
+        degenerate = (
+            _row(answer.degenerate, request.size, torch.bool)
+            if verdict is None
+            else verdict.degenerate
+        )
+        ruled = (
+            ()
+            if degenerate is None or not bool(degenerate.any())
+            else ((degenerate, STRUCTURES[self.name].cause),)
+        )
         blank = None if verdict is None else verdict.failed
-        return Found(outputs, outputs_at, verdict, blank, ruled, notes=tuple(notes), details=bad.details)
+        return Found(
+            outputs, outputs_at, verdict, blank, ruled, notes=tuple(notes), details=bad.details
+        )
 
     def run(
         self, values: list[Tensor], bad: Tensor | None, dtype: torch.dtype
@@ -112,7 +131,9 @@ class Specialised:
         cost = self.match.cost
         return 0.0 if cost is None else rows * max(cost.flops, cost.bytes)
 
-    def again(self, values: list[Tensor], answer: Answer, dtype: torch.dtype, everything: bool) -> list[Tensor]:
+    def again(
+        self, values: list[Tensor], answer: Answer, dtype: torch.dtype, everything: bool
+    ) -> list[Tensor]:
         """The variables, and the objective with `everything`, as functions of the values that are twice differentiable."""
         values = self._entering(values, dtype)
         answer = self._run(values, _like(values, dtype), answer)
@@ -177,7 +198,9 @@ class Specialised:
         total = self._rows("linear", self.form.linear, values, x)[:, 0]
         for k, (atom, term) in enumerate(self.form.present):
             weight = self._rows((k, "weight"), term.weight, values, x)
-            total = total + atom.value(weight, self._rows((k, "argument"), term.argument, values, x))
+            total = total + atom.value(
+                weight, self._rows((k, "argument"), term.argument, values, x)
+            )
         return total
 
     def _rows(self, key, table: Table, values: list[Tensor], x: Tensor) -> Tensor:
@@ -221,18 +244,28 @@ def _verdict(answer: Answer, request: Request, bad: Tensor | None) -> Verdict | 
     status, size = answer.status, request.size
     if bad is None and not request.everything and (status is None or not bool(status.any())):
         return None
-    status = torch.zeros(size, dtype=torch.int64) if status is None else _row(status, size, torch.int64)
+    status = (
+        torch.zeros(size, dtype=torch.int64) if status is None else _row(status, size, torch.int64)
+    )
     # Parameters were found inside their domains: what a kernel cannot take there is the cone program's to judge.
     status = torch.where(status == Status.BAD_INPUT, int(Status.NOT_CONVERGED), status)
     if bad is not None:
         status = torch.where(bad, int(Status.BAD_INPUT), status)
     verdict = Verdict.unknown(status)
-    residual = torch.zeros_like(verdict.residual) if answer.residual is None else _row(answer.residual, size, torch.float64)
+    residual = (
+        torch.zeros_like(verdict.residual)
+        if answer.residual is None
+        else _row(answer.residual, size, torch.float64)
+    )
     return Verdict(
         status,
-        verdict.iterations if answer.iterations is None else _row(answer.iterations, size, torch.int64),
+        verdict.iterations
+        if answer.iterations is None
+        else _row(answer.iterations, size, torch.int64),
         residual.masked_fill(verdict.failed, torch.nan),
-        verdict.degenerate if answer.degenerate is None else _row(answer.degenerate, size, torch.bool) & ~verdict.failed,
+        verdict.degenerate
+        if answer.degenerate is None
+        else _row(answer.degenerate, size, torch.bool) & ~verdict.failed,
         verdict.margin,
     )
 
@@ -247,23 +280,33 @@ def _flat(values: Tensor) -> Tensor:
     return values.unsqueeze(-1).flatten(1)
 
 
-def outputs_of(form: NormalForm, match: Match, variables: Sequence[cp.Variable], owners: dict) -> list[Output]:
+def outputs_of(
+    form: NormalForm, match: Match, variables: Sequence[cp.Variable], owners: dict
+) -> list[Output]:
     """Where the wanted variables are. MismatchError: a multiplier that the kernel does not give."""
     found = []
     index = {variable.id: k for k, variable in enumerate(form.variables)}
-    by_origin = {constraint.origin: k for k, constraint in enumerate(form.constraints) if constraint.origin is not None}
+    by_origin = {
+        constraint.origin: k
+        for k, constraint in enumerate(form.constraints)
+        if constraint.origin is not None
+    }
     for variable in variables:
         owner = owners.get(variable.id)
         if owner is None:
             start = form.variable_starts[index[variable.id]]
-            place = match.x[start : start + variable.size].reshape(variable.shape, order="F").ravel()
+            place = (
+                match.x[start : start + variable.size].reshape(variable.shape, order="F").ravel()
+            )
             found.append(_output(variable.shape, 0, place, None, form.n))
             continue
         dual = match.duals.get(by_origin.get(owner.id, -1))
         if dual is None:
             raise MismatchError(f"its kernel gives no multiplier of `{short(owner)}`")
         shape = variable.shape
-        place, scale = (part.reshape(shape, order="F").ravel() for part in (dual.position, dual.coefficient))
+        place, scale = (
+            part.reshape(shape, order="F").ravel() for part in (dual.position, dual.coefficient)
+        )
         found.append(_output(shape, dual.output, place, scale, -1))
     return found
 
@@ -274,11 +317,15 @@ def wanted(form: NormalForm, variables: Sequence[cp.Variable], owners: dict) -> 
     for variable, start in zip(form.variables, form.variable_starts, strict=False):
         seen[start : start + variable.size] = variable.id in ids
     constraints = {owners[v.id].id for v in variables if v.id in owners}
-    places = frozenset(k for k, constraint in enumerate(form.constraints) if constraint.origin in constraints)
+    places = frozenset(
+        k for k, constraint in enumerate(form.constraints) if constraint.origin in constraints
+    )
     return Wanted(bool(constraints), seen, places)
 
 
-def _output(shape, output: int | None, place: np.ndarray, scale: np.ndarray | None, size: int) -> Output:
+def _output(
+    shape, output: int | None, place: np.ndarray, scale: np.ndarray | None, size: int
+) -> Output:
     whole = len(place) == size and np.array_equal(place, np.arange(size))
     plain = scale is None or bool((scale == 1.0).all())
     return Output(tuple(shape), output, None if whole else place, None if plain else scale)

@@ -31,7 +31,9 @@ class Starts:
         with self._lock:
             self._slots, self._bank = {}, None
 
-    def get(self, ids: Sequence[Hashable], widths: tuple[int, int, int]) -> tuple[Tensor, ...] | None:
+    def get(
+        self, ids: Sequence[Hashable], widths: tuple[int, int, int]
+    ) -> tuple[Tensor, ...] | None:
         """x (B, n), s (B, m), y (B, m), NaN for samples that are new; None if all are."""
         with self._lock:
             if self._bank is None or self._bank.shape[1] != sum(widths):
@@ -43,7 +45,9 @@ class Starts:
         found[slots < 0] = torch.nan
         return found.split(widths, 1)
 
-    def put(self, ids: Sequence[Hashable], point: tuple[Tensor, Tensor, Tensor], good: Tensor) -> None:
+    def put(
+        self, ids: Sequence[Hashable], point: tuple[Tensor, Tensor, Tensor], good: Tensor
+    ) -> None:
         """Keep the rows that are `good` (B,)."""
         rows = torch.cat([part.detach().cpu() for part in point], 1)
         with self._lock:
@@ -54,7 +58,11 @@ class Starts:
             for row in torch.nonzero(good).flatten().tolist():
                 slot = self._slots.pop(ids[row], None)
                 if slot is None:
-                    slot = len(self._slots) if len(self._slots) < most else self._slots.pop(next(iter(self._slots)))
+                    slot = (
+                        len(self._slots)
+                        if len(self._slots) < most
+                        else self._slots.pop(next(iter(self._slots)))
+                    )
                 self._slots[ids[row]] = slot
                 kept.append(row)
                 slots.append(slot)
@@ -63,7 +71,9 @@ class Starts:
                 grown = rows.new_empty(min(most, max(needed, 2 * len(self._bank))), rows.shape[1])
                 grown[: len(self._bank)] = self._bank
                 self._bank = grown
-            self._bank[torch.tensor(slots, dtype=torch.int64)] = rows[torch.tensor(kept, dtype=torch.int64)]
+            self._bank[torch.tensor(slots, dtype=torch.int64)] = rows[
+                torch.tensor(kept, dtype=torch.int64)
+            ]
 
     def __copy__(self) -> Starts:
         return Starts()
@@ -75,7 +85,9 @@ class Starts:
         return Starts, ()
 
 
-def samples_of(ids: Tensor | Sequence[Hashable] | None, batch: tuple[int, ...]) -> list[Hashable] | None:
+def samples_of(
+    ids: Tensor | Sequence[Hashable] | None, batch: tuple[int, ...]
+) -> list[Hashable] | None:
     """One name for each row. ValueError: there are more or fewer."""
     if ids is None:
         return None
@@ -90,7 +102,9 @@ def samples_of(ids: Tensor | Sequence[Hashable] | None, batch: tuple[int, ...]) 
 def start_of(warm_start: Any, batch: tuple[int, ...], program: Program) -> tuple[Tensor, ...]:
     """The point of a Solution. TypeError, ValueError: it is none, or of another problem or batch."""
     if not isinstance(warm_start, Solution):
-        raise TypeError(f"warm_start must be a Solution that this layer returned; got {type(warm_start).__name__}.")
+        raise TypeError(
+            f"warm_start must be a Solution that this layer returned; got {type(warm_start).__name__}."
+        )
     if tuple(warm_start.status.shape) != batch:
         raise ValueError(
             f"warm_start has batch shape {tuple(warm_start.status.shape)}; the parameters have {batch}."
@@ -100,5 +114,7 @@ def start_of(warm_start: Any, batch: tuple[int, ...], program: Program) -> tuple
             "warm_start comes from a specialised path, which has no iterate of the cone program to start from."
         )
     if (warm_start.iterate[0].shape[1], warm_start.iterate[2].shape[1]) != (program.n, program.m):
-        raise ValueError("warm_start is the solution of another problem; pass one that this layer returned.")
+        raise ValueError(
+            "warm_start is the solution of another problem; pass one that this layer returned."
+        )
     return tuple(part.nan_to_num(0.0) for part in warm_start.iterate)

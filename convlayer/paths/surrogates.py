@@ -93,9 +93,14 @@ def lpgd(
         q, b = part.q, part.b
         if rho < math.inf:
             part, q = _with_curvature(part, 1 / rho), q - x / rho
-        qs, bs = (torch.cat([c + side * step for side in sides]) for c, step in ((q, t * x_bar), (b, -t * y_bar)))
+        qs, bs = (
+            torch.cat([c + side * step for side in sides])
+            for c, step in ((q, t * x_bar), (b, -t * y_bar))
+        )
         index = torch.arange(len(rows), device=rows.device).repeat(len(sides))
-        found = zip(*(part.chunk(len(sides)) for part in _solved(solve, part, index, qs, bs)), strict=True)
+        found = zip(
+            *(part.chunk(len(sides)) for part in _solved(solve, part, index, qs, bs)), strict=True
+        )
         # A side that is unsolved, or not asked for, gives way to the middle; of none solved, zero over zero.
         ends, width = {1: (x, y), -1: (x, y)}, torch.zeros_like(t)
         for side, (x_end, y_end, failed) in zip(sides, found, strict=True):
@@ -138,7 +143,11 @@ def blackbox(
         part, x_bar = data.rows(rows), x_bar[rows]
         t = lam * _moving_size(part, moving) / _largest(x_bar)
         x_up, _, failed = _solved(
-            solve, part, torch.arange(len(rows), device=rows.device), part.q + t * x_bar, part.b.expand(len(rows), -1)
+            solve,
+            part,
+            torch.arange(len(rows), device=rows.device),
+            part.q + t * x_bar,
+            part.b.expand(len(rows), -1),
         )
         q_bar[rows] = torch.where(failed.unsqueeze(1), torch.nan, (x_up - x[rows]) / t)
     return q_bar
@@ -172,10 +181,14 @@ def perturbed(
     """
     _check_positive("sigma", sigma, "relative size of the noise")
     if samples < 2 or samples % 2:
-        raise ValueError(f"samples is {samples}; noise is drawn in pairs (Z, -Z): expected an even number, at least 2.")
+        raise ValueError(
+            f"samples is {samples}; noise is drawn in pairs (Z, -Z): expected an even number, at least 2."
+        )
     _check_linear(data, "perturbed")
     q_bar, batch, device = torch.zeros_like(x_bar), len(x_bar), x_bar.device
-    rows, entries = (torch.nonzero(part).flatten() for part in ((x_bar != 0).any(1), moving.to(device)))
+    rows, entries = (
+        torch.nonzero(part).flatten() for part in ((x_bar != 0).any(1), moving.to(device))
+    )
     if not len(rows) or not len(entries):
         return q_bar
     part, x_bar = data.rows(rows), x_bar[rows]
@@ -187,24 +200,39 @@ def perturbed(
     for first in range(0, samples // 2, at_once):
         pairs = min(at_once, samples // 2 - first)
         # Drawn pair by pair and for all rows: neither the memory at hand nor other rows' cotangents change a row's noise.
-        draws = [torch.randn(batch, len(entries), generator=generator, dtype=q.dtype) for _ in range(pairs)]
+        draws = [
+            torch.randn(batch, len(entries), generator=generator, dtype=q.dtype)
+            for _ in range(pairs)
+        ]
         Z = torch.stack(draws).to(device)[:, rows]
-        step = torch.zeros(pairs, *q.shape, dtype=q.dtype, device=device).index_copy_(2, entries, s * Z)
+        step = torch.zeros(pairs, *q.shape, dtype=q.dtype, device=device).index_copy_(
+            2, entries, s * Z
+        )
         index = torch.arange(len(rows), device=device).repeat(2 * pairs)
         xs, _, failed = _solved(
-            solve, part, index, torch.cat([q + step, q - step]).flatten(0, 1), b.repeat(2 * pairs, 1)
+            solve,
+            part,
+            index,
+            torch.cat([q + step, q - step]).flatten(0, 1),
+            b.repeat(2 * pairs, 1),
         )
-        loss = torch.where(failed.view(2, pairs, -1), torch.nan, (xs.view(2, *step.shape) * x_bar).sum(3))
+        loss = torch.where(
+            failed.view(2, pairs, -1), torch.nan, (xs.view(2, *step.shape) * x_bar).sum(3)
+        )
         total += ((loss[0] - loss[1]).unsqueeze(2) * Z).sum(0)
     q_bar[rows.unsqueeze(1), entries] = total / (samples * s)
     return q_bar
 
 
-def _solved(solve: Solve, data: Data, index: Tensor, q: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _solved(
+    solve: Solve, data: Data, index: Tensor, q: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Solutions of the instances at `index` with these q and b for theirs, as many in a call as memory takes."""
     parts = [
         solve(replace(data.rows(rows), q=q_part, b=b_part))
-        for rows, q_part, b_part in zip(*(values.split(_rows_at_once(data)) for values in (index, q, b)), strict=True)
+        for rows, q_part, b_part in zip(
+            *(values.split(_rows_at_once(data)) for values in (index, q, b)), strict=True
+        )
     ]
     x, y, failed = (torch.cat(part) for part in zip(*parts, strict=True))
     return x, y, failed
@@ -233,7 +261,10 @@ def _with_curvature(data: Data, curvature: float) -> Data:
 
 def _size(constant: Tensor, product: Tensor, matrix: Tensor) -> Tensor:
     """(B, 1) the larger of a constant term and a product with the matrix; of neither, the matrix by units of one; of none, one."""
-    size, coefficient = torch.maximum(_largest(constant), _largest(product)), _largest(matrix.flatten(1))
+    size, coefficient = (
+        torch.maximum(_largest(constant), _largest(product)),
+        _largest(matrix.flatten(1)),
+    )
     size = torch.where(size > ROUNDING * coefficient, size, coefficient)
     return torch.where(size > 0, size, 1.0)
 
@@ -246,7 +277,9 @@ def _moving_size(data: Data, moving: Tensor) -> Tensor:
 
 def _largest(values: Tensor) -> Tensor:
     """(B, k) -> (B, 1), zero where k is zero."""
-    return values.abs().amax(1, keepdim=True) if values.shape[1] else values.new_zeros(len(values), 1)
+    return (
+        values.abs().amax(1, keepdim=True) if values.shape[1] else values.new_zeros(len(values), 1)
+    )
 
 
 def _check_positive(name: str, value: float, meaning: str) -> None:

@@ -24,7 +24,9 @@ def claims_checked(data: Data, status: Tensor, x: Tensor, y: Tensor, precision: 
     if not len(claimed):
         return status
     part = data.rows(claimed).widen(len(claimed))
-    proven = torch.where(unbounded(part, x[claimed]), int(Status.UNBOUNDED), int(Status.NOT_CONVERGED))
+    proven = torch.where(
+        unbounded(part, x[claimed]), int(Status.UNBOUNDED), int(Status.NOT_CONVERGED)
+    )
     proven = torch.where(status[claimed] == Status.UNBOUNDED, proven, int(Status.NOT_CONVERGED))
     proven = torch.where(infeasible(part, y[claimed], precision), int(Status.INFEASIBLE), proven)
     return status.index_copy(0, claimed, proven.to(status.dtype))
@@ -64,19 +66,25 @@ def with_a_feasible_point(data: Data, found: Attempted, precision: float) -> Att
     status = torch.where(doubted, int(Status.NOT_CONVERGED), found.verdict.status[rows])
     status = torch.where(infeasible(part, y, precision), int(Status.INFEASIBLE), status)
     # A solver's direction may be too rough a proof.
-    open_yet = (found.verdict.status[rows] == Status.NOT_CONVERGED) & (status == Status.NOT_CONVERGED)
+    open_yet = (found.verdict.status[rows] == Status.NOT_CONVERGED) & (
+        status == Status.NOT_CONVERGED
+    )
     left = torch.nonzero(open_yet & (gap <= TRUST.inaccurate)).flatten()
     if len(left):
         one = part.rows(left).widen(len(left))
         falls = unbounded(one, steepest(one))
         status = status.index_fill(0, left[falls], int(Status.UNBOUNDED))
-    return found.with_status(found.verdict.status.index_copy(0, rows, status.to(found.verdict.status.dtype)))
+    return found.with_status(
+        found.verdict.status.index_copy(0, rows, status.to(found.verdict.status.dtype))
+    )
 
 
 def running_off(data: Data, found: Attempted) -> Attempted:
     """Rows whose infimum is not attained, of those that the polish did not bring to rest."""
     restless = found.verdict.residual > NEWTON.settled
-    rows = torch.nonzero(found.unsettled | ((found.verdict.status == Status.SOLVED) & restless)).flatten()
+    rows = torch.nonzero(
+        found.unsettled | ((found.verdict.status == Status.SOLVED) & restless)
+    ).flatten()
     if not len(rows):
         return found
     part, scaling = normalise(data.rows(rows).widen(len(rows)))

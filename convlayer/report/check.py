@@ -27,9 +27,7 @@ class ConstraintCheck:
     active: Tensor  # bool, some entry holds with equality, or lies on the boundary of its cone
     weakly_active: Tensor  # bool, some entry does so without a multiplier
     redundant: Tensor  # bool, some entry depends on other active constraints: multipliers can be shifted between them
-    entry: (
-        Tensor  # int64, row-major index of the entry with this margin; -1 in a cone, or where it is an auxiliary row's
-    )
+    entry: Tensor  # int64, row-major index of the entry with this margin; -1 in a cone, or where it is an auxiliary row's
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -47,9 +45,7 @@ class Check(Shown):
     ]  # problem.constraints in order, then the variables' attributes, then auxiliaries
     rank: Tensor  # int64, of the active system K,
     size: Tensor  # int64, which has this many rows
-    condition: (
-        Tensor  # of the equilibrated K on its range, in the 2-norm; a Lanczos estimate where it has more than 800 rows
-    )
+    condition: Tensor  # of the equilibrated K on its range, in the 2-norm; a Lanczos estimate where it has more than 800 rows
     unique: Tensor  # bool, the variables that the layer returns
     unique_duals: Tensor  # bool, the multipliers of the user's constraints
     ambiguous: Tensor  # bool, K has a null vector that an output or a parameter meets, or is singular to rounding: the derivative there is the least-norm one
@@ -57,7 +53,9 @@ class Check(Shown):
     # leading_eigenspace: between the eigenvalues of its matrix at the cut, relative to the largest
     tie: Tensor  # the least margin of an inequality that stands alone: the entries' distance from changing sides, as in sparsemax
     adjoint_residual: Tensor  # relative, of a refined solve with random cotangents of the outputs
-    zero_gradient: dict[str, Tensor]  # by parameter: bool, its gradient vanishes, whatever the cotangent
+    zero_gradient: dict[
+        str, Tensor
+    ]  # by parameter: bool, its gradient vanishes, whatever the cotangent
     conflicts: dict[
         tuple[int, ...], Conflict
     ]  # by index into the batch, of the first infeasible rows: what contradicts itself
@@ -83,7 +81,10 @@ def _told(check: Check) -> Iterator[str]:
     solved = check.status.flatten() < Status.INFEASIBLE
     counts = f"{int(fine.sum())} differentiable, {int((solved & ~fine).sum())} not, {int((~solved).sum())} failed"
     if bool(solved.any()):
-        margin, condition = check.margin.flatten()[solved].min(), check.condition.flatten()[solved].max()
+        margin, condition = (
+            check.margin.flatten()[solved].min(),
+            check.condition.flatten()[solved].max(),
+        )
         counts += f". Least margin {float(margin):.1e}, greatest condition {float(condition):.1e}"
     yield f"{len(fine)} row{'s' * (len(fine) != 1)}: {counts}."
     remarks = {row: list(_remarks(check, row)) for row in range(len(fine))}
@@ -137,7 +138,9 @@ def _remarks(check: Check, row: int) -> Iterator[str]:
             f"{'; '.join(redundant[:SHOWN])}: active and dependent on one another, so multipliers can be shifted between them and the "
             "derivative across what they allow is the least-norm one. Drop what the others imply."
         )
-    condition, residual = (float(part.flatten()[row]) for part in (check.condition, check.adjoint_residual))
+    condition, residual = (
+        float(part.flatten()[row]) for part in (check.condition, check.adjoint_residual)
+    )
     if condition > ILL or (bool(check.unique.flatten()[row]) and residual > POOR):
         yield (
             f"The active system is ill-conditioned (condition {condition:.0e}, relative residual of the adjoint {residual:.0e}). "

@@ -43,9 +43,7 @@ from convlayer.paths.evaluation import evaluate
 from convlayer.report.check import Check, ConstraintCheck
 from convlayer.solution import Solution, Status, batch_index
 
-DIRECT = (
-    800  # a K up to this size has all its eigenvalues found; of a larger one Lanczos' method finds the extreme ones
-)
+DIRECT = 800  # a K up to this size has all its eigenvalues found; of a larger one Lanczos' method finds the extreme ones
 NEAREST = 16  # eigenvalues about zero that it looks for at first
 TOUCHED = 1e-7  # share of a unit null vector from which an entry takes part in it
 VANISHING = 1e-10  # share of the largest below which an entry of an adjoint is rounding
@@ -56,7 +54,8 @@ def checked(
     declared: Declaration,
     values: Sequence[Tensor],  # of each parameter, (B or 1, *shape)
     solve: Callable[[], Solution],  # by the cone program
-    gap: Callable[[list[Tensor]], Tensor | None] | None = None,  # a structure's own, of the rows' values
+    gap: Callable[[list[Tensor]], Tensor | None]
+    | None = None,  # a structure's own, of the rows' values
 ) -> Check:
     """Solve, and look at what the derivative of the solution rests on, row by row. No row raises: one that failed says so.
 
@@ -64,7 +63,11 @@ def checked(
     each other, as the marginals of a plan do, are named where parameters move them; the derivative is that along feasible parameters.
     Cost: beside the solve, the eigenvalues of K, row by row; the first call of a problem canonicalises it once more.
     """
-    canonical, parameters, sources = declared.canonical, declared.parameters, sources_of(declared.canonical, declared)
+    canonical, parameters, sources = (
+        declared.canonical,
+        declared.parameters,
+        sources_of(declared.canonical, declared),
+    )
     with torch.no_grad(), warnings.catch_warnings(), one_thread():
         warnings.simplefilter("ignore")
         solution = solve()
@@ -73,7 +76,8 @@ def checked(
         status = solution.status.flatten()
         good = torch.nonzero(status < Status.INFEASIBLE).flatten()
         thetas = [
-            value.detach().to("cpu", torch.float64).expand(size, *value.shape[1:])[good] for value in values
+            value.detach().to("cpu", torch.float64).expand(size, *value.shape[1:])[good]
+            for value in values
         ]
         entries = entries_of(declared, thetas)
         assert solution.iterate is not None
@@ -92,9 +96,19 @@ def checked(
 
     names = ("margin", "active", "weakly_active", "redundant", "entry")
     checks = [
-        ConstraintCheck(source.name, *(spread(found[name][:, k]) for name in names)) for k, source in enumerate(sources)
+        ConstraintCheck(source.name, *(spread(found[name][:, k]) for name in names))
+        for k, source in enumerate(sources)
     ]
-    rest = ("rank", "size", "condition", "unique", "unique_duals", "ambiguous", "eigenvalue_gap", "tie")
+    rest = (
+        "rank",
+        "size",
+        "condition",
+        "unique",
+        "unique_duals",
+        "ambiguous",
+        "eigenvalue_gap",
+        "tie",
+    )
     return Check(
         status=solution.status,
         margin=spread(found["least"]),
@@ -117,10 +131,16 @@ def _examined_in_pieces(
     """(rows, ...) each; see `_examined`."""
     program, rows = canonical.program, len(point[0])
     if not rows:  # one row of zeros lends its shapes
-        entries, point = ([part.new_zeros(1, part.shape[1]) for part in group] for group in (entries, point))
+        entries, point = (
+            [part.new_zeros(1, part.shape[1]) for part in group] for group in (entries, point)
+        )
     at_once = max(1, DENSE_ENTRIES // ((program.n + program.m) * program.n))
     parts = [
-        _examined(canonical, sources, *([part[lo : lo + at_once] for part in group] for group in (entries, point)))
+        _examined(
+            canonical,
+            sources,
+            *([part[lo : lo + at_once] for part in group] for group in (entries, point)),
+        )
         for lo in range(0, len(point[0]), at_once)
     ]
     return {name: torch.cat([part[name] for part in parts])[:rows] for name in parts[0]}
@@ -156,7 +176,9 @@ def _examined(
     visible = canonical.visible
     adjoint, singular, zero = _adjoint(canonical, data, scaling, spectrum, entries, x, y)
 
-    found: dict[str, list[Tensor]] = {name: [] for name in ("margin", "active", "weakly_active", "redundant", "entry")}
+    found: dict[str, list[Tensor]] = {
+        name: [] for name in ("margin", "active", "weakly_active", "redundant", "entry")
+    }
     for source in sources:
         near = torch.cat([margins.new_full((rows, 1), torch.inf), margins[:, source.rows]], 1)
         least, place = near.min(1)
@@ -182,7 +204,11 @@ def _examined(
         "eigenvalue_gap": gap,
         **{
             name: torch.tensor([getattr(system, name) for system in systems], dtype=dtype)
-            for name, dtype in (("rank", torch.int64), ("size", torch.int64), ("condition", torch.float64))
+            for name, dtype in (
+                ("rank", torch.int64),
+                ("size", torch.int64),
+                ("condition", torch.float64),
+            )
         },
         "unique": ~free[:, returned].any(1),
         "unique_duals": ~dependent[:, own].any(1),
@@ -218,7 +244,12 @@ def _margins(canonical: Canonical, v: Tensor, s: Tensor) -> tuple[Tensor, Tensor
 def _active_rows(canonical: Canonical, spectrum: ProductSpectrum) -> Tensor:
     """(rows, m) whether the row, or the cone that it is part of, takes part in K."""
     group = canonical.program.scale_group.expand_as(spectrum.values)
-    return torch.zeros_like(spectrum.values).scatter_reduce(1, group, spectrum.values, "amax").gather(1, group) > 0
+    return (
+        torch.zeros_like(spectrum.values)
+        .scatter_reduce(1, group, spectrum.values, "amax")
+        .gather(1, group)
+        > 0
+    )
 
 
 class _System(NamedTuple):
@@ -239,13 +270,29 @@ def _system(data: Data, spectrum: ProductSpectrum, units: Tensor | None, row: in
     d = spectrum.values[row].numpy()
     U = _rotation(spectrum, row)
     root, active = np.sqrt(d.clip(min=0.0)), np.flatnonzero(d > 0)
-    B = sp.csr_array((root * (U.T @ sp.csr_array((A, (program.A_rows, program.A_cols)), shape=(m, n))).T).T)[active]
+    B = sp.csr_array(
+        (root * (U.T @ sp.csr_array((A, (program.A_rows, program.A_cols)), shape=(m, n))).T).T
+    )[active]
     B = sp.coo_array(B)
     size, off = n + len(active), program.P_rows != program.P_cols
-    i = [program.P_rows, program.P_cols[off], n + B.coords[0], B.coords[1], n + np.arange(len(active))]
-    j = [program.P_cols, program.P_rows[off], B.coords[1], n + B.coords[0], n + np.arange(len(active))]
+    i = [
+        program.P_rows,
+        program.P_cols[off],
+        n + B.coords[0],
+        B.coords[1],
+        n + np.arange(len(active)),
+    ]
+    j = [
+        program.P_cols,
+        program.P_rows[off],
+        B.coords[1],
+        n + B.coords[0],
+        n + np.arange(len(active)),
+    ]
     values = [P, P[off], B.data, B.data, d[active] - 1.0]
-    K = sp.csr_array((np.concatenate(values), (np.concatenate(i), np.concatenate(j))), shape=(size, size))
+    K = sp.csr_array(
+        (np.concatenate(values), (np.concatenate(i), np.concatenate(j))), shape=(size, size)
+    )
     largest = abs(K).max(axis=1).toarray().ravel()
     scale = 1 / np.sqrt(np.where(largest > 0, largest, 1.0))
     eigenvalues, vectors = _spectrum_of(sp.csr_array(K * scale[:, None] * scale[None, :]))
@@ -259,7 +306,12 @@ def _system(data: Data, spectrum: ProductSpectrum, units: Tensor | None, row: in
         z[:n] *= units[min(row, len(units) - 1)].numpy()[:, None]
     z /= np.linalg.norm(z, axis=0).clip(min=1e-300)
     multipliers = U[:, active] @ (root[active, None] * z[n:])
-    return _System(size, rank, condition, *((np.abs(part) > TOUCHED).any(axis=1) for part in (z[:n], multipliers)))
+    return _System(
+        size,
+        rank,
+        condition,
+        *((np.abs(part) > TOUCHED).any(axis=1) for part in (z[:n], multipliers)),
+    )
 
 
 def _rotation(spectrum: ProductSpectrum, row: int) -> sp.csr_array:
@@ -314,7 +366,10 @@ def _adjoint(
     Returns its residual (rows,), where the factor took J for singular (rows,), and parameters without a gradient (rows, .).
     """
     generator = torch.Generator().manual_seed(SEED)
-    bars = [torch.randn(k, dtype=torch.float64, generator=generator) for k in (data.program.n, data.program.m)]
+    bars = [
+        torch.randn(k, dtype=torch.float64, generator=generator)
+        for k in (data.program.n, data.program.m)
+    ]
     seen = [torch.zeros(len(bar)) for bar in bars]
     for recovery in canonical.variables:
         seen[recovery.dual][recovery.position] = 1.0
@@ -337,7 +392,10 @@ def _adjoint(
     vectors = {"q": -w, "b": u, "d": w.new_zeros(len(w), 1)}
     everything = range(len(entries))
     found = entries_bar(canonical, [len(x)] * len(entries), everything, [Term(x, y, w, u)], vectors)
-    zero = [(found[k] == 0).all(1) if k in found else torch.ones(len(x), dtype=torch.bool) for k in everything]
+    zero = [
+        (found[k] == 0).all(1) if k in found else torch.ones(len(x), dtype=torch.bool)
+        for k in everything
+    ]
     none = torch.zeros(len(x), 0, dtype=torch.bool)
     return residual, system.singular, torch.stack(zero, 1) if zero else none
 

@@ -18,7 +18,10 @@ from convlayer.paths.settings import Settings, Solving
 from convlayer.solvers import Attempt, BatchSolver, ConeSolver
 from convlayer.structures import Cost
 
-POLISH, ADJOINT = 2, 4  # factorisations of a typical polish; solves of an adjoint, with its refinement
+POLISH, ADJOINT = (
+    2,
+    4,
+)  # factorisations of a typical polish; solves of an adjoint, with its refinement
 ENTROPIES = ("entr", "kl_div", "rel_entr")
 
 
@@ -46,7 +49,9 @@ def explained(choice: Choice, settings: Settings, executor: bool, batch: int) ->
     return "\n".join([text, *rest])
 
 
-def _choice(choice: Choice, regularise: float | str | None, batch: int) -> Iterator[tuple[str, str]]:
+def _choice(
+    choice: Choice, regularise: float | str | None, batch: int
+) -> Iterator[tuple[str, str]]:
     """The first part: the path, why, and what every structure said.
 
     Where no kernel runs, what the cone program costs is told of it itself, and not estimated here.
@@ -55,7 +60,10 @@ def _choice(choice: Choice, regularise: float | str | None, batch: int) -> Itera
     if regularise == "least_norm":
         yield "Regularised", "of all solutions the one of least norm"
     elif regularise is not None:
-        yield "Regularised", f"by a proximal term of weight {regularise:g} over all variables, part of the objective"
+        yield (
+            "Regularised",
+            f"by a proximal term of weight {regularise:g} over all variables, part of the objective",
+        )
     refused: dict[str, list[str]] = {}
     for finding in choice.recognition.findings:
         if finding.match is None:
@@ -63,7 +71,10 @@ def _choice(choice: Choice, regularise: float | str | None, batch: int) -> Itera
         elif finding.match.cost is None:
             yield f"  {finding.name}", f"yes: {finding.match.bound}"
         else:
-            yield f"  {finding.name}", f"yes: {finding.match.bound}; {_cost(finding.match.cost, batch)}"
+            yield (
+                f"  {finding.name}",
+                f"yes: {finding.match.bound}; {_cost(finding.match.cost, batch)}",
+            )
     if choice.recognition.generic is not None and choice.kernel is not None:
         cost = _cost(choice.recognition.generic, batch)
         yield "  cone_program", f"always; about {cost}, estimated from its sparsity"
@@ -99,7 +110,9 @@ def _cone_program(
     if left.n < program.n or prefers_dense(left):
         form = "dense batched LU of the active rows"
     backward = _flops(ADJOINT * batch * solve)
-    lines.append(("Backward", f"{backward}{_for(batch)}: solves with the polish's last factor, {form}"))
+    lines.append(
+        ("Backward", f"{backward}{_for(batch)}: solves with the polish's last factor, {form}")
+    )
     return lines
 
 
@@ -129,8 +142,14 @@ def _solver(attempts: Sequence[Attempt], solving: Solving) -> str:
     else:
         why = "which takes every cone"
     tolerance = f"relative tolerance {solving.tolerance:g}"
-    text = f"{solver.name}, {why}; {tolerance}, then Newton on the KKT residual map to rounding error"
-    others = [name for name in dict.fromkeys(attempt.solver.name for attempt in attempts) if name != solver.name]
+    text = (
+        f"{solver.name}, {why}; {tolerance}, then Newton on the KKT residual map to rounding error"
+    )
+    others = [
+        name
+        for name in dict.fromkeys(attempt.solver.name for attempt in attempts)
+        if name != solver.name
+    ]
     return f"{text}; {', '.join(others)} for rows that it does not settle" if others else text
 
 
@@ -138,7 +157,9 @@ def _where(solver: ConeSolver, executor: bool) -> str:
     if isinstance(solver, BatchSolver):
         return "the parameters' device, in float64, all rows at once"
     workers = "your executor" if executor else f"{os.cpu_count()} threads"
-    return f"the host, in float64; rows on {workers}; other dtypes and devices are copied to and from"
+    return (
+        f"the host, in float64; rows on {workers}; other dtypes and devices are copied to and from"
+    )
 
 
 def _forward(solver: ConeSolver, program: Program, factor: float, batch: int) -> str:
@@ -153,7 +174,9 @@ def _forward(solver: ConeSolver, program: Program, factor: float, batch: int) ->
 
 def _cost(cost: Cost, batch: int) -> str:
     rows = f" for {batch} rows" if batch > 1 else ""
-    return f"{_flops(batch * cost.flops)} and {_bytes(batch * cost.bytes)}{rows}, forward and backward"
+    return (
+        f"{_flops(batch * cost.flops)} and {_bytes(batch * cost.bytes)}{rows}, forward and backward"
+    )
 
 
 def _bytes(count: float) -> str:
@@ -170,7 +193,9 @@ def _for(batch: int) -> str:
 def _hints(declared: Declaration, batch: int) -> Iterator[str]:
     kinds: dict[str, int] = {}
     for block in declared.canonical.program.cones.blocks:
-        kinds[block.name] = max(kinds.get(block.name, 0), int(block.parameter or 0) if block.name == "psd" else 0)
+        kinds[block.name] = max(
+            kinds.get(block.name, 0), int(block.parameter or 0) if block.name == "psd" else 0
+        )
     atoms = set() if declared.gp else _curved(declared.problem.objective.expr)
     if "second_order" in kinds and atoms & {"Pnorm", "PnormApprox"}:
         yield "a norm in the objective costs a second-order cone; its square (sum_squares) stays quadratic, if that serves you as well."

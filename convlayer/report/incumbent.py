@@ -19,7 +19,13 @@ from convlayer.declaration.declaration import Declaration
 from convlayer.solution import Status
 
 NAME = "diffcp"
-OPTIONS = {"solver": cp.DIFFCP, "requires_grad": True, "mode": "dense", "eps": 1e-10, "max_iters": 100_000}
+OPTIONS = {
+    "solver": cp.DIFFCP,
+    "requires_grad": True,
+    "mode": "dense",
+    "eps": 1e-10,
+    "max_iters": 100_000,
+}
 
 
 class Answers(NamedTuple):
@@ -40,7 +46,9 @@ def check(declared: Declaration) -> None:
             "or leave `against` out."
         )
     if declared.weight is not None:
-        raise ValueError(f"against={NAME!r} solves the problem as it is declared, and this layer chooses the solution of least norm.")
+        raise ValueError(
+            f"against={NAME!r} solves the problem as it is declared, and this layer chooses the solution of least norm."
+        )
 
 
 def solver(declared: Declaration, lead: int, told: list[str]) -> Callable[..., Answers]:
@@ -63,7 +71,10 @@ class _Rows(torch.autograd.Function):
         ctx.declared, ctx.status, ctx.told = declared, status, told
         ctx.save_for_backward(*leaves)
         batch = tuple(status.shape)
-        found = [torch.full((*batch, *v.shape), torch.nan, dtype=leaves[0].dtype) for v in declared.variables]
+        found = [
+            torch.full((*batch, *v.shape), torch.nan, dtype=leaves[0].dtype)
+            for v in declared.variables
+        ]
         objective = torch.full(batch, torch.nan, dtype=leaves[0].dtype)
         for row in np.ndindex(batch):
             try:
@@ -112,7 +123,11 @@ def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-_STATUS = {cp.OPTIMAL: Status.SOLVED, cp.INFEASIBLE: Status.INFEASIBLE, cp.UNBOUNDED: Status.UNBOUNDED}
+_STATUS = {
+    cp.OPTIMAL: Status.SOLVED,
+    cp.INFEASIBLE: Status.INFEASIBLE,
+    cp.UNBOUNDED: Status.UNBOUNDED,
+}
 
 
 def _solved(declared: Declaration, values: Sequence[Tensor]) -> Any:

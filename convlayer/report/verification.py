@@ -81,23 +81,32 @@ def verified(
     front: Front,
     given: Sequence[Tensor],
     mine: Callable[..., Solution],
-    by_solver: Callable[[str], Callable[..., Solution]],  # the same by the cone program and a solver by its name
+    by_solver: Callable[
+        [str], Callable[..., Solution]
+    ],  # the same by the cone program and a solver by its name
     seed: int,
     against: str | None,
 ) -> Verification:
     """The layer's own way beside another one that has no part in it: CVXPY's with diffcp if asked for, or a solver's."""
     dtype, _, batch = front.shapes(given)
     declared, structure, kernel = front.declared, front.choice.structure, front.choice.kernel
-    leaves = [t.detach().expand((*batch, *p.shape)) for t, p in zip(given, declared.parameters, strict=True)]
+    leaves = [
+        t.detach().expand((*batch, *p.shape))
+        for t, p in zip(given, declared.parameters, strict=True)
+    ]
     size, infeasibility = math.prod(batch), None
     if kernel is not None:
         with torch.no_grad():
             values = front.values(leaves, batch)
             bad = bad_rows(declared, values, size, front.validate)
-            infeasibility = kernel.infeasibility(values, bad.which, working_dtype(dtype)).expand(size)
+            infeasibility = kernel.infeasibility(values, bad.which, working_dtype(dtype)).expand(
+                size
+            )
     if against is not None:
         one_of("against", against, (incumbent.NAME,))
-        return _against_incumbent(declared, structure, mine, leaves, len(batch), infeasibility, seed)
+        return _against_incumbent(
+            declared, structure, mine, leaves, len(batch), infeasibility, seed
+        )
     other: str | None = "clarabel"
     if kernel is None:
         taken = front.settings.solving.attempts(declared.canonical, size, torch.device("cpu"))
@@ -145,7 +154,9 @@ def verify(
     batch = ours.status.shape
     x, y = (_joined([v.detach() for v in solution.variables], lead) for solution in (ours, theirs))
     g, h = (_joined(gradient, lead) for gradient in (our_gradient, their_gradient))
-    value = (ours.objective - theirs.objective).detach().abs() / theirs.objective.detach().abs().clamp(min=1.0)
+    value = (
+        ours.objective - theirs.objective
+    ).detach().abs() / theirs.objective.detach().abs().clamp(min=1.0)
     # A gradient far below what sizes suggest vanishes: its digits are rounding on either path.
     size = _joined([leaf.detach() for leaf in leaves], lead).norm(dim=-1).clamp(min=1e-300)
     vanishing = 1e-3 * y.norm(dim=-1) * y.shape[-1] ** 0.5 / size
@@ -171,7 +182,9 @@ def verify(
 def not_compared(structure: str, batch: tuple[int, ...]) -> Verification:
     """Where there is no other way."""
     nothing, no = torch.zeros(batch, dtype=torch.float64), torch.zeros(batch, dtype=torch.bool)
-    return Verification(structure, "", nothing, nothing, nothing, nothing, ~no, no, no, TOLERANCE[torch.float64])
+    return Verification(
+        structure, "", nothing, nothing, nothing, nothing, ~no, no, no, TOLERANCE[torch.float64]
+    )
 
 
 def _solved(
@@ -184,11 +197,16 @@ def _solved(
         generator = torch.Generator().manual_seed(seed + WEIGHTS)
         # A failed row holds NaN, and would spread to shared parameters' gradients: none is shared here.
         weights = [
-            torch.randn(v.shape[lead:], generator=generator, dtype=torch.float64).to(v.device, v.dtype).expand_as(v)
+            torch.randn(v.shape[lead:], generator=generator, dtype=torch.float64)
+            .to(v.device, v.dtype)
+            .expand_as(v)
             for v in solution.variables
         ]
         gradients = torch.autograd.grad(solution.variables, leaves, weights, allow_unused=True)
-    return solution, [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(gradients, leaves, strict=True)]
+    return solution, [
+        torch.zeros_like(leaf) if g is None else g
+        for g, leaf in zip(gradients, leaves, strict=True)
+    ]
 
 
 def _joined(parts: Sequence[Tensor], lead: int) -> Tensor:

@@ -24,4 +24,13 @@ def _found() -> dict[str, ConeSolver]:
 
 SOLVERS: dict[str, ConeSolver] = _found()
 
-__all__ = ["DEFAULT", "SOLVERS", "Attempt", "BatchSolver", "ConeSolver", "Iterate", "Solver", "Task"]
+__all__ = [
+    "DEFAULT",
+    "SOLVERS",
+    "Attempt",
+    "BatchSolver",
+    "ConeSolver",
+    "Iterate",
+    "Solver",
+    "Task",
+]

@@ -58,7 +58,9 @@ class ThreefoldKind(Kind):
         super().__init__(count, 3, 3)
 
     def inside(self, v: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        raise NotImplementedError("A cone that is not symmetric has no eigenvalues; start from `unit`.")
+        raise NotImplementedError(
+            "A cone that is not symmetric has no eigenvalues; start from `unit`."
+        )
 
     def at(self, s: Tensor, y: Tensor) -> ConeScaling:
         return ThreefoldScaling(self, s.movedim(-1, 0).contiguous(), y.movedim(-1, 0).contiguous())
@@ -93,7 +95,9 @@ class ThreefoldScaling(ConeScaling):
         away = mu * dual_mu - 1  # ds'dy = 3 mu away
         normal, other = _cross(y, shadow), _cross(s, barrier.gradient)
         length = (_inner(normal, barrier.solve(normal)) / mu).sqrt() / _inner(normal, other).abs()
-        rows = torch.stack([y / gap.sqrt(), offset / (3 * mu * away).sqrt(), other * length])  # (3, 3, B, count)
+        rows = torch.stack(
+            [y / gap.sqrt(), offset / (3 * mu * away).sqrt(), other * length]
+        )  # (3, 3, B, count)
         central = ~((away > CENTRAL) & torch.isfinite(length))
         if not s.is_cpu or bool(central.any()):
             rows = torch.where(central, _by_dual_hessian(barrier, s, y, gap, mu), rows)
@@ -114,11 +118,17 @@ class ThreefoldScaling(ConeScaling):
     def enlarge(self, x: Tensor) -> Tensor:
         return _apply(self.matrix, x)
 
-    def correction(self, d_s: Tensor, d_y: Tensor, ds: Tensor | None, dy: Tensor | None, sigma_mu: Tensor) -> Tensor:
+    def correction(
+        self, d_s: Tensor, d_y: Tensor, ds: Tensor | None, dy: Tensor | None, sigma_mu: Tensor
+    ) -> Tensor:
         if ds is None or dy is None:
-            raise ValueError("The third-order correction wants the predictor's step as it is, not scaled.")
+            raise ValueError(
+                "The third-order correction wants the predictor's step as it is, not scaled."
+            )
         a, b = dy.movedim(-1, 0), self.barrier.solve(ds.movedim(-1, 0))
-        shift = torch.addcmul(self.barrier.third(a, b) * -0.5, sigma_mu.squeeze(2), self.barrier.gradient)
+        shift = torch.addcmul(
+            self.barrier.third(a, b) * -0.5, sigma_mu.squeeze(2), self.barrier.gradient
+        )
         shift = torch.where(torch.isfinite(shift), shift, 0.0)
         return _apply(self.matrix.mT, shift.movedim(0, -1))
 
@@ -164,7 +174,9 @@ class ExponentialKind(ThreefoldKind):
         return cls(len(blocks))
 
     def unit(self, like: Tensor) -> Tensor:
-        point = torch.tensor([-1.051383945322714, 0.556409619469370, 1.258967884768947], dtype=like.dtype)
+        point = torch.tensor(
+            [-1.051383945322714, 0.556409619469370, 1.258967884768947], dtype=like.dtype
+        )
         return point.to(like.device).expand(self.count, 3)
 
     def barrier(self, y: Tensor) -> Barrier:
@@ -200,7 +212,9 @@ class ExponentialBarrier(Barrier):
         self.log = torch.log(-self.ratio)
         self.psi = v - u + u * self.log
         self.over = 1 / self.psi
-        self.gradient = torch.stack([-self.log * self.over - 1 / u, -self.over, (u * self.over - 1) / w])
+        self.gradient = torch.stack(
+            [-self.log * self.over - 1 / u, -self.over, (u * self.over - 1) / w]
+        )
 
     def value(self) -> Tensor:
         return -(self.psi.log() + (-self.u).log() + self.w.log())
@@ -266,7 +280,9 @@ class PowerKind(ThreefoldKind):
         t = 4 / torch.expm1(depth)
         for _ in range(NEWTON):
             left, right = t + at_a, t + at_b
-            value = 2 * (a * torch.log(left) + b * torch.log(right)) - torch.log(t * (t + 2)) - depth
+            value = (
+                2 * (a * torch.log(left) + b * torch.log(right)) - torch.log(t * (t + 2)) - depth
+            )
             slope = 2 * t * (a / left + b / right) - (2 * t + 2) / (t + 2)
             t = t * torch.exp((-value / slope).clamp(-3.0, 3.0))
         return torch.stack([-(a * t + 1 + a) / x, -(b * t + 1 + b) / y, z.sign() * t / height])
@@ -274,11 +290,15 @@ class PowerKind(ThreefoldKind):
     def primal_margin(self, s: Tensor) -> Tensor:
         a, b = self.weights(s)
         x, y, z = s.unbind()
-        return torch.minimum(torch.minimum(x, y), torch.exp(a * torch.log(x) + b * torch.log(y)) - z.abs())
+        return torch.minimum(
+            torch.minimum(x, y), torch.exp(a * torch.log(x) + b * torch.log(y)) - z.abs()
+        )
 
     def dual_margin(self, y: Tensor) -> Tensor:
         a, b = self.weights(y)
-        return self.primal_margin(y / torch.stack([a, b, torch.ones_like(a)]).view(3, *[1] * (y.ndim - 2), -1))
+        return self.primal_margin(
+            y / torch.stack([a, b, torch.ones_like(a)]).view(3, *[1] * (y.ndim - 2), -1)
+        )
 
 
 class PowerBarrier(Barrier):
@@ -308,7 +328,11 @@ class PowerBarrier(Barrier):
         total = (p * a / first + q * b / last) * 2
         # c / (1 - c (2a, 2b) D^-1 (2a, 2b)'), whose denominator tends to 0 near the boundary, expanded
         factor = (
-            r * (z.square() * self.over) * first * last / (8 * product * r.square() + (2 - 6 * product) * r - product)
+            r
+            * (z.square() * self.over)
+            * first
+            * last
+            / (8 * product * r.square() + (2 - 6 * product) * r - product)
         )
         total = 2 * total * factor
         p, q = torch.addcmul(p, a, total) / first, torch.addcmul(q, b, total) / last
@@ -322,14 +346,31 @@ class PowerBarrier(Barrier):
         l_a, l_b = left * p_a + right * q_a, left * p_b + right * q_b
         pp, qq = p_a * p_b, q_a * q_b
         second = l_a * l_b - left * pp - right * qq  # of phi, over phi
-        g_a, g_b = r * l_a - 2 * self.z * a3 * over, r * l_b - 2 * self.z * b3 * over  # of psi, over psi
+        g_a, g_b = (
+            r * l_a - 2 * self.z * a3 * over,
+            r * l_b - 2 * self.z * b3 * over,
+        )  # of psi, over psi
         along = r * second - 2 * a3 * b3 * over - 2 * g_a * g_b
         first = (
-            left * r * ((l_a - p_a) * g_b + (l_b - p_b) * g_a + along - (second - l_a * p_b - l_b * p_a + 2 * pp))
+            left
+            * r
+            * (
+                (l_a - p_a) * g_b
+                + (l_b - p_b) * g_a
+                + along
+                - (second - l_a * p_b - l_b * p_a + 2 * pp)
+            )
             - 2 * self.b * pp
         )
         last = (
-            right * r * ((l_a - q_a) * g_b + (l_b - q_b) * g_a + along - (second - l_a * q_b - l_b * q_a + 2 * qq))
+            right
+            * r
+            * (
+                (l_a - q_a) * g_b
+                + (l_b - q_b) * g_a
+                + along
+                - (second - l_a * q_b - l_b * q_a + 2 * qq)
+            )
             - 2 * self.a * qq
         )
         height = -2 * over * (a3 * g_b + b3 * g_a + self.z * along)
@@ -356,6 +397,8 @@ def _shorter(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _weights(alphas: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def _weights(
+    alphas: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
     a = torch.tensor(alphas, dtype=dtype).to(device)
     return a, 1 - a

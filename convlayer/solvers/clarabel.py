@@ -51,16 +51,23 @@ class Clarabel(Solver):
     cones: ClassVar[frozenset[str] | None] = frozenset(CONES)
     finest: ClassVar[float | None] = 1e-13
     # Two thirds of the time.
-    quick: ClassVar[Mapping[str, Any]] = {"iterative_refinement_enable": False, "equilibrate_enable": False}
+    quick: ClassVar[Mapping[str, Any]] = {
+        "iterative_refinement_enable": False,
+        "equilibrate_enable": False,
+    }
 
     def check(self, program: Program, options: Mapping[str, Any]) -> None:
         self.check_cones(program)
         # A program of one variable and one row, so that what only the solver itself can refuse is refused here.
         one, settings = sp.csc_matrix(np.ones((1, 1))), self._settings(1e-8, options)
         try:
-            clarabel.DefaultSolver(one, np.ones(1), one, np.ones(1), [clarabel.ZeroConeT(1)], settings)
+            clarabel.DefaultSolver(
+                one, np.ones(1), one, np.ones(1), [clarabel.ZeroConeT(1)], settings
+            )
         except Exception as error:  # a plain Exception is what Clarabel's binding raises
-            raise TypeError(f"Clarabel does not take these options, {dict(options)}: {error}") from error
+            raise TypeError(
+                f"Clarabel does not take these options, {dict(options)}: {error}"
+            ) from error
 
     def solve(self, task: Task) -> list[Iterate]:
         settings = self._settings(task.tolerance, task.options)
@@ -89,12 +96,18 @@ class Clarabel(Solver):
         settings.tol_feas = settings.tol_gap_abs = settings.tol_gap_rel = tolerance
         for option, value in options.items():
             if option.startswith("_") or option == "default" or not hasattr(settings, option):
-                known = sorted(name for name in dir(settings) if not name.startswith("_") and name != "default")
-                raise TypeError(f"Clarabel has no option `{option}`. It has: tolerance, {', '.join(known)}.")
+                known = sorted(
+                    name for name in dir(settings) if not name.startswith("_") and name != "default"
+                )
+                raise TypeError(
+                    f"Clarabel has no option `{option}`. It has: tolerance, {', '.join(known)}."
+                )
             try:
                 setattr(settings, option, value)
             except (TypeError, ValueError, OverflowError) as error:
-                raise TypeError(f"Clarabel's option `{option}` cannot be {value!r}: {error}") from error
+                raise TypeError(
+                    f"Clarabel's option `{option}` cannot be {value!r}: {error}"
+                ) from error
         return settings
 
     def _load(self, solver, task: Task, row: int, cones, settings):
@@ -122,6 +135,10 @@ def _seen(info) -> bool:
 
 def _iterate(result, time_limit: float) -> Iterate:
     status = STATUS.get(str(result.status), Status.NOT_CONVERGED)
-    stopped = status in (Status.INACCURATE, Status.NOT_CONVERGED) and result.solve_time >= time_limit
+    stopped = (
+        status in (Status.INACCURATE, Status.NOT_CONVERGED) and result.solve_time >= time_limit
+    )
     x, s, y = (np.array(part) for part in (result.x, result.s, result.z))
-    return Iterate(x, s, y, Status.NOT_CONVERGED if stopped else status, int(result.iterations), stopped)
+    return Iterate(
+        x, s, y, Status.NOT_CONVERGED if stopped else status, int(result.iterations), stopped
+    )

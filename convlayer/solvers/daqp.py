@@ -51,14 +51,21 @@ class Daqp(Solver):
         known = daqp.Model().settings
         for option, value in options.items():
             if option not in known:
-                raise TypeError(f"DAQP has no option `{option}`. It has: tolerance, {', '.join(sorted(known))}.")
+                raise TypeError(
+                    f"DAQP has no option `{option}`. It has: tolerance, {', '.join(sorted(known))}."
+                )
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"DAQP's option `{option}` cannot be {value!r}: it is a number.")
 
     def solve(self, task: Task) -> list[Iterate]:
         program = task.program
         proximal = {} if len(program.P_rows) else LINEAR
-        settings = {**SETTINGS, **proximal, "iter_limit": 1000 + STEPS * (program.n + program.m), **task.options}
+        settings = {
+            **SETTINGS,
+            **proximal,
+            "iter_limit": 1000 + STEPS * (program.n + program.m),
+            **task.options,
+        }
         equal = ~program.inequalities.numpy()
         sense = np.where(equal, EQUALITY, 0).astype(np.int32)
         P, A = _dense(task)
@@ -78,7 +85,9 @@ class Daqp(Solver):
                 found.append(_unconstrained(P[row % len(P)], q))
                 continue
             if model is None:
-                x, _, code, info = daqp.solve(P[row % len(P)], q, A[row % len(A)], b, lower[row], sense, **settings)
+                x, _, code, info = daqp.solve(
+                    P[row % len(P)], q, A[row % len(A)], b, lower[row], sense, **settings
+                )
             else:
                 if row:
                     model.update(f=q, bupper=b, blower=lower[row], sense=sense)

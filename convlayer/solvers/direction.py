@@ -80,9 +80,7 @@ class _Place:
         point = form.cones.at(s[:, :g], y[:, :g]) if g else None
         weight = Weight(orthant_y[:, :-1] / orthant_s[:, :-1], point)
         factor = _factorise(form, weight, K, SHIFTS.cones if g else SHIFTS.orthant)
-        return cls(
-            form, y, s, tau, kappa, orthant_y, orthant_s, Y * S, point, weight, *factor
-        )
+        return cls(form, y, s, tau, kappa, orthant_y, orthant_s, Y * S, point, weight, *factor)
 
     @property
     def cone_rows(self) -> int:
@@ -204,11 +202,11 @@ def _step(
 ) -> _Step:
     """tau's change, by the equation that is left for it, and the others by the ray.
 
-        pivot dtau = common - target_tau / tau + y''(s + pull - 2h) - bend'v        in the orthant
-                     - (W y')'(2 W^-T h - lambda - correction)                      in the cones
+    pivot dtau = common - target_tau / tau + y''(s + pull - 2h) - bend'v        in the orthant
+                 - (W y')'(2 W^-T h - lambda - correction)                      in the cones
 
-        dY = y + dtau y',   dS = -(target / Y + S / Y dY)
-        d_s = -(W^-T h + dtau W y'),   d_y = -(lambda + correction + d_s)
+    dY = y + dtau y',   dS = -(target / Y + S / Y dY)
+    d_s = -(W^-T h + dtau W y'),   d_y = -(lambda + correction + d_s)
     """
     g, slack = at.cone_rows, at.orthant_s[:, :-1]
     right = common
@@ -339,7 +337,9 @@ def _unless_broken(
     return dv, dY, dS, length
 
 
-def _factorise(form: Form, weight: Weight, K: Tensor, least: float) -> tuple[Tensor, Tensor, float | Tensor]:
+def _factorise(
+    form: Form, weight: Weight, K: Tensor, least: float
+) -> tuple[Tensor, Tensor, float | Tensor]:
     """LU of K (B, N, N), made quasidefinite by a shift of at least `least`, and the shift, a number or (B, 1).
 
     In K's own memory: fresh pages cost more than the arithmetic.
@@ -347,7 +347,10 @@ def _factorise(form: Form, weight: Weight, K: Tensor, least: float) -> tuple[Ten
     shift = _assemble(form, weight, K, least)
     # K is symmetric, and its transpose in the column order that LAPACK wants.
     lu = K.mT
-    pivots, info = (torch.empty(shape, dtype=torch.int32, device=K.device) for shape in (lu.shape[:2], lu.shape[:1]))
+    pivots, info = (
+        torch.empty(shape, dtype=torch.int32, device=K.device)
+        for shape in (lu.shape[:2], lu.shape[:1])
+    )
     torch.linalg.lu_factor_ex(lu, out=(lu, pivots, info))
     if lu.is_cpu and pivots.numel() and int(pivots.min()) < 1:  # see `lu_factor`
         _assemble(form, weight, K, least)
@@ -361,7 +364,11 @@ def _assemble(form: Form, weight: Weight, K: Tensor, least: float) -> float | Te
     K.copy_(form.base)
     form.add_weighted(K, weight)
     diagonal = K.diagonal(dim1=1, dim2=2)
-    shift = (SHIFTS.blur * diagonal.amax(1, keepdim=True)).clamp(min=least) if form.cones.rows else least
+    shift = (
+        (SHIFTS.blur * diagonal.amax(1, keepdim=True)).clamp(min=least)
+        if form.cones.rows
+        else least
+    )
     if form.n == K.shape[1]:
         diagonal += shift
     else:
@@ -374,14 +381,22 @@ def starting_point(form: Form, K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The point with H = I, y + s = 0, both shifted inside; with cones that are not symmetric, the central point of each cone."""
     one = form.b.new_ones(len(form.b), 1)
     if not form.cones.symmetric:
-        centre = torch.cat([form.cones.unit(form.b), torch.ones_like(form.b[:, form.cones.rows :]), one], 1)
+        centre = torch.cat(
+            [form.cones.unit(form.b), torch.ones_like(form.b[:, form.cones.rows :]), one], 1
+        )
         return torch.zeros_like(form.c), centre, centre.clone()
     point = form.cones.at_unit(form.b) if form.cones.rows else None
-    lu, pivots, _ = _factorise(form, Weight(torch.ones_like(form.b[:, form.cones.rows :]), point), K, SHIFTS.start)
+    lu, pivots, _ = _factorise(
+        form, Weight(torch.ones_like(form.b[:, form.cones.rows :]), point), K, SHIFTS.start
+    )
     right = form.At_times(form.b.unsqueeze(1)).squeeze(1) - form.c
     v = torch.linalg.lu_solve(lu, pivots, right.unsqueeze(2)).squeeze(2)
     y = form.A_times(v.unsqueeze(1)).squeeze(1) - form.b
-    return v, torch.cat([_inside(y, form.cones), one], 1), torch.cat([_inside(-y, form.cones), one], 1)
+    return (
+        v,
+        torch.cat([_inside(y, form.cones), one], 1),
+        torch.cat([_inside(-y, form.cones), one], 1),
+    )
 
 
 def _inside(v: Tensor, cones: Cones) -> Tensor:

@@ -33,7 +33,9 @@ class Form(ABC):
 
     def rows(self, index: Tensor):
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        chosen: dict[str, Any] = {name: take_rows(v, index) for name, v in parts.items() if isinstance(v, Tensor)}
+        chosen: dict[str, Any] = {
+            name: take_rows(v, index) for name, v in parts.items() if isinstance(v, Tensor)
+        }
         return replace(self, **chosen)
 
     @property
@@ -73,7 +75,9 @@ class PrimalForm(Form):
     pairs: Pairs | None
 
     @classmethod
-    def of(cls, P: Tensor, q: Tensor, C: Tensor, b: Tensor, p: int, cones: Cones, pairs: Pairs | None) -> PrimalForm:
+    def of(
+        cls, P: Tensor, q: Tensor, C: Tensor, b: Tensor, p: int, cones: Cones, pairs: Pairs | None
+    ) -> PrimalForm:
         n, E, A, e = P.shape[1], C[:, :p], C[:, p:], b[:, :p]
         base, c, gradient = P, q, q
         if p:
@@ -85,13 +89,30 @@ class PrimalForm(Form):
             entries, flat = A[:, pairs.rows, pairs.columns], C.flatten(1)
             terms = flat.index_select(1, pairs.left) * flat.index_select(1, pairs.right)
         At = A.mT.contiguous()
-        return cls(base, c, b[:, p:], gradient, c.abs(), b[:, p:].abs(), n, curved, cones, A, At, entries, terms, pairs)
+        return cls(
+            base,
+            c,
+            b[:, p:],
+            gradient,
+            c.abs(),
+            b[:, p:].abs(),
+            n,
+            curved,
+            cones,
+            A,
+            At,
+            entries,
+            terms,
+            pairs,
+        )
 
     def A_times(self, v: Tensor) -> Tensor:
         if self.pairs is not None:
             into = v.new_zeros(*v.shape[:2], self.A.shape[1])
             return into.index_add_(
-                2, self.pairs.rows, v.index_select(2, self.pairs.columns) * self.entries.unsqueeze(1)
+                2,
+                self.pairs.rows,
+                v.index_select(2, self.pairs.columns) * self.entries.unsqueeze(1),
             )
         return row_products(v[..., : self.n] if v.shape[2] > self.n else v, self.At)
 
@@ -99,7 +120,9 @@ class PrimalForm(Form):
         if self.pairs is not None:
             into = y.new_zeros(*y.shape[:2], self.c.shape[1])
             return into.index_add_(
-                2, self.pairs.columns, y.index_select(2, self.pairs.rows) * self.entries.unsqueeze(1)
+                2,
+                self.pairs.columns,
+                y.index_select(2, self.pairs.rows) * self.entries.unsqueeze(1),
             )
         found, p = row_products(y, self.A), self.c.shape[1] - self.n
         return torch.constant_pad_nd(found, (0, p)) if p else found
@@ -149,7 +172,9 @@ class DualForm(Form):
         weight.add_to(K[:, self.free :, self.free :])
 
     def ray_error(self, v: Tensor) -> Tensor:
-        return row_products(v.unsqueeze(1), self.C).squeeze(1).abs().sum(1, keepdim=True) * self.size
+        return (
+            row_products(v.unsqueeze(1), self.C).squeeze(1).abs().sum(1, keepdim=True) * self.size
+        )
 
 
 def row_products(rows: Tensor, matrix: Tensor) -> Tensor:
@@ -174,9 +199,9 @@ class EmbeddingResidual(NamedTuple):
 def embedding_residual(form: Form, v: Tensor, Y: Tensor, S: Tensor) -> EmbeddingResidual:
     """Of the embedding's equations at v (B, N), Y = (y, tau) and S = (s, kappa) (B, l + 1):
 
-        r_v    =  base v + A'y + c tau
-        r_s    =  A v + s - b tau
-        r_tau  =  q'x + e'u + b'y + x'Px / tau + kappa
+    r_v    =  base v + A'y + c tau
+    r_s    =  A v + s - b tau
+    r_tau  =  q'x + e'u + b'y + x'Px / tau + kappa
     """
     n, l = form.n, form.b.shape[1]
     (y, tau), (s, kappa) = Y.split_with_sizes((l, 1), 1), S.split_with_sizes((l, 1), 1)

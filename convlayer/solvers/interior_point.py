@@ -137,7 +137,9 @@ def _step_flops(program: Program) -> float:
 def _blank(batch: int, n: int, m: int, device: torch.device) -> Points:
     x, s, y = (torch.zeros(batch, k, dtype=torch.float64, device=device) for k in (n, m, m))
     status = torch.full((batch,), int(Status.NOT_CONVERGED), device=device)
-    return Points(x, s, y, status, torch.zeros_like(status), torch.zeros_like(status, dtype=torch.bool))
+    return Points(
+        x, s, y, status, torch.zeros_like(status), torch.zeros_like(status, dtype=torch.bool)
+    )
 
 
 def _put(answer: Points, index: Tensor, other: Points) -> None:
@@ -158,12 +160,18 @@ class Ends:
         """From now on."""
         for option in options:
             if option not in ("max_iter", "time_limit"):
-                raise TypeError(f"Solver interior_point has no option `{option}`. It has: tolerance, max_iter, time_limit.")
+                raise TypeError(
+                    f"Solver interior_point has no option `{option}`. It has: tolerance, max_iter, time_limit."
+                )
         limit, seconds = options.get("max_iter", ITERATIONS), options.get("time_limit", math.inf)
         if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-            raise TypeError(f"interior_point's option `max_iter` cannot be {limit!r}: it is a positive integer.")
+            raise TypeError(
+                f"interior_point's option `max_iter` cannot be {limit!r}: it is a positive integer."
+            )
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
-            raise TypeError(f"interior_point's option `time_limit` cannot be {seconds!r}: it is a positive number of seconds, for a batch.")
+            raise TypeError(
+                f"interior_point's option `time_limit` cannot be {seconds!r}: it is a positive number of seconds, for a batch."
+            )
         return cls(limit, time.monotonic() + seconds)
 
     @property
@@ -188,20 +196,32 @@ def solve_data(data: Data, tolerance: float, ends: Ends = UNLIMITED) -> Points:
         C, b = C[:, order], b[:, order]
     parts, cones = (dense_P(data), q, C, b), row_order.cones()
     by_dual, factor = torch.zeros(rows, dtype=torch.bool, device=device), C
-    if program.m and cones.symmetric and _dual_is_cheaper(program.n, row_order.free, program.m - row_order.free):
+    if (
+        program.m
+        and cones.symmetric
+        and _dual_is_cheaper(program.n, row_order.free, program.m - row_order.free)
+    ):
         by_dual, factor = _invertible(parts[0], q, C)
         by_dual = by_dual.expand(rows)
     index = torch.nonzero(by_dual).flatten()
     if len(index):
         mine = [_rows(part, index, rows) for part in (*parts, factor)]
-        _put(answer, index, _by_dual(*mine, p=row_order.free, cones=cones, tolerance=tolerance, ends=ends))
+        _put(
+            answer,
+            index,
+            _by_dual(*mine, p=row_order.free, cones=cones, tolerance=tolerance, ends=ends),
+        )
     # Where the dual falters, as with a certificate that its squared matrix G blurs, the primal is tried.
     index = torch.nonzero(is_unsettled(answer.status) & ~answer.late).flatten()
     if len(index):
         mine = [_rows(part, index, rows) for part in parts]
         pairs = None if row_order.pairs is None else row_order.pairs.to(device)
         _put(
-            answer, index, _by_primal(*mine, p=row_order.free, cones=cones, pairs=pairs, tolerance=tolerance, ends=ends)
+            answer,
+            index,
+            _by_primal(
+                *mine, p=row_order.free, cones=cones, pairs=pairs, tolerance=tolerance, ends=ends
+            ),
         )
     if order is not None:
         s, y = torch.empty_like(answer.s), torch.empty_like(answer.y)
@@ -219,7 +239,10 @@ def _invertible(P: Tensor, q: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     factor, info = torch.linalg.cholesky_ex(P)
     pivots = factor.diagonal(dim1=1, dim2=2)
     sound = (info == 0) & (pivots.amin(1) >= BY_DUAL.pivots * pivots.amax(1))
-    return sound & (largest_entry(row_products(_solve_P(factor, q).unsqueeze(1), C.mT).squeeze(1)).squeeze(1) <= BY_DUAL.growth), factor
+    return sound & (
+        largest_entry(row_products(_solve_P(factor, q).unsqueeze(1), C.mT).squeeze(1)).squeeze(1)
+        <= BY_DUAL.growth
+    ), factor
 
 
 def _rows(values: Tensor, index: Tensor, rows: int) -> Tensor:
@@ -251,7 +274,16 @@ def _by_primal(
 
 
 def _by_dual(
-    P: Tensor, q: Tensor, C: Tensor, b: Tensor, factor: Tensor, *, p: int, cones: Cones, tolerance: float, ends: Ends
+    P: Tensor,
+    q: Tensor,
+    C: Tensor,
+    b: Tensor,
+    factor: Tensor,
+    *,
+    p: int,
+    cones: Cones,
+    tolerance: float,
+    ends: Ends,
 ) -> Points:
     """The same by the dual, with the Cholesky factor of P."""
     V = torch.linalg.solve_triangular(factor, C.mT, upper=False)
@@ -274,10 +306,15 @@ def _size(b: Tensor) -> Tensor:
     return torch.where(size < 1e7, size, 0.0).sum(1, keepdim=True).clamp(min=1.0)
 
 
-def _judge(form: Form, r: EmbeddingResidual, v: Tensor, Y: Tensor, S: Tensor, tolerance: float) -> tuple[Tensor, ...]:
+def _judge(
+    form: Form, r: EmbeddingResidual, v: Tensor, Y: Tensor, S: Tensor, tolerance: float
+) -> tuple[Tensor, ...]:
     """(status (B, 1), its error (B, 1), scale (B, 1) by which the point is to be divided)"""
     n, tau, kappa = form.n, Y[:, -1:], S[:, -1:]
-    x_size, y_size = torch.maximum(largest_entry(v[:, :n]), tau), torch.maximum(largest_entry(v[:, n:]), largest_entry(Y))
+    x_size, y_size = (
+        torch.maximum(largest_entry(v[:, :n]), tau),
+        torch.maximum(largest_entry(v[:, n:]), largest_entry(Y)),
+    )
     dual = largest_entry(r.v[:, :n] / torch.addcmul(y_size, form.c_size[:, :n], tau))
     equal = largest_entry(r.v[:, n:] / torch.addcmul(x_size, form.c_size[:, n:], tau))
     primal = largest_entry(r.s / torch.addcmul(x_size, form.b_size, tau))
@@ -296,7 +333,8 @@ def _judge(form: Form, r: EmbeddingResidual, v: Tensor, Y: Tensor, S: Tensor, to
         errors += [] if r.Px is None else [largest_entry(r.Px)]
         unbounded = torch.stack(errors).amax(0) <= share * ray_gain
         infeasible, unbounded = (
-            (kappa > ENDINGS.doubt * tau) & claim for claim in (infeasible & (gain > 0), unbounded & (ray_gain > 0))
+            (kappa > ENDINGS.doubt * tau) & claim
+            for claim in (infeasible & (gain > 0), unbounded & (ray_gain > 0))
         )
         status = torch.where(unbounded, int(Status.UNBOUNDED), status)
         status = torch.where(infeasible, int(Status.INFEASIBLE), status)
@@ -311,16 +349,29 @@ def _embedding(form: Form, tolerance: float, ends: Ends) -> list[Tensor]:
     enough of them are there for the batch to be closed up. On the host it is asked after every step whether a row has; elsewhere
     asking waits for all the work so far, and is done now and then.
     """
-    batch, (N, l), device, limit = len(form.c), (form.c.shape[1], form.b.shape[1]), form.c.device, ends.iterations
+    batch, (N, l), device, limit = (
+        len(form.c),
+        (form.c.shape[1], form.b.shape[1]),
+        form.c.device,
+        ends.iterations,
+    )
     answer = [form.c.new_zeros(batch, k) for k in (N, l, l)]
-    answer += [torch.full((batch,), value, device=device) for value in (int(Status.NOT_CONVERGED), limit, False)]
-    live, running = torch.arange(batch, device=device), torch.ones(batch, 1, dtype=torch.bool, device=device)
+    answer += [
+        torch.full((batch,), value, device=device)
+        for value in (int(Status.NOT_CONVERGED), limit, False)
+    ]
+    live, running = (
+        torch.arange(batch, device=device),
+        torch.ones(batch, 1, dtype=torch.bool, device=device),
+    )
     record, best, on_host = answer, form.c.new_full((batch, 1), torch.inf), device.type == "cpu"
     K = form.c.new_empty(batch, N, N)
     v, Y, S = starting_point(form, K)
     length = v.new_ones(batch, 1)
     work, finished = current(), 0
-    near = ENDINGS.almost if form.cones.rows else tolerance  # with cones a later point may be worse, and every one is looked at
+    near = (
+        ENDINGS.almost if form.cones.rows else tolerance
+    )  # with cones a later point may be worse, and every one is looked at
     for iteration in range(limit + 1):
         work.note(f"iteration {iteration}")
         r = embedding_residual(form, v, Y, S)
@@ -335,13 +386,20 @@ def _embedding(form: Form, tolerance: float, ends: Ends) -> list[Tensor]:
             status, error, scale = _judge(form, r, v, Y, S, tolerance)
             done = (status < Status.NOT_CONVERGED) & (status != Status.INACCURATE)
             better = running & (done | (error < best))
-            over = running & (done | stuck | ((best <= ENDINGS.almost) & (error > ENDINGS.worse * best)))
+            over = running & (
+                done | stuck | ((best <= ENDINGS.almost) & (error > ENDINGS.worse * best))
+            )
             best = torch.where(better, error, best)
             now = (v / scale, S[:, :l] / scale, Y[:, :l] / scale)
-            record = [torch.where(better, new, old) for new, old in zip(now, record[:3], strict=True)] + [
+            record = [
+                torch.where(better, new, old) for new, old in zip(now, record[:3], strict=True)
+            ] + [
                 torch.where(mask.squeeze(1), new, old)
                 for mask, new, old in zip(
-                    (better, over), (status.squeeze(1), torch.full_like(live, iteration)), record[3:5], strict=True
+                    (better, over),
+                    (status.squeeze(1), torch.full_like(live, iteration)),
+                    record[3:5],
+                    strict=True,
                 )
             ]
             if late:

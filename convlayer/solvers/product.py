@@ -30,7 +30,9 @@ def _kinds() -> dict[str, type[Kind]]:
     """By the cone's name, in the order of their rows: whatever scaling there is, the symmetric
     first."""
     found = (kind for module in (scalings, barriers) for kind in vars(module).values())
-    own = [kind for kind in found if isclass(kind) and issubclass(kind, Kind) and "cone" in vars(kind)]
+    own = [
+        kind for kind in found if isclass(kind) and issubclass(kind, Kind) and "cone" in vars(kind)
+    ]
     return {kind.cone.name: kind for kind in own}
 
 
@@ -62,12 +64,21 @@ class RowOrder:
         for block in program.cones.blocks:
             members.setdefault(_key(block), []).append(block)
         keys = sorted(members, key=lambda key: (ORDER.index(key[0]), key[1]))
-        rows = [np.arange(block.start, block.start + block.size) for key in keys for block in members[key]]
+        rows = [
+            np.arange(block.start, block.start + block.size)
+            for key in keys
+            for block in members[key]
+        ]
         order = np.concatenate(rows) if rows else np.zeros(0, np.int64)
         runs = [(key[0], members[key]) for key in keys if key[0] in KINDS]
         free = sum(block.size for block in members.get((Zero.name, 0), []))
         same = bool((np.diff(order) == 1).all())
-        return cls(None if same else torch.from_numpy(order), free, runs, Pairs.of(program, order, free, runs))
+        return cls(
+            None if same else torch.from_numpy(order),
+            free,
+            runs,
+            Pairs.of(program, order, free, runs),
+        )
 
     def cones(self) -> Cones:
         return Cones([KINDS[name].of(blocks) for name, blocks in self.runs])
@@ -98,11 +109,17 @@ class Pairs(NamedTuple):
     columns: Tensor  # (nnz,)
 
     @classmethod
-    def of(cls, program: Program, order: np.ndarray, free: int, runs: list[tuple[str, list[Block]]]) -> Pairs | None:
+    def of(
+        cls, program: Program, order: np.ndarray, free: int, runs: list[tuple[str, list[Block]]]
+    ) -> Pairs | None:
         m, n = program.m, program.n
         sizes = np.concatenate(
             [np.full(len(blocks), blocks[0].size) for _, blocks in runs]
-            + [np.ones(m - free - sum(block.size for _, blocks in runs for block in blocks), np.int64)]
+            + [
+                np.ones(
+                    m - free - sum(block.size for _, blocks in runs for block in blocks), np.int64
+                )
+            ]
         ).astype(np.int64)
         block_of_row = np.repeat(np.arange(len(sizes)), sizes)
         place = np.empty(m, np.int64)
@@ -131,7 +148,12 @@ class Pairs(NamedTuple):
         source = offset[b] + (row[left] - start[b]) * sizes[b] + row[right] - start[b]
         target = column[left] * n + column[right]
         sorting = np.argsort(target, kind="stable")
-        parts = ((row[left] + free) * n + column[left], (row[right] + free) * n + column[right], source, target)
+        parts = (
+            (row[left] + free) * n + column[left],
+            (row[right] + free) * n + column[right],
+            source,
+            target,
+        )
         found = [part[sorting] for part in parts] + [row, column]
         return cls(*(torch.from_numpy(np.ascontiguousarray(part)) for part in found))
 
@@ -152,7 +174,9 @@ class Cones:
     def split(self, x: Tensor) -> list[Tensor]:
         """(B, ..., rows) -> (B, ..., count, size) for each kind."""
         parts = x.split_with_sizes(self.sizes, -1) if len(self.kinds) > 1 else (x,)
-        return [part.unflatten(-1, (kind.count, kind.size)) for part, kind in zip(parts, self.kinds)]
+        return [
+            part.unflatten(-1, (kind.count, kind.size)) for part, kind in zip(parts, self.kinds)
+        ]
 
     def unit(self, like: Tensor) -> Tensor:
         """(B, rows)"""
@@ -160,7 +184,9 @@ class Cones:
         return torch.cat(parts).expand(len(like), -1) if parts else like[:, :0]
 
     def at(self, s: Tensor, y: Tensor) -> ScaledPoint:
-        return ScaledPoint(self, [k.at(s, y) for k, s, y in zip(self.kinds, self.split(s), self.split(y))])
+        return ScaledPoint(
+            self, [k.at(s, y) for k, s, y in zip(self.kinds, self.split(s), self.split(y))]
+        )
 
     def at_unit(self, like: Tensor) -> ScaledPoint:
         """The point with H = I."""
@@ -175,7 +201,9 @@ class Cones:
 
         def back(new: Tensor) -> Tensor:
             parts = new.split_with_sizes(sizes, 1)
-            return torch.cat([kind(part).flatten(1) for (_, kind), part in zip(found, parts)] + [parts[-1]], 1)
+            return torch.cat(
+                [kind(part).flatten(1) for (_, kind), part in zip(found, parts)] + [parts[-1]], 1
+            )
 
         return torch.cat(values, 1), back
 
@@ -188,7 +216,9 @@ class ScaledPoint:
 
     def weigh(self, x: Tensor) -> Tensor:
         """H^-1 x, (B or 1, k, rows) -> (B, k, rows)."""
-        return _joined([scaling.weigh(part) for scaling, part in zip(self.scalings, self.cones.split(x))], 2)
+        return _joined(
+            [scaling.weigh(part) for scaling, part in zip(self.scalings, self.cones.split(x))], 2
+        )
 
     @property
     def scaled(self) -> Tensor:
@@ -197,13 +227,19 @@ class ScaledPoint:
 
     def reduce(self, x: Tensor) -> Tensor:
         """W^-T x, (B, k, rows)."""
-        return _joined([scaling.reduce(part) for scaling, part in zip(self.scalings, self.cones.split(x))], 2)
+        return _joined(
+            [scaling.reduce(part) for scaling, part in zip(self.scalings, self.cones.split(x))], 2
+        )
 
     def enlarge(self, x: Tensor) -> Tensor:
         """W^-1 x, (B, rows)."""
-        return _joined([scaling.enlarge(part) for scaling, part in zip(self.scalings, self.cones.split(x))], 1)
+        return _joined(
+            [scaling.enlarge(part) for scaling, part in zip(self.scalings, self.cones.split(x))], 1
+        )
 
-    def correction(self, d_s: Tensor, d_y: Tensor, ds: Tensor | None, dy: Tensor, sigma_mu: Tensor) -> Tensor:
+    def correction(
+        self, d_s: Tensor, d_y: Tensor, ds: Tensor | None, dy: Tensor, sigma_mu: Tensor
+    ) -> Tensor:
         """(B, rows), of the predictor in scaled terms and, where a cone is not symmetric, in its own; sigma_mu (B, 1)."""
         split, sigma_mu = self.cones.split, sigma_mu.unsqueeze(2)
         plain = [split(ds), split(dy)] if ds is not None else [[None] * len(self.scalings)] * 2
@@ -228,7 +264,9 @@ class ScaledPoint:
         for scaling, kind in zip(self.scalings, self.cones.kinds):
             end = start + kind.count * kind.size
             blocks = (
-                K[:, start:end, start:end].unflatten(1, (kind.count, kind.size)).unflatten(3, (kind.count, kind.size))
+                K[:, start:end, start:end]
+                .unflatten(1, (kind.count, kind.size))
+                .unflatten(3, (kind.count, kind.size))
             )
             blocks.diagonal(dim1=1, dim2=3).add_(scaling.inverse().movedim(1, -1))
             start = end
@@ -247,11 +285,19 @@ class Weight:
             return x * self.w.unsqueeze(1)
         g = self.point.cones.rows
         weighed = self.point.weigh(x[..., :g])
-        return torch.cat([weighed, x[..., g:] * self.w.unsqueeze(1)], 2) if self.w.shape[1] else weighed
+        return (
+            torch.cat([weighed, x[..., g:] * self.w.unsqueeze(1)], 2)
+            if self.w.shape[1]
+            else weighed
+        )
 
     def flat(self) -> Tensor:
         """(B, .) as `Pairs` wants it."""
-        blocks = [] if self.point is None else [scaling.inverse().flatten(1) for scaling in self.point.scalings]
+        blocks = (
+            []
+            if self.point is None
+            else [scaling.inverse().flatten(1) for scaling in self.point.scalings]
+        )
         return torch.cat([self.w, *blocks], 1) if blocks else self.w
 
     def add_to(self, K: Tensor) -> None:

@@ -57,7 +57,9 @@ class ConeScaling(ABC):
         """W^-1 x, (B, count, size)."""
 
     @abstractmethod
-    def correction(self, d_s: Tensor, d_y: Tensor, ds: Tensor | None, dy: Tensor | None, sigma_mu: Tensor) -> Tensor:
+    def correction(
+        self, d_s: Tensor, d_y: Tensor, ds: Tensor | None, dy: Tensor | None, sigma_mu: Tensor
+    ) -> Tensor:
         """What the corrector's d_s + d_y = -(lambda + correction) adds, of the predictor; sigma_mu is (B, 1, 1)."""
 
     @abstractmethod
@@ -188,7 +190,9 @@ class SecondOrderScaling(ConeScaling):
         first = torch.addcmul(inner, w0, head)
         return torch.cat([first, torch.addcmul(tail, torch.addcmul(head, inner, near), w1)], -1)
 
-    def correction(self, a: Tensor, b: Tensor, ds: Tensor | None, dy: Tensor | None, sigma_mu: Tensor) -> Tensor:
+    def correction(
+        self, a: Tensor, b: Tensor, ds: Tensor | None, dy: Tensor | None, sigma_mu: Tensor
+    ) -> Tensor:
         a0, a1, b0, b1 = a[..., :1], a[..., 1:], b[..., :1], b[..., 1:]
         c0 = (a * b).sum(-1, keepdim=True) - sigma_mu
         c1 = torch.addcmul(a0 * b1, b0, a1)
@@ -198,10 +202,17 @@ class SecondOrderScaling(ConeScaling):
 
     def worst(self, d_s: Tensor, d_y: Tensor) -> Tensor:
         both = torch.stack([d_y, d_s], 1)
-        head, tail, h, t = both[..., :1], both[..., 1:], self.unit_head.unsqueeze(1), self.unit_tail.unsqueeze(1)
+        head, tail, h, t = (
+            both[..., :1],
+            both[..., 1:],
+            self.unit_head.unsqueeze(1),
+            self.unit_tail.unsqueeze(1),
+        )
         first = h * head - (t * tail).sum(-1, keepdim=True)
         rest = tail - (first + head) / (h + 1) * t
-        least = (first - torch.linalg.vector_norm(rest, dim=-1, keepdim=True)) / self.size.unsqueeze(1)
+        least = (
+            first - torch.linalg.vector_norm(rest, dim=-1, keepdim=True)
+        ) / self.size.unsqueeze(1)
         return least.flatten(1).amin(1, keepdim=True)
 
 
@@ -231,7 +242,9 @@ class PsdKind(Kind):
         values, vectors = _eigh(smat(v))
 
         def back(values: Tensor) -> Tensor:
-            return svec((vectors * values.unflatten(1, (self.count, self.n)).unsqueeze(-2)) @ vectors.mT)
+            return svec(
+                (vectors * values.unflatten(1, (self.count, self.n)).unsqueeze(-2)) @ vectors.mT
+            )
 
         return values.flatten(1), back
 
@@ -282,7 +295,9 @@ class PsdScaling(ConeScaling):
     def enlarge(self, x: Tensor) -> Tensor:
         return torch.matmul(x.unsqueeze(-2), self.back).squeeze(-2)
 
-    def correction(self, a: Tensor, b: Tensor, ds: Tensor | None, dy: Tensor | None, sigma_mu: Tensor) -> Tensor:
+    def correction(
+        self, a: Tensor, b: Tensor, ds: Tensor | None, dy: Tensor | None, sigma_mu: Tensor
+    ) -> Tensor:
         product = smat(a) @ smat(b)
         product = (product + product.mT) / 2
         product.diagonal(dim1=-2, dim2=-1).sub_(sigma_mu)
@@ -306,7 +321,11 @@ def _congruence(R: Tensor, layout: _Layout) -> Tensor:
 def _sound(matrix: Tensor) -> Tensor:
     """The identity where a matrix is not finite or too large: LAPACK raises for the whole batch."""
     size = matrix.abs().amax((-2, -1), keepdim=True)
-    return torch.where(size < LARGEST, matrix, torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device))
+    return torch.where(
+        size < LARGEST,
+        matrix,
+        torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device),
+    )
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -70,7 +70,9 @@ class SCS(Solver):
     def check(self, program: Program, options: Mapping[str, Any]) -> None:
         self.check_cones(program)
         if not program.m:
-            raise ValueError("SCS needs at least one constraint, and this problem has none; use solver='clarabel'.")
+            raise ValueError(
+                "SCS needs at least one constraint, and this problem has none; use solver='clarabel'."
+            )
         probe = {"A": sp.csc_matrix(np.ones((1, 1))), "b": np.ones(1), "c": np.ones(1)}
         for option, value in options.items():
             if option in ("write_data_filename", "log_csv_filename"):
@@ -83,7 +85,12 @@ class SCS(Solver):
                 ) from error
 
     def solve(self, task: Task) -> list[Iterate]:
-        settings = {"verbose": False, "eps_abs": task.tolerance, "eps_rel": task.tolerance, **task.options}
+        settings = {
+            "verbose": False,
+            "eps_abs": task.tolerance,
+            "eps_rel": task.tolerance,
+            **task.options,
+        }
         order = svec_order(task.program)
         cone = _cone(task.program)
         solver, iterates = None, []
@@ -95,7 +102,9 @@ class SCS(Solver):
                 solver.update(b[order], q)
             else:
                 P, q, A, b = task.matrices(row)
-                solver = scs.SCS({"P": P, "A": A[order].tocsc(), "b": b[order], "c": q}, cone, **settings)
+                solver = scs.SCS(
+                    {"P": P, "A": A[order].tocsc(), "b": b[order], "c": q}, cone, **settings
+                )
             iterates.append(_iterate(_run(solver, task, row, order), order))
         return iterates
 
@@ -107,7 +116,9 @@ def svec_order(program: Program) -> np.ndarray:
         if block.name == Psd.name:
             k = int(block.parameter or 0)
             column, row = np.triu_indices(k)  # SCS's order: column by column, downwards
-            order[block.start : block.start + block.size] = block.start + row * (row + 1) // 2 + column
+            order[block.start : block.start + block.size] = (
+                block.start + row * (row + 1) // 2 + column
+            )
     return order
 
 
@@ -131,5 +142,10 @@ def _iterate(result: dict[str, Any], order: np.ndarray) -> Iterate:
     info = result["info"]
     if info["status_val"] == scs.SIGINT:  # it hears Ctrl-C itself, and Python does not
         raise KeyboardInterrupt
-    status, stopped = STATUS.get(info["status_val"], Status.NOT_CONVERGED), "time_limit" in info["status"]
-    return Iterate(result["x"], s, y, Status.NOT_CONVERGED if stopped else status, int(info["iter"]), stopped)
+    status, stopped = (
+        STATUS.get(info["status_val"], Status.NOT_CONVERGED),
+        "time_limit" in info["status"],
+    )
+    return Iterate(
+        result["x"], s, y, Status.NOT_CONVERGED if stopped else status, int(info["iter"]), stopped
+    )

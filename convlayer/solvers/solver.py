@@ -107,19 +107,34 @@ class Points(NamedTuple):
     @property
     def late(self) -> Tensor:
         """(B,) whether a time limit ended the row."""
-        return torch.zeros_like(self.status, dtype=torch.bool) if self.stopped is None else self.stopped
+        return (
+            torch.zeros_like(self.status, dtype=torch.bool)
+            if self.stopped is None
+            else self.stopped
+        )
 
     @classmethod
     def stacked(cls, iterates: list[Iterate], program: Program) -> Points:
         x, s, y = (
             torch.from_numpy(
-                np.array([getattr(it, name) for it in iterates], dtype=np.float64).reshape(len(iterates), size)
+                np.array([getattr(it, name) for it in iterates], dtype=np.float64).reshape(
+                    len(iterates), size
+                )
             )
             for name, size in (("x", program.n), ("s", program.m), ("y", program.m))
         )
-        status, iterations = (torch.tensor([int(getattr(it, k)) for it in iterates]) for k in ("status", "iterations"))
+        status, iterations = (
+            torch.tensor([int(getattr(it, k)) for it in iterates]) for k in ("status", "iterations")
+        )
         stopped = [it.stopped for it in iterates]
-        return cls(x, s, y, status, iterations, torch.tensor(stopped, dtype=torch.bool) if any(stopped) else None)
+        return cls(
+            x,
+            s,
+            y,
+            status,
+            iterations,
+            torch.tensor(stopped, dtype=torch.bool) if any(stopped) else None,
+        )
 
 
 class ConeSolver(ABC):
@@ -127,14 +142,24 @@ class ConeSolver(ABC):
     gap to be reached."""
 
     name: ClassVar[str]
-    cones: ClassVar[frozenset[str] | None] = None  # the kinds of cones it takes; None: it says so in `check` itself
+    cones: ClassVar[frozenset[str] | None] = (
+        None  # the kinds of cones it takes; None: it says so in `check` itself
+    )
     programs: ClassVar[str] = "some kinds of cones"  # those that it takes, in words
-    manner: ClassVar[str] = ""  # how it works, in words, where it may be chosen for being the cheapest
+    manner: ClassVar[str] = (
+        ""  # how it works, in words, where it may be chosen for being the cheapest
+    )
     precise: ClassVar[bool] = True  # its points are close enough to verify others by
     warm_starts: ClassVar[bool] = False  # whether Task.start is made use of
-    at_vertex: ClassVar[bool] = False  # of multipliers that are not unique it gives an extreme one, not a central one
-    finest: ClassVar[float | None] = None  # a tolerance worth a second attempt where the polish did not settle
-    quick: ClassVar[Mapping[str, Any]] = {}  # options for a first attempt at data in good units, whose answer will be polished
+    at_vertex: ClassVar[bool] = (
+        False  # of multipliers that are not unique it gives an extreme one, not a central one
+    )
+    finest: ClassVar[float | None] = (
+        None  # a tolerance worth a second attempt where the polish did not settle
+    )
+    quick: ClassVar[
+        Mapping[str, Any]
+    ] = {}  # options for a first attempt at data in good units, whose answer will be polished
 
     def check(self, program: Program, options: Mapping[str, Any]) -> None:
         """Raise ValueError for a program the solver cannot take, TypeError for an option it does not have."""
@@ -144,7 +169,11 @@ class ConeSolver(ABC):
 
     def check_cones(self, program: Program) -> None:
         """ValueError: the program has a cone of a kind that the solver does not take."""
-        others = sorted({block.name for block in program.cones.blocks} - self.cones) if self.cones is not None else []
+        others = (
+            sorted({block.name for block in program.cones.blocks} - self.cones)
+            if self.cones is not None
+            else []
+        )
         if others:
             raise ValueError(
                 f"Solver {self.name} takes {self.programs}, and this problem has a cone of the kind {', '.join(others)}; "

@@ -25,12 +25,16 @@ def in_order(structures: Mapping[str, Structure]) -> dict[str, Structure]:
     for name, structure in structures.items():
         if structure.refines not in (ROOT, *structures):
             known = ", ".join(repr(one) for one in (ROOT, *sorted(structures)))
-            raise ValueError(f"Structure `{name}` refines {structure.refines!r}, which is none; expected one of {known}.")
+            raise ValueError(
+                f"Structure `{name}` refines {structure.refines!r}, which is none; expected one of {known}."
+            )
 
     def depth(name: str) -> int:
         return 0 if name == ROOT else 1 + depth(structures[name].refines)
 
-    return {name: structures[name] for name in sorted(structures, key=lambda name: (-depth(name), name))}
+    return {
+        name: structures[name] for name in sorted(structures, key=lambda name: (-depth(name), name))
+    }
 
 
 def _found() -> dict[str, Structure]:
@@ -46,4 +50,13 @@ def _found() -> dict[str, Structure]:
 
 STRUCTURES: dict[str, Structure] = in_order(_found())
 
-__all__ = ["ROOT", "STRUCTURES", "Cost", "DeclaredProblem", "Match", "MismatchError", "Structure", "Wanted"]
+__all__ = [
+    "ROOT",
+    "STRUCTURES",
+    "Cost",
+    "DeclaredProblem",
+    "Match",
+    "MismatchError",
+    "Structure",
+    "Wanted",
+]

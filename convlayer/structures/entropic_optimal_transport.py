@@ -57,7 +57,10 @@ class EntropicOptimalTransport(Structure):
         return cp.Problem(objective, rules), [M, r, c, eps], [P]
 
     def sample(self, batch: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
-        M, r, c = (uniform(generator, low, 1, *batch, *shape) for low, shape in ((0, (4, 3)), (0.5, (4,)), (0.5, (3,))))
+        M, r, c = (
+            uniform(generator, low, 1, *batch, *shape)
+            for low, shape in ((0, (4, 3)), (0.5, (4,)), (0.5, (3,)))
+        )
         r, c = r / r.sum(-1, keepdim=True), c / c.sum(-1, keepdim=True)
         return M, r, c, uniform(generator, 0.1, 0.5, *batch)
 
@@ -70,34 +73,52 @@ class EntropicOptimalTransport(Structure):
             "one marginal": (cost - entropy, [rows], [M, r]),
             "a cap": (cost - entropy, [rows, columns, P <= 0.3], [M, r, c]),
             "an inequality": (cost - entropy, [cp.sum(P, axis=1) <= r, columns], [M, r, c]),
-            "unequal temperatures": (cost - cp.sum(cp.multiply(W, cp.entr(P))), [rows, columns], [M, W, r, c]),
+            "unequal temperatures": (
+                cost - cp.sum(cp.multiply(W, cp.entr(P))),
+                [rows, columns],
+                [M, W, r, c],
+            ),
             "a forbidden pair": (cost - entropy, [rows, columns, P[0, 0] == 0], [M, r, c]),
             "weighted rows": (cost - entropy, [P @ np.array([1.0, 2, 1]) == r, columns], [M, r, c]),
             "no entropy": (cost, [rows, columns, P >= 0], [M, r, c]),
             "a square instead": (cost + cp.sum_squares(P), [rows, columns, P >= 0], [M, r, c]),
             "a missing column": (cost - entropy, [rows, cp.sum(P, axis=0)[1:] == c[1:]], [M, r, c]),
-            "a third marginal": (cost - entropy, [rows, columns, P[0, 0] + P[1, 1] + P[2, 2] == 0.3], [M, r, c]),
+            "a third marginal": (
+                cost - entropy,
+                [rows, columns, P[0, 0] + P[1, 1] + P[2, 2] == 0.3],
+                [M, r, c],
+            ),
         }
-        return {k: (cp.Problem(cp.Minimize(f), rules), leaves, [P]) for k, (f, rules, leaves) in problems.items()}
+        return {
+            k: (cp.Problem(cp.Minimize(f), rules), leaves, [P])
+            for k, (f, rules, leaves) in problems.items()
+        }
 
     def match(self, form: NormalForm) -> Match:
         # Is it this problem, with every coefficient?
         only(form, Entropy)
         no_cones(form, "zero", "nonnegative")
         plain_entropy(form)
-        temperature = one_value(form.of(Entropy).weight, form.n, "the entropies have unequal weights")
+        temperature = one_value(
+            form.of(Entropy).weight, form.n, "the entropies have unequal weights"
+        )
         grid = _grid(form)
         sign_rows = signs(form)
         placement = Placement(grid.position, (len(grid.rows), len(grid.columns)))
         cost = linear_cost(form)
         first, second = (
-            stack([row.offset.scaled(-1.0 / row.coefficient[0]) for row in side]) for side in (grid.rows, grid.columns)
+            stack([row.offset.scaled(-1.0 / row.coefficient[0]) for row in side])
+            for side in (grid.rows, grid.columns)
         )
 
         # The kernel, bound to the parameters once the structure is chosen.
         def build(wanted: Wanted):
             M = placement.binding(form, cost)
-            r, c, eps = rows_binding(form, first), rows_binding(form, second), rows_binding(form, temperature)
+            r, c, eps = (
+                rows_binding(form, first),
+                rows_binding(form, second),
+                rows_binding(form, temperature),
+            )
 
             def run(values, like, at=None):
                 inputs = M(values, like), r(values, like), c(values, like), eps(values, like)[:, 0]
@@ -113,7 +134,10 @@ class EntropicOptimalTransport(Structure):
             words(form, cost=cost, rows=first, columns=second, epsilon=temperature),
             build,
             placement.position,
-            Cost(flops=60.0 * 20 * m * n + 8 * (small**3 / 3 + m * n * small), bytes=60.0 * 16 * m * n),
+            Cost(
+                flops=60.0 * 20 * m * n + 8 * (small**3 / 3 + m * n * small),
+                bytes=60.0 * 16 * m * n,
+            ),
             duals={**zero_duals(sign_rows), **_duals(form, grid)},
         )
 
@@ -134,10 +158,15 @@ def _grid(form: NormalForm) -> _Grid:
     require(len(sums) >= 2, "it has no two marginals")
     for row in sums:
         require(bool((row.coefficient == row.coefficient[0]).all()), "a marginal is a weighted sum")
-        require(len(np.unique(row.variable)) == len(row.variable), "a marginal counts an entry twice")
+        require(
+            len(np.unique(row.variable)) == len(row.variable), "a marginal counts an entry twice"
+        )
     member = np.concatenate([row.variable for row in sums])
     which = np.repeat(np.arange(len(sums)), [len(row.variable) for row in sums])
-    require(bool((np.bincount(member, minlength=form.n) == 2).all()), "not every entry is in two marginals")
+    require(
+        bool((np.bincount(member, minlength=form.n) == 2).all()),
+        "not every entry is in two marginals",
+    )
     pair = which[np.argsort(member, kind="stable")].reshape(form.n, 2)
     # The sums that meet the first one are of the other family; the rest are of its own.
     other = np.zeros(len(sums), dtype=bool)
@@ -175,7 +204,9 @@ def _duals(form: NormalForm, grid: _Grid) -> dict[int, Dual]:
         mine: list[tuple[int, int, int, float]] = []
         for output, side in ((1, grid.rows), (2, grid.columns)):
             mine += [
-                (row.row, output, place, row.coefficient[0]) for place, row in enumerate(side) if row.constraint == k
+                (row.row, output, place, row.coefficient[0])
+                for place, row in enumerate(side)
+                if row.constraint == k
             ]
         outputs = {output for _, output, _, _ in mine}
         if len(outputs) == 1:

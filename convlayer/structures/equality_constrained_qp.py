@@ -56,7 +56,12 @@ class EqualityConstrainedQP(Structure):
     refines = "quadratic_program"
 
     def declare(self) -> DeclaredProblem:
-        P, q, A, b = cp.Parameter((5, 5), PSD=True), cp.Parameter(5), cp.Parameter((2, 5)), cp.Parameter(2)
+        P, q, A, b = (
+            cp.Parameter((5, 5), PSD=True),
+            cp.Parameter(5),
+            cp.Parameter((2, 5)),
+            cp.Parameter(2),
+        )
         x = cp.Variable(5)
         objective = cp.Minimize(cp.quad_form(x, P) / 2 + q @ x)
         return cp.Problem(objective, [A @ x == b]), [P, q, A, b], [x]
@@ -71,7 +76,12 @@ class EqualityConstrainedQP(Structure):
         )
 
     def near_misses(self) -> dict[str, DeclaredProblem]:
-        P, q, A, b = cp.Parameter((5, 5), PSD=True), cp.Parameter(5), cp.Parameter((2, 5)), cp.Parameter(2)
+        P, q, A, b = (
+            cp.Parameter((5, 5), PSD=True),
+            cp.Parameter(5),
+            cp.Parameter((2, 5)),
+            cp.Parameter(2),
+        )
         x, y = cp.Variable(5), cp.Variable(5, nonneg=True)
         cost = cp.quad_form(x, P) / 2 + q @ x
         problems = {
@@ -83,7 +93,10 @@ class EqualityConstrainedQP(Structure):
             "a cone": (cost, [A @ x == b, cp.norm(x) <= 1], [P, q, A, b], x),
             "entropy": (cost - cp.sum(cp.entr(x)), [A @ x == b], [P, q, A, b], x),
         }
-        return {k: (cp.Problem(cp.Minimize(f), rules), leaves, [v]) for k, (f, rules, leaves, v) in problems.items()}
+        return {
+            k: (cp.Problem(cp.Minimize(f), rules), leaves, [v])
+            for k, (f, rules, leaves, v) in problems.items()
+        }
 
     def match(self, form: NormalForm) -> Match:
         # Is it this problem, with every coefficient?
@@ -136,7 +149,11 @@ class EqualityConstrainedQP(Structure):
         return Match(
             words(
                 form,
-                P=[squares.weight, squares.argument.linear(), *(quadratic.weight for quadratic in quadratics)],
+                P=[
+                    squares.weight,
+                    squares.argument.linear(),
+                    *(quadratic.weight for quadratic in quadratics),
+                ],
                 q=form.linear.linear(),
                 A=table.linear(),
                 b=table.offset(),
@@ -144,7 +161,11 @@ class EqualityConstrainedQP(Structure):
             build,
             placement.position,
             Cost(
-                flops=n**3 / 3 + 2.0 * n * n * p + p**3 / 3 + 2.0 * squares.size * n * n + 40.0 * n * (n + p),
+                flops=n**3 / 3
+                + 2.0 * n * n * p
+                + p**3 / 3
+                + 2.0 * squares.size * n * n
+                + 40.0 * n * (n + p),
                 bytes=40.0 * n * (n + p),
                 rate=1.5e10,
             ),
@@ -154,7 +175,9 @@ class EqualityConstrainedQP(Structure):
         )
 
 
-def _seen(form: NormalForm, wanted: Wanted, table: Table, placement: Placement, duals: dict[int, Dual]) -> np.ndarray:
+def _seen(
+    form: NormalForm, wanted: Wanted, table: Table, placement: Placement, duals: dict[int, Dual]
+) -> np.ndarray:
     """(n + p,) one where an output reads an entry of the kernel's (x, nu) or a Parameter moves what it enters, else zero.
 
     A quadratic form of an argument or a weighted square of it does not change along what is not unique, nor does its weight's gradient.
@@ -232,7 +255,9 @@ def _quadratic_term(form: NormalForm, quadratic: Weighted, placement: Placement)
     if plain:
         i, j = matrix.row % size, matrix.row // size
         target = placement.position[variable[i]] * n + placement.position[variable[j]]
-        P = binding(form, (n, n), target, matrix.parameter, matrix.coefficient * factor[i] * factor[j])
+        P = binding(
+            form, (n, n), target, matrix.parameter, matrix.coefficient * factor[i] * factor[j]
+        )
         return lambda values, like: (P(values, like), None)
     inner = binding(form, (size, size), matrix.row, matrix.parameter, matrix.coefficient)
     F, g = _affine(form, argument, placement)

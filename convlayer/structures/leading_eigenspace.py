@@ -51,22 +51,37 @@ class LeadingEigenspace(Structure):
         return ((X + X.mT) / 2,)
 
     def near_misses(self) -> dict[str, DeclaredProblem]:
-        X, Z, Y = cp.Parameter((5, 5), symmetric=True), cp.Variable((5, 5), symmetric=True), cp.Variable((5, 5))
+        X, Z, Y = (
+            cp.Parameter((5, 5), symmetric=True),
+            cp.Variable((5, 5), symmetric=True),
+            cp.Variable((5, 5)),
+        )
         gain, unit, psd = cp.trace(X @ Z), cp.trace(Z) == 1, Z >> 0
         problems = {
             "at most": (gain, [cp.trace(Z) <= 1, psd], Z),
             "a diagonal": (gain, [cp.diag(Z) == 1, psd], Z),
             "one more constraint": (gain, [unit, psd, Z[0, 0] >= 0.1], Z),
             "a weighted trace": (gain, [cp.trace(np.diag([1.0, 2, 1, 1, 1]) @ Z) == 1, psd], Z),
-            "a trace that is no whole multiple of the bound": (gain, [cp.trace(Z) == 2.5, psd, np.eye(5) - Z >> 0], Z),
-            "an unequal bound": (gain, [cp.trace(Z) == 2, psd, np.diag([1.0, 2, 1, 1, 1]) - Z >> 0], Z),
+            "a trace that is no whole multiple of the bound": (
+                gain,
+                [cp.trace(Z) == 2.5, psd, np.eye(5) - Z >> 0],
+                Z,
+            ),
+            "an unequal bound": (
+                gain,
+                [cp.trace(Z) == 2, psd, np.diag([1.0, 2, 1, 1, 1]) - Z >> 0],
+                Z,
+            ),
             "not symmetric": (cp.trace(X @ Y), [cp.trace(Y) == 1, Y >> 0], Y),
             "shifted": (gain, [unit, Z - 0.01 * np.eye(5) >> 0], Z),
             "a square beside": (gain - cp.sum_squares(Z), [unit, psd], Z),
             "no cone": (gain - cp.sum_squares(Z), [unit], Z),
             "a block": (cp.trace(X @ Z), [cp.trace(Z) == 1, Z[:4, :4] >> 0], Z),
         }
-        return {k: (cp.Problem(cp.Maximize(f), rules), [X], [v]) for k, (f, rules, v) in problems.items()}
+        return {
+            k: (cp.Problem(cp.Maximize(f), rules), [X], [v])
+            for k, (f, rules, v) in problems.items()
+        }
 
     def gap(self, answer: Answer) -> Tensor:
         """Between the eigenvalues on either side of the cut, relative to the largest; zero where the kernel finds them tied."""
@@ -75,14 +90,19 @@ class LeadingEigenspace(Structure):
         eigenvalues = torch.linalg.eigvalsh(slack)
         size = (edge - eigenvalues).abs().amax(1)
         rounding = (4 * torch.finfo(torch.float64).eps * eigenvalues.shape[1] * size).unsqueeze(1)
-        gap = torch.where(eigenvalues > rounding, eigenvalues, torch.inf).amin(1) / size.clamp(min=1e-300)
+        gap = torch.where(eigenvalues > rounding, eigenvalues, torch.inf).amin(1) / size.clamp(
+            min=1e-300
+        )
         return gap if answer.degenerate is None else gap.masked_fill(answer.degenerate, 0.0)
 
     def match(self, form: NormalForm) -> Match:
         # Is it this problem, with every coefficient?
         only(form, tied=True)
         no_cones(form, "zero", "psd")
-        require(len(form.variables) == 1 and len(form.tied) == 1, "its variable is not one symmetric matrix")
+        require(
+            len(form.variables) == 1 and len(form.tied) == 1,
+            "its variable is not one symmetric matrix",
+        )
         n = form.variables[0].shape[0]
         diagonal = np.arange(n) * (n + 1)
         trace, scale, total = _trace(form, diagonal)
@@ -165,7 +185,10 @@ def _cones(form: NormalForm, n: int, diagonal: np.ndarray) -> tuple[dict[int, fl
         require(table.size == n * n, reason)
         moving, offset = table.linear().normal, table.offset().normal
         require(np.array_equal(moving.row, entries), reason)
-        require(np.array_equal(moving.variable, entries) or np.array_equal(moving.variable, mirrored), reason)
+        require(
+            np.array_equal(moving.variable, entries) or np.array_equal(moving.variable, mirrored),
+            reason,
+        )
         require(bool((moving.parameter == NONE).all()), reason)
         factor = float(moving.coefficient[0])
         require(bool((moving.coefficient == factor).all()), reason)
@@ -176,7 +199,9 @@ def _cones(form: NormalForm, n: int, diagonal: np.ndarray) -> tuple[dict[int, fl
         require(bound is None, "it has two upper bounds")
         on_diagonal = (offset.row % (n + 1) == 0) & (offset.row < n * n)
         require(bool(on_diagonal.all()), reason)
-        rows = Table(n, offset.row // (n + 1), offset.variable, offset.parameter, offset.coefficient)
+        rows = Table(
+            n, offset.row // (n + 1), offset.variable, offset.parameter, offset.coefficient
+        )
         bound = one_value(rows, n, reason).scaled(-1.0 / factor)
     require(bool(lower), "its matrix is not positive semidefinite")
     return lower, bound
@@ -186,7 +211,15 @@ def _multiple(total: Table, bound: Table) -> int:
     """k with total = k bound, whatever the parameters."""
     reason = "the trace is not a whole multiple of the upper bound"
     total, bound = total.normal, bound.normal
-    require(len(total.row) == len(bound.row) and np.array_equal(total.parameter, bound.parameter), reason)
+    require(
+        len(total.row) == len(bound.row) and np.array_equal(total.parameter, bound.parameter),
+        reason,
+    )
     ratio = total.coefficient / bound.coefficient
-    require(len(ratio) > 0 and np.allclose(ratio, np.rint(ratio[0]), rtol=1e-12, atol=0.0) and ratio[0] > 0.5, reason)
+    require(
+        len(ratio) > 0
+        and np.allclose(ratio, np.rint(ratio[0]), rtol=1e-12, atol=0.0)
+        and ratio[0] > 0.5,
+        reason,
+    )
     return int(np.rint(ratio[0]))

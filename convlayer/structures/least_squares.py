@@ -50,15 +50,29 @@ class LeastSquares(Structure):
     refines = "equality_constrained_qp"
 
     def declare(self) -> DeclaredProblem:
-        A, b, lam, x = cp.Parameter((7, 4)), cp.Parameter(7), cp.Parameter(nonneg=True), cp.Variable(4)
+        A, b, lam, x = (
+            cp.Parameter((7, 4)),
+            cp.Parameter(7),
+            cp.Parameter(nonneg=True),
+            cp.Variable(4),
+        )
         objective = cp.Minimize(cp.sum_squares(A @ x - b) + lam * cp.sum_squares(x))
         return cp.Problem(objective), [A, b, lam], [x]
 
     def sample(self, batch: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
-        return normal(generator, *batch, 7, 4), normal(generator, *batch, 7), uniform(generator, 0.1, 1, *batch)
+        return (
+            normal(generator, *batch, 7, 4),
+            normal(generator, *batch, 7),
+            uniform(generator, 0.1, 1, *batch),
+        )
 
     def near_misses(self) -> dict[str, DeclaredProblem]:
-        A, b, x, lam = cp.Parameter((7, 4)), cp.Parameter(7), cp.Variable(4), cp.Parameter(nonneg=True)
+        A, b, x, lam = (
+            cp.Parameter((7, 4)),
+            cp.Parameter(7),
+            cp.Variable(4),
+            cp.Parameter(nonneg=True),
+        )
         fit = cp.sum_squares(A @ x - b)
         problems = {
             "a sign": (fit, [x >= 0], [A, b]),
@@ -69,11 +83,21 @@ class LeastSquares(Structure):
             "a fourth power": (fit + cp.sum(cp.power(x, 4)), [], [A, b]),
             "huber": (cp.sum(cp.huber(A @ x - b)), [], [A, b]),
             "positive part": (cp.sum_squares(cp.pos(A @ x - b)), [], [A, b]),
-            "the norm of a matrix": (fit + cp.square(cp.norm(cp.reshape(x, (2, 2), order="C"), 2)), [], [A, b]),
+            "the norm of a matrix": (
+                fit + cp.square(cp.norm(cp.reshape(x, (2, 2), order="C"), 2)),
+                [],
+                [A, b],
+            ),
         }
-        declared = {k: (cp.Problem(cp.Minimize(f), rules), leaves, [x]) for k, (f, rules, leaves) in problems.items()}
+        declared = {
+            k: (cp.Problem(cp.Minimize(f), rules), leaves, [x])
+            for k, (f, rules, leaves) in problems.items()
+        }
         y = cp.Variable(4, nonneg=True)
-        return {**declared, "a signed variable": (cp.Problem(cp.Minimize(cp.sum_squares(A @ y - b))), [A, b], [y])}
+        return {
+            **declared,
+            "a signed variable": (cp.Problem(cp.Minimize(cp.sum_squares(A @ y - b))), [A, b], [y]),
+        }
 
     def match(self, form: NormalForm) -> Match:
         # Is it this problem, with every coefficient?
@@ -82,7 +106,10 @@ class LeastSquares(Structure):
         require(not (form.linear.variable != NONE).any(), "its objective has a linear term")
         squares = _squares(form)
         require(squares.size > 0, "its objective has no squares")
-        require(_is_nonnegative(form, squares.weight), "a square has a weight that is not nonnegative for itself")
+        require(
+            _is_nonnegative(form, squares.weight),
+            "a square has a weight that is not nonnegative for itself",
+        )
 
         # Ridge, and the rows of one problem or of many equal ones.
         ridge, rows = _split(squares, form.n)
@@ -96,12 +123,22 @@ class LeastSquares(Structure):
             linear, offset = argument.linear(), argument.offset()
             own = linear.row < m
             linear = linear.take(own)
-            A = binding(form, (m, n), linear.row * n + linear.variable, linear.parameter, linear.coefficient)
+            A = binding(
+                form, (m, n), linear.row * n + linear.variable, linear.parameter, linear.coefficient
+            )
             place = (offset.row % m) * k + offset.row // m if m else offset.row
             b = binding(form, (m, k), place, offset.parameter, -offset.coefficient)
             weight = blocks.rows.weight
-            w = None if level is not None else rows_binding(form, replace(weight.take(weight.row < m), size=m))
-            penalty = rows_binding(form, blocks.ridge.scaled(1.0 / (level or 1.0))) if len(blocks.ridge.row) else None
+            w = (
+                None
+                if level is not None
+                else rows_binding(form, replace(weight.take(weight.row < m), size=m))
+            )
+            penalty = (
+                rows_binding(form, blocks.ridge.scaled(1.0 / (level or 1.0)))
+                if len(blocks.ridge.row)
+                else None
+            )
             x = np.ones(form.n, dtype=bool) if wanted.x is None else wanted.x.copy()
             x[moved(rows.argument)] = x[ridge.row[ridge.parameter != NONE]] = True
             seen, kept = np.zeros((n, k)), Kept()
@@ -125,12 +162,20 @@ class LeastSquares(Structure):
         small = min(m, n)
         return Match(
             words(
-                form, A=blocks.rows.argument.linear(), b=blocks.rows.argument.offset(), weights=rows.weight, ridge=ridge
+                form,
+                A=blocks.rows.argument.linear(),
+                b=blocks.rows.argument.offset(),
+                weights=rows.weight,
+                ridge=ridge,
             )
             + (f"; {k} right-hand sides" if k > 1 else ""),
             build,
             blocks.position,
-            Cost(flops=m * n * small + small**3 / 3 + 16.0 * m * n * k, bytes=40.0 * m * n, rate=1.5e10),
+            Cost(
+                flops=m * n * small + small**3 / 3 + 16.0 * m * n * k,
+                bytes=40.0 * m * n,
+                rate=1.5e10,
+            ),
         )
 
 
@@ -170,14 +215,23 @@ def _squares(form: NormalForm) -> Weighted:
 def _factored(quadratic: Weighted) -> Weighted:
     """1/2 y'P y with a constant P = V diag(l) V' as squares of V'y."""
     size, matrix = quadratic.argument.size, quadratic.weight
-    require(bool((matrix.parameter == NONE).all()), "its objective has a quadratic form with a Parameter")
-    require(size <= LARGEST_FACTORED, f"its objective has a quadratic form of more than {LARGEST_FACTORED} variables")
+    require(
+        bool((matrix.parameter == NONE).all()),
+        "its objective has a quadratic form with a Parameter",
+    )
+    require(
+        size <= LARGEST_FACTORED,
+        f"its objective has a quadratic form of more than {LARGEST_FACTORED} variables",
+    )
     entries = np.zeros(size * size)
     np.add.at(entries, matrix.row, matrix.coefficient)
     P = entries.reshape(size, size)
     values, vectors = np.linalg.eigh((P + P.T) / 2)
     noise = 1e-14 * size * np.abs(values).max(initial=0.0)
-    require(not size or values[0] >= -noise, "its objective has a quadratic form that is not positive semidefinite")
+    require(
+        not size or values[0] >= -noise,
+        "its objective has a quadratic form that is not positive semidefinite",
+    )
     kept = np.flatnonzero(values > noise)
     row, column = np.divmod(np.arange(len(kept) * size), size)
     first = Table(len(kept), row, column, nothing(len(row)), vectors[:, kept].T.ravel())
@@ -192,7 +246,10 @@ def _split(squares: Weighted, n: int) -> tuple[Table, Weighted]:
     single = np.zeros(argument.size, dtype=bool)
     single[argument.row[fixed]] = True
     variable, factor = np.zeros(argument.size, dtype=np.int64), np.zeros(argument.size)
-    variable[argument.row[fixed]], factor[argument.row[fixed]] = argument.variable[fixed], argument.coefficient[fixed]
+    variable[argument.row[fixed]], factor[argument.row[fixed]] = (
+        argument.variable[fixed],
+        argument.coefficient[fixed],
+    )
     mine = weight.take(single[weight.row])
     ridge = replace(mine, size=n, row=variable[mine.row]).scaled(1.0)
     ridge = replace(ridge, coefficient=mine.coefficient * factor[mine.row] ** 2).normal
@@ -217,7 +274,11 @@ def _level(weight: Table, size: int) -> float | None:
 
 def _blocks(form: NormalForm, rows: Weighted, ridge: Table) -> _Blocks | None:
     """One matrix variable whose columns (or rows) are fitted alike, each to its own right-hand side."""
-    if len(form.variables) != 1 or len(form.variables[0].shape) != 2 or min(form.variables[0].shape) < 1:
+    if (
+        len(form.variables) != 1
+        or len(form.variables[0].shape) != 2
+        or min(form.variables[0].shape) < 1
+    ):
         return None
     first, second = form.variables[0].shape
     entry = np.arange(form.n)
@@ -233,7 +294,9 @@ def _blocks(form: NormalForm, rows: Weighted, ridge: Table) -> _Blocks | None:
     return None
 
 
-def _grouped(rows: Weighted, ridge: Table, n: int, k: int, group: np.ndarray, local: np.ndarray) -> _Blocks:
+def _grouped(
+    rows: Weighted, ridge: Table, n: int, k: int, group: np.ndarray, local: np.ndarray
+) -> _Blocks:
     reason = "its columns are not fitted alike"
     argument, size = rows.argument, rows.size
     linear = argument.linear()
@@ -253,7 +316,10 @@ def _grouped(rows: Weighted, ridge: Table, n: int, k: int, group: np.ndarray, lo
     offset = argument.offset()
     moved = stack([inside, replace(offset, row=number[offset.row])])
     grouped = Weighted(
-        weight, replace(moved, size=size, row=moved.row - size * (np.arange(len(moved.row)) >= len(inside.row)))
+        weight,
+        replace(
+            moved, size=size, row=moved.row - size * (np.arange(len(moved.row)) >= len(inside.row))
+        ),
     )
     one = penalty.take(penalty.row < n)
     return _Blocks(grouped, replace(one, size=n), local * k + group, n, k)
@@ -265,7 +331,9 @@ def _repeats(table: Table, height: int, k: int) -> bool:
         return False
     width = len(table.row) // k
     row = table.row.reshape(k, width) - height * np.arange(k)[:, None]
-    columns = [part.reshape(k, width) for part in (table.variable, table.parameter, table.coefficient)]
+    columns = [
+        part.reshape(k, width) for part in (table.variable, table.parameter, table.coefficient)
+    ]
     return all(bool((part == part[0]).all()) for part in (row, *columns)) and (
         not width or bool((row[0] < height).all())
     )

@@ -22,7 +22,12 @@ class QuadraticProgram(Structure):
     refines = "cone_program"
 
     def declare(self) -> DeclaredProblem:
-        P, q, G, h = cp.Parameter((4, 4), PSD=True), cp.Parameter(4), cp.Parameter((6, 4)), cp.Parameter(6)
+        P, q, G, h = (
+            cp.Parameter((4, 4), PSD=True),
+            cp.Parameter(4),
+            cp.Parameter((6, 4)),
+            cp.Parameter(6),
+        )
         A, b, x = cp.Parameter((2, 4)), cp.Parameter(2), cp.Variable(4)
         objective = cp.Minimize(cp.quad_form(x, P) / 2 + q @ x)
         return cp.Problem(objective, [A @ x == b, G @ x <= h]), [P, q, G, h, A, b], [x]
@@ -45,7 +50,10 @@ class QuadraticProgram(Structure):
             "a fourth power": (cp.sum(cp.power(x - q, 4)), [x >= 0], x),
             "an exponential": (cp.sum(cp.exp(x)) + cp.sum_squares(x - q), [x >= 0], x),
         }
-        return {k: (cp.Problem(cp.Minimize(f), rules), [q], [v]) for k, (f, rules, v) in problems.items()}
+        return {
+            k: (cp.Problem(cp.Minimize(f), rules), [q], [v])
+            for k, (f, rules, v) in problems.items()
+        }
 
     def match(self, form: NormalForm) -> Match:
         require(form.not_quadratic is None, form.not_quadratic or "")

@@ -26,7 +26,10 @@ def require(condition: bool, reason: str) -> None:
 
 def only(form: NormalForm, *atoms: type[NormalAtom], tied: bool = False) -> None:
     """The objective has no other atoms than these, and everything was read; variables are free of ties, unless `tied`."""
-    require(not form.others, f"it has {form.others[0] if form.others else ''}, which this structure does not know")
+    require(
+        not form.others,
+        f"it has {form.others[0] if form.others else ''}, which this structure does not know",
+    )
     for atom, _ in form.present:
         require(isinstance(atom, atoms), f"its objective has {atom.words}")
     require(tied or not form.tied, f"variable `{form.tied[0] if form.tied else ''}` is symmetric")
@@ -49,7 +52,10 @@ def one_value(table: Table, size: int, reason: str) -> Table:
     require(size > 0 and len(table.row) % size == 0, reason)
     width = len(table.row) // size
     require(width > 0 and bool((table.row == np.repeat(np.arange(size), width)).all()), reason)
-    parameter, coefficient = table.parameter.reshape(size, width), table.coefficient.reshape(size, width)
+    parameter, coefficient = (
+        table.parameter.reshape(size, width),
+        table.coefficient.reshape(size, width),
+    )
     require(bool((parameter == parameter[0]).all()), reason)
     # Weights such as 0.1 and 1 / 10 differ in their last bit only.
     require(np.allclose(coefficient, coefficient[0], rtol=1e-12, atol=0.0), reason)
@@ -87,7 +93,10 @@ def is_one(row: Table) -> bool:
 def alone(argument: Table, reason: str) -> tuple[np.ndarray, np.ndarray]:
     """(variable, coefficient) of each row, where each holds a single variable times a number."""
     part = argument.linear().normal
-    require(len(part.row) == argument.size and bool((part.row == np.arange(argument.size)).all()), reason)
+    require(
+        len(part.row) == argument.size and bool((part.row == np.arange(argument.size)).all()),
+        reason,
+    )
     require(bool((part.parameter == NONE).all()), reason)
     return part.variable, part.coefficient
 
@@ -120,7 +129,11 @@ def separable(form: NormalForm) -> Separable:
         2 * weight.coefficient * factor[weight.row] ** 2,
     )
     cross = Table(
-        form.n, variable[weight.row], weight.row, weight.parameter, 2 * weight.coefficient * factor[weight.row]
+        form.n,
+        variable[weight.row],
+        weight.row,
+        weight.parameter,
+        2 * weight.coefficient * factor[weight.row],
     )
     try:
         slope = add([linear_cost(form), composed(cross, argument.offset())]).normal
@@ -173,7 +186,10 @@ def equalities(form: NormalForm) -> list[Equality]:
         for row in range(table.size):
             part = table.take(order[pointer[row] : pointer[row + 1]])
             moving, rest = part.linear(), part.offset()
-            require(bool((moving.parameter == NONE).all()), f"a Parameter multiplies a variable in `{constraint.text}`")
+            require(
+                bool((moving.parameter == NONE).all()),
+                f"a Parameter multiplies a variable in `{constraint.text}`",
+            )
             require(len(moving.row) > 0, f"`{constraint.text}` constrains no variable")
             offset = replace(rest, size=1, row=np.zeros(len(rest.row), dtype=np.int64))
             rows.append(Equality(k, row, moving.variable, moving.coefficient, offset))
@@ -185,7 +201,9 @@ class Signs:
     """The rows x_j >= 0."""
 
     nonnegative: np.ndarray  # (n,) bool
-    rows: dict[int, tuple[np.ndarray, np.ndarray]]  # by constraint: (variable, positive coefficient) of each row
+    rows: dict[
+        int, tuple[np.ndarray, np.ndarray]
+    ]  # by constraint: (variable, positive coefficient) of each row
     repeated: bool  # some x_j is said nonnegative twice: its multiplier is not unique
 
 
@@ -206,7 +224,11 @@ def signs(form: NormalForm) -> Signs:
 
 def no_cones(form: NormalForm, *cones: str) -> None:
     """No constraint is in another cone than these."""
-    words = {"zero": "an equality", "nonnegative": "an inequality", "psd": "a semidefinite constraint"}
+    words = {
+        "zero": "an equality",
+        "nonnegative": "an inequality",
+        "psd": "a semidefinite constraint",
+    }
     for constraint in form.constraints:
         require(constraint.cone in cones, f"`{constraint.text}` is {words[constraint.cone]}")
 
@@ -222,7 +244,11 @@ def rows_binding(form: NormalForm, table: Table) -> Binding:
 
 
 def binding(
-    form: NormalForm, shape: tuple[int, ...], target: np.ndarray, parameter: np.ndarray, coefficient: np.ndarray
+    form: NormalForm,
+    shape: tuple[int, ...],
+    target: np.ndarray,
+    parameter: np.ndarray,
+    coefficient: np.ndarray,
 ) -> Binding:
     """An input of a kernel, by place: coefficient times parameter, added up at the target."""
     return Binding(shape, target, parameter, coefficient, form.parameters, form.parameter_starts)
@@ -243,7 +269,9 @@ def words(form: NormalForm, **inputs: Sequence[Table] | Table | Binding) -> str:
                 )
                 if any(bool(((t.parameter >= first) & (t.parameter < last)).any()) for t in tables)
             ]
-        said.append(f"{name} from {', '.join(f'`{form.parameters[k].name()}`' for k in numbers) or 'constants'}")
+        said.append(
+            f"{name} from {', '.join(f'`{form.parameters[k].name()}`' for k in numbers) or 'constants'}"
+        )
     return "; ".join(said)
 
 
@@ -272,7 +300,9 @@ class Placement:
 
     def binding(self, form: NormalForm, table: Table) -> Binding:
         """A table with a row an entry of x, in this placement."""
-        return binding(form, self.shape, self.position[table.row], table.parameter, table.coefficient)
+        return binding(
+            form, self.shape, self.position[table.row], table.parameter, table.coefficient
+        )
 
 
 def plain_entropy(form: NormalForm) -> None:

@@ -46,7 +46,12 @@ class Softmax(Structure):
     refines = "cone_program"
 
     def declare(self) -> DeclaredProblem:
-        theta, tau, r, y = cp.Parameter(6), cp.Parameter(nonneg=True), cp.Parameter(nonneg=True), cp.Variable(6)
+        theta, tau, r, y = (
+            cp.Parameter(6),
+            cp.Parameter(nonneg=True),
+            cp.Parameter(nonneg=True),
+            cp.Variable(6),
+        )
         objective = cp.Maximize(theta @ y + tau * cp.sum(cp.entr(y)))
         return cp.Problem(objective, [cp.sum(y) == r, y >= 0]), [theta, tau, r], [y]
 
@@ -65,17 +70,30 @@ class Softmax(Structure):
             "part of the sum": (theta @ y + entropy, [cp.sum(y[:5]) == 1], [theta, tau]),
             "two sums": (theta @ y + entropy, [one, cp.sum(y[:3]) == 0.5], [theta, tau]),
             "a square beside": (theta @ y + entropy - cp.sum_squares(y), [one], [theta, tau]),
-            "one entry without entropy": (theta @ y + tau * cp.sum(cp.entr(y[1:])), [one, y >= 0], [theta, tau]),
-            "a shifted entropy": (theta @ y + tau * cp.sum(cp.entr(y + 1)), [one, y >= 0], [theta, tau]),
+            "one entry without entropy": (
+                theta @ y + tau * cp.sum(cp.entr(y[1:])),
+                [one, y >= 0],
+                [theta, tau],
+            ),
+            "a shifted entropy": (
+                theta @ y + tau * cp.sum(cp.entr(y + 1)),
+                [one, y >= 0],
+                [theta, tau],
+            ),
         }
-        return {k: (cp.Problem(cp.Maximize(f), rules), leaves, [y]) for k, (f, rules, leaves) in problems.items()}
+        return {
+            k: (cp.Problem(cp.Maximize(f), rules), leaves, [y])
+            for k, (f, rules, leaves) in problems.items()
+        }
 
     def match(self, form: NormalForm) -> Match:
         # Is it this problem, with every coefficient?
         only(form, Entropy)
         no_cones(form, "zero", "nonnegative")
         plain_entropy(form)
-        temperature = one_value(form.of(Entropy).weight, form.n, "the entropies have unequal weights")
+        temperature = one_value(
+            form.of(Entropy).weight, form.n, "the entropies have unequal weights"
+        )
         total = simplex(form)
         sign_rows = signs(form)
         placement = Placement.of(form)
@@ -84,7 +102,10 @@ class Softmax(Structure):
         # The kernel, bound to the parameters once the structure is chosen.
         def build(wanted: Wanted):
             theta = placement.binding(form, scores)
-            tau, r = (None if is_one(table) else rows_binding(form, table) for table in (temperature, total.right))
+            tau, r = (
+                None if is_one(table) else rows_binding(form, table)
+                for table in (temperature, total.right)
+            )
 
             def run(values, like, at=None):
                 return answered(

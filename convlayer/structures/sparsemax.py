@@ -69,7 +69,10 @@ class Sparsemax(Structure):
             "the l1 norm beside": (distance + cp.norm1(x - y), [one, x >= 0], [y]),
             "the norm itself": (cp.norm(x - y), [one, x >= 0], [y]),
         }
-        return {k: (cp.Problem(cp.Minimize(f), rules), leaves, [x]) for k, (f, rules, leaves) in problems.items()}
+        return {
+            k: (cp.Problem(cp.Minimize(f), rules), leaves, [x])
+            for k, (f, rules, leaves) in problems.items()
+        }
 
     def match(self, form: NormalForm) -> Match:
         # Is it this problem, with every coefficient?
@@ -84,7 +87,9 @@ class Sparsemax(Structure):
 
         # The kernel, bound to the parameters once the structure is chosen.
         def build(wanted: Wanted):
-            point = over(form, curvature, partial(placement.binding, form), parts.slope.scaled(-1.0))
+            point = over(
+                form, curvature, partial(placement.binding, form), parts.slope.scaled(-1.0)
+            )
             h, r = rows_binding(form, curvature), rows_binding(form, total.right)
 
             def run(values, like, at=None):
@@ -94,14 +99,20 @@ class Sparsemax(Structure):
                     return answer
                 x, tau = answer.outputs
                 weight = h(values, like)
-                return answer.with_outputs(x, weight * tau[:, None], weight * (x - y + tau[:, None]))
+                return answer.with_outputs(
+                    x, weight * tau[:, None], weight * (x - y + tau[:, None])
+                )
 
             return run
 
         # Where the multipliers stand in its answer.
-        duals = {total.constraint: Dual(1, np.zeros(1, dtype=np.int64), np.full(1, 1.0 / total.scale))}
+        duals = {
+            total.constraint: Dual(1, np.zeros(1, dtype=np.int64), np.full(1, 1.0 / total.scale))
+        }
         if not sign_rows.repeated:
-            duals |= {k: Dual(2, placement.position[v], 1.0 / c) for k, (v, c) in sign_rows.rows.items()}
+            duals |= {
+                k: Dual(2, placement.position[v], 1.0 / c) for k, (v, c) in sign_rows.rows.items()
+            }
         return Match(
             words(form, point=[parts.slope, curvature], total=total.right),
             build,

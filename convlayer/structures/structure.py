@@ -43,7 +43,9 @@ class Cost:
 
     def seconds(self, batch: int = 1) -> float:
         """A coarse estimate on one core, for choosing between paths and for nothing else."""
-        return self.fixed + batch * (self.a_row + max(self.flops / self.rate, self.bytes / BYTES_A_SECOND))
+        return self.fixed + batch * (
+            self.a_row + max(self.flops / self.rate, self.bytes / BYTES_A_SECOND)
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +83,9 @@ class Match:
     vouches: frozenset[int] = frozenset()
     # The kernel reads symmetric parameters from both triangles alike by itself.
     symmetrises: bool = False
-    duals: Mapping[int, Dual] = field(default_factory=dict)  # by position among the normal form's constraints
+    duals: Mapping[int, Dual] = field(
+        default_factory=dict
+    )  # by position among the normal form's constraints
 
 
 class Structure(ABC):

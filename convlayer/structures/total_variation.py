@@ -53,7 +53,12 @@ class TotalVariation(Structure):
         return normal(generator, *batch, 12), uniform(generator, 0.2, 0.6, *batch)
 
     def near_misses(self) -> dict[str, DeclaredProblem]:
-        x, lam, u, w = cp.Parameter(12), cp.Parameter(nonneg=True), cp.Variable(12), cp.Parameter(11, nonneg=True)
+        x, lam, u, w = (
+            cp.Parameter(12),
+            cp.Parameter(nonneg=True),
+            cp.Variable(12),
+            cp.Parameter(11, nonneg=True),
+        )
         weight, fit, steps = np.arange(1.0, 13.0), cp.sum_squares(u - x), cp.diff(u)
         problems = {
             "a second difference": (fit + lam * cp.norm1(cp.diff(u, 2)), [], [x, lam]),
@@ -80,7 +85,10 @@ class TotalVariation(Structure):
                 [x, lam],
             ),
         }
-        return {k: (cp.Problem(cp.Minimize(f), rules), leaves, [u]) for k, (f, rules, leaves) in problems.items()}
+        return {
+            k: (cp.Problem(cp.Minimize(f), rules), leaves, [u])
+            for k, (f, rules, leaves) in problems.items()
+        }
 
     def match(self, form: NormalForm) -> Match:
         # Is it this problem, with every coefficient?
@@ -94,7 +102,9 @@ class TotalVariation(Structure):
 
         # The kernel, bound to the parameters once the structure is chosen.
         def build(wanted: Wanted):
-            point = over(form, curvature, partial(placement.binding, form), parts.slope.scaled(-1.0))
+            point = over(
+                form, curvature, partial(placement.binding, form), parts.slope.scaled(-1.0)
+            )
             lam = over(form, curvature, partial(rows_binding, form), step)
 
             def run(values, like, at=None):
@@ -146,9 +156,16 @@ def _line(form: NormalForm) -> np.ndarray:
     slot = np.arange(len(ends)) - np.searchsorted(ends[sorting], ends[sorting])
     neighbours[ends[sorting], slot] = others[sorting]
     consecutive = np.arange(form.n)
-    if np.array_equal(np.minimum(first, second), consecutive[:-1]) and (np.abs(first - second) == 1).all():
+    if (
+        np.array_equal(np.minimum(first, second), consecutive[:-1])
+        and (np.abs(first - second) == 1).all()
+    ):
         return consecutive
-    here, before, order = int(np.flatnonzero(degree <= 1)[0]) if (degree <= 1).any() else NONE, NONE, []
+    here, before, order = (
+        int(np.flatnonzero(degree <= 1)[0]) if (degree <= 1).any() else NONE,
+        NONE,
+        [],
+    )
     require(here != NONE, reason)
     while here != NONE:
         order.append(here)
