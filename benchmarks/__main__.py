@@ -1,12 +1,15 @@
 """Run the benchmarks, print their tables, and write them.
 
-    python -m benchmarks [--suite generic|structures|programs|crossover|torch|all] [--only FAMILY] [--quick] [--device cpu] [--dtype float64]
+    python -m benchmarks [--suite generic|structures|programs|crossover|torch|all] [--only FAMILY]
+    [--quick] [--device cpu] [--dtype float64]
 
-The suites: `generic`, the cone program, on any problem; `structures`, the kernels of the problems that the layer
-recognises, and `programs`, quadratic and cone programs that no kernel knows, against every peer there is for them;
-`crossover`, the bare solvers, and the model by which the layer chooses between them; `torch`, the layer as a part of torch: calls,
-torch.compile, transforms, memory, processes. All, by default. The full run of a suite is written to
-benchmarks/results/SUITE-DEVICE.md and .json (SUITE-DEVICE-float32 in single precision), a partial one to out/.
+The suites: `generic`, the cone program, on any problem; `structures`, the kernels of the problems
+that the layer recognises, and `programs`, quadratic and cone programs that no kernel knows, against
+every peer there is for them; `crossover`, the bare solvers, and the model by which the layer
+chooses between them; `torch`, the layer as a part of torch: calls, torch.compile, transforms,
+memory, processes. All, by default. The full run of a suite is written to
+benchmarks/results/SUITE-DEVICE.md and .json (SUITE-DEVICE-float32 in single precision), a partial
+one to out/.
 """
 
 from __future__ import annotations

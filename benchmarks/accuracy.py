@@ -1,11 +1,15 @@
-"""Solution and gradient errors over problems of every cone, with default settings, ours and the peer's.
+"""Solution and gradient errors over problems of every cone, with default settings, ours and the
+peer's.
 
-Solution:  relative error of the variables against an oracle or, where there is none, CVXPY by a tight solver.
+Solution:  relative error of the variables against an oracle or, where there is none, CVXPY by a
+           tight solver.
 KKT:       residual of our canonical point in CVXPY's own matrices.
-Gradient:  of a random linear functional of the variables, along random directions, against 5-point differences of
-           the oracle or, where there is none, of our own solutions (which the KKT residual certifies). Where two step sizes disagree
-           the functional has a kink or moves too little to be measured: such rows are left out, and counted.
-Value:     the same for the optimal objective, ours alone (the peer does not return it), against differences of our own.
+Gradient:  of a random linear functional of the variables, along random directions, against 5-point
+           differences of the oracle or, where there is none, of our own solutions (which the KKT
+           residual certifies). Where two step sizes disagree the functional has a kink or moves too
+           little to be measured: such rows are left out, and counted.
+Value:     the same for the optimal objective, ours alone (the peer does not return it), against
+           differences of our own.
 """
 
 from __future__ import annotations
@@ -161,7 +165,8 @@ def _tight(declared: Declared, tensors: Variables) -> Variables:
 
 
 def _differences(case: Prebuilt, layer: ConvexLayer, tensors: Variables):
-    """Expected (directions, derivatives, which to keep): of the functional, with its weights, and of the value."""
+    """Expected (directions, derivatives, which to keep): of the functional, with its weights, and
+    of the value."""
     directions = [
         tuple(b - a for a, b in zip(tensors, case.sample(ROWS, seed), strict=True))
         for seed in range(1, DIRECTIONS + 1)
@@ -193,7 +198,8 @@ def _differences(case: Prebuilt, layer: ConvexLayer, tensors: Variables):
 
 
 def slopes(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows, directions, points) -> 5-point derivatives, and where two step sizes agree, (rows, directions) each."""
+    """(rows, directions, points) -> 5-point derivatives, and where two step sizes agree, (rows,
+    directions) each."""
     at = {k: values[..., i] for i, k in enumerate(POINTS)}
     coarse, fine = (
         sum(c * at[factor * k] for k, c in FIVE_POINT.items()) / (factor * STEP / 2)

@@ -1,6 +1,8 @@
-"""Problems beside those of convlayer.problems, so that every cone, duals, mixtures and log-log programs are covered.
+"""Problems beside those of convlayer.problems, so that every cone, duals, mixtures and log-log
+programs are covered.
 
-Where a problem has no oracle, the reference is CVXPY's own solution by a tight interior point method.
+Where a problem has no oracle, the reference is CVXPY's own solution by a tight interior point
+method.
 """
 
 from __future__ import annotations
@@ -472,7 +474,8 @@ all_cones.sampled_by(
 
 @all_cones.solved_by
 def _by_active_bounds(y, S, lam, b):
-    """On each set of bounds: the gradient of the cost plus a multiplier of the sum vanishes off it."""
+    """On each set of bounds: the gradient of the cost plus a multiplier of the sum vanishes off
+    it."""
 
     def gradient(x):
         v = np.linalg.eigh(S + np.diag(x))[1][:, -1]

@@ -1,4 +1,5 @@
-"""The KKT residual of a canonical point, recomputed from CVXPY's own matrices without any of our code.
+"""The KKT residual of a canonical point, recomputed from CVXPY's own matrices without any of our
+code.
 
 minimise 1/2 x'Px + q'x  subject to  Ax + s = b, s in K:   Px + q + A'y = 0,  s in K,  y in K*,  s'y = 0
 """
@@ -24,7 +25,8 @@ def kkt_residual(
     q, A, b = data["c"], data["A"], data["b"]
     P = data.get("P")
     Px, Ay = (P @ x if P is not None else np.zeros_like(x)), A.T @ y
-    # Where every multiplier is zero, so are all these terms, to rounding: the objective's own size keeps noise from noise.
+    # Where every multiplier is zero, so are all these terms, to rounding: the objective's own size
+    # keeps noise from noise.
     natural = (
         np.array([1e-8 * abs(P).max() * np.abs(x).max()])
         if P is not None and P.nnz

@@ -2,13 +2,14 @@
 
     minimise 1/2 x'P x + q'x  subject to  G x <= h,     P = Q diag(1 .. 1/cond) Q',  n = 20
 
-Built backwards from a solution with five constraints strictly active and fifteen strictly inactive: the active set a is known and
+Built backwards from a solution with five constraints strictly active and fifteen strictly inactive:
+the active set a is known and
 
     K (dx, dy) = (-dP x - dq - dG_a'y, dh_a - dG_a x),    K = [P G_a'; G_a 0]
 
-is solved in NumPy with residuals in extended precision. The peer takes no quad_form of a parameter: it is given
-|L'x|^2 / 2 with P = L L', and so are we in the columns `factor`. Error: |g - g*| / |g*| over all parameters, of w'x for
-a random w.
+is solved in NumPy with residuals in extended precision. The peer takes no quad_form of a parameter:
+it is given |L'x|^2 / 2 with P = L L', and so are we in the columns `factor`. Error: |g - g*| / |g*|
+over all parameters, of w'x for a random w.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Building a layer: seconds and memory with a large dense parameter, and milliseconds of the library's problems with their first call,
-beside CVXPY's canonicalisation of the same.
+"""Building a layer: seconds and memory with a large dense parameter, and milliseconds of the
+library's problems with their first call, beside CVXPY's canonicalisation of the same.
 
 Each large one runs in a process of its own, `python -m benchmarks.construction PROBLEM SIZE`.
 """
@@ -42,7 +42,8 @@ def family(options: Options) -> Family:
 
 
 def library() -> list[Row]:
-    """The cone programs of all library problems, built and called for the first time: CPU milliseconds, the least of a few."""
+    """The cone programs of all library problems, built and called for the first time: CPU
+    milliseconds, the least of a few."""
     warnings.simplefilter("ignore")
     figures = [
         [min(parts) for parts in zip(*(first_call(name) for _ in range(REPEATS)), strict=True)]

@@ -1,9 +1,11 @@
-"""Seconds of the bare solvers over sizes, batches, densities and cones, and the constants of the layer's choice fitted to them.
+"""Seconds of the bare solvers over sizes, batches, densities and cones, and the constants of the
+layer's choice fitted to them.
 
 SCS is left out: a first-order method is not chosen but asked for.
 
-The layer is told which solver to take; what is counted is the time inside solve_batch in that forward, other attempts at rows
-that the first one leaves included. The models are those of the solvers' own files, with k cores, n variables, p equalities, l other rows:
+The layer is told which solver to take; what is counted is the time inside solve_batch in that
+forward, other attempts at rows that the first one leaves included. The models are those of the
+solvers' own files, with k cores, n variables, p equalities, l other rows:
 
     interior_point  STEPS (STEP + B (ROW_STEP + dense / BATCHED_RATE)),   dense = 2 l n^2 + 2/3 (n + p)^3
     clarabel        ceil(B / k) (ROW + TYPICAL sparse / ROW_RATE),         sparse = flops of one sparse factorisation

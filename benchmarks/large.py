@@ -3,9 +3,10 @@
     minimise    |x|^2 / 2 + q'x
     subject to  d * (A x) <= b,  -1 <= x <= 1      A (n, n) with five nonzeros a row, in a band
 
-with parameters q, b and d, so that every entry of the constraint matrix moves. (A sparse Parameter would want a dense
-tensor.) Each size runs in processes of its own, `python -m benchmarks.large NONZEROS ours` (or CVXPY). Memory is what
-the resident set rises by at its highest; CVXPY's is that of its canonicalisation alone, on which building a layer rests.
+with parameters q, b and d, so that every entry of the constraint matrix moves. (A sparse Parameter
+would want a dense tensor.) Each size runs in processes of its own, `python -m benchmarks.large
+NONZEROS ours` (or CVXPY). Memory is what the resident set rises by at its highest; CVXPY's is that
+of its canonicalisation alone, on which building a layer rests.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ MEGABYTE = 2**20
 def interleaved(
     *runs: Callable[[], tuple[float, ...]], repeats: int, seconds: float
 ) -> list[list[tuple[float, ...]]]:
-    """Each run's figures in turn, ours, peer, ours, peer ..., so that drift cancels; about `seconds` after a warm-up."""
+    """Each run's figures in turn, ours, peer, ours, peer ..., so that drift cancels; about
+    `seconds` after a warm-up."""
     for run in runs:
         run()
     figures: list[list[tuple[float, ...]]] = [[] for _ in runs]
@@ -42,7 +43,8 @@ def clock(device: torch.device | str = "cpu") -> float:
 
 
 class PeakMemory:
-    """`with PeakMemory() as peak: ...; peak.megabytes`: by how much the resident memory rose at its highest."""
+    """`with PeakMemory() as peak: ...; peak.megabytes`: by how much the resident memory rose at its
+    highest."""
 
     def __enter__(self) -> PeakMemory:
         try:

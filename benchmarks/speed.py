@@ -1,8 +1,9 @@
-"""Forward and backward at batch 32: ours against the peer, against the bare solver calls, and with one torch thread.
+"""Forward and backward at batch 32: ours against the peer, against the bare solver calls, and with
+one torch thread.
 
-All times are medians in milliseconds; runs of ours and of the peer alternate. `bare` is the time inside
-convlayer.paths.attempts.solve_batch during the same forward. Speed-up: the peer's forward + backward over ours;
-`one thread` is ours with one torch thread, the peer being as it is.
+All times are medians in milliseconds; runs of ours and of the peer alternate. `bare` is the time
+inside convlayer.paths.attempts.solve_batch during the same forward. Speed-up: the peer's forward +
+backward over ours; `one thread` is ours with one torch thread, the peer being as it is.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ from typing import Any
 def alone(
     module: str, *arguments: object, timeout: float = 120, **environment: str
 ) -> dict[str, Any]:
-    """`python -m module arguments`, which prints one JSON object last; `environment` beside this process's own."""
+    """`python -m module arguments`, which prints one JSON object last; `environment` beside this
+    process's own."""
     command = [sys.executable, "-W", "ignore", "-m", module, *map(str, arguments)]
     done = subprocess.run(
         command,

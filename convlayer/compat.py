@@ -1,23 +1,28 @@
-"""The drop-in: `from convlayer.compat import CvxpyLayer` where `from cvxpylayers.torch import CvxpyLayer` stood.
+"""The drop-in: `from convlayer.compat import CvxpyLayer` where `from cvxpylayers.torch import
+CvxpyLayer` stood.
 
-Signature, call, outputs, exception types and the key phrases of messages are those of cvxpylayers 1.2; options of 0.1
-are understood too. Where the two differ on purpose:
+Signature, call, outputs, exception types and the key phrases of messages are those of cvxpylayers
+1.2; options of 0.1 are understood too. Where the two differ on purpose:
 
     dtype     outputs have the parameters' dtype, as in 0.1; version 1.2 returns float64 whatever it is given.
               Integers become float64.
     accuracy  a solve is polished and its gradient is exact, or there is an error or a warning. An infeasible or
-              unbounded problem is an error with every solver, and so is a parameter outside its declared domain.
+              unbounded problem is an error with every solver, and so is a parameter outside its
+              declared domain.
     options   an unknown one is a TypeError at construction already; one without effect here is accepted, and named
               in a UserWarning, once.
-    gradients of a symmetric (or PSD, NSD) Parameter are symmetric, half of the derivative in each of two mirrored entries; version
-              1.2 reads the upper triangle alone, and its gradient stands there. A tensor that is not symmetric, as gradcheck
-              gives it, is symmetrised, with a warning, once.
+    gradients of a symmetric (or PSD, NSD) Parameter are symmetric, half of the derivative in each
+    of two mirrored entries; version
+              1.2 reads the upper triangle alone, and its gradient stands there. A tensor that is
+              not symmetric, as gradcheck gives it, is symmetrised, with a warning, once.
     lpgd      mode="lpgd", "lpgd_left", "lpgd_right" with derivative_kwargs={"tau": ..., "rho": ...} run ours, in their units, on our
-              cone program, where a quadratic objective stays quadratic; of two perturbed problems one may fail.
+              cone program, where a quadratic objective stays quadratic; of two perturbed problems
+              one may fail.
     scope     accepted here and refused there: quad_form(x, P) with a PSD Parameter P, parameters with diag or
               sparsity attributes, an empty batch, solver="SCS" and "CLARABEL", copy.deepcopy.
 
-Use convlayer.ConvexLayer in new code: any number of batch dimensions, statuses by row, failure policies, explain().
+Use convlayer.ConvexLayer in new code: any number of batch dimensions, statuses by row, failure
+                                       policies, explain().
 """
 
 from __future__ import annotations
@@ -109,7 +114,8 @@ class ComplexError(ProblemError, NotImplementedError):
 
 
 class UnknownSolverError(ValueError, RuntimeError, cp.error.SolverError):
-    """No such solver. The incumbent raises cvxpy's SolverError for some names and RuntimeError for the others."""
+    """No such solver. The incumbent raises cvxpy's SolverError for some names and RuntimeError for
+    the others."""
 
 
 class CallSettings(NamedTuple):
@@ -137,15 +143,18 @@ class CvxpyLayer(torch.nn.Module):
         gp:            the problem is log-log convex.
         verbose:       the solver prints its log.
         canon_backend: one of CVXPY's; without effect.
-        solver_args:   the solver's own options and diffcp's, below; those of a call override these, one by one.
+        solver_args:   the solver's own options and diffcp's, below; those of a call override these,
+                       one by one.
 
-    Options:  `solve_method` chooses the solver; the smallest of `eps`, `eps_abs`, `eps_rel`, `abstol`, `reltol` and
-              `feastol` above zero is the tolerance; `max_iters` and `time_limit_secs` limit a row; `n_jobs_forward` is
-              the number of threads; `raise_on_error=False` fills failed rows with NaN; `mode` with `derivative_kwargs` chooses the
-              gradient: one of those with lpgd, or else the exact one. Those of WITHOUT_EFFECT, and
-              with Clarabel those of TUNES_SCS, are accepted with a warning.
-    Errors:   at construction ProblemError (a ValueError), UnknownSolverError, and TypeError for unknown options; at a
-              call ValueError for shapes and warm_start, SolverError (a diffcp.SolverError) for rows.
+    Options:  `solve_method` chooses the solver; the smallest of `eps`, `eps_abs`, `eps_rel`,
+              `abstol`, `reltol` and `feastol` above zero is the tolerance; `max_iters` and
+              `time_limit_secs` limit a row; `n_jobs_forward` is the number of threads;
+              `raise_on_error=False` fills failed rows with NaN; `mode` with `derivative_kwargs`
+              chooses the gradient: one of those with lpgd, or else the exact one. Those of
+              WITHOUT_EFFECT, and with Clarabel those of TUNES_SCS, are accepted with a warning.
+    Errors:   at construction ProblemError (a ValueError), UnknownSolverError, and TypeError for
+              unknown options; at a call ValueError for shapes and warm_start, SolverError (a
+              diffcp.SolverError) for rows.
     """
 
     def __init__(
@@ -227,7 +236,8 @@ class CvxpyLayer(torch.nn.Module):
         return self.layer.extra_repr()
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        """A checkpoint saved with cvxpylayers holds its canonical matrices; ours come from the problem."""
+        """A checkpoint saved with cvxpylayers holds its canonical matrices; ours come from the
+        problem."""
         for name in ("P", "q", "A"):
             state_dict.pop(prefix + name, None)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -235,7 +245,8 @@ class CvxpyLayer(torch.nn.Module):
     def _layer_for(self, settings: CallSettings) -> ConvexLayer:
         """The layer, or a sibling with other settings that shares what was canonicalised.
 
-        It is not built anew from the problem: CVXPY can abort the process on one that was copied or pickled.
+        It is not built anew from the problem: CVXPY can abort the process on one that was copied or
+        pickled.
         """
         key = solver, on_failure, jobs, gradient = settings[:-1]
         if key == self._settings[:-1]:
@@ -359,7 +370,8 @@ class CvxpyLayer(torch.nn.Module):
             )
 
     def _symmetric(self, tensor: Tensor, parameter: cp.Parameter) -> Tensor:
-        """(X + X') / 2 where the parameter is declared symmetric; a warning where the tensor is not and can be looked at."""
+        """(X + X') / 2 where the parameter is declared symmetric; a warning where the tensor is not
+        and can be looked at."""
         if not is_symmetric(parameter):
             return tensor
         hidden = torch.compiler.is_compiling() or is_transformed((tensor,))

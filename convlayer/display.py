@@ -32,7 +32,8 @@ def rows_of(batch: Sequence[int]) -> str:
 
 
 def counted(names: Sequence[str]) -> str:
-    """Names with how often each occurs, in the order of their first appearance: `30 SOLVED, 2 INFEASIBLE`."""
+    """Names with how often each occurs, in the order of their first appearance: `30 SOLVED, 2
+    INFEASIBLE`."""
     return ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names)) or "none"
 
 

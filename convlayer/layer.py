@@ -31,69 +31,64 @@ from convlayer.report.verification import Verification, verified
 from convlayer.solution import Solution
 from convlayer.solvers import ConeSolver
 
-NO_SCRIPT = (
-    "A ConvexLayer is no TorchScript: torch.jit.trace and torch.jit.script would freeze one solution into the graph. "
-    "Use torch.compile, or torch.export to save the model."
-)
-PLAIN_IN_GRAPHS = (
-    "Inside torch.compile a layer takes tensors alone, one at least: give `solver_args` to with_options, and `ids` as a "
-    "tensor."
-)
-
 
 class ConvexLayer(torch.nn.Module):
     """A parametrised convex problem as a differentiable layer.
 
         x*(theta) = argmin over x of f(x, theta) subject to the constraints of `problem`
 
-    Solution:    by the kernel of the structure that the problem has, whatever its spelling, batched, on the parameters' own device;
-                 where it has none, canonicalised once to a cone program, solved by the cheapest solver and polished to rounding error.
-    Derivative:  the implicit function theorem with the forward's own factor, exact, to second order, in reverse and forward mode;
-                 one-sided or least-norm, and flagged, where there is none. See `gradient` for what else there is then.
-    Shapes:      each parameter (*batch, *its shape) or (*its shape), shared by the batch, its gradient then the sum over rows;
-                 variables (*batch, *their shape). Any number of batch dimensions, which broadcast against each other.
-    dtype:       outputs have the parameters' dtype and device; kernels compute in float32 only where that loses nothing, the cone program in float64.
-    torch:       torch.func and vmap, torch.compile(fullgraph=True), copies and pickles (of the declaration), several threads at once.
-    Bounds:      declared ones, and constraints on single variables, hold exactly, and an infinite right-hand side of an inequality is no
-                 bound. Equalities that depend on each other may differ by the parameters' own rounding: the least change makes them agree.
-    Threads:     rows run in a pool of one thread a core; small tensor work runs on one torch thread, whatever the setting.
+    Solution:    by the kernel of the structure that the problem has, whatever its spelling,
+                 batched, on the parameters' own device; where it has none, canonicalised once to a
+                 cone program, solved by the cheapest solver and polished to rounding error.
+    Derivative:  the implicit function theorem with the forward's own factor, exact, to second
+                 order, in reverse and forward mode; one-sided or least-norm, and flagged, where
+                 there is none. See `gradient` for what else there is then.
+    Shapes:      each parameter (*batch, *its shape) or (*its shape), shared by the batch, its
+                 gradient then the sum over rows; variables (*batch, *their shape). Any number of
+                 batch dimensions, which broadcast against each other.
+    dtype:       outputs have the parameters' dtype and device; kernels compute in float32 only
+                 where that loses nothing, the cone program in float64.
+    torch:       torch.func and vmap, torch.compile(fullgraph=True), copies and pickles (of the
+                 declaration), several threads at once.
+    Bounds:      those on single variables hold exactly; an infinite one is none. Equalities that
+                 depend on each other may differ by the parameters' own rounding.
+    More:        docs/layers.md, on each argument.
 
     Arguments:
         problem:     a DPP problem (DGP with gp=True).
         parameters:  all its parameters, in the order in which tensors will be given.
-        variables:   variables of the problem, or dual variables of its constraints (constraint.dual_variables[0]), to return.
-        structure:   "auto": the most special structure that matches, if it is cheaper than the cone program; "generic": the cone program;
-                     or a structure's name: that one, or a ProblemError that says why it does not apply.
-        solver:      for the cone program: None, the cheapest at each batch (linear and quadratic programs DAQP, the batched interior point
-                     or Clarabel, whatever has other cones Clarabel; off the host the interior point) with Clarabel behind it for rows that
-                     it does not settle; or by name "clarabel", "daqp", "interior_point", "scs", or a convlayer.Solver of your own, and that
-                     one alone. With "auto", naming one chooses the cone program.
-        solver_args: `tolerance` (KKT residual, each entry relative to its own terms, default 1e-8; with parameters of lower precision at
-                     least some roundings of theirs) and the solver's own options, such as `time_limit`, in seconds for a row
-                     (interior_point: for a batch; SCS: `time_limit_secs`); unknown ones are an error.
+        variables:   variables of the problem, or dual variables of its constraints
+                     (constraint.dual_variables[0]), to return.
+        structure:   "auto": the most special structure that matches, if it is cheaper than the cone
+                     program; "generic": the cone program; or a structure's name: that one, or a
+                     ProblemError that says why it does not apply.
+        solver:      for the cone program: None, the cheapest at each batch, with Clarabel behind it
+                     for rows that it does not settle; or by name "clarabel", "daqp",
+                     "interior_point", "scs", or a convlayer.Solver of your own, and that one alone.
+        solver_args: `tolerance` (KKT residual, each entry relative to its own terms, default 1e-8)
+                     and the solver's own options; unknown ones are an error.
         gp:          the problem is log-log convex.
-        gradient:    how solutions are differentiated: "exact"; for problems whose exact derivative is zero or jumps "smoothed", "lpgd" and,
-                     for linear objectives, "perturbed" and "blackbox" (see convlayer.paths.gradients). All but the first take the cone program.
+        gradient:    how solutions are differentiated: "exact"; where that is zero or jumps
+                     "smoothed", "lpgd" and, for linear objectives, "perturbed" and "blackbox" (see
+                     convlayer.paths.gradients).
         gradient_args: of that gradient: kappa; tau and rho; sigma, samples and seed; lam.
-        regularise:  what makes a solution unique: the weight rho of a proximal term rho/2 |x|^2 over all variables, added to the problem
-                     (and to the objective that is reported); or "least_norm", for linear and quadratic programs: of all solutions the
-                     one of least norm, by a term so small (1e-6 in the row's own units) that a linear program's solutions stay optimal.
-        on_failure:  "raise" a SolverError that names the rows; "nan" fills just those rows; "keep" returns the last iterate, flagged;
-                     "closest": an infeasible row is solved with its constraints shifted by as little as possible (zero, nonnegative
-                     and second-order cones), by Clarabel, with the exact gradient whatever `gradient` says, and Solution.shift says by
-                     how much; other failures raise. "closest_few": the same by the least sum of shifts, not of their squares, which shifts
-                     few constraints rather than all a little, those declared later first where others would do as well.
-                     A row that a loss uses all the same gets NaN for its gradient; see `solve` for training where rows may fail.
-        validate:    check the declared domains of the parameters (sign, symmetry, PSD, bounds) at every call.
-        executor:    a concurrent.futures.Executor for the rows, not the one that the call itself runs in: threads, spawned processes, or a
-                     dask cluster's, client.get_executor(pure=False), which solves again what a lost worker held; a process pool that
-                     loses a worker raises BrokenExecutor. By default a pool of one thread a core. Kernels and the batched interior point
-                     do not use it. It is not copied or pickled with the layer.
-        squeeze:     a call returns the only variable itself, not a tuple of one, as torch.nn.Sequential wants it.
-        verbose:     rows that take long are shown as they are done, by a bar (tqdm) or in the log; see convlayer.progress.
+        regularise:  what makes a solution unique: the weight rho of a term rho/2 |x|^2 over all
+                     variables, part of the objective; or "least_norm", for linear and quadratic
+                     programs: of all solutions the one of least norm.
+        on_failure:  "raise" a SolverError that names the rows; "nan" fills just those rows; "keep"
+                     returns the last iterate, flagged; "closest": an infeasible row is solved with
+                     its constraints shifted by as little as possible, and Solution.shift says by
+                     how much; "closest_few": the same with few of them shifted. A failed row that a
+                     loss uses has NaN for its gradient; see `solve` for training.
+        validate:    check the declared domains of the parameters (sign, symmetry, PSD, bounds) at
+                     every call.
+        executor:    a concurrent.futures.Executor for the rows: threads, spawned processes, a dask
+                     cluster's; by default a pool of one thread a core. It is not copied.
+        squeeze:     a call returns the only variable itself, not a tuple of one.
+        verbose:     rows that take long are shown as they are done; see convlayer.progress.
 
-    Errors: ProblemError (a ValueError) at construction; at a call TypeError and ValueError for what no row can use,
-    ParameterError and SolverError for rows.
+    Errors: ProblemError (a ValueError) at construction; at a call TypeError and ValueError for what
+    no row can use, ParameterError and SolverError for rows.
     Source: Amos and Kolter (2017); Agrawal et al. (2019); Busseti, Moursi and Boyd (2019).
     """
 
@@ -182,21 +177,22 @@ class ConvexLayer(torch.nn.Module):
         ids: Tensor | Sequence[Hashable] | None = None,
         **named: Any,
     ) -> tuple[Tensor, ...] | Tensor:
-        """The optimal variables for these parameter values, in the order of `variables`; with squeeze=True the only one.
+        """The optimal variables for these parameter values, in the order of `variables`.
 
-        tensors: one for each parameter, in the order of `parameters`; numpy arrays will do, and numbers for scalars. Or by name,
-             layer(price=p), or as a dictionary by the CVXPY objects, layer({price: p}).
-        ids: one for each row of the batch, telling a sample from others; a sample that was seen before starts where it ended then.
-             Kernels and samples that are new start cold. The last solutions are kept by the layer (`forget` drops them).
+        tensors: one for each parameter, in the order of `parameters`; numpy arrays will do, and
+             numbers for scalars. Or by name, layer(price=p), or as a dictionary by the CVXPY
+             objects, layer({price: p}).
+        ids: one for each row of the batch; a sample that was seen before starts where it ended
+             then, kernels start cold. The last solutions are kept (`forget` drops them).
         """
         given = self._front.given(tensors, named)
         if torch.compiler.is_compiling():
             if solver_args is not None or not (ids is None or isinstance(ids, Tensor)) or not given:
-                raise TypeError(PLAIN_IN_GRAPHS)
+                raise TypeError(compiled.PLAIN_IN_GRAPHS)
             name = compiled.name(self._number, self.on_failure, self.validate)
             outputs = compiled.outputs(given, ids, name)
         elif torch.jit.is_tracing():
-            raise RuntimeError(NO_SCRIPT)
+            raise RuntimeError(compiled.NO_SCRIPT)
         else:
             outputs = self._front.run(given, Call(solver_args, ids=ids))[0]
         return outputs[0] if self.squeeze else outputs
@@ -212,11 +208,13 @@ class ConvexLayer(torch.nn.Module):
     ) -> Solution:
         """As a call of the layer, with value, status, iterations and residual of every row.
 
-        warm_start: a Solution of the same batch shape, to start from; it takes the cone program. SCS starts there itself;
-                    for the others Newton's method starts there, and rows that it does not settle start cold.
+        warm_start: a Solution of the same batch shape, to start from; it takes the cone program.
+                    SCS starts there itself; for the others Newton's method starts there, and rows
+                    that it does not settle start cold.
         ids:        as in a call of the layer.
 
-        Training where rows may fail (on_failure="nan"): take the rows that have a solution before anything is computed of them,
+        Training where rows may fail (on_failure="nan"): take the rows that have a solution before
+        anything is computed of them,
 
             solution = layer.solve(net(inputs))
             (x,), solved = solution.variables, solution.solved
@@ -236,22 +234,26 @@ class ConvexLayer(torch.nn.Module):
     ) -> Verification:
         """Solve again another way, and compare values, feasibility and gradients, row by row.
 
-        A kernel is compared with the cone program by Clarabel, the cone program with itself by a solver that has no part in the layer's
-        answer; where there is none, the result says so. With against="diffcp" either is compared with CVXPY and diffcp, which share no
-        code with it and go row by row; the problem's parameters are then given the rows' values. diffcp's derivative of power cones is
-        wrong: gradients are not compared there.
-        The gradients are those of one random linear functional of the variables, drawn from `seed`. Nothing is raised: look at
-        `.agrees`, or print it. Rows whose constraints contradict each other by rounding alone agree to that rounding.
+        A kernel is compared with the cone program by Clarabel, the cone program with itself by a
+        solver that has no part in the layer's answer; where there is none, the result says so. With
+        against="diffcp" either is compared with CVXPY and diffcp, which share no code with it and
+        go row by row; the problem's parameters are then given the rows' values. diffcp's derivative
+        of power cones is wrong: gradients are not compared there. The gradients are those of one
+        random linear functional of the variables, drawn from `seed`. Nothing is raised: look at
+        `.agrees`, or print it. Rows whose constraints contradict each other by rounding alone agree
+        to that rounding.
         """
         front, mine = self._front, self.with_options(on_failure="nan")
         by_solver = partial(_solve_by, mine)
         return verified(front, front.given(tensors, named), mine.solve, by_solver, seed, against)
 
     def check(self, *tensors: Any, **named: Any) -> Check:
-        """How far each row is from where the solution map is not differentiable, or not well: by constraint, as tensors; print it for words.
+        """How far each row is from where the solution map is not differentiable, or not well: by
+        constraint, as tensors; print it for words.
 
-        It solves the rows as a cone program, whatever the layer's path, and raises nothing for rows that fail. Meant for a look, not
-        for training: the active system's eigenvalues are worked out.
+        It solves the rows as a cone program, whatever the layer's path, and raises nothing for rows
+        that fail. Meant for a look, not for training: the active system's eigenvalues are worked
+        out.
         """
         front, kernel = self._front, self._choice.kernel
         given = front.given(tensors, named)
@@ -265,7 +267,8 @@ class ConvexLayer(torch.nn.Module):
         return checked(self._declared, values, partial(solve, *given), gap)
 
     def explain(self, batch: int = 1) -> str:
-        """Which path runs and why, why the others do not, the sizes, and what a forward and a backward cost."""
+        """Which path runs and why, why the others do not, the sizes, and what a forward and a
+        backward cost."""
         return Words(explained(self._choice, self._settings, self.executor is not None, batch))
 
     def with_options(
@@ -281,10 +284,11 @@ class ConvexLayer(torch.nn.Module):
         executor: Executor | None = None,
         verbose: bool | None = None,
     ) -> ConvexLayer:
-        """A layer of the same problem, sharing its canonical form, with some of the constructor's options changed.
+        """A layer of the same problem, sharing its canonical form, with some of the constructor's
+        options changed.
 
-        `solver_args` are added to those the layer has; with another `solver` only `tolerance` is kept. `gradient_args` alone are of the
-        gradient that the layer has.
+        `solver_args` are added to those the layer has; with another `solver` only `tolerance` is
+        kept. `gradient_args` alone are of the gradient that the layer has.
         """
         before = self._settings
         settings = before.changed(structure, solver, solver_args, gradient, gradient_args)
@@ -309,7 +313,8 @@ class ConvexLayer(torch.nn.Module):
     def _copy(self) -> ConvexLayer:
         sibling = object.__new__(type(self))
         sibling.__dict__.update(self.__dict__)
-        # The hooks and submodules of a module stand in dictionaries, which a shallow copy would share.
+        # The hooks and submodules of a module stand in dictionaries, which a shallow copy would
+        # share.
         own = ((name, part) for name, part in self.__dict__.items() if isinstance(part, dict))
         sibling.__dict__.update((name, copy.copy(part)) for name, part in own)
         sibling._fresh()
@@ -334,7 +339,7 @@ class ConvexLayer(torch.nn.Module):
 
     def __prepare_scriptable__(self) -> None:
         """What torch.jit.script asks first."""
-        raise RuntimeError(NO_SCRIPT)
+        raise RuntimeError(compiled.NO_SCRIPT)
 
     def extra_repr(self) -> str:
         return f"{described(self._choice, self._settings)}, on_failure={self.on_failure}"

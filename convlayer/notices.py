@@ -37,7 +37,8 @@ def quiet_cvxpy() -> Iterator[None]:
 
 
 def tell(warning: Warning) -> None:
-    """Warn at the user's line: the one that called a layer, whichever modules of torch it is in, or backward."""
+    """Warn at the user's line: the one that called a layer, whichever modules of torch it is in, or
+    backward."""
     depth, frame = 2, sys._getframe(1)
     while frame.f_back and _is_below(frame):
         depth, frame = depth + 1, frame.f_back

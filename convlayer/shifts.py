@@ -1,4 +1,5 @@
-"""How far constraints were moved so that infeasible rows have an answer: by constraint, and in words."""
+"""How far constraints were moved so that infeasible rows have an answer: by constraint, and in
+words."""
 
 from __future__ import annotations
 
@@ -11,10 +12,11 @@ SHARE = 1e-9  # of the largest shift of a row up to which one is none
 
 
 class Shifts(tuple[Any, ...]):
-    """One for each of problem.constraints, in order: (*batch, *its shape), a tuple of its arguments' for a cone constraint, None for
-    a constraint without multipliers.
+    """One for each of problem.constraints, in order: (*batch, *its shape), a tuple of its
+    arguments' for a cone constraint, None for a constraint without multipliers.
 
-    It held as lhs <= rhs + shift, or lhs == rhs + shift. Rows that were feasible have zeros. Print it for the constraints that moved.
+    It held as lhs <= rhs + shift, or lhs == rhs + shift. Rows that were feasible have zeros. Print
+    it for the constraints that moved.
     """
 
     names: tuple[str, ...]  # of the constraints, as the user spells them

@@ -65,7 +65,8 @@ class SolverError(RuntimeError):
 
     @classmethod
     def of(cls, status: Tensor, details: dict[int, str] | None = None) -> SolverError:
-        """The error for a (*batch) tensor of statuses; `details` maps a flat row to what is wrong with it."""
+        """The error for a (*batch) tensor of statuses; `details` maps a flat row to what is wrong
+        with it."""
         batch, flat = tuple(status.shape), status.flatten()
         failed = torch.nonzero(flat >= Status.INFEASIBLE).flatten()
         lines = [f"{len(failed)} of {len(flat)} rows failed." if batch else "The instance failed."]
@@ -147,7 +148,8 @@ _CAUSES = {
 
 
 class GradientWarning(UserWarning):
-    """Some rows were differentiated where the solution map has no derivative, or one that says nothing: once a layer and `cause`."""
+    """Some rows were differentiated where the solution map has no derivative, or one that says
+    nothing: once a layer and `cause`."""
 
     def __init__(self, message: str, cause: Cause) -> None:
         super().__init__(message)
@@ -171,23 +173,29 @@ class GradientWarning(UserWarning):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Solution:
-    """The solution of a batch, row by row. Every field but `variables`, `notes`, `shift` and `iterate` has shape (*batch).
+    """The solution of a batch, row by row. Every field but `variables`, `notes`, `shift` and
+    `iterate` has shape (*batch).
 
     variables:  (*batch, *shape) each, in the order the layer was given; differentiable.
     objective:  optimal value, in the user's sense; differentiable.
     status:     int64, values of Status; `statuses` are their names, `solved` is a mask.
     iterations: int64, of the solver.
     residual:   float64, relative KKT residual after polishing; NaN where there is no iterate.
-    degenerate: bool, the derivative there is one-sided (weakly active constraint) or least-norm (singular system), for what parameters
-                move and outputs read. Equalities with constant coefficients that depend on each other are differentiated along the
-                parameters that leave the problem feasible, and flagged only where a multiplier of theirs is an output.
-    margin:     float64, of strict complementarity: distance from the nearest kink, in units where the solution and its multipliers
-                are of size one; infinite without inequalities, NaN where a kernel does not say (layer.check does).
-    notes:      in words, which rows took another way than the layer's first choice, and which were changed to have a solution: equalities
-                that differed by rounding, constraints that were shifted.
-    shift:      on_failure="closest" or "closest_few", where some row was infeasible: by how much each of problem.constraints was
-                shifted, (*batch, *its shape), as lhs <= rhs + shift or lhs == rhs + shift; a tuple of its arguments' for a cone
-                constraint. None elsewhere.
+    degenerate: bool, the derivative there is one-sided (weakly active constraint) or least-norm
+                (singular system), for what parameters move and outputs read. Equalities with
+                constant coefficients that depend on each other are differentiated along the
+                parameters that leave the problem feasible, and flagged only where a multiplier of
+                theirs is an output.
+    margin:     float64, of strict complementarity: distance from the nearest kink, in units where
+                the solution and its multipliers are of size one; infinite without inequalities, NaN
+                where a kernel does not say (layer.check does).
+    notes:      in words, which rows took another way than the layer's first choice, and which were
+                changed to have a solution: equalities that differed by rounding, constraints that
+                were shifted.
+    shift:      on_failure="closest" or "closest_few", where some row was infeasible: by how much
+                each of problem.constraints was shifted, (*batch, *its shape), as lhs <= rhs + shift
+                or lhs == rhs + shift; a tuple of its arguments' for a cone constraint. None
+                elsewhere.
     iterate:    canonical (x, s, y) for a warm start; None from a kernel.
     """
 
@@ -204,8 +212,8 @@ class Solution:
 
     @property
     def solved(self) -> Tensor:
-        """(*batch) bool, on the host: the rows that have a solution, be it INACCURATE. A loss that is made of `x[solution.solved]` alone
-        has no NaN in its gradient from rows that failed."""
+        """(*batch) bool, on the host: the rows that have a solution, be it INACCURATE. A loss that
+        is made of `x[solution.solved]` alone has no NaN in its gradient from rows that failed."""
         return self.status < Status.INFEASIBLE
 
     @property

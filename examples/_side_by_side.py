@@ -1,4 +1,5 @@
-"""What the examples share: two layers of one problem, timed in turn and compared, and the look of a picture."""
+"""What the examples share: two layers of one problem, timed in turn and compared, and the look of a
+picture."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def side_by_side(
     variables: Sequence[cp.Variable],
     *tensors: Tensor,  # one a parameter, at which the two are compared
 ) -> ConvexLayer:
-    """The layer on the path it chose, after printing how it compares with the cone program on these tensors."""
+    """The layer on the path it chose, after printing how it compares with the cone program on these
+    tensors."""
     threadpool_limits(1, user_api="openmp")  # such small matrices are not worth sharing
     layer = ConvexLayer(problem, parameters, variables)
     generic = ConvexLayer(problem, parameters, variables, solver="clarabel")

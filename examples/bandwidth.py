@@ -1,15 +1,18 @@
 """What users wish for is learnt from what a network gave them, by a first-order solver.
 
-Inner:  150 users share 120 links; their rates come close to what they wish for, and none is to be large alone,
+Inner:  150 users share 120 links; their rates come close to what they wish for, and none is to be
+        large alone,
 
             minimise    |rates - wish|^2 + 2 |rates|
             subject to  use @ rates <= capacity
 
-Outer:  wishes follow from features of the hour, wish = features @ W; W is learnt from the rates of 8 hours.
+Outer:  wishes follow from features of the hour, wish = features @ W; W is learnt from the rates of
+        8 hours.
 
-Why SCS: `use` is the same in all hours and all steps, and only vectors change. SCS factors one matrix for a whole batch, where
-Clarabel, which the layer would choose here, factors one in every iteration of every row. That pays where matrices are constant
-and dense; where they change from row to row, or are small, or units are far apart, the layer's own choice is the better one.
+Why SCS: `use` is the same in all hours and all steps, and only vectors change. SCS factors one
+matrix for a whole batch, where Clarabel, which the layer would choose here, factors one in every
+iteration of every row. That pays where matrices are constant and dense; where they change from row
+to row, or are small, or units are far apart, the layer's own choice is the better one.
 """
 
 import statistics

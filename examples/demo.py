@@ -1,17 +1,21 @@
-"""Which measurements of a patient deserve trust? Penalties of a constrained regression, learnt through its solution.
+"""Which measurements of a patient deserve trust? Penalties of a constrained regression, learnt
+through its solution.
 
-Data:   442 diabetes patients, ten measurements each, and the progression of the disease a year later, a score
-        between 25 and 346 (Efron, Hastie, Johnstone and Tibshirani, 2004; bundled with scikit-learn).
-Inner:  from 30 patients only, fit the coefficients w of a linear model, some with a sign that medicine dictates:
+Data:   442 diabetes patients, ten measurements each, and the progression of the disease a year
+        later, a score between 25 and 346 (Efron, Hastie, Johnstone and Tibshirani, 2004; bundled
+        with scikit-learn).
+Inner:  from 30 patients only, fit the coefficients w of a linear model, some with a sign that
+        medicine dictates:
 
             minimise    |X w - y|^2 / 30 + sum_j penalty_j w_j^2
             subject to  w >= 0 for body mass index, blood pressure and triglycerides;  w <= 0 for HDL cholesterol
 
-Outer:  choose the ten penalties for which such models, fitted to sixteen draws of 30 patients, are best on the patients
-        not drawn. The gradient goes through the solutions w.
+Outer:  choose the ten penalties for which such models, fitted to sixteen draws of 30 patients, are
+        best on the patients not drawn. The gradient goes through the solutions w.
 Rival:  the best single penalty, by search.
-Test:   100 patients, set aside before anything else. One test set is a matter of luck, so all of this is done for
-        eight of them, at once: the batch of the layer is (8, 16), and it learns eight times ten penalties.
+Test:   100 patients, set aside before anything else. One test set is a matter of luck, so all of
+        this is done for eight of them, at once: the batch of the layer is (8, 16), and it learns
+        eight times ten penalties.
 
     python examples/demo.py      prints a table, draws out/demo.png, and fails if the gradient is not right
 """
@@ -79,7 +83,8 @@ class Diabetes:
         self.b = (Q.mT @ (y_fit / PATIENTS**0.5).unsqueeze(-1)).squeeze(-1)  # (8, 16, 10)
 
     def error(self, w: Tensor, patients: Tensor) -> Tensor:
-        """w (8, 16, 10), patients (8, 16, k) -> (8,), root mean squared error in points of the score."""
+        """w (8, 16, 10), patients (8, 16, k) -> (8,), root mean squared error in points of the
+        score."""
         prediction = ((self.X[patients] - self.X_mean) @ w.unsqueeze(-1)).squeeze(-1) + self.y_mean
         return self.unit * (prediction - self.y[patients]).square().mean((-2, -1)).sqrt()
 
@@ -103,7 +108,8 @@ def best_single(losses: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def check_gradient(loss: Callable[[Tensor], Tensor], at: Tensor, step: float = 1e-4) -> float:
-    """The largest deviation of the gradient from central differences along twenty directions, relative to its norm."""
+    """The largest deviation of the gradient from central differences along twenty directions,
+    relative to its norm."""
     leaf = at.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(leaf), leaf)
     directions = torch.randn(

@@ -1,12 +1,14 @@
 """Forecasts that make good portfolios, learnt on several processes at once.
 
-Data:   every day 20 signals on 8 assets, whose returns follow them by a rule that is not told, plus noise.
+Data:   every day 20 signals on 8 assets, whose returns follow them by a rule that is not told, plus
+        noise.
 Inner:  a network turns the signals into forecasts mu, and the layer trades on them (`problems/portfolio.py`),
             maximise    mu'w - 1/2 |L'w|^2 - kappa |w - w0|_1
             subject to  w >= 0,  1'w = 1
-Outer:  what the portfolios earn with the returns that come, risk and trading costs taken off; the gradient goes through the layer.
-        Each process solves and differentiates its share of a batch, and DistributedDataParallel averages the gradients.
-        Once an epoch the first process does a whole batch alone; the run fails if the gradients differ.
+Outer:  what the portfolios earn with the returns that come, risk and trading costs taken off; the
+        gradient goes through the layer. Each process solves and differentiates its share of a
+        batch, and DistributedDataParallel averages the gradients. Once an epoch the first process
+        does a whole batch alone; the run fails if the gradients differ.
 
     torchrun --nproc_per_node 2 examples/distributed_training.py      gloo on CPUs; nccl where each process has a CUDA device
     python examples/distributed_training.py                           one process, and nothing to compare
@@ -66,7 +68,8 @@ class Trade(nn.Module):
 
 
 def train(rank: int, world: int, device: torch.device) -> float:
-    """On the first process the largest difference between the gradients of all together and of one that did the whole batch."""
+    """On the first process the largest difference between the gradients of all together and of one
+    that did the whole batch."""
     torch.manual_seed(0)
     market = Market(device)
     trade = Trade(market)
@@ -86,7 +89,8 @@ def train(rank: int, world: int, device: torch.device) -> float:
         for step, batch in enumerate(torch.randperm(DAYS, generator=order).to(device).split(BATCH)):
             optimiser.zero_grad()
             value = loss(model, batch[rank::world])
-            # Gradients are averaged over the processes: times their number they are the sum, so that shares may differ in size.
+            # Gradients are averaged over the processes: times their number they are the sum, so
+            # that shares may differ in size.
             (value * world / len(batch)).backward()
             if step == 0 and rank == 0:
                 whole = parameters_to_vector(

@@ -1,12 +1,14 @@
-"""Which costs explain the flows? The cost matrix of a transport problem is learnt from observed plans.
+"""Which costs explain the flows? The cost matrix of a transport problem is learnt from observed
+plans.
 
-20 days of shipping from 16 warehouses to 16 shops, other supplies and demands every day, one hidden cost matrix M: distance along
-a street, and a river that is dear to cross. The layer solves
+20 days of shipping from 16 warehouses to 16 shops, other supplies and demands every day, one hidden
+cost matrix M: distance along a street, and a river that is dear to cross. The layer solves
 
     minimise    <M, P> - eps sum_ij entr(P_ij)
     subject to  P 1 = supply,  P'1 = demand
 
-and M is moved by the gradient until its plans are those observed. M is determined up to a constant a row and a column.
+and M is moved by the gradient until its plans are those observed. M is determined up to a constant
+a row and a column.
 """
 
 import cvxpy as cp

@@ -1,11 +1,14 @@
-"""A path round obstacles: waypoints are learnt through the smoothest curve that passes through them.
+"""A path round obstacles: waypoints are learnt through the smoothest curve that passes through
+them.
 
-Inner:  the curve X (50 points in the plane) of least acceleration through a start, an end and three waypoints,
+Inner:  the curve X (50 points in the plane) of least acceleration through a start, an end and three
+        waypoints,
 
             minimise    sum_k |X_{k-1} - 2 X_k + X_{k+1}|^2
             subject to  X at five given times is where it should be
 
-Outer:  the waypoints, moved by the gradient until the whole curve is clear of four discs and short. 32 random starts are one batch.
+Outer:  the waypoints, moved by the gradient until the whole curve is clear of four discs and short.
+        32 random starts are one batch.
 """
 
 import cvxpy as cp

@@ -1,7 +1,8 @@
 """Principal components that matter: weights of the measurements are learnt through the components.
 
-Twelve measurements of three groups. Two of them tell the groups apart, but others vary more, and so principal components show
-noise. With S the covariance and w a weight for each measurement, the layer's projector on the leading plane of diag(w) S diag(w),
+Twelve measurements of three groups. Two of them tell the groups apart, but others vary more, and so
+principal components show noise. With S the covariance and w a weight for each measurement, the
+layer's projector on the leading plane of diag(w) S diag(w),
 
     maximise    <diag(w) S diag(w), Z>
     subject to  tr Z = 2,  0 <= Z <= I

@@ -1,7 +1,9 @@
-"""Ridge regression whose penalty is learnt: the gradient of the validation error goes through the fitted coefficients.
+"""Ridge regression whose penalty is learnt: the gradient of the validation error goes through the
+fitted coefficients.
 
-A smooth curve is fitted to 12 noisy points by 24 bumps, in 32 repetitions of the experiment, all solved at once. One penalty,
-shared by all, is moved by its gradient until the fits are best on points not used to fit; a grid search finds the same one.
+A smooth curve is fitted to 12 noisy points by 24 bumps, in 32 repetitions of the experiment, all
+solved at once. One penalty, shared by all, is moved by its gradient until the fits are best on
+points not used to fit; a grid search finds the same one.
 """
 
 import cvxpy as cp

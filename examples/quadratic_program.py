@@ -1,13 +1,14 @@
 """Inverse optimisation: a factory's limits are learnt from the plans that it makes.
 
-Inner:  every day a factory of 40 products and 12 resources (hours of machines, tons of material) plans for the
-        largest profit; prices fall with what is sold,
+Inner:  every day a factory of 40 products and 12 resources (hours of machines, tons of material)
+        plans for the largest profit; prices fall with what is sold,
 
             maximise    price' plan - 1/2 plan' Q plan
             subject to  use @ plan <= limit,  plan >= 0
 
-Outer:  `use` is known and the limits are not; from the plans of 96 days they are learnt, so that the layer plans alike. A limit
-        that never binds cannot be learnt exactly, and one that does can.
+Outer:  `use` is known and the limits are not; from the plans of 96 days they are learnt, so that
+        the layer plans alike. A limit that never binds cannot be learnt exactly, and one that does
+        can.
 """
 
 import warnings
@@ -40,7 +41,8 @@ def main():
         seen = layer(prices, hidden)[0] + NOISE * torch.randn(DAYS, PRODUCTS)
         binds = ((hidden - layer(prices, hidden)[0] @ use.T) < 1e-6).double().mean(0)
 
-    # A plan met on the way may lie at a kink, where a limit only just binds; its one-sided derivative will do.
+    # A plan met on the way may lie at a kink, where a limit only just binds; its one-sided
+    # derivative will do.
     warnings.simplefilter("ignore", GradientWarning)
     learnt = start.clone().requires_grad_()
 

@@ -1,17 +1,24 @@
 """Shortest paths by predicted costs: an exact gradient that is zero, and four that learn.
 
-Data:     a city of 5 x 5 crossings and 40 one-way streets, whose costs depend on five features of the day,
+Data:     a city of 5 x 5 crossings and 40 one-way streets, whose costs depend on five features of
+          the day,
 
               cost = ((B features / sqrt 5 + 3) / 3.5)^8 + 1,    B of zeros and ones; on training days, up to 50 % more or less
 
 Model:    costs linear in the features: it errs somewhere, and what counts is where.
-Inner:    minimise c'x subject to: what flows into a crossing flows out, x >= 0; a linear program whose vertices are the paths.
-Outer:    the least regret: the true cost of the path chosen by predicted costs, less that of the shortest. A vertex does not
-          move with c, so the exact gradient is zero. The others go through the same solutions, by the same steps.
-Rival:    in two stages: least squares of the costs, in closed form, then the shortest path. It learns nothing from paths.
-Look at:  the regret on 500 unseen days, their costs without noise, as a share of what the shortest paths cost.
-Warnings: the layer says itself that the exact gradient is zero, and that some of these solutions lie at a kink: it is what is shown.
-Source:   data and regret: Elmachtoub and Grigas, Smart "predict, then optimize" (2022), section 6.1.
+Inner:    minimise c'x subject to: what flows into a crossing flows out, x >= 0; a linear program
+          whose vertices are the paths.
+Outer:    the least regret: the true cost of the path chosen by predicted costs, less that of the
+          shortest. A vertex does not move with c, so the exact gradient is zero. The others go
+          through the same solutions, by the same steps.
+Rival:    in two stages: least squares of the costs, in closed form, then the shortest path. It
+          learns nothing from paths.
+Look at:  the regret on 500 unseen days, their costs without noise, as a share of what the shortest
+          paths cost.
+Warnings: the layer says itself that the exact gradient is zero, and that some of these solutions
+          lie at a kink: it is what is shown.
+Source:   data and regret: Elmachtoub and Grigas, Smart "predict, then optimize" (2022), section
+          6.1.
 
     python examples/shortest_path.py [--seed S] [--quick]      prints a table, draws out/shortest_path.png
 """
@@ -62,8 +69,9 @@ def city(kind: str) -> ConvexLayer:
     costs, x = cp.Parameter(len(STREETS), name="costs"), cp.Variable(len(STREETS), name="path")
     flow = leaves.reshape(SIDE * SIDE, -1)[:-1] @ x  # the last crossing's follows from the others
     problem = cp.Problem(cp.Minimize(costs @ x), [flow == np.eye(SIDE * SIDE - 1)[0], x >= 0])
-    # Many bounds meet at a path. An active-set method ends on it; left to itself the layer would look, and by a second solver, whether
-    # that makes multipliers ambiguous, which no one asks here.
+    # Many bounds meet at a path. An active-set method ends on it; left to itself the layer would
+    # look, and by a second solver, whether that makes multipliers ambiguous, which no one asks
+    # here.
     return ConvexLayer(
         problem, [costs], [x], gradient=kind, gradient_args=KINDS[kind], solver="daqp"
     )
@@ -87,7 +95,8 @@ class Days:
         self.shortest = paths(self.costs)
 
     def judge(self, model: Tensor) -> tuple[float, float]:
-        """The model's regret as a share of the shortest paths' cost, and the share of days on which it has none."""
+        """The model's regret as a share of the shortest paths' cost, and the share of days on which
+        it has none."""
         chosen, least = (
             (self.costs * paths(self.features @ model)).sum(1),
             (self.costs * self.shortest).sum(1),

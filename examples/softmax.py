@@ -1,12 +1,14 @@
-"""A classifier that is too sure of itself is calibrated: the temperature of a softmax, learnt on held-out points.
+"""A classifier that is too sure of itself is calibrated: the temperature of a softmax, learnt on
+held-out points.
 
 The layer is the softmax as the optimisation problem it is,
 
     maximise    theta'y + tau sum_i entr(y_i)
     subject to  1'y = 1
 
-with the classifier's scores theta and one temperature tau for all, moved by the gradient of the likelihood; the entropy, entr, asks
-for y >= 0 by itself. The scores here are three times too large, so tau should become about 3.
+with the classifier's scores theta and one temperature tau for all, moved by the gradient of the
+likelihood; the entropy, entr, asks for y >= 0 by itself. The scores here are three times too large,
+so tau should become about 3.
 """
 
 import cvxpy as cp

@@ -1,12 +1,14 @@
 """Attention that looks at a few things only: sparsemax in place of softmax.
 
-Sequences of 12 tokens; what is asked for is the mean value of those that match a query, between one and three. Attention learns to
-score tokens; its weights are the layer's, the projection of the scores on the simplex,
+Sequences of 12 tokens; what is asked for is the mean value of those that match a query, between one
+and three. Attention learns to score tokens; its weights are the layer's, the projection of the
+scores on the simplex,
 
     minimise    |x - scores|^2
     subject to  x >= 0,  1'x = 1
 
-which is exactly zero on the tokens that do not matter. Softmax, trained alike, keeps a little weight on each.
+which is exactly zero on the tokens that do not matter. Softmax, trained alike, keeps a little
+weight on each.
 """
 
 import cvxpy as cp
@@ -17,7 +19,8 @@ TOKENS, FEATURES, SEQUENCES, COMPARED, SHOWN = 12, 6, 1000, 64, 12
 
 
 def sequences():
-    """Keys (SEQUENCES, TOKENS, FEATURES), values and whether they match (SEQUENCES, TOKENS), targets (SEQUENCES,)."""
+    """Keys (SEQUENCES, TOKENS, FEATURES), values and whether they match (SEQUENCES, TOKENS),
+    targets (SEQUENCES,)."""
     direction = torch.nn.functional.normalize(torch.randn(FEATURES), dim=0)
     order = torch.rand(SEQUENCES, TOKENS).argsort(-1)
     match = order < torch.randint(1, 4, (SEQUENCES, 1))

@@ -1,19 +1,25 @@
-"""Sudoku learnt from solved puzzles alone: gradient descent finds the constraints of a quadratic program.
+"""Sudoku learnt from solved puzzles alone: gradient descent finds the constraints of a quadratic
+program.
 
-Problem:  a 4 x 4 Sudoku with up to ten of its sixteen cells blank and one solution. There are 288 completed boards; 188 are for
-          training, and the puzzles that are judged come from the other 100, so that no solution can be remembered.
-Model:    a puzzle p and its solution z are 64 numbers, four a cell, 1 at the digit that is there and 0 elsewhere, and
+Problem:  a 4 x 4 Sudoku with up to ten of its sixteen cells blank and one solution. There are 288
+          completed boards; 188 are for training, and the puzzles that are judged come from the
+          other 100, so that no solution can be remembered.
+Model:    a puzzle p and its solution z are 64 numbers, four a cell, 1 at the digit that is there
+          and 0 elsewhere, and
 
               minimise    0.1 |z|^2 - p'z
               subject to  A z = b,  z >= 0
 
-          with 40 constraints A, b that all puzzles share and that start at random. The loss is the squared error of z, and its
-          gradient goes through the solution into A and b. b = A z0 with a positive z0, learnt too: there always is a feasible z.
-          The model knows no rule: not that 64 is sixteen cells of four, nor what a row or a block is. Forty is 64 less the 24
-          dimensions that the training solutions span: fewer leave z too free, and more leave it too little room.
+          with 40 constraints A, b that all puzzles share and that start at random. The loss is the
+          squared error of z, and its gradient goes through the solution into A and b. b = A z0 with
+          a positive z0, learnt too: there always is a feasible z. The model knows no rule: not that
+          64 is sixteen cells of four, nor what a row or a block is. Forty is 64 less the 24
+          dimensions that the training solutions span: fewer leave z too free, and more leave it too
+          little room.
 Rival:    a network of two hidden layers, on the same puzzles for as long.
-Look at:  the share of unseen puzzles solved; and, in the picture, how A comes to contain the rules. They are written down
-          in `rules`, which makes the boards and judges A, and in no line of the model.
+Look at:  the share of unseen puzzles solved; and, in the picture, how A comes to contain the rules.
+          They are written down in `rules`, which makes the boards and judges A, and in no line of
+          the model.
 Source:   Amos and Kolter, OptNet: differentiable optimization as a layer in neural networks (2017).
 
     python examples/sudoku.py [--seconds N] [--seed S] [--quick]      prints a table, draws out/sudoku.png
@@ -51,8 +57,9 @@ CONSTRAINTS, CURVATURE = (
     0.2,
 )  # more curvature learns faster at first and is less sharp in the end
 STEPS, BATCH, RATE = 720, 24, 0.03
-# Longer gradients are shortened to this. The usual one has length 0.04; a puzzle for which A z = b and the zeros of z all but
-# determine z has, once in a while, one of length 7: exact, of no use further off, and Adam may not recover from the step.
+# Longer gradients are shortened to this. The usual one has length 0.04; a puzzle for which A z = b
+# and the zeros of z all but determine z has, once in a while, one of length 7: exact, of no use
+# further off, and Adam may not recover from the step.
 LONGEST = 0.1
 HIDDEN, NETWORK_BATCH, NETWORK_RATE = 512, 128, 1e-3
 
@@ -111,7 +118,8 @@ class Puzzles:
         everything: Tensor,
         random: torch.Generator,
     ):
-        """`count` puzzles of these boards; kept are those that agree with one board of everything, their own."""
+        """`count` puzzles of these boards; kept are those that agree with one board of everything,
+        their own."""
         given, solution = boards[:0], boards[:0]
         while len(given) < count:
             board = boards[torch.randint(len(boards), (count,), generator=random)]
@@ -235,7 +243,8 @@ def learn(
 
 
 def contained(A: Tensor) -> dict[str, Tensor]:
-    """For each rule, (16,): the squared length of its direction within the rows of A. 1: A implies that the sum is constant."""
+    """For each rule, (16,): the squared length of its direction within the rows of A. 1: A implies
+    that the sum is constant."""
     basis = torch.linalg.qr(A.detach().T).Q  # (64, 40)
     return {
         name: (indicators(kind) @ basis).square().sum(1) / DIGITS for name, kind in rules().items()
@@ -256,7 +265,8 @@ def frame_board(axes, title: str, subtitle: str) -> None:
 
 
 def draw_board(axes, puzzle: Puzzles, z: Tensor, title: str, subtitle: str) -> None:
-    """A digit's size is its entry of z; the largest of a cell is where it would be read off, the others around it."""
+    """A digit's size is its entry of z; the largest of a cell is where it would be read off, the
+    others around it."""
     frame_board(axes, title, subtitle)
     given, correct = puzzle.given.view(CELLS, DIGITS).sum(1) > 0, right(z, puzzle.solution)[0]
     for cell, entries in enumerate(z.view(CELLS, DIGITS).clamp(0, 1).tolist()):
@@ -432,8 +442,8 @@ def compare(options: argparse.Namespace) -> None:
     }
     unseen = judged[HARDEST][: min(tests, 100)]
 
-    # Once in some hundred thousand puzzles a solution lies within 1e-7 of a kink, where a digit is only just excluded; its
-    # one-sided derivative will do.
+    # Once in some hundred thousand puzzles a solution lies within 1e-7 of a kink, where a digit is
+    # only just excluded; its one-sided derivative will do.
     warnings.simplefilter("ignore", GradientWarning)
     program, rival = QuadraticProgram(), network()
     before = contained(program.A)

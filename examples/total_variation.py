@@ -1,7 +1,8 @@
 """Denoising of a signal that jumps: the strength of total variation is learnt from clean examples.
 
-32 piecewise-constant signals of 200 points with noise. The one weight that all share is moved by the gradient of the error
-of the denoised signals, through the minimiser; then it is used on a signal it has not seen.
+32 piecewise-constant signals of 200 points with noise. The one weight that all share is moved by
+the gradient of the error of the denoised signals, through the minimiser; then it is used on a
+signal it has not seen.
 """
 
 import cvxpy as cp

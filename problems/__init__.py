@@ -1,4 +1,5 @@
-"""The prebuilt problem library: one problem a file, each with a sampler and an independent solution.
+"""The prebuilt problem library: one problem a file, each with a sampler and an independent
+solution.
 
     from convlayer import problems
 
@@ -9,7 +10,8 @@
     problems.ridge(100, 50).problem                         # the CVXPY problem, to edit
     problems.PROBLEMS                                       # all of them, by name
 
-A new problem is a new file, NAME.py, that defines NAME with `@prebuilt`; it is found by being there.
+A new problem is a new file, NAME.py, that defines NAME with `@prebuilt`; it is found by being
+there.
 """
 
 from importlib import import_module

@@ -1,4 +1,5 @@
-"""What a prebuilt problem is: a declaration in CVXPY, a sampler of its parameters, and an oracle."""
+"""What a prebuilt problem is: a declaration in CVXPY, a sampler of its parameters, and an
+oracle."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ class Draw:
 
 
 class Prebuilt:
-    """A prebuilt problem. A call declares it in CVXPY; sizes are those of the declaration, with its defaults."""
+    """A prebuilt problem. A call declares it in CVXPY; sizes are those of the declaration, with its
+    defaults."""
 
     def __init__(self, declare: Callable[..., Declaration], layer_options: dict[str, Any]) -> None:
         functools.update_wrapper(self, declare)
@@ -81,7 +83,8 @@ class Prebuilt:
     def sample(
         self, batch: int | tuple[int, ...] = (), seed: int = 0, *sizes: Any, **named: Any
     ) -> tuple[Tensor, ...]:
-        """One float64 tensor a parameter, (*batch, *its shape), inside its domain so that small steps stay there."""
+        """One float64 tensor a parameter, (*batch, *its shape), inside its domain so that small
+        steps stay there."""
         if self._sampler is None:
             raise NotImplementedError(
                 f"`{self.name}` has no sampler; write one under @{self.name}.sampled_by."
@@ -95,7 +98,8 @@ class Prebuilt:
         return tuple(self._sampler(draw, *bound.args))
 
     def oracle(self, *tensors: Tensor, **sizes: Any) -> tuple[Tensor, ...]:
-        """The variables by a method that is not ours, row by row in NumPy; no gradient. By name, a size that no tensor shows."""
+        """The variables by a method that is not ours, row by row in NumPy; no gradient. By name, a
+        size that no tensor shows."""
         if self._oracle is None:
             raise NotImplementedError(
                 f"`{self.name}` has no oracle; write one under @{self.name}.solved_by."
@@ -125,9 +129,11 @@ class Prebuilt:
         return sampler
 
     def solved_by(self, oracle: Callable[..., Any]) -> Callable[..., Any]:
-        """Register oracle(*arrays of one row) -> the variable, or the tuple of them, to rounding error.
+        """Register oracle(*arrays of one row) -> the variable, or the tuple of them, to rounding
+        error.
 
-        A size that the arrays do not show, such as a horizon, is a keyword-only argument under its name in the declaration.
+        A size that the arrays do not show, such as a horizon, is a keyword-only argument under its
+        name in the declaration.
         """
         self._oracle = oracle
         return oracle
@@ -146,5 +152,6 @@ class Prebuilt:
 
 
 def prebuilt(**layer_options: Any) -> Callable[[Callable[..., Declaration]], Prebuilt]:
-    """Make a library problem of a function from sizes to a Declaration; options (gp=True) are those of its layer."""
+    """Make a library problem of a function from sizes to a Declaration; options (gp=True) are those
+    of its layer."""
     return lambda declare: Prebuilt(declare, layer_options)

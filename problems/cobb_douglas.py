@@ -18,7 +18,8 @@ def cobb_douglas() -> Declaration:
     Solution:    x = a w / p  with  a = (0.3, 0.7): a fixed share of the wealth is spent on each good.
     Derivative:  dx = a (dw / p - w dp / p^2).
     Shapes:      p (*batch, 2) prices, positive, w (*batch,) wealth, positive, in the same money  ->  x (*batch, 2).
-    Cost:        an interior point method on one power cone, some 10 factorisations of a 5 by 5 matrix.
+    Cost:        an interior point method on one power cone, some 10 factorisations of a 5 by 5
+                 matrix.
     At a kink:   none for positive prices and wealth.
     Source:      Cobb and Douglas (1928); Mas-Colell, Whinston and Green (1995), section 3.D.
     """

@@ -17,7 +17,8 @@ def constrained_least_squares(m: int = 8, n: int = 5, p: int = 2) -> Declaration
     Solution:    K (x, nu) = (A'b, d)  with the KKT matrix  K = [A'A C'; C 0].
     Derivative:  K (dx, dnu) = (A'(db - dA x) + dA'(b - A x) - dC' nu, dd - dC x).
     Shapes:      A (*batch, m, n), b (*batch, m), C (*batch, p, n), d (*batch, p)  ->  x (*batch, n).
-    Cost:        A'A, m n^2 flops, and one factorisation of K, about (n + p)^3 / 3; it serves the backward pass.
+    Cost:        A'A, m n^2 flops, and one factorisation of K, about (n + p)^3 / 3; it serves the
+                 backward pass.
     At a kink:   none while C has full row rank and (A; C) full column rank.
     Source:      Golub and Van Loan (2013), section 6.2.
     """
@@ -33,6 +34,7 @@ def _sample(draw, m, n, p):
 
 @constrained_least_squares.solved_by
 def _oracle(A, b, C, d):
-    """The null-space method: a point with C x = d, and least squares over the directions that keep it so."""
+    """The null-space method: a point with C x = d, and least squares over the directions that keep
+    it so."""
     point, N = np.linalg.lstsq(C, d)[0], null_space(C)
     return point + N @ np.linalg.lstsq(A @ N, b - A @ point)[0]

@@ -14,13 +14,16 @@ def entropic_optimal_transport(m: int = 4, n: int = 3) -> Declaration:
         minimise    <M, P> + eps sum_ij P_ij log P_ij
         subject to  P 1 = r,  P'1 = c
 
-    Solution:    P_ij = exp((f_i + g_j - M_ij) / eps), with the potentials f and g that give the marginals.
-    Derivative:  dP = P o (df 1' + 1 dg' - dM - deps log P) / eps, with df and dg such that dP 1 = dr and dP'1 = dc.
+    Solution:    P_ij = exp((f_i + g_j - M_ij) / eps), with the potentials f and g that give the
+                 marginals.
+    Derivative:  dP = P o (df 1' + 1 dg' - dM - deps log P) / eps, with df and dg such that dP 1 =
+                 dr and dP'1 = dc.
     Shapes:      M (*batch, m, n), r (*batch, m) and c (*batch, n) nonnegative and of the same sum, eps (*batch,)
                  positive  ->  P (*batch, m, n).
-    Cost:        sweeps of about 10 m n flops, and some Newton steps of min(m, n)^3 / 3; one of these backward.
-    At a kink:   none for positive marginals. The sums of r and c must move together: their gradients are determined up to
-                 a constant added to one and taken from the other.
+    Cost:        sweeps of about 10 m n flops, and some Newton steps of min(m, n)^3 / 3; one of
+                 these backward.
+    At a kink:   none for positive marginals. The sums of r and c must move together: their
+                 gradients are determined up to a constant added to one and taken from the other.
     Source:      Cuturi (2013); Peyre and Cuturi (2019), chapter 4.
     """
     M, eps = cp.Parameter((m, n), name="M"), cp.Parameter(nonneg=True, name="eps")
@@ -44,7 +47,8 @@ def _sample(draw, m, n):
 
 @entropic_optimal_transport.solved_by
 def _oracle(M, r, c, eps):
-    """Sinkhorn's iteration on the potentials over eps, until a sweep moves them by rounding error alone."""
+    """Sinkhorn's iteration on the potentials over eps, until a sweep moves them by rounding error
+    alone."""
     kernel, g = -M / eps, np.zeros(len(c))
     for _ in range(10000):
         f = np.log(r) - logsumexp(kernel + g, axis=1)

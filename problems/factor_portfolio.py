@@ -10,7 +10,8 @@ from ._prebuilt import Declaration, prebuilt
 
 @prebuilt()
 def factor_portfolio(n: int = 5, k: int = 2) -> Declaration:
-    """Long-only mean-variance portfolio of n assets whose risk is that of k factors, and some of each asset's own.
+    """Long-only mean-variance portfolio of n assets whose risk is that of k factors, and some of
+    each asset's own.
 
         maximise    mu'w - 1/2 |F'w|^2 - 1/2 |d * w|^2
         subject to  w >= 0,  1'w = 1
@@ -19,9 +20,10 @@ def factor_portfolio(n: int = 5, k: int = 2) -> Declaration:
     Derivative:  V_SS dw_S + dnu 1 = dmu_S - dV_SS w_S,  1'dw_S = 0;  0 off S.
     Shapes:      mu (*batch, n) return, F (*batch, n, k) exposure to the factors times the root of the aversion to risk,
                  d (*batch, n) nonnegative, standard deviation of each asset's own times the same  ->  w (*batch, n).
-    Cost:        an interior point method; sparse, each of some 10 factorisations is about n k^2 flops, with the factors'
-                 positions F'w as variables; one more backward.
-    At a kink:   where an asset just does not pay, the derivative is one-sided and the row is flagged.
+    Cost:        an interior point method; sparse, each of some 10 factorisations is about n k^2
+                 flops, with the factors' positions F'w as variables; one more backward.
+    At a kink:   where an asset just does not pay, the derivative is one-sided and the row is
+                 flagged.
     Source:      Markowitz (1952); Perold (1984).
     """
     mu, F, d = (

@@ -17,8 +17,10 @@ def geometric_program() -> Declaration:
     Derivative:  by logarithms:  dw/w = (dfloor/floor - dratio/ratio) / 2,  dd/d = (dfloor/floor + dratio/ratio) / 2,
                  dh/h = dwall/wall - (dw + dd) / (w + d).
     Shapes:      wall, floor (*batch,) areas, ratio (*batch,) pure, all positive  ->  h, w, d (*batch,) lengths.
-    Cost:        an interior point method on a few exponential cones, some 10 factorisations of a 20-row matrix.
-    At a kink:   at ratio = 1, below which the floor is a square, the derivative is one-sided and the row is flagged.
+    Cost:        an interior point method on a few exponential cones, some 10 factorisations of a
+                 20-row matrix.
+    At a kink:   at ratio = 1, below which the floor is a square, the derivative is one-sided and
+                 the row is flagged.
     Source:      Boyd, Kim, Vandenberghe and Hassibi (2007), section 2.
     """
     wall, floor, ratio = (cp.Parameter(pos=True, name=name) for name in ("wall", "floor", "ratio"))

@@ -18,7 +18,8 @@ def huber_regression(m: int = 6, n: int = 2) -> Declaration:
                  A_I'(A_I x - b_I) + A_O's = 0.
     Derivative:  A_I'A_I dx = A_I'(db_I - dA_I x) - dA_I'(A_I x - b_I) - dA_O's;  nothing from b_O.
     Shapes:      A (*batch, m, n), b (*batch, m)  ->  x (*batch, n).
-    Cost:        an interior point method, some 10 factorisations of about (3 m + n)^3 / 3 flops if dense; one more backward.
+    Cost:        an interior point method, some 10 factorisations of about (3 m + n)^3 / 3 flops if
+                 dense; one more backward.
     At a kink:   where |a_i'x - b_i| = 1, the derivative is one-sided and the row is flagged.
     Source:      Huber (1964); Mangasarian and Musicant (2000).
     """

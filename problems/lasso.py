@@ -18,8 +18,10 @@ def lasso(m: int = 8, n: int = 4) -> Declaration:
                  |A'(b - A x)| <= lam off S certifies it.
     Derivative:  dx_S = inv(A_S'A_S) (dA_S'(b - A x) + A_S'(db - dA_S x_S) - dlam s);  0 off S.
     Shapes:      A (*batch, m, n), b (*batch, m), lam (*batch,) nonnegative  ->  x (*batch, n).
-    Cost:        an interior point method, some 10 factorisations of an n by n matrix; one more backward.
-    At a kink:   where x_i = 0 and |A_i'(b - A x)| = lam, the derivative is one-sided and the row is flagged.
+    Cost:        an interior point method, some 10 factorisations of an n by n matrix; one more
+                 backward.
+    At a kink:   where x_i = 0 and |A_i'(b - A x)| = lam, the derivative is one-sided and the row is
+                 flagged.
     Source:      Tibshirani (1996); Osborne, Presnell and Turlach (2000).
     """
     A, b, lam = (

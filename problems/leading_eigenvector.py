@@ -13,10 +13,12 @@ def leading_eigenvector(n: int = 4) -> Declaration:
         maximise    <X, Z>
         subject to  Z positive semidefinite,  tr(Z) = 1
 
-    Solution:    Z = v v', v the unit eigenvector of the largest eigenvalue, l, of X; the value is l.
+    Solution:    Z = v v', v the unit eigenvector of the largest eigenvalue, l, of X; the value is
+                 l.
     Derivative:  dZ = dv v' + v dv'  with  dv = pinv(l I - X) dX v.
     Shapes:      X (*batch, n, n) symmetric  ->  Z (*batch, n, n).
-    Cost:        one symmetric eigendecomposition, about 9 n^3 flops; its factors serve the backward pass.
+    Cost:        one symmetric eigendecomposition, about 9 n^3 flops; its factors serve the backward
+                 pass.
     At a kink:   where the largest eigenvalue is multiple, Z is not unique.
     Source:      Overton and Womersley (1992).
     """

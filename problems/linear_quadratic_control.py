@@ -14,8 +14,8 @@ def linear_quadratic_control(n_states: int = 3, n_inputs: int = 2, horizon: int 
         minimise    sum_{t=0..T} |L'x_t|^2 + sum_{t=0..T-1} |N'u_t|^2
         subject to  x_0 = start,  x_{t+1} = A x_t + B u_t
 
-    The weights are given by factors, Q = L L' and R = N N': one sum of squares then stands for all steps, and any factors
-    will do.
+    The weights are given by factors, Q = L L' and R = N N': one sum of squares then stands for all
+    steps, and any factors will do.
 
     Solution:    u_t = -K_t x_t  with  K_t = inv(R + B'P_{t+1} B) B'P_{t+1} A,
                  P_T = Q  and  P_t = Q + A'P_{t+1} (A - B K_t).
@@ -25,8 +25,8 @@ def linear_quadratic_control(n_states: int = 3, n_inputs: int = 2, horizon: int 
     Shapes:      A (*batch, n_states, n_states), B (*batch, n_states, n_inputs), L (*batch, n_states, n_states),
                  N (*batch, n_inputs, n_inputs), start (*batch, n_states)
                  ->  x (*batch, horizon + 1, n_states), u (*batch, horizon, n_inputs).
-    Cost:        linear in the horizon where it is long, by the sparse cone program; where it is short, one dense
-                 factorisation, which serves the backward pass.
+    Cost:        linear in the horizon where it is long, by the sparse cone program; where it is
+                 short, one dense factorisation, which serves the backward pass.
     At a kink:   none while N is invertible.
     Source:      Kalman (1960); Bertsekas (2017), section 3.1.
     """

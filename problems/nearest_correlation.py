@@ -14,10 +14,13 @@ def nearest_correlation(n: int = 3) -> Declaration:
         minimise    |X - C|_F^2
         subject to  X positive semidefinite,  diag(X) = 1
 
-    Solution:    X = (C + Diag(y))_+, the projection onto the psd cone, with y such that diag(X) = 1.
-    Derivative:  dX = D (dC + Diag(dy)), D the derivative of that projection, with dy such that diag(dX) = 0.
+    Solution:    X = (C + Diag(y))_+, the projection onto the psd cone, with y such that diag(X) =
+                 1.
+    Derivative:  dX = D (dC + Diag(dy)), D the derivative of that projection, with dy such that
+                 diag(dX) = 0.
     Shapes:      C (*batch, n, n) symmetric  ->  X (*batch, n, n).
-    Cost:        some 10 factorisations of n (n + 1)/2 unknowns, about n^6/24 flops each; one more backward.
+    Cost:        some 10 factorisations of n (n + 1)/2 unknowns, about n^6/24 flops each; one more
+                 backward.
     At a kink:   where C + Diag(y) is singular, the derivative is one-sided and the row is flagged.
     Source:      Higham (2002); Qi and Sun (2006).
     """

@@ -21,8 +21,10 @@ def portfolio(n: int = 4) -> Declaration:
     Shapes:      mu (*batch, n) return, L (*batch, n, n) factor of the covariance times the aversion to risk,
                  w0 (*batch, n) holdings today, kappa (*batch,) cost of a unit traded, nonnegative  ->  w (*batch, n),
                  fractions of the wealth.
-    Cost:        an interior point method, some 10 factorisations of about (4 n)^3 / 3 flops at most; one more backward.
-    At a kink:   where a trade just stops to pay, the derivative is one-sided and the row is flagged.
+    Cost:        an interior point method, some 10 factorisations of about (4 n)^3 / 3 flops at
+                 most; one more backward.
+    At a kink:   where a trade just stops to pay, the derivative is one-sided and the row is
+                 flagged.
     Source:      Markowitz (1952); Lobo, Fazel and Boyd (2007).
     """
     mu, L, w0 = (

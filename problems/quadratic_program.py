@@ -19,8 +19,10 @@ def quadratic_program(n: int = 4, m: int = 5, p: int = 1) -> Declaration:
     Derivative:  [P B'; B 0] (dx, dnu) = (-dP x - dq - dB' nu, dc - dB x);  nothing from the inactive rows of G and h.
     Shapes:      P (*batch, n, n) positive semidefinite, q (*batch, n), G (*batch, m, n), h (*batch, m),
                  A (*batch, p, n), b (*batch, p)  ->  x (*batch, n).
-    Cost:        an interior point method, some 10 factorisations of about (n + m + p)^3 / 3 flops; one more backward.
-    At a kink:   where an active inequality has multiplier 0, the derivative is one-sided and the row is flagged.
+    Cost:        an interior point method, some 10 factorisations of about (n + m + p)^3 / 3 flops;
+                 one more backward.
+    At a kink:   where an active inequality has multiplier 0, the derivative is one-sided and the
+                 row is flagged.
     Source:      Amos and Kolter (2017), OptNet.
     """
     P, q = cp.Parameter((n, n), PSD=True, name="P"), cp.Parameter(n, name="q")
@@ -32,7 +34,8 @@ def quadratic_program(n: int = 4, m: int = 5, p: int = 1) -> Declaration:
 
 @quadratic_program.sampled_by
 def _sample(draw, n, m, p):
-    """Feasible with room at a random point, and with a minimiser that the inequalities usually cut off."""
+    """Feasible with room at a random point, and with a minimiser that the inequalities usually cut
+    off."""
     inside, G, A = draw.normal(n, 1), draw.normal(m, n), draw.normal(p, n)
     h, b = (G @ inside).squeeze(-1) + draw.uniform(0.1, 1.0, m), (A @ inside).squeeze(-1)
     return draw.positive_definite(n), 3 * draw.normal(n), G, h, A, b
@@ -40,7 +43,8 @@ def _sample(draw, n, m, p):
 
 @quadratic_program.solved_by
 def _oracle(P, q, G, h, A, b):
-    """The best feasible point over all active sets: the solution is one of them, and nothing feasible beats it."""
+    """The best feasible point over all active sets: the solution is one of them, and nothing
+    feasible beats it."""
     n, m, p = len(q), len(h), len(b)
     best, lowest = np.full(n, np.nan), np.inf
     for active in map(

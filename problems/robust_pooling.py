@@ -16,13 +16,14 @@ def robust_pooling(m: int = 7, n: int = 3, threshold: float = 1.0) -> Declaratio
 
     M is the threshold, a constant.
 
-    Solution:    y_j = (sum_{i in I} p_ij + M (above - below)) / |I|, where I = {i : |y_j - p_ij| < M}, and above and below
-                 count the points farther off on each side.
+    Solution:    y_j = (sum_{i in I} p_ij + M (above - below)) / |I|, where I = {i : |y_j - p_ij| <
+                 M}, and above and below count the points farther off on each side.
     Derivative:  dy_j = mean of dp_ij over I.
     Shapes:      points p (*batch, m, n)  ->  y (*batch, n).
-    Cost:        an interior point method, some 10 factorisations of 3 m n inequalities at most; one more backward.
-    At a kink:   where |y_j - p_ij| = M, the derivative is one-sided and the row is flagged. With m odd, I is never empty and
-                 y is unique.
+    Cost:        an interior point method, some 10 factorisations of 3 m n inequalities at most; one
+                 more backward.
+    At a kink:   where |y_j - p_ij| = M, the derivative is one-sided and the row is flagged. With m
+                 odd, I is never empty and y is unique.
     Source:      Huber (1964); Gould, Hartley and Campbell (2021).
     """
     points, y = cp.Parameter((m, n), name="points"), cp.Variable(n, name="y")
@@ -33,7 +34,8 @@ def robust_pooling(m: int = 7, n: int = 3, threshold: float = 1.0) -> Declaratio
 
 @robust_pooling.sampled_by
 def _sample(draw, m, n, threshold):
-    """Of which a third, rounded down, are far away, on either side; the others are so close that none is near the threshold."""
+    """Of which a third, rounded down, are far away, on either side; the others are so close that
+    none is near the threshold."""
     far = m // 3
     close = draw.uniform(-0.2, 0.2, m - far, n)
     outliers = draw.uniform(2.0, 4.0, far, n) * draw.normal(far, n).sign()

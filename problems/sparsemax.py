@@ -35,7 +35,8 @@ def _sample(draw, n):
 
 @sparsemax.solved_by
 def _oracle(y):
-    """By sort: the support is the largest k with 1 + k z_k > z_1 + ... + z_k, z the entries in descending order."""
+    """By sort: the support is the largest k with 1 + k z_k > z_1 + ... + z_k, z the entries in
+    descending order."""
     z = np.sort(y)[::-1]
     k = np.flatnonzero(1 + np.arange(1, len(y) + 1) * z > z.cumsum())[-1] + 1
     return np.maximum(y - (z[:k].sum() - 1) / k, 0)

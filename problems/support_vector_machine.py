@@ -14,14 +14,17 @@ def support_vector_machine(m: int = 6, n: int = 2) -> Declaration:
 
         minimise    lam/2 |w|^2 + sum_i max(0, 1 - a_i'w)
 
-    The rows a_i of A are feature vectors times their label, +1 or -1; a feature that is 1 everywhere makes an offset.
+    The rows a_i of A are feature vectors times their label, +1 or -1; a feature that is 1
+    everywhere makes an offset.
 
     Solution:    with V the points inside the margin and M those on it:  lam w = A_V'1 + A_M'alpha,  A_M w = 1;
                  0 <= alpha <= 1 certifies it.
     Derivative:  lam dw - A_M'dalpha = dA_V'1 + dA_M'alpha - dlam w,  A_M dw = -dA_M w;  nothing from the other points.
     Shapes:      A (*batch, m, n), lam (*batch,) nonnegative  ->  w (*batch, n).
-    Cost:        an interior point method, some 10 factorisations of about (2 m + n)^3 / 3 flops if dense; one more backward.
-    At a kink:   where a point has just reached the margin, the derivative is one-sided and the row is flagged.
+    Cost:        an interior point method, some 10 factorisations of about (2 m + n)^3 / 3 flops if
+                 dense; one more backward.
+    At a kink:   where a point has just reached the margin, the derivative is one-sided and the row
+                 is flagged.
     Source:      Cortes and Vapnik (1995).
     """
     A, lam, w = (
@@ -44,7 +47,8 @@ def _sample(draw, m, n):
 
 @support_vector_machine.solved_by
 def _oracle(A, lam):
-    """The best point over all patterns of points inside, on and beyond the margin, at most n of them on it."""
+    """The best point over all patterns of points inside, on and beyond the margin, at most n of
+    them on it."""
 
     def candidate(pattern):
         M, pushed = A[pattern == 0], A[pattern == 1].sum(0)

@@ -13,12 +13,14 @@ def total_variation(n: int = 6) -> Declaration:
 
         minimise    1/2 |x - y|^2 + lam sum_i |x_{i+1} - x_i|
 
-    Solution:    piecewise constant; on a segment of length k, x = mean(y) + lam (up - down) / k, where up and down
-                 count the ends of the segment whose neighbour lies above and below.
+    Solution:    piecewise constant; on a segment of length k, x = mean(y) + lam (up - down) / k,
+                 where up and down count the ends of the segment whose neighbour lies above and
+                 below.
     Derivative:  on each segment, dx = mean(dy) + dlam (up - down) / k.
     Shapes:      y (*batch, n), lam (*batch,) nonnegative  ->  x (*batch, n).
     Cost:        about linear in n by the taut string; the derivative is one pass over the segments.
-    At a kink:   where a segment is about to split or two are about to merge, it is one-sided and the row is flagged.
+    At a kink:   where a segment is about to split or two are about to merge, it is one-sided and
+                 the row is flagged.
     Source:      Rudin, Osher and Fatemi (1992); Condat (2013).
     """
     y, lam, x = (
@@ -36,6 +38,7 @@ def _sample(draw, n):
 
 @total_variation.solved_by
 def _oracle(y, lam):
-    """Stark and Parker's active-set method on the dual: x = y - D'u, with u minimising |y - D'u|^2 over |u| <= lam."""
+    """Stark and Parker's active-set method on the dual: x = y - D'u, with u minimising |y - D'u|^2
+    over |u| <= lam."""
     D = np.diff(np.eye(len(y)), axis=0)
     return y - D.T @ lsq_linear(D.T, y, (-lam, lam), method="bvls", tol=1e-15).x

@@ -1,7 +1,9 @@
-"""The registry: small well-posed problems over every cone, attribute and shape, each with a sampler of its parameters.
+"""The registry: small well-posed problems over every cone, attribute and shape, each with a sampler
+of its parameters.
 
-A case is solved uniquely and with strict complementarity at the seeds the laws use, so that its derivative exists.
-`@case(sampler)` registers a declaration; the sampler takes a Draw and returns one tensor a parameter.
+A case is solved uniquely and with strict complementarity at the seeds the laws use, so that its
+derivative exists. `@case(sampler)` registers a declaration; the sampler takes a Draw and returns
+one tensor a parameter.
 """
 
 from __future__ import annotations
@@ -98,7 +100,8 @@ def case(
 
 
 def weights(outputs: Sequence[Tensor], batch: int = 0, seed: int = 99) -> list[Tensor]:
-    """A random cotangent for each output; the same for every row if `batch` counts leading dimensions."""
+    """A random cotangent for each output; the same for every row if `batch` counts leading
+    dimensions."""
     generator = torch.Generator().manual_seed(seed)
     return [
         torch.randn(output.shape[batch:], generator=generator, dtype=torch.float64)
@@ -131,7 +134,8 @@ def close(got: Tensor, expected: Tensor, tolerance: float) -> bool:
 
 
 def solved_right_or_flagged(solution: Solution, expected: Solution) -> None:
-    """A row marked SOLVED is the reference's solution, and every other says that it did not get there."""
+    """A row marked SOLVED is the reference's solution, and every other says that it did not get
+    there."""
     for row, status in enumerate(solution.status.tolist()):
         if status == Status.SOLVED:
             for got, reference in zip(solution.variables, expected.variables, strict=True):
@@ -157,7 +161,8 @@ def _sparse(parameter: cp.Parameter, value: np.ndarray) -> Any:
     )
 
 
-# The zero cone ---------------------------------------------------------------------------------------------------------
+# The zero cone
+# ---------------------------------------------------------------------------------------------------------
 
 
 @case(lambda d: (d.normal(2, 5), d.normal(2)), quadratic=True)
@@ -176,7 +181,8 @@ def equality_qp():
     return problem, [P, q, A, b], [x, equal.dual_variables[0]]
 
 
-# No constraints ---------------------------------------------------------------------------------------------------------
+# No constraints
+# ---------------------------------------------------------------------------------------------------------
 
 
 @case(lambda d: (d.normal(6, 3), d.normal(6), d.uniform(0.5, 2.0)), quadratic=True)
@@ -201,7 +207,8 @@ def free_quadratic():
     return cp.Problem(cp.Minimize(cp.quad_form(x, P) + q @ x)), [P, q], [x]
 
 
-# The nonnegative cone ---------------------------------------------------------------------------------------------------
+# The nonnegative cone
+# ---------------------------------------------------------------------------------------------------
 
 
 @case(lambda d: (d.normal(3), d.normal(4, 3), d.uniform(0.5, 1.5, 4)))
@@ -223,7 +230,8 @@ def linear_program():
     quadratic=True,
 )
 def transport():
-    """A nonnegative matrix variable, and one marginal left to a penalty, so that the equalities are independent."""
+    """A nonnegative matrix variable, and one marginal left to a penalty, so that the equalities are
+    independent."""
     C, a, b = cp.Parameter((3, 4), name="C"), cp.Parameter(3, name="a"), cp.Parameter(4, name="b")
     T = cp.Variable((3, 4), nonneg=True, name="T")
     rows = cp.sum(T, axis=1) == a
@@ -334,7 +342,8 @@ def bounded():
     return cp.Problem(cp.Minimize(objective)), [a, b, c], [x, y, z]
 
 
-# Second-order cones -----------------------------------------------------------------------------------------------------
+# Second-order cones
+# -----------------------------------------------------------------------------------------------------
 
 
 @case(lambda d: (d.normal(4), d.normal(3, 4), d.normal(3), d.uniform(1.0, 2.0)))
@@ -424,7 +433,8 @@ def quadratic_constraint():
     )
 
 
-# Positive semidefinite cones --------------------------------------------------------------------------------------------
+# Positive semidefinite cones
+# --------------------------------------------------------------------------------------------
 
 
 @case(lambda d: (d.symmetric(3),), quadratic=True)
@@ -486,7 +496,8 @@ def largest_eigenvalue():
 
 @case(lambda d: (d.uniform(-0.5, 0.5), 2 * d.normal(2, 2)), quadratic=True)
 def small_psd():
-    """Cones of orders one and two, and an asymmetric matrix inside >>, of which CVXPY sees the symmetric part."""
+    """Cones of orders one and two, and an asymmetric matrix inside >>, of which CVXPY sees the
+    symmetric part."""
     a, B, x = (
         cp.Parameter(name="a"),
         cp.Parameter((2, 2), name="B"),
@@ -499,7 +510,8 @@ def small_psd():
     return problem, [a, B], [x, t]
 
 
-# Exponential cones ------------------------------------------------------------------------------------------------------
+# Exponential cones
+# ------------------------------------------------------------------------------------------------------
 
 
 @case(lambda d: (d.normal(4), d.normal(1, 4)))
@@ -574,7 +586,8 @@ def raw_exponential():
     return problem, [a, c], [x, z, *cone.dual_variables]
 
 
-# Power cones ------------------------------------------------------------------------------------------------------------
+# Power cones
+# ------------------------------------------------------------------------------------------------------------
 
 
 @case(lambda d: (d.uniform(0.5, 2.0, 2), d.uniform(0.5, 1.5, 2)))
@@ -635,7 +648,8 @@ def fractional_powers():
     return cp.Problem(cp.Minimize(objective)), [a, w], [x]
 
 
-# Log-log convex programs ------------------------------------------------------------------------------------------------
+# Log-log convex programs
+# ------------------------------------------------------------------------------------------------
 
 
 @case(lambda d: (d.uniform(1.0, 2.0), d.uniform(0.5, 1.0), d.uniform(1.5, 2.5)), gp=True)
@@ -664,7 +678,8 @@ def posynomial():
     return problem, [k, a, p], [x]
 
 
-# Shapes and attributes --------------------------------------------------------------------------------------------------
+# Shapes and attributes
+# --------------------------------------------------------------------------------------------------
 
 
 @case(lambda d: (d.normal(3, 2), d.normal(2, 2), d.normal(3, 2)), quadratic=True)
@@ -748,7 +763,8 @@ def scalars():
     )
 
 
-# All cones at once ------------------------------------------------------------------------------------------------------
+# All cones at once
+# ------------------------------------------------------------------------------------------------------
 
 
 @case(lambda d: (d.normal(4), d.normal(3, 4), d.symmetric(2), d.uniform(0.3, 0.6)), quadratic=True)

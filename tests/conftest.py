@@ -1,9 +1,10 @@
 """One torch thread, and how much of the product of laws, cases and modes a run takes.
 
-`make test-all` (`--all`) takes all of it. Otherwise a law over many cases, or over cases times modes, meets a Latin square of them:
-each mode and each combination of modes meets some cases, and one law's cases are not the next one's. The files of WHOLE
-are not thinned: the laws that say what right is meet every case in every run, so that no case goes without.
-A run that names its tests, by `::` or `-k`, takes all that it names.
+`make test-all` (`--all`) takes all of it. Otherwise a law over many cases, or over cases times
+modes, meets a Latin square of them: each mode and each combination of modes meets some cases, and
+one law's cases are not the next one's. The files of WHOLE are not thinned: the laws that say what
+right is meet every case in every run, so that no case goes without. A run that names its tests, by
+`::` or `-k`, takes all that it names.
 """
 
 import runpy
@@ -71,7 +72,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 def outside_the_square(combinations: list[pytest.Function], turn: int) -> list[pytest.Function]:
-    """Those of a law's combinations whose coordinates do not add up to `turn`, modulo a step no longer than the longest axis.
+    """Those of a law's combinations whose coordinates do not add up to `turn`, modulo a step no
+    longer than the longest axis.
 
     So whatever the other coordinates are, some value on that axis is taken with them.
     """
@@ -87,7 +89,8 @@ def outside_the_square(combinations: list[pytest.Function], turn: int) -> list[p
 
 
 def coordinates(item: pytest.Function) -> tuple[int, ...]:
-    """The place on each axis: of arguments that are given together the first counts, and a fixture's parameter is an axis too."""
+    """The place on each axis: of arguments that are given together the first counts, and a
+    fixture's parameter is an axis too."""
     indices = dict(item.callspec.indices)
     for mark in item.iter_markers("parametrize"):
         names = mark.args[0]
@@ -98,7 +101,8 @@ def coordinates(item: pytest.Function) -> tuple[int, ...]:
 
 @pytest.fixture
 def run_example(tmp_path, monkeypatch, capsys):
-    """Runs a script of `examples/` in this process and an empty folder, and returns what it prints."""
+    """Runs a script of `examples/` in this process and an empty folder, and returns what it
+    prints."""
 
     def run(name: str, *arguments: str) -> str:
         monkeypatch.chdir(tmp_path)

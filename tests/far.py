@@ -1,7 +1,9 @@
-"""A pretended device, for code that must run on any: tensors there refuse to meet tensors of the host, as on an accelerator.
+"""A pretended device, for code that must run on any: tensors there refuse to meet tensors of the
+host, as on an accelerator.
 
-`Far` tensors say that they are on DEVICE (torch's "meta", which every build has) and compute on the host; inside `far_device()`
-factories and copies with that device make such tensors. Only scalars, and what is copied openly, may cross.
+`Far` tensors say that they are on DEVICE (torch's "meta", which every build has) and compute on the
+host; inside `far_device()` factories and copies with that device make such tensors. Only scalars,
+and what is copied openly, may cross.
 """
 
 from __future__ import annotations

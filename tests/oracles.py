@@ -1,4 +1,5 @@
-"""What the laws compare with, written without convlayer: CVXPY's own cone program, cones by their definitions, QP derivatives."""
+"""What the laws compare with, written without convlayer: CVXPY's own cone program, cones by their
+definitions, QP derivatives."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class ConeProgram:
-    """minimise 1/2 x'Px + q'x subject to Ax + s = b, s in the product of `blocks` (name, size, parameter), all dense."""
+    """minimise 1/2 x'Px + q'x subject to Ax + s = b, s in the product of `blocks` (name, size,
+    parameter), all dense."""
 
     P: np.ndarray
     q: np.ndarray
@@ -46,7 +48,8 @@ def cone_program(case: Case, declared: Declared, tensors: Sequence[Tensor]) -> C
 
 
 class ThreeDimensionalPowers(CLARABEL):
-    """CVXPY's interface to Clarabel without generalised power cones, so that there is one form of each program."""
+    """CVXPY's interface to Clarabel without generalised power cones, so that there is one form of
+    each program."""
 
     SUPPORTED_CONSTRAINTS = [
         cone for cone in CLARABEL.SUPPORTED_CONSTRAINTS if cone is not PowConeND
@@ -59,9 +62,11 @@ class ThreeDimensionalPowers(CLARABEL):
 def solve_with_cvxpy(
     case: Case, declared: Declared, tensors: Sequence[Tensor]
 ) -> tuple[list[np.ndarray], float, float]:
-    """Values of the outputs and of the objective, by CVXPY's own solve, and the tolerance that Clarabel reached."""
+    """Values of the outputs and of the objective, by CVXPY's own solve, and the tolerance that
+    Clarabel reached."""
     set_values(declared, tensors)
-    # With power cones Clarabel may stop short of 1e-8 too, by a last digit of the data: then by shorter steps.
+    # With power cones Clarabel may stop short of 1e-8 too, by a last digit of the data: then by
+    # shorter steps.
     for tolerance, step in ((1e-12, 0.99), (1e-10, 0.99), (1e-8, 0.99), (1e-8, 0.9), (1e-8, 0.8)):
         tight = {name: tolerance for name in ("tol_gap_abs", "tol_gap_rel", "tol_feas")} | {
             "max_step_fraction": step
@@ -84,7 +89,8 @@ def solve_with_cvxpy(
 
 
 def smat(v: np.ndarray, n: int) -> np.ndarray:
-    """The symmetric matrix whose upper triangle, column by column and off-diagonals times sqrt 2, is v."""
+    """The symmetric matrix whose upper triangle, column by column and off-diagonals times sqrt 2,
+    is v."""
     X, k = np.zeros((n, n)), 0
     for j in range(n):
         for i in range(j + 1):
@@ -94,7 +100,8 @@ def smat(v: np.ndarray, n: int) -> np.ndarray:
 
 
 def outside(name: str, parameter: Any, s: np.ndarray, dual: bool) -> float:
-    """How far s is outside the cone (or its dual), by the inequality that defines it; at most rounding inside."""
+    """How far s is outside the cone (or its dual), by the inequality that defines it; at most
+    rounding inside."""
     if name == "zero":
         return 0.0 if dual else float(np.abs(s).max(initial=0.0))
     if name == "nonnegative":
@@ -114,7 +121,8 @@ def outside(name: str, parameter: Any, s: np.ndarray, dual: bool) -> float:
 
 
 def kkt_violation(program: ConeProgram, x: np.ndarray, s: np.ndarray, y: np.ndarray) -> float:
-    """The largest violation of the optimality conditions, relative to the size of what is compared."""
+    """The largest violation of the optimality conditions, relative to the size of what is
+    compared."""
     size_x, size_s, size_y = (1 + np.abs(v).max(initial=0.0) for v in (x, s, y))
     size_b, size_q = 1 + np.abs(program.b).max(initial=0.0), 1 + np.abs(program.q).max(initial=0.0)
     worst = [

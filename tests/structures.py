@@ -1,7 +1,9 @@
-"""Spellings of every structure: the same mathematics as users write it, each with a sampler of its parameters.
+"""Spellings of every structure: the same mathematics as users write it, each with a sampler of its
+parameters.
 
-`@spelling(structure)` registers a declaration () -> (problem, parameters, variables). Parameters are sampled by what they declare
-(nonneg: between 0.5 and 2; PSD: well conditioned; symmetric; else normal); those named `rows` and `columns` sum to one.
+`@spelling(structure)` registers a declaration () -> (problem, parameters, variables). Parameters
+are sampled by what they declare (nonneg: between 0.5 and 2; PSD: well conditioned; symmetric; else
+normal); those named `rows` and `columns` sum to one.
 """
 
 from __future__ import annotations

@@ -167,7 +167,8 @@ def test_no_import_stands_inside_a_function(trees):
 
 
 def test_no_two_public_names_of_the_library_collide(trees):
-    """But for a command's `main`, and the exceptions of the drop-in, whose names are another library's."""
+    """But for a command's `main`, and the exceptions of the drop-in, whose names are another
+    library's."""
     homes: dict[str, list[str]] = {}
     for path, tree in trees.items():
         for node in tree.body:

@@ -1,7 +1,8 @@
-"""Whatever the spelling, `auto` agrees with `generic`: value, objective, status and gradient, over a table of nasty problems.
+"""Whatever the spelling, `auto` agrees with `generic`: value, objective, status and gradient, over
+a table of nasty problems.
 
-`@nasty` registers a declaration () -> (problem, parameters, variables), or with values of the parameters for the layer at them;
-without, they are drawn by what they declare.
+`@nasty` registers a declaration () -> (problem, parameters, variables), or with values of the
+parameters for the layer at them; without, they are drawn by what they declare.
 """
 
 import warnings
@@ -799,7 +800,8 @@ def drawn(leaf, generator):
 
 
 def solved(declaration, structure, values):
-    """(status, degenerate, objective, variables, gradients of a functional of the variables, and of the objective)."""
+    """(status, degenerate, objective, variables, gradients of a functional of the variables, and of
+    the objective)."""
     layer = ConvexLayer(*declaration, structure=structure, on_failure="nan")
     leaves = [value.clone().requires_grad_() for value in values]
     with warnings.catch_warnings():

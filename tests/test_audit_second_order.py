@@ -1,4 +1,5 @@
-"""What second derivatives are made of: parameters that depend on one another, threads, and what a graph leaves behind."""
+"""What second derivatives are made of: parameters that depend on one another, threads, and what a
+graph leaves behind."""
 
 from __future__ import annotations
 

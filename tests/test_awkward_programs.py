@@ -1,4 +1,5 @@
-"""Quadratic and linear programs as they come: redundant, degenerate, fixed, badly scaled. Solved as Clarabel at its tightest solves them."""
+"""Quadratic and linear programs as they come: redundant, degenerate, fixed, badly scaled. Solved as
+Clarabel at its tightest solves them."""
 
 import warnings
 
@@ -117,7 +118,8 @@ def test_the_optimum_is_that_of_a_second_solver_or_the_row_says_so(k):
             assert mine is not Status.SOLVED
         if status == cp.UNBOUNDED:
             assert mine is not Status.SOLVED
-    # An unbounded linear program between bounds as good as infinite is the one that may go unsolved.
+    # An unbounded linear program between bounds as good as infinite is the one that may go
+    # unsolved.
     if "as good as infinite" not in name:
         assert (solution.status == Status.SOLVED).all(), [
             Status(s).name for s in solution.status.tolist()

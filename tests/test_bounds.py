@@ -1,4 +1,5 @@
-"""Bounds that the user stated hold to the last bit; infinite ones are none; and equalities may give every variable."""
+"""Bounds that the user stated hold to the last bit; infinite ones are none; and equalities may give
+every variable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A call: what is given and by what name, one output where one is asked for, and words about what arrives from outside."""
+"""A call: what is given and by what name, one output where one is asked for, and words about what
+arrives from outside."""
 
 import contextlib
 import copy
@@ -40,7 +41,8 @@ PRICE = torch.tensor([[1.2, 3.0, -2.0], [4.0, 9.0, 0.7]], dtype=torch.float64)
 FEE = torch.tensor([0.5, 0.25], dtype=torch.float64)
 
 
-# By position, name, object -------------------------------------------------------------------------------------------------
+# By position, name, object
+# -------------------------------------------------------------------------------------------------
 
 
 def test_parameters_by_position_by_name_and_by_object_are_the_same():
@@ -107,7 +109,8 @@ def test_a_name_that_two_parameters_have_is_refused_and_their_objects_are_not():
     close(layer({q: two, p: one})[0], one + 2 * two)
 
 
-# Numbers, arrays, sparse tensors ---------------------------------------------------------------------------------------------
+# Numbers, arrays, sparse tensors
+# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -156,7 +159,8 @@ def test_what_would_lose_something_is_refused_with_what_to_write(price, fee, wor
     assert words in str(told.value)
 
 
-# A scalar as a column --------------------------------------------------------------------------------------------------------
+# A scalar as a column
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [(1,), (4,), (2, 3), (3, 3)])
@@ -195,7 +199,8 @@ def test_the_drop_in_refuses_a_column_as_the_incumbent_does():
         layer(PRICE, FEE[:, None])
 
 
-# One output, siblings ---------------------------------------------------------------------------------------------------------
+# One output, siblings
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_single_output_stands_in_a_sequence():
@@ -259,7 +264,8 @@ def test_a_sibling_with_another_gradient_or_structure_shares_the_cone_program_an
         layer_of("sparsemax").with_options(structure="sparsemax", gradient="smoothed")
 
 
-# What arrives from the loss ----------------------------------------------------------------------------------------------------
+# What arrives from the loss
+# ----------------------------------------------------------------------------------------------------
 
 
 def leaves(tensors):
@@ -325,7 +331,8 @@ def test_a_failed_rows_own_nan_is_not_blamed_on_the_loss():
 
 
 def test_the_mask_of_solved_rows_trains_where_some_fail():
-    """x = low where low <= 1; the others are infeasible. A shared weight learns from the rows that there are."""
+    """x = low where low <= 1; the others are infeasible. A shared weight learns from the rows that
+    there are."""
     x, low = cp.Variable(2), cp.Parameter(2)
     layer = ConvexLayer(
         cp.Problem(cp.Minimize(cp.sum_squares(x)), [x >= low, x <= 1]), [low], [x], on_failure="nan"
@@ -343,7 +350,8 @@ def test_the_mask_of_solved_rows_trains_where_some_fail():
     assert bool(poisoned.isnan())
 
 
-# Warnings -------------------------------------------------------------------------------------------------------------------------
+# Warnings
+# -------------------------------------------------------------------------------------------------------------------------
 
 
 class Wrapped(torch.nn.Module):

@@ -1,4 +1,5 @@
-"""The affine map of the parameters is CVXPY's own, the way back too, and the user's problem is left as it was."""
+"""The affine map of the parameters is CVXPY's own, the way back too, and the user's problem is left
+as it was."""
 
 import cvxpy as cp
 import numpy as np
@@ -139,7 +140,8 @@ def test_a_user_who_changes_the_problem_afterwards_does_not_change_the_layer(cas
     assert all(torch.equal(a, b) for a, b in zip(before, layer(*tensors), strict=True))
 
 
-# A CVXPY that canonicalises otherwise is noticed ------------------------------------------------------------------------
+# A CVXPY that canonicalises otherwise is noticed
+# ------------------------------------------------------------------------
 
 
 def tampered(monkeypatch, name, change):
@@ -215,7 +217,8 @@ def test_a_recovery_that_is_no_gather_raises(monkeypatch):
         CASES["quadratic_program"].layer()
 
 
-# Parameters that stand in unusual places ----------------------------------------------------------------------------------
+# Parameters that stand in unusual places
+# ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("structure", ["auto", "generic"])
@@ -279,7 +282,8 @@ def test_a_constraint_without_variables_or_that_stands_twice():
     assert torch.allclose(found, leaf.detach(), atol=1e-9)
 
 
-# Spellings that CVXPY canonicalises its own way ---------------------------------------------------------------------------
+# Spellings that CVXPY canonicalises its own way
+# ---------------------------------------------------------------------------
 
 
 def test_a_quadratic_form_of_a_parametrised_argument_stays_quadratic():

@@ -1,4 +1,5 @@
-"""A row without a solution says why: no feasible point however small the gap, no bound below, or an infimum that is not attained."""
+"""A row without a solution says why: no feasible point however small the gap, no bound below, or an
+infimum that is not attained."""
 
 import cvxpy as cp
 import numpy as np

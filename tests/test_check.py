@@ -1,4 +1,5 @@
-"""`checked` says where the solution map has no derivative, which constraint is at fault, and how far away that is."""
+"""`checked` says where the solution map has no derivative, which constraint is at fault, and how
+far away that is."""
 
 import cvxpy as cp
 import numpy as np
@@ -57,7 +58,8 @@ def named(check, part):
     return found
 
 
-# Kinks ------------------------------------------------------------------------------------------------------------------
+# Kinks
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_weakly_active_constraint_is_named_with_its_entry_and_no_other_is():
@@ -116,7 +118,8 @@ def test_a_kink_of_an_atom_is_told_by_its_term_or_its_constraint():
         [x],
         structure="generic",
     )
-    # Soft thresholding: the first row at its threshold, the second with a point on the ball that no multiplier holds.
+    # Soft thresholding: the first row at its threshold, the second with a point on the ball that no
+    # multiplier holds.
     check = checked(layer, (tensor([[1.0, 1.5, 0.2], [3.0, 0.3, 0.2]]),))
     term, ball = named(check, "the term `norm1(x)` of the objective"), named(check, "constraint 0")
     assert term.weakly_active.tolist() == [True, False]
@@ -146,7 +149,8 @@ def test_a_tie_in_sparsemax_is_an_entry_at_the_threshold(structure):
     assert int(named(check, "`x >= 0`").entry[1]) == 2
 
 
-# Null spaces ------------------------------------------------------------------------------------------------------------
+# Null spaces
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_linear_program_on_a_face_is_not_unique_and_at_a_vertex_constant_in_its_cost():
@@ -161,7 +165,8 @@ def test_a_linear_program_on_a_face_is_not_unique_and_at_a_vertex_constant_in_it
     assert check.differentiable.tolist() == [True, False, False]
     assert float(check.adjoint_residual[0]) < 1e-12
     assert bool((check.adjoint_residual[1:] > 1e-3).all()), "no adjoint exists"
-    # The oracle: on the face any change of the cost throws the solution to a vertex; at a vertex it does nothing.
+    # The oracle: on the face any change of the cost throws the solution to a vertex; at a vertex it
+    # does nothing.
     step = tensor(1e-4, -1e-4, 0.0)
     moved = [layer(q[k] + step, b)[0] - layer(q[k] - step, b)[0] for k in (0, 1)]
     assert float(moved[0].abs().max()) < 1e-10
@@ -251,7 +256,8 @@ def test_the_gap_of_a_psd_projection_is_that_between_its_positive_and_negative_e
     assert named(check, "`X >> 0`, declared").weakly_active.tolist() == [False, False, False, True]
 
 
-# Numbers ----------------------------------------------------------------------------------------------------------------
+# Numbers
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def test_the_condition_is_numpys_of_the_equilibrated_matrix():
@@ -315,7 +321,8 @@ def test_lanczos_tells_of_a_large_matrix_what_all_eigenvalues_do(monkeypatch):
     assert (whole.size - whole.rank).tolist() == [1, 1]
 
 
-# Rows -------------------------------------------------------------------------------------------------------------------
+# Rows
+# -------------------------------------------------------------------------------------------------------------------
 
 
 def test_rows_that_failed_are_reported_and_leave_the_others_untouched():
@@ -381,7 +388,8 @@ def test_a_problem_without_constraints_or_with_shared_parameters_is_checked():
     assert float(check.condition) == pytest.approx(1.0)
 
 
-# Laws -------------------------------------------------------------------------------------------------------------------
+# Laws
+# -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=str)

@@ -1,4 +1,5 @@
-"""The closest feasible problem: against closed forms, and against the two programs as CVXPY solves them, written on the user's constraints."""
+"""The closest feasible problem: against closed forms, and against the two programs as CVXPY solves
+them, written on the user's constraints."""
 
 from __future__ import annotations
 
@@ -78,10 +79,12 @@ def solve_tightly(problem: cp.Problem) -> None:
 
 
 def two_programs(relaxed: Relaxed, values: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """What `Relaxed` says of one row, by CVXPY: least shifts of the constraints, then the objective within them.
+    """What `Relaxed` says of one row, by CVXPY: least shifts of the constraints, then the objective
+    within them.
 
-    The second program has no interior. An affine constraint that the first one's multiplier says is tight is an equation in it, with
-    the value at the first one's solution, so that dependent equations agree to rounding.
+    The second program has no interior. An affine constraint that the first one's multiplier says is
+    tight is an equation in it, with the value at the first one's solution, so that dependent
+    equations agree to rounding.
     """
     for parameter, value in zip(relaxed.parameters, values, strict=True):
         parameter.value = value
@@ -145,7 +148,8 @@ def leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t.detach().clone().requires_grad_() for t in tensors]
 
 
-# Closed forms: (problem, parameters, outputs), values (R, ...), and the answer as a torch function of them.
+# Closed forms: (problem, parameters, outputs), values (R, ...), and the answer as a torch function
+# of them.
 
 
 def interval() -> tuple:
@@ -220,7 +224,8 @@ def balls() -> tuple:
 
 
 def ray() -> tuple:
-    """x in the cone, c'x == -1 with c on its boundary: x + shift is on the opposite ray, and the objective chooses where.
+    """x in the cone, c'x == -1 with c on its boundary: x + shift is on the opposite ray, and the
+    objective chooses where.
 
     c moves along the boundary, c = (1, cos, sin): off it the shift has a kink.
     """
@@ -271,7 +276,8 @@ def domain() -> tuple:
 
 
 def composite() -> tuple:
-    """|x|_1 <= 1 and x == p outside: the shifts are those of the constraints as they are written, whatever became of them."""
+    """|x|_1 <= 1 and x == p outside: the shifts are those of the constraints as they are written,
+    whatever became of them."""
     x, p = cp.Variable(2), cp.Parameter(2)
 
     def answer(p: Tensor) -> list[Tensor]:
@@ -434,7 +440,8 @@ def test_rows_on_different_faces():
     relaxed = Relaxed(cp.Problem(cp.Minimize(x), [x <= a, x >= b, x <= c]), [a, b, c], [x])
     values = tensor(0.0, 4.0, 0.0), tensor(2.0, 2.0, 2.0), tensor(5.0, 1.0, 1.0)
     x, value, shift = relaxed(*values)
-    # In the last row all three pull: x - 0 and x - 1 balance 2 - x at x = 1, where the third just holds.
+    # In the last row all three pull: x - 0 and x - 1 balance 2 - x at x = 1, where the third just
+    # holds.
     assert relative(x, tensor(1.0, 1.5, 1.0)) < 1e-9
     assert relative(value, x) < 1e-9
     assert relative(shift, tensor([1.0, 1.0, 0.0], [0.0, 0.5, 0.5], [1.0, 1.0, 0.0])) < 1e-9
@@ -504,7 +511,8 @@ def test_multipliers_on_faces_are_nan_and_others_are_not():
 
 
 def test_a_weak_shift_is_flagged():
-    """x <= 0, x >= 2, x <= 1: at the third bound the shift of it is zero, and its derivative one-sided."""
+    """x <= 0, x >= 2, x <= 1: at the third bound the shift of it is zero, and its derivative
+    one-sided."""
     x, a = cp.Variable(), cp.Parameter()
     relaxed = Relaxed(cp.Problem(cp.Minimize(cp.square(x)), [x <= 0, x >= 2, x <= a]), [a], [x])
     assert relaxed.found(tensor(1.0, 1.5)).verdict.degenerate.tolist() == [True, False]

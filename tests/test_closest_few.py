@@ -1,4 +1,5 @@
-"""on_failure="closest_few": the total of the shifts is the least there is, and few constraints bear it. Against CVXPY and differences."""
+"""on_failure="closest_few": the total of the shifts is the least there is, and few constraints bear
+it. Against CVXPY and differences."""
 
 from __future__ import annotations
 

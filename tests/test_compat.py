@@ -1,4 +1,5 @@
-"""The drop-in: the incumbent's examples, refusals and options, on our class and, where it is installed, on theirs."""
+"""The drop-in: the incumbent's examples, refusals and options, on our class and, where it is
+installed, on theirs."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ ACCURATE = {"eps": 1e-10, "max_iters": 100_000, "acceleration_lookback": 0}
 
 @pytest.fixture(params=["convlayer", "cvxpylayers"])
 def layer_class(request):
-    """Every test that takes it asserts our side; the run on theirs shows that the same code and claims hold there."""
+    """Every test that takes it asserts our side; the run on theirs shows that the same code and
+    claims hold there."""
     if request.param == "convlayer":
         return compat.CvxpyLayer
     return pytest.importorskip(
@@ -34,7 +36,8 @@ def layer_class(request):
 
 @pytest.fixture(autouse=True)
 def quiet():
-    """An option without effect is reported by a warning, which only the tests of warnings look at."""
+    """An option without effect is reported by a warning, which only the tests of warnings look
+    at."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="CvxpyLayer: ")
         yield
@@ -173,7 +176,8 @@ def geometric() -> Example:
 
 
 def control_policy() -> Example:
-    """Approximate dynamic programming: an input in a ball, and a parametrised cost of the next state."""
+    """Approximate dynamic programming: an input in a ball, and a parametrised cost of the next
+    state."""
     state, root, u, following = (
         cp.Parameter(3),
         cp.Parameter((3, 3)),
@@ -556,7 +560,8 @@ def test_refusals_without_a_counterpart_stay_ours():
 
 
 def matrix_of(layer_class, **attributes):
-    """The nearest matrix of unit trace to -C: X = (t I - C) / 2, linear in C, which sets the trace right."""
+    """The nearest matrix of unit trace to -C: X = (t I - C) / 2, linear in C, which sets the trace
+    right."""
     X, C = cp.Variable((3, 3), symmetric=True), cp.Parameter((3, 3), name="C", **attributes)
     return layer_class(
         cp.Problem(cp.Minimize(cp.trace(C @ X) + cp.sum_squares(X)), [cp.trace(X) == 1]), [C], [X]

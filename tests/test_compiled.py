@@ -1,4 +1,5 @@
-"""Inside torch.compile: a model compiled whole is the eager model, bit for bit, and holds nothing that the eager one does not."""
+"""Inside torch.compile: a model compiled whole is the eager model, bit for bit, and holds nothing
+that the eager one does not."""
 
 import copy
 import gc
@@ -121,7 +122,8 @@ def test_a_model_compiled_by_inductor_agrees(model, tensors):
     assert all(relative(a, b) < 1e-12 for a, b in zip(found, expected, strict=True))
 
 
-# What is kept for backward ------------------------------------------------------------------------------------------------
+# What is kept for backward
+# ------------------------------------------------------------------------------------------------
 
 
 def test_the_factor_is_freed_with_the_graph_whether_backward_is_called_or_not(model, tensors):
@@ -176,7 +178,8 @@ def test_only_the_parameters_that_ask_get_a_gradient(model, tensors):
     assert torch.equal(torch.autograd.grad(loss, b)[0], torch.autograd.grad(other, b)[0])
 
 
-# Models -----------------------------------------------------------------------------------------------------------------
+# Models
+# -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -239,7 +242,8 @@ def test_a_layer_trains_in_a_compiled_model():
     assert float(ends[0]) != 0.0
 
 
-# Errors -----------------------------------------------------------------------------------------------------------------
+# Errors
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def test_a_row_that_failed_raises_out_of_the_compiled_model():
@@ -333,7 +337,8 @@ def test_other_transforms_inside_a_compiled_function_are_an_error_and_never_wron
         whole(transform(lambda *args: model(*args)[0].square().sum()))(*tensors)
 
 
-# Warm starts ------------------------------------------------------------------------------------------------------------
+# Warm starts
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_ids_are_taken_as_a_tensor_and_start_where_their_samples_ended():

@@ -1,4 +1,5 @@
-"""Laws of the projections: optimality, derivative, scaling, batching, duality, and the product of cones."""
+"""Laws of the projections: optimality, derivative, scaling, batching, duality, and the product of
+cones."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ def seed() -> Iterator[None]:
 
 
 def points(cone: Cone, count: int = 4000) -> Tensor:
-    """Random points: of one scale, of scales mixed from point to point and from row to row, and close to faces."""
+    """Random points: of one scale, of scales mixed from point to point and from row to row, and
+    close to faces."""
     v = torch.randn(count, cone.size, dtype=torch.float64)
     third = count // 3
     v[third : 2 * third] *= 10 ** (8 * torch.rand(third, 1, dtype=torch.float64) - 4)
@@ -79,8 +81,9 @@ def dense(spectrum: Spectrum) -> Tensor:
 
 
 def violation(cone: Cone, p: Tensor) -> Tensor:
-    """How far p is outside the cone by the formula of its definition, at most rounding inside: exactly, or the least
-    move along an axis that brings p in, which is no less than the distance."""
+    """How far p is outside the cone by the formula of its definition, at most rounding inside:
+    exactly, or the least move along an axis that brings p in, which is no less than the
+    distance."""
     match cone:
         case Zero():
             return p.norm(dim=-1)
@@ -152,8 +155,8 @@ def test_the_derivative_agrees_with_differences(cone: Cone) -> None:
     reach = torch.minimum(cone.margin(v, cone.project(v)), 1e-2 * v.norm(dim=-1)).unsqueeze(-1)
     wide = difference(cone, v, direction, reach / 20)
     narrow = difference(cone, v, direction, reach / 40)
-    # where the second derivative is unbounded (next to an edge, or to z = 0 of a power cone) differences at two steps
-    # disagree, and say nothing; rounding is |v|/step
+    # where the second derivative is unbounded (next to an edge, or to z = 0 of a power cone)
+    # differences at two steps disagree, and say nothing; rounding is |v|/step
     doubt = (wide - narrow).norm(dim=-1) + 1e-14 * v.norm(dim=-1) / reach[:, 0]
     told = doubt < 1e-6
     assert told.double().mean() > 0.9
@@ -264,7 +267,8 @@ def test_the_margin_is_zero_on_a_kink_and_the_derivative_constant_in_rank_within
 
 @every_cone
 def test_at_a_kink_the_larger_derivative_is_taken(cone: Cone) -> None:
-    """On the surface of K, on that of -K*, and at the apex, from both sides and within the tolerance."""
+    """On the surface of K, on that of -K*, and at the apex, from both sides and within the
+    tolerance."""
     v = torch.randn(500, cone.size, dtype=torch.float64)
     p = cone.project(v)
     tolerance = 1e-6
@@ -302,7 +306,8 @@ def test_svec_is_an_isometry_by_columns_of_the_upper_triangle() -> None:
 
 
 def oracle(r: float, s: float, t: float) -> tuple[Decimal, Decimal, Decimal]:
-    """The projection onto the curved boundary of the exponential cone by bisection with many digits."""
+    """The projection onto the curved boundary of the exponential cone by bisection with many
+    digits."""
     context = getcontext()
     context.prec, context.Emin, context.Emax = 60, -(10**17), 10**17
     r_, s_, t_ = Decimal(r), Decimal(s), Decimal(t)

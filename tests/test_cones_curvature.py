@@ -1,4 +1,5 @@
-"""Laws of the second derivative of the projections: differences of the first, symmetry, homogeneity, batching, the product."""
+"""Laws of the second derivative of the projections: differences of the first, symmetry,
+homogeneity, batching, the product."""
 
 from __future__ import annotations
 
@@ -63,7 +64,8 @@ def is_flat(cone: Cone) -> bool:
 
 
 def points(cone: Cone, count: int = 3000) -> Tensor:
-    """Random points: of one scale, of scales mixed from point to point and from row to row, and close to faces."""
+    """Random points: of one scale, of scales mixed from point to point and from row to row, and
+    close to faces."""
     v = torch.randn(count, cone.size, dtype=torch.float64)
     part = count // 4
     v[part : 2 * part] *= 10 ** (8 * torch.rand(part, 1, dtype=torch.float64) - 4)

@@ -1,4 +1,5 @@
-"""Laws of the smoothed projections: the barrier's optimality, the derivative, the limit, scales, batching, the product."""
+"""Laws of the smoothed projections: the barrier's optimality, the derivative, the limit, scales,
+batching, the product."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ def seed() -> Iterator[None]:
 
 
 def points(cone: Cone, count: int = 600) -> Tensor:
-    """Random points: of one scale, of scales mixed from point to point and from row to row, next to the surfaces, and 0."""
+    """Random points: of one scale, of scales mixed from point to point and from row to row, next to
+    the surfaces, and 0."""
     v = torch.randn(count, cone.size, dtype=torch.float64)
     part = count // 4
     v[part : 2 * part] *= 10 ** (8 * torch.rand(part, 1, dtype=torch.float64) - 4)
@@ -78,7 +80,8 @@ def apply(spectrum: Spectrum, x: Tensor) -> Tensor:
 
 
 def barrier(cone: Cone, p: Tensor) -> Tensor:
-    """f, as it is defined; half of -log det for a second-order cone, whose e has determinant one and degree two."""
+    """f, as it is defined; half of -log det for a second-order cone, whose e has determinant one
+    and degree two."""
     match cone:
         case Nonnegative():
             return -p.log().sum(-1)
@@ -153,7 +156,8 @@ def test_symmetric_cones_are_complementary_in_their_product(cone: Cone, kappa: f
 @every_inside
 @every_kappa
 def test_the_derivative_takes_the_sum_of_the_parts_to_one_of_them(cone: Cone, kappa: float) -> None:
-    """f''(p) p = -f'(p), as f is logarithmically homogeneous, so (I - dp/dv)(p + r) = r: at any scale."""
+    """f''(p) p = -f'(p), as f is logarithmically homogeneous, so (I - dp/dv)(p + r) = r: at any
+    scale."""
     v = points(cone)
     p, r, rest = cone.smooth(v, everywhere(kappa, v))
     size = (p + r).norm(dim=-1, keepdim=True)

@@ -1,4 +1,5 @@
-"""An infeasible row names constraints that contradict each other, as few as there are, and by how much: against closed forms and CVXPY."""
+"""An infeasible row names constraints that contradict each other, as few as there are, and by how
+much: against closed forms and CVXPY."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def minimise(f, *constraints):
     return cp.Problem(cp.Minimize(f), list(constraints))
 
 
-# The problem, its parameters and a variable, values, options, and what contradicts: (name, amount, entries) each.
+# The problem, its parameters and a variable, values, options, and what contradicts: (name, amount,
+# entries) each.
 CASES = {
     "a sum and bounds": (
         minimise(cost @ x, cp.sum(x) == 1, x <= cap, x >= 0, x <= 10), [cost, cap], x, [np.ones(5), np.full(5, 0.1)], {},

@@ -1,4 +1,5 @@
-"""Equalities that depend on each other: agreement to the parameters' rounding is agreement, and more than that is infeasible."""
+"""Equalities that depend on each other: agreement to the parameters' rounding is agreement, and
+more than that is infeasible."""
 
 import warnings
 
@@ -53,7 +54,8 @@ def test_marginals_that_differ_by_the_rounding_of_single_precision_are_marginals
 
 
 def _balanced(kind: str):
-    """Marginals of a table: a quadratic programme with equalities only, or an entropic transport."""
+    """Marginals of a table: a quadratic programme with equalities only, or an entropic
+    transport."""
     Z, r, c = cp.Variable((N, N)), cp.Parameter(N), cp.Parameter(N)
     cost = cp.sum_squares(Z) if kind == "equality_constrained_qp" else -cp.sum(cp.entr(Z))
     rules = [cp.sum(Z, axis=1) == r, cp.sum(Z, axis=0) == c]
@@ -99,7 +101,8 @@ def test_a_kernel_says_of_equalities_that_differ_what_the_cone_program_says(kind
 
 
 def test_a_kernel_weighs_a_difference_by_what_it_is_made_of():
-    """A difference of numbers of size 1e6 in single precision is off by 0.1, and what the user says is rounding is rounding."""
+    """A difference of numbers of size 1e6 in single precision is off by 0.1, and what the user says
+    is rounding is rounding."""
     x, a, b = cp.Variable(4), cp.Parameter(2), cp.Parameter(2)
     rules = [x[:2] + a == b, cp.sum(x[:2]) + cp.sum(a) == cp.sum(b)]
     layer = ConvexLayer(
@@ -134,7 +137,8 @@ def test_a_note_says_what_came_of_rows_that_another_way_took(structure):
 
 
 def test_the_solution_is_that_of_the_least_change_of_the_right_hand_sides():
-    """Both marginals move towards each other by the same number in every entry, which the transport's own scale does not do."""
+    """Both marginals move towards each other by the same number in every entry, which the
+    transport's own scale does not do."""
     problem, parameters, variables = _transport(0.1)
     layer = ConvexLayer(problem, parameters, variables)
     M, r, c = _marginals(torch.float64)
@@ -235,7 +239,8 @@ def test_right_hand_sides_that_cancel_are_weighed_by_what_they_are_made_of():
 
 @pytest.mark.parametrize("square", [0.0, 0.1], ids=["linear", "quadratic"])
 def test_caps_that_sum_to_one_but_for_rounding_leave_a_point(square):
-    """sum(w) == 1, w <= cap with sum(cap) == 1 in single precision: infeasible by rounding in every second row."""
+    """sum(w) == 1, w <= cap with sum(cap) == 1 in single precision: infeasible by rounding in every
+    second row."""
     w, cap, mu = cp.Variable(3), cp.Parameter(3), cp.Parameter(3)
     problem = cp.Problem(
         cp.Maximize(mu @ w - square * cp.sum_squares(w)), [cp.sum(w) == 1, w <= cap, w >= 0]
@@ -252,7 +257,8 @@ def test_caps_that_sum_to_one_but_for_rounding_leave_a_point(square):
 
 @pytest.mark.parametrize("cost", ["linear", "quadratic", "norm"])
 def test_rows_of_a_matrix_parameter_that_depend_on_each_other(cost):
-    """No pattern tells of these: the right-hand sides agree to 1e-8, and each row has the solution of those that agree."""
+    """No pattern tells of these: the right-hand sides agree to 1e-8, and each row has the solution
+    of those that agree."""
     x, A, b, c = (
         cp.Variable(16, nonneg=True),
         cp.Parameter((8, 16)),

@@ -1,4 +1,5 @@
-"""Expressions as deep as loops write them: read in proportion to their graph, each part once, and never by recursion."""
+"""Expressions as deep as loops write them: read in proportion to their graph, each part once, and
+never by recursion."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from convlayer.declaration.normal_form import normal_form
 
 
 def dense(table, variables: int, parameters: int) -> tuple[np.ndarray, np.ndarray]:
-    """The coefficients of the variables and of the parameters, of a table without products of the two."""
+    """The coefficients of the variables and of the parameters, of a table without products of the
+    two."""
     of_variables, of_parameters = (
         np.zeros((table.size, variables)),
         np.zeros((table.size, parameters)),

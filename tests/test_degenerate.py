@@ -1,4 +1,5 @@
-"""Where the solution map has no derivative: flagged if that is ambiguous for what is asked, not if it is harmless; always finite."""
+"""Where the solution map has no derivative: flagged if that is ambiguous for what is asked, not if
+it is harmless; always finite."""
 
 import dataclasses
 import warnings
@@ -19,7 +20,8 @@ def tensor(*values):
 
 
 def run(problem, parameters, variables, *values, cotangents=None, **options):
-    """(solution, gradients, whether a GradientWarning came) with a cotangent of ones, or those given."""
+    """(solution, gradients, whether a GradientWarning came) with a cotangent of ones, or those
+    given."""
     layer = ConvexLayer(problem, parameters, variables, **{"structure": "generic", **options})
     inputs = leaves([tensor(v) if not isinstance(v, torch.Tensor) else v for v in values])
     with warnings.catch_warnings(record=True) as caught:
@@ -40,7 +42,8 @@ def run(problem, parameters, variables, *values, cotangents=None, **options):
     return solution, bars, warned
 
 
-# Weakly active constraints ----------------------------------------------------------------------------------------------
+# Weakly active constraints
+# ----------------------------------------------------------------------------------------------
 
 
 def test_a_weakly_active_bound_is_flagged_and_counts_as_inactive():
@@ -100,7 +103,8 @@ def test_a_norm_at_its_apex_weakly_is_flagged_and_strictly_is_not():
     assert close(bar, tensor(0.0, 0.0), 1e-9)
 
 
-# Redundant constraints --------------------------------------------------------------------------------------------------
+# Redundant constraints
+# --------------------------------------------------------------------------------------------------
 
 
 def redundant_equalities(parametrised, dual):
@@ -133,7 +137,8 @@ def test_redundant_equalities_whose_multiplier_is_an_output_are_flagged():
 
 
 def test_redundant_equalities_with_parameters_are_differentiated_along_feasible_ones():
-    """Along (db, dc) = t (1, 2), which keeps the problem feasible, the derivative is that of x; across it there is no problem."""
+    """Along (db, dc) = t (1, 2), which keeps the problem feasible, the derivative is that of x;
+    across it there is no problem."""
     problem, parameters, outputs = redundant_equalities(True, False)
     _, (a_bar, b_bar, c_bar), flagged = run(
         problem, parameters, outputs, tensor(0.1, 0.2, 0.9), 1.0, 2.0
@@ -186,7 +191,8 @@ def test_an_equality_written_as_two_inequalities():
     assert close(bar, tensor(0.5, -0.5), 1e-6)
 
 
-# Linear programs --------------------------------------------------------------------------------------------------------
+# Linear programs
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_a_linear_program_at_a_vertex_moves_with_its_constraints_and_not_with_its_cost():
@@ -218,7 +224,8 @@ def test_a_free_coordinate_is_flagged_if_it_is_an_output_and_only_then():
 
 
 def test_underdetermined_least_squares_is_flagged_and_right_along_the_rows():
-    """|A x - b|^2 with more unknowns than rows: A x = b moves with b, whichever solution is returned."""
+    """|A x - b|^2 with more unknowns than rows: A x = b moves with b, whichever solution is
+    returned."""
     A = torch.randn(2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     b, x = cp.Parameter(2, name="b"), cp.Variable(4, name="x")
     problem = cp.Problem(cp.Minimize(cp.sum_squares(A.numpy() @ x - b)))
@@ -245,7 +252,8 @@ def test_a_feasibility_problem_is_flagged_unless_it_has_one_point():
     assert close(bar, torch.linalg.solve(torch.from_numpy(matrix).mT, tensor(1.0, 1.0)), 1e-9)
 
 
-# Matrices and cones -----------------------------------------------------------------------------------------------------
+# Matrices and cones
+# -----------------------------------------------------------------------------------------------------
 
 
 def directional(layer, value, direction, weight, step=1e-4):
@@ -331,7 +339,8 @@ def test_the_unit_ball_with_no_pull_is_flagged():
 
 
 def test_a_norm_to_zero_radius_has_one_point():
-    """|x - a| <= r at r = 0: Slater fails; the point moves with a, and how with r is not determined."""
+    """|x - a| <= r at r = 0: Slater fails; the point moves with a, and how with r is not
+    determined."""
     a, r, x = (
         cp.Parameter(2, name="a"),
         cp.Parameter(nonneg=True, name="r"),
@@ -352,7 +361,8 @@ def test_a_norm_to_zero_radius_has_one_point():
         assert all(bar.isnan().all() for bar in bars)
 
 
-# Warnings ---------------------------------------------------------------------------------------------------------------
+# Warnings
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def test_the_warning_comes_once_a_layer_and_says_what_to_do():
@@ -388,7 +398,8 @@ def test_a_degenerate_row_leaves_the_gradients_of_the_others_alone():
 
 
 def test_the_value_needs_no_warning():
-    """The optimal value's derivative is that of the Lagrangian, however the solution is degenerate."""
+    """The optimal value's derivative is that of the Lagrangian, however the solution is
+    degenerate."""
     a, x = cp.Parameter(2, name="a"), cp.Variable(2, name="x")
     layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [x >= 0]), [a], [x])
     value = tensor(0.0, -1.0).requires_grad_()
@@ -404,7 +415,8 @@ def test_without_gradients_nothing_is_warned_about():
     assert bool(solution.degenerate[0]), "the flag needs no backward pass"
 
 
-# Ties everywhere: data of small whole numbers -----------------------------------------------------------------------------
+# Ties everywhere: data of small whole numbers
+# -----------------------------------------------------------------------------
 
 
 def tied(kind):
@@ -477,11 +489,13 @@ def test_a_kink_at_a_solution_of_zero_is_flagged(slope):
     assert run(problem, [q], [x], tensor(*slope))[2]
 
 
-# Active sets that an interior point does not tell ----------------------------------------------------------------------------
+# Active sets that an interior point does not tell
+# ----------------------------------------------------------------------------
 
 
 def test_an_active_set_that_newton_cannot_settle_is_settled_by_the_central_path(monkeypatch):
-    """A thousand bounds and rows, some all but weakly active: the polish takes the interior-point steps that are missing."""
+    """A thousand bounds and rows, some all but weakly active: the polish takes the interior-point
+    steps that are missing."""
     generator = torch.Generator().manual_seed(0)
     n, band = 300, 5
     A = sum(

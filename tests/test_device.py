@@ -1,4 +1,5 @@
-"""What runs on the parameters' device never leaves it: shown on a pretended one, and where there is CUDA on that."""
+"""What runs on the parameters' device never leaves it: shown on a pretended one, and where there is
+CUDA on that."""
 
 import warnings
 
@@ -39,7 +40,8 @@ def test_the_cone_program_is_solved_and_differentiated_on_the_device(name):
 
 
 def test_rows_that_fail_there_are_told_and_rows_for_the_host_come_back():
-    """One row infeasible, one NaN, one weakly active: the first attempt is made there, what it leaves open on the host."""
+    """One row infeasible, one NaN, one weakly active: the first attempt is made there, what it
+    leaves open on the host."""
     a, h, x = cp.Parameter(3, name="a"), cp.Parameter(name="h"), cp.Variable(3, name="x")
     problem = cp.Problem(
         cp.Minimize(cp.sum_squares(x - a)), [cp.sum(x) <= h, cp.norm(x) <= 2, x >= 0]

@@ -1,4 +1,5 @@
-"""Several processes: a batch split between them has one process's gradient, and rows that other processes solve have the same answers."""
+"""Several processes: a batch split between them has one process's gradient, and rows that other
+processes solve have the same answers."""
 
 import multiprocessing
 import os
@@ -28,7 +29,9 @@ from convlayer.solvers.dealing import Inline, workers_of
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "distributed_training.py"
 ROWS, TASKS = 64, 4  # so many rows are dealt to two workers in so many tasks
-FATAL = 2  # the task, counted from 0 in the order of their beginnings, at which a Mortal dies: some are done, some not begun
+# the task, counted from 0 in the order of their beginnings, at which a Mortal dies: some are done,
+# some not begun
+FATAL = 2
 
 needs_gloo = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()),
@@ -75,7 +78,8 @@ class Chain(nn.Module):
 
 
 def compare_gradients() -> None:
-    """What each of the two processes runs; prints how far the gradients of both together, and of its own rows, are from the batch's."""
+    """What each of the two processes runs; prints how far the gradients of both together, and of
+    its own rows, are from the batch's."""
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
     model, inputs, targets = Chain(), 2 * torch.randn(10, 6), torch.randn(10, 4)

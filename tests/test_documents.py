@@ -1,4 +1,5 @@
-"""What the documents show runs: the code of every page, the examples; and what they name is there."""
+"""What the documents show runs: the code of every page, the examples; and what they name is
+there."""
 
 import ast
 import re
@@ -26,7 +27,8 @@ def blocks(document: str, language: str) -> list[str]:
 
 
 def run(document: str) -> dict:
-    """All Python code of a document in the order in which it stands there, as a reader would copy it; the names it leaves."""
+    """All Python code of a document in the order in which it stands there, as a reader would copy
+    it; the names it leaves."""
     names: dict = {}
     with torch.random.fork_rng(devices=[]):
         exec(compile("\n".join(blocks(document, "python")), document, "exec"), names)
@@ -110,7 +112,8 @@ def test_the_citation_names_the_version():
 
 
 def tables():
-    """The modules that the architecture names, by room, in their order; those at the top level under None."""
+    """The modules that the architecture names, by room, in their order; those at the top level
+    under None."""
     found = {}
     for table in re.split(r"\n\n", DOCUMENTS["docs/architecture.md"]):
         if table.startswith("|"):

@@ -1,4 +1,5 @@
-"""The answer has the dtype of the question, and is computed in float64 or to the same accuracy, whatever stands around it."""
+"""The answer has the dtype of the question, and is computed in float64 or to the same accuracy,
+whatever stands around it."""
 
 import copy
 import io
@@ -97,7 +98,8 @@ def test_autocast_around_the_layer_changes_nothing(case):
 
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_autocast_and_a_scaled_loss_reach_a_structure_as_they_should(name):
-    """float32 parameters under autocast to bfloat16: the layer computes as without, and the gradient carries the scaler's factor."""
+    """float32 parameters under autocast to bfloat16: the layer computes as without, and the
+    gradient carries the scaler's factor."""
     structure = STRUCTURES[name]
     layer = ConvexLayer(*structure.declare())
     sample = structure.sample((3,), torch.Generator().manual_seed(0))
@@ -157,7 +159,8 @@ def test_tensors_that_are_not_contiguous_or_are_expanded():
     )
 
 
-# Second order, forward mode, vmap: exact or an error, never zeros -------------------------------------------------------
+# Second order, forward mode, vmap: exact or an error, never zeros
+# -------------------------------------------------------
 
 
 def test_functional_jacobian_is_the_gradient_of_each_entry():
@@ -201,7 +204,8 @@ def test_a_parameter_changed_in_place_between_forward_and_backward_is_noticed():
 
 @pytest.mark.parametrize("which", ["all", "iterate"])
 def test_an_output_changed_in_place_is_noticed(which):
-    """The optimal value's derivative uses x: a user who overwrites x must not be able to corrupt it unnoticed."""
+    """The optimal value's derivative uses x: a user who overwrites x must not be able to corrupt it
+    unnoticed."""
     case = CASES["lasso"]
     inputs = leaves(case.sample(2, seed=0))
     solution = case.shared.solve(*inputs)
@@ -215,7 +219,8 @@ def test_an_output_changed_in_place_is_noticed(which):
         torch.autograd.grad(solution.objective.sum(), inputs)
 
 
-# Modules ----------------------------------------------------------------------------------------------------------------
+# Modules
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("duplicate", ["deepcopy", "pickle", "torch.save"])

@@ -34,7 +34,8 @@ def test_something_is_eliminated_at_all():
 
 @pytest.mark.parametrize("name", ELIMINATED)
 def test_a_point_goes_in_and_comes_back_and_its_residual_with_it(name):
-    """At any x of what is left, and any multipliers there: the residual before is that after, and zero where variables went."""
+    """At any x of what is left, and any multipliers there: the residual before is that after, and
+    zero where variables went."""
     case = CASES[name]
     canonical = case.shared._canonical
     elimination, program = canonical.elimination, canonical.program
@@ -62,7 +63,8 @@ def test_a_point_goes_in_and_comes_back_and_its_residual_with_it(name):
 
 @pytest.mark.parametrize("condition", [1e0, 1e3, 1e5, 1e7])
 def test_a_matrix_whose_square_is_too_ill_conditioned_is_not_squared(condition):
-    """Nonnegative least squares with an interior solution: the oracle is the orthogonal factorisation."""
+    """Nonnegative least squares with an interior solution: the oracle is the orthogonal
+    factorisation."""
     generator = np.random.default_rng(0)
     U, _ = np.linalg.qr(generator.standard_normal((12, 6)))
     V, _ = np.linalg.qr(generator.standard_normal((6, 6)))

@@ -1,4 +1,5 @@
-"""A row that fails is named, flagged and kept from the others; a loss that uses it has a gradient of NaN."""
+"""A row that fails is named, flagged and kept from the others; a loss that uses it has a gradient
+of NaN."""
 
 import copy
 import dataclasses
@@ -172,7 +173,8 @@ def test_a_row_that_is_not_finite_leaves_the_others_alone(name, poison):
         bad[k].view(4, -1)[BAD_ROW, 0] = poison
         inputs = leaves(bad)
         solution = layer.solve(*inputs)
-        # Infinity as the right-hand side of an inequality is a limit like another, or none: tests/test_bounds.py.
+        # Infinity as the right-hand side of an inequality is a limit like another, or none:
+        # tests/test_bounds.py.
         limit = not math.isnan(poison) and bool(layer._canonical.limits[k][0])
         assert limit or int(solution.status[BAD_ROW]) == Status.BAD_INPUT
         outputs = [*solution.variables, solution.objective]
@@ -283,7 +285,8 @@ def test_unbounded_and_infeasible_problems_of_every_cone_are_told():
         assert int(layer.solve(one).status) == Status.UNBOUNDED, objective
 
 
-# Domains ----------------------------------------------------------------------------------------------------------------
+# Domains
+# ----------------------------------------------------------------------------------------------------------------
 
 MATRIX = (2, 2)
 DOMAINS = {
@@ -413,7 +416,8 @@ def test_the_first_reason_of_each_row_is_reported():
     assert "`second`" in str(caught.value)
 
 
-# Log-log convex programs ------------------------------------------------------------------------------------------------
+# Log-log convex programs
+# ------------------------------------------------------------------------------------------------
 
 
 def test_a_row_of_a_log_log_program_that_is_not_positive_fails_alone():
@@ -445,7 +449,8 @@ def test_an_infeasible_log_log_row_is_told():
     assert solution.variables[0][1].isnan()
 
 
-# Honesty ----------------------------------------------------------------------------------------------------------------
+# Honesty
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -453,7 +458,8 @@ def test_an_infeasible_log_log_row_is_told():
 )
 @pytest.mark.parametrize("options", [{"max_iter": 1}, {"max_iter": 3}, {"max_iter": 5}])
 def test_a_row_that_ran_out_of_iterations_is_flagged_or_right(name, options):
-    """Polishing may finish what the solver began; then the answer is the solution, and otherwise the status says so."""
+    """Polishing may finish what the solver began; then the answer is the solution, and otherwise
+    the status says so."""
     case = CASES[name]
     tensors = case.sample(6, seed=0)
     expected = case.shared.solve(*tensors)
@@ -564,7 +570,8 @@ ILL_POSED = list(ill_posed())
 
 @pytest.mark.parametrize("k", range(len(ILL_POSED)), ids=[name for name, *_ in ILL_POSED])
 def test_a_problem_without_a_solution_is_never_called_solved(k):
-    """No primal-dual solution exists: iterates run off to infinity, where a residual relative to their size means nothing."""
+    """No primal-dual solution exists: iterates run off to infinity, where a residual relative to
+    their size means nothing."""
     _, problem, p, variable = ILL_POSED[k]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -574,11 +581,13 @@ def test_a_problem_without_a_solution_is_never_called_solved(k):
     assert int(solution.status) != Status.SOLVED, f"x = {solution.variables[0].tolist()}"
 
 
-# The closest feasible problem --------------------------------------------------------------------------------------------------
+# The closest feasible problem
+# --------------------------------------------------------------------------------------------------
 
 
 def halfway(**options):
-    """min |x - a|^2 with 1 <= x <= h: infeasible where h < 1, and then halfway, both bounds shifted alike."""
+    """min |x - a|^2 with 1 <= x <= h: infeasible where h < 1, and then halfway, both bounds shifted
+    alike."""
     a, h, x = cp.Parameter(2, name="a"), cp.Parameter(2, name="h"), cp.Variable(2, name="x")
     problem = cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [x >= 1, x <= h])
     return ConvexLayer(problem, [a, h], [x], on_failure="closest", **options)
@@ -626,7 +635,8 @@ def test_what_has_no_closest_feasible_problem_is_refused_when_the_layer_is_built
         ConvexLayer(problem, [a], [x]).with_options(on_failure="closest")
 
 
-# Nothing that could give way ---------------------------------------------------------------------------------------------
+# Nothing that could give way
+# ---------------------------------------------------------------------------------------------
 
 
 class Lost(Solver):

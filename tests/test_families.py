@@ -1,4 +1,5 @@
-"""Quadratic programs that nobody here wrote, sparse by size and dense by condition: a row is solved, by its optimality conditions, or says that it is not."""
+"""Quadratic programs that nobody here wrote, sparse by size and dense by condition: a row is
+solved, by its optimality conditions, or says that it is not."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""On every case: the KKT residual vanishes, value and duals are CVXPY's, the gradient is that of differences."""
+"""On every case: the KKT residual vanishes, value and duals are CVXPY's, the gradient is that of
+differences."""
 
 import numpy as np
 import pytest
@@ -28,7 +29,8 @@ def test_the_recomputed_kkt_residual_vanishes_on_cvxpys_own_cone_program(case):
 
 @every_case
 def test_variables_duals_and_value_are_those_of_cvxpys_own_solve(case):
-    """To the root of its tolerance: so far is an interior point from the solution where the objective is flat."""
+    """To the root of its tolerance: so far is an interior point from the solution where the
+    objective is flat."""
     declared = case.declare()
     for seed in SEEDS:
         tensors = case.sample(seed=seed)
@@ -60,7 +62,8 @@ def test_the_value_is_the_users_objective_at_the_users_variables(case):
 
 
 def differences(layer, cotangents, tensors, moves, step):
-    """Five-point differences (len(moves),) along moves, each of (parameter, direction); all the points are one batch."""
+    """Five-point differences (len(moves),) along moves, each of (parameter, direction); all the
+    points are one batch."""
     values = [t.expand(len(moves), len(FIVE_POINT), *t.shape).clone() for t in tensors]
     places = torch.tensor(list(FIVE_POINT), dtype=torch.float64)
     for row, (k, direction) in enumerate(moves):
@@ -75,7 +78,8 @@ def differences(layer, cotangents, tensors, moves, step):
 
 @every_case
 def test_the_gradient_of_variables_duals_and_value_is_that_of_five_point_differences(case):
-    """Each parameter moves alone, so that none hides behind another, along a direction that keeps its domain."""
+    """Each parameter moves alone, so that none hides behind another, along a direction that keeps
+    its domain."""
     layer = case.shared
     moved = [False] * len(case.sample())
     for seed in SEEDS:

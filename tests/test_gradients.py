@@ -1,4 +1,5 @@
-"""The ways to differentiate a layer: each by its own definition, the warnings, and what makes a solution unique."""
+"""The ways to differentiate a layer: each by its own definition, the warnings, and what makes a
+solution unique."""
 
 import warnings
 from dataclasses import dataclass, field, replace
@@ -33,8 +34,8 @@ class Caught:
 
 
 def smoothed_solution(layer, tensors, product=None):
-    """(x, y) of the cone program with every complementarity product equal to `product` in its own units, by default that of KAPPA;
-    and that product."""
+    """(x, y) of the cone program with every complementarity product equal to `product` in its own
+    units, by default that of KAPPA; and that product."""
     sibling = layer.with_options(validate=False)
     caught = Caught()
     sibling._settings = replace(sibling._settings, gradient=caught)
@@ -270,7 +271,8 @@ def test_perturbed_gradients_are_the_same_bits_each_time_and_follow_their_seed()
     assert not torch.equal(bars[0], bars[2])
 
 
-# Warnings ---------------------------------------------------------------------------------------------------------------------
+# Warnings
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def warned(layer, *tensors, calls=2):
@@ -331,12 +333,14 @@ def test_what_has_no_central_path_is_nan_and_told():
     assert bool(leaf.grad.isnan().any())
 
 
-# What makes a solution unique ---------------------------------------------------------------------------------------------------
+# What makes a solution unique
+# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e4, 1e-4])
 def test_of_a_linear_programs_solutions_the_one_of_least_norm(scale):
-    """min x_1 + x_2 + 3 x_3 on a simplex of total b: the edge x_1 + x_2 = b, whose point of least norm is its middle."""
+    """min x_1 + x_2 + 3 x_3 on a simplex of total b: the edge x_1 + x_2 = b, whose point of least
+    norm is its middle."""
     c, b, x = cp.Parameter(3), cp.Parameter(), cp.Variable(3)
     problem = cp.Problem(cp.Minimize(c @ x), [cp.sum(x) == b, x >= 0])
     layer = ConvexLayer(problem, [c, b], [x], regularise="least_norm")

@@ -1,4 +1,5 @@
-"""A layer's name in a graph is its content: what was exported, or kept on disk, meets a layer of that content, or none."""
+"""A layer's name in a graph is its content: what was exported, or kept on disk, meets a layer of
+that content, or none."""
 
 import copy
 import json
@@ -25,7 +26,8 @@ def points(n=3):
     return torch.tensor(POINTS, dtype=torch.float64)[:, :n].clone().requires_grad_()
 
 
-# Within one process ------------------------------------------------------------------------------------------------------
+# Within one process
+# ------------------------------------------------------------------------------------------------------
 
 
 def square(
@@ -217,7 +219,8 @@ def test_torchscript_is_refused_with_what_to_do_instead(act):
         act(clipped())
 
 
-# Between two processes ---------------------------------------------------------------------------------------------------
+# Between two processes
+# ---------------------------------------------------------------------------------------------------
 
 ELSEWHERE = """
 import json, sys
@@ -269,7 +272,8 @@ torch.compile(Model(spread(2)), fullgraph=True)(y).sum().backward()
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory):
-    """What another process finds of graphs that were exported in this one, and compiled to disk in a third."""
+    """What another process finds of graphs that were exported in this one, and compiled to disk in
+    a third."""
     folder = tmp_path_factory.mktemp("graphs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "cache"))
@@ -288,7 +292,8 @@ def elsewhere(tmp_path_factory):
                 command, capture_output=True, text=True, check=False, env=with_tests, timeout=300
             )
 
-        # Not here: what the other tests of this process have set is part of the key of a graph on disk.
+        # Not here: what the other tests of this process have set is part of the key of a graph on
+        # disk.
         compiled = python(COMPILED)
         works = (
             True

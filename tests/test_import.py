@@ -1,4 +1,5 @@
-"""What the package loads: all of its parts, wherever it is run, and nothing of torch's compiler until something is compiled."""
+"""What the package loads: all of its parts, wherever it is run, and nothing of torch's compiler
+until something is compiled."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ COMPILER = {
     "torch._inductor",
 }  # sympy comes with torch.autograd.grad of a given cotangent
 
-# CVXPY tries solvers that are not ours, of which one loads the compiler itself: it counts as not installed here.
+# CVXPY tries solvers that are not ours, of which one loads the compiler itself: it counts as not
+# installed here.
 STAGES = """
 import contextlib, sys
 
@@ -53,7 +55,8 @@ def test_the_compiler_is_not_loaded():
 
 
 def test_a_command_in_the_root_finds_every_part_whatever_is_installed():
-    """There the checkout's folder comes first, and what an installer knows of the others' places does not count."""
+    """There the checkout's folder comes first, and what an installer knows of the others' places
+    does not count."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     packages = settings["tool"]["setuptools"]["packages"]
     folders = {

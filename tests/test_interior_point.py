@@ -1,4 +1,5 @@
-"""The batched interior point solves linear and quadratic programs as others do, and proves what has no solution."""
+"""The batched interior point solves linear and quadratic programs as others do, and proves what has
+no solution."""
 
 import numpy as np
 import pytest
@@ -76,7 +77,8 @@ def normal(generator, *shape):
 
 
 def planted(kind, n, p, l, batch=6, seed=0, few=False):
-    """Programs with a known solution: (P, q, A, b), (x, s, y). Rows are active as a coin says, or so few that y is unique."""
+    """Programs with a known solution: (P, q, A, b), (x, s, y). Rows are active as a coin says, or
+    so few that y is unique."""
     g = torch.Generator().manual_seed(seed)
     L = normal(g, batch, n, {"definite": n, "semidefinite": max(1, n // 3), "linear": 1}[kind])
     P = (L @ L.mT + (kind == "definite") * 0.1 * torch.eye(n, dtype=torch.float64)) * (
@@ -101,7 +103,8 @@ def objective(data, x):
 
 
 def optimal(data, iterates, tolerance):
-    """Every row is solved: KKT residuals, cones and gap to the tolerance, relative to the size of the terms."""
+    """Every row is solved: KKT residuals, cones and gap to the tolerance, relative to the size of
+    the terms."""
     assert [iterate.status for iterate in iterates] == [Status.SOLVED] * data.batch
     x, s, y = stacked(iterates)
     operators, rows = Operators(data, dense=True), data.program.inequalities

@@ -1,4 +1,5 @@
-"""The batched interior point on programs with curved cones: optima, certificates, and the scalings and barriers behind them."""
+"""The batched interior point on programs with curved cones: optima, certificates, and the scalings
+and barriers behind them."""
 
 import numpy as np
 import pytest
@@ -61,7 +62,8 @@ def data_of(cones, P, q, A, b):
 
 
 def planted(kind, cones, seed=0, batch=BATCH, surplus=0):
-    """Programs with a known solution: the projections of random points onto the cone and its polar are complementary."""
+    """Programs with a known solution: the projections of random points onto the cone and its polar
+    are complementary."""
     g = torch.Generator().manual_seed(seed)
     product = Product(cones)
     m = product.size
@@ -113,16 +115,17 @@ def test_a_planted_optimum_is_found(kind, name):
 @pytest.mark.parametrize("name", CONES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_clarabel_agrees_on_normalised_programs(kind, name):
-    """At 1e-8: there no row of 9,600 stalls. At 1e-9 one in two hundred does under a cost that is linear, and which one is
-    rounding's choice: moved by 1e-15, or under other vector instructions, it is another. Newton's matrix is then 1e13 times
-    as large as its least eigenvalue, and a step's equations are met to 1e-9."""
+    """At 1e-8: there no row of 9,600 stalls. At 1e-9 one in two hundred does under a cost that is
+    linear, and which one is rounding's choice: moved by 1e-15, or under other vector instructions,
+    it is another. Newton's matrix is then 1e13 times as large as its least eigenvalue, and a step's
+    equations are met to 1e-9."""
     parts, _ = planted(kind, CONES[name], seed=1)
     scaled, _ = normalise(data_of(CONES[name], *parts))
     answer = solve_data(scaled, 1e-8)
     others = Clarabel().solve(task_of(scaled, 1e-10))
     assert (answer.status == Status.SOLVED).all()
-    # At 1e-10 Clarabel gives up on one power cone or another, which one and how many by the last digit, and says so; the planted
-    # optimum is asked for above.
+    # At 1e-10 Clarabel gives up on one power cone or another, which one and how many by the last
+    # digit, and says so; the planted optimum is asked for above.
     told = torch.tensor([other.status == Status.SOLVED for other in others])
     assert told.any()
     agree(
@@ -281,7 +284,8 @@ def test_the_solver_is_its_function_with_options():
 
 
 def points_inside(kind, cone, count, seed=0, depth=1.0):
-    """(s, y), (4, count, size): off the boundary and off the central path by several orders of magnitude."""
+    """(s, y), (4, count, size): off the boundary and off the central path by several orders of
+    magnitude."""
     g = torch.Generator().manual_seed(seed)
     v = normal(g, 4, count, cone.size)
     s = cone.project(v)
@@ -433,7 +437,8 @@ def test_entropy_with_tiny_entries_has_softmax_for_its_solution():
 
 
 def test_how_a_row_ends_is_not_roundings_choice():
-    """At the tolerance of a layer, whatever the last digit of the data: linear costs over every product of cones."""
+    """At the tolerance of a layer, whatever the last digit of the data: linear costs over every
+    product of cones."""
     g = torch.Generator().manual_seed(11)
     for name, cones in CONES.items():
         parts, _ = planted("linear", cones, seed=13)

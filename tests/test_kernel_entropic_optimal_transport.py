@@ -1,4 +1,5 @@
-"""Laws of the entropic transport kernel, against closed forms, long log-domain Sinkhorn, KKT systems and differences."""
+"""Laws of the entropic transport kernel, against closed forms, long log-domain Sinkhorn, KKT
+systems and differences."""
 
 import numpy as np
 import pytest
@@ -63,7 +64,8 @@ def sinkhorn(M, r, c, eps, sweeps=20000):
 
 
 def tangent(inputs, P, dM, dr, dc, deps):
-    """Derivative of (P, f, g) along a direction with sum dr = sum dc, from the dense optimality conditions.
+    """Derivative of (P, f, g) along a direction with sum dr = sum dc, from the dense optimality
+    conditions.
 
     eps dP / P + deps (log P + 1) + dM - df 1' - 1 dg' = 0,  dP 1 = dr,  dP' 1 = dc,  sum df = sum dg.
     """

@@ -1,4 +1,5 @@
-"""Laws of the equality-constrained quadratic program: dense KKT solves for the value, five-point differences for gradients."""
+"""Laws of the equality-constrained quadratic program: dense KKT solves for the value, five-point
+differences for gradients."""
 
 import numpy as np
 import pytest
@@ -39,7 +40,8 @@ def kkt(data, i):
 
 
 def oracle(data, rcond=None):
-    """(x, nu) of every row: the KKT system solved by LU and refined in extended precision, or by its pseudo-inverse."""
+    """(x, nu) of every row: the KKT system solved by LU and refined in extended precision, or by
+    its pseudo-inverse."""
     rows = []
     for i in range(max(len(t) for t in data)):
         K, h = kkt(data, i)
@@ -85,7 +87,8 @@ def slope_of(function, step=1e-3):
 
 
 def agrees_with_differences(data, moves=range(4), tolerance=1e-8):
-    """Each gradient along random directions, in units of its own size (or of the outputs, where it vanishes)."""
+    """Each gradient along random directions, in units of its own size (or of the outputs, where it
+    vanishes)."""
     batch, n, p = max(len(t) for t in data), data[1].shape[1], data[3].shape[1]
     bars = cotangents(batch, n, p)
     answer, found = gradients(data, bars)
@@ -156,7 +159,8 @@ def test_the_gradient_of_what_is_shared_is_the_sum_over_rows(shared, kind):
 
 
 def mixed():
-    """Eight rows: definite, by the null space, redundant, singular, inconsistent, unbounded twice, badly scaled."""
+    """Eight rows: definite, by the null space, redundant, singular, inconsistent, unbounded twice,
+    badly scaled."""
     data = draw(5, 3, batch=(8, 8, 8, 8))
     other = draw(5, 3, batch=(8, 8, 8, 8), kind="elsewhere negative")
     for j in range(4):
@@ -247,7 +251,8 @@ def test_redundant_consistent_rows_are_legal(redundant):
 
 
 def test_the_gradient_at_constant_rank():
-    """P = F F' of rank two, A = G C of rank two with four rows, q and b in their ranges, moved through the factors."""
+    """P = F F' of rank two, A = G C of rank two with four rows, q and b in their ranges, moved
+    through the factors."""
     rng = np.random.default_rng(7)
     shapes = (2, 6, 2), (2, 4, 2), (2, 2, 6), (2, 2, 1), (2, 2, 1)
     factors = [torch.from_numpy(rng.standard_normal(shape)) for shape in shapes]

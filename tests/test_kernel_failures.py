@@ -1,5 +1,6 @@
-"""What kernels owe where something is wrong: a failed row is NaN to whoever uses it, in every parameter; a solution that rounding moves
-is told; what is not unique is flagged where someone sees it; no choice of parameters to differentiate, and no empty part, crashes."""
+"""What kernels owe where something is wrong: a failed row is NaN to whoever uses it, in every
+parameter; a solution that rounding moves is told; what is not unique is flagged where someone sees
+it; no choice of parameters to differentiate, and no empty part, crashes."""
 
 from decimal import Decimal, localcontext
 from fractions import Fraction
@@ -40,11 +41,13 @@ def loss_of(outputs):
     )
 
 
-# Rows that failed -------------------------------------------------------------------------------------------------------
+# Rows that failed
+# -------------------------------------------------------------------------------------------------------
 
 
 def failing(name, layer):
-    """Parameters of three rows of which one fails: by NaN in each parameter, and by each parameter's negative where that is a failure."""
+    """Parameters of three rows of which one fails: by NaN in each parameter, and by each
+    parameter's negative where that is a failure."""
     tensors = sample(name, (3,))
     for k in range(len(tensors)):
         for spoil in (lambda row: torch.full_like(row, torch.nan), torch.neg):
@@ -57,7 +60,8 @@ def failing(name, layer):
 @pytest.mark.parametrize("policy", ["keep", "nan"])
 @every_kernel
 def test_a_loss_that_uses_a_failed_row_has_nan_for_its_gradient_in_every_parameter(name, policy):
-    """To second order and forwards too; one that leaves it out has zero there, and elsewhere what it has without the row."""
+    """To second order and forwards too; one that leaves it out has zero there, and elsewhere what
+    it has without the row."""
     layer = ConvexLayer(*STRUCTURES[name].declare(), on_failure=policy, validate=False)
     ways = 0
     for tensors, k in failing(name, layer):
@@ -111,7 +115,8 @@ def test_where_all_rows_failed_a_loss_without_them_has_gradient_zero(name):
     assert all(bar.isnan().all() for bar in used)
 
 
-# Some parameters, and empty parts ---------------------------------------------------------------------------------------
+# Some parameters, and empty parts
+# ---------------------------------------------------------------------------------------
 
 
 SCALED = [
@@ -245,7 +250,8 @@ def test_an_empty_batch_has_empty_derivatives(which):
     assert [b.shape for b in again] == [t.shape for t in inputs]
 
 
-# Solutions that rounding moves ------------------------------------------------------------------------------------------
+# Solutions that rounding moves
+# ------------------------------------------------------------------------------------------
 
 
 def exactly(K, right):
@@ -269,7 +275,8 @@ def _eliminated(rows):
 
 
 def fit_exactly(A, b):
-    """Least squares by the normal equations, or of least norm if A is wide, in rational arithmetic."""
+    """Least squares by the normal equations, or of least norm if A is wide, in rational
+    arithmetic."""
     A, b = [[Fraction(float(v)) for v in row] for row in A], [Fraction(float(v)) for v in b]
     wide = len(A) < len(A[0])
     columns = A if wide else list(zip(*A, strict=True))
@@ -396,7 +403,8 @@ def test_a_transport_plan_is_right_or_told():
             assert eps < 1e-6 or not bool(answer.degenerate)
 
 
-# What is not unique, and who sees it ------------------------------------------------------------------------------------
+# What is not unique, and who sees it
+# ------------------------------------------------------------------------------------
 
 
 def ambiguous():
@@ -440,7 +448,8 @@ def test_a_kernel_flags_what_is_not_unique_where_the_cone_program_does(which):
             torch.full((), 0.7 + k, dtype=D, requires_grad=True) for k in range(len(parameters))
         ]
         ours, theirs = kernel.solve(*values), cone.solve(*values)
-        # A kernel errs on the side of flagging: it asks which variables a parameter's cost reaches, not what of them is felt.
+        # A kernel errs on the side of flagging: it asks which variables a parameter's cost reaches,
+        # not what of them is felt.
         errs = which == "a cost that a parameter moves"
         assert bool(ours.degenerate) == (bool(theirs.degenerate) or errs)
         if not bool(ours.degenerate):
@@ -451,7 +460,8 @@ def test_a_kernel_flags_what_is_not_unique_where_the_cone_program_does(which):
                 assert abs(float(mine - other)) < 1e-8
 
 
-# What CVXPY cannot canonicalise -----------------------------------------------------------------------------------------
+# What CVXPY cannot canonicalise
+# -----------------------------------------------------------------------------------------
 
 
 def test_an_exception_of_canonicalisation_names_the_atom():

@@ -1,4 +1,5 @@
-"""Laws of the leading-eigenspace kernel; the oracle is LAPACK by another driver, and differences."""
+"""Laws of the leading-eigenspace kernel; the oracle is LAPACK by another driver, and
+differences."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,5 @@
-"""Laws of least squares: NumPy's pseudo-inverse for the value, five-point differences of the kernel itself for gradients."""
+"""Laws of least squares: NumPy's pseudo-inverse for the value, five-point differences of the kernel
+itself for gradients."""
 
 import numpy as np
 import pytest
@@ -37,7 +38,8 @@ def stacked(A, b, w, ridge, i):
 
 
 def oracle(data, rcond=1e-12):
-    """Minimum-norm solutions by NumPy's SVD, columns equilibrated, the null space taken out in x's own units."""
+    """Minimum-norm solutions by NumPy's SVD, columns equilibrated, the null space taken out in x's
+    own units."""
     batch = max(len(t) for t in data if t is not None)
     rows = []
     for i in range(batch):
@@ -75,7 +77,8 @@ def seeded_like(x, seed=1):
 
 
 def agrees_with_differences(data, moves=None, tolerance=1e-8, step=1e-3):
-    """Each gradient along random directions, scaled like the data, in units of its own size (or x's, where it vanishes)."""
+    """Each gradient along random directions, scaled like the data, in units of its own size (or
+    x's, where it vanishes)."""
     x_bar = seeded_like(least_squares(*data).outputs[0])
     answer, found = gradients(data, x_bar)
     unit = float((answer.outputs[0] * x_bar).abs().sum())
@@ -231,7 +234,9 @@ def test_weights_of_all_scales():
     exact = []
     for i in range(
         3
-    ):  # exact normal equations in rational arithmetic would take long: rows sorted for a row-wise stable QR
+        # exact normal equations in rational arithmetic would take long: rows sorted for a row-wise
+        # stable QR
+    ):
         S, c = stacked(*data, i)
         order = np.argsort(-np.abs(S).max(1))
         Q, R = np.linalg.qr(S[order])

@@ -1,4 +1,5 @@
-"""The kernel for total variation agrees with exact rational arithmetic, and its gradients with differences."""
+"""The kernel for total variation agrees with exact rational arithmetic, and its gradients with
+differences."""
 
 from collections import deque
 from fractions import Fraction
@@ -15,8 +16,9 @@ F64 = torch.float64
 
 
 def rational(x, lam):
-    """Johnson's dynamic program (2013) in exact rational arithmetic: the derivative of the value of the first k
-    elements, as a function of u_k, is piecewise linear and is clipped to +-lam before the next element is added."""
+    """Johnson's dynamic program (2013) in exact rational arithmetic: the derivative of the value of
+    the first k elements, as a function of u_k, is piecewise linear and is clipped to +-lam before
+    the next element is added."""
     n, lam, x = len(x), Fraction(float(lam)), [Fraction(float(v)) for v in x]
     if n == 1 or lam == 0:
         return x
@@ -104,7 +106,8 @@ def test_a_long_signal_loses_no_digits():
         ends = np.flatnonzero(np.diff(u)) + 1
         sign = np.concatenate([[0], np.sign(u[ends] - u[ends - 1]), [0]])
         bounds = np.concatenate([[0], ends, [n]])
-        # the conditions of optimality, with the dual of each segment summed on its own in extended precision
+        # the conditions of optimality, with the dual of each segment summed on its own in extended
+        # precision
         for k in range(len(bounds) - 1):
             part = x[bounds[k] : bounds[k + 1]].astype(np.longdouble)
             mean = (part.sum() + lam * (sign[k + 1] - sign[k])) / len(part)
@@ -220,7 +223,8 @@ def test_a_step_of_one_rounding_is_flagged():
 
 
 def test_equal_values_of_two_segments_do_not_merge_them():
-    """u takes the same value left and right of a spike; the segments stay apart in the derivative."""
+    """u takes the same value left and right of a spike; the segments stay apart in the
+    derivative."""
     x, lam = torch.tensor([[0.0, 0.0, 5.0, 0.0, 0.0]], dtype=F64), torch.tensor([0.5], dtype=F64)
     x_bar, lam_bar = grads(x, lam, torch.tensor([[1.0, 0, 0, 0, 0]], dtype=F64))
     assert torch.equal(x_bar, torch.tensor([[0.5, 0.5, 0, 0, 0]], dtype=F64))
@@ -369,7 +373,8 @@ def test_a_second_derivative_is_refused():
 
 
 def test_windows_of_all_lengths_place_true_knots_only():
-    """Long enough for the windows of 16 and 256; the dual conditions hold whatever the share of knots."""
+    """Long enough for the windows of 16 and 256; the dual conditions hold whatever the share of
+    knots."""
     rng = np.random.default_rng(14)
     x = torch.tensor(
         np.stack([signal(k, 1200, rng) for k in ("noise", "walk", "integers", "plateaus", "saw")])

@@ -1,5 +1,6 @@
-"""Kinks of the canonical form that are none of the user's: the solution is smooth in what parameters move and outputs read, the cone
-program degenerate. There the gradient is the derivative, from both sides, and nothing is flagged; at the user's own kinks it is."""
+"""Kinks of the canonical form that are none of the user's: the solution is smooth in what
+parameters move and outputs read, the cone program degenerate. There the gradient is the derivative,
+from both sides, and nothing is flagged; at the user's own kinks it is."""
 
 import warnings
 
@@ -168,7 +169,8 @@ def differences(layer, values, directions, bars):
 
 
 def derivative(problem, parameters, variables, sample, structure):
-    """(flagged (rows,), our directional derivative, and the quotients from the left and the right)."""
+    """(flagged (rows,), our directional derivative, and the quotients from the left and the
+    right)."""
     layer = ConvexLayer(problem, parameters, variables, structure=structure)
     values = [value.requires_grad_() for value in values_of(parameters, sample)]
     random = torch.Generator().manual_seed(1)
@@ -205,7 +207,8 @@ def test_where_the_solution_is_smooth_the_gradient_is_right_and_nothing_is_flagg
     "square", [lambda z: cp.sum(cp.square(cp.abs(z))), lambda z: cp.square(cp.norm(z))]
 )
 def test_where_only_some_directions_leave_the_apex_the_gradient_is_that_of_the_squares(square):
-    """The projection onto g'x <= 1 of a point inside, and of one beyond with g_2 = 0, where x_2 = q_2 until g_2 moves."""
+    """The projection onto g'x <= 1 of a point inside, and of one beyond with g_2 = 0, where x_2 =
+    q_2 until g_2 moves."""
     x, q, g = variable(2), cp.Parameter(2), cp.Parameter(2)
     layers = (
         ConvexLayer(cp.Problem(cp.Minimize(f(x - q)), [g @ x <= 1]), [q, g], [x])
@@ -251,7 +254,8 @@ def test_at_the_apex_second_derivatives_are_those_of_the_smooth_spelling():
     assert torch.allclose(one, two, atol=1e-7)
 
 
-# The user's own kinks ----------------------------------------------------------------------------------------------------
+# The user's own kinks
+# ----------------------------------------------------------------------------------------------------
 
 
 def run(problem, parameters, variables, *values):
@@ -305,7 +309,8 @@ def test_an_output_that_is_free_on_one_side_is_flagged():
     assert not run(problem, [q], [x], [0.3, 0.4])
 
 
-# Redundant equalities ----------------------------------------------------------------------------------------------------
+# Redundant equalities
+# ----------------------------------------------------------------------------------------------------
 
 
 def transport(entropy):
@@ -346,7 +351,8 @@ def test_their_multipliers_are_not_unique_and_flagged_as_outputs():
 
 
 def depending(kind):
-    """(the equalities of x, the parameter of their right-hand sides, its value, a direction in which they agree)"""
+    """(the equalities of x, the parameter of their right-hand sides, its value, a direction in
+    which they agree)"""
     p = cp.Parameter(2)
     rules = {
         "declared twice": lambda x: [cp.sum(x) == p[0], 2 * cp.sum(x) == 2 * p[0], x[1] == p[1]],
@@ -381,7 +387,8 @@ def test_equalities_that_depend_on_each_other_are_flagged_by_no_path_unless_thei
     assert seen.solve(slope, at).degenerate
 
 
-# Programs without costs --------------------------------------------------------------------------------------------------
+# Programs without costs
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("solver", [None, "clarabel", "scs", "interior_point"])
@@ -414,7 +421,8 @@ def test_constant_equalities_that_depend_on_each_other_are_flagged_on_neither_pa
     assert duals.solve(*values).degenerate.all()
 
 
-# Bounds that a cone implies, multipliers that a matrix turns ------------------------------------------------------------
+# Bounds that a cone implies, multipliers that a matrix turns
+# ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["rule", "attribute"])
@@ -454,7 +462,8 @@ def test_the_multiplier_of_such_a_bound_is_still_an_output():
 
 
 def test_a_matrix_that_chooses_among_multipliers_is_flagged():
-    """min |x - q|^2/2 + |Mx|_1 with M of rank two: x_1 + x_2 is free until M moves, and then held or not by the multipliers' choice."""
+    """min |x - q|^2/2 + |Mx|_1 with M of rank two: x_1 + x_2 is free until M moves, and then held
+    or not by the multipliers' choice."""
     x, q, M = cp.Variable(3), cp.Parameter(3), cp.Parameter((4, 3))
     problem = cp.Problem(cp.Minimize(0.5 * cp.sum_squares(x - q) + cp.norm1(M @ x)))
     matrix = [[-1.0, 1.0, -1.0], [0.0, 0.0, 1.0], [-1.0, 1.0, 1.0], [1.0, -1.0, 1.0]]
@@ -464,8 +473,8 @@ def test_a_matrix_that_chooses_among_multipliers_is_flagged():
 
 
 def test_a_multiplier_shared_with_a_curved_boundary_is_flagged_where_the_curvature_is_felt():
-    """min q'x in the unit ball at q = -e_1, beside x_1 <= 1, which touches it: x = -q/|q|, which the boundary gives only if the multiplier
-    is its alone. In the ball beside x_1 >= 0 it is."""
+    """min q'x in the unit ball at q = -e_1, beside x_1 <= 1, which touches it: x = -q/|q|, which
+    the boundary gives only if the multiplier is its alone. In the ball beside x_1 >= 0 it is."""
     x, q = cp.Variable(3), cp.Parameter(3)
     touching, apart = (
         cp.Problem(cp.Minimize(q @ x), [cp.norm(x) <= 1, rule]) for rule in (x[0] <= 1, x[0] >= 0)
@@ -476,7 +485,8 @@ def test_a_multiplier_shared_with_a_curved_boundary_is_flagged_where_the_curvatu
 
 
 def test_a_multiplier_shared_with_a_curved_boundary_is_not_flagged_where_nothing_moves_along_it():
-    """The constraints hold x at a corner of a half ball and two planes through it, one of them to spare."""
+    """The constraints hold x at a corner of a half ball and two planes through it, one of them to
+    spare."""
     x, q = cp.Variable(2), cp.Parameter(2)
     rules = [cp.norm(cp.hstack([x, 0])) <= 1, x[0] + x[1] <= 1, x[0] - x[1] <= 1]
     problem = cp.Problem(cp.Minimize(cp.sum_squares(x - q)), rules)

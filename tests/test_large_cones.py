@@ -1,4 +1,5 @@
-"""Large second-order cones keep their rows sparse in sparse systems: projections, norms and paths by formula; singular systems by numpy."""
+"""Large second-order cones keep their rows sparse in sparse systems: projections, norms and paths
+by formula; singular systems by numpy."""
 
 import cvxpy as cp
 import numpy as np
@@ -72,7 +73,8 @@ def test_the_derivative_of_the_projection_is_the_textbooks(size):
 
 @either_system
 def test_groups_shrink_by_the_formula_and_so_do_two_derivatives(dense, monkeypatch):
-    """argmin |x - a|^2/2 + sum of m |x_g| over groups is (1 - m/|a_g|)+ a_g; one group is at rest, one all but so."""
+    """argmin |x - a|^2/2 + sum of m |x_g| over groups is (1 - m/|a_g|)+ a_g; one group is at rest,
+    one all but so."""
     choose(monkeypatch, dense)
     sizes, weight = (25, 25, 40, 3), 1.5
     a, x = cp.Parameter(sum(sizes)), cp.Variable(sum(sizes))
@@ -105,7 +107,8 @@ def test_groups_shrink_by_the_formula_and_so_do_two_derivatives(dense, monkeypat
 
 
 def grid(k):
-    """Streets both ways between the crossings of a k x k grid: (incidence, from corner to corner)."""
+    """Streets both ways between the crossings of a k x k grid: (incidence, from corner to
+    corner)."""
     nodes = np.arange(k * k).reshape(k, k)
     ends = np.concatenate(
         [
@@ -121,7 +124,8 @@ def grid(k):
 
 @either_system
 def test_the_gradient_of_a_flow_with_a_norm_is_that_of_its_face(dense, monkeypatch):
-    """min c'x + m |x|, Ax = b, x >= 0: on the face of x > 0, m (I - uu')/|x| dx + A'dy = -dc and A dx = 0; A has dependent rows."""
+    """min c'x + m |x|, Ax = b, x >= 0: on the face of x > 0, m (I - uu')/|x| dx + A'dy = -dc and A
+    dx = 0; A has dependent rows."""
     choose(monkeypatch, dense)
     A, b = grid(5)
     c, x = cp.Parameter(A.shape[1]), cp.Variable(A.shape[1])
@@ -150,7 +154,8 @@ def test_the_gradient_of_a_flow_with_a_norm_is_that_of_its_face(dense, monkeypat
 
 
 def test_a_tiny_norm_leaves_the_shortest_path_where_it_is():
-    """By scipy's shortest paths; a vertex does not move, and the rows of the cone are as sparse as they were."""
+    """By scipy's shortest paths; a vertex does not move, and the rows of the cone are as sparse as
+    they were."""
     A, b = grid(9)
     c, x = cp.Parameter(A.shape[1]), cp.Variable(A.shape[1])
     problem = cp.Problem(cp.Minimize(c @ x + 1e-6 * cp.norm(x)), [x >= 0, x <= 1, A @ x == b])

@@ -79,7 +79,8 @@ def test_a_row_that_its_time_limit_ended_is_neither_tried_again_nor_polished(
 
 
 def test_rows_that_the_batched_solver_finished_in_time_are_as_without_a_limit(monkeypatch):
-    """By a clock that strikes after so many looks; rows of different difficulty need different numbers of them."""
+    """By a clock that strikes after so many looks; rows of different difficulty need different
+    numbers of them."""
     values = symmetric(6, 8) * torch.logspace(-3, 3, 8, dtype=torch.float64).view(-1, 1, 1)
     layer = correlation(6, on_failure="keep", solver="interior_point")
     freely, seen = layer.solve(values), set()
@@ -146,7 +147,8 @@ def test_an_iteration_limit_is_no_time_limit():
     assert int(solution.status) == Status.SOLVED
 
 
-# Ctrl-C ---------------------------------------------------------------------------------------------------------------------
+# Ctrl-C
+# ---------------------------------------------------------------------------------------------------------------------
 
 LONG = """
 import os, signal, sys, threading, time
@@ -222,7 +224,8 @@ module.SCS.solve = solve
 def test_ctrl_c_is_heard_while_a_solver_runs_and_leaves_the_layers_usable(
     rows, module, n, args, how, events
 ):
-    """By the order of events: the solver had not finished, and the main thread did not wait for it to."""
+    """By the order of events: the solver had not finished, and the main thread did not wait for it
+    to."""
     code = LONG.format(module=module, n=n, args=args, how=how, rows=rows, told="told" in events)
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False

@@ -1,4 +1,5 @@
-"""Laws of `Answer.local` of the closed forms: the oracles are the kernels' own gradients and their differences."""
+"""Laws of `Answer.local` of the closed forms: the oracles are the kernels' own gradients and their
+differences."""
 
 from functools import partial
 

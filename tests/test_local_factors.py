@@ -1,7 +1,9 @@
-"""Laws of `Answer.local` where a kernel's own factor makes it: the solution again, twice differentiable in torch's own operations.
+"""Laws of `Answer.local` where a kernel's own factor makes it: the solution again, twice
+differentiable in torch's own operations.
 
-The oracle of a first derivative is the kernel's backward, that of a second central differences of it, of order four. A case
-says its inputs as a function of parameters that move freely: masses stay equal, and what is singular keeps its rank.
+The oracle of a first derivative is the kernel's backward, that of a second central differences of
+it, of order four. A case says its inputs as a function of parameters that move freely: masses stay
+equal, and what is singular keeps its rank.
 """
 
 from collections.abc import Callable
@@ -242,7 +244,8 @@ def case(request) -> Case:
 
 
 def close(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], tolerance: float) -> None:
-    """Equal to a tolerance relative to each one's largest entry, or a thousandth of the largest of all."""
+    """Equal to a tolerance relative to each one's largest entry, or a thousandth of the largest of
+    all."""
     largest = max(float(t.detach().abs().max()) for t in theirs if t.numel())
     for a, b in zip(ours, theirs, strict=True):
         assert a.shape == b.shape

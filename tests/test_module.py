@@ -160,7 +160,8 @@ def test_a_warning_points_at_the_users_line():
     assert caught[0].filename == __file__
 
 
-# Saved, shared, and run elsewhere ----------------------------------------------------------------------------------------------
+# Saved, shared, and run elsewhere
+# ----------------------------------------------------------------------------------------------
 
 
 def test_a_pickle_holds_the_declaration_and_not_what_is_made_from_it(case):

@@ -71,7 +71,8 @@ def adjoint_sign_of_the_dual_part(patch):
 
 
 def pulled_back(change):
-    """Both ways in which the cotangents of P and A are made: at the entries that move, and of whole matrices."""
+    """Both ways in which the cotangents of P and A are made: at the entries that move, and of whole
+    matrices."""
 
     def plant(patch):
         entries, whole = (
@@ -321,7 +322,8 @@ def test_an_answer_that_is_not_polished_is_caught(monkeypatch):
 
 @pytest.mark.parametrize("n", [2, 3, 5])
 def test_the_order_of_a_psd_cone_in_scs_is_caught(n, monkeypatch):
-    """Orders one and two are alike in both orders but for the diagonal; three and more differ everywhere."""
+    """Orders one and two are alike in both orders but for the diagonal; three and more differ
+    everywhere."""
 
     def plant(patch):
         patch.setattr(convlayer.solvers.scs, "svec_order", lambda program: np.arange(program.m))

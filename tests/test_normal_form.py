@@ -1,4 +1,5 @@
-"""The normal form is the user's problem: affine maps and objectives have CVXPY's values at random variables and parameters."""
+"""The normal form is the user's problem: affine maps and objectives have CVXPY's values at random
+variables and parameters."""
 
 import cvxpy as cp
 import numpy as np

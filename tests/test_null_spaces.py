@@ -1,4 +1,5 @@
-"""Many null vectors of the KKT matrix: what is visible of them is told without a basis, by the same laws as where they are few."""
+"""Many null vectors of the KKT matrix: what is visible of them is told without a basis, by the same
+laws as where they are few."""
 
 import warnings
 
@@ -64,7 +65,8 @@ def test_repeated_constraints_are_flagged_where_a_multiplier_is_an_output(dense)
 def test_redundant_equalities_that_parameters_move_are_flagged_and_differentiated_by_least_norm(
     dense,
 ):
-    """x_k == b_k and 2 x_k == c_k: along (db, dc) = t (1, 2), which keeps the problem feasible, the derivative is that of x."""
+    """x_k == b_k and 2 x_k == c_k: along (db, dc) = t (1, 2), which keeps the problem feasible, the
+    derivative is that of x."""
     b, c, x = (
         kind(MANY, name=name)
         for kind, name in ((cp.Parameter, "b"), (cp.Parameter, "c"), (cp.Variable, "x"))
@@ -93,7 +95,8 @@ def test_underdetermined_least_squares_is_the_pseudo_inverse_and_flagged(dense):
 
 @either_system
 def test_rows_with_many_and_with_no_null_vectors_are_told_apart_in_one_batch(dense):
-    """Pairs that share an amount at equal costs, in the second row alone: a face of solutions there."""
+    """Pairs that share an amount at equal costs, in the second row alone: a face of solutions
+    there."""
     c, h, x = (
         cp.Parameter((2, MANY), name="c"),
         cp.Parameter(MANY, name="h"),

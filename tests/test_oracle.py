@@ -1,4 +1,5 @@
-"""The adjoint against oracles that share no code with it: diffcp's dense mode, and a QP's active set in NumPy."""
+"""The adjoint against oracles that share no code with it: diffcp's dense mode, and a QP's active
+set in NumPy."""
 
 import cvxpy as cp
 import diffcp
@@ -13,8 +14,9 @@ import convlayer.paths.cone_program
 from convlayer import ConvexLayer
 from convlayer.paths.cone_solution import attached
 
-# At these seeds an inactive norm leaves its canonical auxiliary variable free: harmless for the user, but x and s of the cone
-# program are then not unique, and a cotangent of all of them has no one answer.
+# At these seeds an inactive norm leaves its canonical auxiliary variable free: harmless for the
+# user, but x and s of the cone program are then not unique, and a cotangent of all of them has no
+# one answer.
 FREE = {"matrix_inequality": (0,), "many_cones_linear": (0,)}
 LINEAR = names(
     lambda case: (
@@ -25,7 +27,8 @@ LINEAR = names(
 
 
 def scs_order(blocks) -> np.ndarray:
-    """For each of diffcp's rows, CVXPY's: a psd block is the lower triangle by columns there, the upper one here."""
+    """For each of diffcp's rows, CVXPY's: a psd block is the lower triangle by columns there, the
+    upper one here."""
     order, start = [], 0
     for name, size, k in blocks:
         if name == "psd":
@@ -53,7 +56,8 @@ def diffcp_cones(blocks) -> dict:
 
 @pytest.mark.parametrize("name", LINEAR)
 def test_cotangents_of_x_y_and_s_are_pulled_back_as_diffcp_does(name, monkeypatch):
-    """All of the canonical x, y and s at once; the data move along CVXPY's own affine map of the parameters."""
+    """All of the canonical x, y and s at once; the data move along CVXPY's own affine map of the
+    parameters."""
     case, seen = CASES[name], []
     if case.gp:
         pytest.skip("the cone program is affine in the logarithms, not in the parameters")
@@ -108,7 +112,8 @@ def test_cotangents_of_x_y_and_s_are_pulled_back_as_diffcp_does(name, monkeypatc
         )
         assert np.abs(x_d - point).max() < 1e-7 * (1 + np.abs(point).max())
         A_bar, b_bar, q_bar = adjoint(gx, gy[order], gs[order])
-        # diffcp sees no structural zeros of A, so those that move are left out of the comparison on both sides.
+        # diffcp sees no structural zeros of A, so those that move are left out of the comparison on
+        # both sides.
         hidden = dA * (program.A == 0)
         expected = float((A_bar.toarray() * dA[order]).sum() + b_bar @ db[order] + q_bar @ dq)
         assert np.abs(hidden).max() == 0
@@ -135,7 +140,8 @@ def quadratic_layer(n, m):
 
 @pytest.mark.parametrize("condition", [1.0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6])
 def test_the_gradient_of_a_quadratic_program_is_that_of_its_active_set(condition):
-    """Where the incumbent's default is wrong by 1 % to 46 %: at most 1e-6 for every cond(P) up to 1e6."""
+    """Where the incumbent's default is wrong by 1 % to 46 %: at most 1e-6 for every cond(P) up to
+    1e6."""
     n, m, rows = 10, 8, 6
     rng = np.random.default_rng(int(np.log10(condition)))
     layer = quadratic_layer(n, m)
@@ -195,7 +201,8 @@ def test_closed_forms():
 
 @pytest.mark.parametrize("eps", [1.0, 0.1, 0.05, 0.02])
 def test_entropic_transport_is_that_of_its_optimality_conditions(eps):
-    """Where both incumbents are wrong by more than a tenth at eps = 0.05: T = exp((f + g - C)/eps), differentiated by hand."""
+    """Where both incumbents are wrong by more than a tenth at eps = 0.05: T = exp((f + g - C)/eps),
+    differentiated by hand."""
     k, generator = 4, torch.Generator().manual_seed(2)
     C = torch.rand(k, k, generator=generator, dtype=torch.float64)
     a = torch.softmax(torch.randn(k, generator=generator, dtype=torch.float64), 0)

@@ -1,4 +1,5 @@
-"""Every prebuilt problem, by its kernel and by its cone program: agrees with the oracle, gradients with differences, a batch with a loop."""
+"""Every prebuilt problem, by its kernel and by its cone program: agrees with the oracle, gradients
+with differences, a batch with a loop."""
 
 import pytest
 import torch
@@ -36,7 +37,8 @@ STRUCTURE = {
     "sparsemax": "sparsemax",
     "total_variation": "total_variation",
 }
-# The last marginal follows from the others: the cone program's multipliers are not unique, and it says so.
+# The last marginal follows from the others: the cone program's multipliers are not unique, and it
+# says so.
 REDUNDANT = {
     "entropic_optimal_transport-generic": pytest.mark.filterwarnings(
         "ignore::convlayer.GradientWarning"
@@ -128,7 +130,8 @@ def test_the_layer_agrees_with_the_oracle(problem: problems.Prebuilt, path: str)
 def test_the_gradient_agrees_with_five_point_differences_of_the_oracle(
     problem: problems.Prebuilt, path: str
 ):
-    """Along the way to another sample, for a random linear functional of the variables, one sum a row."""
+    """Along the way to another sample, for a random linear functional of the variables, one sum a
+    row."""
     tensors, others = problem.sample(BATCH, 10), problem.sample(BATCH, 11)
     directions = [b - a for a, b in zip(tensors, others, strict=True)]
     weights = [

@@ -1,4 +1,5 @@
-"""Long work shows how far it is, in a bar or in the log, and the answers are the same; what nobody watches says nothing."""
+"""Long work shows how far it is, in a bar or in the log, and the answers are the same; what nobody
+watches says nothing."""
 
 import logging
 import re
@@ -38,7 +39,8 @@ def symmetric(rows, n):
 
 @pytest.fixture
 def lines(monkeypatch, caplog):
-    """Every look at the work is told in the log; what was told, as (title, done, total, what else)."""
+    """Every look at the work is told in the log; what was told, as (title, done, total, what
+    else)."""
     monkeypatch.setattr(progress, "tqdm", None)
     monkeypatch.setattr(progress, "AT_FIRST", 0.0)
     monkeypatch.setattr(progress, "BETWEEN", 0.0)
@@ -145,7 +147,8 @@ def test_an_error_on_the_way_is_the_users_error_and_the_next_call_is_shown(lines
     assert lines()[-1][1:3] == (8, 8)
 
 
-# Ctrl-C ---------------------------------------------------------------------------------------------------------------------
+# Ctrl-C
+# ---------------------------------------------------------------------------------------------------------------------
 
 BATCH = """
 import os, signal, threading, time

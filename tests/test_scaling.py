@@ -1,4 +1,5 @@
-"""Units: data in other units give the answer in other units, to 1e-8, and nothing is called SOLVED that is wrong."""
+"""Units: data in other units give the answer in other units, to 1e-8, and nothing is called SOLVED
+that is wrong."""
 
 import warnings
 from collections.abc import Callable
@@ -19,8 +20,9 @@ FACTORS = (1e-9, 1e-6, 1e-3, 1e3, 1e6, 1e9)
 class Scaled:
     """A problem whose units of x, of the cost and of each row can be changed.
 
-    `change(values, x, cost, rows)` gives the data in units in which x is x times as large, the objective `cost` times and
-    each constraint row `rows` times; x then comes out times x, multipliers times cost / rows.
+    `change(values, x, cost, rows)` gives the data in units in which x is x times as large, the
+    objective `cost` times and each constraint row `rows` times; x then comes out times x,
+    multipliers times cost / rows.
     """
 
     declare: Callable[[], tuple]
@@ -154,7 +156,8 @@ ONE = torch.tensor(1.0, dtype=torch.float64)
 
 
 def solve(name: str, x=ONE, cost=1.0, rows=None, seed: int = 0):
-    """(status, x in the first units, gradient of a functional of it, multipliers) with the data in the units given."""
+    """(status, x in the first units, gradient of a functional of it, multipliers) with the data in
+    the units given."""
     scaled = PROBLEMS[name]
     problem, parameters, variable, duals = scaled.declare()
     layer = ConvexLayer(problem, parameters, [variable, *duals], on_failure="keep")
@@ -258,7 +261,8 @@ def test_mixed_units(name, seed):
         agree(name, required=required, seed=seed, x=x, **units)
 
 
-# Bounds that are as good as none ------------------------------------------------------------------------------------------
+# Bounds that are as good as none
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bound", [1e3, 1e5, 1e7, 1e9, 1e12, 1e16, 1e20])
@@ -315,13 +319,15 @@ def test_one_small_entry_of_the_data_beside_ones(small):
         ) + 1e-14 * float(value.norm())
 
 
-# Conditioning -----------------------------------------------------------------------------------------------------------
+# Conditioning
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("condition", [1.0, 1e2, 1e4, 1e6, 1e8, 1e10])
 @pytest.mark.parametrize("tail", [0.0, 1.0])
 def test_conditioned_least_squares_is_that_of_a_pseudo_inverse(condition, tail):
-    """x = (A'A + tail)^-1 A'b in many digits' reach: error at most rounding times the condition of A'A."""
+    """x = (A'A + tail)^-1 A'b in many digits' reach: error at most rounding times the condition of
+    A'A."""
     generator = torch.Generator().manual_seed(1)
     U, V = (torch.linalg.qr(normal(generator, 5, 5)).Q for _ in range(2))
     A = (
@@ -363,7 +369,8 @@ def test_conditioned_least_squares_is_that_of_a_pseudo_inverse(condition, tail):
 
 @pytest.mark.parametrize("price", [1e-12, 1e-10, 1e-8, 1e-6, 1e-3, 1e3, 1e6, 1e9])
 def test_a_logarithmic_barrier_at_any_price(price):
-    """min p x - log x has x = 1/p: right to 1e-7, or to rounding of the 1 that stands beside x in the cone, or not called SOLVED."""
+    """min p x - log x has x = 1/p: right to 1e-7, or to rounding of the 1 that stands beside x in
+    the cone, or not called SOLVED."""
     p, x = cp.Parameter(name="p"), cp.Variable(name="x")
     layer = ConvexLayer(cp.Problem(cp.Minimize(p * x - cp.log(x))), [p], [x], on_failure="keep")
     leaf = torch.tensor(price, dtype=torch.float64, requires_grad=True)

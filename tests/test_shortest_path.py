@@ -52,7 +52,8 @@ def test_the_layers_paths_are_those_of_dynamic_programming(example):
 def test_the_exact_gradient_does_not_move_the_model_and_the_layer_says_so_once(compared):
     _, fixed, learnt, warned = compared
     start = fixed["random start"]
-    # Adam moves by its rate for any gradient that is far above its epsilon of 1e-8, so this is a gradient of rounding error.
+    # Adam moves by its rate for any gradient that is far above its epsilon of 1e-8, so this is a
+    # gradient of rounding error.
     assert (learnt["exact"].model - start).abs().max() < 1e-6
     assert [w.message.cause for w in warned if w.message.cause is Cause.ZERO] == [Cause.ZERO]
 

@@ -1,4 +1,5 @@
-"""Laws of the smoothed zero: its equations, its derivative by differences, its limit, and what it says where there is none."""
+"""Laws of the smoothed zero: its equations, its derivative by differences, its limit, and what it
+says where there is none."""
 
 from __future__ import annotations
 
@@ -56,7 +57,8 @@ def seed() -> Iterator[None]:
 
 
 def solution(data: Data, visible: Visible | None = None, dense: bool = False) -> Root:
-    """The zero of the residual map itself, in units where the data and the solution are of size one."""
+    """The zero of the residual map itself, in units where the data and the solution are of size
+    one."""
     n, m = data.program.n, data.program.m
     visible = visible or Visible(torch.ones(n, dtype=torch.bool), torch.zeros(m, dtype=torch.bool))
     data, scaling = normalise(data)
@@ -97,7 +99,8 @@ def directions(data: Data) -> dict[str, Tensor]:
 
 
 def slope(zero: Root, name: str, direction: Tensor, x_bar: Tensor, y_bar: Tensor) -> Tensor:
-    """The derivative of <x_bar, x> + <y_bar, y> along a direction of one of the values, by the adjoint."""
+    """The derivative of <x_bar, x> + <y_bar, y> along a direction of one of the values, by the
+    adjoint."""
     w, u = adjoint(zero, x_bar, y_bar)
     program = zero.operators.data.program
     if name in "AP":
@@ -171,7 +174,8 @@ def test_dense_and_sparse_systems_agree(name: str) -> None:
 
 @every_name
 def test_the_limit_is_the_exact_solution_and_its_derivative(name: str) -> None:
-    """Of what the user sees and moves: auxiliaries and multipliers that are not unique have limits of their own."""
+    """Of what the user sees and moves: auxiliaries and multipliers that are not unique have limits
+    of their own."""
     zero = case(name)
     assert not zero.degenerate.any()
     (seen_x, seen_y), seen = zero.visible, torch.cat(zero.visible)
@@ -204,7 +208,8 @@ def program(P: np.ndarray, q: Sequence, A: np.ndarray, b: Sequence, cones: Seque
 
 
 def test_a_linear_program_at_a_vertex_moves_with_its_costs() -> None:
-    """Where the exact derivative is zero. Minimise q'x, 0 <= x <= 1: each coordinate has q = kappa/x - kappa/(1 - x)."""
+    """Where the exact derivative is zero. Minimise q'x, 0 <= x <= 1: each coordinate has q =
+    kappa/x - kappa/(1 - x)."""
     eye, q = np.eye(2), np.array([1.0, -0.5])
     data = program(np.zeros((2, 2)), q, np.concatenate([eye, -eye]), [1, 1, 0, 0], [Nonnegative(4)])
     zero = solution(data)
@@ -270,7 +275,8 @@ def test_a_row_without_a_path_leaves_the_others_untouched() -> None:
 
 
 def test_a_face_of_solutions_has_one_point_and_a_weak_constraint_a_derivative() -> None:
-    """The analytic centre of a face; and at a kink, where exact derivatives jump, a slope between theirs."""
+    """The analytic centre of a face; and at a kink, where exact derivatives jump, a slope between
+    theirs."""
     face = solution(
         program(np.zeros((2, 2)), [1, 0], [[-1, 0], [0, -1], [0, 1]], [0, 1, 1], [Nonnegative(3)])
     )

@@ -1,4 +1,5 @@
-"""Whichever solver runs, the answer is the same: x, s, y and the gradient; and what a solver is told is what it does."""
+"""Whichever solver runs, the answer is the same: x, s, y and the gradient; and what a solver is
+told is what it does."""
 
 import inspect
 import pickle
@@ -121,7 +122,8 @@ def test_rows_that_the_first_choice_does_not_settle_are_solved_by_another_and_no
 
 
 def test_a_redundant_constraint_is_not_taken_for_a_weakly_active_one():
-    """An active-set method gives one of two equal constraints the whole multiplier, and the other none."""
+    """An active-set method gives one of two equal constraints the whole multiplier, and the other
+    none."""
     a, x = cp.Parameter(3, name="a"), cp.Variable(3, name="x")
     problem = cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [x >= 0, 2 * x >= 0])
     solution = ConvexLayer(problem, [a], [x]).solve(
@@ -131,7 +133,8 @@ def test_a_redundant_constraint_is_not_taken_for_a_weakly_active_one():
 
 
 def semidefinite(n, **options):
-    """min <C, X> + |X|^2/2 subject to X >> D, <B, X> = 1: x, y and s all of rank neither zero nor full."""
+    """min <C, X> + |X|^2/2 subject to X >> D, <B, X> = 1: x, y and s all of rank neither zero nor
+    full."""
     C, D = (
         cp.Parameter((n, n), symmetric=True, name="C"),
         cp.Parameter((n, n), symmetric=True, name="D"),
@@ -338,7 +341,8 @@ class Pickling(Inline):
 
 
 class Unpolished(Solver):
-    """A solver of a user's own: Clarabel called by hand, only linear-quadratic programs, one option."""
+    """A solver of a user's own: Clarabel called by hand, only linear-quadratic programs, one
+    option."""
 
     name: ClassVar[str] = "unpolished"
 
@@ -464,7 +468,8 @@ def test_iterations_that_ran_out_are_never_a_solution_that_is_wrong(solver):
             assert not (solution.residual[~good] <= 1e-8).any()
 
 
-# Every cone with every solver ------------------------------------------------------------------------------------------------
+# Every cone with every solver
+# ------------------------------------------------------------------------------------------------
 
 
 def cone_program(cone):

@@ -1,4 +1,5 @@
-"""Dense and sparse factorisation, with products by matrix and by index, give the same answers, singular systems included."""
+"""Dense and sparse factorisation, with products by matrix and by index, give the same answers,
+singular systems included."""
 
 import warnings
 
@@ -21,7 +22,8 @@ every_case = pytest.mark.parametrize("name", CASES)
 
 
 def force(monkeypatch, kind):
-    """Dense or sparse whatever is cheaper, without eliminating a variable; "by rows" is dense, but each row stands alone."""
+    """Dense or sparse whatever is cheaper, without eliminating a variable; "by rows" is dense, but
+    each row stands alone."""
     made = []
     original = convlayer.conic.polish.factorise
 
@@ -247,7 +249,8 @@ def test_larger_cones_agree(monkeypatch):
 
 
 def test_a_sparse_program_whose_small_eigenvalues_stall_refinement_is_solved():
-    """Entries down to 1e-5 beside ones: some eigenvalues of the KKT matrix lie below the shift of its factorisation."""
+    """Entries down to 1e-5 beside ones: some eigenvalues of the KKT matrix lie below the shift of
+    its factorisation."""
     n = 2500
     A = sp.random_array((n, n), density=3 / n, random_state=0, format="csr")
     x, q, d = cp.Variable(n, name="x"), cp.Parameter(n, name="q"), cp.Parameter(n, name="d")
@@ -263,7 +266,8 @@ def test_a_sparse_program_whose_small_eigenvalues_stall_refinement_is_solved():
 
 
 def test_a_batch_takes_no_more_refinement_than_its_rows(monkeypatch):
-    """A row that is done gains for ever, a number and its rounding in turn: it must not keep the others going."""
+    """A row that is done gains for ever, a number and its rounding in turn: it must not keep the
+    others going."""
     steps, x, u = 20, cp.Variable((21, 2)), cp.Variable(20)
     start, goal = cp.Parameter(2), cp.Parameter(2)
     A, b = np.array([[1.0, 0.1], [0.0, 1.0]]), np.array([0.005, 0.1])

@@ -1,4 +1,5 @@
-"""An expression is spelt as its user writes it: what is read back as CVXPY is the same expression. A remedy holds, taken at its word."""
+"""An expression is spelt as its user writes it: what is read back as CVXPY is the same expression.
+A remedy holds, taken at its word."""
 
 from __future__ import annotations
 
@@ -119,7 +120,8 @@ def test_what_cannot_be_spelt_is_named_by_its_kind():
     assert spelled(odd) == "Odd of shape (2,)"
 
 
-# Remedies ---------------------------------------------------------------------------------------------------------------
+# Remedies
+# ---------------------------------------------------------------------------------------------------------------
 
 REWRITTEN = """
 x @ x | t * t | (x - p) @ (x - p) | x * x | (x - p) @ S @ (x - p) | sqrt(x @ x) | sqrt(sum_squares(x - p)) | sqrt(1 + square(t))

@@ -1,4 +1,5 @@
-"""Infinite bounds, contradictions by rounding and second derivatives, in whatever units the user has."""
+"""Infinite bounds, contradictions by rounding and second derivatives, in whatever units the user
+has."""
 
 import cvxpy as cp
 import numpy as np

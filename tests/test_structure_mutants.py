@@ -1,4 +1,5 @@
-"""Mutants of the specialised path: a fault is planted in recognition, binding or a kernel, and a law of the registry must catch it."""
+"""Mutants of the specialised path: a fault is planted in recognition, binding or a kernel, and a
+law of the registry must catch it."""
 
 import dataclasses
 

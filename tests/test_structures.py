@@ -1,4 +1,5 @@
-"""Every structure of the registry: its declaration is matched, its near misses fall through, and it is the generic path's equal."""
+"""Every structure of the registry: its declaration is matched, its near misses fall through, and it
+is the generic path's equal."""
 
 import copy
 import pickle
@@ -160,7 +161,8 @@ def test_the_gradient_of_variables_and_value_is_that_of_five_point_differences(n
     gradients = torch.autograd.grad(value(inputs), inputs)
     whole = torch.stack([g.norm() for g in gradients]).norm()
     for k, gradient in enumerate(gradients):
-        # Along the line to another sample, which keeps the domain; marginals and equalities stay consistent together.
+        # Along the line to another sample, which keeps the domain; marginals and equalities stay
+        # consistent together.
         move = [
             b - a if name in ("entropic_optimal_transport",) or j == k else torch.zeros_like(a)
             for j, (a, b) in enumerate(zip(tensors, others, strict=True))
@@ -531,7 +533,8 @@ def test_a_matrix_whose_definiteness_the_kernel_sees_for_itself_is_refused_in_th
 
 
 def test_rows_that_a_kernel_does_not_settle_have_second_derivatives_too(monkeypatch):
-    """Row 1 is taken for unsettled; the cone program answers it, and forward mode and second derivatives of all rows."""
+    """Row 1 is taken for unsettled; the cone program answers it, and forward mode and second
+    derivatives of all rows."""
     layer, tensors = layer_of("least_squares"), leaves(sample("least_squares", (3,)))
     expected = layer(*tensors)[0]
     directions = [torch.ones_like(t) for t in tensors]

@@ -1,4 +1,5 @@
-"""Surrogate gradients are what their definitions say, by closed forms, differences of CVXPY's optimal values and enumeration."""
+"""Surrogate gradients are what their definitions say, by closed forms, differences of CVXPY's
+optimal values and enumeration."""
 
 import math
 from dataclasses import replace
@@ -38,7 +39,8 @@ def normal(*shape, seed=0):
 
 
 def data_of(P, q, A, b, cones, entries=None):
-    """Matrices (B or 1, ., .) as Data: A's pattern is full, P's the given upper entries, or where P is not zero."""
+    """Matrices (B or 1, ., .) as Data: A's pattern is full, P's the given upper entries, or where P
+    is not zero."""
     m, n = A.shape[-2:]
     entries = torch.triu((P != 0).any(0)) if entries is None else entries
     P_cols, P_rows = torch.nonzero(entries.mT, as_tuple=True)
@@ -56,7 +58,8 @@ def simplex(q):
 
 
 def quadratic(batch=3, n=5, m=9, seed=0):
-    """Quadratic programs with a planted, strictly complementary solution, some rows active: (P, q, G, h), (x, y)."""
+    """Quadratic programs with a planted, strictly complementary solution, some rows active: (P, q,
+    G, h), (x, y)."""
     L, G, x = (
         normal(batch, n, n, seed=seed),
         normal(batch, m, n, seed=seed + 1),
@@ -97,7 +100,8 @@ def close(got, expected, tolerance):
 @pytest.mark.parametrize("rho", [math.inf, 0.7])
 @pytest.mark.parametrize("dense", [False, True])
 def test_for_small_tau_lpgd_is_the_adjoint_by_the_active_set_of_the_augmented_program(rho, dense):
-    """A quadratic program's solution is affine while its active set stays: there is no error of tau^2 to wait for."""
+    """A quadratic program's solution is affine while its active set stays: there is no error of
+    tau^2 to wait for."""
     (P, q, G, h), (x, y) = quadratic()
     x_bar, y_bar = normal(*x.shape, seed=8), normal(*y.shape, seed=9)
     data = data_of(P, q, G, h, [Nonnegative(y.shape[1])])
@@ -148,7 +152,8 @@ def optimal_value(P, q, A, b, x_0, curvature):
 @pytest.mark.parametrize("rho", [math.inf, 0.5])
 @pytest.mark.parametrize("kind", ["quadratic", "diagonal in part", "linear"])
 def test_lpgd_is_the_gradient_of_the_average_envelope_by_differences_of_optimal_values(kind, rho):
-    """(V(q + t x_bar, b - t y_bar) - V(q - t x_bar, b + t y_bar)) / 2t, t large enough for the active set to change."""
+    """(V(q + t x_bar, b - t y_bar) - V(q - t x_bar, b + t y_bar)) / 2t, t large enough for the
+    active set to change."""
     n, tau = 3, 3.0
     A = torch.cat([torch.eye(n), -torch.eye(n), normal(1, n, seed=3)]).double()
     b, q = normal(2 * n + 1, seed=4).abs() + 0.5, normal(n, seed=5)

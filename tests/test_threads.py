@@ -1,4 +1,5 @@
-"""Small work runs on one thread, in the calling thread only; batched LU is right on any number of threads."""
+"""Small work runs on one thread, in the calling thread only; batched LU is right on any number of
+threads."""
 
 import subprocess
 import sys
@@ -44,7 +45,8 @@ def test_lu_with_wrong_pivots_is_done_again(monkeypatch):
 
 
 def test_a_process_of_several_threads_solves_growing_systems():
-    """Where the thread setting is made anew between calls, batched LU of such sizes has come out wrong."""
+    """Where the thread setting is made anew between calls, batched LU of such sizes has come out
+    wrong."""
     code = """
 import torch
 from convlayer import problems
@@ -70,7 +72,8 @@ def test_a_layer_leaves_the_number_of_threads_alone():
         assert torch.get_num_threads() == before
 
 
-# Threads asked for -----------------------------------------------------------------------------------------------------------
+# Threads asked for
+# -----------------------------------------------------------------------------------------------------------
 
 
 class Asked(TorchDispatchMode):

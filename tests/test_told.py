@@ -109,7 +109,8 @@ def test_a_row_that_the_other_solver_does_not_settle_is_not_called_a_disagreemen
     assert "1 not compared" in str(found)
 
 
-# explain ----------------------------------------------------------------------------------------------------------------
+# explain
+# ----------------------------------------------------------------------------------------------------------------
 
 x, q = cp.Variable(4, name="x"), cp.Parameter(4, name="q")
 w, a = cp.Variable(2, name="w", pos=True), cp.Parameter(pos=True, name="a")
@@ -201,7 +202,8 @@ def test_no_sentence_counts_the_solvers():
         assert not counted.search(path.read_text()), path
 
 
-# Against diffcp ---------------------------------------------------------------------------------------------------------------
+# Against diffcp
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def variables_alone(name):

@@ -1,8 +1,10 @@
-"""The transforms of torch, on every path: what they say of each other, of finite differences, and of a loop.
+"""The transforms of torch, on every path: what they say of each other, of finite differences, and
+of a loop.
 
-A path is a case of the registry as a cone program, a structure, a spelling of one that gives multipliers, or the batched interior
-point. The variables, the multipliers asked for and the optimal value are differentiated together, as functions of parameters that
-`Path.entered` takes into their domain, so that every direction is one that may be taken.
+A path is a case of the registry as a cone program, a structure, a spelling of one that gives
+multipliers, or the batched interior point. The variables, the multipliers asked for and the optimal
+value are differentiated together, as functions of parameters that `Path.entered` takes into their
+domain, so that every direction is one that may be taken.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ class Path:
         )
 
     def entered(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Matrices are symmetric where they are declared so, and the marginals of a transport sum to one."""
+        """Matrices are symmetric where they are declared so, and the marginals of a transport sum
+        to one."""
         inside = [
             (t + t.mT) / 2 if is_symmetric(p) else t
             for t, p in zip(tensors, self.layer._declared.parameters, strict=True)
@@ -98,8 +101,9 @@ def paths() -> list[Path]:
 
 
 PATHS = {path.name: path for path in paths()}
-# One of every kind of derivative: a polyhedral cone program, a curved one, a log-log convex one, the batched solver, and each
-# kernel. The laws that differentiate once for every entry run on these; what they compose is looked at on every path.
+# One of every kind of derivative: a polyhedral cone program, a curved one, a log-log convex one,
+# the batched solver, and each kernel. The laws that differentiate once for every entry run on
+# these; what they compose is looked at on every path.
 KINDS = (
     "lasso",
     "every_cone",
@@ -147,7 +151,8 @@ def forward_over_reverse(
     return jvp(every_gradient(path), tuple(tensors), tuple(a))[1]
 
 
-# First derivatives ------------------------------------------------------------------------------------------------------
+# First derivatives
+# ------------------------------------------------------------------------------------------------------
 
 
 @every_path
@@ -196,7 +201,8 @@ def test_jacobians_of_both_modes_agree_with_a_loop_of_plain_backward(path):
         )
 
 
-# Second derivatives -----------------------------------------------------------------------------------------------------
+# Second derivatives
+# -----------------------------------------------------------------------------------------------------
 
 
 @every_path
@@ -315,7 +321,8 @@ def test_a_layer_of_a_layer_is_differentiated_twice():
     assert float(found.norm()) > 1e-3
     assert relative(found, (4 * slope(STEP / 2) - slope(STEP)) / 3) < 1e-5
 
-    # The outer layer's direction moves with the inner layer's solution: here forward mode is differentiated in its tangent too.
+    # The outer layer's direction moves with the inner layer's solution: here forward mode is
+    # differentiated in its tangent too.
     def tangent(*at: Tensor) -> Tensor:
         return jvp(loss, at, a)[1]
 
@@ -331,7 +338,8 @@ def test_a_layer_of_a_layer_is_differentiated_twice():
     )
 
 
-# vmap -------------------------------------------------------------------------------------------------------------------
+# vmap
+# -------------------------------------------------------------------------------------------------------------------
 
 
 def around(path: Path, count: int, seed: int) -> list[Tensor]:
@@ -453,7 +461,8 @@ def test_what_solve_says_of_a_row_is_said_of_each_sample_by_vmap(path):
     assert relative(objective, expected.objective) < 1e-12
 
 
-# Failures ---------------------------------------------------------------------------------------------------------------
+# Failures
+# ---------------------------------------------------------------------------------------------------------------
 
 
 @every_path
@@ -529,7 +538,8 @@ def test_a_warm_start_inside_a_transform_is_refused():
             path.layer.solve(forward_ad.make_dual(tensors[0], tensors[0]), *tensors[1:], **option)
 
 
-# Beside ---------------------------------------------------------------------------------------------------------------
+# Beside
+# ---------------------------------------------------------------------------------------------------------------
 
 
 @every_path

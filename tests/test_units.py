@@ -1,4 +1,5 @@
-"""Units: a problem in other units has the same solution in them, and large numbers beside a small problem do not hide it."""
+"""Units: a problem in other units has the same solution in them, and large numbers beside a small
+problem do not hide it."""
 
 import cvxpy as cp
 import numpy as np
@@ -48,7 +49,8 @@ def _values(parameters, rows=4):
     "made", [_risk_budgets, _precision_matrix, _proportional_fairness], ids=lambda f: f.__name__[1:]
 )
 def test_logarithms_have_no_unit(made, scale):
-    """Costs times a number: the solution is that over it, and so is the derivative in the other parameter."""
+    """Costs times a number: the solution is that over it, and so is the derivative in the other
+    parameter."""
     problem, parameters, variables = made()
     if problem.constraints and scale < 1:
         pytest.skip("the bound would be reached")
@@ -71,7 +73,8 @@ def test_logarithms_have_no_unit(made, scale):
 
 
 def test_multipliers_beside_logarithms_in_other_units():
-    """Of sum(x) == r with costs of 1e6, against the stationarity of the Lagrangian in closed form."""
+    """Of sum(x) == r with costs of 1e6, against the stationarity of the Lagrangian in closed
+    form."""
     x, P, b, r = cp.Variable(3), cp.Parameter(3), cp.Parameter(3, nonneg=True), cp.Parameter()
     rule = cp.sum(x) == r
     problem = cp.Problem(cp.Minimize(P @ x - b @ cp.log(x)), [rule])
@@ -144,7 +147,8 @@ def test_an_exponential_far_below_its_unit_is_right_or_says_so(rho):
 
 @pytest.mark.parametrize("near_zero", [2.4041923918648543e-06, -1e-9, 1e-12])
 def test_a_coefficient_that_is_all_but_zero_hides_no_other_cost(near_zero):
-    """|x - 1|^2 + the larger of 0.6 q_1 x_1 and others: its variable leaves the constraints, its costs do not become all that is seen."""
+    """|x - 1|^2 + the larger of 0.6 q_1 x_1 and others: its variable leaves the constraints, its
+    costs do not become all that is seen."""
     x, q = cp.Variable(3), cp.Parameter(3)
     problem = cp.Problem(
         cp.Minimize(

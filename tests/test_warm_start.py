@@ -1,4 +1,5 @@
-"""A warm start gives the same answer in fewer iterations, row by row, whatever has become of the batch in between."""
+"""A warm start gives the same answer in fewer iterations, row by row, whatever has become of the
+batch in between."""
 
 import copy
 import pickle

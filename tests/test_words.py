@@ -1,4 +1,5 @@
-"""Words about any part of a problem are short and never fail; what CVXPY would drop without a word is refused in words."""
+"""Words about any part of a problem are short and never fail; what CVXPY would drop without a word
+is refused in words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Errors with default settings: of the optimality conditions, recomputed, of solutions, and of gradients."""
+"""Errors with default settings: of the optimality conditions, recomputed, of solutions, and of
+gradients."""
 
 from __future__ import annotations
 

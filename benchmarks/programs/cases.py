@@ -1,4 +1,5 @@
-"""The programs that are measured: declarations, strictly feasible samples, and solutions to rounding error that are not ours."""
+"""The programs that are measured: declarations, strictly feasible samples, and solutions to
+rounding error that are not ours."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def _exact(P, q, G, h, A, b):
 
 @prebuilt()
 def factored_program(n: int = 6, m: int = 6, p: int = 2):
-    """The same with |L x|^2 / 2 for x'Px / 2, P = L'L: for peers, which take no quad_form of a Parameter."""
+    """The same with |L x|^2 / 2 for x'Px / 2, P = L'L: for peers, which take no quad_form of a
+    Parameter."""
     L, q = cp.Parameter((n, n), name="L"), cp.Parameter(n, name="q")
     return _program(cp.Variable(n, name="x"), [L, q], lambda x, L: cp.sum_squares(L @ x), m, p)
 
@@ -112,7 +114,8 @@ def _inside_the_cones(draw, n, cones, size):
 
 @second_order_program.solved_by
 def _by_active_cones(q, F, g, D, e):
-    """Clarabel says which cones are active; Newton's method on the optimality conditions of those does the rest."""
+    """Clarabel says which cones are active; Newton's method on the optimality conditions of those
+    does the rest."""
     cones, n = D.shape
     F, g = F.reshape(cones, -1, n), g.reshape(cones, -1)
     x = cp.Variable(n)
@@ -138,7 +141,8 @@ def _by_active_cones(q, F, g, D, e):
 
 @prebuilt()
 def constrained_control(states: int = 4, inputs: int = 2, horizon: int = 5):
-    """minimise the squares of all states, and 0.2 times those of the inputs, which are at most 1/2 in size."""
+    """minimise the squares of all states, and 0.2 times those of the inputs, which are at most 1/2
+    in size."""
     A, B = cp.Parameter((states, states), name="A"), cp.Parameter((states, inputs), name="B")
     start, X = cp.Parameter(states, name="start"), cp.Variable((states, horizon + 1), name="X")
     U = cp.Variable((inputs, horizon), name="U")

@@ -14,7 +14,8 @@ import scipy.sparse as sp
 
 from benchmarks.conditioning import extended_solve
 
-CHECK = 1e-9  # violation of an inequality, or sign of a multiplier, up to which the active set is believed
+# violation of an inequality, or sign of a multiplier, up to which the active set is believed
+CHECK = 1e-9
 
 
 def quadratic_solution(P, q, G, h, A, b) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""Quadratic programs that nobody here wrote, over two decades of size, and dense ones of bad condition: solved, or honestly not."""
+"""Quadratic programs that nobody here wrote, over two decades of size, and dense ones of bad
+condition: solved, or honestly not."""
 
 from __future__ import annotations
 

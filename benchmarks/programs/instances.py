@@ -1,8 +1,11 @@
-"""Quadratic programs as Stellato et al. draw them, and dense ones of a given condition, declared with Parameters; and what certifies a solution.
+"""Quadratic programs as Stellato et al. draw them, and dense ones of a given condition, declared
+with Parameters; and what certifies a solution.
 
-Sparse matrices are constants of the problem, vectors are Parameters; in the dense families everything is a Parameter.
+Sparse matrices are constants of the problem, vectors are Parameters; in the dense families
+everything is a Parameter.
 
-Source: Stellato, Banjac, Goulart, Bemporad and Boyd (2020), OSQP: an operator splitting solver for quadratic programs, appendix A.
+Source: Stellato, Banjac, Goulart, Bemporad and Boyd (2020), OSQP: an operator splitting solver for
+        quadratic programs, appendix A.
 """
 
 from __future__ import annotations
@@ -73,7 +76,8 @@ def instance(family: Family, size: int, batch: int = 2, seed: int = 0) -> Instan
 
 
 def certificate(problem: cp.Problem, duals: Sequence[np.ndarray]) -> dict[str, float]:
-    """Violations of the optimality conditions at the values of the variables, relative to the largest terms of each.
+    """Violations of the optimality conditions at the values of the variables, relative to the
+    largest terms of each.
 
     With f to be minimised subject to g <= 0, e = 0:  grad f + J_g'y + J_e'u = 0,  g <= 0,  e = 0,  y >= 0,  y'g = 0;
     values and Jacobians are CVXPY's. The lengths that errors are relative to are those of all constraints together.
@@ -116,7 +120,8 @@ def certificate(problem: cp.Problem, duals: Sequence[np.ndarray]) -> dict[str, f
 
 
 def second_objective(problem: cp.Problem) -> float | None:
-    """By CVXPY with the parameters' values: Clarabel's, else OSQP's, at 1e-10; None where neither says that it has it."""
+    """By CVXPY with the parameters' values: Clarabel's, else OSQP's, at 1e-10; None where neither
+    says that it has it."""
     for name, options in SECOND.items():
         with warnings.catch_warnings(), contextlib.suppress(cp.SolverError):
             warnings.simplefilter("ignore")
@@ -195,7 +200,8 @@ def equality_program(n: int, random: np.random.Generator):
 
 
 def predictive_control(states: int, random: np.random.Generator):
-    """A linear system with bounds on states and inputs, over ten steps; the horizon's cost is that of Riccati's equation."""
+    """A linear system with bounds on states and inputs, over ten steps; the horizon's cost is that
+    of Riccati's equation."""
     inputs = max(states // 2, 1)
     A, B = (
         np.eye(states) + 0.01 * random.standard_normal((states, states)),
@@ -304,7 +310,8 @@ def of_condition(random: np.random.Generator, m: int, n: int, condition: float) 
 
 
 def dense(condition: float, what: str) -> Family:
-    """1/2 |L x|^2 + q'x with G x <= h and A x = b, the condition being that of L'L, of G or of A; or 1/2 x'Px, of P."""
+    """1/2 |L x|^2 + q'x with G x <= h and A x = b, the condition being that of L'L, of G or of A;
+    or 1/2 x'Px, of P."""
     form = what == "P"
 
     def declare(n: int, random: np.random.Generator):

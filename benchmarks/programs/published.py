@@ -1,7 +1,9 @@
-"""The dense quadratic program of the paper on differentiable convex optimisation layers, beside its published times.
+"""The dense quadratic program of the paper on differentiable convex optimisation layers, beside its
+published times.
 
-128 instances of 128 variables and 128 inequalities, forward and backward. Source: Agrawal, Amos, Barratt, Boyd, Diamond and
-Kolter (2019), Differentiable convex optimization layers, section 7; their six-core machine of that year.
+128 instances of 128 variables and 128 inequalities, forward and backward. Source: Agrawal, Amos,
+Barratt, Boyd, Diamond and Kolter (2019), Differentiable convex optimization layers, section 7;
+their six-core machine of that year.
 """
 
 from __future__ import annotations

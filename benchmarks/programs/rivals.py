@@ -1,4 +1,5 @@
-"""The layers that take a quadratic program as matrices (P, q, G, h) or (P, q, G, h, A, b); both are optional."""
+"""The layers that take a quadratic program as matrices (P, q, G, h) or (P, q, G, h, A, b); both are
+optional."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ except ImportError:
 QPTH, PROXQP = "qpth", "ProxQP"
 MATRICES = (QPTH, PROXQP)
 INSTALL = {QPTH: "--no-deps qpth (which asks for numpy<2)", PROXQP: "proxsuite"}
-BY_MATRIX = f"{MOREAU}, quad_form"  # which takes a quad_form of a Parameter as we do; cvxpylayers' default does not
+# which takes a quad_form of a Parameter as we do; cvxpylayers' default does not
+BY_MATRIX = f"{MOREAU}, quad_form"
 UNBOUNDED = -1e20  # ProxQP's sides of a constraint
 
 

@@ -1,4 +1,5 @@
-"""Our layers on quadratic, second-order, exponential and semidefinite programs, against every peer that takes them."""
+"""Our layers on quadratic, second-order, exponential and semidefinite programs, against every peer
+that takes them."""
 
 from __future__ import annotations
 
@@ -158,7 +159,8 @@ def measure(task: Task, options: Options, seconds: float = SECONDS) -> Row:
 
 
 def faster(*runs: Run) -> Run:
-    """Whose best call is the shortest; the threads of the other would be in the way of everyone else in the rounds to come."""
+    """Whose best call is the shortest; the threads of the other would be in the way of everyone
+    else in the rounds to come."""
     try:
         return min(runs, key=lambda run: min(sum(run()) for _ in range(TRIALS)))
     except Exception:  # which the rounds will state

@@ -1,1 +1,2 @@
-"""Benchmarks of the layer as a part of torch: `python -m benchmarks --suite torch`. One file a family of rows."""
+"""Benchmarks of the layer as a part of torch: `python -m benchmarks --suite torch`. One file a
+family of rows."""

@@ -1,4 +1,5 @@
-"""A model with a layer in it, eager and by torch.compile: `python -m benchmarks.pytorch.compiled K REPEATS`, PATHS[K] alone."""
+"""A model with a layer in it, eager and by torch.compile: `python -m benchmarks.pytorch.compiled K
+REPEATS`, PATHS[K] alone."""
 
 from __future__ import annotations
 

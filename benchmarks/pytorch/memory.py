@@ -1,10 +1,13 @@
 """Memory against the batch: what lies between a forward and its backward, and the peak of both.
 
-A point is a process of its own, `python -m benchmarks.pytorch.memory K BATCH ours` (or cvxpylayers), PATHS[K].
+A point is a process of its own, `python -m benchmarks.pytorch.memory K BATCH ours` (or
+cvxpylayers), PATHS[K].
 
-Kept: the resident set by the number of forwards that are held, its slope from some forwards to more of them, so that neither what a
-process keeps for good nor memory that is free at the start has a part in it; solvers' own memory counts like torch's.
-Peak: by how much the resident set rises at its highest in the first forward and backward at this batch.
+Kept: the resident set by the number of forwards that are held, its slope from some forwards to more
+of them, so that neither what a process keeps for good nor memory that is free at the start has a
+part in it; solvers' own memory counts like torch's.
+Peak: by how much the resident set rises at its highest in the first forward and backward at this
+      batch.
 
 What a derivative cannot do without, in float64 numbers a row:
 

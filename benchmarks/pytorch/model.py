@@ -11,7 +11,8 @@ FEATURES, HIDDEN = 16, 64
 
 
 class Model(nn.Module):
-    """features (batch, FEATURES) -> loss; an MLP moves the layer's first vector, the other parameters are shared by the batch."""
+    """features (batch, FEATURES) -> loss; an MLP moves the layer's first vector, the other
+    parameters are shared by the batch."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()

@@ -1,4 +1,5 @@
-"""The ways through the library that the rows measure, one problem each, and the same problem as the peer takes it."""
+"""The ways through the library that the rows measure, one problem each, and the same problem as the
+peer takes it."""
 
 from __future__ import annotations
 
@@ -21,9 +22,8 @@ SPARSE, QUADRATIC = "sparse_program", "quadratic_program"
 
 @dataclass(frozen=True)
 class Path:
-    problem: (
-        str  # its name in benchmarks.cases; or SPARSE, that of benchmarks.large by its nonzeros
-    )
+    # its name in benchmarks.cases; or SPARSE, that of benchmarks.large by its nonzeros
+    problem: str
     sizes: tuple[int, ...]
 
     @property

@@ -1,7 +1,7 @@
 """DistributedDataParallel: one process against two on the same global batch.
 
-`python -m benchmarks.pytorch.processes K STEPS (core|machine)`, PATHS[K], alone or under torch.distributed.run, which deals it the rows;
-on a core of its own, or on all of them.
+`python -m benchmarks.pytorch.processes K STEPS (core|machine)`, PATHS[K], alone or under
+torch.distributed.run, which deals it the rows; on a core of its own, or on all of them.
 """
 
 from __future__ import annotations

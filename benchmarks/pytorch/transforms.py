@@ -1,4 +1,5 @@
-"""Forward mode, second derivatives and whole Jacobians, in multiples of a forward and a backward."""
+"""Forward mode, second derivatives and whole Jacobians, in multiples of a forward and a
+backward."""
 
 from __future__ import annotations
 
@@ -110,7 +111,8 @@ def outcome(run: Callable[[Layer], Tensors], theirs: Layer, ours: Layer) -> str:
 
 
 def direction(path: Path, batch: int) -> Tensors:
-    """From one sample to another, so that symmetric matrices stay so and the marginals of a transport agree."""
+    """From one sample to another, so that symmetric matrices stay so and the marginals of a
+    transport agree."""
     return tuple(
         other - t for other, t in zip(path.sample(batch, 1), path.sample(batch), strict=True)
     )
@@ -141,7 +143,8 @@ def product(layer: Layer, tensors: Tensors, a: Tensors) -> Tensors:
 
 
 def smooth(outputs: Tensors) -> Tensor:
-    """<w, x> + |x|^2 / 2: one of the two alone is constant on some solution sets, such as projectors and spheres."""
+    """<w, x> + |x|^2 / 2: one of the two alone is constant on some solution sets, such as
+    projectors and spheres."""
     return sum(
         (w * x).sum() + x.square().sum() / 2
         for w, x in zip(weights_of(outputs), outputs, strict=True)

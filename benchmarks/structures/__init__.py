@@ -1,3 +1,4 @@
-"""Benchmarks of the structures' kernels: `python -m benchmarks --suite structures`. One file a family of rows."""
+"""Benchmarks of the structures' kernels: `python -m benchmarks --suite structures`. One file a
+family of rows."""
 
 PACKAGES = ("moreau", "moreau-cpu", "POT", "entmax")

@@ -1,4 +1,5 @@
-"""Errors of every kernel through its layer, with the reference of the generic suite's accuracy, and 40 digits for transports."""
+"""Errors of every kernel through its layer, with the reference of the generic suite's accuracy, and
+40 digits for transports."""
 
 from __future__ import annotations
 
@@ -81,7 +82,8 @@ def measure(task: Task, options: Options) -> Row:
 def differences(
     case: Prebuilt, tensors: Variables, sizes: dict[str, int]
 ) -> tuple[list[Variables], Tensor, Tensor]:
-    """Directions, the derivatives of the functional along them, (rows, directions), and which of those are to be kept."""
+    """Directions, the derivatives of the functional along them, (rows, directions), and which of
+    those are to be kept."""
     others = [case.sample(ROWS, seed, **sizes) for seed in range(1, DIRECTIONS + 1)]
     directions = [tuple(b - a for a, b in zip(tensors, other, strict=True)) for other in others]
     values = []
@@ -100,7 +102,8 @@ def differences(
 
 
 def temperature(eps: float, options: Options) -> Row:
-    """Solution, and the gradient of all parameters together and of each in units of its own, the worst row."""
+    """Solution, and the gradient of all parameters together and of each in units of its own, the
+    worst row."""
     task = Task("entropic_optimal_transport", "entropic_optimal_transport", ROWS, SHAPE, eps)
     tensors = task.data(Options(options.quick, torch.device("cpu")))
     run = Run(task.layer(), tuple(t.to(options.device, options.dtype) for t in tensors))

@@ -1,4 +1,5 @@
-"""A transport between two marginals, and the gradient of a linear functional of its plan, in 40 digits.
+"""A transport between two marginals, and the gradient of a linear functional of its plan, in 40
+digits.
 
 Newton's method on the dual, F(u, v) = (P 1 - r, P'1 - c) with P_ij = exp(u_i + v_j - M_ij / eps), whose Jacobian is
 J = [diag(P 1) P; P' diag(P'1)], v_n = 0. For L = <V, P>:  J (a, b) = ((P o V) 1, (P o V)'1),  M_bar = P o (a 1' + 1 b' - V) / eps,

@@ -1,4 +1,5 @@
-"""Our layers against cvxpylayers by its default solver and by Moreau, and against our own cone program."""
+"""Our layers against cvxpylayers by its default solver and by Moreau, and against our own cone
+program."""
 
 from __future__ import annotations
 

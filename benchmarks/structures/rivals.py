@@ -1,4 +1,5 @@
-"""The peers: cvxpylayers by its default solver and by Moreau, and what one writes in torch for one structure alone."""
+"""The peers: cvxpylayers by its default solver and by Moreau, and what one writes in torch for one
+structure alone."""
 
 from __future__ import annotations
 
@@ -76,7 +77,8 @@ def sinkhorn(M: Tensor, r: Tensor, c: Tensor, eps: Tensor, iterations: int) -> t
 def iterations_to(
     tolerance: float, M: Tensor, r: Tensor, c: Tensor, eps: Tensor, limit: int = 100_000
 ) -> int:
-    """Of Sinkhorn until the marginals are met to this relative error in every row; they are looked at every tenth time."""
+    """Of Sinkhorn until the marginals are met to this relative error in every row; they are looked
+    at every tenth time."""
     kernel, g = -M / eps[:, None, None], torch.zeros_like(c)
     for count in range(1, limit + 1):
         f = r.log() - torch.logsumexp(kernel + g.unsqueeze(1), 2)
@@ -91,7 +93,8 @@ def iterations_to(
 
 
 def pot(M: Tensor, r: Tensor, c: Tensor, eps: Tensor) -> tuple[Tensor]:
-    """With its default tolerance 1e-5 and at most 1000 iterations; eps is the same for all rows, without a gradient."""
+    """With its default tolerance 1e-5 and at most 1000 iterations; eps is the same for all rows,
+    without a gradient."""
     if solve_batch is None:
         raise ImportError("POT is not installed")
     return (solve_batch(M, float(eps[0]), r, c, grad="autodiff").plan,)

@@ -22,7 +22,8 @@ from benchmarks.table import Family, Options, Row
 
 RATIO, SINGLE, MEMORY = "rival / ours", "rival / ours, one thread", "memory / ours"
 SECONDS = 3.0
-UNROLLED = 400  # iterations of Sinkhorn that are timed; time and memory are those times the share of the rest
+# iterations of Sinkhorn that are timed; time and memory are those times the share of the rest
+UNROLLED = 400
 TOLERANCE = 1e-9
 NO_SLOWER, SOFT = 1.0, 1 / 1.5
 ROWS: list[tuple[Task, str, Layer, float | None]] = [

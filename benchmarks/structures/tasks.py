@@ -1,4 +1,5 @@
-"""What the rows measure: a problem of the library at one size, its data, and the structure that its layer must find."""
+"""What the rows measure: a problem of the library at one size, its data, and the structure that its
+layer must find."""
 
 from __future__ import annotations
 
@@ -83,7 +84,8 @@ class Task:
         )
 
     def for_peers(self, data: Variables) -> tuple[Declared, Variables]:
-        """Declaration and data as the peers take them: they refuse quad_form of a Parameter and get a factor of it."""
+        """Declaration and data as the peers take them: they refuse quad_form of a Parameter and get
+        a factor of it."""
         if self.problem != "equality_constrained_qp":
             return self.declared, data
         n, p = self.sizes

@@ -3,7 +3,8 @@
     maximise    y'x + tau sum entr(x)
     subject to  1'x = 1
 
-with tau = 0.01 and y of standard deviation 0.1, so that the solution is near a vertex and its gradient is small but not zero.
+with tau = 0.01 and y of standard deviation 0.1, so that the solution is near a vertex and its
+gradient is small but not zero.
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ UNDETERMINED = (
 
 @dataclass
 class Run:
-    """A layer on its data; a call takes milliseconds of the forward, and of the gradient of all parameters."""
+    """A layer on its data; a call takes milliseconds of the forward, and of the gradient of all
+    parameters."""
 
     layer: Layer
     tensors: Variables
@@ -91,7 +92,8 @@ class Timed:
 def alternating(
     runs: Mapping[str, Run], seconds: float, long: float = LONG
 ) -> dict[str, Timed | str]:
-    """All runs in turn for about `seconds` after a warm-up, so that drift hits all alike; one that fails says how.
+    """All runs in turn for about `seconds` after a warm-up, so that drift hits all alike; one that
+    fails says how.
 
     A run whose first call takes more than `long` seconds is not asked again.
     """
@@ -129,7 +131,8 @@ def cell(timed: Timed | str | None) -> float | str | None:
 def errors(
     mine: Run, theirs: Run, declared: Declared, peers: Declared
 ) -> tuple[float | None, float | None]:
-    """Relative differences from ours of the solution, and of the gradient of the parameters that both have; the worst row."""
+    """Relative differences from ours of the solution, and of the gradient of the parameters that
+    both have; the worst row."""
     if not theirs.outputs:
         return None, None
     solution = _relative(

@@ -1,1 +1,2 @@
-"""Derivatives in torch: points and their local functions, operators for compiled graphs, threads."""
+"""Derivatives in torch: points and their local functions, operators for compiled graphs,
+threads."""

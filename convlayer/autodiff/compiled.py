@@ -1,11 +1,13 @@
-"""A layer inside torch.compile: an operator for its solution and one for its adjoint, which the compiler takes whole.
+"""A layer inside torch.compile: an operator for its solution and one for its adjoint, which the
+compiler takes whole.
 
-Operators take and return tensors, and in the graph the layer is a string: the hash of its declaration and of the options that matter.
-A graph that was exported, or kept on disk, finds a layer of that content in the process where it runs, or says that there is none.
+Operators take and return tensors, and in the graph the layer is a string: the hash of its
+declaration and of the options that matter. A graph that was exported, or kept on disk, finds a
+layer of that content in the process where it runs, or says that there is none.
 
-What the adjoint needs of a solution, its factor, stays here under a number; the number is a
-tensor among the outputs, whose memory, once nothing holds it any more, takes what it stands for with it. Should the compiler have
-kept a copy of the number alone, the adjoint solves again.
+What the adjoint needs of a solution, its factor, stays here under a number; the number is a tensor
+among the outputs, whose memory, once nothing holds it any more, takes what it stands for with it.
+Should the compiler have kept a copy of the number alone, the adjoint solves again.
 """
 
 from __future__ import annotations
@@ -26,6 +28,16 @@ from convlayer.autodiff.torch_internals import in_forward_mode, recording
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+NO_SCRIPT = (
+    "A ConvexLayer is no TorchScript: torch.jit.trace and torch.jit.script would freeze one solution into the graph. "
+    "Use torch.compile, or torch.export to save the model."
+)
+PLAIN_IN_GRAPHS = (
+    "Inside torch.compile a layer takes tensors alone, one at least: give `solver_args` to with_options, and `ids` as a "
+    "tensor."
+)
 
 
 class Served(Protocol):
@@ -52,7 +64,8 @@ class Layer(Protocol):
 
 
 def _without_tangents() -> None:
-    """An operator drops tangents without a word, and whether it is given any cannot be seen from inside."""
+    """An operator drops tangents without a word, and whether it is given any cannot be seen from
+    inside."""
     if in_forward_mode():
         raise RuntimeError(
             "Inside torch.compile a layer has no forward mode: its tangent would be zero. Compile no function that takes jvp, jacfwd or "
@@ -61,7 +74,8 @@ def _without_tangents() -> None:
 
 
 class _Layers:
-    """The layers of this process, for as long as they live; threads may build and look for them at once."""
+    """The layers of this process, for as long as they live; threads may build and look for them at
+    once."""
 
     def __init__(self) -> None:
         self._lock, self._numbers = threading.RLock(), itertools.count(1)
@@ -77,7 +91,8 @@ class _Layers:
         return number
 
     def named(self, number: str) -> str:
-        """The name of the layer with this number, which serves graphs that have the name from now on."""
+        """The name of the layer with this number, which serves graphs that have the name from now
+        on."""
         with self._lock:
             layer = self._by_number[number]
         # Made only now: building a layer does not wait for its name.
@@ -112,7 +127,8 @@ def registered(layer: Layer) -> str:
 
 
 def name(number: str, on_failure: str, validate: bool) -> str:
-    """The name in a graph of the layer with this number; told what of it may change, so that the compiler looks at it."""
+    """The name in a graph of the layer with this number; told what of it may change, so that the
+    compiler looks at it."""
     return _layers.named(number)
 
 
@@ -198,7 +214,8 @@ _solve.register_autograd(_backward, setup_context=_save)
 
 
 def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
-    """torch.compiler.disable, asked for when there is something to compile: as a decorator it loads the compiler at import."""
+    """torch.compiler.disable, asked for when there is something to compile: as a decorator it loads
+    the compiler at import."""
 
     @wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:

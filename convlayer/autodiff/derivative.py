@@ -1,8 +1,10 @@
-"""A solution map as torch sees it: every mode of differentiation, to second order, from four numerical routines.
+"""A solution map as torch sees it: every mode of differentiation, to second order, from four
+numerical routines.
 
-A path solves on plain tensors and leaves a `Local`: the solution near the parameters, which can pull a cotangent back, push a
-tangent forward, and do both to second order. The functions here make of that what torch composes: reverse mode twice, forward mode,
-forward over reverse, vmap over any argument, nested. A third derivative is an error.
+A path solves on plain tensors and leaves a `Local`: the solution near the parameters, which can
+pull a cotangent back, push a tangent forward, and do both to second order. The functions here make
+of that what torch composes: reverse mode twice, forward mode, forward over reverse, vmap over any
+argument, nested. A third derivative is an error.
 
 With z the solution and D its derivative in the parameters:
 
@@ -12,8 +14,8 @@ With z the solution and D its derivative in the parameters:
     Second      D^2[a, b]               refused
     Mixed       z_bar' D^2[a, .]        refused: it is the derivative of both Tangent and Cotangent in the parameters
 
-vmap adds a batch dimension, which the paths take as they take any other, so that a vmapped layer is one batched solve;
-`_Transformable.batched` shows what becomes of the shapes.
+vmap adds a batch dimension, which the paths take as they take any other, so that a vmapped layer is
+one batched solve; `_Transformable.batched` shows what becomes of the shapes.
 """
 
 from __future__ import annotations
@@ -36,8 +38,9 @@ THIRD = "ConvexLayer can be differentiated twice, not three times: a third deriv
 
 
 class Local(ABC):
-    """A solution near the parameters where it was found. Everything is plain; `thetas` are the parameters that were solved for,
-    where derivatives are wanted for each row of the batch expanded to them."""
+    """A solution near the parameters where it was found. Everything is plain; `thetas` are the
+    parameters that were solved for, where derivatives are wanted for each row of the batch expanded
+    to them."""
 
     @abstractmethod
     def cotangent(self, thetas: Tensors, bars: Tensors, needed: Sequence[bool]) -> list[Tensor]:
@@ -70,7 +73,8 @@ def _on_one_thread(method: Callable[..., list[Tensor]]) -> Callable[..., list[Te
 
 
 class Recorded(Local):
-    """From a graph that torch recorded on the way, and a function that says the solution again, twice differentiable."""
+    """From a graph that torch recorded on the way, and a function that says the solution again,
+    twice differentiable."""
 
     def __init__(
         self,
@@ -141,7 +145,8 @@ def _only(tensors: Tensors, needed: Sequence[bool]) -> list[Tensor]:
 def pulled(
     outputs: Tensors, inputs: Tensors, bars: Sequence[Tensor | None], **options: bool
 ) -> list[Tensor]:
-    """torch.autograd.grad, with zeros where no way leads from an output to an input; a cotangent of zero may be None."""
+    """torch.autograd.grad, with zeros where no way leads from an output to an input; a cotangent of
+    zero may be None."""
     both = zip(outputs, bars, strict=True)
     pairs = [(output, bar) for output, bar in both if output.requires_grad and bar is not None]
     if not pairs or not inputs:
@@ -160,8 +165,8 @@ class EvaluationPoint:
         solve: Callable[[Tensors, bool], tuple[Tensors, Tensors, Local | None]] | None = None,
         local: Local | None = None,
     ) -> None:
-        """solve: plain parameters, and whether they will be differentiated -> the solution, what else there is to say of its rows,
-        and the Local. It is left out where the Local is known."""
+        """solve: plain parameters, and whether they will be differentiated -> the solution, what
+        else there is to say of its rows, and the Local. It is left out where the Local is known."""
         self.ranks, self.solve = ranks, solve
         self._local = local
         self.recorded = True  # whether a Local is wanted whatever the parameters
@@ -178,7 +183,8 @@ class EvaluationPoint:
 
 
 def solved(point: EvaluationPoint, thetas: Tensors) -> tuple[Tensor, ...]:
-    """The solution, and what else there is to say, differentiable in every way; for parameters that are transformed."""
+    """The solution, and what else there is to say, differentiable in every way; for parameters that
+    are transformed."""
     point.recorded = not in_vmap_alone()
     return _Solved.apply(point, None, *thetas)
 
@@ -186,7 +192,8 @@ def solved(point: EvaluationPoint, thetas: Tensors) -> tuple[Tensor, ...]:
 def anew(
     solve: Callable[[Tensors, bool], tuple[Tensors, Tensors, Local | None]], thetas: Tensors
 ) -> tuple[Tensor, ...]:
-    """What `solve` finds for these parameters, differentiable in every way; it is called outside of any transform."""
+    """What `solve` finds for these parameters, differentiable in every way; it is called outside of
+    any transform."""
     # Views: of a leaf it cannot be told whether a backward pass goes on to it, see `is_reached`.
     return _Solved.apply(
         EvaluationPoint([t.ndim for t in thetas], solve), None, *(t.view_as(t) for t in thetas)
@@ -201,7 +208,8 @@ def known(solution: Tensors, local: Callable[[], Local], thetas: Tensors) -> tup
 def pulled_back(
     point: EvaluationPoint, thetas: Tensors, first: Tensor, bars: Tensors, needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Cotangents of the parameters from those of the solution, of which `first` is the first output; differentiable once more."""
+    """Cotangents of the parameters from those of the solution, of which `first` is the first
+    output; differentiable once more."""
     return (
         _spread(_Cotangent.apply(point, needed, *thetas, first, *bars), needed)
         if any(needed)
@@ -210,7 +218,8 @@ def pulled_back(
 
 
 class _Transformable(Function):
-    """A function of (point, needed, *tensors). The tensors are the parameters, the solution's first output, then the groups.
+    """A function of (point, needed, *tensors). The tensors are the parameters, the solution's first
+    output, then the groups.
 
     needed: which parameters the result is for, if it is like the parameters.
     """
@@ -231,12 +240,13 @@ class _Transformable(Function):
     ) -> tuple[Any, Any]:
         """vmap of this function, over any of its tensors.
 
-        Where the parameters are mapped, and the solution with them, it is one call for the whole of it: the paths
-        take a batch dimension more. Where only tangents or cotangents are mapped, as by jacrev, the solution is one,
-        and they go one by one, with its factor.
+        Where the parameters are mapped, and the solution with them, it is one call for the whole of
+        it: the paths take a batch dimension more. Where only tangents or cotangents are mapped, as
+        by jacrev, the solution is one, and they go one by one, with its factor.
 
-        Example. A layer of A (3, 2), b (3,), c (2,) with a solution x (2,) is called with a batch of 7 for A and b,
-        and mapped five times over b; this is the cotangent, of which A's and b's gradients are needed:
+        Example. A layer of A (3, 2), b (3,), c (2,) with a solution x (2,) is called with a batch
+        of 7 for A and b, and mapped five times over b; this is the cotangent, of which A's and b's
+        gradients are needed:
 
             tensor   from vmap       to the call     why
             b        (7, 5, 3) at 1  (5, 7, 3)       what is mapped comes first, before the batch
@@ -245,8 +255,9 @@ class _Transformable(Function):
             x        (5, 7, 2) at 0  (5, 7, 2)       the solution, mapped since b is
             x_bar    (7, 2)          (5, 7, 2)       what is like the solution has its shape
 
-        and the results are A_bar (5, 7, 3, 2) and b_bar (5, 7, 3), mapped at 0. Were c mapped, (5, 2), and not b, it
-        would become (5, 1, 2): without the one, its five would be taken for the batch.
+        and the results are A_bar (5, 7, 3, 2) and b_bar (5, 7, 3), mapped at 0. Were c mapped, (5,
+        2), and not b, it would become (5, 1, 2): without the one, its five would be taken for the
+        batch.
         """
         dims, mapped = in_dims[2:], [dim is not None for dim in in_dims[2:]]
         fronts = [
@@ -511,7 +522,8 @@ for _kind in (_Solved, _Tangent, _Cotangent, _Second, _Mixed):
 
 
 def _apart(parts: Tensors) -> tuple[Tensor, ...]:
-    """Each in memory of its own, which forward mode needs: a tangent is laid out as what it is the tangent of."""
+    """Each in memory of its own, which forward mode needs: a tangent is laid out as what it is the
+    tangent of."""
     with few_threads_to_differentiate(parts):
         return tuple(
             part.clone(memory_format=torch.contiguous_format)

@@ -1,4 +1,5 @@
-"""First derivatives that refuse to be differentiated, where a second one would come out as silent zeros."""
+"""First derivatives that refuse to be differentiated, where a second one would come out as silent
+zeros."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from convlayer.autodiff.threads import few_threads_to_differentiate
 
 
 class Once(torch.autograd.Function):
-    """A first derivative that refuses to be differentiated again, with respect to any of its sources."""
+    """A first derivative that refuses to be differentiated again, with respect to any of its
+    sources."""
 
     @staticmethod
     def forward(ctx, bar: Tensor, *sources: Tensor) -> Tensor:
@@ -37,10 +39,11 @@ class _Read:
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """For an autograd function's `backward`: its results refuse to be differentiated with respect to its cotangents.
+    """For an autograd function's `backward`: its results refuse to be differentiated with respect
+    to its cotangents.
 
-    With respect to the inputs they must be made to refuse where these enter. torch's decorator of the same name gives zeros here.
-    Small work runs on one thread.
+    With respect to the inputs they must be made to refuse where these enter. torch's decorator of
+    the same name gives zeros here. Small work runs on one thread.
     """
 
     @wraps(backward)

@@ -1,7 +1,8 @@
 """How many threads small work gets, and a factorisation that survives torch's own thread setting.
 
-Not by torch.set_num_threads: its setting is the process's and, once made, batched LU on several threads gives wrong pivots, or never
-ends (torch 2.13 with MKL). OpenMP's own setting is the calling thread's, and costs a microsecond.
+Not by torch.set_num_threads: its setting is the process's and, once made, batched LU on several
+threads gives wrong pivots, or never ends (torch 2.13 with MKL). OpenMP's own setting is the calling
+thread's, and costs a microsecond.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ ALONE = 5e7
 PER_NUMBER = 50
 # More than one torch thread pays for one operation of more flops than this.
 WORTH_SHARING = 1e9
-# Of each thread `.counts`, the threads that the outermost `one_thread` found, and `.alone`, whether it
-# holds now.
+# Of each thread `.counts`, the threads that the outermost `one_thread` found, and `.alone`, whether
+# it holds now.
 _own = threading.local()
 
 
@@ -47,7 +48,8 @@ def _libraries() -> list:
 class one_thread:  # noqa: N801
     """`with one_thread(): ...`: the calling thread's torch operations run on it alone.
 
-    Where other processes hold the cores, waiting for a second thread at every small operation costs a hundred times the operation.
+    Where other processes hold the cores, waiting for a second thread at every small operation costs
+    a hundred times the operation.
     """
 
     def __enter__(self) -> None:
@@ -75,7 +77,8 @@ def is_alone() -> bool:
 
 
 def few_threads(operations: float) -> AbstractContextManager:
-    """One thread for work of no more than ALONE operations: flops, or numbers read. The whole of the library's measure of that."""
+    """One thread for work of no more than ALONE operations: flops, or numbers read. The whole of
+    the library's measure of that."""
     return nullcontext() if is_alone() or operations > ALONE else one_thread()
 
 

@@ -1,4 +1,5 @@
-"""What convlayer takes of torch beside its documented interface, all of it here: a new version of torch is checked against this list.
+"""What convlayer takes of torch beside its documented interface, all of it here: a new version of
+torch is checked against this list.
 
 `tests/test_architecture.py` holds that no other module reaches inside.
 """
@@ -59,7 +60,8 @@ def plain_gradients(
     bars: tuple[Tensor, ...],
     retain_graph: bool,
 ) -> tuple[Tensor | None, ...]:
-    """torch.autograd.grad of plain tensors, None where no way leads to an input; its checks take as long as a small kernel."""
+    """torch.autograd.grad of plain tensors, None where no way leads to an input; its checks take as
+    long as a small kernel."""
     return torch.autograd.graph._engine_run_backward(
         outputs, bars, retain_graph, False, inputs, True, accumulate_grad=False
     )
@@ -71,7 +73,8 @@ def keeps_graph() -> bool:
 
 
 def is_reached(tensor: Tensor) -> bool:
-    """Inside a backward: whether the pass that is under way goes on to this tensor; torch does not say it of a leaf."""
+    """Inside a backward: whether the pass that is under way goes on to this tensor; torch does not
+    say it of a leaf."""
     return tensor.grad_fn is None or torch._C._will_engine_execute_node(tensor.grad_fn)
 
 

@@ -1,8 +1,9 @@
-"""Six problems by the kernel of their structure and by the cone program, on the same data: time, agreement, memory; and small ones beside
-CVXPY with diffcp.
+"""Six problems by the kernel of their structure and by the cone program, on the same data: time,
+agreement, memory; and small ones beside CVXPY with diffcp.
 
-Times are medians of a forward and a backward pass, run in turn so that drift cancels. The cone program has one thread a core; the
-kernels have one torch thread, whose times neighbours on the machine disturb least.
+Times are medians of a forward and a backward pass, run in turn so that drift cancels. The cone
+program has one thread a core; the kernels have one torch thread, whose times neighbours on the
+machine disturb least.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def as_drawn(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def balanced(tensors: list[Tensor]) -> list[Tensor]:
-    """Marginals of the same sum in either precision; otherwise the cone program, which is exact, finds float32's infeasible."""
+    """Marginals of the same sum in either precision; otherwise the cone program, which is exact,
+    finds float32's infeasible."""
     M, r, c, eps = tensors
     r, c = ((marginal * GRID).round().clamp(min=1) / GRID for marginal in (r, c))
     larger = c.argmax(-1, keepdim=True)
@@ -211,7 +213,8 @@ def _layer(case: Case, size: int, path: dict[str, str]) -> ConvexLayer:
 
 
 def _peak(work: Work, device: torch.device) -> float:
-    """Megabytes by which a call raises the memory at its highest: the device's, or the process's resident one."""
+    """Megabytes by which a call raises the memory at its highest: the device's, or the process's
+    resident one."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -223,7 +226,8 @@ def _peak(work: Work, device: torch.device) -> float:
 
 
 class _ResidentPeak:
-    """`with _ResidentPeak() as peak: ...; peak.megabytes`. What was freed before is given back first, or it would hide new use."""
+    """`with _ResidentPeak() as peak: ...; peak.megabytes`. What was freed before is given back
+    first, or it would hide new use."""
 
     def __enter__(self) -> _ResidentPeak:
         with suppress(OSError, AttributeError, TypeError):  # not glibc

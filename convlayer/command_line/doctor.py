@@ -1,4 +1,5 @@
-"""Versions, processor, devices, and self-checks: does every path compute what it should on this machine?"""
+"""Versions, processor, devices, and self-checks: does every path compute what it should on this
+machine?"""
 
 from __future__ import annotations
 

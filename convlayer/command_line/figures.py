@@ -1,4 +1,5 @@
-"""What a comparison finds: lines of its tables and curves, times in seconds, memory in megabytes."""
+"""What a comparison finds: lines of its tables and curves, times in seconds, memory in
+megabytes."""
 
 from __future__ import annotations
 

@@ -25,7 +25,8 @@ class LoadError(Exception):
 def load_layer(
     target: str,  # FILE:PROBLEM
 ) -> ConvexLayer:
-    """The layer of the object PROBLEM in FILE; of a problem alone, with all its parameters and variables."""
+    """The layer of the object PROBLEM in FILE; of a problem alone, with all its parameters and
+    variables."""
     path, colon, name = target.rpartition(":")
     if not (colon and path and name):
         raise LoadError(f"Expected FILE:PROBLEM, such as model.py:problem; got {target!r}.")

@@ -29,7 +29,9 @@ STYLE: Any = {
 }
 TITLE = "The same CVXPY problem, the same answer: kernel against cone program"
 HEIGHT = 0.36  # of a bar, in units of the distance between problems
-COLOURS = 64  # two, grey, and their edges: a palette takes a third of the bytes, and the picture stands in the README
+# two, grey, and their edges: a palette takes a third of the bytes, and the picture stands in the
+# README
+COLOURS = 64
 
 
 def draw(rows: Sequence[Row], curves: Sequence[Curve], subtitle: str, path: Path) -> None:

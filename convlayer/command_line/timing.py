@@ -16,7 +16,8 @@ Work = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Effort:
-    """How much of it: seconds of timing a problem, the longest run on a curve, sizes and batches."""
+    """How much of it: seconds of timing a problem, the longest run on a curve, sizes and
+    batches."""
 
     seconds: float
     limit: float

@@ -1,4 +1,5 @@
-"""What a cone knows: its projection, the first two derivatives of that projection, and how far the next kink is."""
+"""What a cone knows: its projection, the first two derivatives of that projection, and how far the
+next kink is."""
 
 from __future__ import annotations
 
@@ -16,34 +17,40 @@ from torch import Tensor
 class Spectrum:
     """The derivative of a projection, DPi(v) = basis @ diag(values) @ basis.T.
 
-    The projection onto a closed convex cone is nonexpansive and the gradient of a convex function, so DPi is symmetric
-    with 0 <= DPi <= I, and its roots and complements cost nothing once it is diagonal.
+    The projection onto a closed convex cone is nonexpansive and the gradient of a convex function,
+    so DPi is symmetric with 0 <= DPi <= I, and its roots and complements cost nothing once it is
+    diagonal.
     """
 
     values: Tensor  # (*batch, k), in [0, 1]
     basis: (
         Tensor | None
-    )  # (*batch, k, k), orthogonal, or what stands for it, (*batch, k, 2), see `from_basis`; None: the identity
+        # (*batch, k, k), orthogonal, or what stands for it, (*batch, k, 2), see `from_basis`; None: the
+        # identity
+    )
 
 
 class Cone(ABC):
     """One block of rows and the cone it lies in.
 
-    Shapes:      v (*batch, size), float64, to whose range and precision roots are solved. A block with a NaN gives
-                 NaN, and only there; its spectrum is that of a finite stand-in, so that no factorisation downstream
-                 meets a NaN of our making.
-    At a kink:   within `tolerance` of a point where the projection is not differentiable, `linearise` takes the branch
-                 with the larger derivative, the one that leaves more directions of K free; with a negative tolerance that with
-                 the smaller one, in the same basis, where the cone is `two_branched`.
+    Shapes:      v (*batch, size), float64, to whose range and precision roots are solved. A block
+                 with a NaN gives NaN, and only there; its spectrum is that of a finite stand-in, so
+                 that no factorisation downstream meets a NaN of our making.
+    At a kink:   within `tolerance` of a point where the projection is not differentiable,
+                 `linearise` takes the branch with the larger derivative, the one that leaves more
+                 directions of K free; with a negative tolerance that with the smaller one, in the
+                 same basis, where the cone is `two_branched`.
     """
 
     name: ClassVar[str]
-    # What CVXPY's summary of a program's cones calls them, and where their rows stand among the others'.
+    # What CVXPY's summary of a program's cones calls them, and where their rows stand among the
+    # others'.
     dims: ClassVar[str]
     place: ClassVar[int]
     # The branches of the derivative at a kink have a common basis.
     two_branched: ClassVar[bool] = True
-    # Each row is a cone for itself, and may be scaled alone; adjacent blocks are one. Such a cone is polyhedral.
+    # Each row is a cone for itself, and may be scaled alone; adjacent blocks are one. Such a cone
+    # is polyhedral.
     elementwise: ClassVar[bool] = False
     # Away from the first two columns of its basis the derivative is one number.
     two_axes: ClassVar[bool] = False
@@ -61,7 +68,8 @@ class Cone(ABC):
 
     @abstractmethod
     def curvature(self, v: Tensor, h: Tensor, g: Tensor) -> Tensor:
-        """The second derivative of the projection, Pi''(v)[h, g] (*batch, size): symmetric in h and g, of degree -1 in v.
+        """The second derivative of the projection, Pi''(v)[h, g] (*batch, size): symmetric in h and
+        g, of degree -1 in v.
 
         h and g (*batch, size). On a kink, where there is none, it is finite all the same.
         """
@@ -70,14 +78,16 @@ class Cone(ABC):
     def smooth(self, v: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor, Spectrum]:
         """The smoothed projection p of v, with p - r = v and p inside K, r inside K*:  r = -kappa grad f(p).
 
-        f is the cone's logarithmic barrier, so p minimises kappa f(p) + |p - v|^2/2, and tends to Pi(v) with kappa; in a
-        symmetric cone p o r = kappa e. kappa (*batch,), positive. Returns p, r and dr/d(-v) = I - dp/dv, whose values are
-        between 0 and 1 and accurate where they are small.
+        f is the cone's logarithmic barrier, so p minimises kappa f(p) + |p - v|^2/2, and tends to
+        Pi(v) with kappa; in a symmetric cone p o r = kappa e. kappa (*batch,), positive. Returns p,
+        r and dr/d(-v) = I - dp/dv, whose values are between 0 and 1 and accurate where they are
+        small.
         """
 
     @abstractmethod
     def margin(self, v: Tensor, p: Tensor) -> Tensor:
-        """The distance from v to the nearest kink of the projection, (*batch,); infinite where there is none. p = project(v)."""
+        """The distance from v to the nearest kink of the projection, (*batch,); infinite where
+        there is none. p = project(v)."""
 
     @property
     def parameter(self) -> float | int | None:
@@ -95,10 +105,11 @@ class Cone(ABC):
         return ()
 
     def half_spaces(self, weak: Tensor, step: Tensor) -> list[Tensor]:
-        """The directions (size, k), in the spectrum's basis, as numbers (., k) of which none may be negative.
+        """The directions (size, k), in the spectrum's basis, as numbers (., k) of which none may be
+        negative.
 
-        weak (size,): the directions in which y and s may both begin to move. Of a cone of several the half-spaces along its axes,
-        which hold it.
+        weak (size,): the directions in which y and s may both begin to move. Of a cone of several
+        the half-spaces along its axes, which hold it.
         """
         return [step[weak]]
 
@@ -109,7 +120,8 @@ class Cone(ABC):
     @classmethod
     @abstractmethod
     def read(cls, count: Any) -> Sequence[Cone]:
-        """The cones that CVXPY's summary counts: a number of rows or of cones, or for each cone what tells it from others."""
+        """The cones that CVXPY's summary counts: a number of rows or of cones, or for each cone
+        what tells it from others."""
 
     @classmethod
     def describe(cls, cones: Sequence[Cone]) -> str:
@@ -123,7 +135,8 @@ class Cone(ABC):
 
     @classmethod
     def merge(cls, cones: Sequence[Cone]) -> tuple[Cone, int]:
-        """One cone object that serves `count` blocks of a group stacked as (*batch, count, size), and that count."""
+        """One cone object that serves `count` blocks of a group stacked as (*batch, count, size),
+        and that count."""
         return cones[0], len(cones)
 
     def apart(self) -> Sequence[Cone]:
@@ -137,13 +150,15 @@ def distinct(values: Iterable[float | int | None]) -> str:
 
 
 def finite_rows(v: Tensor) -> tuple[Tensor, Tensor]:
-    """v with every row that is not finite set to zero, and what to add to a result so that those rows become NaN."""
+    """v with every row that is not finite set to zero, and what to add to a result so that those
+    rows become NaN."""
     blot = (v - v).sum(-1, keepdim=True)
     return torch.where(blot == 0, v, 0.0), blot
 
 
 def spectral_weight(left: Tensor, right: Tensor) -> Tensor:
-    """The divided difference of max(., 0), (left+ - right+) / (left - right), without a gap in the denominator.
+    """The divided difference of max(., 0), (left+ - right+) / (left - right), without a gap in the
+    denominator.
 
     1/2 (1 + (left + right) / (|left| + |right|)),   and 1 where both are 0
     """
@@ -154,16 +169,18 @@ def spectral_weight(left: Tensor, right: Tensor) -> Tensor:
 def bend(
     h: Tensor, g: Tensor, radial: Tensor, normal: Tensor, geodesic: Tensor | float = 0.0
 ) -> Tensor:
-    """Pi''[h, g] on a curved boundary, all in the eigenbasis of DPi: along p, along v - p, and the rest, of eigenvalue c.
+    """Pi''[h, g] on a curved boundary, all in the eigenbasis of DPi: along p, along v - p, and the
+    rest, of eigenvalue c.
 
-    Pi'' is the third derivative of |Pi|^2/2, and so symmetric in three arguments. Moving v in the plane of p and v - p
-    keeps the eigenbasis and changes c alone, which gives all of it but the rest in its three arguments:
+    Pi'' is the third derivative of |Pi|^2/2, and so symmetric in three arguments. Moving v in the
+    plane of p and v - p keeps the eigenbasis and changes c alone, which gives all of it but the
+    rest in its three arguments:
 
         Pi''[e1, ei] = (dc/d|p|) ei,   Pi''[e2, ei] = (dc/d|v - p|) ei,        (radial, normal)
         Pi''[e3, e3]'e3 = dc along e3 = -(c^3 |v - p|/|p|^2) dk/dsigma         (geodesic)
 
-    The last is of the cones of three rows, whose rays p/|p| draw a curve on the sphere: with sigma its arc length in the
-    direction of e3 and k its geodesic curvature, c = |p|/(|p| + |v - p| k).
+    The last is of the cones of three rows, whose rays p/|p| draw a curve on the sphere: with sigma
+    its arc length in the direction of e3 and k its geodesic curvature, c = |p|/(|p| + |v - p| k).
     """
     h_ray, h_normal, h_rest = h[..., :1], h[..., 1:2], h[..., 2:]
     g_ray, g_normal, g_rest = g[..., :1], g[..., 1:2], g[..., 2:]
@@ -177,9 +194,10 @@ def bend(
 def from_basis(basis: Tensor, x: Tensor) -> Tensor:
     """U x for x (*batch, k, c).
 
-    The basis of a second-order cone is its unit vector's, (1, u)/sqrt 2, (1, -u)/sqrt 2 and the other columns of the Householder
-    reflection that takes u to an axis. Of a large cone only two vectors are held, (0, u) and (0, f), f = (u + sign(u_1) e_1)/(1 + |u_1|):
-    those columns are e_j - u_j f.
+    The basis of a second-order cone is its unit vector's, (1, u)/sqrt 2, (1, -u)/sqrt 2 and the
+    other columns of the Householder reflection that takes u to an axis. Of a large cone only two
+    vectors are held, (0, u) and (0, f), f = (u + sign(u_1) e_1)/(1 + |u_1|): those columns are e_j
+    - u_j f.
     """
     if basis.shape[-1] == basis.shape[-2]:
         return basis @ x
@@ -223,8 +241,9 @@ def split(values: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def lift(eigenvalues: Tensor, tolerance: float) -> Tensor:
-    """Eigenvalues with those in [-tolerance, 0) reflected: the branch with the larger derivative at a kink. With a negative tolerance
-    those in [0, -tolerance) are, and none stays zero: the branch with the smaller derivative."""
+    """Eigenvalues with those in [-tolerance, 0) reflected: the branch with the larger derivative at
+    a kink. With a negative tolerance those in [0, -tolerance) are, and none stays zero: the branch
+    with the smaller derivative."""
     if tolerance >= 0:
         return (
             torch.where(eigenvalues >= -tolerance, eigenvalues.abs(), eigenvalues)

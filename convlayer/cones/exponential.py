@@ -1,4 +1,5 @@
-"""The exponential cone: a projection by one root of one variable, and its derivative in closed form."""
+"""The exponential cone: a projection by one root of one variable, and its derivative in closed
+form."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from torch import Tensor
 from convlayer.cones.cone import Cone, Spectrum, bend, finite_rows, rotate, split
 from convlayer.cones.interior import Interior, minimise, rest_of, unit_scale
 
-# A positive r or s below this share of |v| is rounded up, so that ratios and their squares stay finite.
+# A positive r or s below this share of |v| is rounded up, so that ratios and their squares stay
+# finite.
 TINY = 1e-100
 # The least distance of the root from its anchor.
 NEAR = 1e-290
@@ -35,7 +37,8 @@ class _Root(NamedTuple):
 
 
 class _Frame(NamedTuple):
-    """The eigenvectors of DPi where p is along P(rho), and what they are made of; (*batch,) but for the basis."""
+    """The eigenvectors of DPi where p is along P(rho), and what they are made of; (*batch,) but for
+    the basis."""
 
     basis: Tensor  # (9, *batch), by rows: columns along p, along v - p, and their cross product
     c: Tensor  # 1 and
@@ -61,16 +64,18 @@ class Exponential(Cone):
     Solution:    v in K: v.  v in -K*, that is r > 0 and r exp(s/r - 1) <= -t: 0.  r <= 0 and s <= 0: (r, 0, max(t, 0)).
                  Else p = a (rho, 1, e^rho) and v - p = b (1, 1 - rho, -e^-rho), which are orthogonal, with a, b > 0:
                  the first two coordinates give a and b as functions of rho, the third an equation for rho.
-    Derivative:  eigenvectors p, v - p and their cross product, with eigenvalues 1, 0 and 1/(1 + |v - p| kappa), kappa
-                 the curvature of the surface: with P = (rho, 1, e^rho) and N = (1, 1 - rho, -e^-rho) e^rho,
-                 |v - p| kappa = (b |P|^2)/(a |N|^2).
-    Curvature:   `bend`, with k = e^rho |P|^3/|N|^3 the geodesic curvature of the rays P/|P| on the sphere, whose arc
-                 length grows by |N|/|P|^2 with rho, as P x P' = N, against the third eigenvector.
+    Derivative:  eigenvectors p, v - p and their cross product, with eigenvalues 1, 0 and 1/(1 + |v
+                 - p| kappa), kappa the curvature of the surface: with P = (rho, 1, e^rho) and N =
+                 (1, 1 - rho, -e^-rho) e^rho, |v - p| kappa = (b |P|^2)/(a |N|^2).
+    Curvature:   `bend`, with k = e^rho |P|^3/|N|^3 the geodesic curvature of the rays P/|P| on the
+                 sphere, whose arc length grows by |N|/|P|^2 with rho, as P x P' = N, against the
+                 third eigenvector.
     Smoothed:    the barrier is f = -log(s log(t/s) - r) - log s - log t, see `_Inside`.
-    At a kink:   the surfaces of K and -K*, and the faces of r <= 0, s <= 0. Within `tolerance` of the first the
-                 derivative is I, of the second the projection onto the nearest ray, of the quadrant
-                 diag(1, 1[s >= -tolerance], 1[t >= -tolerance]).
-    Source:      the parametrisation is Friberg's (2023); the equation is solved here in its logarithm, see `_root`.
+    At a kink:   the surfaces of K and -K*, and the faces of r <= 0, s <= 0. Within `tolerance` of
+                 the first the derivative is I, of the second the projection onto the nearest ray,
+                 of the quadrant diag(1, 1[s >= -tolerance], 1[t >= -tolerance]).
+    Source:      the parametrisation is Friberg's (2023); the equation is solved here in its
+                 logarithm, see `_root`.
     """
 
     name: ClassVar[str] = "exponential"
@@ -150,7 +155,8 @@ class Exponential(Cone):
         return torch.where(case.polar, _depth(s - r, r, -t), margin) * case.scale + (p - p).sum(-1)
 
     def _case(self, v: Tensor) -> tuple[_Case, list[Tensor], Tensor, Tensor]:
-        """Which of the cases each v is, its finite coordinates, where it is in K or the quadrant, and NaN where it is not finite."""
+        """Which of the cases each v is, its finite coordinates, where it is in K or the quadrant,
+        and NaN where it is not finite."""
         r, s, t = v.unbind(-1)
         blot = r * 0 + s * 0 + t * 0  # NaN where v is not finite
         bad = blot != 0
@@ -180,9 +186,10 @@ class Exponential(Cone):
 def _root(r: Tensor, s: Tensor, t: Tensor, wanted: Tensor) -> _Root:
     """Solve a e^rho - b e^-rho = t for rho where `wanted`; elsewhere something finite.
 
-    a = ((rho - 1) r + s)/D and b = (r - rho s)/D with D = rho^2 - rho + 1, both positive between 1 - s/r and r/s (an
-    end is infinite where r or s is not positive). Either end may be so near that only the distance d from it is a
-    number, so the unknown is d, from the nearer end, and the coefficient that vanishes there is d m/D, accurately:
+    a = ((rho - 1) r + s)/D and b = (r - rho s)/D with D = rho^2 - rho + 1, both positive between 1
+    - s/r and r/s (an end is infinite where r or s is not positive). Either end may be so near that
+    only the distance d from it is a number, so the unknown is d, from the nearer end, and the
+    coefficient that vanishes there is d m/D, accurately:
 
         from r/s:      m = s,  n = r,  theta = t/s,   x = rho  = nu - d        own = b, other = a
         from 1 - s/r:  m = r,  n = s,  theta = -t/r,  x = -rho = nu - 1 - d    own = a, other = b
@@ -192,8 +199,9 @@ def _root(r: Tensor, s: Tensor, t: Tensor, wanted: Tensor) -> _Root:
 
         0 = x - asinh(theta/(2 g)) + log(other/own)/2,   g = sqrt(own other)/m,
 
-    decreasing in d, without overflow, and nearly linear either in d or in log d. One fixed-point step from d = 0 is
-    D0 e^x (e^x - theta), a good start in both cases; Newton's method inside a bracket does the rest.
+    decreasing in d, without overflow, and nearly linear either in d or in log d. One fixed-point
+    step from d = 0 is D0 e^x (e^x - theta), a good start in both cases; Newton's method inside a
+    bracket does the rest.
     """
     lower = torch.where(r > 0, r.clamp(min=TINY), r)
     upper = torch.where(s > 0, s.clamp(min=TINY), s)
@@ -273,11 +281,12 @@ def _frame(rho: Tensor) -> _Frame:
 
 
 class _Inside(Interior):
-    """(rho s - psi, s, t) with rho = log(t/s): psi is how far above the surface it is, along r. f = -log psi - log s - log t.
+    """(rho s - psi, s, t) with rho = log(t/s): psi is how far above the surface it is, along r. f =
+    -log psi - log s - log t.
 
-    g = (-1, rho - 1, e^-rho) is the gradient of psi, along -N(rho), and -s h h' its second derivative, h = (0, 1/s, -1/t):
-    f'' = (g/psi)(g/psi)' + (s/psi) h h' + diag(0, 1/s^2, 1/t^2). The frame is (N, N x P, P), and the axes where psi is larger
-    than what it is a difference of.
+    g = (-1, rho - 1, e^-rho) is the gradient of psi, along -N(rho), and -s h h' its second
+    derivative, h = (0, 1/s, -1/t): f'' = (g/psi)(g/psi)' + (s/psi) h h' + diag(0, 1/s^2, 1/t^2).
+    The frame is (N, N x P, P), and the axes where psi is larger than what it is a difference of.
     """
 
     def __init__(self, psi: Tensor, s: Tensor, t: Tensor) -> None:
@@ -314,7 +323,8 @@ class _Inside(Interior):
 
     @classmethod
     def near(cls, v: Tensor, p: Tensor) -> _Inside:
-        """Near p = Pi(v): s and t are raised by about what they gain, and psi is the best for them."""
+        """Near p = Pi(v): s and t are raised by about what they gain, and psi is the best for
+        them."""
         raised = p[..., 1:].clamp(min=0) + 1 / (1 + (p - v).norm(dim=-1, keepdim=True))
         s, t = raised.unbind(-1)
         return cls(split(s * torch.log(t / s) - v[..., 0], torch.ones_like(s))[0], s, t)
@@ -355,9 +365,10 @@ def _gap(root: _Root) -> Tensor:
 
 
 def _depth(r: Tensor, s: Tensor, t: Tensor) -> Tensor:
-    """How far a point of K is from the surface of K, within a small factor: the least of two distances along axes and
-    the first-order one of the concave function s log(t/s) - r. At (s - r, r, -t), a map with singular values between
-    0.6 and 1.7, it is that of a point of -K* from the surface of -K*."""
+    """How far a point of K is from the surface of K, within a small factor: the least of two
+    distances along axes and the first-order one of the concave function s log(t/s) - r. At (s - r,
+    r, -t), a map with singular values between 0.6 and 1.7, it is that of a point of -K* from the
+    surface of -K*."""
     slope = torch.log(t / s)
     along_r = s * slope - r
     first_order = along_r * torch.rsqrt(1 + (slope - 1).square() + (s / t).square())

@@ -2,11 +2,12 @@
 
     minimise  f(p) + |p - v|^2/2,   f self-concordant,   p - r = v with r = -grad f(p)
 
-Near the boundary p's own coordinates do not hold its distance from it, which is a coordinate of its own here, and f'' is graded:
-its eigenvalues are like 1/distance^2, 1/distance and 1. A frame that tells these directions apart, and f'' as a sum of squares
-in it, keep the small ones.
+Near the boundary p's own coordinates do not hold its distance from it, which is a coordinate of its
+own here, and f'' is graded: its eigenvalues are like 1/distance^2, 1/distance and 1. A frame that
+tells these directions apart, and f'' as a sum of squares in it, keep the small ones.
 
-Source: Nesterov and Nemirovskii (1994) for the damping; Demmel and Veselic (1992) for Jacobi's method on graded matrices.
+Source: Nesterov and Nemirovskii (1994) for the damping; Demmel and Veselic (1992) for Jacobi's
+        method on graded matrices.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class _Descent:
     steps: int  # at most; a dozen is usual
     settled: float  # length of a step from which on the method doubles the digits,
     rounding: float  # and of a step's rounding, relative to |v|
-    calm: int  # steps so short to be done: where |v| is large the first of them are no shorter than this
+    # steps so short to be done: where |v| is large the first of them are no shorter than this
+    calm: int
     damped: float  # a step longer than this is shortened
 
 
@@ -41,7 +43,8 @@ FAR = 1e14
 
 
 class Interior(ABC):
-    """A point inside a cone, and the barrier f there; coordinates of vectors in the frame are called c."""
+    """A point inside a cone, and the barrier f there; coordinates of vectors in the frame are
+    called c."""
 
     point: Tensor  # (*batch, 3)
     polar: Tensor  # (*batch, 3), -grad f
@@ -50,17 +53,20 @@ class Interior(ABC):
 
     @abstractmethod
     def moved(self, c: Tensor, curved: Tensor) -> Interior:
-        """The point at p + frame c, |factor c| < 1. Its distance changes to first order only where not `curved`: in the end c
-        along the surface is all rounding, and its square is not to enter the distance."""
+        """The point at p + frame c, |factor c| < 1. Its distance changes to first order only where
+        not `curved`: in the end c along the surface is all rounding, and its square is not to enter
+        the distance."""
 
 
 def unit_scale(v: Tensor, kappa: Tensor) -> Tensor:
-    """sqrt kappa, (*batch, 1): the smoothed projection of v at kappa is this times that of v over this at 1."""
+    """sqrt kappa, (*batch, 1): the smoothed projection of v at kappa is this times that of v over
+    this at 1."""
     return torch.maximum(kappa.sqrt().unsqueeze(-1), v.abs().amax(-1, keepdim=True) / FAR)
 
 
 def minimise(start: Interior, v: Tensor) -> Interior:
-    """Damped Newton steps, 1/(1 + l) of the way where l, the step's length in f'', is not small: they stay inside."""
+    """Damped Newton steps, 1/(1 + l) of the way where l, the step's length in f'', is not small:
+    they stay inside."""
     now, calm = start, 0
     small = DESCENT.settled + DESCENT.rounding * v.norm(dim=-1, keepdim=True)
     for _ in range(DESCENT.steps):

@@ -20,7 +20,8 @@ class Nonnegative(Cone):
     Derivative:  1[v > 0] on the diagonal.
     Curvature:   0.
     Smoothed:    p_i - r_i = v_i with p_i r_i = kappa.
-    At a kink:   v_i = 0; within `tolerance` of it the value is 1, that is values = 1[v >= -tolerance].
+    At a kink:   v_i = 0; within `tolerance` of it the value is 1, that is values = 1[v >=
+                 -tolerance].
     """
 
     size: int

@@ -31,7 +31,8 @@ class _Root(NamedTuple):
 
 
 class _Frame(NamedTuple):
-    """The eigenvectors of DPi where p is along (x, y, +-w), and what they are made of; (*batch,) but for the basis."""
+    """The eigenvectors of DPi where p is along (x, y, +-w), and what they are made of; (*batch,)
+    but for the basis."""
 
     basis: Tensor  # (*batch, 3, 3): columns along p, along v - p, and their cross product
     point: tuple[Tensor, Tensor, Tensor]  # (x, y, w) of p, divided by the greater of x and y
@@ -52,7 +53,8 @@ class _Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Power(Cone):
-    """K = {(x, y, z) : x, y >= 0, x^alpha y^beta >= |z|}, beta = 1 - alpha; one alpha for each of k stacked blocks.
+    """K = {(x, y, z) : x, y >= 0, x^alpha y^beta >= |z|}, beta = 1 - alpha; one alpha for each of k
+    stacked blocks.
 
     Shapes:      v (*batch, 3) for one alpha, (*batch, k, 3) for k of them.
     Solution:    v in K: v.  v in -K*, that is x, y <= 0 and (-x/alpha)^alpha (-y/beta)^beta >= |z|: 0.
@@ -62,13 +64,16 @@ class Power(Cone):
                  the curvature of the surface:  |v - p| kappa = alpha beta q w |p|^2 / |M|^2,
                  M = (alpha w p_y, beta w p_x, p_x p_y), which is p_x p_y times the gradient of the surface up to signs.
                  At z = 0 with x < 0 < y: diag(0, 1, c), c = 1, 0 or y/(y - 2x) as alpha is below, above or at 1/2.
-    Curvature:   `bend`, with k = alpha beta p_x p_y w |p|^3/|M|^3 the geodesic curvature of the rays p/|p| on the sphere,
-                 p/w = (e^(beta tau), e^(-alpha tau), +-1), whose arc length grows by |M|/|p|^2 with tau,
-                 along the third eigenvector if z > 0. Taken as 0 at z = 0.
-    Smoothed:    the barrier is f = -log(x^2alpha y^2beta - z^2) - beta log x - alpha log y, see `_Inside`.
-    At a kink:   the surfaces of K and -K*. Within `tolerance` of the first the derivative is I, of the second the
-                 projection onto the nearest ray.
-    Source:      the equation in w is Hien's (2015), solved here in its logarithm from the nearer end, see `_root`.
+    Curvature:   `bend`, with k = alpha beta p_x p_y w |p|^3/|M|^3 the geodesic curvature of the
+                 rays p/|p| on the sphere, p/w = (e^(beta tau), e^(-alpha tau), +-1), whose arc
+                 length grows by |M|/|p|^2 with tau, along the third eigenvector if z > 0. Taken as
+                 0 at z = 0.
+    Smoothed:    the barrier is f = -log(x^2alpha y^2beta - z^2) - beta log x - alpha log y, see
+                 `_Inside`.
+    At a kink:   the surfaces of K and -K*. Within `tolerance` of the first the derivative is I, of
+                 the second the projection onto the nearest ray.
+    Source:      the equation in w is Hien's (2015), solved here in its logarithm from the nearer
+                 end, see `_root`.
     """
 
     alphas: tuple[float, ...]
@@ -236,8 +241,8 @@ class Power(Cone):
         return torch.stack((free_x.to(x.dtype), free_y.to(x.dtype), height), -1)
 
     def _depth(self, v: Tensor) -> Tensor:
-        """How far v in K is from the surface of K, within a factor of sqrt 3: the least of the distances along the
-        axes, since K is convex and so holds the octahedron they span."""
+        """How far v in K is from the surface of K, within a factor of sqrt 3: the least of the
+        distances along the axes, since K is convex and so holds the octahedron they span."""
         alpha, beta = self._exponents(v)
         x, y, height = v[..., 0], v[..., 1], v[..., 2].abs()
         along_x = x - (height / y**beta) ** (1 / alpha)
@@ -246,7 +251,8 @@ class Power(Cone):
         return torch.where((x > 0) & (y > 0), least, 0.0).clamp(min=0)
 
     def _polar_depth(self, v: Tensor) -> Tensor:
-        """How far v in -K* is from the surface of -K*, likewise: (-x/alpha, -y/beta, z) is then in K."""
+        """How far v in -K* is from the surface of -K*, likewise: (-x/alpha, -y/beta, z) is then in
+        K."""
         alpha, beta = self._exponents(v)
         x, y, height = -v[..., 0], -v[..., 1], v[..., 2].abs()
         along_x = x - alpha * (height / (y / beta) ** beta) ** (1 / alpha)
@@ -262,9 +268,10 @@ def _root(
 ) -> _Root:
     """Solve  f = alpha log p_x + beta log p_y - log w = 0  for w in (0, height), where `wanted`.
 
-    f falls from w = 0, where it is negative only on -K*, to w = height, where it is positive only on K. Either end may
-    be so near that only the distance d from it is a number, so the unknown is d, from the nearer end. f is nearly
-    linear in log d where it is infinite at that end, and else in d; Newton's method uses that, inside a bracket.
+    f falls from w = 0, where it is negative only on -K*, to w = height, where it is positive only
+    on K. Either end may be so near that only the distance d from it is a number, so the unknown is
+    d, from the nearer end. f is nearly linear in log d where it is infinite at that end, and else
+    in d; Newton's method uses that, inside a bracket.
     """
 
     def surface(d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -340,9 +347,9 @@ def _root(
 class _Inside(Interior):
     """(x, y, z) by its distances down and up, w - z and w + z, from the surface w = x^alpha y^beta.
 
-    f = -log(w - z) - log(w + z) - beta log x - alpha log y. g = (alpha w/x, beta w/y, -1) is the gradient of w - z, along -M at
-    (x, y, w), and -alpha beta w h h' the second derivative of w, h = (1/x, -1/y, 0): f'' is a sum of squares. The frame is
-    (M, M x P, P) there.
+    f = -log(w - z) - log(w + z) - beta log x - alpha log y. g = (alpha w/x, beta w/y, -1) is the
+    gradient of w - z, along -M at (x, y, w), and -alpha beta w h h' the second derivative of w, h =
+    (1/x, -1/y, 0): f'' is a sum of squares. The frame is (M, M x P, P) there.
     """
 
     def __init__(
@@ -378,7 +385,8 @@ class _Inside(Interior):
 
     @classmethod
     def near(cls, v: Tensor, p: Tensor, alpha: Tensor, beta: Tensor) -> _Inside:
-        """Near p = Pi(v): x and y are raised by about what they gain, and w - z is about the best for them."""
+        """Near p = Pi(v): x and y are raised by about what they gain, and w - z is about the best
+        for them."""
         raised = p[..., :2].clamp(min=0) + 1 / (1 + (p - v).norm(dim=-1, keepdim=True))
         x, y = raised.unbind(-1)
         w = _surface(x, y, alpha, beta)

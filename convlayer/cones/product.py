@@ -61,11 +61,13 @@ class _Group(NamedTuple):
 
 
 class ProductSpectrum:
-    """The derivative of a product's projection, D = U diag(values) U', with U orthogonal and block diagonal.
+    """The derivative of a product's projection, D = U diag(values) U', with U orthogonal and block
+    diagonal.
 
-    Shapes:      values (*batch, m); `bases` lists (rows, basis) with basis (*batch, count, k, k), or (*batch, count, k, 2) where two
-                 vectors stand for it (see `from_basis`), and rows the slice, or the (count, k) tensor of indices, of the rows it
-                 acts on; rows in no basis have U = I.
+    Shapes:      values (*batch, m); `bases` lists (rows, basis) with basis (*batch, count, k, k),
+                 or (*batch, count, k, 2) where two vectors stand for it (see `from_basis`), and
+                 rows the slice, or the (count, k) tensor of indices, of the rows it acts on; rows
+                 in no basis have U = I.
     """
 
     def __init__(self, values: Tensor, bases: Sequence[tuple[slice | Tensor, Tensor]] = ()) -> None:
@@ -77,7 +79,8 @@ class ProductSpectrum:
         return not self.bases
 
     def to_basis(self, x: Tensor, columns: bool = False) -> Tensor:
-        """U' x for x (*batch, m), or for every column of x (*batch, m, c) with `columns`; batches broadcast."""
+        """U' x for x (*batch, m), or for every column of x (*batch, m, c) with `columns`; batches
+        broadcast."""
         return self._rotate(x, columns, to_basis)
 
     def from_basis(self, x: Tensor, columns: bool = False) -> Tensor:
@@ -117,9 +120,11 @@ class ProductSpectrum:
 
 
 class Product:
-    """K = K_1 x ... x K_k, blocks in the order given; adjacent zero or nonnegative blocks become one.
+    """K = K_1 x ... x K_k, blocks in the order given; adjacent zero or nonnegative blocks become
+    one.
 
-    Dual:        Pi_K*(v) = v + Pi_K(-v) (Moreau), DPi_K*(v) = I - DPi_K(-v): the same basis, values 1 - values.
+    Dual:        Pi_K*(v) = v + Pi_K(-v) (Moreau), DPi_K*(v) = I - DPi_K(-v): the same basis, values
+                 1 - values.
     Shapes:      v (*batch, m), m = size; m = 0 and empty batches included.
     """
 
@@ -187,8 +192,9 @@ class Product:
     ) -> tuple[Tensor, Tensor, ProductSpectrum]:
         """y = Pi_K*(v), s = y - v = Pi_K(-v), and DPi_K*(v).
 
-        s is the projection itself, not a difference, so its small components keep their accuracy. At a kink the branch
-        is the one with the larger derivative of Pi_K at -v, the smaller of Pi_K* at v: rows count as free slack.
+        s is the projection itself, not a difference, so its small components keep their accuracy.
+        At a kink the branch is the one with the larger derivative of Pi_K at -v, the smaller of
+        Pi_K* at v: rows count as free slack.
         """
         mirrored = -v
         slack, values = [], []
@@ -205,9 +211,10 @@ class Product:
     def straddle_dual(self, v: Tensor, tolerance: float) -> tuple[Tensor, ProductSpectrum, Tensor]:
         """Both branches of DPi_K* within `tolerance` of a kink: (weak, spectrum, known).
 
-        weak (*batch, m): the directions, in the spectrum's basis, in which y and s may both begin to move: there one branch has the
-        eigenvalue 0 and the other 1. The spectrum has their mean, 1/2.
-        known (*batch,): false where a cone whose branches have no common basis is as near to a kink.
+        weak (*batch, m): the directions, in the spectrum's basis, in which y and s may both begin
+        to move: there one branch has the eigenvalue 0 and the other 1. The spectrum has their mean,
+        1/2. known (*batch,): false where a cone whose branches have no common basis is as near to a
+        kink.
         """
         mirrored = -v
         free, tight = [], []
@@ -229,10 +236,11 @@ class Product:
         return above - below > 0.5, ProductSpectrum((above + below) / 2, bases), known
 
     def smooth_dual(self, v: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor, ProductSpectrum]:
-        """The smoothed `linearise_dual`: y inside K*, s inside K with y - s = v and y = -kappa grad f(s), and dy/dv.
+        """The smoothed `linearise_dual`: y inside K*, s inside K with y - s = v and y = -kappa grad
+        f(s), and dy/dv.
 
-        In a symmetric cone s o y = kappa e; rows of the zero cone, which has no inside, keep s = 0 and y = v.
-        kappa (*batch,) or (), positive.
+        In a symmetric cone s o y = kappa e; rows of the zero cone, which has no inside, keep s = 0
+        and y = v. kappa (*batch,) or (), positive.
         """
         mirrored, kappa = -v, kappa.unsqueeze(-1)
         slack, dual, values = [], [], []
@@ -257,7 +265,8 @@ class Product:
         return self._assemble(v, parts)
 
     def margin(self, v: Tensor, s: Tensor) -> Tensor:
-        """The least margin of the blocks at -v, the distance to the nearest kink of Pi_K*, (*batch,). s = Pi_K(-v)."""
+        """The least margin of the blocks at -v, the distance to the nearest kink of Pi_K*,
+        (*batch,). s = Pi_K(-v)."""
         mirrored = -v
         margins = [
             group.cone.margin(group.take(mirrored), group.take(s)).amin(-1)
@@ -294,7 +303,8 @@ class Product:
 
 
 def _joined(cones: Sequence[Cone]) -> list[Cone]:
-    """Adjacent elementwise blocks joined, empty ones dropped, cones that serve several blocks taken apart."""
+    """Adjacent elementwise blocks joined, empty ones dropped, cones that serve several blocks taken
+    apart."""
     out: list[Cone] = []
     for _, members in groupby((cone for cone in cones if cone.size), key=type):
         run = list(members)

@@ -15,7 +15,8 @@ from convlayer.memo import constants
 
 
 def svec(matrix: Tensor) -> Tensor:
-    """The upper triangle by columns, (0,0), (0,1), (1,1), (0,2), ..., with off-diagonal entries times sqrt 2.
+    """The upper triangle by columns, (0,0), (0,1), (1,1), (0,2), ..., with off-diagonal entries
+    times sqrt 2.
 
     Shapes:      symmetric (*batch, n, n)  ->  (*batch, n (n + 1)/2); the inner products agree.
     """
@@ -38,9 +39,11 @@ class Psd(Cone):
     Derivative:  H -> Q (W o (Q' H Q)) Q',  W_ij = 1/2 (1 + (l_i + l_j)/(|l_i| + |l_j|)); the basis is H -> Q H Q'.
     Curvature:   differentiating p r + r p = 0 twice, p - r = v:  (|v| K + K |v|)/2 = -(H- o G+ + H+ o G-) in Q's
                  coordinates, H+ = W o H and H- = H+ - H, and A o B = (AB + BA)/2.
-    Smoothed:    P and R of the eigenvalues p_i - r_i = l_i with p_i r_i = kappa; W becomes (p_i + p_j)/(p_i + p_j + r_i + r_j).
+    Smoothed:    P and R of the eigenvalues p_i - r_i = l_i with p_i r_i = kappa; W becomes (p_i +
+                 p_j)/(p_i + p_j + r_i + r_j).
     Cost:        one eigendecomposition (closed for n <= 2), and (n (n + 1)/2)^2 entries of basis.
-    At a kink:   l_i = 0; an eigenvalue in [-tolerance, 0) counts as positive, and W = 1 where l_i = l_j = 0.
+    At a kink:   l_i = 0; an eigenvalue in [-tolerance, 0) counts as positive, and W = 1 where l_i =
+                 l_j = 0.
     """
 
     n: int

@@ -31,13 +31,16 @@ COMPACT = 48
 class SecondOrder(Cone):
     """K = {(t, z) : |z| <= t}, of `size` rows; size 1 is the nonnegative ray.
 
-    Spectrum of a point:  l1 = t + |z|, l2 = t - |z| along (1, u)/sqrt 2 and (1, -u)/sqrt 2, with u = z/|z|.
+    Spectrum of a point:  l1 = t + |z|, l2 = t - |z| along (1, u)/sqrt 2 and (1, -u)/sqrt 2, with u
+                          = z/|z|.
     Solution:    v if l2 >= 0, else max(l1, 0)/2 (1, u).
-    Derivative:  1[l1 > 0], 1[l2 > 0] along these two, and 1/2 (1 + (l1 + l2)/(|l1| + |l2|)) on the complement of u,
-                 whose basis are the other columns of the Householder reflection that takes u to an axis.
-    Curvature:   between the two, `bend` with c = l1/(l1 - l2), |p| = l1/sqrt 2 and |v - p| = -l2/sqrt 2.
-    Smoothed:    p and r of the eigenvalues p_i - r_i = l_i with p_i r_i = kappa; on the complement of u the derivative is
-                 (p1 + p2)/(p1 + p2 + r1 + r2).
+    Derivative:  1[l1 > 0], 1[l2 > 0] along these two, and 1/2 (1 + (l1 + l2)/(|l1| + |l2|)) on the
+                 complement of u, whose basis are the other columns of the Householder reflection
+                 that takes u to an axis.
+    Curvature:   between the two, `bend` with c = l1/(l1 - l2), |p| = l1/sqrt 2 and |v - p| =
+                 -l2/sqrt 2.
+    Smoothed:    p and r of the eigenvalues p_i - r_i = l_i with p_i r_i = kappa; on the complement
+                 of u the derivative is (p1 + p2)/(p1 + p2 + r1 + r2).
     At a kink:   l1 = 0 or l2 = 0; an eigenvalue in [-sqrt 2 tolerance, 0) counts as positive.
     """
 
@@ -127,7 +130,8 @@ class SecondOrder(Cone):
         return (t.abs() - length).abs() / sqrt(2)
 
     def _split(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Projection, the eigenvalues (l1, l2) of v, and the unit vector u (an axis where z = 0)."""
+        """Projection, the eigenvalues (l1, l2) of v, and the unit vector u (an axis where z =
+        0)."""
         t, z = v.narrow(-1, 0, 1), v.narrow(-1, 1, self.size - 1)
         length = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
         axis, signs, _ = _constants(self.size, v.dtype, v.device)
@@ -143,7 +147,8 @@ class SecondOrder(Cone):
         return torch.cat((first + second, (first - second) * u), -1) * 0.5
 
     def _basis(self, u: Tensor) -> Tensor:
-        """Columns (1, u)/sqrt 2, (1, -u)/sqrt 2, (0, h_j), h_j = e_j - u_j w/(1 + |u_1|), w = u + sign(u_1) e_1; or what stands for it."""
+        """Columns (1, u)/sqrt 2, (1, -u)/sqrt 2, (0, h_j), h_j = e_j - u_j w/(1 + |u_1|), w = u +
+        sign(u_1) e_1; or what stands for it."""
         if self.size >= COMPACT:
             return torch.nn.functional.pad(torch.stack((u, _towards(u)), -1), (0, 0, 1, 0))
         basis = _constants(self.size, u.dtype, u.device)[2].expand(*u.shape[:-1], -1, -1).clone()
@@ -169,7 +174,8 @@ def _towards(u: Tensor) -> Tensor:
 def _constants(
     size: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The axis e_1 of R^(size - 1), the signs (1, -1), and the basis where it does not depend on u."""
+    """The axis e_1 of R^(size - 1), the signs (1, -1), and the basis where it does not depend on
+    u."""
     axis = torch.zeros(size - 1, dtype=dtype, device=device)
     axis[0] = 1
     basis = torch.zeros(size, size, dtype=dtype, device=device)

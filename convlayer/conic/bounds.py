@@ -1,4 +1,5 @@
-"""Bounds: those on single variables hold exactly in the solution, and infinite ones, or those that a cone implies, are none.
+"""Bounds: those on single variables hold exactly in the solution, and infinite ones, or those that
+a cone implies, are none.
 
 A row  a x_j + s = b_i,  s >= 0,  with a fixed coefficient a says x_j <= b_i / a or x_j >= b_i / a. A solver, and Newton's method
 after it, meet it to rounding; a logarithm or a root of x_j wants it to the last bit. The derivative is that of the solution: moving
@@ -17,7 +18,8 @@ from torch import Tensor
 from convlayer.conic.program import Data, Program
 from convlayer.memo import once_for_each
 
-# What stands for an infinite right-hand side of an inequality: beyond `residual.INFINITE` in all units.
+# What stands for an infinite right-hand side of an inequality: beyond `residual.INFINITE` in all
+# units.
 NO_BOUND = 1e100
 
 
@@ -33,7 +35,8 @@ class Bounds:
     def of(
         cls, program: Program, fixed: np.ndarray, values: np.ndarray, shown: np.ndarray
     ) -> Bounds | None:
-        """fixed (nnz(A),): entries that no parameter moves, with their values; shown (n,): the variables that matter."""
+        """fixed (nnz(A),): entries that no parameter moves, with their values; shown (n,): the
+        variables that matter."""
         scalar = program.inequalities.numpy().copy()
         for block in program.cones.blocks:
             if not block.elementwise and block.size == 1:  # a ray, which is the nonnegative one
@@ -64,7 +67,8 @@ class Bounds:
 
     @once_for_each
     def _sides(self, device: torch.device) -> list[tuple[float, Tensor, Tensor, Tensor]]:
-        """(1 or -1, rows, columns, coefficients) of the bounds from above and from below, where there are some."""
+        """(1 or -1, rows, columns, coefficients) of the bounds from above and from below, where
+        there are some."""
         sides = [
             (sign, torch.nonzero(sign * self.coefficients > 0).flatten()) for sign in (1.0, -1.0)
         ]
@@ -84,10 +88,11 @@ class Bounds:
 def implied(
     program: Program, fixed: np.ndarray, values: np.ndarray, b: np.ndarray, told: np.ndarray
 ) -> Tensor | None:
-    """The inequalities that a coordinate of some cone, one which is never negative, implies; None: there are none.
+    """The inequalities that a coordinate of some cone, one which is never negative, implies; None:
+    there are none.
 
-    fixed (nnz(A),): entries that no parameter moves, with their values; b (m,): right-hand sides, NaN where a parameter moves them;
-    told (m,): rows whose multipliers matter.
+    fixed (nnz(A),): entries that no parameter moves, with their values; b (m,): right-hand sides,
+    NaN where a parameter moves them; told (m,): rows whose multipliers matter.
     """
     alone = (np.bincount(program.A_rows, minlength=program.m) == 1) & ~np.isnan(b)
     mine = np.flatnonzero(fixed & (values < 0) & alone[program.A_rows])
@@ -111,8 +116,8 @@ def without_infinity(program: Program, b: Tensor) -> Tensor:
 
 
 def unlimited(data: Data, implied: Tensor | None = None) -> Data:
-    """The data without the rows that are no bound, or `implied`: empty, so that a direction along them is seen. Itself where there are
-    none."""
+    """The data without the rows that are no bound, or `implied`: empty, so that a direction along
+    them is seen. Itself where there are none."""
     if implied is not None:
         data = replace(data, b=data.b.index_fill(1, implied.to(data.b.device), NO_BOUND))
     if not data.b.numel() or data.b.amax().item() < NO_BOUND:

@@ -3,8 +3,9 @@
     infeasible   y in K*,  A'y = 0,  b'y < 0          no x satisfies Ax + s = b, s in K
     unbounded    Px = 0,  -Ax in K,  q'x < 0          the objective falls along x for ever, from any feasible point
 
-As computed A'y is not zero, and excludes only x with x'A'y > b'y. It is therefore made zero as far as rounding lets it, by the least
-change of y on its support, and what is left is weighed entry by entry against the terms that it is the sum of.
+As computed A'y is not zero, and excludes only x with x'A'y > b'y. It is therefore made zero as far
+as rounding lets it, by the least change of y on its support, and what is left is weighed entry by
+entry against the terms that it is the sum of.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch import Tensor
 from convlayer.conic.program import Data, Operators
 from convlayer.conic.residual import INFINITE
 
-# What A'y, or Px and the infeasible part of Ax, may still be: this share of the gain, in units of size one.
+# What A'y, or Px and the infeasible part of Ax, may still be: this share of the gain, in units of
+# size one.
 CERTIFICATE = 1e-4
 
 
@@ -46,7 +48,8 @@ SHARPENING = _Sharpening(support=1e-7, largest=2000, turns=3, rank=1e-12)
 
 
 def infeasible(data: Data, y: Tensor, precision: float) -> Tensor:
-    """(B,) whether y (B, m) proves that the row has no feasible point, by more than its data's relative `precision`."""
+    """(B,) whether y (B, m) proves that the row has no feasible point, by more than its data's
+    relative `precision`."""
     y = data.program.cones.project_dual(y.nan_to_num(0.0, 0.0, 0.0))
     proven, nearly = _proves(data, y, precision)
     left = torch.nonzero(~proven & nearly).flatten()
@@ -103,7 +106,8 @@ def unbounded(data: Data, x: Tensor) -> Tensor:
     s = data.program.cones.project(-image)
     gain = -(data.q * x).sum(1)
     error = torch.cat([operators.P(x), image + s], 1).abs().amax(1)
-    # A curvature that is small beside the rest of the program is none the less one: each row of P in units of its own.
+    # A curvature that is small beside the rest of the program is none the less one: each row of P
+    # in units of its own.
     rows = operators.absolute.P(torch.ones_like(x))
     curved = (
         (operators.P(x).abs() > PROOF.flat * rows * x.abs().amax(1, keepdim=True)).any(1)

@@ -1,7 +1,9 @@
-"""Equalities that depend on each other whatever the parameters: whether their right-hand sides agree.
+"""Equalities that depend on each other whatever the parameters: whether their right-hand sides
+agree.
 
-With E the rows of the zero cone that no parameter moves, and N an orthonormal basis of the null space of E' (both marginals of a
-plan have the same sum, nodal balances add up to nothing, a row stands twice), E x = b has a solution only if N'b = 0.
+With E the rows of the zero cone that no parameter moves, and N an orthonormal basis of the null
+space of E' (both marginals of a plan have the same sum, nodal balances add up to nothing, a row
+stands twice), E x = b has a solution only if N'b = 0.
 
     agreed     b - N N'b: the least change of b, in the 2-norm, after which the rows agree. What the parameters' own rounding has
                moved apart is put together so, and the solution is that of the agreed program.
@@ -45,7 +47,8 @@ class Dependence:
 
     @classmethod
     def of(cls, program: Program, fixed: np.ndarray, values: np.ndarray) -> Dependence | None:
-        """fixed (nnz(A),): entries that no parameter moves, with their values. None: no row depends on another."""
+        """fixed (nnz(A),): entries that no parameter moves, with their values. None: no row depends
+        on another."""
         equal = program.equalities.numpy().copy()
         equal[program.A_rows[~fixed]] = False
         equalities = np.flatnonzero(equal)
@@ -153,8 +156,8 @@ def _among(rows: np.ndarray, program: Program, values: np.ndarray) -> tuple[np.n
 
 
 def _entangled(row: np.ndarray, column: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """The rows, of entries at (row, column), without those that depend on no other, having a variable for themselves, or once such rows
-    are gone."""
+    """The rows, of entries at (row, column), without those that depend on no other, having a
+    variable for themselves, or once such rows are gone."""
     left = np.ones(rows, dtype=bool)
     while True:
         own = row[np.bincount(column, minlength=columns)[column] == 1]
@@ -174,7 +177,8 @@ def _left_null_densely(matrix: sp.csr_array) -> np.ndarray:
     span = vectors[:, values < SQUARED]
     if not span.shape[1]:
         return nothing
-    # An eigenvector of EE' is exact to the square root of rounding alone: within their span singular vectors are exact to rounding.
+    # An eigenvector of EE' is exact to the square root of rounding alone: within their span
+    # singular vectors are exact to rounding.
     triangle = np.linalg.qr(np.vstack([scaled.T @ span, np.zeros((span.shape[1],) * 2)]), mode="r")
     _, small, mixing = np.linalg.svd(triangle)
     null = span @ mixing[small <= DEPENDENT * rows**0.5].T

@@ -1,14 +1,17 @@
 """Variables that an equality defines and only the objective uses, taken out: t of  E t + L x = r,  E constant and diagonal.
 
-CVXPY writes sum_squares(F x - g) as t't with t == F x - g. Put back, with P_tt diagonal and D = P_tt / E^2,
+CVXPY writes sum_squares(F x - g) as t't with t == F x - g. Put back, with P_tt diagonal and D =
+P_tt / E^2,
 
     P' = P_xx + L'DL,   q' = q_x - L'(q_t / E + D r),   t = (r - L x) / E,   y_r = -(P_tt t + q_t) / E,
 
-and the adjoint of the smaller program's KKT system gives the larger one's: with cotangents g, and c of y_r,
+and the adjoint of the smaller program's KKT system gives the larger one's: with cotangents g, and c
+of y_r,
 
     g' = g_x - L'(g_t / E - D c),   w_t = (c - L w_x) / E,   u_r = (g_t - P_tt w_t) / E.
 
-P' squares the condition of L. Where that could be felt, by the pivots of the KKT matrix, the row is solved as it was.
+P' squares the condition of L. Where that could be felt, by the pivots of the KKT matrix, the row is
+solved as it was.
 """
 
 from __future__ import annotations
@@ -183,7 +186,8 @@ class Eliminated:
     def leave_adjoint(
         self, w: Tensor, u: Tensor, x_bar: Tensor, y_bar: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The adjoint of the smaller program as that of the larger, whose cotangents are given, too."""
+        """The adjoint of the smaller program as that of the larger, whose cotangents are given,
+        too."""
         index = self._index(w)
         g_t, c, E = x_bar[:, index["t"]], y_bar[:, index["r"]], index["E"]
         # w_t = (c - L w_x) / E
@@ -202,8 +206,8 @@ class Eliminated:
 
 
 def _defining(program: Program, usable: np.ndarray) -> np.ndarray:
-    """The entries E of A, `usable` those of them that are constant and not zero: each the only one of its variable, in an
-    equality of its own, and its variable in no product with another."""
+    """The entries E of A, `usable` those of them that are constant and not zero: each the only one
+    of its variable, in an equality of its own, and its variable in no product with another."""
     alone = np.bincount(program.A_cols, minlength=program.n) == 1
     coupled = np.zeros(program.n, dtype=bool)
     off = program.P_rows != program.P_cols

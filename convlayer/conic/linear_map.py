@@ -1,4 +1,5 @@
-"""A constant sparse matrix applied to every row of a batch; where each output is one input, a gather."""
+"""A constant sparse matrix applied to every row of a batch; where each output is one input, a
+gather."""
 
 from __future__ import annotations
 

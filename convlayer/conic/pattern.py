@@ -1,15 +1,18 @@
-"""The sparsity pattern of the KKT matrix of a program, its fill-reducing ordering, and factors that share it.
+"""The sparsity pattern of the KKT matrix of a program, its fill-reducing ordering, and factors that
+share it.
 
     K = [ P   B' ]      upper triangle in compressed columns: those of P, then the rows of B, each with its diagonal
         [ B   .  ]
 
-B = U'A has the rows of A, but within a cone with a basis U every row has the columns of the whole block. A large second-order cone
-is split instead, which leaves its rows as sparse as they are. Its derivative is one number c but along two axes f and g, the first
-columns of U: with eta = f p + g q + r, r orthogonal to both, these are
+B = U'A has the rows of A, but within a cone with a basis U every row has the columns of the whole
+block. A large second-order cone is split instead, which leaves its rows as sparse as they are. Its
+derivative is one number c but along two axes f and g, the first columns of U: with eta = f p + g q
++ r, r orthogonal to both, these are
 
     sqrt(c) A w - (1 - c) r - f t - g h = .     f'r = g'r = 0     sqrt(d) f'A w - (1 - d) p = .     and so for g and q
 
-of r in the rows' own coordinates, four unknowns more than rows, and two rows that have the columns of the whole block.
+of r in the rows' own coordinates, four unknowns more than rows, and two rows that have the columns
+of the whole block.
 """
 
 from __future__ import annotations
@@ -49,7 +52,8 @@ class KKTPattern:
         self.n, self.m = n, m
         A_rows, A_cols = program.A_rows.astype(np.int64), program.A_cols.astype(np.int64)
 
-        # The columns of all rows of each block with a basis, by its first row; large blocks are split.
+        # The columns of all rows of each block with a basis, by its first row; large blocks are
+        # split.
         self._columns_of: dict[int, np.ndarray] = {}
         _, columns_by_row, indptr = program.A_by_row
         for block in program.cones.blocks:
@@ -58,7 +62,8 @@ class KKTPattern:
                 self._columns_of[block.start] = np.unique(columns_by_row[own])
         self.split = _Split.of(program, self._columns_of)
 
-        # The entries E of U'A: those of A, and in the other blocks with a basis every row's in all their columns.
+        # The entries E of U'A: those of A, and in the other blocks with a basis every row's in all
+        # their columns.
         keys = [A_rows * n + A_cols]
         for block in program.cones.blocks:
             if block.start in self._columns_of and block.size not in self.split.sizes:
@@ -69,7 +74,8 @@ class KKTPattern:
         self.from_A = torch.from_numpy(np.searchsorted(self._E_keys, A_rows * n + A_cols))
         self.E_rows = torch.from_numpy(E_rows)
 
-        # Upper triangle, by columns: (row, column) of P, of B', of f'A and g'A, of f and g, of the diagonal.
+        # Upper triangle, by columns: (row, column) of P, of B', of f'A and g'A, of f and g, of the
+        # diagonal.
         split, size = self.split, n + m + 4 * len(self.split.starts)
         self.size = size
         diagonal = np.arange(size)
@@ -120,8 +126,8 @@ class KKTPattern:
 
     @once_for_each
     def _block_positions(self, k: int, starts: tuple[int, ...]) -> Tensor:
-        """(blocks, k, columns) where the entries of these blocks of k rows stand among the values of E; the last value is
-        padding."""
+        """(blocks, k, columns) where the entries of these blocks of k rows stand among the values
+        of E; the last value is padding."""
         columns = [self._columns_of[start] for start in starts]
         positions = np.full(
             (len(starts), k, max(map(len, columns))), len(self._E_keys), dtype=np.int64
@@ -145,7 +151,8 @@ class KKTPattern:
 
     @cached_property
     def _whole(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Both triangles in compressed rows: (the stored value of each entry, columns, row pointer)."""
+        """Both triangles in compressed rows: (the stored value of each entry, columns, row
+        pointer)."""
         rows, columns, off = self.rows.numpy(), self.columns.numpy(), self.off_diagonal.numpy()
         i, j = np.concatenate([rows, columns[off]]), np.concatenate([columns, rows[off]])
         order = np.lexsort((j, i))
@@ -190,15 +197,19 @@ class KKTPattern:
 
 @dataclass(frozen=True, eq=False)
 class _Split:
-    """The large second-order cones, those of a size all or none, and where their axes f and g and the multipliers t and h stand.
+    """The large second-order cones, those of a size all or none, and where their axes f and g and
+    the multipliers t and h stand.
 
-    The unknowns beside x and the rows are p of every cone, q of every cone, t of every cone, h of every cone.
+    The unknowns beside x and the rows are p of every cone, q of every cone, t of every cone, h of
+    every cone.
     """
 
     sizes: frozenset[int]
-    starts: Tensor  # (k,) the cones' first rows, which stand for f in the basis, as the second ones do for g
+    # (k,) the cones' first rows, which stand for f in the basis, as the second ones do for g
+    starts: Tensor
     inside: Tensor  # (m,) bool, their rows
-    source: Tensor  # (m,) for every row one that has its eigenvalue: for the first two of these the third
+    # (m,) for every row one that has its eigenvalue: for the first two of these the third
+    source: Tensor
     # f'A and g'A, for both all columns of every cone:
     columns: np.ndarray  # (2 s,)
     owners: np.ndarray  # (2 s,) the unknown
@@ -212,7 +223,8 @@ class _Split:
 
     @classmethod
     def of(cls, program: Program, columns_of: dict[int, np.ndarray]) -> _Split:
-        """Those cones of which the rows without basis and the axes have less than half of the entries that the rows with it have."""
+        """Those cones of which the rows without basis and the axes have less than half of the
+        entries that the rows with it have."""
         indptr = program.A_by_row[2]
         blocks = [block for block in program.cones.blocks if block.cone.two_axes and block.size > 3]
         gain: dict[int, int] = {}
@@ -280,7 +292,8 @@ def _joined(parts: Iterable[np.ndarray]) -> np.ndarray:
 
 
 class Factor:
-    """One LDL' of a quasidefinite matrix; `valid` is false where a pivot vanished, and `solve` then gives NaN."""
+    """One LDL' of a quasidefinite matrix; `valid` is false where a pivot vanished, and `solve` then
+    gives NaN."""
 
     def __init__(self, upper: sp.csc_matrix):
         self._upper = upper

@@ -3,8 +3,9 @@
     minimise    1/2 x'Px + q'x
     subject to  Ax + s = b,  s in K
 
-with dual y in K*, Px + q + A'y = 0 and s'y = 0. A `Program` holds what all rows of a batch share (sizes, cones, sparsity);
-`Data` holds the values, one row for each instance. An array whose leading dimension is 1 is shared by all rows.
+with dual y in K*, Px + q + A'y = 0 and s'y = 0. A `Program` holds what all rows of a batch share
+(sizes, cones, sparsity); `Data` holds the values, one row for each instance. An array whose leading
+dimension is 1 is shared by all rows.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ DENSE_ENTRIES = 4_000_000
 
 
 class Logarithms(NamedTuple):
-    """Cones (r, 1, t), t >= exp(r), and what a change of t's units moves with it: t k >= exp(r + log k)."""
+    """Cones (r, 1, t), t >= exp(r), and what a change of t's units moves with it: t k >= exp(r +
+    log k)."""
 
     first: Tensor  # (k,) the row of r; those of 1 and t follow
     group: Tensor  # (n,) variables that share a cone, and so a unit, have the same number
@@ -114,7 +116,8 @@ class Program:
 
     @cached_property
     def scale_group(self) -> Tensor:
-        """(m,) rows that must share one scale: each row of an elementwise cone its own, one for each block of the others."""
+        """(m,) rows that must share one scale: each row of an elementwise cone its own, one for
+        each block of the others."""
         group = np.arange(self.m)
         for block in self.cones.blocks:
             if not block.elementwise:
@@ -155,7 +158,8 @@ class Program:
 
     @cached_property
     def parts(self) -> tuple[Tensor, Tensor, int]:
-        """The part of each variable (n,) and row (m,), and how many there are: nothing couples one part to another."""
+        """The part of each variable (n,) and row (m,), and how many there are: nothing couples one
+        part to another."""
         cone = self.scale_group.numpy()
         left = np.concatenate([self.A_cols, self.P_rows, self.n + np.arange(self.m)])
         right = np.concatenate([self.n + self.A_rows, self.P_cols, self.n + cone])
@@ -169,7 +173,8 @@ class Program:
 
     @cached_property
     def single_entry(self) -> Tensor:
-        """(m,) the column of the only entry of each zero or nonnegative row that has one, -1 for the others."""
+        """(m,) the column of the only entry of each zero or nonnegative row that has one, -1 for
+        the others."""
         column = np.full(self.m, -1)
         column[self.A_rows] = self.A_cols
         alone = (np.bincount(self.A_rows, minlength=self.m) == 1) & self.elementwise.numpy()
@@ -213,7 +218,8 @@ class Program:
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Values of a batch of cone programs on a Program's pattern; a leading dimension of 1 is shared by the batch.
+    """Values of a batch of cone programs on a Program's pattern; a leading dimension of 1 is shared
+    by the batch.
 
     Dense data hold whole matrices in place of the stored entries.
     """

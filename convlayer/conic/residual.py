@@ -46,7 +46,8 @@ class Range(NamedTuple):
 SIZES = Range(1e-2, 1e8)
 # The size of x by the objective alone, q / P.
 BY_COSTS = Range(1e-6, 1.0)
-# The size of x, and of y, beside the right-hand side and the costs that the residual is relative to.
+# The size of x, and of y, beside the right-hand side and the costs that the residual is relative
+# to.
 BESIDE = Range(1e-6, 1.0)
 
 
@@ -84,10 +85,12 @@ class Shear:
 
 @dataclass(frozen=True, eq=False)
 class Scaling:
-    """A change of units, row by row of the batch: x' = rho x / c, s' = rho e s, y' = tau y / e, so A' = e A c."""
+    """A change of units, row by row of the batch: x' = rho x / c, s' = rho e s, y' = tau y / e, so
+    A' = e A c."""
 
     c: Tensor | None  # (B or 1, n) one for each column of A, None for ones
-    e: Tensor  # (B or 1, m) one for each row of A; equal within a cone that is not elementwise, or sheared
+    # (B or 1, m) one for each row of A; equal within a cone that is not elementwise, or sheared
+    e: Tensor
     rho: Tensor  # (B, 1)
     tau: Tensor  # (B, 1)
     unbounded: (
@@ -146,7 +149,8 @@ class Scaling:
 
 
 def normalise(data: Data) -> tuple[Data, Scaling]:
-    """Units in which rows of A, the objective and the right-hand side have size one, so that every tolerance is relative."""
+    """Units in which rows of A, the objective and the right-hand side have size one, so that every
+    tolerance is relative."""
     natural = _units_of_logarithms(data)
     if natural is not None:
         c, e, shear = natural
@@ -188,7 +192,8 @@ def _normalised(data: Data) -> tuple[Data, Scaling]:
         rho = torch.where(top > 0, rho, by_costs)
     tau = _reciprocal(torch.maximum(q, P / rho))
     if unbounded is not None:
-        # The row in units of its bound, so that it brings no large number, nor its rounding, beside those of the others.
+        # The row in units of its bound, so that it brings no large number, nor its rounding, beside
+        # those of the others.
         units = torch.where(unbounded, 1 / BEYOND, 1.0)
         e, b = e * units, torch.where(unbounded, 1 / rho, scaled.b)
         scaled = replace(scaled, A=_times_rows(data, scaled.A, units), b=b)
@@ -205,9 +210,11 @@ def _in_units(data: Data, c: Tensor | None, e: Tensor) -> Data:
 
 
 def _units_of_logarithms(data: Data) -> tuple[Tensor, Tensor, Shear] | None:
-    """Units of the variables under a logarithm in which their costs are like those of the logarithms; None: they are as it is.
+    """Units of the variables under a logarithm in which their costs are like those of the
+    logarithms; None: they are as it is.
 
-    |S x|^2 - b'log x with S of 1e6 has x of 1e-6; no scale of its rows tells, as log is of no scale.
+    |S x|^2 - b'log x with S of 1e6 has x of 1e-6; no scale of its rows tells, as log is of no
+    scale.
     """
     logs = data.program.logarithms
     if logs is None:
@@ -244,16 +251,19 @@ def _largest_of_rows(data: Data, A: Tensor) -> Tensor:
 
 
 def _equilibrate(data: Data) -> tuple[Tensor | None, Tensor]:
-    """Column and row scales (c, e): rows of size one and, where columns differ much, Ruiz's iteration on both.
+    """Column and row scales (c, e): rows of size one and, where columns differ much, Ruiz's
+    iteration on both.
 
-    A column is measured by its constraints, and by P, relative to its largest entry, only where that is more: an auxiliary variable
-    t == Ax - b with a small coefficient is then brought to the size of Ax, whatever its weight in the objective, and a variable that
-    all but leaves its constraints is not blown up until its costs are all that is seen.
+    A column is measured by its constraints, and by P, relative to its largest entry, only where
+    that is more: an auxiliary variable t == Ax - b with a small coefficient is then brought to the
+    size of Ax, whatever its weight in the objective, and a variable that all but leaves its
+    constraints is not blown up until its costs are all that is seen.
     """
     A, elementwise = data.A.abs(), data.program.on(data.A.device)["elementwise"]
     sizes = _row_sizes(data, A)
     e = _reciprocal(sizes)
-    # A row with one entry, a bound, takes any scale: it says nothing about its column's. To rounding its sum is its largest entry.
+    # A row with one entry, a bound, takes any scale: it says nothing about its column's. To
+    # rounding its sum is its largest entry.
     bounds = (_row_sums(data, A) <= sizes) & elementwise
     columns = _column_sizes(data, _times_rows(data, A, e.masked_fill(bounds, 0.0)), "A")
     if _are_balanced(columns):
@@ -295,7 +305,8 @@ def _times_columns(data: Data, matrix: Tensor, c: Tensor, name: str) -> Tensor:
 
 
 def _row_sizes(data: Data, A: Tensor) -> Tensor:
-    """(B or 1, m) the largest entry of each row of |A|, the same within a cone that is not elementwise."""
+    """(B or 1, m) the largest entry of each row of |A|, the same within a cone that is not
+    elementwise."""
     program = data.program
     if not data.dense:
         index = program.on(A.device)
@@ -318,7 +329,8 @@ def _row_sums(data: Data, A: Tensor) -> Tensor:
 
 
 def _are_balanced(columns: Tensor) -> bool:
-    """Whether the sizes of columns, (B or 1, n), are within BALANCED of each other in every row of the batch, empty ones apart."""
+    """Whether the sizes of columns, (B or 1, n), are within BALANCED of each other in every row of
+    the batch, empty ones apart."""
     if not columns.numel():
         return True
     least, most = (end.item() for end in torch.aminmax(columns))
@@ -355,12 +367,14 @@ def rescale(data: Data, rho: Tensor, tau: Tensor) -> Data:
 def recentre(
     data: Data, scaling: Scaling, x: Tensor, y: Tensor, seen: Tensor | None = None
 ) -> tuple[Data, Scaling]:
-    """Units in which a point found in `data`'s units has |x| and |y| near one: there v = y - s tells active from inactive best.
+    """Units in which a point found in `data`'s units has |x| and |y| near one: there v = y - s
+    tells active from inactive best.
 
-    seen: (n,) the variables by whose size that of x is told, all by default: an auxiliary one may be free to be as large as it likes.
+    seen: (n,) the variables by whose size that of x is told, all by default: an auxiliary one may
+          be free to be as large as it likes.
 
-    Where x or y is all but zero, the right-hand side or the objective sets the unit, so that noise does not become of size one;
-    where it is absurdly large, it stays so.
+    Where x or y is all but zero, the right-hand side or the objective sets the unit, so that noise
+    does not become of size one; where it is absurdly large, it stays so.
     """
     q, P = data.largest_costs
     felt = x if seen is None or not bool(seen.any()) else x * seen
@@ -391,9 +405,10 @@ class Sizes(NamedTuple):
 def term_sizes(operators: Operators, x: Tensor, s: Tensor, y: Tensor, faint: Faint) -> Sizes:
     """|q| + |P||x| + |A|'|y|  and  |b| + |A||x| + |s|, entry by entry, the same within a cone that is not elementwise.
 
-    A large cost or bound hides no other row's error so. An entry counts for at least a share, `faint`, of the largest one of its part
-    of the program, whose rounding it may hold. In `recentre`'s units x and y are of size one: an iterate that is larger is far off any
-    scale of the problem, and gains nothing by it.
+    A large cost or bound hides no other row's error so. An entry counts for at least a share,
+    `faint`, of the largest one of its part of the program, whose rounding it may hold. In
+    `recentre`'s units x and y are of size one: an iterate that is larger is far off any scale of
+    the problem, and gains nothing by it.
     """
     program, absolute = operators.data.program, operators.absolute
     x, s, y = (part.abs().clamp(max=FARTHEST) for part in (x, s, y))
@@ -422,7 +437,8 @@ def _floor(least: Tensor, faint: Faint) -> Tensor:
 
 
 def largest_of_part(sizes: Tensor, part: str, program: Program) -> Tensor:
-    """The largest in each entry's own part of the program, (B, k), or (B, 1) where it has one part."""
+    """The largest in each entry's own part of the program, (B, k), or (B, 1) where it has one
+    part."""
     if program.parts[2] <= 1:
         return _greatest(sizes)
     return in_groups(sizes, program.on(sizes.device)[part], program.parts[2])
@@ -437,7 +453,8 @@ def in_groups(sizes: Tensor, group: Tensor, count: int) -> Tensor:
 
 
 def rounding(operators: Operators, s: Tensor, y: Tensor, sizes: Sizes) -> Sizes:
-    """How large the rounding in each entry of F is: that of its terms, and of y and s, which hold v's own in a curved cone.
+    """How large the rounding in each entry of F is: that of its terms, and of y and s, which hold
+    v's own in a curved cone.
 
     Away from the boundary of its cone one of them is v, and the other exactly zero.
     """
@@ -459,7 +476,8 @@ def residual(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(F1 (B, n), F2 (B, m), relative size (B,)).
 
-    Without sizes each entry is measured against its right-hand side and the size of x or y (A having entries of size one).
+    Without sizes each entry is measured against its right-hand side and the size of x or y (A
+    having entries of size one).
     """
     data = operators.data
     # F = (Px + q + A'y, Ax + s - b)
@@ -489,7 +507,8 @@ def _greatest(sizes: Tensor) -> Tensor:
 
 
 def _reciprocal_of_typical(sizes: Tensor, largest: Tensor) -> Tensor:
-    """(B, k), (B, 1) -> (B, 1), one over the geometric mean of the entries that are not zero; where all are, anything."""
+    """(B, k), (B, 1) -> (B, 1), one over the geometric mean of the entries that are not zero; where
+    all are, anything."""
     present = sizes > PRESENT * largest
     total = torch.where(present, sizes, 1.0).log().sum(1, keepdim=True)
     return (total / present.sum(1, keepdim=True)).neg().exp()

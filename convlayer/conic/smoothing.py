@@ -1,15 +1,19 @@
-"""The root of the smoothed residual map: the point of the central path at kappa, and with it a smooth derivative.
+"""The root of the smoothed residual map: the point of the central path at kappa, and with it a
+smooth derivative.
 
     minimise 1/2 x'Px + q'x + kappa f(s)  subject to Ax + s = b,     f the barrier of K, rows of the zero cone at s = 0
 
-With v = y - s, y = y_kappa(v) inside K* and s = s_kappa(v) inside K satisfy y = -kappa grad f(s) by construction, so that this is
+With v = y - s, y = y_kappa(v) inside K* and s = s_kappa(v) inside K satisfy y = -kappa grad f(s) by
+construction, so that this is
 
     F_kappa(x, v) = [ Px + q + A'y ;  Ax + s - b ] = 0,     J = [ P  A'D ;  A  D - I ],  D = dy/dv, between 0 and I:
 
-the residual map of `polish` with other y, s and D, and hence its systems, its Newton step and its adjoint. The path exists
-where primal and dual have strictly feasible points; elsewhere the root is at infinity.
+the residual map of `polish` with other y, s and D, and hence its systems, its Newton step and its
+adjoint. The path exists where primal and dual have strictly feasible points; elsewhere the root is
+at infinity.
 
-Source: Chen and Mangasarian (1996) for smoothing a projection; Nesterov and Nemirovskii (1994) for the path.
+Source: Chen and Mangasarian (1996) for smoothing a projection; Nesterov and Nemirovskii (1994) for
+        the path.
 """
 
 from __future__ import annotations
@@ -28,7 +32,8 @@ STEPS = 50
 HALVINGS = 30
 # Share of the promised descent that a step must keep.
 DESCENT = 1e-4
-# A Newton step longer than this share of the point says that the root is elsewhere, whatever the residual.
+# A Newton step longer than this share of the point says that the root is elsewhere, whatever the
+# residual.
 AWAY = 1e-3
 
 
@@ -41,10 +46,12 @@ def smoothed(
     visible: Visible,
     units: Tensor | None,
 ) -> Root:
-    """The root of F_kappa, from solutions (x, s, y) of the program itself, with what its derivative needs.
+    """The root of F_kappa, from solutions (x, s, y) of the program itself, with what its derivative
+    needs.
 
-    A row where it was not found has a residual above 1e-12. Where there is none, the residual falls for ever as the points run
-    away, and each Newton step is as long as the point: its length counts as residual where it is not short.
+    A row where it was not found has a residual above 1e-12. Where there is none, the residual falls
+    for ever as the points run away, and each Newton step is as long as the point: its length counts
+    as residual where it is not short.
 
     kappa: positive, in the units of the operators' data.
     visible, units: as in `polish`.
@@ -102,7 +109,8 @@ def _at(operators: Operators, x: Tensor, v: Tensor, kappa: float) -> ResidualPoi
 def _shortened(
     operators: Operators, now: ResidualPoint, dx: Tensor, dv: Tensor, kappa: float
 ) -> tuple[ResidualPoint, Tensor]:
-    """The first of the halved steps by which |F| falls enough, row by row, and (B,) whether there was one."""
+    """The first of the halved steps by which |F| falls enough, row by row, and (B,) whether there
+    was one."""
     length, before, new = torch.ones_like(now.size), _merit(now), now
     waiting = torch.arange(len(length), device=length.device)
     for _ in range(HALVINGS):
@@ -127,8 +135,8 @@ def _merit(point: ResidualPoint) -> Tensor:
 
 
 def _alone(operators: Operators, point: ResidualPoint) -> Tensor:
-    """The step (I - D)^-1 F2 that v would take without x, (B, m): where I - D is lost to rounding J is singular, and its own
-    step, orthogonal to the null space, says nothing."""
+    """The step (I - D)^-1 F2 that v would take without x, (B, m): where I - D is lost to rounding J
+    is singular, and its own step, orthogonal to the null space, says nothing."""
     free = (1 - point.spectrum.values).clamp(min=torch.finfo(point.v.dtype).eps)
     return torch.where(
         operators.data.program.equalities.to(free.device),

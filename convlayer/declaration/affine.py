@@ -1,8 +1,10 @@
-"""CVXPY expression -> Table: an affine map of the variables whose coefficients are affine in the parameters, kept sparse and exact.
+"""CVXPY expression -> Table: an affine map of the variables whose coefficients are affine in the
+parameters, kept sparse and exact.
 
     row i:   sum over entries e with row_e = i of  coefficient_e * theta[parameter_e] * x[variable_e]
 
-Entries are numbered as CVXPY stacks them, column-major, variables and parameters each in one long vector; NONE stands for 1.
+Entries are numbered as CVXPY stacks them, column-major, variables and parameters each in one long
+vector; NONE stands for 1.
 """
 
 from __future__ import annotations
@@ -41,14 +43,17 @@ from convlayer.declaration.cvxpy_internals import (
 )
 from convlayer.declaration.graph import Contents, arguments_first
 
-# In the place of a variable or a parameter, where an entry has none: an index that finds the 1 behind a long vector.
+# In the place of a variable or a parameter, where an entry has none: an index that finds the 1
+# behind a long vector.
 NONE = -1
 # The longest running sum that is read: its matrix is a full triangle.
 LONGEST_RUNNING_SUM = 2000
-# A reader gives up when its tables, or the terms of one product, hold more entries than these and so many for each entry
-# of what they are made of: the problem then goes the generic way, whose map CVXPY makes.
+# A reader gives up when its tables, or the terms of one product, hold more entries than these and
+# so many for each entry of what they are made of: the problem then goes the generic way, whose map
+# CVXPY makes.
 ENTRIES_AT_LEAST, ENTRIES_A_LEAF = 10_000_000, 8
-# Tables of at most so many entries may keep duplicates until they are asked for: adding them up would cost more.
+# Tables of at most so many entries may keep duplicates until they are asked for: adding them up
+# would cost more.
 FEW_ENTRIES = 64
 
 
@@ -266,7 +271,8 @@ def _one_of_two(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 class Reader:
-    """Reads the tables of a problem's affine expressions: each part of them once, wherever it is used, arguments first."""
+    """Reads the tables of a problem's affine expressions: each part of them once, wherever it is
+    used, arguments first."""
 
     def __init__(
         self, variables: Sequence[cp.Variable], parameters: Sequence[cp.Parameter]
@@ -282,7 +288,8 @@ class Reader:
         self.contents = Contents()
 
     def table(self, expression: Any) -> Table:
-        """The rows of `expression` in column-major order. UnsupportedError: its map cannot be read, or not within reason."""
+        """The rows of `expression` in column-major order. UnsupportedError: its map cannot be read,
+        or not within reason."""
         if id(expression) not in self._memory:
             for part in arguments_first([expression], self._is_open):
                 if id(part) not in self._memory:
@@ -332,7 +339,8 @@ class Reader:
         return self._by_cvxpy(expression)
 
     def operator(self, expression: Any) -> tuple[Table, list[Any]]:
-        """An affine atom as a map of its arguments: (table whose variables are their entries, the arguments that have variables)."""
+        """An affine atom as a map of its arguments: (table whose variables are their entries, the
+        arguments that have variables)."""
         moving = [argument for argument in expression.args if self.contents.variables(argument)]
         moving = list({id(argument): argument for argument in moving}.values())
         standins = {id(argument): cp.Variable(argument.shape) for argument in moving}
@@ -430,7 +438,8 @@ def _leaf(start: int, size: int, variable: bool) -> Table:
 
 
 def _gather(expression: Any, tables: list[Table]) -> Table:
-    """An atom that moves entries about, read off by moving their numbers, 1, 2, ...; 0 is a zero."""
+    """An atom that moves entries about, read off by moving their numbers, 1, 2, ...; 0 is a
+    zero."""
     sizes = np.concatenate([[0], np.cumsum([a.size for a in expression.args])]).astype(int)
     numbers = [
         np.arange(start + 1, stop + 1, dtype=float).reshape(argument.shape, order="F")
@@ -470,7 +479,8 @@ def _widen(table: Table, shape: tuple[int, ...], wanted: tuple[int, ...]) -> Tab
 
 
 def _product(left: Table, right: Table, expression: Any) -> Table:
-    """left and right with as many rows: row by row, as a table of two factors of which one has no variable."""
+    """left and right with as many rows: row by row, as a table of two factors of which one has no
+    variable."""
     factor, argument = (left, right) if not (left.variable != NONE).any() else (right, left)
     if (factor.variable != NONE).any():
         raise UnsupportedError(f"`{type(expression).__name__}` of two variables")
@@ -505,7 +515,8 @@ def _matmul(expression: Any, tables: list[Table]) -> Table:
     columns = expression.args[1].shape[1] if len(expression.args[1].shape) == 2 else 1
     if (left.variable != NONE).any() and (right.variable != NONE).any():
         raise UnsupportedError("a product of two variables")
-    # Pairs of entries with the same j: those of the right factor, each with the column j of the left one.
+    # Pairs of entries with the same j: those of the right factor, each with the column j of the
+    # left one.
     j, k = right.row % inner, right.row // inner
     theirs, ours = _pairs(j, _groups(left.row // rows, inner))
     return Table(
@@ -519,7 +530,8 @@ def _matmul(expression: Any, tables: list[Table]) -> Table:
 
 # Atoms that move entries about, and leave their values as they are.
 _GATHERS = (index, special_index, reshape, transpose, Promote, broadcast_to, Vstack, Hstack, Concatenate, diag_vec, diag_mat, upper_tri)  # fmt: skip
-# How the table of an atom is made of its arguments' tables; of every other atom through CVXPY's own matrix of it.
+# How the table of an atom is made of its arguments' tables; of every other atom through CVXPY's own
+# matrix of it.
 _READERS: list[tuple[Any, Callable[[Any, list[Table]], Table]]] = [
     (_GATHERS, _gather),
     (AddExpression, _add),

@@ -1,4 +1,5 @@
-"""What a call is given: parameters by position, by name or by their CVXPY object; numbers and arrays; shapes and batch."""
+"""What a call is given: parameters by position, by name or by their CVXPY object; numbers and
+arrays; shapes and batch."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from torch import Tensor
 def ordered(
     parameters: Sequence[cp.Parameter], given: tuple[Any, ...], named: Mapping[str, Any]
 ) -> tuple[Any, ...]:
-    """The values in the order of the parameters. A dictionary alone may hold them by parameter, or by name."""
+    """The values in the order of the parameters. A dictionary alone may hold them by parameter, or
+    by name."""
     by_place: dict[int, Any] = {}
     if len(given) == 1 and isinstance(given[0], Mapping):
         by_place, given = _by_key(parameters, given[0]), given[1:]
@@ -68,9 +70,11 @@ def _listed(parameters: Sequence[cp.Parameter]) -> str:
 
 
 def tensors(parameters: Sequence[cp.Parameter], given: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Numbers for scalar parameters and arrays of floating point as tensors, where the others are; the rest as it is.
+    """Numbers for scalar parameters and arrays of floating point as tensors, where the others are;
+    the rest as it is.
 
-    A number has no dtype of its own: it takes that of the tensors and arrays, or torch's default one.
+    A number has no dtype of its own: it takes that of the tensors and arrays, or torch's default
+                                      one.
     """
     if all(isinstance(value, Tensor) for value in given):
         return given
@@ -126,7 +130,8 @@ def _promoted(given: Sequence[Tensor]) -> torch.dtype:
 
 
 def batch_shape(parameters: Sequence[cp.Parameter], given: Sequence[Any]) -> tuple[int, ...]:
-    """The batch that the values of all parameters make. TypeError and ValueError for what is no value of its parameter."""
+    """The batch that the values of all parameters make. TypeError and ValueError for what is no
+    value of its parameter."""
     if len(given) != len(parameters):
         raise ValueError(
             f"The layer takes {len(parameters)} tensors ({_listed(parameters)}); got {len(given)}."
@@ -161,7 +166,8 @@ def _refuse_columns(
     shapes: Sequence[tuple[int, ...]],
     batched: Sequence[tuple[int, ...]],
 ) -> None:
-    """A scalar for each row of a batch, as a column: a linear head returns it so, and it would make every row meet every scalar."""
+    """A scalar for each row of a batch, as a column: a linear head returns it so, and it would make
+    every row meet every scalar."""
     for parameter, shape in zip(parameters, shapes, strict=True):
         if not parameter.shape and len(shape) > 1 and shape[-1] == 1 and shape[:-1] in batched:
             name, batch = parameter.name(), shape[:-1]

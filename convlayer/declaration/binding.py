@@ -1,7 +1,8 @@
 """From the user's parameters to a kernel's inputs: affine maps that are views where they can be.
 
-A Binding is compiled once from entries (target, parameter entry, coefficient) and applied at every call, in plain torch
-operations, so that its derivative is torch's. A whole Parameter is passed as it is, transposed or scaled; the rest is gathered.
+A Binding is compiled once from entries (target, parameter entry, coefficient) and applied at every
+call, in plain torch operations, so that its derivative is torch's. A whole Parameter is passed as
+it is, transposed or scaled; the rest is gathered.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from convlayer.declaration.affine import NONE, Table
 
 
 class Kept(dict):
-    """Constant arrays as tensors, made once for each dtype and device; neither copied nor pickled."""
+    """Constant arrays as tensors, made once for each dtype and device; neither copied nor
+    pickled."""
 
     def tensor(self, key: Hashable, array: np.ndarray, like: Tensor) -> Tensor:
         """On the device of `like`, and of its dtype unless the array holds integers."""
@@ -51,7 +53,8 @@ class _Piece:
 
 
 class Binding:
-    """An affine map (values of all parameters) -> (B or 1, *shape), B where one of its parameters is batched."""
+    """An affine map (values of all parameters) -> (B or 1, *shape), B where one of its parameters
+    is batched."""
 
     def __init__(
         self,

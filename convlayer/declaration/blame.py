@@ -1,8 +1,9 @@
 """Which sub-expression breaks a rule: from the objective or a constraint down to the atom at fault.
 
-A rule asks an expression to be convex, concave or affine (log-log convex and so on in a geometric program). What it asks of an atom's
-argument follows: of an increasing convex atom a convex one, of a decreasing one a concave one, else an affine one. Followed downwards
-this leads to `log(x)` in `Minimize(sum_squares(x) + log(x))`, where the sum as a whole is what CVXPY refuses.
+A rule asks an expression to be convex, concave or affine (log-log convex and so on in a geometric
+program). What it asks of an atom's argument follows: of an increasing convex atom a convex one, of
+a decreasing one a concave one, else an affine one. Followed downwards this leads to `log(x)` in
+`Minimize(sum_squares(x) + log(x))`, where the sum as a whole is what CVXPY refuses.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import cvxpy as cp
 
 from convlayer.declaration.cvxpy_internals import scopes
 
-# What a rule asks of an expression, in the words that CVXPY's own questions end with: is_convex, is_atom_log_log_concave.
+# What a rule asks of an expression, in the words that CVXPY's own questions end with: is_convex,
+# is_atom_log_log_concave.
 CONVEX, CONCAVE, AFFINE = "convex", "concave", "affine"
 # The two sets of rules: of convex programs, and of log-log convex ones.
 DCP, DGP = "dcp", "dgp"
@@ -50,7 +52,8 @@ class Fault:
 
 
 def faults(problem: cp.Problem, rules: str, dpp: bool) -> Iterator[Fault | tuple[str, Any]]:
-    """Every part of the problem that CVXPY refuses: its fault, or where no single expression breaks a rule the part itself."""
+    """Every part of the problem that CVXPY refuses: its fault, or where no single expression breaks
+    a rule the part itself."""
     for place, item, expressions, wanted in _parts(problem):
         with _scope(place, dpp):
             if item.is_dcp() if rules == DCP else item.is_dgp():
@@ -103,7 +106,8 @@ class _Search:
         self.known: dict[tuple[int, str], list[tuple[Any, str]] | None] = {}
 
     def path(self, e: Any, wanted: str) -> list[tuple[Any, str]] | None:
-        """(expression, what was asked of it) from here to the culprit; None where nothing is wrong."""
+        """(expression, what was asked of it) from here to the culprit; None where nothing is
+        wrong."""
         key = (id(e), wanted)
         if key not in self.known:
             self.known[key] = None

@@ -1,7 +1,9 @@
-"""What convlayer takes of CVXPY beside its documented interface, all of it here: a new version of CVXPY is checked against this list.
+"""What convlayer takes of CVXPY beside its documented interface, all of it here: a new version of
+CVXPY is checked against this list.
 
-Atoms and constraints are classes that an expression's parts are instances of; reductions are the stages by which CVXPY makes a cone
-program. `tests/test_architecture.py` holds that no other module reaches inside.
+Atoms and constraints are classes that an expression's parts are instances of; reductions are the
+stages by which CVXPY makes a cone program. `tests/test_architecture.py` holds that no other module
+reaches inside.
 """
 
 from cvxpy.atoms.affine.add_expr import AddExpression

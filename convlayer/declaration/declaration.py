@@ -128,8 +128,8 @@ class Declaration:
         return {**self.__dict__, **made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # CVXPY numbers variables and parameters by a counter of the process: those that canonicalisation adds must not take
-        # the numbers of the ones that came with the pickle.
+        # CVXPY numbers variables and parameters by a counter of the process: those that
+        # canonicalisation adds must not take the numbers of the ones that came with the pickle.
         lin_utils.ID_COUNTER.count = max(lin_utils.ID_COUNTER.count, state.pop("_next"))
         self.__dict__.update(state)
         self._lock = threading.Lock()

@@ -1,4 +1,5 @@
-"""Refusals at construction: what cannot be a layer, which sub-expression is at fault, and what to write instead."""
+"""Refusals at construction: what cannot be a layer, which sub-expression is at fault, and what to
+write instead."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ class ProblemError(ValueError):
 
 @contextmanager
 def within_recursion_limit() -> Iterator[None]:
-    """CVXPY walks expressions by recursion: ProblemError for one that is deeper than Python follows."""
+    """CVXPY walks expressions by recursion: ProblemError for one that is deeper than Python
+    follows."""
     try:
         yield
     except RecursionError:
@@ -34,7 +36,8 @@ def within_recursion_limit() -> Iterator[None]:
 def check_arguments(
     problem: cp.Problem, parameters: Sequence[cp.Parameter], variables: Sequence[cp.Variable]
 ) -> dict[int, Any]:
-    """Parameters and variables must be the problem's own. Returns dual variable id -> the constraint it belongs to."""
+    """Parameters and variables must be the problem's own. Returns dual variable id -> the
+    constraint it belongs to."""
     if not isinstance(problem, cp.Problem):
         raise TypeError(f"`problem` must be a cvxpy.Problem; got {type(problem).__name__}.")
     _check_lists(parameters, variables)
@@ -111,7 +114,8 @@ def _check_parameters(problem: cp.Problem, parameters: Sequence[cp.Parameter]) -
 
 
 def check_attributes(problem: cp.Problem) -> None:
-    """Refuse attributes that were set on a variable or a parameter after it was made: CVXPY reads them then, and drops these."""
+    """Refuse attributes that were set on a variable or a parameter after it was made: CVXPY reads
+    them then, and drops these."""
     for leaf in (*problem.variables(), *problem.parameters()):
         kind = "Variable" if isinstance(leaf, cp.Variable) else "Parameter"
         late = [name for name in leaf.attributes if name != "bounds" and name in vars(leaf)]
@@ -126,7 +130,8 @@ def check_attributes(problem: cp.Problem) -> None:
 
 
 def check_convexity(problem: cp.Problem, gp: bool) -> None:
-    """Refuse what is not a parametrised convex problem, naming the first sub-expression at fault."""
+    """Refuse what is not a parametrised convex problem, naming the first sub-expression at
+    fault."""
     for variable in problem.variables():
         if variable.attributes["boolean"] or variable.attributes["integer"]:
             raise ProblemError(
@@ -184,7 +189,8 @@ def _quote(names: Sequence[str]) -> str:
 
 
 def _located(problem: cp.Problem, rules: str, dpp: bool, otherwise: str = "") -> str:
-    """Where, what and what to write instead, of the first part at fault; `otherwise` goes before words that are of rules in general."""
+    """Where, what and what to write instead, of the first part at fault; `otherwise` goes before
+    words that are of rules in general."""
     for fault in faults(problem, rules, dpp):
         if not isinstance(fault, Fault):
             place, item = fault

@@ -1,4 +1,5 @@
-"""Declared domains of parameters (sign, symmetry, PSD, bounds, sparsity), checked on the values given, row by row."""
+"""Declared domains of parameters (sign, symmetry, PSD, bounds, sparsity), checked on the values
+given, row by row."""
 
 from __future__ import annotations
 
@@ -11,13 +12,15 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-# The attributes of a parameter that are about the sign of its entries, and those of a matrix that equals its transpose.
+# The attributes of a parameter that are about the sign of its entries, and those of a matrix that
+# equals its transpose.
 SIGNS = frozenset(("nonneg", "pos", "nonpos", "neg"))
 MATRICES = frozenset(("symmetric", "PSD", "NSD"))
 
 
 def is_symmetric(parameter: cp.Parameter) -> bool:
-    """Whether it is declared to equal its transpose: its entries across the diagonal are then one."""
+    """Whether it is declared to equal its transpose: its entries across the diagonal are then
+    one."""
     return len(parameter.shape) >= 2 and any(parameter.attributes[name] for name in MATRICES)
 
 
@@ -31,7 +34,8 @@ def declared(parameter: cp.Parameter) -> frozenset[str]:
 
 
 def plainly_inside(domain: frozenset[str], value: Tensor) -> bool:
-    """One look at a whole tensor that settles nearly every call: finite, and within what is declared. False: look closer."""
+    """One look at a whole tensor that settles nearly every call: finite, and within what is
+    declared. False: look closer."""
     if value.numel() == 1:
         number = value.item()
         return math.isfinite(number) and domain <= SIGNS and _sign_is_right(domain, number, number)
@@ -41,9 +45,11 @@ def plainly_inside(domain: frozenset[str], value: Tensor) -> bool:
 
 
 def violations(parameter: cp.Parameter, value: Tensor) -> Iterator[tuple[Tensor, str]]:
-    """(rows (B,) outside a declared domain, what is wrong and the remedy) for a value of shape (B, *parameter.shape).
+    """(rows (B,) outside a declared domain, what is wrong and the remedy) for a value of shape (B,
+    *parameter.shape).
 
-    Tolerances are relative to the row's largest entry: 1e-9 in float64, 1e-5 in float32, ten roundings in half.
+    Tolerances are relative to the row's largest entry: 1e-9 in float64, 1e-5 in float32, ten
+    roundings in half.
     """
     value = value.detach()
     flat = value.unsqueeze(-1).flatten(1)
@@ -161,12 +167,14 @@ def _plainly_inside(domain: frozenset[str], value: Tensor) -> bool:
 
 
 def relative(dtype: torch.dtype) -> float:
-    """What a parameter's entries may be off by, relative to the largest: rounding, and that of what they were made of."""
+    """What a parameter's entries may be off by, relative to the largest: rounding, and that of what
+    they were made of."""
     return {torch.float64: 1e-9, torch.float32: 1e-5}.get(dtype, 10 * torch.finfo(dtype).eps)
 
 
 def _nearly_symmetric(value: Tensor) -> bool:
-    """To rounding, as L.mT @ L is: measured by the row of the batch whose largest entry is the least."""
+    """To rounding, as L.mT @ L is: measured by the row of the batch whose largest entry is the
+    least."""
     flat = value.flatten(1)
     least = torch.maximum(flat.amax(1), -flat.amin(1)).min().item()
     return (value - value.mT).abs().max().item() <= relative(value.dtype) * least

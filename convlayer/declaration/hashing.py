@@ -1,9 +1,11 @@
-"""A name for a declaration that is its content: the same in every process and on every machine, for equal declarations alone.
+"""A name for a declaration that is its content: the same in every process and on every machine, for
+equal declarations alone.
 
-The digest of a node of the expression graph is made of its type, its attributes and the digests of what it holds. Parameters count by
-their place among the layer's, variables by their first appearance, constants by their bytes; names, labels, values and CVXPY's numbers
-do not count. Every node is read once, however often it is shared, and without recursion. What cannot be read as content (an atom or a
-solver of the user's own, a callback) makes the declaration unlike any other.
+The digest of a node of the expression graph is made of its type, its attributes and the digests of
+what it holds. Parameters count by their place among the layer's, variables by their first
+appearance, constants by their bytes; names, labels, values and CVXPY's numbers do not count. Every
+node is read once, however often it is shared, and without recursion. What cannot be read as content
+(an atom or a solver of the user's own, a callback) makes the declaration unlike any other.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from convlayer.declaration.cvxpy_internals import Leaf, Objective
 FORMAT = 1
 # What is read as a node of the graph, by its type, its attributes and its arguments.
 NODES = (cp.Expression, cp.Constraint, Objective)
-# Attributes of a node that are no content: what CVXPY numbers, derives from the rest, or found out before.
+# Attributes of a node that are no content: what CVXPY numbers, derives from the rest, or found out
+# before.
 PASSING = frozenset(
     ("args", "id", "constr_id", "dual_variables", "_label", "_expr", "approx_error")
 )

@@ -28,8 +28,8 @@ def bad_rows(
     validate: bool,
     vouched: frozenset[int] = frozenset(),
 ) -> BadRows:
-    """validate: look at the declared domains too. Of parameters that are vouched for the kernel sees
-    whether they are semidefinite."""
+    """validate: look at the declared domains too. Of parameters that are vouched for the kernel
+    sees whether they are semidefinite."""
     found: list[tuple[Tensor, str]] = []
     with torch.no_grad(), few_threads(sum(value.numel() for value in values)):
         for k, value in enumerate(values):

@@ -335,7 +335,8 @@ def _without_affine_parts(expression: Any) -> Any:
     opened: set[int] = set()
 
     def is_open(part: Any) -> bool:
-        """Neither affine, Parameters taken for numbers, nor a constraint that an indicator holds."""
+        """Neither affine, Parameters taken for numbers, nor a constraint that an indicator
+        holds."""
         if isinstance(part, cp.Expression) and not part.is_affine():
             opened.add(id(part))
         return id(part) in opened

@@ -1,7 +1,9 @@
-"""What to write instead: for each usual way to leave disciplined convex programming a sentence that names the cause and the remedy.
+"""What to write instead: for each usual way to leave disciplined convex programming a sentence that
+names the cause and the remedy.
 
-A rule is a function of a fault and of one expression on its path, which answers with a sentence or None. `remedy` asks those that know
-an idiom first, then those that know a kind of atom, and last says which rule was broken.
+A rule is a function of a fault and of one expression on its path, which answers with a sentence or
+None. `remedy` asks those that know an idiom first, then those that know a kind of atom, and last
+says which rule was broken.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ Rule = Callable[[Fault, Any], "str | None"]
 
 
 def remedy(fault: Fault) -> tuple[str, bool]:
-    """A sentence on the cause and one on what to write, and whether they are of this very case rather than of rules in general."""
+    """A sentence on the cause and one on what to write, and whether they are of this very case
+    rather than of rules in general."""
     tiers = (_GEOMETRIC,) if fault.rules == DGP else (_IDIOMS, _ATOMS)
     for tier in tiers:
         for expression in reversed(fault.path):
@@ -77,7 +80,8 @@ def _terms(e: Any) -> list[Any]:
     return [plain(term) for term in e.args] if _kind(e) == "AddExpression" else [plain(e)]
 
 
-# Idioms -----------------------------------------------------------------------------------------------------------------
+# Idioms
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def _exponent(fault: Fault, e: Any) -> str | None:
@@ -276,7 +280,8 @@ def _bound_through_a_function(fault: Fault, e: Any) -> str | None:
     return f"`{spelled(item)}` bounds {_text(e)} from the side on which it is not {fault.wanted}. Write `{spelled(e.args[0])} {sign} {side}`{how}."
 
 
-# Atoms ------------------------------------------------------------------------------------------------------------------
+# Atoms
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def _product_of_variables(fault: Fault, e: Any) -> str | None:
@@ -521,7 +526,8 @@ _ATOMS: tuple[Rule, ...] = (
 )
 
 
-# Geometric programs -----------------------------------------------------------------------------------------------------
+# Geometric programs
+# -----------------------------------------------------------------------------------------------------
 
 
 def _leaf(fault: Fault, e: Any) -> str | None:
@@ -576,7 +582,8 @@ def _sum_where_a_monomial_is_wanted(fault: Fault, e: Any) -> str | None:
 _GEOMETRIC: tuple[Rule, ...] = (_leaf, _difference, _sum_where_a_monomial_is_wanted)
 
 
-# The rules themselves ---------------------------------------------------------------------------------------------------
+# The rules themselves
+# ---------------------------------------------------------------------------------------------------
 
 
 def _by_the_rules(fault: Fault) -> str:

@@ -1,8 +1,10 @@
-"""CVXPY expressions and constraints as their user spells them: `sum_squares(x)`, not `quad_over_lin(x, 1.0, None, False)`.
+"""CVXPY expressions and constraints as their user spells them: `sum_squares(x)`, not
+`quad_over_lin(x, 1.0, None, False)`.
 
-CVXPY rewrites what it is given while it is given, so some spellings are lost: `x**2` and `square(x)` are one thing, and are written the
-shorter way. Names of leaves are kept. A constant without a name is written out while it is short, else by its shape.
-Nothing here fails, whatever the expression, and nothing takes long: a text has at most so many atoms, and dots for the rest.
+CVXPY rewrites what it is given while it is given, so some spellings are lost: `x**2` and
+`square(x)` are one thing, and are written the shorter way. Names of leaves are kept. A constant
+without a name is written out while it is short, else by its shape. Nothing here fails, whatever the
+expression, and nothing takes long: a text has at most so many atoms, and dots for the rest.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ DIGITS = 4
 # A constant of more entries is said by its size.
 MOST_ENTRIES = 4
 
-# How tightly a text holds together, from the loosest: what is looser than its surroundings gets brackets.
+# How tightly a text holds together, from the loosest: what is looser than its surroundings gets
+# brackets.
 SUM, PRODUCT, SIGN, POWER, ATOM = range(5)
 
 # By CVXPY's class the user's function; nothing: its argument stands alone.
@@ -50,7 +53,8 @@ NAMED = {
     "Hstack": "hstack",
     "Vstack": "vstack",
 }
-# By the user's function the attributes that are written behind the arguments, where CVXPY would write others.
+# By the user's function the attributes that are written behind the arguments, where CVXPY would
+# write others.
 COUNTED = {
     "sum_largest": ("k",),
     "lambda_sum_largest": ("k",),
@@ -87,7 +91,8 @@ def is_scaled_squares(expression: Any) -> bool:
 
 
 def exponent_of(expression: Any) -> Any:
-    """Of a power: the number, or the user's expression where a Parameter enters it; None of anything else."""
+    """Of a power: the number, or the user's expression where a Parameter enters it; None of
+    anything else."""
     if type(expression).__name__ not in ("Power", "PowerApprox"):
         return None
     exponent = expression.p
@@ -164,7 +169,8 @@ class _Speller:
     def stacked(self, args: Sequence[Any]) -> str:
         return f"[{', '.join(self.text(a) for a in args)}]"
 
-    # Sums and products ------------------------------------------------------------------------------------------------
+    # Sums and products
+    # ------------------------------------------------------------------------------------------------
 
     def of_AddExpression(self, e: Any) -> tuple[str, int]:
         parts = []
@@ -225,7 +231,8 @@ class _Speller:
                 return f"trace({self.text(a, PRODUCT)} @ {self.text(b.args[0], SIGN)})", ATOM
         return self.call("sum", e.args, *_axes(e)), ATOM
 
-    # Powers and norms -------------------------------------------------------------------------------------------------
+    # Powers and norms
+    # -------------------------------------------------------------------------------------------------
 
     def of_Power(self, e: Any) -> tuple[str, int]:
         exponent = exponent_of(e)
@@ -263,7 +270,8 @@ class _Speller:
             return self.call("pos", e.args[:1]), ATOM
         return self.call("maximum", e.args), ATOM
 
-    # Shapes -----------------------------------------------------------------------------------------------------------
+    # Shapes
+    # -----------------------------------------------------------------------------------------------------------
 
     def of_index(self, e: Any) -> tuple[str, int]:
         shape = e.args[0].shape

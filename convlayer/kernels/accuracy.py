@@ -1,8 +1,9 @@
 """How accurately a linear system was solved, and what that makes of a row.
 
-Two measures. The residual, relative to the terms that it is the sum of, says whether the equations hold. How far the solution
-may be off is seen by one more solve, with the residual and two samples of what rounding makes of its terms; it is asked
-only where the system is so nearly singular that a residual of rounding could hide an error that matters.
+Two measures. The residual, relative to the terms that it is the sum of, says whether the equations
+hold. How far the solution may be off is seen by one more solve, with the residual and two samples
+of what rounding makes of its terms; it is asked only where the system is so nearly singular that a
+residual of rounding could hide an error that matters.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def _waves(n: int, device: torch.device) -> Tensor:
 
 
 def rounding_samples(terms: Tensor) -> Tensor:
-    """(F, k, n) -> (F, 2 k, n): two samples of what rounding makes of sums of terms of these sizes."""
+    """(F, k, n) -> (F, 2 k, n): two samples of what rounding makes of sums of terms of these
+    sizes."""
     waves = _waves(terms.shape[2], terms.device)
     return (ACCURACY.rounding * terms.unsqueeze(1) * waves).flatten(1, 2)
 
@@ -74,18 +76,21 @@ def relative_residual(error: Tensor, *terms: Tensor) -> Tensor:
 
 
 def relative_to(off: Tensor, size: Tensor, data: Tensor) -> Tensor:
-    """An error of a solution of this size, relative to it; to a share of the data where it is next to nothing."""
+    """An error of a solution of this size, relative to it; to a share of the data where it is next
+    to nothing."""
     scale = torch.maximum(size, ACCURACY.floor * data)
     return off / scale.clamp(min=torch.finfo(off.dtype).tiny)
 
 
 def corrections_for(size: float, enough: tuple[tuple[float, int], ...]) -> int:
-    """How many corrections a factor needs whose inverse is of this size; `enough`: pairs (size up to which, so many)."""
+    """How many corrections a factor needs whose inverse is of this size; `enough`: pairs (size up
+    to which, so many)."""
     return next((count for limit, count in enough if size <= limit), enough[-1][1])
 
 
 def accuracy_status(residual: Tensor, error: Tensor | None, precision: float = 0.0) -> Tensor:
-    """The status of rows by their residuals and, where it was estimated, by how far their solutions are off.
+    """The status of rows by their residuals and, where it was estimated, by how far their solutions
+    are off.
 
     precision: of the data; no more is asked of a residual or a solution.
     """

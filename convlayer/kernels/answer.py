@@ -13,7 +13,8 @@ from convlayer.solution import Status
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """The solution of a batch by a kernel; None stands for what holds for every row of a closed form."""
+    """The solution of a batch by a kernel; None stands for what holds for every row of a closed
+    form."""
 
     # (B, ...) each: the primal solution, then the duals, as the kernel's docstring says.
     outputs: tuple[Tensor, ...]
@@ -50,10 +51,12 @@ class Answer:
         )
 
     def again(self, *inputs: Tensor | None) -> Answer:
-        """The same answer for the same inputs, in plain torch operations with the kernel's own factor: its first and second
-        derivatives are those of the solution, in forward and in reverse mode. A third is not.
+        """The same answer for the same inputs, in plain torch operations with the kernel's own
+        factor: its first and second derivatives are those of the solution, in forward and in
+        reverse mode. A third is not.
 
-        Where no input was to be differentiated, what is made of the outputs may be: they are constants."""
+        Where no input was to be differentiated, what is made of the outputs may be: they are
+        constants."""
         if self.local is not None:
             return replace(self, outputs=self.local(*inputs))
         return (
@@ -66,5 +69,6 @@ class Answer:
 
 
 def answered(at: Answer | None, kernel: Callable[..., Answer], *inputs: Tensor | None) -> Answer:
-    """The kernel's answer; with `at`, that answer as a function of the inputs, for second derivatives and forward mode."""
+    """The kernel's answer; with `at`, that answer as a function of the inputs, for second
+    derivatives and forward mode."""
     return kernel(*inputs) if at is None else at.again(*inputs)

@@ -1,6 +1,8 @@
-"""Products and sums of batches in which one row may stand for all; several kernels compute with them.
+"""Products and sums of batches in which one row may stand for all; several kernels compute with
+them.
 
-Vectors are rows, (F, k, n): F matrices, and k right-hand sides for each. Products with rows are the faster ones.
+Vectors are rows, (F, k, n): F matrices, and k right-hand sides for each. Products with rows are the
+faster ones.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ def add_rows(whole: Tensor, index: Tensor, part: Tensor) -> Tensor:
 
 
 def regrouped(rows: Tensor, factors: int) -> Tensor:
-    """(F, k, n) -> (factors, F k / factors, n): the same rows as right-hand sides of so many matrices."""
+    """(F, k, n) -> (factors, F k / factors, n): the same rows as right-hand sides of so many
+    matrices."""
     if len(rows) == factors:
         return rows
     k = len(rows) * rows.shape[1] // factors if factors else 0
@@ -44,7 +47,8 @@ def regrouped(rows: Tensor, factors: int) -> Tensor:
 
 
 def the_others(index: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The rows of `count` that are not in `index`, and where each row stands in these followed by `index`."""
+    """The rows of `count` that are not in `index`, and where each row stands in these followed by
+    `index`."""
     mask = torch.ones(count, dtype=torch.bool, device=index.device).index_fill_(0, index, False)
     others = mask.nonzero().flatten()
     return others, torch.cat((others, index)).argsort()

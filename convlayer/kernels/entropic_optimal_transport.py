@@ -1,7 +1,8 @@
-"""Entropic optimal transport: a plan between two marginals, by temperature continuation and a semi-dual Newton method.
+"""Entropic optimal transport: a plan between two marginals, by temperature continuation and a
+semi-dual Newton method.
 
-Vectors along a side are (B, 1, m) or (B, 1, n) throughout: a row vector times a matrix is several times faster in a
-batched product than a matrix times a column.
+Vectors along a side are (B, 1, m) or (B, 1, n) throughout: a row vector times a matrix is several
+times faster in a batched product than a matrix times a column.
 """
 
 from __future__ import annotations
@@ -113,34 +114,41 @@ def entropic_optimal_transport(
         subject to  P 1 = r,  P'1 = c,  P >= 0
 
     Solution:    P_ij = exp((f_i + g_j - M_ij) / eps - 1).
-    Duals:       (-f, -g) are the multipliers of L = objective + lambda'(P 1 - r) + mu'(P'1 - c), so (f, g) is the gradient
-                 of the optimal value in (r, c). A constant may move between f and g: they are the pair of least norm,
-                 sum f = sum g (in each connected component of the allowed pairs, where some are forbidden).
+    Duals:       (-f, -g) are the multipliers of L = objective + lambda'(P 1 - r) + mu'(P'1 - c), so
+                 (f, g) is the gradient of the optimal value in (r, c). A constant may move between
+                 f and g: they are the pair of least norm, sum f = sum g (in each connected
+                 component of the allowed pairs, where some are forbidden).
     Derivative:  V = dL/dP, q1 = (P o V)1 + eps f_bar, q2 = (P o V)'1 + eps g_bar, both cotangents balanced as f and g are,
                  S = diag(r) - P diag(1/c) P',  a = S^+ (q1 - P(q2/c)),  b = (q2 - P'a)/c;  then
                  dM -> -(P o (V - a 1' - 1 b'))/eps,  dr -> a,  dc -> b,  deps -> <dM, log P + 1>.
                  (r, c) moves on sum r = sum c only: (a, b) is the orthogonal projection on its tangent space,
                  sum a = sum b (in each component).
     Shapes:      M (B, m, n), r (B, m), c (B, n), eps (B,)  ->  P (B, m, n), f (B, m), g (B, n).
-    Cost:        k = min(m, n), l = max(m, n): ten sweeps of 4kl flops at each of 1 + log_4(range(M)/(30 eps))
-                 temperatures, then three to fifteen factorisations of k^2 l + k^3/6 multiplications; backward, no
-                 factorisation: 7 passes over P, and for each of 1 to 12 corrections 2 passes and 2k^2 flops.
-                 Above k = 512, conjugate gradients instead of a factor.
-                 Always in float64 inside. Kept for backward: P, the factor (k, k), the marginals.
-    Second derivative: by two steps of the chord method on the potentials with S above, r and c projected as above; from the
-                 right in a zero marginal.
-    Zero mass:   P is 0 in that row or column and its f_i or g_j is reported as 0 (it is -inf); the derivative in its
-                 marginal is the one from the right, flagged where that derivative is asked for.
-    Forbidden:   P = 0 and no gradient; where the other pairs cannot carry the masses, INFEASIBLE. Where they can only
-                 with some allowed P_ij = 0, the duals do not exist: P is right, f and g are finite, the row is flagged.
-    At a kink:   there is none; but where a plan falls apart into blocks whose links carry less than 1e-10 of their mass
-                 (a permutation, at small eps), the links are below rounding: P and dM are right in absolute terms,
-                 f, g, dr and dc only inside each block, and the row is flagged. So is one whose costs / eps are so large that
-                 their rounding moves P by more than 3e-8 of itself.
-    Errors:      eps <= 0, a negative or infinite marginal, a cost of -inf: BAD_INPUT; sum r and sum c further apart than
-                 1e-9 of the total (float32: 1e-5): INFEASIBLE, nearer ones are made equal by scaling c.
-    Source:      Cuturi (2013); Schmitzer (2019) for the stabilised kernel; Brauer, Clason, Lorenz and Wirth (2017) for
-                 Newton; Sun and Tran-Dinh (2019) for its damping; Eisenberger et al. (2022) for the derivative.
+    Cost:        k = min(m, n), l = max(m, n): ten sweeps of 4kl flops at each of 1 +
+                 log_4(range(M)/(30 eps)) temperatures, then three to fifteen factorisations of k^2
+                 l + k^3/6 multiplications; backward, no factorisation: 7 passes over P, and for
+                 each of 1 to 12 corrections 2 passes and 2k^2 flops. Above k = 512, conjugate
+                 gradients instead of a factor. Always in float64 inside. Kept for backward: P, the
+                 factor (k, k), the marginals.
+    Second derivative: by two steps of the chord method on the potentials with S above, r and c
+                 projected as above; from the right in a zero marginal.
+    Zero mass:   P is 0 in that row or column and its f_i or g_j is reported as 0 (it is -inf); the
+                 derivative in its marginal is the one from the right, flagged where that derivative
+                 is asked for.
+    Forbidden:   P = 0 and no gradient; where the other pairs cannot carry the masses, INFEASIBLE.
+                 Where they can only with some allowed P_ij = 0, the duals do not exist: P is right,
+                 f and g are finite, the row is flagged.
+    At a kink:   there is none; but where a plan falls apart into blocks whose links carry less than
+                 1e-10 of their mass (a permutation, at small eps), the links are below rounding: P
+                 and dM are right in absolute terms, f, g, dr and dc only inside each block, and the
+                 row is flagged. So is one whose costs / eps are so large that their rounding moves
+                 P by more than 3e-8 of itself.
+    Errors:      eps <= 0, a negative or infinite marginal, a cost of -inf: BAD_INPUT; sum r and sum
+                 c further apart than 1e-9 of the total (float32: 1e-5): INFEASIBLE, nearer ones are
+                 made equal by scaling c.
+    Source:      Cuturi (2013); Schmitzer (2019) for the stabilised kernel; Brauer, Clason, Lorenz
+                 and Wirth (2017) for Newton; Sun and Tran-Dinh (2019) for its damping; Eisenberger
+                 et al. (2022) for the derivative.
     """
     if 0 in (len(M), len(r), len(c), len(eps)):
         outputs = _nothing(M, r, c, eps)
@@ -186,7 +194,8 @@ class _Held(NamedTuple):
 
 
 class _Transport(torch.autograd.Function):
-    """The plan and the potentials, with the first derivative by the factor of the last Newton step."""
+    """The plan and the potentials, with the first derivative by the factor of the last Newton
+    step."""
 
     @staticmethod
     def forward(
@@ -313,8 +322,9 @@ def _centred(
     c: Tensor,
     ctx: Any,
 ) -> Tensor:
-    """P o (V - a 1' - 1 b'). Where it nearly cancels, as it does for a plan near a vertex, it is centred once more: the operator
-    that takes V there is as small as its result, and so is what it makes of the rounding in V - a 1' - 1 b'."""
+    """P o (V - a 1' - 1 b'). Where it nearly cancels, as it does for a plan near a vertex, it is
+    centred once more: the operator that takes V there is as small as its result, and so is what it
+    makes of the rounding in V - a 1' - 1 b'."""
     W = V - a.mT - b
     PW = P * W
     if bool((PW.abs().amax((1, 2)) < CANCELLED * PV.abs().amax((1, 2))).any()):
@@ -326,9 +336,12 @@ def _centred(
 
 @dataclass(frozen=True, eq=False)
 class _Task:
-    """The problem in units of its mass and of eps, m <= n; rows that are not to be solved hold something harmless."""
+    """The problem in units of its mass and of eps, m <= n; rows that are not to be solved hold
+    something harmless."""
 
-    C: Tensor  # (B or 1, m, n) >= 0: the costs / eps less `low` and `base`; a zero in every row and column; +inf forbids
+    # (B or 1, m, n) >= 0: the costs / eps less `low` and `base`; a zero in every row and column;
+    # +inf forbids
+    C: Tensor
     low: Tensor  # (B or 1, 1, m) taken off M
     base: Tensor  # (B or 1, 1, n) taken off M
     r: Tensor  # (B, 1, m) > 0, sum 1
@@ -347,7 +360,8 @@ class _Task:
 
 
 def _posed(M: Tensor, r: Tensor, c: Tensor, eps: Tensor) -> _Task:
-    """The task, by a short way where every row is plain: positive marginals of one mass, finite costs."""
+    """The task, by a short way where every row is plain: positive marginals of one mass, finite
+    costs."""
     dtype = M.dtype
     B = max(len(M), len(r), len(c), len(eps))
     M, eps = M.double(), eps.double().view(-1, 1, 1)
@@ -379,7 +393,8 @@ def _posed(M: Tensor, r: Tensor, c: Tensor, eps: Tensor) -> _Task:
 
 
 def _reduced(M: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(M - low) / eps - base with a zero in every row and column, `low` of the rows and `base` of the columns."""
+    """(M - low) / eps - base with a zero in every row and column, `low` of the rows and `base` of
+    the columns."""
     low = M.amin(2).unsqueeze(1)
     C = (M - low.mT) / eps
     base = C.amin(1, keepdim=True)
@@ -450,7 +465,8 @@ def _attached(M: Tensor, absent: Tensor, c: Tensor) -> Tensor:
 
 
 def _components(allowed: Tensor, no_row: Tensor, no_column: Tensor) -> tuple[Tensor, Tensor]:
-    """The connected components of the allowed pairs by the largest row in each; absent rows and columns join, not link."""
+    """The connected components of the allowed pairs by the largest row in each; absent rows and
+    columns join, not link."""
     B, m, _ = allowed.shape
     rows = torch.arange(1, m + 1, device=allowed.device).view(1, 1, m).expand(B, 1, m)
     links = allowed & ~no_row.mT & ~no_column
@@ -493,7 +509,8 @@ def _rescaled(
 def _balanced(
     f: Tensor, g: Tensor, blocks: tuple[Tensor, Tensor] | None, absent: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """The orthogonal projection of (f, g) on sum f = sum g in every component; what is absent is 0 and not counted."""
+    """The orthogonal projection of (f, g) on sum f = sum g in every component; what is absent is 0
+    and not counted."""
     if absent is None and blocks is None:
         shift = (g.sum(2, keepdim=True) - f.sum(2, keepdim=True)) / (f.shape[2] + g.shape[2])
         return f + shift, g - shift
@@ -519,7 +536,8 @@ class _Plan:
     phi: Tensor  # (B, 1, m) and
     gamma: Tensor  # (B, 1, n): P = r c exp(phi + gamma - C), all in units of the mass and of eps
     rho: Tensor  # (B, 1, m) row sums of P; its column sums are c
-    factor: Tensor  # (B, m, m) Cholesky factor of the scaled Schur complement near P; (B, 0, 0): m > DENSE
+    # (B, m, m) Cholesky factor of the scaled Schur complement near P; (B, 0, 0): m > DENSE
+    factor: Tensor
     refinements: int  # that make up for the way from there to P
     iterations: Tensor  # (B,)
     residual: Tensor  # (B,)
@@ -527,7 +545,8 @@ class _Plan:
 
 
 def _solved(task: _Task) -> _Plan:
-    """Sweeps and Newton steps at falling temperatures; each starts where the line through the last two points leads.
+    """Sweeps and Newton steps at falling temperatures; each starts where the line through the last
+    two points leads.
 
     Source: Schmitzer (2019), the kernel with the potentials absorbed.
     """
@@ -585,13 +604,15 @@ def _solved(task: _Task) -> _Plan:
 
 
 def _refinements(drift: float) -> int:
-    """Of a solve with a factor that errs by 4 drift: so many that the error is that of an exact step."""
+    """Of a solve with a factor that errs by 4 drift: so many that the error is that of an exact
+    step."""
     rate = min(max(4.0 * drift, 1e-9), 0.1)
     return max(1, ceil(log(NEWTON.exact) / log(rate)) - 1)
 
 
 def _kernel(phi: Tensor, gamma: Tensor, C: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """exp((phi + gamma - C) / tau) with a 1 in every row and column and no entry above, and the potentials that give it."""
+    """exp((phi + gamma - C) / tau) with a 1 in every row and column and no entry above, and the
+    potentials that give it."""
     E = (phi.mT + gamma).sub_(C).div_(tau)
     high = E.amax(2, keepdim=True)
     top = E.sub_(high).amax(1, keepdim=True)
@@ -634,9 +655,11 @@ def _newton(
 
     Columns:     v = c / K'u, so that P = diag(u) K diag(v) has the column sums c.
     Gradient:    r - rho, with rho = u o K v the row sums of P.
-    Hessian:     -S, with S = diag(rho) - P diag(1/c) P', the Laplacian of a graph whose links are P's.
-    Factor:      stretching every link by at most e^h stretches S by at most e^h, whatever its condition. So a
-                 factor made when log u was d away errs by 4 d at most, relatively, in every direction.
+    Hessian:     -S, with S = diag(rho) - P diag(1/c) P', the Laplacian of a graph whose links are
+                 P's.
+    Factor:      stretching every link by at most e^h stretches S by at most e^h, whatever its
+                 condition. So a factor made when log u was d away errs by 4 d at most, relatively,
+                 in every direction.
 
     Also returned: the largest d of a row at its end.
     """
@@ -713,7 +736,8 @@ def _newton(
 def _has_arrived(size: Any, drift: float, last: bool) -> Any:
     """Whether a step of this size (a number, or one for each row) needs none after it.
 
-    The next one would be about size^2 long by Newton's method, and 4 drift size by the factor's age.
+    The next one would be about size^2 long by Newton's method, and 4 drift size by the factor's
+    age.
     """
     if not last:
         return size <= CONTINUATION.basin
@@ -723,7 +747,8 @@ def _has_arrived(size: Any, drift: float, last: bool) -> Any:
 def _factorised(
     K: Tensor, a: Tensor, b: Tensor, s: Tensor, blocks: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """The Cholesky factor of I - Q Q' + s s', Q = diag(a) K diag(b): S scaled by its row sums, its null vector s filled in."""
+    """The Cholesky factor of I - Q Q' + s s', Q = diag(a) K diag(b): S scaled by its row sums, its
+    null vector s filled in."""
     Q = (K * a.mT).mul_(b)
     N = s.mT * s
     if blocks is not None:
@@ -756,9 +781,11 @@ def _conjugate(
     tolerance: float,
     blocks: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
-    """x with (I - Q Q') x = h, Q Q' = diag(a) P diag(b) P' diag(a), by conjugate gradients; and which rows got there.
+    """x with (I - Q Q') x = h, Q Q' = diag(a) P diag(b) P' diag(a), by conjugate gradients; and
+    which rows got there.
 
-    The scaled Schur complement as in `_factorised`, with null vector s in each component: h loses what it has of that.
+    The scaled Schur complement as in `_factorised`, with null vector s in each component: h loses
+    what it has of that.
     """
     scale = (1.0 - a * a * torch.bmm(b, (P * P).mT)).clamp_min_(CONJUGATE.diagonal)
     labels = torch.zeros_like(h, dtype=torch.int64) if blocks is None else blocks[0]
@@ -864,9 +891,10 @@ def _potentials(task: _Task, plan: _Plan, status: Tensor) -> tuple[Tensor, Tenso
 def _starved(C: Tensor, r: Tensor, c: Tensor) -> Tensor:
     """Whether some rows hold more than all the columns that they may reach.
 
-    Sweeps over the allowed pairs, all at cost 0, tend to a limit in which such rows fall short by the largest factor: it
-    is enough to look at the rows in that order. What is found is a certificate, whether the sweeps have converged or not.
-    Source: Hall (1935); Gietl and Reffel (2017) for the limit.
+    Sweeps over the allowed pairs, all at cost 0, tend to a limit in which such rows fall short by
+    the largest factor: it is enough to look at the rows in that order. What is found is a
+    certificate, whether the sweeps have converged or not. Source: Hall (1935); Gietl and Reffel
+    (2017) for the limit.
     """
     allowed = (~C.isposinf()).to(r.dtype)
     v = c
@@ -890,8 +918,9 @@ def _by_chord_steps(
 
         up_i Q_ij down_j   with   Q_ij = P_ij exp(phi_i + gamma_j - dC_ij),  dC what M / eps moves by.
 
-    Row i says Q_i down = rho_i and does not know up_i, column j says up'Q_j = c_j and does not know down_j: so a
-    marginal may be next to nothing, and leave it. Two chord steps, with S the Schur complement of the solution:
+    Row i says Q_i down = rho_i and does not know up_i, column j says up'Q_j = c_j and does not know
+    down_j: so a marginal may be next to nothing, and leave it. Two chord steps, with S the Schur
+    complement of the solution:
 
         S a = rho - Q down - P q2,  q2 = (c - Q'up) / c;   phi <- phi + a,  gamma <- gamma + q2 - P'a / c.
     """
@@ -939,7 +968,8 @@ def _potential(held: _Held, h: Tensor) -> Tensor:
 
 
 class _SelfAdjoint(torch.autograd.Function):
-    """solve(h), for a symmetric solve by no torch operation: its own derivative, in either direction."""
+    """solve(h), for a symmetric solve by no torch operation: its own derivative, in either
+    direction."""
 
     @staticmethod
     def forward(solve: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:

@@ -54,33 +54,43 @@ def equality_constrained_qp(
     A: Tensor,  # (B or 1, p, n), p >= 0
     b: Tensor,  # (B or 1, p)
     visible: Tensor
-    | None = None,  # (n + p,) one where (x, nu) is looked at or moved, zero elsewhere; None for ones
+    # (n + p,) one where (x, nu) is looked at or moved, zero elsewhere; None for ones
+    | None = None,
 ) -> Answer:
     """Quadratic program with equality constraints only.
 
         minimise    1/2 x'Px + q'x
         subject to  Ax = b                                  (multiplier nu, L = objective + nu'(Ax - b))
 
-    Solution:    K (x, nu) = (-q, b) with K = [P A'; A 0]. Where x or nu is not unique, (x, nu) of minimum norm; where P is
-                 positive semidefinite that is the minimum norm of each. INFEASIBLE: Ax = b has no solution. UNBOUNDED: P has
-                 negative curvature on the null space of A, or none and a slope.
-    Derivative:  K (d, e) = (x_bar, nu_bar) gives P_bar = -(d x' + x d')/2, q_bar = -d, A_bar = -(e x' + nu d'), b_bar = e.
-                 Where K is singular that is K^+ at constant rank, and with (s, t) the null part of (x_bar, nu_bar) and
-                 (y, u) = K^+ (x, nu) there is more: P_bar + (s y' + y s')/2, A_bar + t y' + u s'.
-    Shapes:      outputs x (B, n), nu (B, p). Where P and A are shared by the batch, so is their one factorisation.
-    Cost:        in multiplications a row: the factors n^3/6 + n^2 p/2 + n p^2 + p^3/6; a solve n^2 + 2 n p + p^2, once forward
-                 and once backward, and twice as much more for each correction; the residual n^2 + 2 n p; P_bar and A_bar
-                 2 n^2 + 2 n p. Where P is singular n^2 p more and the factors again; the null-space method about 40 (n + p)^3.
-                 Kept for backward: n^2 + n p + p^2 numbers a row, and 2 (n + p)^2 for rows of the null-space method.
-    Accuracy:    float64 whatever the dtype. Tested row by row: Cholesky of P and of A P^-1 A'; else of P + A'RA for P; else
-                 the null-space method by orthogonal factors of the equilibrated K. All corrected with residuals of K.
-                 `residual` is that of K in the units of its equilibrated rows and columns, relative to their terms. Where K is
-                 nearly singular, one more solve with the residual and its own rounding tells how far the solution may be off:
-                 INACCURATE above 3e-8, NOT_CONVERGED above 1e-2, in what is visible.
-    At a kink:   a singular K is flagged as degenerate, unless its null vectors are zero in what is visible: a change of rank is a
-                 discontinuity.
-    Second derivative: by two steps of the chord method from the solution with the factor above; at constant rank likewise.
-    Source:      Nocedal and Wright (2006), chapter 16; Golub and Pereyra (1973) for the derivative at constant rank.
+    Solution:    K (x, nu) = (-q, b) with K = [P A'; A 0]. Where x or nu is not unique, (x, nu) of
+                 minimum norm; where P is positive semidefinite that is the minimum norm of each.
+                 INFEASIBLE: Ax = b has no solution. UNBOUNDED: P has negative curvature on the null
+                 space of A, or none and a slope.
+    Derivative:  K (d, e) = (x_bar, nu_bar) gives P_bar = -(d x' + x d')/2, q_bar = -d, A_bar = -(e
+                 x' + nu d'), b_bar = e. Where K is singular that is K^+ at constant rank, and with
+                 (s, t) the null part of (x_bar, nu_bar) and (y, u) = K^+ (x, nu) there is more:
+                 P_bar + (s y' + y s')/2, A_bar + t y' + u s'.
+    Shapes:      outputs x (B, n), nu (B, p). Where P and A are shared by the batch, so is their one
+                 factorisation.
+    Cost:        in multiplications a row: the factors n^3/6 + n^2 p/2 + n p^2 + p^3/6; a solve n^2
+                 + 2 n p + p^2, once forward and once backward, and twice as much more for each
+                 correction; the residual n^2 + 2 n p; P_bar and A_bar 2 n^2 + 2 n p. Where P is
+                 singular n^2 p more and the factors again; the null-space method about 40 (n +
+                 p)^3. Kept for backward: n^2 + n p + p^2 numbers a row, and 2 (n + p)^2 for rows of
+                 the null-space method.
+    Accuracy:    float64 whatever the dtype. Tested row by row: Cholesky of P and of A P^-1 A'; else
+                 of P + A'RA for P; else the null-space method by orthogonal factors of the
+                 equilibrated K. All corrected with residuals of K. `residual` is that of K in the
+                 units of its equilibrated rows and columns, relative to their terms. Where K is
+                 nearly singular, one more solve with the residual and its own rounding tells how
+                 far the solution may be off: INACCURATE above 3e-8, NOT_CONVERGED above 1e-2, in
+                 what is visible.
+    At a kink:   a singular K is flagged as degenerate, unless its null vectors are zero in what is
+                 visible: a change of rank is a discontinuity.
+    Second derivative: by two steps of the chord method from the solution with the factor above; at
+                       constant rank likewise.
+    Source:      Nocedal and Wright (2006), chapter 16; Golub and Pereyra (1973) for the derivative
+                 at constant rank.
     """
     with torch.no_grad():
         solved = _solve(_Problem.of(P, q, A, b), visible)
@@ -122,7 +132,8 @@ class _Differentiable(torch.autograd.Function):
 
 
 class _Pair(NamedTuple):
-    """A vector of K's size, as rows (F, k, n) and (F, k, p): products with rows are the faster ones."""
+    """A vector of K's size, as rows (F, k, n) and (F, k, p): products with rows are the faster
+    ones."""
 
     x: Tensor
     nu: Tensor
@@ -130,7 +141,8 @@ class _Pair(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Problem:
-    """The data in float64. F is the batch of the matrices; where it is 1, the right-hand sides of the whole batch stand in it."""
+    """The data in float64. F is the batch of the matrices; where it is 1, the right-hand sides of
+    the whole batch stand in it."""
 
     given: Tensor  # (F or 1, n, n), P as it was given
     A: Tensor  # (F or 1, p, n)
@@ -241,7 +253,8 @@ class _PseudoInverse:
 
     index: Tensor  # of the rows
     inverse: Tensor  # (rows, n + p, n + p)
-    null: Tensor  # (rows, n + p, n + p)  an orthonormal basis of the null space of K, and columns of zeros
+    # (rows, n + p, n + p) an orthonormal basis of the null space of K, and columns of zeros
+    null: Tensor
 
     def solve_into(self, z: _Pair, problem: _Problem, right: _Pair) -> _Pair:
         """z, with K^+ right in these rows."""
@@ -288,7 +301,8 @@ class _Solved:
 
 
 def _solve(problem: _Problem, visible: Tensor | None) -> _Solved:
-    """Every row by its factor, corrected; those that it does not serve by K^+; and the verdict on each."""
+    """Every row by its factor, corrected; those that it does not serve by K^+; and the verdict on
+    each."""
     right = problem.right
 
     # The factor of K; K^+ itself for rows in which it is nearly singular, or is.
@@ -347,7 +361,8 @@ def _factorised(problem: _Problem) -> tuple[_Factor, Tensor, float, bool]:
 
 
 def _factorise(problem: _Problem, R: Tensor | None) -> tuple[_Factor, Tensor]:
-    """The factor with this R, and the sizes of the two inverses in equilibrated units, multiplied."""
+    """The factor with this R, and the sizes of the two inverses in equilibrated units,
+    multiplied."""
     count, (p, n) = problem.factors, problem.A.shape[1:]
     A = problem.A if len(problem.A) == count else problem.A.expand(count, -1, -1)
     # LL' = H = P + A'RA. One substitution gives Y = L^-1 A' and L^-1 of a probe in H's units.
@@ -374,7 +389,8 @@ def _factorise(problem: _Problem, R: Tensor | None) -> tuple[_Factor, Tensor]:
 
 
 def _size(L: Tensor, unit: Tensor, probed: Tensor) -> Tensor:
-    """Of (LL')^-1 in equilibrated units: as seen by a probe's half solution, or by pivots where that should miss it."""
+    """Of (LL')^-1 in equilibrated units: as seen by a probe's half solution, or by pivots where
+    that should miss it."""
     pivots = unit.squeeze(1) / L.diagonal(dim1=1, dim2=2)
     return torch.maximum(probed.square().sum((1, 2)) / probed.shape[1], pivots.square().amax(1))
 
@@ -387,7 +403,8 @@ def _error(
     gap: _Pair,
     visible: Tensor | None,
 ) -> Tensor:
-    """(F, k) how far z may be off, in K's equilibrated units, by one more solve from its residual `gap`.
+    """(F, k) how far z may be off, in K's equilibrated units, by one more solve from its residual
+    `gap`.
 
     Of x's, relative to x, and of nu's the larger.
     """
@@ -428,12 +445,14 @@ class _Singular(NamedTuple):
 def _null_space(problem: _Problem, count: int) -> _Singular:
     """K^+ by orthogonal factors of the equilibrated A and of P on its null space.
 
-    With A^+ the pseudo-inverse, Z its null basis, and G = Z (Z'PZ)^+ Z', a generalised inverse of K is
+    With A^+ the pseudo-inverse, Z its null basis, and G = Z (Z'PZ)^+ Z', a generalised inverse of K
+    is
 
         [ G           (I - G P) A^+          ]
         [ .'   -A^+'(P - P G P) A^+          ]
 
-    and its null space is spanned by (x, -A^+' P x) with x = Z (null vector of Z'PZ), and by (0, null vector of A').
+    and its null space is spanned by (x, -A^+' P x) with x = Z (null vector of Z'PZ), and by (0,
+    null vector of A').
     """
     p, n = problem.A.shape[1:]
     P, A = problem.P.expand(count, -1, -1), problem.A.expand(count, -1, -1)
@@ -516,8 +535,9 @@ def _orthonormal(columns: Tensor, chosen: Tensor) -> Tensor:
 
 
 def _apart(basis: Tensor, rows: Tensor) -> Tensor:
-    """(F, k) the largest part of a right-hand side along an orthonormal basis of the null space of A', relative to the largest of
-    those that it depends on: the measure of the cone program's equalities."""
+    """(F, k) the largest part of a right-hand side along an orthonormal basis of the null space of
+    A', relative to the largest of those that it depends on: the measure of the cone program's
+    equalities."""
     if not rows.shape[2]:
         return rows.new_zeros(rows.shape[:2])
     projector = basis @ basis.mT

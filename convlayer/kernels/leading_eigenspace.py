@@ -25,23 +25,25 @@ def leading_eigenspace(
     k: int,
     largest: bool = True,
 ) -> Answer:
-    """Projector on the k leading eigenvectors; with largest=False the trailing ones, of the minimum.
+    """Projector on the k leading eigenvectors; with largest=False the trailing ones, of the
+    minimum.
 
         maximise    <X, Z>
         subject to  tr Z = k,  0 <= Z <= I
 
-    Solution:    Z = U_k U_k' for the eigenvectors of l_1 >= ... >= l_n, and l_k, the eigenvalue at the cut inside
-                 the block (for k = 1 the multiplier of the trace).
-    Derivative:  only pairs that straddle the cut count: X_bar = sum_{i <= k < j} (u_j'Gu_i) / (l_i - l_j)
-                 (u_i u_j' + u_j u_i') with G the symmetrised cotangent of Z; that of l_k adds u_k u_k',
-                 averaged over the eigenvalues equal to l_k.
+    Solution:    Z = U_k U_k' for the eigenvectors of l_1 >= ... >= l_n, and l_k, the eigenvalue at
+                 the cut inside the block (for k = 1 the multiplier of the trace).
+    Derivative:  only pairs that straddle the cut count: X_bar = sum_{i <= k < j} (u_j'Gu_i) / (l_i
+                 - l_j) (u_i u_j' + u_j u_i') with G the symmetrised cotangent of Z; that of l_k
+                 adds u_k u_k', averaged over the eigenvalues equal to l_k.
     Second derivative: exact; NaN for Z in rows with a tie at the cut, for l_k where it is repeated.
     Shapes:      X (B, n, n)  ->  Z (B, n, n), l_k (B,).
     Cost:        one eigendecomposition, about 9 n^3 flops, and 2 n^2 k; backward 2 n^2 (5 k) flops.
-    At a kink:   l_k - l_{k+1} <= 8 eps n |X|: a face solves. Z is its point of least norm, the projector above the
-                 tie plus (k - above) / tied times that of the tied; the pairs that are not tied are differentiated;
-                 flagged. So is a gap of up to sqrt(eps) n |X| / 2, where Z is known to half of its digits and less.
-                 Eigenvalues repeated inside the block are harmless.
+    At a kink:   l_k - l_{k+1} <= 8 eps n |X|: a face solves. Z is its point of least norm, the
+                 projector above the tie plus (k - above) / tied times that of the tied; the pairs
+                 that are not tied are differentiated; flagged. So is a gap of up to sqrt(eps) n |X|
+                 / 2, where Z is known to half of its digits and less. Eigenvalues repeated inside
+                 the block are harmless.
     Errors:      ValueError unless 1 <= k <= n; k = n gives Z = I, of derivative zero.
     Source:      Overton and Womersley (1992); Daleckii and Krein (1965).
     """
@@ -59,9 +61,11 @@ def leading_eigenspace(
 def eigenvector(
     Z: Tensor,  # (*batch, n, n)
 ) -> Tensor:
-    """The unit vector v with Z = v v' and its entry of largest magnitude (the first of equals) positive.
+    """The unit vector v with Z = v v' and its entry of largest magnitude (the first of equals)
+    positive.
 
-    Solution:    v = Z_j / sqrt(Z_jj), with j the largest diagonal entry; differentiable by torch, as often as Z is.
+    Solution:    v = Z_j / sqrt(Z_jj), with j the largest diagonal entry; differentiable by torch,
+                 as often as Z is.
     Shapes:      Z (*batch, n, n)  ->  v (*batch, n).
     At a kink:   where the largest magnitude changes place, v may change sign.
     """
@@ -82,10 +86,12 @@ def _perturbed(
     weight: Tensor | None,
     X: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The outputs Z, l_k in differentiable operations: perturbation theory to second order in what moves X.
+    """The outputs Z, l_k in differentiable operations: perturbation theory to second order in what
+    moves X.
 
-    With E = U' dX U the block moves to the span of U_a + U_b Y, L_b Y - Y L_a + E_ba + E_bb Y - Y E_aa = Y E_ab Y, which
-    two steps by the gaps solve: Y E_ab Y is of third order. In the basis U its projector is [I; Y] (I + Y'Y)^-1 [I, Y'].
+    With E = U' dX U the block moves to the span of U_a + U_b Y, L_b Y - Y L_a + E_ba + E_bb Y - Y
+    E_aa = Y E_ab Y, which two steps by the gaps solve: Y E_ab Y is of third order. In the basis U
+    its projector is [I; Y] (I + Y'Y)^-1 [I, Y'].
     """
     block, rest, cut = _sides(X.shape[-1], k, largest)
     half = 0.5 * X
@@ -121,7 +127,8 @@ def _perturbed(
 
 
 def _bent(zero: Tensor, rows: Tensor) -> Tensor:
-    """Zero, with a first derivative of zero; the second, by the `zero` given, is NaN in these rows and zero in the others."""
+    """Zero, with a first derivative of zero; the second, by the `zero` given, is NaN in these rows
+    and zero in the others."""
     return 0 * torch.where(rows[:, None, None], zero, 1).pow(1.5).sum((-2, -1))
 
 
@@ -195,7 +202,8 @@ class _Eigenspace(Function):
 
 
 def _sides(n: int, k: int, largest: bool) -> tuple[slice, slice, int]:
-    """Where in the ascending l the block is, where the rest, and where l_k: the block begins at n - k, or ends at k."""
+    """Where in the ascending l the block is, where the rest, and where l_k: the block begins at n -
+    k, or ends at k."""
     return (
         (slice(n - k, n), slice(0, n - k), n - k) if largest else (slice(0, k), slice(k, n), k - 1)
     )
@@ -207,7 +215,8 @@ def _tie(l: Tensor) -> Tensor:
 
 
 def _weights(l: Tensor, at_cut: Tensor, k: int, largest: bool) -> Tensor:
-    """Eigenvalues of the point of least norm: 1 above the tie, 0 below it, what is left shared by the tied."""
+    """Eigenvalues of the point of least norm: 1 above the tie, 0 below it, what is left shared by
+    the tied."""
     distance, tie = (
         l - at_cut.unsqueeze(-1) if largest else at_cut.unsqueeze(-1) - l,
         _tie(l).unsqueeze(-1),

@@ -27,7 +27,8 @@ from convlayer.solution import Status
 
 @dataclass(frozen=True)
 class _Limits:
-    """What decides how a row is solved; sizes are those of (S'S)^-1 with the columns of S equilibrated."""
+    """What decides how a row is solved; sizes are those of (S'S)^-1 with the columns of S
+    equilibrated."""
 
     # A row of a larger size is solved with orthogonal factors of S.
     safe: float = 1e10
@@ -50,31 +51,39 @@ def least_squares(
     w: Tensor | None = None,  # (B or 1, m), nonnegative; None for ones
     ridge: Tensor | None = None,  # (B or 1, n), nonnegative; None for zeros
     visible: Tensor
-    | None = None,  # (n, k) one where x is looked at or what it meets moved, zero elsewhere; None for ones
+    # (n, k) one where x is looked at or what it meets moved, zero elsewhere; None for ones
+    | None = None,
 ) -> Answer:
     """Least squares with row weights, a ridge, and k right-hand sides that share the matrix.
 
         minimise    sum_ij w_i (A x - b)_ij^2 + sum_jl ridge_j x_jl^2
 
-    Solution:    (A'WA + diag ridge) x = A'W b. Where x is not unique (rank of S = [sqrt(W) A; sqrt(ridge)] below n: m < n, or
-                 dependent columns), the one of minimum norm. A negative weight or ridge is BAD_INPUT.
+    Solution:    (A'WA + diag ridge) x = A'W b. Where x is not unique (rank of S = [sqrt(W) A;
+                 sqrt(ridge)] below n: m < n, or dependent columns), the one of minimum norm. A
+                 negative weight or ridge is BAD_INPUT.
     Derivative:  of the minimum-norm solution at constant rank. With r = b - A x, z = (S'S)^+ x_bar, y = (S'S)^+ x and
                  s = x_bar - S^+ S x_bar (zero at full column rank),
                  A_bar = W (r z' - A z x' + A y s'),  b_bar = W A z,  w_bar = sum_l r o A z,  ridge_bar = -sum_l z o x.
-    Shapes:      outputs (x,), (B, n, k). Where A, w and ridge are shared by the batch, so is their one factorisation.
-    Cost:        in multiplications a row: the Gram matrix m n^2 (half, from 512 columns on) and its factor n^3/6; then for
-                 each right-hand side 3 m n + n^2 forward, 3 m n + n^2 backward (two m n of them A_bar's), and 2 m n + n^2 for each
-                 correction in each direction. For m < n exchange m and n. A QR costs four times as much, an SVD twenty.
-                 Kept for backward: n^2 + (2 m + n) k numbers a row.
-    Accuracy:    float64 whatever the dtype. The Gram matrix's Cholesky factor is corrected with residuals of A itself, which is
-                 as accurate as QR while cond(S)^2 < 1e10 (columns equilibrated); rows beyond that, tested one by one, take a
-                 QR of S, and if S is rank deficient (1e-12) its SVD. `residual` is the cosine between S's columns and the
-                 residual, in units of b. Where cond(S)^2 exceeds 1e6, one more solve with the residual and its own rounding
-                 tells how far x may be off: INACCURATE above 3e-8, NOT_CONVERGED above 1e-2, in what is visible.
-    At a kink:   rank below n is flagged as degenerate, unless the null vectors of S are zero in what is visible: a change of rank
-                 is a discontinuity.
-    Second derivative: by two steps of the chord method from the solution with the factor above; at constant rank likewise.
-    Source:      Bjorck (1996), sections 2.4 and 2.9; Golub and Pereyra (1973) for the derivative at constant rank.
+    Shapes:      outputs (x,), (B, n, k). Where A, w and ridge are shared by the batch, so is their
+                 one factorisation.
+    Cost:        in multiplications a row: the Gram matrix m n^2 (half, from 512 columns on) and its
+                 factor n^3/6; then for each right-hand side 3 m n + n^2 forward, 3 m n + n^2
+                 backward (two m n of them A_bar's), and 2 m n + n^2 for each correction in each
+                 direction. For m < n exchange m and n. A QR costs four times as much, an SVD
+                 twenty. Kept for backward: n^2 + (2 m + n) k numbers a row.
+    Accuracy:    float64 whatever the dtype. The Gram matrix's Cholesky factor is corrected with
+                 residuals of A itself, which is as accurate as QR while cond(S)^2 < 1e10 (columns
+                 equilibrated); rows beyond that, tested one by one, take a QR of S, and if S is
+                 rank deficient (1e-12) its SVD. `residual` is the cosine between S's columns and
+                 the residual, in units of b. Where cond(S)^2 exceeds 1e6, one more solve with the
+                 residual and its own rounding tells how far x may be off: INACCURATE above 3e-8,
+                 NOT_CONVERGED above 1e-2, in what is visible.
+    At a kink:   rank below n is flagged as degenerate, unless the null vectors of S are zero in
+                 what is visible: a change of rank is a discontinuity.
+    Second derivative: by two steps of the chord method from the solution with the factor above; at
+                       constant rank likewise.
+    Source:      Bjorck (1996), sections 2.4 and 2.9; Golub and Pereyra (1973) for the derivative at
+                 constant rank.
     """
     with torch.no_grad():
         solved = _solve(_Problem.of(A, b, w, ridge), visible)
@@ -107,9 +116,11 @@ class _Differentiable(torch.autograd.Function):
 
 @dataclass(frozen=True, eq=False)
 class _Problem:
-    """The data in float64. Right-hand sides and solutions are rows, (F, k, .): products with rows are the faster ones.
+    """The data in float64. Right-hand sides and solutions are rows, (F, k, .): products with rows
+    are the faster ones.
 
-    F is the batch of the matrices; where it is 1, the right-hand sides of the whole batch stand in that one.
+    F is the batch of the matrices; where it is 1, the right-hand sides of the whole batch stand in
+    that one.
     """
 
     A: Tensor  # (F or 1, m, n)
@@ -118,7 +129,9 @@ class _Problem:
     ridge: Tensor | None  # (F or 1, 1, n)
     factors: int  # F
     shape: tuple[int, int]  # B, and the right-hand sides of a row of the batch
-    wide: bool  # A has fewer rows than columns, and the ridge does not tell columns with one from columns without
+    # A has fewer rows than columns, and the ridge does not tell columns with one from columns
+    # without
+    wide: bool
 
     @classmethod
     def of(cls, A: Tensor, b: Tensor, w: Tensor | None, ridge: Tensor | None) -> _Problem:
@@ -131,8 +144,9 @@ class _Problem:
 
     @property
     def tall(self) -> _Problem:
-        """The problem whose Gram matrix is factored: this one, or its dual, with A' for A, and the inverses of the ridge for
-        weights and of the weights for a ridge. Without a ridge A x = b holds exactly, whatever the weights."""
+        """The problem whose Gram matrix is factored: this one, or its dual, with A' for A, and the
+        inverses of the ridge for weights and of the weights for a ridge. Without a ridge A x = b
+        holds exactly, whatever the weights."""
         if not self.wide:
             return self
         if self.ridge is None:
@@ -189,7 +203,8 @@ class _Solved:
 
 
 def _solve(problem: _Problem, visible: Tensor | None) -> _Solved:
-    """Every row by the Gram matrix's factor, corrected; those that it does not serve by orthogonal factors; and the verdict."""
+    """Every row by the Gram matrix's factor, corrected; those that it does not serve by orthogonal
+    factors; and the verdict."""
     # The factor of the Gram matrix, and the solution by it.
     tall = problem.tall
     gram = _factorised(problem, tall)
@@ -282,7 +297,8 @@ class _Fit(NamedTuple):
 
 
 def _by_cholesky(problem: _Problem, tall: _Problem, gram: _Gram, corrections: int) -> _Fit:
-    """The solution with the Gram matrix's factor: of the normal equations, or of their dual where A is wide."""
+    """The solution with the Gram matrix's factor: of the normal equations, or of their dual where A
+    is wide."""
     b = problem.b
     if not problem.wide:
         x, r = _fit(tall, gram.L, b, gram.first, corrections)
@@ -343,7 +359,8 @@ def _relative_error(problem: _Problem, off: Tensor, x: Tensor, visible: Tensor |
 
 
 def _sees_beyond(problem: _Problem, L: Tensor, visible: Tensor) -> Tensor:
-    """(F,) whether a visible entry of x has a part outside the row space of A, of full rank and factored as A A' = LL'."""
+    """(F,) whether a visible entry of x has a part outside the row space of A, of full rank and
+    factored as A A' = LL'."""
     half = torch.linalg.solve_triangular(L, problem.A.expand(len(L), -1, -1), upper=False)
     return ((1 - half.square().sum(1) > LIMITS.rank) & (visible > 0).any(1)).any(1)
 
@@ -483,7 +500,8 @@ class _Orthogonal:
         return self.span(problem, _doubtful(problem, fit.x, fit.r))[0]
 
     def is_seen(self, visible: Tensor) -> Tensor:
-        """(R,) whether a null vector of S, of unit length, is not zero in what is visible, (n, k)."""
+        """(R,) whether a null vector of S, of unit length, is not zero in what is visible, (n,
+        k)."""
         if self.null is None:
             return self.deficient
         return (self.null * (visible.to(self.null) > 0).any(1, keepdim=True)).abs().amax(
@@ -557,7 +575,8 @@ def _pull_back(
 
 
 def _adjoint(problem: _Problem, factor: _Factor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """(z, W A z) with z = (S'S)^-1 v; where A x = b whatever the weights, z is v less its part in the row space."""
+    """(z, W A z) with z = (S'S)^-1 v; where A x = b whatever the weights, z is v less its part in
+    the row space."""
     tall, L = problem.tall, factor.L
     if not problem.wide:
         return _span(tall, L, v, corrections=factor.corrections)

@@ -33,15 +33,17 @@ def softmax(
         maximise    theta'y + tau * sum_i entr(y_i)
         subject to  1'y = r,  y >= 0
 
-    Solution:    y = r p with p = softmax(theta / tau), of relative accuracy in every entry above underflow;
-                 the multiplier of 1'y = r is nu = tau (log sum_j exp(theta_j / tau) - log r - 1),
-                 so that theta - tau (1 + log y) - nu = 0.
+    Solution:    y = r p with p = softmax(theta / tau), of relative accuracy in every entry above
+                 underflow; the multiplier of 1'y = r is nu = tau (log sum_j exp(theta_j / tau) -
+                 log r - 1), so that theta - tau (1 + log y) - nu = 0.
     Derivative:  with v, w the cotangents of y and nu:  r_bar = p'v - tau w / r,  theta_bar = y o (v - r_bar) / tau,
                  tau_bar = -theta_bar'(1 + log y).
     Second derivative: exact, of the solution written as an expression; at r = 0 too, of y.
     Shapes:      theta (b, n), tau (b,), r (b,)  ->  y (B, n), nu (B,) if it is wanted.
-    Cost:        torch's own softmax forward and two passes for the temperature, two more for nu; eight passes backward.
-    At a kink:   r = 0 is the edge of the domain: y = 0, dy/dr = p, nu = +inf without a gradient; flagged.
+    Cost:        torch's own softmax forward and two passes for the temperature, two more for nu;
+                 eight passes backward.
+    At a kink:   r = 0 is the edge of the domain: y = 0, dy/dr = p, nu = +inf without a gradient;
+                 flagged.
     Errors:      tau <= 0 or r < 0: BAD_INPUT, y = 0 and nu = 0.
     Source:      Boyd and Vandenberghe (2004), example 3.25 (the conjugate of log-sum-exp).
     """
@@ -69,7 +71,8 @@ def _outputs(both: tuple[Tensor, Tensor | None]) -> tuple[Tensor, ...]:
 def _expression(
     multiplier: bool, theta: Tensor, tau: Tensor | None = None, r: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """The outputs in differentiable operations; relative to the largest entry, so that nothing cancels near a vertex."""
+    """The outputs in differentiable operations; relative to the largest entry, so that nothing
+    cancels near a vertex."""
     tau, r = (theta.new_ones(1) if t is None else t for t in (tau, r))
     bad, empty = (tau <= 0) | (r < 0), r <= 0
     top = theta.gather(-1, theta.argmax(-1, keepdim=True))
@@ -103,7 +106,8 @@ class _Softmax(Function):
         ctx.sizes = tuple(1 if t is None else t.shape[0] for t in (theta, tau, r))
         if (
             bad is not None
-        ):  # these rows are computed with tau = r = 1, which keeps p at hand, and emptied at the end
+            # these rows are computed with tau = r = 1, which keeps p at hand, and emptied at the end
+        ):
             tau, r = (None if t is None else torch.where(t <= 0, 1, t) for t in (tau, r))
         tau, r = (None if t is None else t.unsqueeze(-1) for t in (tau, r))
         by_tau = ctx.needs_input_grad[1]
@@ -184,7 +188,8 @@ class _Softmax(Function):
 def _pulled_back(p: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """(p'v, p o (s - p's)) with s = v - p'v; on the CPU by blocks of rows that the cache holds.
 
-    Near a vertex v - p'v cancels in the largest entry, and centring what is left once more makes that exact.
+    Near a vertex v - p'v cancels in the largest entry, and centring what is left once more makes
+    that exact.
     """
     rows = max(1, CACHED // max(1, v.shape[1]))
     if v.is_cuda or v.shape[0] <= rows:

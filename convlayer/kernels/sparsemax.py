@@ -39,9 +39,11 @@ def sparsemax(
                  r_bar = mean_S v - w / |S|,  y_bar = 1_S (v - r_bar).
     Second derivative: zero, for the solution is linear on its support; at a kink too, on S.
     Shapes:      y (b, n), r (b,)  ->  x (B, n), tau (B,).
-    Cost:        5 flops an entry and pass, at most about seven passes, and 7 more; backward 5. No sort of large rows.
-    At a kink:   where |y_i - tau| <= 8 eps (max y - tau + r / |S|), i counts as outside S and the row is flagged.
-                 So is r = 0, where x = 0, tau = max y, S is empty and the derivative zero.
+    Cost:        5 flops an entry and pass, at most about seven passes, and 7 more; backward 5. No
+                 sort of large rows.
+    At a kink:   where |y_i - tau| <= 8 eps (max y - tau + r / |S|), i counts as outside S and the
+                 row is flagged. So is r = 0, where x = 0, tau = max y, S is empty and the
+                 derivative zero.
     Errors:      r < 0: INFEASIBLE, x = 0 and tau = 0.
     Source:      Michelot (1986); Held, Wolfe and Crowder (1974); Martins and Astudillo (2016).
     """
@@ -56,7 +58,8 @@ def sparsemax(
 def _on_support(
     x: Tensor, tau: Tensor, tie: Tensor | None, y: Tensor, r: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The outputs x, tau in differentiable operations: what the inputs move them by, on their support."""
+    """The outputs x, tau in differentiable operations: what the inputs move them by, on their
+    support."""
     x, tau = x.detach(), tau.detach()
     support = x > (0 if tie is None else tie)
     size = support.sum(-1, keepdim=True, dtype=x.dtype)
@@ -120,9 +123,11 @@ class _Sparsemax(Function):
 
 
 def _newton(d: Tensor, r: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x = max(d - t, 0) of sum r, its t and the size of its support, by Newton's method from a t not above it.
+    """x = max(d - t, 0) of sum r, its t and the size of its support, by Newton's method from a t
+    not above it.
 
-    The sum is convex and piecewise linear in t, so the iterates rise to the solution and end in finitely many.
+    The sum is convex and piecewise linear in t, so the iterates rise to the solution and end in
+    finitely many.
     """
     unit = SLACK * torch.finfo(d.dtype).eps
     t = t * (1 + 0.25 * unit)

@@ -35,25 +35,31 @@ def total_variation(
 
         minimise    1/2 |u - x|^2 + lam sum_i |u_{i+1} - u_i|
 
-    Solution:    u is the slope of the taut string: the shortest path through the tube of half-width lam about the
-                 running sums of x. Its knots cut u into constant segments; with z_i = sum_{j<=i} (x_j - u_j) the dual,
-                 |z_i| <= lam everywhere and z_i = -lam sign(u_{i+1} - u_i) at the knots.
-    Derivative:  Pi = the average over each segment, s = the sign of u's step at each knot (0 at the ends):
-                 du = Pi dx + dlam (s_right - s_left) / length, the segments being those between the knots.
-    Second derivative: zero, for the solution is linear on its segments; at a kink too, on those between the knots.
+    Solution:    u is the slope of the taut string: the shortest path through the tube of half-width
+                 lam about the running sums of x. Its knots cut u into constant segments; with z_i =
+                 sum_{j<=i} (x_j - u_j) the dual, |z_i| <= lam everywhere and z_i = -lam
+                 sign(u_{i+1} - u_i) at the knots.
+    Derivative:  Pi = the average over each segment, s = the sign of u's step at each knot (0 at the
+                 ends): du = Pi dx + dlam (s_right - s_left) / length, the segments being those
+                 between the knots.
+    Second derivative: zero, for the solution is linear on its segments; at a kink too, on those
+                       between the knots.
     Shapes:      x (B or 1, n), lam (B or 1,)  ->  u (B, n). Everything is computed in float64.
-    Cost:        a pass is some fifteen sweeps over (B, n); noise takes 3 to 10 passes, the worst case seen (smooth
-                 data, n = 1e6) 16. The backward pass is one sum over segments and two sweeps.
-    At a kink:   where |z_i| = lam without a step, i is no knot; the row is flagged. "Equal" means to within
-                 4 eps |sum of x over the segment| + eps (32 + 2 sqrt(n)) lam; a step of some roundings of u is flagged
-                 too. At lam = 0, u = x and du = dx + dlam times the right derivative; equal neighbours are flagged.
+    Cost:        a pass is some fifteen sweeps over (B, n); noise takes 3 to 10 passes, the worst
+                 case seen (smooth data, n = 1e6) 16. The backward pass is one sum over segments and
+                 two sweeps.
+    At a kink:   where |z_i| = lam without a step, i is no knot; the row is flagged. "Equal" means
+                 to within 4 eps |sum of x over the segment| + eps (32 + 2 sqrt(n)) lam; a step of
+                 some roundings of u is flagged too. At lam = 0, u = x and du = dx + dlam times the
+                 right derivative; equal neighbours are flagged.
     Errors:      lam < 0 is BAD_INPUT, u = 0.
     Source:      Davies and Kovac (2001) for the taut string; Condat (2013) for its dual conditions.
 
-    Why the passes are exact. Between two knots of the solution stretch a chord. Where the tube leaves the chord's one
-    side, then the other's, the string leaves it too, and on each such run its greatest distance from the chord is that
-    of the tube: the farthest point of every run is a knot. So each pass adds knots of the solution only, one for each
-    run, and ends when every chord is inside the tube; rounding alone may add a false one, which has the wrong sign.
+    Why the passes are exact. Between two knots of the solution stretch a chord. Where the tube
+    leaves the chord's one side, then the other's, the string leaves it too, and on each such run
+    its greatest distance from the chord is that of the tube: the farthest point of every run is a
+    knot. So each pass adds knots of the solution only, one for each run, and ends when every chord
+    is inside the tube; rounding alone may add a false one, which has the wrong sign.
     """
     kept: list[Any] = []
     u, status, iterations, residual, degenerate = _TotalVariation.apply(x, lam, kept)
@@ -133,11 +139,13 @@ class _TotalVariation(torch.autograd.Function):
 
 
 def _taut_string(x: Tensor, lam: Tensor) -> tuple[Tensor, ...]:
-    """Solution, segment of each element, segments' lengths and jumps of sign, passes, residual, degenerate.
+    """Solution, segment of each element, segments' lengths and jumps of sign, passes, residual,
+    degenerate.
 
-    Node j of a row lies before element j, 0 <= j <= n; arrays over nodes are (B, n + 1), and the element that ends at
-    node j stands at j. So a segment holds the nodes after its left knot up to its right knot; the one that leads from a
-    row's last node to the next row's first is a dummy, as is segment 0.
+    Node j of a row lies before element j, 0 <= j <= n; arrays over nodes are (B, n + 1), and the
+    element that ends at node j stands at j. So a segment holds the nodes after its left knot up to
+    its right knot; the one that leads from a row's last node to the next row's first is a dummy, as
+    is segment 0.
     """
     B, n = x.shape
     exponent = x.abs().amax(1, keepdim=True).frexp()[1].clamp(-1000, 1022)
@@ -177,7 +185,8 @@ def _taut_string(x: Tensor, lam: Tensor) -> tuple[Tensor, ...]:
         local = z.view(-1)
         if not len(
             c
-        ):  # the small violations: measured from the segment's own left knot, for z drifts by rounding
+            # the small violations: measured from the segment's own left knot, for z drifts by rounding
+        ):
             tol = (4 * EPS) * mass.abs()
             local = local - (local[q] - a).index_select(0, flat)
             height, slack = local.abs().view(B, n + 1), tol.index_select(0, flat).view(B, n + 1)
@@ -224,11 +233,13 @@ def _taut_string(x: Tensor, lam: Tensor) -> tuple[Tensor, ...]:
 
 
 def _certain_knots(x: Tensor, lam: Tensor, knot: Tensor, anchor: Tensor) -> None:
-    """Mark the knots seen without knowing their neighbours, which saves most passes when lam is small.
+    """Mark the knots seen without knowing their neighbours, which saves most passes when lam is
+    small.
 
-    In any window the string runs at most lam above the tube's axis at both ends. Where the axis rises farthest above
-    its own chord, by more than 2 lam, the tube still leaves the chord of the highest string there, farthest: a knot.
-    Windows of two elements (a step of more than 4 lam), then disjoint ones of WINDOW, WINDOW^2, ...
+    In any window the string runs at most lam above the tube's axis at both ends. Where the axis
+    rises farthest above its own chord, by more than 2 lam, the tube still leaves the chord of the
+    highest string there, farthest: a knot. Windows of two elements (a step of more than 4 lam),
+    then disjoint ones of WINDOW, WINDOW^2, ...
     """
     n = x.shape[1] - 1
     step = torch.diff(x[:, 1:])
@@ -249,7 +260,8 @@ def _certain_knots(x: Tensor, lam: Tensor, knot: Tensor, anchor: Tensor) -> None
 
 
 def _farthest(nodes: Tensor, dual: Tensor, segment: Tensor) -> tuple[Tensor, Tensor]:
-    """Of nodes outside the tube, the farthest of each run on one side within one segment; and the dual there."""
+    """Of nodes outside the tube, the farthest of each run on one side within one segment; and the
+    dual there."""
     key = torch.copysign(segment, dual)
     starts = torch.zeros_like(nodes, dtype=torch.bool)
     torch.ne(key[1:], key[:-1], out=starts[1:])
@@ -260,7 +272,8 @@ def _farthest(nodes: Tensor, dual: Tensor, segment: Tensor) -> tuple[Tensor, Ten
 
 
 def _running_sums(x: Tensor) -> Tensor:
-    """Running sums of the rows of (B, n + 1), as (2, B (n + 1)): rounded sums, and what rounding left out of them."""
+    """Running sums of the rows of (B, n + 1), as (2, B (n + 1)): rounded sums, and what rounding
+    left out of them."""
     high = x.cumsum(1)
     before, after = high[:, :-1], high[:, 1:]
     rise = after - before

@@ -1,1 +1,2 @@
-"""The ways from parameters to a solution and back: the cone program, kernels, and what stands around them."""
+"""The ways from parameters to a solution and back: the cone program, kernels, and what stands
+around them."""

@@ -14,7 +14,8 @@ from convlayer.paths.pieces import Piece
 from convlayer.paths.verdict import Verdict
 from convlayer.solution import Status
 
-# The more is known, the earlier: a proof that there is no solution is worth more than a point that is not quite one.
+# The more is known, the earlier: a proof that there is no solution is worth more than a point that
+# is not quite one.
 ORDER = (
     Status.SOLVED,
     Status.INFEASIBLE,
@@ -70,7 +71,8 @@ class Attempted:
     def improved(self, rows: Tensor, other: Attempted) -> Attempted:
         """With another attempt at some rows, where it did better."""
         rank, other_rank = _rank(self.verdict.take(rows)), _rank(other.verdict)
-        # Of two that are solved the later one, which is no vertex, and not by a toss between their rounding errors.
+        # Of two that are solved the later one, which is no vertex, and not by a toss between their
+        # rounding errors.
         closer = other.verdict.residual <= self.verdict.residual[rows].clamp(min=ROUNDING)
         better = (other_rank < rank) | ((other_rank == rank) & closer)
         won, mine = rows[better], torch.ones_like(self.stopped)

@@ -1,4 +1,5 @@
-"""The attempts at a batch of a cone program: one solver after the other, each for the rows that are not settled yet."""
+"""The attempts at a batch of a cone program: one solver after the other, each for the rows that are
+not settled yet."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ FROM_START = -1  # the attempt before the first: Newton's method from a warm sta
 
 
 def attempted(request: ConeRequest, data: Data, start: tuple[Tensor, ...] | None) -> Attempted:
-    """A large dense batch in pieces that fit a cache, each from scaling to polish in one thread; else all rows together."""
+    """A large dense batch in pieces that fit a cache, each from scaling to polish in one thread;
+    else all rows together."""
     program = data.program if request.elimination is None else request.elimination.program
     a_row = program.n * (program.n + program.m)
     dense = request.elimination is not None or prefers_dense(program)
@@ -71,10 +73,12 @@ def _settled(request: ConeRequest, data: Data, start: tuple[Tensor, ...] | None)
             if _is_plainly_solved(found.verdict):
                 return found  # as nearly always
             continue
-        # What the polish could not settle may need a sharper start: a face is not told from its neighbours yet.
+        # What the polish could not settle may need a sharper start: a face is not told from its
+        # neighbours yet.
         unsettled = found.unsettled
         if place - 1 == FROM_START or request.attempts[place - 1].solver.at_vertex:
-            # A redundant constraint looks weakly active there, and is not where the multipliers are shared out.
+            # A redundant constraint looks weakly active there, and is not where the multipliers are
+            # shared out.
             unsettled = unsettled | (found.verdict.degenerate & ~found.stopped)
         left = torch.nonzero(unsettled).flatten()
         if not len(left):
@@ -107,7 +111,8 @@ def _is_plainly_solved(verdict: Verdict) -> bool:
 def _attempt(
     request: ConeRequest, data: Data, place: int, start: tuple[Tensor, ...] | None
 ) -> Attempted:
-    """One attempt; the first ones on the program without its auxiliary variables, where they can be taken out."""
+    """One attempt; the first ones on the program without its auxiliary variables, where they can be
+    taken out."""
     if request.elimination is None or place > 0:
         return _attempt_in_units(
             request, *normalise(data), place, start, request.canonical.visible, None
@@ -123,9 +128,11 @@ def _attempt(
 
 
 def _unlimited(request: ConeRequest, data: Data, found: Attempted) -> tuple[Attempted, Data]:
-    """Rows that did not settle, solved again without their infinite bounds, which a solver sees as large ones; and all data so.
+    """Rows that did not settle, solved again without their infinite bounds, which a solver sees as
+    large ones; and all data so.
 
-    Not from the start: the rows of a batch that share A, and all that is worked out from it, would no longer.
+    Not from the start: the rows of a batch that share A, and all that is worked out from it, would
+                        no longer.
     """
     free = unlimited(data)
     if free is data:
@@ -156,7 +163,8 @@ def _attempt_in_units(
         point = Points(*start, solved, none)
     else:
         point = solve_batch(*request.attempts[place], data, start, request.executor)
-    # Check certificates: rows that have one, that stopped, or whose point is no number are not polished.
+    # Check certificates: rows that have one, that stopped, or whose point is no number are not
+    # polished.
     status, usable = _usable(point)
     every = torch.arange(rows, device=device)
     refine = every
@@ -257,7 +265,8 @@ def _is_sharpest(request: ConeRequest, place: int) -> bool:
 
 
 def _residual_of(data: Data, scaling: Scaling, x: Tensor, s: Tensor, y: Tensor) -> Tensor:
-    """(rows,) relative KKT residual of points as a solver left them, in the original units; `data` in the scaling's."""
+    """(rows,) relative KKT residual of points as a solver left them, in the original units; `data`
+    in the scaling's."""
     start = scaling.enter(x, s, y)
     data, inner = recentre(data.widen(len(x)), scaling, start[0], start[2])
     operators, point = Operators(data), inner.enter(x, s, y)

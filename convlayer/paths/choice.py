@@ -17,9 +17,9 @@ from convlayer.structures import STRUCTURES
 class Choice:
     """The path that was chosen: a kernel, or none, which is the cone program."""
 
-    declared: (
-        Declaration  # with the term that chooses a least norm, where the cone program needs one
-    )
+    # with the term that chooses a least norm, where the cone program needs one
+
+    declared: Declaration
     recognition: Recognition
     structure: str  # its name, or "cone_program"
     kernel: Specialised | None
@@ -33,7 +33,8 @@ class Choice:
 def choose(declared: Declaration, settings: Settings) -> Choice:
     """From the declaration and what was asked for; nothing is canonicalised.
 
-    ProblemError: the structure that was asked for does not apply, or there is no least norm to choose by.
+    ProblemError: the structure that was asked for does not apply, or there is no least norm to
+                  choose by.
     ValueError: settings that are none of a kernel's, and a structure that has one.
     """
     recognition = recognise(

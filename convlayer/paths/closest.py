@@ -1,13 +1,16 @@
-"""The closest feasible problem: what an infeasible row's answer is if its constraints give way by as little as they must.
+"""The closest feasible problem: what an infeasible row's answer is if its constraints give way by
+as little as they must.
 
-Every constraint of the user's is relaxed by a shift, all else (the variables' declared signs and bounds, and what canonicalisation
-adds) stays as it is. With S the rows of the cone program that belong to those constraints, two programs in a row:
+Every constraint of the user's is relaxed by a shift, all else (the variables' declared signs and
+bounds, and what canonicalisation adds) stays as it is. With S the rows of the cone program that
+belong to those constraints, two programs in a row:
 
     t*  = argmin over t    of  1/2 |t|^2         subject to   Ax + t + s = b for some x and some s in K,  t = 0 outside S
     x*  = argmin over x    of  1/2 x'Px + q'x    subject to   Ax + t* + s = b,  s in K
 
-The first one's multipliers are y = -t* on S, and s'y = 0 for all that is feasible in the second. So where y is not zero, s lies on a
-face of its cone, and there the second program, which has no interior, is written without a cone:
+The first one's multipliers are y = -t* on S, and s'y = 0 for all that is feasible in the second. So
+where y is not zero, s lies on a face of its cone, and there the second program, which has no
+interior, is written without a cone:
 
     nonnegative                      s = 0
     second order, y inside           s = 0
@@ -17,14 +20,18 @@ With `few`, the first one is instead the linear program (in place of |t|^2 / 2)
 
     t*  = argmin over t    of  w'|t|            w from 1 + TIE in the first row of S to 1 in the last
 
-which moves few constraints rather than all a little, as a least one-norm does: between rows that would do as well (x <= a and x >= b with
-a < b) the weights choose the later one, so that t* is unique but by accident. Its multipliers are on the faces in the same way.
+which moves few constraints rather than all a little, as a least one-norm does: between rows that
+would do as well (x <= a and x >= b with a < b) the weights choose the later one, so that t* is
+unique but by accident. Its multipliers are on the faces in the same way.
 
 Solution:    t* is unique; x* as unique as the user's objective makes it.
              With `few`, t* is unique but by accident; where it is not, the row is flagged.
-Derivative:  the composition of both solutions' own; the faces' equations stay consistent wherever the data go, though they are dependent.
-Multipliers: on a face they are not unique, not even bounded: y plus any multiple of the first program's. They are NaN.
-Source:      Bambade, Schramm, Taylor and Carpentier (2024); faces as in Borwein and Wolkowicz (1981).
+Derivative:  the composition of both solutions' own; the faces' equations stay consistent wherever
+             the data go, though they are dependent.
+Multipliers: on a face they are not unique, not even bounded: y plus any multiple of the first
+             program's. They are NaN.
+Source:      Bambade, Schramm, Taylor and Carpentier (2024); faces as in Borwein and Wolkowicz
+             (1981).
 """
 
 from __future__ import annotations
@@ -83,7 +90,8 @@ def applies(canonical: Canonical) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class Closest:
-    """The answers for R rows; x, y, value and shift are differentiable in the entries in every mode, to second order."""
+    """The answers for R rows; x, y, value and shift are differentiable in the entries in every
+    mode, to second order."""
 
     x: Tensor  # (R, n); as y, value and shift it means nothing in rows that failed
     y: Tensor  # (R, m) NaN on faces
@@ -111,9 +119,11 @@ def closest(
 
     least:   relative size of a shift from which on it is told from none, the tolerance by default.
     few:     the shift of least (weighted) one-norm, not of least two-norm.
-    entries: of each parameter, (R, size) or shared (1, size), as its ParameterEntries reads them; R = 1 without parameters.
-    Status:  INFEASIBLE if what may not give way is infeasible; UNBOUNDED if the second program is; NOT_CONVERGED if one of them
-             was not solved, or if the shift is zero to the tolerance, and the row so not known to be infeasible.
+    entries: of each parameter, (R, size) or shared (1, size), as its ParameterEntries reads them; R
+             = 1 without parameters.
+    Status:  INFEASIBLE if what may not give way is infeasible; UNBOUNDED if the second program is;
+             NOT_CONVERGED if one of them was not solved, or if the shift is zero to the tolerance,
+             and the row so not known to be infeasible.
     """
     plain = [part.detach() for part in entries]
     first = _solved(relaxation.first_few if few else relaxation.first, plain, tolerance)
@@ -145,8 +155,8 @@ def closest(
 
 
 def _rounding(b: Tensor, t: Tensor) -> Tensor:
-    """(R, m) what t lacks of b where they differ by rounding: of right-hand sides b - t that are rounding alone dependent equations
-    would be inconsistent in any units."""
+    """(R, m) what t lacks of b where they differ by rounding: of right-hand sides b - t that are
+    rounding alone dependent equations would be inconsistent in any units."""
     return torch.where((t != 0) & ((b - t).abs() <= NONE * b.abs()), b - t, 0.0)
 
 
@@ -209,9 +219,11 @@ def _certified(
     shift: Tensor,
     tolerance: float,
 ) -> Tensor:
-    """(R,) whether y proves that there is no feasible point near x, and so that the shift is neither zero nor only approached.
+    """(R,) whether y proves that there is no feasible point near x, and so that the shift is
+    neither zero nor only approached.
 
-    A'y = 0 and -b'y = |t|^2 > 0, or w'|t|, exclude every x; as computed, those with x'A'y well below that. own: the program's data.
+    A'y = 0 and -b'y = |t|^2 > 0, or w'|t|, exclude every x; as computed, those with x'A'y well
+    below that. own: the program's data.
     """
     operators, (x, s, y) = first.derivative.operators, first.point
     m, n = pattern.shape[1], own.program.n
@@ -220,7 +232,8 @@ def _certified(
     sizes = torch.where(pattern != FREE, torch.maximum(b.abs(), (b - shift - s).abs()), 0.0)
     drift = (operators.At(y) * x)[:, :n].abs().sum(1)
     sure = drift <= CERTIFICATE * gain
-    # Beside a small shift that is rounding; y is then to prove as much without it. The direction of a ray would be as rough as y.
+    # Beside a small shift that is rounding; y is then to prove as much without it. The direction of
+    # a ray would be as rough as y.
     left = torch.nonzero(~sure & (pattern != RAY).all(1)).flatten()
     if len(left):
         sure[left] = infeasible(own.rows(left).widen(len(left)), multipliers[left], tolerance)
@@ -244,7 +257,8 @@ def _pattern(program: Program, y: Tensor) -> Tensor:
 class _Stage(Canonical):
     """One of the two programs, as a function of entries that are given as they are."""
 
-    # (m,) rows that stay solvable together wherever the data go: that their multipliers are not unique does no harm.
+    # (m,) rows that stay solvable together wherever the data go: that their multipliers are not
+    # unique does no harm.
     consistent: Tensor
 
     @classmethod
@@ -328,7 +342,8 @@ class Relaxation:
         """
         found: list[Tensor | tuple[Tensor, ...] | None] = []
         for recoveries in self.constraints:
-            # y'(Ax - b) = dual'(lhs - rhs) whatever x: a dual variable's coefficient divides where the shift is taken back.
+            # y'(Ax - b) = dual'(lhs - rhs) whatever x: a dual variable's coefficient divides where
+            # the shift is taken back.
             parts = tuple(
                 (
                     0.0
@@ -375,7 +390,8 @@ class Relaxation:
 
     @cached_property
     def first_few(self) -> _Stage:
-        """The same for the least one-norm, with t = v - u: the variables are x, u (on S) and v (on rows of S that may be shifted both ways)."""
+        """The same for the least one-norm, with t = v - u: the variables are x, u (on S) and v (on
+        rows of S that may be shifted both ways)."""
         program, matrices = self.canonical.program, self.canonical._matrices
         n, m, width = program.n, program.m, matrices["b"].shape[1]
         down, up = (
@@ -418,7 +434,8 @@ class Relaxation:
 
     @cached_property
     def _both_ways(self) -> Tensor:
-        """(m,) rows whose shifts may have either sign: equations, and all of a second-order cone but its head."""
+        """(m,) rows whose shifts may have either sign: equations, and all of a second-order cone
+        but its head."""
         rows = torch.ones(self.canonical.program.m, dtype=torch.bool)
         for block in self.canonical.program.cones.blocks:
             last = block.start + (
@@ -443,7 +460,8 @@ class Relaxation:
         u, v = x[:, n : n + len(down)], x[:, n + len(down) :]
         zero = x.new_zeros(len(x), m)
         t = zero.index_copy(1, up, v) - zero.index_copy(1, down, u)
-        # Where nothing moves it is rounding that would: of a right-hand side of zeros it would make an inconsistent one.
+        # Where nothing moves it is rounding that would: of a right-hand side of zeros it would make
+        # an inconsistent one.
         least = NONE * t.detach().abs().amax(1, keepdim=True) if m else 0.0
         return y[:, :m], torch.where(t.detach().abs() > least, t, 0.0)
 
@@ -459,7 +477,8 @@ def relaxed(declared: Declaration) -> Relaxation:
 
 
 class _Faces:
-    """The second program, of rows that lie on the same faces: beside the parameters' its entries are -t, and the rays."""
+    """The second program, of rows that lie on the same faces: beside the parameters' its entries
+    are -t, and the rays."""
 
     def __init__(self, relaxation: Relaxation, pattern: Tensor) -> None:
         self.pattern = pattern
@@ -487,7 +506,8 @@ class _Faces:
         )
         ray_of = np.repeat(np.arange(k), [r.stop - r.start for r in self.rays])
         ends = np.arange(k)
-        # After x stand the betas: their columns hold the rays, and -1 in rows of their own, -beta + s = 0, s >= 0.
+        # After x stand the betas: their columns hold the rays, and -1 in rows of their own, -beta +
+        # s = 0, s >= 0.
         A_rows = np.concatenate([program.A_rows, on_ray, m + ends])
         A_cols = np.concatenate([program.A_cols, n + ray_of, n + ends])
         order = np.lexsort((A_rows, A_cols))
@@ -524,7 +544,8 @@ class _Faces:
         )
 
     def entries(self, entries: Sequence[Tensor], y: Tensor, t: Tensor) -> list[Tensor]:
-        """The parameters' entries, the first program's multipliers and its shifts (R, m) -> the second program's entries."""
+        """The parameters' entries, the first program's multipliers and its shifts (R, m) -> the
+        second program's entries."""
         if not self.rays:
             return [*entries, -t]
         tails = [y[:, rows][:, 1:] for rows in self.rays]

@@ -34,7 +34,8 @@ class ConeRequest:
     differentiable: bool
     judged: bool  # whether anybody asks which rows are degenerate
     selected: bool  # by a small proximal term, the solution of least norm
-    # Relative, of the parameters: what their rounding may have moved apart is not told from what agrees.
+    # Relative, of the parameters: what their rounding may have moved apart is not told from what
+    # agrees.
     parameters_precision: float
     gradient: Callable[
         [ConeFound, ConeDerivative], ConeDerivative
@@ -43,7 +44,8 @@ class ConeRequest:
 
     @property
     def precision(self) -> float:
-        """What is infeasible by less is feasible to the tolerance, or to the parameters' own rounding."""
+        """What is infeasible by less is feasible to the tolerance, or to the parameters' own
+        rounding."""
         return max(self.parameters_precision, self.tolerance)
 
 

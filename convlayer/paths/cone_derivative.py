@@ -1,17 +1,20 @@
-"""Derivatives of a cone program's solution in its data, to second order, by solves with the factor of the first.
+"""Derivatives of a cone program's solution in its data, to second order, by solves with the factor
+of the first.
 
 With F(x, v) = 0 the residual map at the solution, a direction `a` of the data moves it by
 
     J (x_a, v_a) = -(dP x + dA'y + dq ; dA x - db),   y_a = Dv_a,   s_a = y_a - v_a,
 
-and as (x, -y) is the gradient of the optimal value in (q, b), the map (x_bar, y_bar) -> (w, u) of the adjoint is symmetric and is
-this map too. Once more, in a direction b, with k = Pi_K*''(v)[v_a, v_b] the curvature of the cone:
+and as (x, -y) is the gradient of the optimal value in (q, b), the map (x_bar, y_bar) -> (w, u) of
+the adjoint is symmetric and is this map too. Once more, in a direction b, with k = Pi_K*''(v)[v_a,
+v_b] the curvature of the cone:
 
     J (x_ab, v_ab) = -(r + A'k ; t + k),   y_ab = Dv_ab + k,
     r = dP_a x_b + dP_b x_a + dA_a'y_b + dA_b'y_a,   t = dA_a x_b + dA_b x_a.
 
-y may be 1e16 times as large as s, which v = y - s would not tell any more. Cones are cones in all units: k is of v' = alpha y - beta s,
-numbers of a cone's own, and moves y by k / alpha and s by k / beta.
+y may be 1e16 times as large as s, which v = y - s would not tell any more. Cones are cones in all
+units: k is of v' = alpha y - beta s, numbers of a cone's own, and moves y by k / alpha and s by k /
+beta.
 
 The optimal value moves by its Lagrangian's derivative, x'dP x/2 + dq'x + y'(dA x - db) + dd.
 """
@@ -54,7 +57,8 @@ def entries_bar(
     terms: Sequence[Term],
     vectors: dict[str, Tensor],  # cotangents of q, b and d, (B, .)
 ) -> dict[int, Tensor]:
-    """Cotangents of the data -> those of the entries of the parameters that are wanted, (B or 1, size)."""
+    """Cotangents of the data -> those of the entries of the parameters that are wanted, (B or 1,
+    size)."""
     program, batch = canonical.program, len(terms[0].x)
     maps, bars = {name: canonical.maps[name] for name in ("P", "A", *vectors)}, dict(vectors)
     for name in ("P", "A"):
@@ -96,7 +100,8 @@ class _Moved:
 
 
 class ConeDerivative(Local):
-    """The solution (x, y, value) as a function of the entries of the parameters, (B or 1, size) each."""
+    """The solution (x, y, value) as a function of the entries of the parameters, (B or 1, size)
+    each."""
 
     def __init__(
         self,
@@ -109,8 +114,9 @@ class ConeDerivative(Local):
         adjoint: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
         tell: Callable[[Tensor, Tensor, dict[int, Tensor]], None] | None,
     ) -> None:
-        """adjoint: (x_bar, y_bar) -> (w, u), zero in rows that failed.
-        tell: asked, with the cotangents of x, the rows in use (B,) and what was found for each parameter, whether to warn.
+        """adjoint: (x_bar, y_bar) -> (w, u), zero in rows that failed. tell: asked, with the
+        cotangents of x, the rows in use (B,) and what was found for each parameter, whether to
+        warn.
         """
         self.canonical, self.solution, self.point = canonical, solution, point
         self.make_data, self._adjoint, self._tell = data, adjoint, tell
@@ -132,7 +138,8 @@ class ConeDerivative(Local):
             )
 
     def adjoint(self, x_bar: Tensor, y_bar: Tensor) -> tuple[Tensor, Tensor]:
-        """NaN in rows whose cotangents are not finite: these have no part in a solve, and are no fault of its system."""
+        """NaN in rows whose cotangents are not finite: these have no part in a solve, and are no
+        fault of its system."""
         self.check_unchanged()
         lost = not_finite(x_bar, y_bar)
         if lost is None:
@@ -154,7 +161,8 @@ class ConeDerivative(Local):
             found = self._to_entries(entries, needed, [term], {"q": -w, "b": u, "d": v})
             self._told(x_bar, y_bar, dict(zip(_wanted(needed), found, strict=True)))
             return found
-        # The optimal value's derivative is that of the Lagrangian: half of it has the form of an adjoint of its own.
+        # The optimal value's derivative is that of the Lagrangian: half of it has the form of an
+        # adjoint of its own.
         x_value, y_value, _ = self.solution
         vectors = {"q": v * x_value - w, "b": u - v * y_value, "d": v}
         if x is x_value:
@@ -200,8 +208,9 @@ class ConeDerivative(Local):
         x_bar, y_bar, value_bar = bars
         w, u = self.adjoint(x_bar, y_bar)
         moved, v = self._moved(a), value_bar.unsqueeze(1)
-        # <bars, D^2[a, b]> = -w'r - u't + (y_bar - Aw)'k / alpha - u'k / beta + value_bar dvalue, for every direction b: first what
-        # it has of x_b and y_b, through whose adjoint it reaches the data, then what it has of dP_b and dA_b.
+        # <bars, D^2[a, b]> = -w'r - u't + (y_bar - Aw)'k / alpha - u'k / beta + value_bar dvalue,
+        # for every direction b: first what it has of x_b and y_b, through whose adjoint it reaches
+        # the data, then what it has of dP_b and dA_b.
         alpha, beta = self._units
         by_v = self._curvature(moved, (y_bar - self.operators.A(w)) / alpha - u / beta)
         by_y, by_s = alpha * by_v, beta * by_v
@@ -235,7 +244,8 @@ class ConeDerivative(Local):
 
     @cached_property
     def _units(self) -> tuple[Tensor, Tensor]:
-        """(alpha, beta), (B, m): y and s are of size one where their product, entry by entry, is the largest of their cone."""
+        """(alpha, beta), (B, m): y and s are of size one where their product, entry by entry, is
+        the largest of their cone."""
         program, y, s = self.canonical.program, self.y.abs(), self.s.abs()
         ones = torch.ones_like(y)
         if program.is_polyhedral:

@@ -1,4 +1,5 @@
-"""The generic path: the problem's cone program, solved row by row or batched, polished, and differentiated by the conic adjoint."""
+"""The generic path: the problem's cone program, solved row by row or batched, polished, and
+differentiated by the conic adjoint."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ STOPPED = "The solver's time limit ended it before it had converged; it was not 
 
 @dataclass(frozen=True, eq=False)
 class ConeProgram:
-    """parameters -> entries -> (x, y, value) -> the user's variables; see `convlayer.paths.cone_solution`."""
+    """parameters -> entries -> (x, y, value) -> the user's variables; see
+    `convlayer.paths.cone_solution`."""
 
     declared: Declaration
     solving: Solving

@@ -1,7 +1,8 @@
-"""The solution of a batch of a cone program: parameters -> Data -> attempts -> (x, y, optimal value), and the way back.
+"""The solution of a batch of a cone program: parameters -> Data -> attempts -> (x, y, optimal
+value), and the way back.
 
-Everything here is float64, on the host, or on the parameters' device where the solver is a batched one. Rows that failed are left
-out of all batched work and never reach the others.
+Everything here is float64, on the host, or on the parameters' device where the solver is a batched
+one. Rows that failed are left out of all batched work and never reach the others.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class Attached(torch.autograd.Function):
         ctx.found = found
         ctx.save_for_backward(*thetas)
         ctx.set_materialize_grads(False)
-        # Detached: an output held in `found` would hold its own graph, and neither would ever be freed.
+        # Detached: an output held in `found` would hold its own graph, and neither would ever be
+        # freed.
         return found.x.detach(), found.y.detach(), found.value.detach()
 
     @staticmethod
@@ -105,7 +107,8 @@ def _solve(request: ConeRequest, thetas: Sequence[Tensor]) -> ConeFound:
     if canonical.bounds is not None:
         x = canonical.bounds.hold(x, data.b)
     value = objective(Operators(data), x, d)
-    # A failed row's iterate may hold anything; behind the outputs its zero cotangents must stay zeros.
+    # A failed row's iterate may hold anything; behind the outputs its zero cotangents must stay
+    # zeros.
     if not math.isfinite((x.sum() + y.sum() + value.sum()).item()):
         blank = blank | ~(
             torch.isfinite(x).all(1) & torch.isfinite(y).all(1) & torch.isfinite(value)
@@ -161,7 +164,8 @@ def _solved(
 def _solvable(
     request: ConeRequest, data: Data, d: Tensor, batch: int, equalities: Agreement | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The rows whose values are numbers and whose right-hand sides do not exclude a solution, and (B,) the others of these."""
+    """The rows whose values are numbers and whose right-hand sides do not exclude a solution, and
+    (B,) the others of these."""
     good = torch.arange(batch, device=request.device)
     parts = (data.P, data.q, data.A, data.b, d)
     if not math.isfinite(torch.stack([part.sum() for part in parts]).sum().item()) or bool(
@@ -221,7 +225,8 @@ def resolved(request: ConeRequest) -> Callable[[Data], tuple[Tensor, Tensor, Ten
 def on_central_path(
     found: ConeFound, exact: ConeDerivative, kappa: float
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
-    """The rows' points (x, s, y) on the central path, and the adjoint there; NaN in rows that have none."""
+    """The rows' points (x, s, y) on the central path, and the adjoint there; NaN in rows that have
+    none."""
     canonical, device = found.request.canonical, found.request.device
     program = canonical.program
     x, s, y = (part.clone() for part in exact.point)

@@ -1,15 +1,19 @@
-"""Which of the user's constraints contradict each other, where a row is infeasible, and by how much.
+"""Which of the user's constraints contradict each other, where a row is infeasible, and by how
+much.
 
-With e inside the cone and d the size of each row's numbers, one more variable measures how far constraints are from holding together,
+With e inside the cone and d the size of each row's numbers, one more variable measures how far
+constraints are from holding together,
 
     tau*(T) = min over x, tau >= 0   of  tau   subject to   Ax + s = b + tau D e on the rows of T,   Ax + s = b on auxiliary rows,  s in K
 
-(an equation becomes two inequalities), which always has a solution. T contradicts itself where tau* > 0, and then the multipliers y say
+(an equation becomes two inequalities), which always has a solution. T contradicts itself where tau*
+> 0, and then the multipliers y say
 
     A'y = 0,   -b'y = tau* (e'Dy = 1):   those with y = 0 take no part.
 
-So T shrinks to where y is not zero, and then a constraint at a time is left out: what still contradicts itself without it goes on
-without it. At last no constraint of T can be spared. Its amount is the tau* with that constraint alone giving way, in the user's units.
+So T shrinks to where y is not zero, and then a constraint at a time is left out: what still
+contradicts itself without it goes on without it. At last no constraint of T can be spared. Its
+amount is the tau* with that constraint alone giving way, in the user's units.
 
 Source: Chinneck and Dravnieks (1991), elastic and deletion filters for irreducible infeasible sets.
 """
@@ -80,13 +84,16 @@ class Member(NamedTuple):
     name: str  # "constraint 2, `x <= cap`", or "`x >= 0`, declared"
     amount: (
         float | None
-    )  # by which it alone would have to give way, each entry by at most so much; None: it cannot, or not in these units
+        # by which it alone would have to give way, each entry by at most so much; None: it cannot, or
+        # not in these units
+    )
     entries: tuple[int, ...]  # row-major, those that take part; none of a scalar's, or in a cone
 
 
 @dataclass(frozen=True)
 class Conflict:
-    """Constraints that no point satisfies together, though any fewer of them some point does; as few solves find them."""
+    """Constraints that no point satisfies together, though any fewer of them some point does; as
+    few solves find them."""
 
     members: tuple[Member, ...]
     factor: bool  # a geometric program: an amount is a factor
@@ -108,7 +115,8 @@ class Conflict:
 def conflicts(
     declared: Declaration, values: Sequence[Tensor], rows: Sequence[int]
 ) -> dict[int, Conflict]:
-    """For the first few of these rows of a call's parameters, (B or 1, *shape) each: what contradicts itself, where that is found.
+    """For the first few of these rows of a call's parameters, (B or 1, *shape) each: what
+    contradicts itself, where that is found.
 
     Words about an error must not become another one: what goes wrong here is left unsaid.
     """
@@ -231,7 +239,8 @@ class _Row:
         )
 
     def elastic(self, kept: np.ndarray, give: np.ndarray) -> tuple[float, np.ndarray] | None:
-        """(tau*, y (m,)) of the kept rows, each giving way by `give` times tau along its cone's inside."""
+        """(tau*, y (m,)) of the kept rows, each giving way by `give` times tau along its cone's
+        inside."""
         n = self.program.n
         parts: list[tuple[np.ndarray, np.ndarray, Cone]] = []  # rows, signs, cone
         for block, cone in zip(self.program.cones.blocks, self.program.cones.cones, strict=True):

@@ -1,4 +1,5 @@
-"""Which path a problem takes: every structure is asked, and the cheaper of kernel and cone program is taken."""
+"""Which path a problem takes: every structure is asked, and the cheaper of kernel and cone program
+is taken."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ class Finding:
 
 @dataclass(frozen=True, eq=False)
 class Recognition:
-    """All that was found, and what was chosen: a finding with a match, or None for the cone program."""
+    """All that was found, and what was chosen: a finding with a match, or None for the cone
+    program."""
 
     form: NormalForm | None
     findings: list[Finding]
@@ -60,7 +62,8 @@ def recognise(
     structure: str,
     reason: str | None,
 ) -> Recognition:
-    """Ask every structure; with a `reason` the cone program is taken all the same. ProblemError: the structure asked for does not apply."""
+    """Ask every structure; with a `reason` the cone program is taken all the same. ProblemError:
+    the structure asked for does not apply."""
     if structure in ("generic", "cone_program"):
         return Recognition(None, [], None, None, "as you asked")
     form = None if gp else normal_form(problem, parameters)
@@ -98,11 +101,13 @@ def recognise(
 
 
 def attempts(program: Program, batch: int, tolerance: float, device: torch.device) -> list[Attempt]:
-    """The cheapest solver for this program and batch first; the default one for the rows that it does not settle."""
+    """The cheapest solver for this program and batch first; the default one for the rows that it
+    does not settle."""
     if device.type == "cpu":
         name = cheapest_solver(program, batch)
     else:
-        # What fits stays on the device: the way to the host and back, and few cores there, cost more.
+        # What fits stays on the device: the way to the host and back, and few cores there, cost
+        # more.
         name = (
             "interior_point" if prefers_dense(program) and fits_densely(program, batch) else DEFAULT
         )
@@ -149,7 +154,8 @@ def _ask(
 
 
 def generic_cost(form: NormalForm) -> Cost:
-    """An estimate for the cone program, without canonicalising: from the pattern of its KKT matrix, reordered to a band."""
+    """An estimate for the cone program, without canonicalising: from the pattern of its KKT matrix,
+    reordered to a band."""
     tables = [term.argument for _, term in form.present] + [c.table for c in form.constraints]
     rows = sum(t.size for t in tables)
     entries = sum(int((t.variable >= 0).sum()) for t in tables)

@@ -30,7 +30,8 @@ class Agreement(NamedTuple):
 def evaluate(
     canonical: Canonical, entries: Sequence[Tensor], dense: bool, like: Tensor
 ) -> tuple[Data, Tensor]:
-    """Entries of the parameters, (B or 1, size) each -> the cone program's values and the offset d: shared stays shared."""
+    """Entries of the parameters, (B or 1, size) each -> the cone program's values and the offset d:
+    shared stays shared."""
     maps = {**canonical.maps, **canonical.dense_maps} if dense else canonical.maps
     values = {name: mapping(entries, like) for name, mapping in maps.items()}
     if dense:
@@ -61,7 +62,8 @@ def agreed(canonical: Canonical, data: Data) -> Data:
 def agreement(
     canonical: Canonical, entries: Sequence[Tensor], b: Tensor, batch: int, precision: float
 ) -> Agreement | None:
-    """Whether the right-hand sides agree to the parameters' precision; None: they do, to rounding."""
+    """Whether the right-hand sides agree to the parameters' precision; None: they do, to
+    rounding."""
     dependence = canonical.dependence
     if dependence is None:
         return None
@@ -82,7 +84,8 @@ def objective(operators: Operators, x: Tensor, d: Tensor) -> Tensor:
 def least_norm_weight(
     canonical: Canonical, thetas: Sequence[Tensor], device: torch.device
 ) -> Tensor:
-    """(B or 1,) of a proximal term, canonical's last parameter: NEGLIGIBLE where the row's solution and multipliers are of size one."""
+    """(B or 1,) of a proximal term, canonical's last parameter: NEGLIGIBLE where the row's solution
+    and multipliers are of size one."""
     with torch.no_grad():
         none = torch.zeros(1, dtype=torch.float64, device=device)
         readers = zip(canonical.parameters, [*thetas, none], strict=True)

@@ -1,4 +1,5 @@
-"""A call, from tensors to the gate: shapes and dtypes, bad rows, the path and what stands around it, the failure policy."""
+"""A call, from tensors to the gate: shapes and dtypes, bad rows, the path and what stands around
+it, the failure policy."""
 
 from __future__ import annotations
 
@@ -116,7 +117,8 @@ class Front:
     def run(
         self, tensors: tuple[Tensor, ...], call: Call
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Gate]:
-        """The outputs; with `everything` the objective too, and status, iterations, residual, degenerate and margin of the rows."""
+        """The outputs; with `everything` the objective too, and status, iterations, residual,
+        degenerate and margin of the rows."""
         if not is_transformed(tensors):
             gate = self._solved(leaves_of(tensors), call)
             return gate.leave(tensors), gate.table() if call.everything else (), gate
@@ -217,7 +219,8 @@ class Front:
         return refuse_bad(bad, self.on_failure, batch)
 
     def _judge(self, found: Found, request: Request, batch: tuple[int, ...]) -> None:
-        """Warn of rows that are inaccurate, and raise for those that failed, if that is the policy."""
+        """Warn of rows that are inaccurate, and raise for those that failed, if that is the
+        policy."""
         if found.verdict is None or not bool(found.verdict.status.any()):
             return
         inaccurate = torch.nonzero(found.verdict.status == Status.INACCURATE).flatten()

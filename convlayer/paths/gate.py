@@ -1,7 +1,8 @@
 """The gate through which the outputs of a call leave.
 
-Behind the gate stands the graph that the path recorded. In front of it outputs are the user's: filled with NaN where a row failed
-and the policy says so, their cotangents guarded, and differentiable as often as the path's solution is.
+Behind the gate stands the graph that the path recorded. In front of it outputs are the user's:
+filled with NaN where a row failed and the policy says so, their cotangents guarded, and
+differentiable as often as the path's solution is.
 """
 
 from __future__ import annotations
@@ -122,7 +123,8 @@ class Gate:
         )
 
     def guard(self, bars: Sequence[Any]) -> list[Any]:
-        """Cotangents of the outputs: in rows that failed NaN where the loss uses them and zero where it does not."""
+        """Cotangents of the outputs: in rows that failed NaN where the loss uses them and zero
+        where it does not."""
         self._tell_of_ruled(bars)
         spoilt = self._spoilt(bars)
         if spoilt is not None:
@@ -160,7 +162,8 @@ class Gate:
                 self.tell(torch.nonzero(used & ruled).flatten(), cause, ())
 
     def _spoilt(self, bars: Sequence[Tensor | None]) -> Tensor | None:
-        """Rows (*batch,) that have a solution and cotangents that are not finite, if any: told of, as it is no fault of the layer's."""
+        """Rows (*batch,) that have a solution and cotangents that are not finite, if any: told of,
+        as it is no fault of the layer's."""
         doubtful = [bar for bar in bars if bar is not None and not math.isfinite(bar.sum().item())]
         if not doubtful:  # a finite sum has finite terms
             return None
@@ -182,7 +185,8 @@ class Gate:
     def _outputs_at(self, *thetas: Tensor) -> list[Tensor]:
         """The outputs as a function of the parameters, twice differentiable.
 
-        A row that failed becomes a sum of squares: a cotangent of it that is NaN arrives as NaN, and one that is zero as zero.
+        A row that failed becomes a sum of squares: a cotangent of it that is NaN arrives as NaN,
+        and one that is zero as zero.
         """
         if versions([output for output in self.outputs if output.requires_grad]) != self.versions:
             raise RuntimeError(
@@ -220,10 +224,12 @@ class Gate:
 
 
 class _Fence(torch.autograd.Function):
-    """(failed (*batch,), how many outputs, *outputs (*batch, ...), *parameters (B or 1, *shape)) -> the outputs.
+    """(failed (*batch,), how many outputs, *outputs (*batch, ...), *parameters (B or 1, *shape)) ->
+    the outputs.
 
-    Of a row that failed no cotangent reaches the path, whose formulas hold for solutions only. Instead every parameter of the row
-    gets NaN if the cotangent is not zero, a shared one if that of any row is not.
+    Of a row that failed no cotangent reaches the path, whose formulas hold for solutions only.
+    Instead every parameter of the row gets NaN if the cotangent is not zero, a shared one if that
+    of any row is not.
     """
 
     @staticmethod
@@ -288,7 +294,8 @@ def _in_batch(part: Any, batch: tuple[int, ...]) -> Any:
 
 
 def leaves_of(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The same tensors as leaves of a graph of the layer's own, to be differentiated as they are."""
+    """The same tensors as leaves of a graph of the layer's own, to be differentiated as they
+    are."""
     recorded = torch.is_grad_enabled()
     return tuple(
         t.detach().requires_grad_(recorded and t.requires_grad) if isinstance(t, Tensor) else t
@@ -299,9 +306,9 @@ def leaves_of(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 class _Leave(torch.autograd.Function):
     """(gate, *parameters) -> the outputs, NaN in rows that are to be empty.
 
-    Cotangents pass as `Gate.guard` lets them into the graph that was recorded between leaves and outputs, which is of the layer's own
-    so that all of it can run on one thread. Where their own derivative is wanted (create_graph=True) they are pulled back by a
-    function that has one.
+    Cotangents pass as `Gate.guard` lets them into the graph that was recorded between leaves and
+    outputs, which is of the layer's own so that all of it can run on one thread. Where their own
+    derivative is wanted (create_graph=True) they are pulled back by a function that has one.
     """
 
     @staticmethod
@@ -350,7 +357,8 @@ def _pulled(
 
 
 def flatten_batch(tensor: Tensor, parameter: cp.Parameter, batch: tuple[int, ...]) -> Tensor:
-    """(*own batch, *shape) -> (B, *shape), or (1, *shape) for a parameter that the whole batch shares."""
+    """(*own batch, *shape) -> (B, *shape), or (1, *shape) for a parameter that the whole batch
+    shares."""
     shape: tuple[int, ...] = tuple(parameter.shape)
     lead = tensor.ndim - len(shape)
     if not lead:

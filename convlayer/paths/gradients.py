@@ -6,7 +6,8 @@ lpgd        a secant of two perturbed solutions in place of the derivative, for 
 perturbed   linear objectives: the derivative of the solution averaged over noise in the costs
 blackbox    linear objectives: the gradient of an interpolation of the loss between vertices
 
-All but the first are of the cone program, and the last three are first derivatives in reverse mode and nothing else.
+All but the first are of the cone program, and the last three are first derivatives in reverse mode
+and nothing else.
 """
 
 from __future__ import annotations
@@ -58,12 +59,14 @@ class Smoothed(Gradient):
 
         (x_k, s_k, y_k):   Px + q + A'y = 0,   Ax + s = b,   s o y = k e   (y = -k grad f(s) where the cone is not symmetric)
 
-    Smooth in every parameter, and nearly the exact derivative where every |s - y| is far above sqrt(kappa). The solution itself
-    stays exact, and so does the derivative of the optimal value.
+    Smooth in every parameter, and nearly the exact derivative where every |s - y| is far above
+    sqrt(kappa). The solution itself stays exact, and so does the derivative of the optimal value.
 
-    kappa: without a unit. s and y above are those of the row in its own units, in which the largest entries of its solution and of its
-           multipliers are of size one (where a solution is all but zero, the data say what one is); in the user's units the product is
-           kappa times both sizes. So it means the same whatever the units, and rows of one batch differ in what it is in theirs.
+    kappa: without a unit. s and y above are those of the row in its own units, in which the largest
+           entries of its solution and of its multipliers are of size one (where a solution is all
+           but zero, the data say what one is); in the user's units the product is kappa times both
+           sizes. So it means the same whatever the units, and rows of one batch differ in what it
+           is in theirs.
     """
 
     name = "smoothed"
@@ -83,7 +86,8 @@ class Smoothed(Gradient):
 class Lpgd(Gradient):
     """Lagrangian proximal gradient descent, see `surrogates.lpgd`.
 
-    tau: size of the perturbation relative to the costs; rho: of the proximal term 1/(2 rho) |x - x*|^2, inf for none.
+    tau: size of the perturbation relative to the costs; rho: of the proximal term 1/(2 rho) |x -
+         x*|^2, inf for none.
     side: "both", or "right" or "left" for one perturbed solution and the solution itself.
     absolute: tau multiplies the loss's gradient as it is, whatever the costs.
     """
@@ -150,9 +154,11 @@ class _OfCosts(Gradient):
 
 @dataclass(frozen=True)
 class Perturbed(_OfCosts):
-    """The derivative of the solution averaged over Gaussian noise in the costs, see `surrogates.perturbed`.
+    """The derivative of the solution averaged over Gaussian noise in the costs, see
+    `surrogates.perturbed`.
 
-    sigma: of the noise, relative to the costs; samples: an even number; seed: of the noise, the same in every call.
+    sigma: of the noise, relative to the costs; samples: an even number; seed: of the noise, the
+           same in every call.
     """
 
     name = "perturbed"
@@ -173,7 +179,8 @@ class Perturbed(_OfCosts):
 
 @dataclass(frozen=True)
 class Blackbox(_OfCosts):
-    """The gradient of an interpolation between vertices, see `surrogates.blackbox`. lam: size of the step, relative to the costs."""
+    """The gradient of an interpolation between vertices, see `surrogates.blackbox`. lam: size of
+    the step, relative to the costs."""
 
     name = "blackbox"
     lam: float = 1.0
@@ -191,7 +198,8 @@ GRADIENTS: dict[str, type[Gradient]] = {
 
 
 def gradient_of(gradient: str | Gradient, arguments: Mapping[str, Any] | None) -> Gradient:
-    """By its name, or as it is. TypeError, ValueError: no gradient, or what is no argument of this one."""
+    """By its name, or as it is. TypeError, ValueError: no gradient, or what is no argument of this
+    one."""
     if isinstance(gradient, Gradient) and not arguments:
         return gradient
     if gradient not in GRADIENTS:

@@ -1,4 +1,5 @@
-"""Notes on rows that took another way than the first, or were changed to have a solution: `Solution.notes`."""
+"""Notes on rows that took another way than the first, or were changed to have a solution:
+`Solution.notes`."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ def another_way(rows: Tensor, status: Tensor, why: str, way: str) -> list[Note]:
 
 
 def made_to_agree(apart: Tensor, refuted: Tensor) -> list[Note]:
-    """apart (B,): by how much equalities that depend on each other differ, relative to their right-hand sides; refuted (B,): by more
-    than rounding."""
+    """apart (B,): by how much equalities that depend on each other differ, relative to their
+    right-hand sides; refuted (B,): by more than rounding."""
     rows = torch.nonzero((apart > ROUNDING) & ~refuted).flatten()
     return [(rows, AGREED)] if len(rows) else []

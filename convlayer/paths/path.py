@@ -1,7 +1,8 @@
 """What a path is: a way from parameters to the outputs of a layer.
 
-A layer asks with a `Request`, and a path answers with what it `Found`. Either is frozen. A path that stands around another one asks
-it, looks at the verdict, and returns what was found with some rows answered in another way.
+A layer asks with a `Request`, and a path answers with what it `Found`. Either is frozen. A path
+that stands around another one asks it, looks at the verdict, and returns what was found with some
+rows answered in another way.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from convlayer.paths.verdict import Verdict
 from convlayer.shifts import Shifts
 from convlayer.solution import Cause
 
-# Told of rows (by number) whose derivative wants a warning, why, and of the parameters that are concerned (by number).
+# Told of rows (by number) whose derivative wants a warning, why, and of the parameters that are
+# concerned (by number).
 Tell = Callable[[Tensor, Cause, Sequence[int]], None]
-# Parameters (B or 1, *shape) -> outputs (B or 1, ...), twice differentiable at the values at which they were found.
+# Parameters (B or 1, *shape) -> outputs (B or 1, ...), twice differentiable at the values at which
+# they were found.
 Outputs = Callable[[list[Tensor]], list[Tensor]]
 
 
@@ -37,7 +40,8 @@ class Request:
     dtype: torch.dtype  # of the outputs
     tell: Tell  # at backward
     bad: BadRows = NONE_BAD
-    # The same with no check left to the kernel, see `Match.vouches`; it raises where the policy says so.
+    # The same with no check left to the kernel, see `Match.vouches`; it raises where the policy
+    # says so.
     look_closer: Callable[[], BadRows] = BadRows
     everything: bool = False  # the objective, as the last output, and a verdict on every row
     solver_args: Mapping[str, Any] | None = None  # of this call
@@ -79,7 +83,8 @@ class Found:
         Verdict | None
     )  # None: every row is solved, by a closed form, and nobody asked for more
     blank: Tensor | None = None  # rows without any iterate; None: no row
-    # Rows differentiated by rule, and the cause of it, of which the path does not tell by itself at backward.
+    # Rows differentiated by rule, and the cause of it, of which the path does not tell by itself at
+    # backward.
     ruled: tuple[tuple[Tensor, Cause], ...] = ()
     stopped: Tensor | None = None  # rows that a time limit ended; None: no row
     iterate: tuple[Tensor, Tensor, Tensor] | None = (

@@ -2,8 +2,9 @@
 
     minimise  t   subject to   Ax + s = b + t e,  s in K,  t >= -1,      -t <= Ex - f <= t for the equalities,
 
-with e inside K. It always has an interior and a solution; t is not positive where the row is feasible, and where it is positive the
-multipliers, which are of size one however small t is, are a proof: A'y = 0, b'y = -t.
+with e inside K. It always has an interior and a solution; t is not positive where the row is
+feasible, and where it is positive the multipliers, which are of size one however small t is, are a
+proof: A'y = 0, b'y = -t.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The zeros of the residual map that a batch's rows were found at, in pieces, and the derivative that each of them gives."""
+"""The zeros of the residual map that a batch's rows were found at, in pieces, and the derivative
+that each of them gives."""
 
 from __future__ import annotations
 
@@ -91,7 +92,8 @@ class Telling:
     x: Tensor  # (B, n)
 
     def __call__(self, x_bar: Tensor, used: Tensor, found: dict[int, Tensor]) -> None:
-        """Tell of rows (`used`, (B,)) that were differentiated by rule, or whose gradients `found` say nothing."""
+        """Tell of rows (`used`, (B,)) that were differentiated by rule, or whose gradients `found`
+        say nothing."""
         causes = self._by_rule(used)
         costs = [k for k in self.canonical.costs if k in found]
         if costs and (self.canonical.program.is_linear or self.selected):

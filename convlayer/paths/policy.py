@@ -23,7 +23,8 @@ POLICIES = ("raise", "nan", "keep", *CLOSEST)
 
 
 def check_policy(on_failure: str, canonical: Callable[[], Canonical]) -> None:
-    """ValueError: there is no such policy. ProblemError: there is no closest feasible problem to be had."""
+    """ValueError: there is no such policy. ProblemError: there is no closest feasible problem to be
+    had."""
     one_of("on_failure", on_failure, POLICIES)
     reason = applies(canonical()) if on_failure in CLOSEST else None
     if reason:
@@ -48,7 +49,8 @@ def refuse_failed(
     on_failure: str,
     batch: tuple[int, ...],
 ) -> None:
-    """SolverError, if that is the policy: rows that failed, and which constraints contradict each other."""
+    """SolverError, if that is the policy: rows that failed, and which constraints contradict each
+    other."""
     if on_failure not in RAISING or not bool(verdict.failed.any()):
         return
     reasons = dict(details)

@@ -1,10 +1,12 @@
-"""Whether an objective may fall, or stay as it is, for ever along a direction from any feasible point.
+"""Whether an objective may fall, or stay as it is, for ever along a direction from any feasible
+point.
 
     R = { d :  Pd = 0,  -Ad in K,  q'd <= 0 }
 
-Where R = {0} a feasible row has a solution. Where a row that does not settle runs off along R its infimum is approached, and not
-attained (Rockafellar, Convex Analysis, theorem 27.1). What is looked for is the d of R within |d| <= 1 that goes farthest the way the
-row's last point lies; or along which the objective falls most: where it does, and there is a feasible point, it has no bound.
+Where R = {0} a feasible row has a solution. Where a row that does not settle runs off along R its
+infimum is approached, and not attained (Rockafellar, Convex Analysis, theorem 27.1). What is looked
+for is the d of R within |d| <= 1 that goes farthest the way the row's last point lies; or along
+which the objective falls most: where it does, and there is a feasible point, it has no bound.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ class RecessionShares:
 
     # The accuracy to which the program of the directions is solved.
     tolerance: float = 1e-9
-    # A sum q'd below this share of its terms is rounding, and so is an entry of d below this share of it.
+    # A sum q'd below this share of its terms is rounding, and so is an entry of d below this share
+    # of it.
     flat: float = 1e-6
     # Costs along d below this are a matter of the tolerance.
     blurred: float = 1e-7
@@ -81,13 +84,15 @@ def _recedes(program: Program, P: np.ndarray, q: np.ndarray, A: np.ndarray, x: n
 def _farthest(
     program: Program, P: np.ndarray, q: np.ndarray, A: np.ndarray, costs: np.ndarray
 ) -> tuple[np.ndarray, bool]:
-    """The d of R, |d| <= 1, of least costs'd; whether it was found, and goes on where R is rounded off."""
+    """The d of R, |d| <= 1, of least costs'd; whether it was found, and goes on where R is rounded
+    off."""
     n, m = program.n, program.m
     zeros = int(program.equalities.sum())
     upper = sp.csr_array((P, (program.P_rows, program.P_cols)), shape=(n, n))
     curved = upper + sp.triu(upper, 1).T
     largest = abs(curved).max(axis=1).toarray().ravel() if n else np.zeros(0)
-    # A curvature that is small beside the rest of the program is none the less one: every row of P in units of its own.
+    # A curvature that is small beside the rest of the program is none the less one: every row of P
+    # in units of its own.
     curved = (sp.diags_array(1 / largest[largest > 0]) @ curved[largest > 0]).tocsr()
     matrix, one = sp.csr_array((A, (program.A_rows, program.A_cols)), shape=(m, n)), sp.eye_array(n)
     lines = [

@@ -1,4 +1,5 @@
-"""A solver's points polished, and judged: whether they are solutions, and whether they can be differentiated."""
+"""A solver's points polished, and judged: whether they are solutions, and whether they can be
+differentiated."""
 
 from __future__ import annotations
 
@@ -25,14 +26,17 @@ class Trust:
 
     # A point whose relative residual is above this is not even called INACCURATE.
     inaccurate: float = 1e-4
-    # One more Newton step would move x by more than this share of it: the point is not called SOLVED.
+    # One more Newton step would move x by more than this share of it: the point is not called
+    # SOLVED.
     sensitive: float = 3e-8
-    # One more Newton step would move x by more than this share of it: the point is no solution at all.
+    # One more Newton step would move x by more than this share of it: the point is no solution at
+    # all.
     meaningless: float = 1e-2
-    # An x so many times larger than the data suggest may be on its way to infinity, and multipliers so
-    # many times larger than the costs hide them.
+    # An x so many times larger than the data suggest may be on its way to infinity, and multipliers
+    # so many times larger than the costs hide them.
     runaway: float = 1e6
-    # Multipliers that are rounding are smaller than this, in units where multipliers or costs are of size one.
+    # Multipliers that are rounding are smaller than this, in units where multipliers or costs are
+    # of size one.
     faint: float = 1e-3
     # Products of numbers in units larger than this, or smaller than its inverse, overflow.
     beyond: float = 1e100
@@ -97,7 +101,8 @@ def refined(request: ConeRequest, given: Unpolished) -> Refined:
     if not data.program.is_polyhedral and zero.x.shape[1]:  # there an infimum is attained
         status = _not_run_away(status, zero.x * given.visible.x * (outer.rho / inner.rho))
     if request.elimination is not None and given.first and zero.pivot is not None:
-        # The elimination squared a condition: neither the residual nor the adjoint's check can see what that cost.
+        # The elimination squared a condition: neither the residual nor the adjoint's check can see
+        # what that cost.
         squared = zero.pivot < TRUST.squared
         status = torch.where(squared & (status < Status.INACCURATE), int(Status.INACCURATE), status)
     if request.selected:
@@ -112,7 +117,8 @@ def refined(request: ConeRequest, given: Unpolished) -> Refined:
 
 
 def _not_run_away(status: Tensor, seen: Tensor) -> Tensor:
-    """seen (rows, n): what is seen of x, in units in which the data suggest that it is of size one."""
+    """seen (rows, n): what is seen of x, in units in which the data suggest that it is of size
+    one."""
     size = seen.abs().amax(1)
     if size.amax().item() <= TRUST.runaway:
         return status
@@ -125,7 +131,8 @@ def _not_run_away(status: Tensor, seen: Tensor) -> Tensor:
 
 
 def _not_swamped(status: Tensor, data: Data, zero: Root) -> Tensor:
-    """Beside multipliers so large the costs are not seen in the residual: constraints contradict each other by little."""
+    """Beside multipliers so large the costs are not seen in the residual: constraints contradict
+    each other by little."""
     q, P = data.largest_costs
     costs = torch.maximum(q, P * largest(zero.x))
     swamped = largest(zero.y) > (TRUST.runaway * costs).clamp(min=TRUST.faint)
@@ -146,7 +153,8 @@ def _within_numbers(status: Tensor, scaling: Scaling) -> Tensor:
 
 
 def _rough_near_kinks(status: Tensor, zero: Root) -> Root:
-    """A point that is not quite a solution tells a kink from its neighbourhood no better than that."""
+    """A point that is not quite a solution tells a kink from its neighbourhood no better than
+    that."""
     rough = status == Status.INACCURATE
     if not bool(rough.any()):
         return zero
@@ -155,9 +163,11 @@ def _rough_near_kinks(status: Tensor, zero: Root) -> Root:
 
 
 def _verdict(zero: Root, tolerance: float) -> Tensor:
-    """What the polished residual says, whatever the solver said: it is the KKT residual of the point in hand.
+    """What the polished residual says, whatever the solver said: it is the KKT residual of the
+    point in hand.
 
-    A problem so ill-conditioned that the residual's rounding moves the solution is not called solved either.
+    A problem so ill-conditioned that the residual's rounding moves the solution is not called
+    solved either.
     """
     solved = (zero.judged <= tolerance) & (
         zero.error <= min(max(TRUST.sensitive, 10 * tolerance), TRUST.meaningless)
@@ -188,10 +198,11 @@ def _judged(
 def _selected(
     canonical: Canonical, zero: Root, scaling: Scaling, eliminated: Eliminated | None
 ) -> Root:
-    """The zero, flagged where it is one of many solutions, chosen by the negligible term, and parameters move the choice.
+    """The zero, flagged where it is one of many solutions, chosen by the negligible term, and
+    parameters move the choice.
 
-    Where the pivots are no larger than the term, it chooses; a direction of the parameters along which the solution moves as fast as the
-    term is small leads from one to another.
+    Where the pivots are no larger than the term, it chooses; a direction of the parameters along
+    which the solution moves as fast as the term is small leads from one to another.
     """
     chosen = zero.system.smallest <= 10 * NEGLIGIBLE
     if not bool(chosen.any()):
@@ -207,7 +218,8 @@ def _selected(
 def _sides(
     canonical: Canonical, zero: Root, scaling: Scaling, eliminated: Eliminated | None, rows: Tensor
 ) -> Sides:
-    """What parameters move and outputs read, in the units of some rows of a zero: every parameter as much as the others."""
+    """What parameters move and outputs read, in the units of some rows of a zero: every parameter
+    as much as the others."""
     units = scaling.rows(rows)
     point = units.leave(zero.x[rows], zero.s[rows], zero.y[rows])
     part = None if eliminated is None else eliminated.only(rows)

@@ -29,7 +29,8 @@ Entries = Callable[[list[Tensor]], list[Tensor]]  # of some rows, from all value
 
 @dataclass(frozen=True, eq=False)
 class Reconciled:
-    """Rows that do not settle because constraints contradict each other by rounding get the least shift that ends it."""
+    """Rows that do not settle because constraints contradict each other by rounding get the least
+    shift that ends it."""
 
     path: Path
     declared: Declaration

@@ -1,4 +1,5 @@
-"""The specialised path: parameters -> kernel inputs -> kernel -> the user's variables, on the parameters' own device."""
+"""The specialised path: parameters -> kernel inputs -> kernel -> the user's variables, on the
+parameters' own device."""
 
 from __future__ import annotations
 
@@ -92,7 +93,8 @@ class Specialised:
 
         verdict, notes = _verdict(answer, request, bad.which), list[Note]()
         if verdict is not None and answer.apart is not None:
-            # A disagreement is weighed where the numbers are known that right-hand sides are made of.
+            # A disagreement is weighed where the numbers are known that right-hand sides are made
+            # of.
             apart = answer.apart().cpu()
             refuted = (verdict.status == Status.INFEASIBLE) & (apart > ROUNDING)
             status = verdict.status.masked_fill(refuted, int(Status.NOT_CONVERGED))
@@ -115,7 +117,8 @@ class Specialised:
     def run(
         self, values: list[Tensor], bad: Tensor | None, dtype: torch.dtype
     ) -> tuple[Answer, list[Tensor], list[Tensor]]:
-        """(B or 1, *shape) each -> the answer, the variables (B or 1, *shape), and the values as the kernel got them.
+        """(B or 1, *shape) each -> the answer, the variables (B or 1, *shape), and the values as
+        the kernel got them.
 
         Rows that are bad are not the kernel's.
         """
@@ -134,14 +137,16 @@ class Specialised:
     def again(
         self, values: list[Tensor], answer: Answer, dtype: torch.dtype, everything: bool
     ) -> list[Tensor]:
-        """The variables, and the objective with `everything`, as functions of the values that are twice differentiable."""
+        """The variables, and the objective with `everything`, as functions of the values that are
+        twice differentiable."""
         values = self._entering(values, dtype)
         answer = self._run(values, _like(values, dtype), answer)
         outputs = [output.value(answer.outputs, self._kept) for output in self._outputs]
         return [*outputs, self.objective(values, answer)] if everything else outputs
 
     def _entering(self, values: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-        """In the kernel's dtype; a symmetric parameter is read from both triangles alike, a sparse one on its pattern alone."""
+        """In the kernel's dtype; a symmetric parameter is read from both triangles alike, a sparse
+        one on its pattern alone."""
         values = [v if v.dtype is dtype else v.to(dtype) for v in values]
         for k in self._tied:
             values[k] = (values[k] + values[k].mT) / 2
@@ -156,7 +161,8 @@ class Specialised:
         return -total if self.form.maximise else total
 
     def infeasibility(self, values: list[Tensor], bad: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """The largest violation of a constraint at the kernel's solution, relative to the solution's size or one, (B or 1,)."""
+        """The largest violation of a constraint at the kernel's solution, relative to the
+        solution's size or one, (B or 1,)."""
         answer, _, values = self.run(values, bad, dtype)
         values, x = [v.double() for v in values], self._x(answer).double()
         worst = x.new_zeros(len(x))
@@ -247,7 +253,8 @@ def _verdict(answer: Answer, request: Request, bad: Tensor | None) -> Verdict | 
     status = (
         torch.zeros(size, dtype=torch.int64) if status is None else _row(status, size, torch.int64)
     )
-    # Parameters were found inside their domains: what a kernel cannot take there is the cone program's to judge.
+    # Parameters were found inside their domains: what a kernel cannot take there is the cone
+    # program's to judge.
     status = torch.where(status == Status.BAD_INPUT, int(Status.NOT_CONVERGED), status)
     if bad is not None:
         status = torch.where(bad, int(Status.BAD_INPUT), status)
@@ -351,7 +358,8 @@ def _mask(parameter: cp.Parameter) -> np.ndarray | None:
 
 
 class _Replaced(torch.autograd.Function):
-    """The values of a good row in the place of bad ones. Backwards nothing changes: a bad row has the cotangent zero."""
+    """The values of a good row in the place of bad ones. Backwards nothing changes: a bad row has
+    the cotangent zero."""
 
     @staticmethod
     def forward(ctx, bad: Tensor, *values: Tensor):

@@ -1,4 +1,5 @@
-"""Where a solve may start: the last solutions of a layer's samples, by the samples' own ids, or a Solution."""
+"""Where a solve may start: the last solutions of a layer's samples, by the samples' own ids, or a
+Solution."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ BYTES = 512_000_000  # kept at most; the samples that were not seen for longest 
 
 
 class Starts:
-    """Points (x, s, y) of a cone program by sample id, on the host. Safe for several threads; neither copied nor pickled."""
+    """Points (x, s, y) of a cone program by sample id, on the host. Safe for several threads;
+    neither copied nor pickled."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -100,7 +102,8 @@ def samples_of(
 
 
 def start_of(warm_start: Any, batch: tuple[int, ...], program: Program) -> tuple[Tensor, ...]:
-    """The point of a Solution. TypeError, ValueError: it is none, or of another problem or batch."""
+    """The point of a Solution. TypeError, ValueError: it is none, or of another problem or
+    batch."""
     if not isinstance(warm_start, Solution):
         raise TypeError(
             f"warm_start must be a Solution that this layer returned; got {type(warm_start).__name__}."

@@ -1,7 +1,9 @@
-"""Surrogates for derivatives that say nothing: at a vertex of a linear program the solution does not move, and its derivative is zero.
+"""Surrogates for derivatives that say nothing: at a vertex of a linear program the solution does
+not move, and its derivative is zero.
 
-Each takes cotangents (x_bar, y_bar) of a solution, solves perturbed programs, and returns cotangents of the data. Perturbations are
-relative to the size of the program and of the cotangent, row by row: a loss in other units gives the same gradient in those units.
+Each takes cotangents (x_bar, y_bar) of a solution, solves perturbed programs, and returns
+cotangents of the data. Perturbations are relative to the size of the program and of the cotangent,
+row by row: a loss in other units gives the same gradient in those units.
 
 lpgd        any cone program, cotangents of P, q, A, b     two solves      tends to the derivative where there is one
 blackbox    linear objective, cotangent of q               one solve       an interpolation of the loss
@@ -23,15 +25,18 @@ from convlayer.conic.program import Data, Operators, Program
 from convlayer.conic.residual import INFINITE
 
 AT_ONCE = 16_000_000  # numbers in the programs handed to one call of `solve` (128 MB)
-ROUNDING = 1e-9  # of the matrix: a product below this, with a constant below it too, is a zero that was computed
+# of the matrix: a product below this, with a constant below it too, is a zero that was computed
+ROUNDING = 1e-9
 
-# Programs -> (x (B, n), y (B, m), failed (B,)). A row that has no solution, or whose data are not finite, is to be flagged,
-# whatever x and y hold there. The patterns are those of the given data, except with `lpgd`'s rho.
+# Programs -> (x (B, n), y (B, m), failed (B,)). A row that has no solution, or whose data are not
+# finite, is to be flagged, whatever x and y hold there. The patterns are those of the given data,
+# except with `lpgd`'s rho.
 Solve = Callable[[Data], tuple[Tensor, Tensor, Tensor]]
 
 
 class Secant(NamedTuple):
-    """What `pull_back` takes in place of a derivative's adjoint: (w, u) from two solutions, at their midpoint (x, y)."""
+    """What `pull_back` takes in place of a derivative's adjoint: (w, u) from two solutions, at
+    their midpoint (x, y)."""
 
     x: Tensor  # (B, n)
     y: Tensor  # (B, m)
@@ -51,33 +56,43 @@ def lpgd(
     sides: tuple[int, ...] = (1, -1),
     absolute: bool = False,  # t is tau
 ) -> Secant:
-    """Lagrangian proximal gradient descent: the gradient of the average Lagrange-Moreau envelope of the linearised loss.
+    """Lagrangian proximal gradient descent: the gradient of the average Lagrange-Moreau envelope of
+    the linearised loss.
 
-    With the Lagrangian L(x, y) = 1/2 x'Px + q'x + y'(Ax - b), y in K*, its saddle point (x*, y*), the loss linearised there,
-    l(x, y) = x_bar'x + y_bar'y, and a step t:
+    With the Lagrangian L(x, y) = 1/2 x'Px + q'x + y'(Ax - b), y in K*, its saddle point (x*, y*),
+    the loss linearised there, l(x, y) = x_bar'x + y_bar'y, and a step t:
 
         lower envelope    min_x max_y   l(x, y) + (L(x, y) - L(x*, y*) + |x - x*|^2 / (2 rho)) / t     at (x+, y+)
         upper envelope    max_x min_y   l(x, y) - (L(x, y) - L(x*, y*) + |x - x*|^2 / (2 rho)) / t     at (x-, y-)
 
-    (x+-, y+-) solve the program with q +- t x_bar and b -+ t y_bar (and P + I/rho, q - x*/rho). The average's gradient, x* in the
-    augmentation held fixed, is a difference of L's, and so the adjoint of `convlayer.conic.adjoint` with secants for its solution:
+    (x+-, y+-) solve the program with q +- t x_bar and b -+ t y_bar (and P + I/rho, q - x*/rho). The
+    average's gradient, x* in the augmentation held fixed, is a difference of L's, and so the
+    adjoint of `convlayer.conic.adjoint` with secants for its solution:
 
         (dL(x+, y+) - dL(x-, y-)) / 2t :  w = -(x+ - x-)/2t,   u = -(y+ - y-)/2t,   at the midpoint ((x+ + x-)/2, (y+ + y-)/2)
 
-    When:        the derivative vanishes or jumps (linear programs, active sets that should change), or is singular.
-    Limit:       tau -> 0: the derivative, with an error of tau^2, where there is one; with rho, that of the augmented program.
-    Units:       t is such that the larger of |t x_bar| / max(|q|, |Px|) and |t y_bar| / max(|b|, |Ax|) is tau, in largest entries;
-                 bounds at infinity do not count, and where both terms vanish, x has units of one. rho is the program's own, 1/rho
-                 a curvature of its objective (the authors' implementation in diffcp calls that curvature rho); inf for none.
-                 It steadies what would jump from vertex to vertex, and bounds what a perturbation would make unbounded.
-    Sides:       1 for the lower envelope alone, -1 for the upper one: the other end of the secant is then the solution itself.
-    Shapes:      cotangents (B, .); data of 1 row are shared, their cotangents still one for each row. w and u are the cotangents of
-                 -q and b; those of P and A are for `convlayer.conic.adjoint.pull_back`, which gives the entries that are wanted.
-    Cost:        two solves for each row that has a cotangent, in one call of `solve`. With rho the program solved has a stored
-                 diagonal of P.
-    At failure:  a row with one of its two programs unsolved has the other's one-sided envelope; with both, NaN.
+    When:        the derivative vanishes or jumps (linear programs, active sets that should change),
+                 or is singular.
+    Limit:       tau -> 0: the derivative, with an error of tau^2, where there is one; with rho,
+                 that of the augmented program.
+    Units:       t is such that the larger of |t x_bar| / max(|q|, |Px|) and |t y_bar| / max(|b|,
+                 |Ax|) is tau, in largest entries; bounds at infinity do not count, and where both
+                 terms vanish, x has units of one. rho is the program's own, 1/rho a curvature of
+                 its objective (the authors' implementation in diffcp calls that curvature rho); inf
+                 for none. It steadies what would jump from vertex to vertex, and bounds what a
+                 perturbation would make unbounded.
+    Sides:       1 for the lower envelope alone, -1 for the upper one: the other end of the secant
+                 is then the solution itself.
+    Shapes:      cotangents (B, .); data of 1 row are shared, their cotangents still one for each
+                 row. w and u are the cotangents of -q and b; those of P and A are for
+                 `convlayer.conic.adjoint.pull_back`, which gives the entries that are wanted.
+    Cost:        two solves for each row that has a cotangent, in one call of `solve`. With rho the
+                 program solved has a stored diagonal of P.
+    At failure:  a row with one of its two programs unsolved has the other's one-sided envelope;
+                 with both, NaN.
     Errors:      ValueError for tau or rho that are not positive.
-    Source:      Paulus, Martius and Musil (2024), LPGD: a general framework for backpropagation through embedded optimization layers.
+    Source:      Paulus, Martius and Musil (2024), LPGD: a general framework for backpropagation
+                 through embedded optimization layers.
     """
     _check_positive("tau", tau, "size of the perturbation")
     if not rho > 0:
@@ -101,7 +116,8 @@ def lpgd(
         found = zip(
             *(part.chunk(len(sides)) for part in _solved(solve, part, index, qs, bs)), strict=True
         )
-        # A side that is unsolved, or not asked for, gives way to the middle; of none solved, zero over zero.
+        # A side that is unsolved, or not asked for, gives way to the middle; of none solved, zero
+        # over zero.
         ends, width = {1: (x, y), -1: (x, y)}, torch.zeros_like(t)
         for side, (x_end, y_end, failed) in zip(sides, found, strict=True):
             failed = failed.unsqueeze(1)
@@ -121,19 +137,23 @@ def blackbox(
     lam: float,
     moving: Tensor,  # (n,) bool, entries of q that depend on parameters
 ) -> Tensor:
-    """Differentiation of a black-box solver: the gradient of a continuous, piecewise affine interpolation of the loss.
+    """Differentiation of a black-box solver: the gradient of a continuous, piecewise affine
+    interpolation of the loss.
 
         minimise  q'x  over the feasible set X,   the loss linearised at its solution x*:   l(x) = x_bar'x
         l_t(q) = min_X (q'x + t l(x)) / t  -  min_X q'x / t,     dl_t/dq = (x*(q + t x_bar) - x*(q)) / t
 
-    When:        linear programs at a vertex, above all those whose vertices are a combinatorial problem's solutions.
-    Units:       t = lam |q| / |x_bar|, in largest entries, of q over `moving` only (one, where those vanish). Too small, and the
-                 vertex stays and the cotangent is zero; of the size of one is usual.
+    When:        linear programs at a vertex, above all those whose vertices are a combinatorial
+                 problem's solutions.
+    Units:       t = lam |q| / |x_bar|, in largest entries, of q over `moving` only (one, where
+                 those vanish). Too small, and the vertex stays and the cotangent is zero; of the
+                 size of one is usual.
     Shapes:      the cotangent of q (B, n); P, A and b have none.
     Cost:        one solve for each row that has a cotangent.
     At failure:  NaN in the rows whose perturbed program is unsolved.
     Errors:      ValueError for a quadratic objective, or lam that is not positive.
-    Source:      Vlastelica, Paulus, Musil, Martius and Rolinek (2020), Differentiation of blackbox combinatorial solvers.
+    Source:      Vlastelica, Paulus, Musil, Martius and Rolinek (2020), Differentiation of blackbox
+                 combinatorial solvers.
     """
     _check_positive("lam", lam, "relative size of the perturbation")
     _check_linear(data, "blackbox")
@@ -167,17 +187,25 @@ def perturbed(
         x_s(q) = E x*(q + s Z),   x*(q) = argmin q'x over the feasible set,   Z standard normal on `moving`
         (dx_s/dq)' x_bar = E [x_bar'x*(q + s Z) Z] / s  =  E [(x_bar'x*(q + s Z) - x_bar'x*(q - s Z)) Z] / 2s
 
-    The pairs (Z, -Z) are what is sampled: the baseline x_bar'x*(q) that one would subtract cancels in each.
+    The pairs (Z, -Z) are what is sampled: the baseline x_bar'x*(q) that one would subtract cancels
+    in each.
 
-    When:        linear programs at a vertex, and a training that wants an unbiased derivative of one fixed smoothing.
-    Units:       s = sigma |q|, the largest entry of q over `moving` (one, where those vanish), held fixed.
-    Noise:       of its own for each row of the batch, so that a mean over the batch averages it; the same in every call with
-                 this seed and batch size. Its standard error falls as samples^(-1/2), and grows as the number that move.
+    When:        linear programs at a vertex, and a training that wants an unbiased derivative of
+                 one fixed smoothing.
+    Units:       s = sigma |q|, the largest entry of q over `moving` (one, where those vanish), held
+                 fixed.
+    Noise:       of its own for each row of the batch, so that a mean over the batch averages it;
+                 the same in every call with this seed and batch size. Its standard error falls as
+                 samples^(-1/2), and grows as the number that move.
     Shapes:      the cotangent of q (B, n), zero where nothing moves; P, A and b have none.
-    Cost:        `samples` solves for each row that has a cotangent, as many in a call of `solve` as memory takes.
-    At failure:  NaN in the rows with an unsolved sample: an expectation that is not finite has no estimate.
-    Errors:      ValueError for a quadratic objective, sigma that is not positive, or samples that are no pairs.
-    Source:      Berthet, Blondel, Teboul, Cuturi, Vert and Bach (2020), Learning with differentiable perturbed optimizers.
+    Cost:        `samples` solves for each row that has a cotangent, as many in a call of `solve` as
+                 memory takes.
+    At failure:  NaN in the rows with an unsolved sample: an expectation that is not finite has no
+                 estimate.
+    Errors:      ValueError for a quadratic objective, sigma that is not positive, or samples that
+                 are no pairs.
+    Source:      Berthet, Blondel, Teboul, Cuturi, Vert and Bach (2020), Learning with
+                 differentiable perturbed optimizers.
     """
     _check_positive("sigma", sigma, "relative size of the noise")
     if samples < 2 or samples % 2:
@@ -199,7 +227,8 @@ def perturbed(
     at_once = max(1, _rows_at_once(part) // (2 * len(rows)))
     for first in range(0, samples // 2, at_once):
         pairs = min(at_once, samples // 2 - first)
-        # Drawn pair by pair and for all rows: neither the memory at hand nor other rows' cotangents change a row's noise.
+        # Drawn pair by pair and for all rows: neither the memory at hand nor other rows' cotangents
+        # change a row's noise.
         draws = [
             torch.randn(batch, len(entries), generator=generator, dtype=q.dtype)
             for _ in range(pairs)
@@ -227,7 +256,8 @@ def perturbed(
 def _solved(
     solve: Solve, data: Data, index: Tensor, q: Tensor, b: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Solutions of the instances at `index` with these q and b for theirs, as many in a call as memory takes."""
+    """Solutions of the instances at `index` with these q and b for theirs, as many in a call as
+    memory takes."""
     parts = [
         solve(replace(data.rows(rows), q=q_part, b=b_part))
         for rows, q_part, b_part in zip(
@@ -260,7 +290,8 @@ def _with_curvature(data: Data, curvature: float) -> Data:
 
 
 def _size(constant: Tensor, product: Tensor, matrix: Tensor) -> Tensor:
-    """(B, 1) the larger of a constant term and a product with the matrix; of neither, the matrix by units of one; of none, one."""
+    """(B, 1) the larger of a constant term and a product with the matrix; of neither, the matrix by
+    units of one; of none, one."""
     size, coefficient = (
         torch.maximum(_largest(constant), _largest(product)),
         _largest(matrix.flatten(1)),

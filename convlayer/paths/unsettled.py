@@ -1,4 +1,5 @@
-"""Rows that no attempt settled: proofs that they have no solution, or that their infimum is not attained."""
+"""Rows that no attempt settled: proofs that they have no solution, or that their infimum is not
+attained."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from convlayer.solution import Status, is_unsettled
 
 
 def claims_checked(data: Data, status: Tensor, x: Tensor, y: Tensor, precision: float) -> Tensor:
-    """A solver's claim that there is no solution stands if its certificate does; otherwise the row has merely not converged."""
+    """A solver's claim that there is no solution stands if its certificate does; otherwise the row
+    has merely not converged."""
     claimed = torch.nonzero((status == Status.INFEASIBLE) | (status == Status.UNBOUNDED)).flatten()
     if not len(claimed):
         return status
@@ -39,7 +41,8 @@ def refuted(
     precision: float,
     stopped: Tensor | None = None,
 ) -> Tensor:
-    """Rows that did not settle, INFEASIBLE where the multipliers that they ran off with prove it."""
+    """Rows that did not settle, INFEASIBLE where the multipliers that they ran off with prove
+    it."""
     if not bool(status.any()):
         return status
     for candidate in candidates:
@@ -55,7 +58,8 @@ def refuted(
 def with_a_feasible_point(data: Data, found: Attempted, precision: float) -> Attempted:
     """Rows without a solution, looked at without their costs: they may have no feasible point.
 
-    Only with one is a row unbounded, along whose directions the objective falls; and costs hide a proof of infeasibility.
+    Only with one is a row unbounded, along whose directions the objective falls; and costs hide a
+    proof of infeasibility.
     """
     rows = torch.nonzero(found.unsettled | (found.verdict.status == Status.UNBOUNDED)).flatten()
     if not len(rows):

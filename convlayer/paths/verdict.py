@@ -65,7 +65,8 @@ class Verdict:
         return Verdict.unknown(status).put(rows, self)
 
     def with_next(self, other: Verdict) -> Verdict:
-        """Of rows that were solved twice, the second time from what the first found: the worse of both."""
+        """Of rows that were solved twice, the second time from what the first found: the worse of
+        both."""
         return Verdict(
             torch.maximum(self.status, other.status),
             self.iterations + other.iterations,

@@ -1,4 +1,5 @@
-"""What a look at a solution's derivative found, row by row and by constraint, and what is to be said of it."""
+"""What a look at a solution's derivative found, row by row and by constraint, and what is to be
+said of it."""
 
 from __future__ import annotations
 
@@ -19,23 +20,31 @@ SHOWN = 5  # rows that are told one by one
 
 @dataclass(frozen=True, eq=False)
 class ConstraintCheck:
-    """One of the user's constraints with the auxiliary rows that CVXPY made for its atoms, a declared property of a variable, or a
-    term of the objective that is not smooth. Every tensor has shape (*batch)."""
+    """One of the user's constraints with the auxiliary rows that CVXPY made for its atoms, a
+    declared property of a variable, or a term of the objective that is not smooth. Every tensor has
+    shape (*batch)."""
 
     name: str
-    margin: Tensor  # distance of y - s from a kink, in units where x and y are of size one; infinite for an equality; NaN: no solution
+    # distance of y - s from a kink, in units where x and y are of size one; infinite for an
+    # equality; NaN: no solution
+    margin: Tensor
     active: Tensor  # bool, some entry holds with equality, or lies on the boundary of its cone
     weakly_active: Tensor  # bool, some entry does so without a multiplier
-    redundant: Tensor  # bool, some entry depends on other active constraints: multipliers can be shifted between them
-    entry: Tensor  # int64, row-major index of the entry with this margin; -1 in a cone, or where it is an auxiliary row's
+    # bool, some entry depends on other active constraints: multipliers can be shifted between them
+    redundant: Tensor
+    # int64, row-major index of the entry with this margin; -1 in a cone, or where it is an
+    # auxiliary row's
+    entry: Tensor
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Check(Shown):
-    """How far a layer's rows are from where its solution map is not differentiable. Every tensor has shape (*batch).
+    """How far a layer's rows are from where its solution map is not differentiable. Every tensor
+    has shape (*batch).
 
-    Where a constraint is weakly active (margin 0), it counts as inactive: `unique` is then sure where it says so, and may be
-    unjust where it does not. Rows that failed have NaN, rank and size 0, and False.
+    Where a constraint is weakly active (margin 0), it counts as inactive: `unique` is then sure
+    where it says so, and may be unjust where it does not. Rows that failed have NaN, rank and size
+    0, and False.
     """
 
     status: Tensor  # int64, values of Status
@@ -45,13 +54,20 @@ class Check(Shown):
     ]  # problem.constraints in order, then the variables' attributes, then auxiliaries
     rank: Tensor  # int64, of the active system K,
     size: Tensor  # int64, which has this many rows
-    condition: Tensor  # of the equilibrated K on its range, in the 2-norm; a Lanczos estimate where it has more than 800 rows
+    # of the equilibrated K on its range, in the 2-norm; a Lanczos estimate where it has more than
+    # 800 rows
+    condition: Tensor
     unique: Tensor  # bool, the variables that the layer returns
     unique_duals: Tensor  # bool, the multipliers of the user's constraints
-    ambiguous: Tensor  # bool, K has a null vector that an output or a parameter meets, or is singular to rounding: the derivative there is the least-norm one
-    eigenvalue_gap: Tensor  # of y - s in a psd cone, about zero; infinite where one sign is missing. On the structure
+    # bool, K has a null vector that an output or a parameter meets, or is singular to rounding: the
+    # derivative there is the least-norm one
+    ambiguous: Tensor
+    # of y - s in a psd cone, about zero; infinite where one sign is missing. On the structure
+    eigenvalue_gap: Tensor
     # leading_eigenspace: between the eigenvalues of its matrix at the cut, relative to the largest
-    tie: Tensor  # the least margin of an inequality that stands alone: the entries' distance from changing sides, as in sparsemax
+    # the least margin of an inequality that stands alone: the entries' distance from changing
+    # sides, as in sparsemax
+    tie: Tensor
     adjoint_residual: Tensor  # relative, of a refined solve with random cotangents of the outputs
     zero_gradient: dict[
         str, Tensor
@@ -64,7 +80,8 @@ class Check(Shown):
 
     @property
     def differentiable(self) -> Tensor:
-        """The rows where the layer's gradient is the derivative of its solution, in what parameters move and outputs read."""
+        """The rows where the layer's gradient is the derivative of its solution, in what parameters
+        move and outputs read."""
         return (self.status < Status.INFEASIBLE) & ~self._degenerate
 
     def __str__(self) -> str:

@@ -1,14 +1,18 @@
-"""How far each row is from where the solution map is not differentiable, by constraint, in the user's own names.
+"""How far each row is from where the solution map is not differentiable, by constraint, in the
+user's own names.
 
-At a solution (x, s, y) of the cone program the derivative is that of the residual map, whose Jacobian is the active system
+At a solution (x, s, y) of the cone program the derivative is that of the residual map, whose
+Jacobian is the active system
 
     K = [ P  B' ;  B  -(I - D) ],   B = D^1/2 U'A on the rows with D > 0,   DPi_K*(y - s) = U D U'.
 
-There is a derivative where y - s is on no kink of the projection (strict complementarity) and K is regular, but for null vectors
-that neither an output nor a parameter meets. As K (z, e) = 0 splits into P z = 0, B z = 0 (directions in which x is free) and
-B'e = 0, D e = e (active constraints that depend on each other), its null space names the variables and constraints at fault.
+There is a derivative where y - s is on no kink of the projection (strict complementarity) and K is
+regular, but for null vectors that neither an output nor a parameter meets. As K (z, e) = 0 splits
+into P z = 0, B z = 0 (directions in which x is free) and B'e = 0, D e = e (active constraints that
+depend on each other), its null space names the variables and constraints at fault.
 
-Source: Robinson (1980) and Bonnans and Shapiro (2000) for the conditions; Bolte et al. (2021) for what is taken at a kink.
+Source: Robinson (1980) and Bonnans and Shapiro (2000) for the conditions; Bolte et al. (2021) for
+        what is taken at a kink.
 """
 
 from __future__ import annotations
@@ -43,7 +47,9 @@ from convlayer.paths.evaluation import evaluate
 from convlayer.report.check import Check, ConstraintCheck
 from convlayer.solution import Solution, Status, batch_index
 
-DIRECT = 800  # a K up to this size has all its eigenvalues found; of a larger one Lanczos' method finds the extreme ones
+# a K up to this size has all its eigenvalues found; of a larger one Lanczos' method finds the
+# extreme ones
+DIRECT = 800
 NEAREST = 16  # eigenvalues about zero that it looks for at first
 TOUCHED = 1e-7  # share of a unit null vector from which an entry takes part in it
 VANISHING = 1e-10  # share of the largest below which an entry of an adjoint is rounding
@@ -57,11 +63,13 @@ def checked(
     gap: Callable[[list[Tensor]], Tensor | None]
     | None = None,  # a structure's own, of the rows' values
 ) -> Check:
-    """Solve, and look at what the derivative of the solution rests on, row by row. No row raises: one that failed says so.
+    """Solve, and look at what the derivative of the solution rests on, row by row. No row raises:
+    one that failed says so.
 
-    Whatever structure a layer runs, it is the cone program that is looked at. Equalities with constant coefficients that depend on
-    each other, as the marginals of a plan do, are named where parameters move them; the derivative is that along feasible parameters.
-    Cost: beside the solve, the eigenvalues of K, row by row; the first call of a problem canonicalises it once more.
+    Whatever structure a layer runs, it is the cone program that is looked at. Equalities with
+    constant coefficients that depend on each other, as the marginals of a plan do, are named where
+    parameters move them; the derivative is that along feasible parameters. Cost: beside the solve,
+    the eigenvalues of K, row by row; the first call of a problem canonicalises it once more.
     """
     canonical, parameters, sources = (
         declared.canonical,
@@ -122,7 +130,8 @@ def checked(
     )
 
 
-# One row after the other ------------------------------------------------------------------------------------------------
+# One row after the other
+# ------------------------------------------------------------------------------------------------
 
 
 def _examined_in_pieces(
@@ -224,7 +233,8 @@ def _least(margins: Tensor) -> Tensor:
 
 
 def _margins(canonical: Canonical, v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows, m) the distance to a kink of each row's cone, and (rows,) the gap about zero of the psd cones' eigenvalues."""
+    """(rows, m) the distance to a kink of each row's cone, and (rows,) the gap about zero of the
+    psd cones' eigenvalues."""
     margins, gap = torch.full_like(v, torch.inf), v.new_full((len(v),), torch.inf)
     cones = canonical.program.cones
     for block, cone in zip(cones.blocks, cones.cones, strict=True):
@@ -335,7 +345,8 @@ def _rotation(spectrum: ProductSpectrum, row: int) -> sp.csr_array:
 
 
 def _spectrum_of(K: sp.csr_array) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues and vectors: all of a small K; of a large one the largest and those about zero, all null ones among them.
+    """Eigenvalues and vectors: all of a small K; of a large one the largest and those about zero,
+    all null ones among them.
 
     Source: Lehoucq, Sorensen and Yang (1998), by shift and invert.
     """
@@ -363,7 +374,8 @@ def _adjoint(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """J'(w, u) = (g_x, D g_y) for random cotangents of the outputs.
 
-    Returns its residual (rows,), where the factor took J for singular (rows,), and parameters without a gradient (rows, .).
+    Returns its residual (rows,), where the factor took J for singular (rows,), and parameters
+    without a gradient (rows, .).
     """
     generator = torch.Generator().manual_seed(SEED)
     bars = [

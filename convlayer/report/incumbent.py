@@ -1,7 +1,8 @@
-"""CVXPY with diffcp, row by row: another way that shares no code with ours, from canonicalisation to derivative.
+"""CVXPY with diffcp, row by row: another way that shares no code with ours, from canonicalisation
+to derivative.
 
-It is asked for dense derivatives at a tight tolerance, and is slow. Its derivative of power cones is wrong, whoever solves, so that
-gradients are not compared where a program has one.
+It is asked for dense derivatives at a tight tolerance, and is slow. Its derivative of power cones
+is wrong, whoever solves, so that gradients are not compared where a program has one.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def check(declared: Declaration) -> None:
 
 
 def solver(declared: Declaration, lead: int, told: list[str]) -> Callable[..., Answers]:
-    """(parameters (*batch, *shape)) -> the answers, differentiable once; why a row has none is added to `told`."""
+    """(parameters (*batch, *shape)) -> the answers, differentiable once; why a row has none is
+    added to `told`."""
 
     def solve(*leaves: Tensor) -> Answers:
         batch = leaves[0].shape[:lead]
@@ -112,7 +114,8 @@ class _Rows(torch.autograd.Function):
 
 
 def _shared_out(parameter: cp.Parameter) -> np.ndarray:
-    """The gradient with what belongs to a pair of entries that are one number, in a symmetric matrix, divided between them as ours is."""
+    """The gradient with what belongs to a pair of entries that are one number, in a symmetric
+    matrix, divided between them as ours is."""
     gradient = np.asarray(parameter.gradient)
     if not (parameter.ndim == 2 and parameter.is_symmetric() and parameter.size > 1):
         return gradient

@@ -22,30 +22,38 @@ from convlayer.report import incumbent
 from convlayer.report.incumbent import Answers
 from convlayer.solution import Solution, Status
 
-WEIGHTS = 1_000_003  # added to the seed: a functional drawn like the user's own parameters may be a special one
+# added to the seed: a functional drawn like the user's own parameters may be a special one
+WEIGHTS = 1_000_003
 Answered = TypeVar("Answered", bound="Solution | Answers")
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Verification(Shown):
-    """How far a layer's answers are from another way's. Every tensor has shape (*batch) and holds relative differences."""
+    """How far a layer's answers are from another way's. Every tensor has shape (*batch) and holds
+    relative differences."""
 
     structure: str
-    against: str  # the other way: the cone program, and by which solver; nothing: there is none that did not take part in the first
+    # the other way: the cone program, and by which solver; nothing: there is none that did not take
+    # part in the first
+    against: str
     solution: Tensor  # of the variables, relative to their size or one
     value: Tensor  # of the objective, relative to its size or one
-    gradient: Tensor  # of the gradients of a random functional of the variables, relative to the whole gradient
+    # of the gradients of a random functional of the variables, relative to the whole gradient
+    gradient: Tensor
     infeasibility: Tensor  # violation of the user's constraints at the layer's own solution
     same_status: Tensor  # bool
     compared: Tensor  # bool; not where the other way came to no answer
-    degenerate: Tensor  # bool, a derivative by rule on either path: gradients, and solutions that are not unique, may rightly differ
+    # bool, a derivative by rule on either path: gradients, and solutions that are not unique, may
+    # rightly differ
+    degenerate: Tensor
     tolerance: float
     remark: str = ""  # what else is to be known of the comparison
 
     @property
     def agrees(self) -> bool:
-        """Rows were compared, and each has the same status, value and feasibility, and where it is not degenerate the same solution and gradient."""
+        """Rows were compared, and each has the same status, value and feasibility, and where it is
+        not degenerate the same solution and gradient."""
         bound = self.tolerance
         always = self.same_status & (self.value <= bound) & (self.infeasibility <= bound)
         exact = (self.solution <= bound) & (self.gradient <= 10 * bound)
@@ -87,7 +95,8 @@ def verified(
     seed: int,
     against: str | None,
 ) -> Verification:
-    """The layer's own way beside another one that has no part in it: CVXPY's with diffcp if asked for, or a solver's."""
+    """The layer's own way beside another one that has no part in it: CVXPY's with diffcp if asked
+    for, or a solver's."""
     dtype, _, batch = front.shapes(given)
     declared, structure, kernel = front.declared, front.choice.structure, front.choice.kernel
     leaves = [
@@ -195,7 +204,8 @@ def _solved(
         warnings.simplefilter("ignore")
         solution = path(*leaves)
         generator = torch.Generator().manual_seed(seed + WEIGHTS)
-        # A failed row holds NaN, and would spread to shared parameters' gradients: none is shared here.
+        # A failed row holds NaN, and would spread to shared parameters' gradients: none is shared
+        # here.
         weights = [
             torch.randn(v.shape[lead:], generator=generator, dtype=torch.float64)
             .to(v.device, v.dtype)

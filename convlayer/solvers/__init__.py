@@ -1,4 +1,5 @@
-"""Solvers of cone programs, by name. One a file, found by being there: a subclass of Solver, or of BatchSolver."""
+"""Solvers of cone programs, by name. One a file, found by being there: a subclass of Solver, or of
+BatchSolver."""
 
 from __future__ import annotations
 

@@ -1,17 +1,22 @@
-"""Scalings of the exponential and the power cone, which are not symmetric: no one point scales s to y and their barriers' gradients too.
+"""Scalings of the exponential and the power cone, which are not symmetric: no one point scales s to
+y and their barriers' gradients too.
 
-With the barrier f* of the dual cone, its gradient s' = f*'(y), and the conjugate gradient y' at s, that is f*'(-y') = -s,
+With the barrier f* of the dual cone, its gradient s' = f*'(y), and the conjugate gradient y' at s,
+that is f*'(-y') = -s,
 
     H = s s' / s'y + ds ds' / ds'dy + t a a',     ds = s + mu s',  dy = y + mu y',  mu = s'y / 3,  a normal to y and y',
 
-takes y to s and dy to ds; t makes it mu f*'' where that is free to be. At the central path ds and dy vanish, and H is mu f*''
-corrected to take y to s. Either way H^-1 = W^-1 W^-T of a few vectors in closed form. The corrector is of third order,
+takes y to s and dy to ds; t makes it mu f*'' where that is free to be. At the central path ds and
+dy vanish, and H is mu f*'' corrected to take y to s. Either way H^-1 = W^-1 W^-T of a few vectors
+in closed form. The corrector is of third order,
 
     H dy + ds = -(s + sigma mu f*' - 1/2 f*'''[dy^a, (f*'')^-1 ds^a]),
 
-and the longest step is searched for. Shapes: a vector of a cone is (3, B, count) here, its coordinates apart.
+and the longest step is searched for. Shapes: a vector of a cone is (3, B, count) here, its
+coordinates apart.
 
-Sources:  Tuncel (2001); Dahl and Andersen (2022); Goulart and Chen (2024); Serrano (2015) for the conjugate gradient.
+Sources:  Tuncel (2001); Dahl and Andersen (2022); Goulart and Chen (2024); Serrano (2015) for the
+          conjugate gradient.
 """
 
 from __future__ import annotations
@@ -36,7 +41,8 @@ NEWTON = 5
 
 
 class Barrier(ABC):
-    """The barrier f* of a dual cone at y (3, B, count): of degree three, logarithmically homogeneous, self-concordant."""
+    """The barrier f* of a dual cone at y (3, B, count): of degree three, logarithmically
+    homogeneous, self-concordant."""
 
     gradient: Tensor  # (3, B, count)
 
@@ -165,7 +171,8 @@ def _by_dual_hessian(barrier: Barrier, s: Tensor, y: Tensor, gap: Tensor, mu: Te
 
 
 class ExponentialKind(ThreefoldKind):
-    """K = cl{(r, s, t) : s > 0, s e^(r/s) <= t}; f* = -log psi - log(-u) - log w, psi = v - u + u log(-u/w)."""
+    """K = cl{(r, s, t) : s > 0, s e^(r/s) <= t}; f* = -log psi - log(-u) - log w, psi = v - u + u
+    log(-u/w)."""
 
     cone: ClassVar[type[Cone]] = Exponential
 
@@ -183,7 +190,8 @@ class ExponentialKind(ThreefoldKind):
         return ExponentialBarrier(y)
 
     def conjugate_gradient(self, s: Tensor) -> Tensor:
-        """With 1 + d the Wright omega function, d + log(1 + d) = log(t/s) - r/s: positive, and small near the boundary."""
+        """With 1 + d the Wright omega function, d + log(1 + d) = log(t/s) - r/s: positive, and
+        small near the boundary."""
         r, s, t = s.unbind()
         ratio = r / s
         depth = torch.log(t / s) - ratio
@@ -244,7 +252,8 @@ class ExponentialBarrier(Barrier):
 
 
 class PowerKind(ThreefoldKind):
-    """K = {(x, y, z) : x^a y^b >= |z|}, b = 1 - a; f* = -log psi - b log x - a log y, psi = (x/a)^2a (y/b)^2b - z^2."""
+    """K = {(x, y, z) : x^a y^b >= |z|}, b = 1 - a; f* = -log psi - b log x - a log y, psi =
+    (x/a)^2a (y/b)^2b - z^2."""
 
     cone: ClassVar[type[Cone]] = Power
 
@@ -302,7 +311,8 @@ class PowerKind(ThreefoldKind):
 
 
 class PowerBarrier(Barrier):
-    """In p = d_1 / x, q = d_2 / y the derivatives of phi = (x/a)^2a (y/b)^2b are phi times polynomials; r = phi / psi."""
+    """In p = d_1 / x, q = d_2 / y the derivatives of phi = (x/a)^2a (y/b)^2b are phi times
+    polynomials; r = phi / psi."""
 
     def __init__(self, point: Tensor, a: Tensor, b: Tensor) -> None:
         self.a, self.b = a, b
@@ -318,7 +328,8 @@ class PowerBarrier(Barrier):
         return -(self.psi.log() + self.b * self.x.log() + self.a * self.y.log())
 
     def solve(self, x: Tensor) -> Tensor:
-        """z first: what is left of f*'' is diag(2ar + b, 2br + a) - c (2a, 2b)(2a, 2b)', c = r (r - 1)/(2r - 1)."""
+        """z first: what is left of f*'' is diag(2ar + b, 2br + a) - c (2a, 2b)(2a, 2b)', c = r (r -
+        1)/(2r - 1)."""
         a, b, r, z, phi, psi = self.a, self.b, self.r, self.z, self.phi, self.psi
         x1, x2, x3 = x.unbind()
         both = 2 * phi - psi
@@ -326,7 +337,8 @@ class PowerBarrier(Barrier):
         p, q = torch.addcmul(a * carried, self.x, x1), torch.addcmul(b * carried, self.y, x2)
         first, last, product = 2 * a * r + b, 2 * b * r + a, a * b
         total = (p * a / first + q * b / last) * 2
-        # c / (1 - c (2a, 2b) D^-1 (2a, 2b)'), whose denominator tends to 0 near the boundary, expanded
+        # c / (1 - c (2a, 2b) D^-1 (2a, 2b)'), whose denominator tends to 0 near the boundary,
+        # expanded
         factor = (
             r
             * (z.square() * self.over)
@@ -378,7 +390,8 @@ class PowerBarrier(Barrier):
 
 
 def _apply(columns: Tensor, x: Tensor) -> Tensor:
-    """x' columns, (..., 3, 3) and (..., 3): term by term, since batched products of so small matrices cost more."""
+    """x' columns, (..., 3, 3) and (..., 3): term by term, since batched products of so small
+    matrices cost more."""
     found = torch.addcmul(x[..., :1] * columns[..., 0, :], x[..., 1:2], columns[..., 1, :])
     return found.addcmul_(x[..., 2:], columns[..., 2, :])
 

@@ -1,7 +1,10 @@
-"""Clarabel: interior point, quadratic objectives, all cones; what cones other than linear ones take, and rows that another solver does not settle.
+"""Clarabel: interior point, quadratic objectives, all cones; what cones other than linear ones
+take, and rows that another solver does not settle.
 
-Its conventions are ours: the psd cone is the upper triangle in column-major order, off-diagonals times sqrt 2.
-Source: Goulart and Chen (2024), Clarabel: an interior-point solver for conic programs with quadratic objectives.
+Its conventions are ours: the psd cone is the upper triangle in column-major order, off-diagonals
+                          times sqrt 2.
+Source: Goulart and Chen (2024), Clarabel: an interior-point solver for conic programs with
+        quadratic objectives.
 """
 
 from __future__ import annotations
@@ -58,7 +61,8 @@ class Clarabel(Solver):
 
     def check(self, program: Program, options: Mapping[str, Any]) -> None:
         self.check_cones(program)
-        # A program of one variable and one row, so that what only the solver itself can refuse is refused here.
+        # A program of one variable and one row, so that what only the solver itself can refuse is
+        # refused here.
         one, settings = sp.csc_matrix(np.ones((1, 1))), self._settings(1e-8, options)
         try:
             clarabel.DefaultSolver(
@@ -90,7 +94,8 @@ class Clarabel(Solver):
     def _settings(self, tolerance: float, options: Mapping[str, Any]) -> clarabel.DefaultSettings:
         settings = clarabel.DefaultSettings()
         settings.verbose = False
-        # Without presolve and chordal decomposition a solver takes new values on the old pattern, which saves its set-up.
+        # Without presolve and chordal decomposition a solver takes new values on the old pattern,
+        # which saves its set-up.
         settings.presolve_enable = False
         settings.chordal_decomposition_enable = False
         settings.tol_feas = settings.tol_gap_abs = settings.tol_gap_rel = tolerance

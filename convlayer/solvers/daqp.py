@@ -1,8 +1,10 @@
-"""DAQP: dual active set for dense, strictly convex quadratic programs, in compiled code; microseconds for small ones.
+"""DAQP: dual active set for dense, strictly convex quadratic programs, in compiled code;
+microseconds for small ones.
 
-It ends on an active set, so that its answer is exact to rounding. Programs whose P is singular it regularises; where that
-fails, or the program has no solution (of which it gives no proof), the row is left to another solver.
-Source: Arnstrom, Bemporad and Axehill (2022), A dual active-set solver for embedded quadratic programming.
+It ends on an active set, so that its answer is exact to rounding. Programs whose P is singular it
+regularises; where that fails, or the program has no solution (of which it gives no proof), the row
+is left to another solver. Source: Arnstrom, Bemporad and Axehill (2022), A dual active-set solver
+for embedded quadratic programming.
 """
 
 from __future__ import annotations

@@ -107,8 +107,9 @@ class _Place:
 class _Ray:
     """How v and y follow tau:  base v' + A'y' + c = 0,  A v' - b = H y'  (a slack follows by -H y').
 
-    v and y are along themselves, divided by tau, and a turn, which is small near a solution: nothing
-    cancels. Where no solution is to be expected (v, y) / tau is what cancels: the turn is the whole.
+    v and y are along themselves, divided by tau, and a turn, which is small near a solution:
+    nothing cancels. Where no solution is to be expected (v, y) / tau is what cancels: the turn is
+    the whole.
     """
 
     v: Tensor  # (B, N) v'
@@ -340,7 +341,8 @@ def _unless_broken(
 def _factorise(
     form: Form, weight: Weight, K: Tensor, least: float
 ) -> tuple[Tensor, Tensor, float | Tensor]:
-    """LU of K (B, N, N), made quasidefinite by a shift of at least `least`, and the shift, a number or (B, 1).
+    """LU of K (B, N, N), made quasidefinite by a shift of at least `least`, and the shift, a number
+    or (B, 1).
 
     In K's own memory: fresh pages cost more than the arithmetic.
     """
@@ -378,7 +380,8 @@ def _assemble(form: Form, weight: Weight, K: Tensor, least: float) -> float | Te
 
 
 def starting_point(form: Form, K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The point with H = I, y + s = 0, both shifted inside; with cones that are not symmetric, the central point of each cone."""
+    """The point with H = I, y + s = 0, both shifted inside; with cones that are not symmetric, the
+    central point of each cone."""
     one = form.b.new_ones(len(form.b), 1)
     if not form.cones.symmetric:
         centre = torch.cat(
@@ -400,7 +403,8 @@ def starting_point(form: Form, K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _inside(v: Tensor, cones: Cones) -> Tensor:
-    """Every eigenvalue of v at least their typical size, at least 1; what is as good as infinite does not count."""
+    """Every eigenvalue of v at least their typical size, at least 1; what is as good as infinite
+    does not count."""
     if not v.shape[1]:
         return v
     if not cones.rows:

@@ -19,7 +19,8 @@ from convlayer.solvers.product import Cones, Pairs, Weight
 
 @dataclass(frozen=True, eq=False)
 class Form(ABC):
-    """minimise 1/2 x'Px + q'x subject to Ax + s = b, s >= 0, Ex = e, with v = (x, u): matrices shared by all rows have B = 1."""
+    """minimise 1/2 x'Px + q'x subject to Ax + s = b, s >= 0, Ex = e, with v = (x, u): matrices
+    shared by all rows have B = 1."""
 
     base: Tensor  # (B or 1, N, N) [ P  E' ; E  0 ]
     c: Tensor  # (B, N) (q, -e)
@@ -69,7 +70,9 @@ class PrimalForm(Form):
     """The program itself."""
 
     A: Tensor  # (B or 1, l, n)
-    At: Tensor  # (B or 1, n, l) contiguous: a row times a matrix runs at twice the speed of a matrix times a column
+    # (B or 1, n, l) contiguous: a row times a matrix runs at twice the speed of a matrix times a
+    # column
+    At: Tensor
     entries: Tensor  # (B or 1, nnz) of A, where `pairs` is there
     terms: Tensor  # (B or 1, terms) A[left] A[right]
     pairs: Pairs | None
@@ -155,11 +158,13 @@ class PrimalForm(Form):
 class DualForm(Form):
     """minimise 1/2 z'Gz + h'z  subject to  z >= 0 but for the first k: the dual, with G = C P^-1 C', h = b + C P^-1 q.
 
-    Its A is minus the last rows of the identity, its slack is z, and its multiplier is the primal's slack.
+    Its A is minus the last rows of the identity, its slack is z, and its multiplier is the primal's
+    slack.
     """
 
     free: int
-    C: Tensor  # (B or 1, m, n) for the primal's certificate C'z = 0, which Gz = 0 says with half the digits
+    # (B or 1, m, n) for the primal's certificate C'z = 0, which Gz = 0 says with half the digits
+    C: Tensor
     size: Tensor  # (B, 1) of b
 
     def A_times(self, v: Tensor) -> Tensor:

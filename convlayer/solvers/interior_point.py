@@ -1,28 +1,33 @@
-"""A batched, dense, primal-dual interior point for cone programs: all rows of a batch at once, in torch, on any device.
+"""A batched, dense, primal-dual interior point for cone programs: all rows of a batch at once, in
+torch, on any device.
 
     minimise 1/2 x'Px + q'x   subject to   Cx + s = b,   s = 0 in the equalities,  s in K elsewhere         dual z
 
-Homogeneous embedding, y being z in the inequalities, u in the equalities: a solution is x / tau, z / tau, s / tau with tau > 0;
-where there is none, kappa > 0 instead, and x or z is the certificate.
+Homogeneous embedding, y being z in the inequalities, u in the equalities: a solution is x / tau, z
+/ tau, s / tau with tau > 0; where there is none, kappa > 0 instead, and x or z is the certificate.
 
     Px + C'z + q tau = 0,   Cx + s - b tau = 0,   q'x + b'z + x'Px / tau + kappa = 0
     s on the central path of y at mu,   tau kappa = mu,   mu -> 0
 
-Newton's system is, with H y = s the scaling of `scalings` and `barriers` (y / s is H^-1 in the orthant), A the inequalities and
-E the equalities,
+Newton's system is, with H y = s the scaling of `scalings` and `barriers` (y / s is H^-1 in the
+orthant), A the inequalities and E the equalities,
 
     K = [ P + A'H^-1 A   E' ;  E   0 ]    or, with P definite, few rows and symmetric cones,    C P^-1 C' + H,
 
-which is the first form for the dual, a quadratic program in z alone: one iteration serves both. K is factored by LU, which
-in batches of such sizes costs no more than Cholesky's method and a Schur complement, and takes any semidefinite P.
+which is the first form for the dual, a quadratic program in z alone: one iteration serves both. K
+is factored by LU, which in batches of such sizes costs no more than Cholesky's method and a Schur
+complement, and takes any semidefinite P.
 
-H^-1 is of size 1 / mu where a cone is active, and K is no better. What keeps the digits: nothing is put through H^-1 whose image
-is known (H^-1 s = y, and the corrector's); a slack's change is read off feasibility, not off y's; products with H are taken between
-scaled vectors W^-T h; and the change of tau comes from terms that vanish with the residuals.
+H^-1 is of size 1 / mu where a cone is active, and K is no better. What keeps the digits: nothing is
+put through H^-1 whose image is known (H^-1 s = y, and the corrector's); a slack's change is read
+off feasibility, not off y's; products with H are taken between scaled vectors W^-T h; and the
+change of tau comes from terms that vanish with the residuals.
 
-Rows:     a row ends with its solution, its certificate, or where it stalls with its best point, INACCURATE or NOT_CONVERGED.
-Cost:     an iteration is 2 l n^2 + 2/3 (n + p)^3 flops a row (l inequalities, p equalities), less where A has few entries, or
-          2/3 (l + p)^3 by the dual; some 150 torch calls for the orthant, 100 to 250 more for each kind of cone.
+Rows:     a row ends with its solution, its certificate, or where it stalls with its best point,
+          INACCURATE or NOT_CONVERGED.
+Cost:     an iteration is 2 l n^2 + 2/3 (n + p)^3 flops a row (l inequalities, p equalities), less
+          where A has few entries, or 2/3 (l + p)^3 by the dual; some 150 torch calls for the
+          orthant, 100 to 250 more for each kind of cone.
 Sources:  Mehrotra (1992); Andersen and Ye (1999); Goulart and Chen (2024).
 """
 
@@ -60,8 +65,8 @@ COMPACT = 0.875
 PATIENCE = 4
 # A row that has not converged ends after so many iterations, where the user says nothing else.
 ITERATIONS = 50
-# A program takes about so many iterations, and one of them so many seconds; each row of a batch adds
-# so many to an iteration, and its flops at such a rate: fitted to measurements on two cores.
+# A program takes about so many iterations, and one of them so many seconds; each row of a batch
+# adds so many to an iteration, and its flops at such a rate: fitted to measurements on two cores.
 STEPS, STEP, ROW_STEP, RATE = 10, 4.5e-4, 8e-6, 1e10
 
 
@@ -184,7 +189,8 @@ UNLIMITED = Ends()
 
 
 def solve_data(data: Data, tolerance: float, ends: Ends = UNLIMITED) -> Points:
-    """Every row of `data`, on its device; rows fail on their own. P and A may be shared by the batch, and then are not copied."""
+    """Every row of `data`, on its device; rows fail on their own. P and A may be shared by the
+    batch, and then are not copied."""
     program, rows, device = data.program, data.batch, data.q.device
     if not all(len(part) for part in (data.P, data.q, data.A, data.b)):
         return _blank(0, program.n, program.m, device)
@@ -211,7 +217,8 @@ def solve_data(data: Data, tolerance: float, ends: Ends = UNLIMITED) -> Points:
             index,
             _by_dual(*mine, p=row_order.free, cones=cones, tolerance=tolerance, ends=ends),
         )
-    # Where the dual falters, as with a certificate that its squared matrix G blurs, the primal is tried.
+    # Where the dual falters, as with a certificate that its squared matrix G blurs, the primal is
+    # tried.
     index = torch.nonzero(is_unsettled(answer.status) & ~answer.late).flatten()
     if len(index):
         mine = [_rows(part, index, rows) for part in parts]
@@ -235,7 +242,8 @@ def _dual_is_cheaper(n: int, p: int, l: int) -> bool:
 
 
 def _invertible(P: Tensor, q: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """(B,) rows whose P is so well conditioned that the dual can be solved in its place; Cholesky factor of P."""
+    """(B,) rows whose P is so well conditioned that the dual can be solved in its place; Cholesky
+    factor of P."""
     factor, info = torch.linalg.cholesky_ex(P)
     pivots = factor.diagonal(dim1=1, dim2=2)
     sound = (info == 0) & (pivots.amin(1) >= BY_DUAL.pivots * pivots.amax(1))
@@ -301,7 +309,8 @@ def _by_dual(
 
 
 def _size(b: Tensor) -> Tensor:
-    """(B, m) -> (B, 1) the sum of the right-hand sides that are not as good as infinite, at least 1."""
+    """(B, m) -> (B, 1) the sum of the right-hand sides that are not as good as infinite, at least
+    1."""
     size = b.abs()
     return torch.where(size < 1e7, size, 0.0).sum(1, keepdim=True).clamp(min=1.0)
 
@@ -343,11 +352,13 @@ def _judge(
 
 
 def _embedding(form: Form, tolerance: float, ends: Ends) -> list[Tensor]:
-    """v (B, N), s and y (B, l), statuses, iterations and whether time ended it (B,), by Mehrotra's predictor and corrector.
+    """v (B, N), s and y (B, l), statuses, iterations and whether time ended it (B,), by Mehrotra's
+    predictor and corrector.
 
-    Y = (y, tau) and S = (s, kappa) are kept together: one cone. A row that has finished is recorded, and left to itself until
-    enough of them are there for the batch to be closed up. On the host it is asked after every step whether a row has; elsewhere
-    asking waits for all the work so far, and is done now and then.
+    Y = (y, tau) and S = (s, kappa) are kept together: one cone. A row that has finished is
+    recorded, and left to itself until enough of them are there for the batch to be closed up. On
+    the host it is asked after every step whether a row has; elsewhere asking waits for all the work
+    so far, and is done now and then.
     """
     batch, (N, l), device, limit = (
         len(form.c),
@@ -423,7 +434,8 @@ def _embedding(form: Form, tolerance: float, ends: Ends) -> list[Tensor]:
                     record = [part[left] for part in record]
                     r = EmbeddingResidual._make(None if part is None else part[left] for part in r)
         dv, dY, dS, length = direction(form, r, v, Y, S, K, length, lost if some else None)
-        # A row that stalls stays where it is: a direction that allows no step is rounding, and may be of any size.
+        # A row that stalls stays where it is: a direction that allows no step is rounding, and may
+        # be of any size.
         taken = length.masked_fill(length <= ENDINGS.stalled, 0.0)
         v, Y, S = (torch.addcmul(part, taken, step) for part, step in ((v, dv), (Y, dY), (S, dS)))
     _file(answer, live, record)

@@ -96,9 +96,11 @@ def _key(block: Block) -> tuple[str, int]:
 
 
 class Pairs(NamedTuple):
-    """A'H^-1 A term by term: entry `target` of the flat matrix gets A[left] A[right] H^-1[source], where there are few terms.
+    """A'H^-1 A term by term: entry `target` of the flat matrix gets A[left] A[right] H^-1[source],
+    where there are few terms.
 
-    A is flat, (m n,) in the solver's row order; H^-1 is w of the orthant, then each cone's matrix, flat.
+    A is flat, (m n,) in the solver's row order; H^-1 is w of the orthant, then each cone's matrix,
+    flat.
     """
 
     left: Tensor  # (terms,)
@@ -194,7 +196,8 @@ class Cones:
         return self.at(unit, unit)
 
     def inside(self, v: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Eigenvalues (B, .) of v (B, l), the orthant's last, and the map from new ones to a point."""
+        """Eigenvalues (B, .) of v (B, l), the orthant's last, and the map from new ones to a
+        point."""
         found = [kind.inside(part) for kind, part in zip(self.kinds, self.split(v[:, : self.rows]))]
         values = [values for values, _ in found] + [v[:, self.rows :]]
         sizes = [part.shape[1] for part in values]
@@ -240,7 +243,8 @@ class ScaledPoint:
     def correction(
         self, d_s: Tensor, d_y: Tensor, ds: Tensor | None, dy: Tensor, sigma_mu: Tensor
     ) -> Tensor:
-        """(B, rows), of the predictor in scaled terms and, where a cone is not symmetric, in its own; sigma_mu (B, 1)."""
+        """(B, rows), of the predictor in scaled terms and, where a cone is not symmetric, in its
+        own; sigma_mu (B, 1)."""
         split, sigma_mu = self.cones.split, sigma_mu.unsqueeze(2)
         plain = [split(ds), split(dy)] if ds is not None else [[None] * len(self.scalings)] * 2
         parts = zip(self.scalings, split(d_s), split(d_y), *plain)

@@ -36,7 +36,8 @@ LARGEST = 1e150
 
 
 class ConeScaling(ABC):
-    """A point (s, y) inside a cone and its dual, and Newton's equations there. x is (B or 1, k, count, size)."""
+    """A point (s, y) inside a cone and its dual, and Newton's equations there. x is (B or 1, k,
+    count, size)."""
 
     scaled: Tensor  # (B, count, size) lambda
 
@@ -60,14 +61,16 @@ class ConeScaling(ABC):
     def correction(
         self, d_s: Tensor, d_y: Tensor, ds: Tensor | None, dy: Tensor | None, sigma_mu: Tensor
     ) -> Tensor:
-        """What the corrector's d_s + d_y = -(lambda + correction) adds, of the predictor; sigma_mu is (B, 1, 1)."""
+        """What the corrector's d_s + d_y = -(lambda + correction) adds, of the predictor; sigma_mu
+        is (B, 1, 1)."""
 
     @abstractmethod
     def worst(self, d_s: Tensor, d_y: Tensor) -> Tensor | None:
         """-1 / (longest step), (B, 1), where that has a closed form."""
 
     def shorten(self, length: Tensor, ds: Tensor, dy: Tensor) -> Tensor:
-        """The part of a step, (B, 1), that stays inside the cones; for those whose boundary has no closed form."""
+        """The part of a step, (B, 1), that stays inside the cones; for those whose boundary has no
+        closed form."""
         return length
 
 
@@ -92,7 +95,8 @@ class Kind(ABC):
 
     @abstractmethod
     def inside(self, v: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Eigenvalues (B, .) of v, and the map from new ones to a point: for the start; of symmetric cones."""
+        """Eigenvalues (B, .) of v, and the map from new ones to a point: for the start; of
+        symmetric cones."""
 
     @abstractmethod
     def at(self, s: Tensor, y: Tensor) -> ConeScaling:
@@ -135,7 +139,8 @@ class SecondOrderKind(Kind):
 class SecondOrderScaling(ConeScaling):
     """W = eta [ w_0  w_1' ; w_1  I + w_1 w_1'/(1 + w_0) ],  H = eta^2 (2 w w' - J),  J = diag(1, -1, ..., -1),
 
-    with w of hyperbolic length one: w = (s + J y)/(2 gamma), s and y brought to that length, gamma^2 = (1 + s'y)/2.
+    with w of hyperbolic length one: w = (s + J y)/(2 gamma), s and y brought to that length,
+                                     gamma^2 = (1 + s'y)/2.
     """
 
     def __init__(self, s: Tensor, y: Tensor) -> None:
@@ -152,7 +157,8 @@ class SecondOrderScaling(ConeScaling):
         self.near = 1 / (1 + self.w0)
         self.size = (size[0] * size[1]).sqrt()
         self.unit_tail = torch.addcmul((gamma + y0) * s1, gamma + s0, y1) / (s0 + y0 + 2 * gamma)
-        # lambda's tail and head, in units of its hyperbolic length: the head from the tail, for a length of one
+        # lambda's tail and head, in units of its hyperbolic length: the head from the tail, for a
+        # length of one
         self.unit_head = (1 + self.unit_tail.square().sum(-1, keepdim=True)).sqrt()
         self.scaled = self.size * torch.cat([self.unit_head, self.unit_tail], -1)
 
@@ -217,7 +223,8 @@ class SecondOrderScaling(ConeScaling):
 
 
 def _hyperbolic(head: Tensor, tail: Tensor) -> Tensor:
-    """sqrt(t^2 - |z|^2), as a product; never zero, for a point that rounding has put on the boundary."""
+    """sqrt(t^2 - |z|^2), as a product; never zero, for a point that rounding has put on the
+    boundary."""
     length = torch.linalg.vector_norm(tail, dim=-1, keepdim=True)
     return ((head - length).clamp(min=1e-16 * head.abs()) * (head + length)).sqrt()
 
@@ -255,8 +262,9 @@ class PsdKind(Kind):
 class PsdScaling(ConeScaling):
     """W X = R' X R,  with S = LL', L'YL = V Lambda^2 V', R = L V Lambda^-1/2, so that R'YR = R^-1 S R^-T = Lambda.
 
-    Near the central path L'YL is mu I: its eigenvalues are as accurate as the singular values of a product of two factors.
-    W and H^-1 are matrices in svec's coordinates; the scaled point is diagonal.
+    Near the central path L'YL is mu I: its eigenvalues are as accurate as the singular values of a
+    product of two factors. W and H^-1 are matrices in svec's coordinates; the scaled point is
+    diagonal.
     """
 
     def __init__(self, s: Tensor, y: Tensor, n: int) -> None:

@@ -1,7 +1,8 @@
 """SCS: first order, low memory, warm start, one factorisation while only q and b change.
 
-It stores the psd cone as the lower triangle in column-major order; ours is the upper one, so those rows are permuted here.
-Source: O'Donoghue (2021), Operator splitting for a homogeneous embedding of the linear complementarity problem.
+It stores the psd cone as the lower triangle in column-major order; ours is the upper one, so those
+rows are permuted here. Source: O'Donoghue (2021), Operator splitting for a homogeneous embedding of
+the linear complementarity problem.
 """
 
 from __future__ import annotations
@@ -110,7 +111,8 @@ class SCS(Solver):
 
 
 def svec_order(program: Program) -> np.ndarray:
-    """(m,) for each of SCS's rows, ours: the lower triangle by columns is the upper triangle with its entries reordered."""
+    """(m,) for each of SCS's rows, ours: the lower triangle by columns is the upper triangle with
+    its entries reordered."""
     order = np.arange(program.m)
     for block in program.cones.blocks:
         if block.name == Psd.name:

@@ -1,7 +1,7 @@
 """The interface of a solver of cone programs.
 
-A solver of one's own is a subclass with a `name` and `solve`; pass an instance as ConvexLayer(..., solver=MySolver()).
-It must be picklable if the executor's workers are other processes or machines.
+A solver of one's own is a subclass with a `name` and `solve`; pass an instance as ConvexLayer(...,
+solver=MySolver()). It must be picklable if the executor's workers are other processes or machines.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def interrupted() -> bool:
 class Iterate:
     """A solver's answer for one row: a primal-dual point; where it failed the last one, or NaN.
 
-    INFEASIBLE and UNBOUNDED are believed only with their certificate: y with A'y = 0 and b'y < 0, or x with Px = 0, q'x < 0
-    and -Ax in K.
+    INFEASIBLE and UNBOUNDED are believed only with their certificate: y with A'y = 0 and b'y < 0,
+    or x with Px = 0, q'x < 0 and -Ax in K.
     """
 
     x: np.ndarray  # (n,)
@@ -60,7 +60,8 @@ class Task:
     """Some rows of a batch, for one call of a solver."""
 
     program: Program
-    P: np.ndarray  # (rows or 1, nnz(P)) upper triangle, compressed columns; for a dense solver (rows or 1, n, n)
+    # (rows or 1, nnz(P)) upper triangle, compressed columns; for a dense solver (rows or 1, n, n)
+    P: np.ndarray
     q: np.ndarray  # (rows, n)
     A: np.ndarray  # (rows or 1, nnz(A)) compressed columns; for a dense solver (rows or 1, m, n)
     b: np.ndarray  # (rows, m)
@@ -88,7 +89,8 @@ class Task:
 
 
 def _filled(empty: sp.csc_matrix, values: np.ndarray) -> sp.csc_matrix:
-    """A matrix of this pattern. Its constructor would look at the pattern again, which takes longer than many a solve does."""
+    """A matrix of this pattern. Its constructor would look at the pattern again, which takes longer
+    than many a solve does."""
     matrix = copy.copy(empty)
     matrix.data, matrix.indices, matrix.indptr = values, empty.indices.copy(), empty.indptr.copy()
     return matrix
@@ -138,8 +140,8 @@ class Points(NamedTuple):
 
 
 class ConeSolver(ABC):
-    """What is said of a solver, whichever way it is handed a batch. `tolerance` is the relative size of the KKT residuals and of the
-    gap to be reached."""
+    """What is said of a solver, whichever way it is handed a batch. `tolerance` is the relative
+    size of the KKT residuals and of the gap to be reached."""
 
     name: ClassVar[str]
     cones: ClassVar[frozenset[str] | None] = (
@@ -162,7 +164,8 @@ class ConeSolver(ABC):
     ] = {}  # options for a first attempt at data in good units, whose answer will be polished
 
     def check(self, program: Program, options: Mapping[str, Any]) -> None:
-        """Raise ValueError for a program the solver cannot take, TypeError for an option it does not have."""
+        """Raise ValueError for a program the solver cannot take, TypeError for an option it does
+        not have."""
         self.check_cones(program)
         if options:
             raise TypeError(f"Solver {self.name} takes no options; got {', '.join(options)}.")
@@ -198,7 +201,8 @@ class ConeSolver(ABC):
 
     @abstractmethod
     def seconds(self, program: Program, batch: int) -> float:
-        """A coarse estimate for a batch, for choosing between solvers and for nothing else; infinite where there is none."""
+        """A coarse estimate for a batch, for choosing between solvers and for nothing else;
+        infinite where there is none."""
 
     def attempts(self, tolerance: float, options: Mapping[str, Any]) -> list[Attempt]:
         """With these settings, then, for rows that the polish did not settle, sharper."""
@@ -213,10 +217,12 @@ class Solver(ConeSolver):
 
     @abstractmethod
     def solve(self, task: Task) -> list[Iterate]:
-        """One Iterate for each row of the task, in order. Must be safe to call from several threads at once."""
+        """One Iterate for each row of the task, in order. Must be safe to call from several threads
+        at once."""
 
     def is_brief(self, program: Program, rows: int) -> bool:
-        """Whether so many rows are solved in less time than it takes to hand them to other threads."""
+        """Whether so many rows are solved in less time than it takes to hand them to other
+        threads."""
         return rows < 4
 
     def row_seconds(self, program: Program) -> float:
@@ -228,7 +234,8 @@ class Solver(ConeSolver):
 
 
 class BatchSolver(ConeSolver):
-    """Solves a batch as tensors, all rows at once, on the device where they are, in the calling thread."""
+    """Solves a batch as tensors, all rows at once, on the device where they are, in the calling
+    thread."""
 
     @abstractmethod
     def solve_data(self, data: Data, tolerance: float, options: Mapping[str, Any]) -> Points:

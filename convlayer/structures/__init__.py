@@ -1,4 +1,5 @@
-"""The structures, by name; a file that defines a Structure is found by being there. The most special come first."""
+"""The structures, by name; a file that defines a Structure is found by being there. The most
+special come first."""
 
 from __future__ import annotations
 

@@ -123,7 +123,8 @@ class EntropicOptimalTransport(Structure):
             def run(values, like, at=None):
                 inputs = M(values, like), r(values, like), c(values, like), eps(values, like)[:, 0]
                 answer = answered(at, entropic_optimal_transport, *inputs)
-                # Its multipliers are known up to a constant moved from one marginal to the other: those of least norm.
+                # Its multipliers are known up to a constant moved from one marginal to the other:
+                # those of least norm.
                 return answer.flagged() if wanted.duals else answer
 
             return run

@@ -44,7 +44,8 @@ from convlayer.structures.structure import (
     normal,
 )
 
-# Up to so many constant rows are looked through, when the layer is built, for those that follow from others.
+# Up to so many constant rows are looked through, when the layer is built, for those that follow
+# from others.
 MOST_ROWS_COMPARED = 2000
 
 
@@ -178,10 +179,12 @@ class EqualityConstrainedQP(Structure):
 def _seen(
     form: NormalForm, wanted: Wanted, table: Table, placement: Placement, duals: dict[int, Dual]
 ) -> np.ndarray:
-    """(n + p,) one where an output reads an entry of the kernel's (x, nu) or a Parameter moves what it enters, else zero.
+    """(n + p,) one where an output reads an entry of the kernel's (x, nu) or a Parameter moves what
+    it enters, else zero.
 
-    A quadratic form of an argument or a weighted square of it does not change along what is not unique, nor does its weight's gradient.
-    Rows whose coefficients no parameter moves are differentiated along right-hand sides that agree, as in the cone program.
+    A quadratic form of an argument or a weighted square of it does not change along what is not
+    unique, nor does its weight's gradient. Rows whose coefficients no parameter moves are
+    differentiated along right-hand sides that agree, as in the cone program.
     """
     x = np.ones(form.n, dtype=bool) if wanted.x is None else wanted.x.copy()
     nu = np.zeros(table.size, dtype=bool)
@@ -228,7 +231,8 @@ def _symmetrises(form: NormalForm) -> bool:
 
 
 def _independent(table: Table, n: int) -> Table:
-    """Without the rows that follow from others, where no parameter moves any: they change nothing but their own multipliers."""
+    """Without the rows that follow from others, where no parameter moves any: they change nothing
+    but their own multipliers."""
     if not 1 < table.size <= MOST_ROWS_COMPARED or (table.parameter != NONE).any():
         return table
     rows = np.zeros((table.size, n + 1))

@@ -36,7 +36,8 @@ from convlayer.structures.structure import (
 
 
 class LeadingEigenspace(Structure):
-    """maximise <X, Z> subject to tr Z = k u, 0 <= Z <= u I; for k = 1 the upper bound may be left out."""
+    """maximise <X, Z> subject to tr Z = k u, 0 <= Z <= u I; for k = 1 the upper bound may be left
+    out."""
 
     name = "leading_eigenspace"
     refines = "cone_program"
@@ -84,7 +85,8 @@ class LeadingEigenspace(Structure):
         }
 
     def gap(self, answer: Answer) -> Tensor:
-        """Between the eigenvalues on either side of the cut, relative to the largest; zero where the kernel finds them tied."""
+        """Between the eigenvalues on either side of the cut, relative to the largest; zero where
+        the kernel finds them tied."""
         # Of slack = edge I - matrix, or its negative, the eigenvalues beyond the cut are positive.
         _, edge, slack = answer.outputs
         eigenvalues = torch.linalg.eigvalsh(slack)

@@ -43,7 +43,8 @@ LARGEST_FACTORED = 2000
 
 
 class LeastSquares(Structure):
-    """minimise sum_i w_i (A x - b)_i^2 + sum_j ridge_j x_j^2; of minimum norm where it is not unique."""
+    """minimise sum_i w_i (A x - b)_i^2 + sum_j ridge_j x_j^2; of minimum norm where it is not
+    unique."""
 
     name = "least_squares"
     least_norm = True
@@ -181,7 +182,8 @@ class LeastSquares(Structure):
 
 @dataclass(frozen=True, eq=False)
 class _Blocks:
-    """k equal problems side by side: the rows and the ridge of all of them (of one, in local numbers), and where x stands."""
+    """k equal problems side by side: the rows and the ridge of all of them (of one, in local
+    numbers), and where x stands."""
 
     rows: Weighted  # grouped by right-hand side; variables of the first group only are used
     ridge: Table  # (n,)
@@ -239,7 +241,8 @@ def _factored(quadratic: Weighted) -> Weighted:
 
 
 def _split(squares: Weighted, n: int) -> tuple[Table, Weighted]:
-    """(ridge, the other rows): rows that hold one variable times a number, and nothing else, are ridge."""
+    """(ridge, the other rows): rows that hold one variable times a number, and nothing else, are
+    ridge."""
     argument, weight = squares.argument, squares.weight
     count = np.bincount(argument.row, minlength=argument.size)
     fixed = (argument.parameter == NONE) & (argument.variable != NONE) & (count[argument.row] == 1)
@@ -273,7 +276,8 @@ def _level(weight: Table, size: int) -> float | None:
 
 
 def _blocks(form: NormalForm, rows: Weighted, ridge: Table) -> _Blocks | None:
-    """One matrix variable whose columns (or rows) are fitted alike, each to its own right-hand side."""
+    """One matrix variable whose columns (or rows) are fitted alike, each to its own right-hand
+    side."""
     if (
         len(form.variables) != 1
         or len(form.variables[0].shape) != 2

@@ -13,7 +13,8 @@ from convlayer.structures.structure import DeclaredProblem, Match, Structure, no
 
 
 class QuadraticProgram(Structure):
-    """minimise 1/2 x'Px + q'x subject to Ax = b, Gx <= h; with it lasso, huber, l1, CVaR, control, linear programs.
+    """minimise 1/2 x'Px + q'x subject to Ax = b, Gx <= h; with it lasso, huber, l1, CVaR, control,
+    linear programs.
 
     It has no kernel of its own: it is the cone program, by the cheapest solver at each batch.
     """

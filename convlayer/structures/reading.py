@@ -1,4 +1,5 @@
-"""Reading a normal form: the questions that several structures ask of it. Each answers, or says why not (MismatchError)."""
+"""Reading a normal form: the questions that several structures ask of it. Each answers, or says why
+not (MismatchError)."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def require(condition: bool, reason: str) -> None:
 
 
 def only(form: NormalForm, *atoms: type[NormalAtom], tied: bool = False) -> None:
-    """The objective has no other atoms than these, and everything was read; variables are free of ties, unless `tied`."""
+    """The objective has no other atoms than these, and everything was read; variables are free of
+    ties, unless `tied`."""
     require(
         not form.others,
         f"it has {form.others[0] if form.others else ''}, which this structure does not know",
@@ -63,8 +65,8 @@ def one_value(table: Table, size: int, reason: str) -> Table:
 
 
 def is_whole_parameter(form: NormalForm, table: Table, size: int) -> bool:
-    """Whether the rows of a table without variables, a square matrix, are one Parameter, or its transpose, times a number, and
-    no other part of the problem reads that Parameter."""
+    """Whether the rows of a table without variables, a square matrix, are one Parameter, or its
+    transpose, times a number, and no other part of the problem reads that Parameter."""
     table = table.normal
     mirrored = np.arange(size * size).reshape(size, size).T.ravel()
     if (
@@ -145,8 +147,9 @@ def separable(form: NormalForm) -> Separable:
 def over(
     form: NormalForm, curvature: Table, bind: Callable[[Table], Binding], table: Table
 ) -> Callable[[Sequence[Tensor], Tensor], tuple[Tensor, Tensor | None]]:
-    """A table over the one row `curvature`: (values, like) -> the quotient, and the rows (b,) where there is nothing to divide by,
-    the objective being linear there, or nearly; None where the curvature is a number."""
+    """A table over the one row `curvature`: (values, like) -> the quotient, and the rows (b,) where
+    there is nothing to divide by, the objective being linear there, or nearly; None where the
+    curvature is a number."""
     if (curvature.parameter == NONE).all():
         scaled = bind(table.scaled(1.0 / float(curvature.coefficient.sum())))
         return lambda values, like: (scaled(values, like), None)
@@ -166,7 +169,8 @@ def _divided(value: Tensor, curvature: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class Equality:
-    """One row: sum_j coefficient_j x_j = right side, the coefficients numbers; `right` is a table with one row."""
+    """One row: sum_j coefficient_j x_j = right side, the coefficients numbers; `right` is a table
+    with one row."""
 
     constraint: int  # among the normal form's
     row: int  # of the constraint's table
@@ -284,7 +288,8 @@ class Placement:
 
     @classmethod
     def of(cls, form: NormalForm) -> Placement:
-        """One long vector, each variable in torch's order: a whole Parameter of its shape is then passed as it is."""
+        """One long vector, each variable in torch's order: a whole Parameter of its shape is then
+        passed as it is."""
         places = []
         for variable, start in zip(form.variables, form.variable_starts, strict=False):
             entry = np.arange(variable.size).reshape(variable.shape).ravel(order="F")

@@ -40,7 +40,8 @@ from convlayer.structures.structure import (
 
 
 class Sparsemax(Structure):
-    """minimise |x - y|^2 subject to sum_i x_i = r, x >= 0; with a common weight, and a linear term, the same."""
+    """minimise |x - y|^2 subject to sum_i x_i = r, x >= 0; with a common weight, and a linear term,
+    the same."""
 
     name = "sparsemax"
     cause = Cause.ONE_SIDED

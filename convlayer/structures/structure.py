@@ -1,4 +1,5 @@
-"""What a structure is: a problem declared in CVXPY, the test that a normal form is that problem, and the kernel that solves it."""
+"""What a structure is: a problem declared in CVXPY, the test that a normal form is that problem,
+and the kernel that solves it."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ class Cost:
 
 @dataclass(frozen=True, eq=False)
 class Dual:
-    """A multiplier among a kernel's outputs: coefficient * outputs[output][position], or zero everywhere (output None)."""
+    """A multiplier among a kernel's outputs: coefficient * outputs[output][position], or zero
+    everywhere (output None)."""
 
     output: int | None
     position: np.ndarray  # (rows of the constraint's table,)
@@ -72,7 +74,8 @@ Builder = Callable[[Wanted], Run]  # -> the bound kernel
 
 @dataclass(frozen=True, eq=False)
 class Match:
-    """A problem recognised: how its parameters are bound to the kernel, and where its variables are in the answer."""
+    """A problem recognised: how its parameters are bound to the kernel, and where its variables are
+    in the answer."""
 
     bound: str  # what was bound to what, in words
     # Made only if the structure is chosen; None: it has no kernel, and is the cone program.
@@ -103,7 +106,8 @@ class Structure(ABC):
 
     @abstractmethod
     def sample(self, batch: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Float64 parameters of `declare`, inside their domain, with a solution that is differentiable almost surely."""
+        """Float64 parameters of `declare`, inside their domain, with a solution that is
+        differentiable almost surely."""
 
     @abstractmethod
     def near_misses(self) -> dict[str, DeclaredProblem]:
@@ -114,7 +118,8 @@ class Structure(ABC):
         """MismatchError: it is not this problem, and why."""
 
     def gap(self, answer: Answer) -> Tensor | None:
-        """(B or 1,) how far apart eigenvalues are whose meeting is a kink; None: it is no question of eigenvalues."""
+        """(B or 1,) how far apart eigenvalues are whose meeting is a kink; None: it is no question
+        of eigenvalues."""
         return None
 
 

@@ -39,7 +39,8 @@ from convlayer.structures.structure import (
 
 
 class TotalVariation(Structure):
-    """minimise 1/2 |u - x|^2 + lam sum_i |u_{i+1} - u_i|, the entries of u in any order along the line."""
+    """minimise 1/2 |u - x|^2 + lam sum_i |u_{i+1} - u_i|, the entries of u in any order along the
+    line."""
 
     name = "total_variation"
     cause = Cause.ONE_SIDED
