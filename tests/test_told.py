@@ -173,7 +173,9 @@ def test_the_solver_that_explain_names_is_the_one_that_runs():
 
 
 def test_the_front_door_names_the_solvers_that_there_are():
-    (named,) = re.findall(r"or by name (.*?), or a convlayer", ConvexLayer.__doc__)
+    (named,) = re.findall(
+        r"or by name (.*?), or a convlayer", " ".join(ConvexLayer.__doc__.split())
+    )
     assert re.findall(r'"(\w+)"', named) == list(SOLVERS)
 
 

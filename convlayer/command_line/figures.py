@@ -42,7 +42,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Rivalry:
-    """One small problem by the layer's choice, by two solvers, and by CVXPY with diffcp."""
+    """One small problem by the layer's choice, by solvers that were named, and by CVXPY with diffcp."""
 
     title: str
     structure: str
