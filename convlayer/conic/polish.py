@@ -227,9 +227,15 @@ def polish(
     # Rows where a large number elsewhere hides that they are not done.
     sizes = term_sizes(operators, best.x, best.s, best.y, JUDGING)
     judged = relative_size(best.F1, best.F2, sizes)
-    hidden = _above(judged, NEWTON.stuck)
+    hidden = _hidden(judged, best)
     if len(hidden):
-        hidden = hidden[best.size[hidden] <= NEWTON.stuck]
+        # Nearly always one more step does, by the factor of the point where they are.
+        if factor is None or not factor.is_of(best):
+            factor = _Factored(factorise(operators, best.spectrum, visible, units), best)
+        best = _stepped(operators, hidden, best, factor)
+        sizes = term_sizes(operators, best.x, best.s, best.y, JUDGING)
+        judged = relative_size(best.F1, best.F2, sizes)
+        hidden = _hidden(judged, best)
     if len(hidden):
         best, factor = best.put(hidden, _unhidden(operators, hidden, best, visible, units)), None
         sizes = term_sizes(operators, best.x, best.s, best.y, JUDGING)
@@ -383,6 +389,25 @@ def _follow(
         dx, dy, ds = (step.nan_to_num(0.0) * length for step in (dx, dy, ds))
         point = ResidualPoint.inside(operators, point.x + dx, point.s + ds, point.y + dy)
     return point, False
+
+
+def _hidden(judged: Tensor, best: ResidualPoint) -> Tensor:
+    """The rows that are at rest, and are not where every entry is measured by its own terms."""
+    rows = _above(judged, NEWTON.stuck)
+    return rows[best.size[rows] <= NEWTON.stuck] if len(rows) else rows
+
+
+def _stepped(
+    operators: Operators, rows: Tensor, best: ResidualPoint, factor: _Factored
+) -> ResidualPoint:
+    """One step of Newton's method for some rows, by a factor of all that is theirs."""
+    dx, dv = newton(operators, best.spectrum, factor.system, best.F1, best.F2)
+    x, v = (best.x + dx)[rows], (best.v + dv)[rows]
+    new = ResidualPoint.at(operators.rows(rows), x, v)
+    better = new.size <= NEWTON.stuck
+    if not bool(better.any()):
+        return best
+    return best.put(rows[better], new.rows(torch.nonzero(better).flatten()))
 
 
 def _unhidden(
