@@ -236,7 +236,10 @@ def gradient_error(
         1,
     )
     difference = torch.where(kept, got - slopes, 0.0).norm(dim=1)
-    return float((difference / torch.where(kept, slopes, 0.0).norm(dim=1).clamp(min=1e-12)).max())
+    sizes = torch.where(kept, slopes, 0.0).norm(dim=1)
+    # Where a row's derivative is zero, rounding of the others' size is no error.
+    floor = max(1e-12, 1e-9 * float(sizes.max()))
+    return float((difference / sizes.clamp(min=floor)).max())
 
 
 def _peer(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 
 import numpy as np
 import scipy.sparse as sp
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from convlayer.conic.linear_map import LinearMap
+from convlayer.memo import constants
 
 # The columns of an AffineMap's matrix before those of the parameters' entries: a constant zero,
 # which blanks are gathered from, and a constant one, whose coefficients are the constant part of
@@ -110,7 +111,7 @@ class AffineMap:
         return self.forward(torch.cat([part.expand(batch, -1) for part in (head, *mine)], 1))
 
 
-@cache
+@constants
 def _constants(device: torch.device, dtype: torch.dtype) -> Tensor:
     """(1, 2) the inputs of an AffineMap before the parameters' own."""
     return torch.tensor([[0.0, 1.0]], dtype=dtype).to(device)

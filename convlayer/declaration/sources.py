@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from convlayer.declaration.declaration import Declaration
 from convlayer.declaration.reductions import CanonicalisationError, Reductions
 from convlayer.declaration.rewriting import prepared
 from convlayer.declaration.spelling import short
+from convlayer.memo import once_for_each
 
 AUXILIARY = "an auxiliary constraint of CVXPY"
 
@@ -32,18 +32,11 @@ class Source(NamedTuple):
     entries: Tensor  # (k,) row-major index of the constraint's entry; -1 in cones and atoms
 
 
-_KNOWN: weakref.WeakKeyDictionary[Canonical, list[Source]] = weakref.WeakKeyDictionary()
-
-
-def sources_of(canonical: Canonical, declared: Declaration) -> list[Source]:
+@once_for_each
+def sources_of(declared: Declaration) -> list[Source]:
     """Every row that may have a kink under one name: the user's constraints in order, the
     variables' attributes, the rest."""
-    if canonical not in _KNOWN:
-        _KNOWN[canonical] = _read(canonical, declared)
-    return _KNOWN[canonical]
-
-
-def _read(canonical: Canonical, declared: Declaration) -> list[Source]:
+    canonical = declared.canonical
     names = {
         c.id: f"constraint {k}, `{short(c)}`" for k, c in enumerate(declared.problem.constraints)
     }

@@ -9,11 +9,11 @@ residual of rounding could hide an error that matters.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from convlayer.memo import constants
 from convlayer.solution import Status
 
 
@@ -42,14 +42,13 @@ class Accuracy:
 ACCURACY = Accuracy()
 
 
-# Both are by size and device; lru_cache holds its own lock, so that threads may meet here.
-@lru_cache(maxsize=128)
+@constants
 def probe(n: int, device: torch.device) -> Tensor:
     """(n,) entries without a pattern, so that no vector of interest is orthogonal to it."""
     return torch.arange(n, dtype=torch.float64, device=device).square().cos()
 
 
-@lru_cache(maxsize=128)
+@constants
 def _waves(n: int, device: torch.device) -> Tensor:
     """(2, 1, n) in which no two columns, and so no two rows of a matrix, are alike."""
     phase = torch.arange(n, dtype=torch.float64, device=device).square()

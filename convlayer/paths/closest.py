@@ -37,7 +37,6 @@ Source:      Bambade, Schramm, Taylor and Carpentier (2024); faces as in Borwein
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -59,6 +58,7 @@ from convlayer.declaration.declaration import Declaration
 from convlayer.declaration.maps import ONE, AffineMap, ParameterEntries, Recovery
 from convlayer.declaration.reductions import CanonicalisationError
 from convlayer.declaration.spelling import short
+from convlayer.memo import once_for_each
 from convlayer.paths.cone_call import ConeFound, ConeRequest
 from convlayer.paths.cone_derivative import ConeDerivative
 from convlayer.paths.cone_solution import solve
@@ -466,14 +466,10 @@ class Relaxation:
         return y[:, :m], torch.where(t.detach().abs() > least, t, 0.0)
 
 
-_relaxations: weakref.WeakKeyDictionary[Declaration, Relaxation] = weakref.WeakKeyDictionary()
-
-
+@once_for_each
 def relaxed(declared: Declaration) -> Relaxation:
     """The relaxation of a declaration, worked out once."""
-    if declared not in _relaxations:
-        _relaxations[declared] = Relaxation.of(declared)
-    return _relaxations[declared]
+    return Relaxation.of(declared)
 
 
 class _Faces:

@@ -135,7 +135,7 @@ def _found(
     if not rows:
         return {}
     solves = min(BUDGET.solves, affordable // len(rows))
-    sources = sources_of(canonical, declared)
+    sources = sources_of(declared)
     with torch.no_grad():
         index = torch.tensor(rows)
         part = [take_rows(value.detach(), index.to(value.device)) for value in values]

@@ -9,7 +9,6 @@ proof: A'y = 0, b'y = -t.
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from convlayer.cones import Nonnegative, Product
 from convlayer.conic.program import Data, Program
+from convlayer.memo import once_for_each
 from convlayer.solution import Status
 from convlayer.solvers.clarabel import Clarabel
 from convlayer.solvers.dealing import solve_batch
@@ -57,16 +57,8 @@ class _Form:
     sign: Tensor
 
 
-_forms: weakref.WeakKeyDictionary[Program, _Form] = weakref.WeakKeyDictionary()
-
-
+@once_for_each
 def _form(program: Program) -> _Form:
-    if program not in _forms:
-        _forms[program] = _made(program)
-    return _forms[program]
-
-
-def _made(program: Program) -> _Form:
     m, inside = program.m, program.cones.inside.numpy()
     equal, elementwise = program.equalities.numpy(), program.inequalities.numpy()
     others = [cone for cone in program.cones.cones if not cone.elementwise]

@@ -74,7 +74,7 @@ def checked(
     canonical, parameters, sources = (
         declared.canonical,
         declared.parameters,
-        sources_of(declared.canonical, declared),
+        sources_of(declared),
     )
     with torch.no_grad(), warnings.catch_warnings(), one_thread():
         warnings.simplefilter("ignore")

@@ -23,13 +23,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from convlayer.cones import Block, Cone, Exponential, Power
+from convlayer.memo import constants
 from convlayer.solvers.scalings import ConeScaling, Kind
 
 # Within this relative distance from the central path the direction of its offset is noise.
@@ -404,12 +404,12 @@ def _cross(a: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.cross(a, b, dim=0)
 
 
-@lru_cache(maxsize=16)
+@constants
 def _shorter(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(SHORTER, dtype=dtype).to(device)
 
 
-@lru_cache(maxsize=64)
+@constants
 def _weights(
     alphas: tuple[float, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:

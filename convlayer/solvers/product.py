@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import isclass
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from convlayer.cones import Block, Nonnegative, Zero
 from convlayer.conic.program import Program
+from convlayer.memo import once_for_each
 from convlayer.solvers import barriers, scalings
 from convlayer.solvers.scalings import ConeScaling, Kind
 
@@ -54,9 +54,7 @@ class RowOrder:
     @classmethod
     def of(cls, program: Program) -> RowOrder:
         """Found once for each Program."""
-        if program not in _ROW_ORDERS:
-            _ROW_ORDERS[program] = cls._found(program)
-        return _ROW_ORDERS[program]
+        return _row_order(program)
 
     @classmethod
     def _found(cls, program: Program) -> RowOrder:
@@ -84,7 +82,9 @@ class RowOrder:
         return Cones([KINDS[name].of(blocks) for name, blocks in self.runs])
 
 
-_ROW_ORDERS: WeakKeyDictionary[Program, RowOrder] = WeakKeyDictionary()
+@once_for_each
+def _row_order(program: Program) -> RowOrder:
+    return RowOrder._found(program)
 
 
 def _key(block: Block) -> tuple[str, int]:

@@ -23,13 +23,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from convlayer.cones import Block, Cone, Psd, SecondOrder, smat, svec
+from convlayer.memo import constants
 
 # A matrix with a larger entry than this is not decomposed: its eigenvalues' squares overflow.
 LARGEST = 1e150
@@ -351,7 +351,7 @@ class _Layout:
     pair: Tensor  # (k, k), scale_i scale_j / 2
 
 
-@lru_cache(maxsize=64)
+@constants
 def _layout(n: int, dtype: torch.dtype, device: torch.device) -> _Layout:
     column, row = torch.tril_indices(n, n, device=device)
     scale = torch.where(row == column, 1.0, 2.0).to(dtype).sqrt()
