@@ -48,9 +48,8 @@ class PeakMemory:
 
     def __enter__(self) -> PeakMemory:
         try:
-            Path("/proc/self/clear_refs").write_text(
-                "5"
-            )  # the high-water mark starts again from here
+            # the high-water mark starts again from here
+            Path("/proc/self/clear_refs").write_text("5")
             self.before = status("VmRSS")
         except OSError:
             self.before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

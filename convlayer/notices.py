@@ -13,10 +13,11 @@ from types import FrameType
 import torch
 
 BELOW = ("convlayer", "torch")  # packages whose frames are not the user's
+# code that torch wrote, in no module
 GENERATED = (
     "<eval_with_key>",
     str(Path(torch.__file__).parent),
-)  # code that torch wrote, in no module
+)
 
 # What CVXPY says of how it canonicalises, in problems that are ours or that it has seen before.
 OF_CVXPY = (

@@ -73,10 +73,11 @@ class Diabetes:
         rest = orders[:, None, TEST:].expand(-1, STUDIES, -1)
         drawn = rest.gather(-1, torch.rand(rest.shape, generator=generator).argsort(-1))
         self.validation = drawn[..., PATIENTS:]  # (8, 16, 312)
+        # (8, 16, 30, 10), (8, 16, 30)
         X_fit, y_fit = (
             self.X[drawn[..., :PATIENTS]],
             self.y[drawn[..., :PATIENTS]],
-        )  # (8, 16, 30, 10), (8, 16, 30)
+        )
         self.X_mean, self.y_mean = X_fit.mean(-2, keepdim=True), y_fit.mean(-1, keepdim=True)
         # |X w - y|^2 / 30 is |R w - b|^2 up to a constant: ten rows in place of thirty.
         Q, self.R = torch.linalg.qr((X_fit - self.X_mean) / PATIENTS**0.5)  # R (8, 16, 10, 10)

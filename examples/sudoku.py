@@ -47,15 +47,17 @@ from convlayer import ConvexLayer, GradientWarning
 
 CELLS, DIGITS = 16, 4
 TRAINING_BOARDS, PUZZLES = 188, 12_000
+# blank cells: while learning, on the way, in the table
 BLANKS, HARDEST, JUDGED = (
     (4, 10),
     10,
     (6, 8, 10, 12),
-)  # blank cells: while learning, on the way, in the table
+)
+# more curvature learns faster at first and is less sharp in the end
 CONSTRAINTS, CURVATURE = (
     40,
     0.2,
-)  # more curvature learns faster at first and is less sharp in the end
+)
 STEPS, BATCH, RATE = 720, 24, 0.03
 # Longer gradients are shortened to this. The usual one has length 0.04; a puzzle for which A z = b
 # and the zeros of z all but determine z has, once in a while, one of length 7: exact, of no use
@@ -86,11 +88,12 @@ def indicators(kind: Tensor) -> Tensor:
 
 def all_boards() -> Tensor:
     """(288, 64), one-hot"""
+    # (24, 16)
     lines = (
         one_hot(torch.tensor(list(itertools.permutations(range(DIGITS)))), DIGITS)
         .double()
         .flatten(1)
-    )  # (24, 16)
+    )
     every = torch.cat([indicators(kind) for kind in rules().values()])
     boards = lines.new_zeros(1, 0)
     for _ in range(4):  # a line more each time, as long as nothing stands twice
@@ -124,9 +127,8 @@ class Puzzles:
         while len(given) < count:
             board = boards[torch.randint(len(boards), (count,), generator=random)]
             blank = torch.randint(blanks[0], blanks[1] + 1, (count, 1), generator=random)
-            order = torch.rand(count, CELLS, generator=random).argsort(
-                1
-            )  # a random ranking of the cells
+            # a random ranking of the cells
+            order = torch.rand(count, CELLS, generator=random).argsort(1)
             puzzle = board * (order >= blank).repeat_interleave(DIGITS, 1)
             unique = (puzzle @ everything.T == CELLS - blank).sum(1) == 1
             given, solution = (
@@ -495,9 +497,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     options = parser.parse_args()
-    with threadpool_limits(
-        1, user_api="openmp"
-    ):  # the matrices of either model are too small to share
+    # the matrices of either model are too small to share
+    with threadpool_limits(1, user_api="openmp"):
         compare(options)
 
 

@@ -27,9 +27,8 @@ WHOLE = (
     "test_structures.py",  # every spelling and near miss: a wrong match is the worst fault
     "test_mutants.py",
     "test_structure_mutants.py",
-    *(
-        f"test_kernel_{path.name}" for path in KERNELS.glob("*.py")
-    ),  # closed forms, at a hundredth of a second each
+    # closed forms, at a hundredth of a second each
+    *(f"test_kernel_{path.name}" for path in KERNELS.glob("*.py")),
     "test_refusals.py",  # each sentence is a case
 )
 

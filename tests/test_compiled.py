@@ -21,11 +21,12 @@ from convlayer import ConvexLayer, ParameterError, SolverError
 from convlayer.autodiff import compiled
 from convlayer.structures import STRUCTURES
 
+# polyhedral, curved, and log-log convex with variables read through exp
 GENERIC = (
     "lasso",
     "every_cone",
     "posynomial",
-)  # polyhedral, curved, and log-log convex with variables read through exp
+)
 
 
 class Model(torch.nn.Module):

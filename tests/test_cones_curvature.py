@@ -164,9 +164,8 @@ def test_the_curvature_is_homogeneous_of_degree_minus_one(cone: Cone, scale: flo
     k, scaled = cone.curvature(v, h, g), cone.curvature(scale * v, h, g) * scale
     unit = k.norm(dim=-1, keepdim=True) + floor(v)
     gap = ((scaled - k) / unit).norm(dim=-1)
-    assert (
-        gap.quantile(0.99) < 1e-6
-    )  # v is rounded, and curvature at its smallest distances feels it
+    # v is rounded, and curvature at its smallest distances feels it
+    assert gap.quantile(0.99) < 1e-6
     along = cone.curvature(v, h, v / v.norm(dim=-1, keepdim=True))
     assert (along / (unit + cone.curvature(v, h, h).norm(dim=-1, keepdim=True))).norm(
         dim=-1

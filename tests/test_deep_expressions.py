@@ -128,9 +128,8 @@ def test_maps_that_are_not_affordable_take_the_cone_program(monkeypatch):
     monkeypatch.setattr(affine, "ENTRIES_AT_LEAST", 100)
     monkeypatch.setattr(affine, "ENTRIES_A_LEAF", 0)
     layer = ConvexLayer(problem, [p], [x])
-    assert (
-        layer.structure == "quadratic_program"
-    )  # which CVXPY says it is, and its cone program solves
+    # which CVXPY says it is, and its cone program solves
+    assert layer.structure == "quadratic_program"
     value = random.normal(size=n)
     (found,) = layer(torch.from_numpy(value))
     np.testing.assert_allclose(

@@ -191,9 +191,8 @@ def client():
 def test_a_cluster_gives_the_same_answers(client, monkeypatch):
     executor = client.get_executor()
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(
-            os, "cpu_count", lambda: 17
-        )  # the cores of this machine are not the cluster's
+        # the cores of this machine are not the cluster's
+        elsewhere.setattr(os, "cpu_count", lambda: 17)
         assert workers_of(executor) == 2
     same_for(executor)
 

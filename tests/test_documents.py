@@ -15,11 +15,12 @@ DOCUMENTS = {
     str(path.relative_to(ROOT)): path.read_text()
     for path in (*ROOT.glob("*.md"), *PAGES, *(ROOT / ".github").glob("**/*.md"))
 }
+# documents whose code has a test of its own
 BY_NAME = (
     "README.md",
     "docs/layers.md",
     "docs/promises.md",
-)  # documents whose code has a test of its own
+)
 
 
 def blocks(document: str, language: str) -> list[str]:

@@ -10,9 +10,8 @@ import torch
 
 from convlayer import Status
 
-sys.path.append(
-    str(Path(__file__).parents[1])
-)  # where `benchmarks` is, if pytest was not started there
+# where `benchmarks` is, if pytest was not started there
+sys.path.append(str(Path(__file__).parents[1]))
 
 from benchmarks.programs.instances import DENSE, SPARSE, N, certificate, examine, instance
 

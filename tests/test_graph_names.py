@@ -331,6 +331,5 @@ def test_a_graph_kept_on_disk_serves_its_own_declaration_and_no_other(elsewhere)
         expected = torch.zeros_like(y)
         expected[:, 0] = -n / 2
         torch.testing.assert_close(torch.tensor(gradient).double(), expected, rtol=0, atol=1e-8)
-        assert n == 2 or not hits, (
-            "another declaration's graph"
-        )  # whether an equal one's is met, torch decides by more than the graph
+        # whether an equal one's is met, torch decides by more than the graph
+        assert n == 2 or not hits, "another declaration's graph"

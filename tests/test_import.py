@@ -12,10 +12,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
+# sympy comes with torch.autograd.grad of a given cotangent
 COMPILER = {
     "torch._dynamo",
     "torch._inductor",
-}  # sympy comes with torch.autograd.grad of a given cotangent
+}
 
 # CVXPY tries solvers that are not ours, of which one loads the compiler itself: it counts as not
 # installed here.

@@ -169,14 +169,12 @@ def test_solutions_at_the_cones_apex(name, end):
 def test_an_infeasible_row_comes_with_its_certificate(kind, name):
     """A'y = 0 and b'y < 0 for a planted y in K*, with more columns than rows of A can close."""
     (P, q, A, b), _ = planted(kind, CONES[name], seed=4)
-    P = P + 0.1 * torch.eye(
-        q.shape[1], dtype=torch.float64
-    )  # a ray of its own would be as good an answer
+    # a ray of its own would be as good an answer
+    P = P + 0.1 * torch.eye(q.shape[1], dtype=torch.float64)
     product = Product(CONES[name])
     g = torch.Generator().manual_seed(5)
-    y = sum(
-        product.project_dual(normal(g, BATCH, product.size)) for _ in range(8)
-    )  # inside K*: infeasible by far
+    # inside K*: infeasible by far
+    y = sum(product.project_dual(normal(g, BATCH, product.size)) for _ in range(8))
     square = (y * y).sum(1, keepdim=True)
     A = A - y[:, :, None] * ((A.mT @ y.unsqueeze(2)).mT / square.unsqueeze(2))
     b = b - y * (((b * y).sum(1, keepdim=True) + 1) / square)

@@ -239,10 +239,11 @@ def test_redundant_consistent_rows_are_legal(redundant):
     assert answer.degenerate.all()
     bars = cotangents(3, 5, data[3].shape[1])
     agrees_with_differences(data, moves=[0, 1])
+    # moving the rows of A and b together is a regular problem's derivative in x
     bars = (
         bars[0],
         torch.zeros_like(bars[1]),
-    )  # moving the rows of A and b together is a regular problem's derivative in x
+    )
     if redundant == "repeated":
         _, found = gradients(data, bars)
         _, plain = gradients([P, q, A, b], (bars[0], torch.zeros_like(b)))

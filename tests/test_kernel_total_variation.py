@@ -98,9 +98,8 @@ def test_the_solution_is_that_of_exact_arithmetic(kind):
 def test_a_long_signal_loses_no_digits():
     rng = np.random.default_rng(3)
     n = 20_000
-    x = np.concatenate(
-        [1e3 + rng.standard_normal(n // 2), rng.standard_normal(n // 2)]
-    )  # running sums of 1e7
+    # running sums of 1e7
+    x = np.concatenate([1e3 + rng.standard_normal(n // 2), rng.standard_normal(n // 2)])
     for lam in (1e-6, 0.7, 40.0):
         u = solve(x, lam).outputs[0][0].numpy()
         ends = np.flatnonzero(np.diff(u)) + 1
@@ -143,9 +142,8 @@ def test_the_gradient_is_that_of_differences(kind, ratio):
         def along(t, dx=dx, dlam=dlam):
             return (v * total_variation(x + t * dx, lam + t * dlam).outputs[0]).sum(1)
 
-        expected = difference(
-            along, 1e-4 * size
-        )  # u is piecewise linear: exact while no knot moves
+        # u is piecewise linear: exact while no knot moves
+        expected = difference(along, 1e-4 * size)
         found = (x_bar * dx).sum(1) + lam_bar * dlam
         assert (found - expected).abs().max() < 1e-8 * expected.abs().max()
 
@@ -204,10 +202,11 @@ def test_the_derivative_at_a_tie_is_that_without_the_knot():
 
 
 def test_the_middle_of_three_equal_heights_is_no_knot():
+    # z = 0.5, 0.5, 0.5
     x, lam = (
         torch.tensor([[1.0, 0.0, 0.0, -1.0]], dtype=F64),
         torch.tensor([0.5], dtype=F64),
-    )  # z = 0.5, 0.5, 0.5
+    )
     answer = total_variation(x, lam)
     assert torch.equal(answer.outputs[0], torch.tensor([[0.5, 0, 0, -0.5]], dtype=F64))
     assert answer.degenerate.all()

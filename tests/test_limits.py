@@ -230,7 +230,6 @@ def test_ctrl_c_is_heard_while_a_solver_runs_and_leaves_the_layers_usable(
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False
     )
-    lines = [
-        line for line in run.stdout.splitlines() if "interrupted" not in line
-    ]  # SCS says so itself
+    # SCS says so itself
+    lines = [line for line in run.stdout.splitlines() if "interrupted" not in line]
     assert lines == [events, "usable True"], run.stdout + run.stderr[-2000:]

@@ -476,9 +476,8 @@ def test_the_second_derivative_at_a_zero_marginal_is_the_limit_from_the_right():
     M, r, c, eps = draw_transport(3, 5)
     r[:, 1], c[:, 2] = 0.0, 0.0
     case, h = Case(entropic_optimal_transport, (M, r, c, eps), masses), 1e-4
-    bars = tuple(
-        bar * (k == 0) for k, bar in enumerate(along(case(M, r, c, eps), 5))
-    )  # the potentials there tend to -inf
+    # the potentials there tend to -inf
+    bars = tuple(bar * (k == 0) for k, bar in enumerate(along(case(M, r, c, eps), 5)))
     steps = tuple(t.abs() if k in (1, 2) else t for k, t in enumerate(along(case.parameters, 9)))
     ahead = [
         gradient(

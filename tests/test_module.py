@@ -119,9 +119,8 @@ def test_a_forked_child_solves(case):
     layer(*tensors)
     assert default_executor.cache_info().currsize == 1
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", DeprecationWarning
-        )  # of forking beside threads: the point of the test
+        # of forking beside threads: the point of the test
+        warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if not child:
         try:

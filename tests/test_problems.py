@@ -175,9 +175,8 @@ def test_a_batch_equals_a_loop_in_value_and_gradient(problem: problems.Prebuilt,
             alone = layer(*row)
             assert all(relative(x[i, j], y) < 1e-8 for x, y in zip(whole, alone, strict=True))
             of_row = torch.autograd.grad(alone, row, [w[i, j] for w in weights])
-            floor = max(
-                1e-12, *(1e-6 * float(h.norm()) for h in of_row)
-            )  # zero, or the rounding of another gradient
+            # zero, or the rounding of another gradient
+            floor = max(1e-12, *(1e-6 * float(h.norm()) for h in of_row))
             assert all(
                 relative(g[i, j], h, floor) < 1e-7 for g, h in zip(gradients, of_row, strict=True)
             )

@@ -175,9 +175,8 @@ def test_a_batch_with_active_sets_of_different_sizes(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     scale = torch.tensor([0.01, 0.3, 1.0, 3.0, 10.0], dtype=torch.float64)[:, None]
     values = scale * torch.randn(5, 5, generator=generator, dtype=torch.float64)
-    compare(
-        layer, [values], monkeypatch, kinds=("dense", "sparse", "by rows")
-    )  # some multipliers are not unique
+    # some multipliers are not unique
+    compare(layer, [values], monkeypatch, kinds=("dense", "sparse", "by rows"))
 
 
 def test_shared_matrices_and_batched_vectors(monkeypatch):

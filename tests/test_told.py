@@ -192,9 +192,10 @@ def test_repr_names_a_solver_that_was_named_and_no_other(solver):
         assert named in repr(
             CASES["quadratic_program"].layer(solver=solver, solver_args=options[solver])
         )
+    # whose options they are
     assert "solver=clarabel, " in repr(
         CASES["quadratic_program"].layer(solver_args=options["clarabel"])
-    )  # whose options they are
+    )
 
 
 def test_no_sentence_counts_the_solvers():

@@ -44,11 +44,12 @@ from benchmarks.table import Family, Options, Row
 
 BATCHES = (1, 8, 64, 512)
 PEER_ROWS = 64  # the largest batch that the peer is asked for
+# what is held should come to so many bytes, in so many forwards at most
 PAGES, HELD, SECONDS = (
     32 * MEGABYTE,
     256,
     10.0,
-)  # what is held should come to so many bytes, in so many forwards at most
+)
 PATHS = (
     Path("softmax", (200,)),
     Path("sparsemax", (200,)),

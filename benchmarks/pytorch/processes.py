@@ -68,9 +68,8 @@ def main(k: int, steps: int, where: str) -> dict[str, float | str]:
         dist.init_process_group("gloo")
         rank, world = dist.get_rank(), dist.get_world_size()
     if where == CORE:
-        os.sched_setaffinity(
-            0, {sorted(os.sched_getaffinity(0))[rank]}
-        )  # and every thread that is begun from here
+        # and every thread that is begun from here
+        os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
     network = built(PATHS[k])
     model = DistributedDataParallel(network) if world > 1 else network
     optimiser = torch.optim.SGD(network.parameters(), lr=RATE)

@@ -34,9 +34,8 @@ def incumbent(name: str, declared: Declared) -> Layer:
 
 
 def lstsq(A: Tensor, b: Tensor) -> tuple[Tensor]:
-    driver = (
-        "gelsd" if A.device.type == "cpu" else "gels"
-    )  # the only one there is on an accelerator
+    # the only one there is on an accelerator
+    driver = "gelsd" if A.device.type == "cpu" else "gels"
     return (torch.linalg.lstsq(A, b.unsqueeze(-1), driver=driver).solution.squeeze(-1),)
 
 

@@ -19,10 +19,11 @@ from convlayer.problems import Declared
 SLICE = 0.02  # seconds that a fast run repeats itself in one turn
 LONG = 3.0  # seconds of a first call that is the measurement
 TURNS = 60
+# parameters, the marginals of a transport, whose gradient is known up to a constant
 UNDETERMINED = (
     "r",
     "c",
-)  # parameters, the marginals of a transport, whose gradient is known up to a constant
+)
 
 
 @dataclass
@@ -45,9 +46,8 @@ class Run:
         except BaseException as error:
             if type(error).__name__ != "PanicException":
                 raise
-            raise RuntimeError(
-                f"panic: {error}"
-            ) from None  # inside a compiled peer: not an Exception
+            # inside a compiled peer: not an Exception
+            raise RuntimeError(f"panic: {error}") from None
 
     def _timed(self) -> tuple[float, float]:
         device, leaves = (

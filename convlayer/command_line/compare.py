@@ -33,10 +33,11 @@ from convlayer.command_line.picture import draw
 from convlayer.command_line.timing import Effort, Work, forward_and_backward, in_turn, seconds_of
 from convlayer.layer import ConvexLayer
 
+# the layer's choice, and the cone program by its solver for every cone
 PATHS: tuple[dict[str, str], ...] = (
     {},
     {"solver": "clarabel"},
-)  # the layer's choice, and the cone program by its solver for every cone
+)
 MEGABYTE = 2**20
 BATCH, SCALING_BATCH = 64, 16
 GRID = 2.0**16  # multiples of its inverse add up without rounding
@@ -233,9 +234,8 @@ class _ResidentPeak:
         with suppress(OSError, AttributeError, TypeError):  # not glibc
             ctypes.CDLL(None).malloc_trim(0)
         with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text(
-                "5"
-            )  # the high-water mark starts again from here
+            # the high-water mark starts again from here
+            Path("/proc/self/clear_refs").write_text("5")
         self.before = _resident("VmRSS")
         return self
 

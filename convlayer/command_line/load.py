@@ -59,9 +59,8 @@ def _module(path: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise LoadError(f"{path} is not a Python file.")
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(
-        0, str(path.parent.resolve())
-    )  # as for a script, which may import its neighbours
+    # as for a script, which may import its neighbours
+    sys.path.insert(0, str(path.parent.resolve()))
     try:
         spec.loader.exec_module(module)
     except Exception as error:

@@ -235,9 +235,8 @@ def _root(r: Tensor, s: Tensor, t: Tensor, wanted: Tensor) -> _Root:
         return value, value / slope
 
     first, idle = d, ~wanted | (d <= NEAR)
-    settled = ((x0.abs() + d + 1) * 4e-15).masked_fill(
-        idle, torch.inf
-    )  # the rounding of the equation
+    # the rounding of the equation
+    settled = ((x0.abs() + d + 1) * 4e-15).masked_fill(idle, torch.inf)
     for sweep in range(SWEEPS):
         value, step = newton(d)
         d = torch.minimum(torch.maximum(d + step, d * 0.0625), most)

@@ -285,12 +285,10 @@ def _root(
 
     half = height * 0.5
     p_x, p_y, _ = surface(half)
-    from_top = alpha * torch.log(p_x) + beta * torch.log(p_y) > torch.log(
-        half
-    )  # then the unknown is q, else w
-    bounded = torch.where(
-        from_top, (x > 0) & (y > 0), (x < 0) & (y < 0)
-    )  # f is finite at the anchor
+    # then the unknown is q, else w
+    from_top = alpha * torch.log(p_x) + beta * torch.log(p_y) > torch.log(half)
+    # f is finite at the anchor
+    bounded = torch.where(from_top, (x > 0) & (y > 0), (x < 0) & (y < 0))
 
     # at a finite end:  |f(0)| = sum_i weight_i log((1 + sqrt(1 + 4 area/size_i))/2) - log(1 - d/height)
     width_x = torch.where(from_top, x, x / alpha).abs()
@@ -330,9 +328,8 @@ def _root(
         step = -value / slope
         new = torch.where(bounded, d + d * step, d * torch.exp(step.clamp(-400, 400)))
         noise = value.abs() <= settled
-        new = torch.where(
-            noise & ~(step.abs() <= 1e-3), d, new
-        )  # next to a finite end the slope vanishes with d
+        # next to a finite end the slope vanishes with d
+        new = torch.where(noise & ~(step.abs() <= 1e-3), d, new)
         done = (step.abs() <= 1e-8) | noise
         trusted = ((new > least) & (new < most)) | done
         d = torch.where(idle, d, torch.where(trusted, new, torch.sqrt(least) * torch.sqrt(most)))

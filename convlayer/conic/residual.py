@@ -93,9 +93,8 @@ class Scaling:
     e: Tensor
     rho: Tensor  # (B, 1)
     tau: Tensor  # (B, 1)
-    unbounded: (
-        Tensor | None
-    )  # (B, m) inequalities whose right-hand side was as good as infinite, and was cut
+    # (B, m) inequalities whose right-hand side was as good as infinite, and was cut
+    unbounded: Tensor | None
     shear: Shear | None = None
 
     def rows(self, index: Tensor) -> Scaling:

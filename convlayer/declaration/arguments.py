@@ -148,9 +148,8 @@ def batch_shape(parameters: Sequence[cp.Parameter], given: Sequence[Any]) -> tup
     _refuse_columns(parameters, shapes, batched)
     try:
         if all(type(k) is int for shape in batched for k in shape):
-            return np.broadcast_shapes(
-                *batched
-            )  # torch's own loads a symbolic algebra package at its first call
+            # torch's own loads a symbolic algebra package at its first call
+            return np.broadcast_shapes(*batched)
         return tuple(torch.broadcast_shapes(*batched))
     except (ValueError, RuntimeError):
         listed = ", ".join(

@@ -31,9 +31,8 @@ class Kept(dict):
         if tensor is None:
             with torch.inference_mode(False):  # it serves calls that are differentiated too
                 found = torch.from_numpy(np.ascontiguousarray(array)).to(like.device, dtype)
-            tensor = self.setdefault(
-                place, found
-            )  # atomic: threads that meet here take the same one
+            # atomic: threads that meet here take the same one
+            tensor = self.setdefault(place, found)
         return tensor
 
     def __reduce__(self):
@@ -45,9 +44,8 @@ class _Piece:
     """The part of one parameter: view, then scale, then, where it is not the whole, scatter."""
 
     parameter: int
-    source: (
-        np.ndarray | str
-    )  # "whole", "transposed", "scalar", or row-major positions in the parameter
+    # "whole", "transposed", "scalar", or row-major positions in the parameter
+    source: np.ndarray | str
     scale: float | np.ndarray
     target: np.ndarray | None  # flat positions; None: all of them in order
 

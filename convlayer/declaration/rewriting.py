@@ -40,9 +40,8 @@ class Prepared:
     """What has been let in, as it will be canonicalised."""
 
     problem: cp.Problem
-    owners: dict[
-        int, Any
-    ]  # by the id of each dual variable, the user's constraint that it belongs to
+    # by the id of each dual variable, the user's constraint that it belongs to
+    owners: dict[int, Any]
 
 
 def prepared(

@@ -68,9 +68,8 @@ def spelled(item: Any) -> str:
     """An expression, an objective, a constraint or a leaf, whole."""
     try:
         return _Speller().top(item)
-    except (
-        Exception
-    ):  # CVXPY's expressions may be anything, and a message about one must not be lost for that
+    # CVXPY's expressions may be anything, and a message about one must not be lost for that
+    except Exception:
         return _plainly(item)
 
 

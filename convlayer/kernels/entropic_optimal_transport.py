@@ -351,12 +351,10 @@ class _Task:
     spread: Tensor  # (B or 1, 1, 1) the largest finite entry of C
     widest: float  # over the batch
     status: Tensor | None  # (B,) of what is known before solving; None: nothing
-    absent: (
-        tuple[Tensor, Tensor] | None
-    )  # (B, 1, m) and (B, 1, n) bool, zero marginals; None: there are none
-    blocks: (
-        tuple[Tensor, Tensor] | None
-    )  # (B, 1, m) and (B, 1, n) int64, connected components; None: everything is one
+    # (B, 1, m) and (B, 1, n) bool, zero marginals; None: there are none
+    absent: tuple[Tensor, Tensor] | None
+    # (B, 1, m) and (B, 1, n) int64, connected components; None: everything is one
+    blocks: tuple[Tensor, Tensor] | None
 
 
 def _posed(M: Tensor, r: Tensor, c: Tensor, eps: Tensor) -> _Task:

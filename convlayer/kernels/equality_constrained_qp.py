@@ -295,9 +295,8 @@ class _Solved:
     residual: Tensor  # (B,)
     degenerate: Tensor  # (B,)
     definite: bool  # every P is positive definite
-    apart: (
-        Tensor | None
-    )  # (B,) by how much rows of Ax = b that depend on each other disagree; None: no row does
+    # (B,) by how much rows of Ax = b that depend on each other disagree; None: no row does
+    apart: Tensor | None
 
 
 def _solve(problem: _Problem, visible: Tensor | None) -> _Solved:

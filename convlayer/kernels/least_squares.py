@@ -428,9 +428,8 @@ class _Orthogonal:
     index: Tensor  # (R,) of the rows of the batch
     Q: Tensor  # (R, rows of S or more, n)
     Z: Tensor  # (R, n, n)
-    null: (
-        Tensor | None
-    )  # (R, n, n), an orthonormal basis of the null space of S, then columns of zeros
+    # (R, n, n), an orthonormal basis of the null space of S, then columns of zeros
+    null: Tensor | None
     deficient: Tensor  # (R,)
     root_w: Tensor | None  # (R or 1, 1, m)
     root_ridge: Tensor | None  # (R or 1, 1, n)

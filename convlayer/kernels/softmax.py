@@ -77,9 +77,8 @@ def _expression(
     bad, empty = (tau <= 0) | (r < 0), r <= 0
     top = theta.gather(-1, theta.argmax(-1, keepdim=True))
     gap, scale = theta - top, torch.where(tau <= 0, 1, tau).unsqueeze(-1)
-    near = (
-        gap > -VANISHED * scale
-    )  # the others are left out, since 0 * inf would be NaN where e underflows
+    # the others are left out, since 0 * inf would be NaN where e underflows
+    near = gap > -VANISHED * scale
     e = torch.where(near, (torch.where(near, gap, 0) / scale).exp(), 0)
     total = e.sum(-1, keepdim=True)
     y = torch.where(bad, 0, r).unsqueeze(-1) * (e / total)

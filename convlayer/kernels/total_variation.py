@@ -80,9 +80,8 @@ def _on_segments(
     moves = movement(x), movement(lam).unsqueeze(1)
     dx, dlam = torch.broadcast_tensors(*(d.double() for d in moves))
     flat = ids.view(-1)
-    stacked = dx.reshape(
-        len(dx) // max(1, len(ids)), len(flat)
-    )  # a row solved alone may now stand for many
+    # a row solved alone may now stand for many
+    stacked = dx.reshape(len(dx) // max(1, len(ids)), len(flat))
     # du = the mean of dx over the segment + dlam (s_right - s_left) / length
     sums = dx.new_zeros(len(stacked), len(length)).index_add(1, flat, stacked)
     du = (sums / length).index_select(1, flat).view_as(dx)
@@ -150,9 +149,8 @@ def _taut_string(x: Tensor, lam: Tensor) -> tuple[Tensor, ...]:
     B, n = x.shape
     exponent = x.abs().amax(1, keepdim=True).frexp()[1].clamp(-1000, 1022)
     scale = torch.ldexp(torch.ones_like(lam), exponent)
-    x = pad(
-        x * scale.reciprocal(), (1, 0)
-    )  # |x| <= 1 (4 at the end of the range), by a power of two: exact
+    # |x| <= 1 (4 at the end of the range), by a power of two: exact
+    x = pad(x * scale.reciprocal(), (1, 0))
     lam = (lam / scale).clamp(max=8.0 * n)  # |z| <= 2 n max |x|: beyond that nothing changes
     sums = _running_sums(x)
     knot = torch.zeros(B, n + 1, dtype=torch.bool, device=x.device)
@@ -170,9 +168,8 @@ def _taut_string(x: Tensor, lam: Tensor) -> tuple[Tensor, ...]:
         count += 1
         # The slopes between the knots:  u = (the segment's sum of x - the rise of the dual) /
         # length.
-        q = torch.cat(
-            [zero, knots.nonzero().squeeze(1)]
-        )  # the knots; q[k], q[k + 1] bound segment k
+        # the knots; q[k], q[k + 1] bound segment k
+        q = torch.cat([zero, knots.nonzero().squeeze(1)])
         a, length = anchors[q], torch.diff(q)
         mass = torch.diff(sums.index_select(1, q)).sum(0)
         u = (mass - torch.diff(a)) / length
@@ -183,10 +180,9 @@ def _taut_string(x: Tensor, lam: Tensor) -> tuple[Tensor, ...]:
         z = r.cumsum(1)
         c = (z.abs() > loose).gt(knot).view(-1).nonzero().squeeze(1)
         local = z.view(-1)
-        if not len(
-            c
-            # the small violations: measured from the segment's own left knot, for z drifts by rounding
-        ):
+        if not len(c):
+            # The small violations are measured from the segment's own left knot, for z drifts by
+            # rounding.
             tol = (4 * EPS) * mass.abs()
             local = local - (local[q] - a).index_select(0, flat)
             height, slack = local.abs().view(B, n + 1), tol.index_select(0, flat).view(B, n + 1)
@@ -278,8 +274,7 @@ def _running_sums(x: Tensor) -> Tensor:
     before, after = high[:, :-1], high[:, 1:]
     rise = after - before
     back = rise - after
-    error = (after - (rise - back)) - (
-        before + back
-    )  # after - before = rise + error exactly (Knuth's two-difference)
+    # after - before = rise + error exactly (Knuth's two-difference)
+    error = (after - (rise - back)) - (before + back)
     low = pad((x[:, 1:] - rise) - error, (1, 0)).cumsum(1)
     return torch.stack([high, low]).view(2, -1)

@@ -68,11 +68,12 @@ from convlayer.paths.verdict import Verdict
 from convlayer.solution import Status
 from convlayer.solvers import SOLVERS
 
+# what a row's slack is left with: its cone, nothing but zero, or a ray of it
 FREE, POINT, RAY = (
     0,
     1,
     2,
-)  # what a row's slack is left with: its cone, nothing but zero, or a ray of it
+)
 PRECISION = 1e-6  # relative, of faces that a first program has found
 ACTIVE = 1e-9  # share of the largest multiplier above which one counts as not zero
 NONE = 1e-12  # share of the largest shift up to which one is none
@@ -98,9 +99,8 @@ class Closest:
     value: Tensor  # (R,) of the cone program
     shift: Tensor  # (R, m) t*
     verdict: Verdict  # the worse of the two programs'
-    outputs_at: Callable[
-        [Sequence[Tensor]], tuple[Tensor, ...]
-    ]  # entries -> (x, y, value, shift), in any transform
+    # entries -> (x, y, value, shift), in any transform
+    outputs_at: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
 
     @property
     def status(self) -> Tensor:

@@ -37,9 +37,8 @@ class ConeRequest:
     # Relative, of the parameters: what their rounding may have moved apart is not told from what
     # agrees.
     parameters_precision: float
-    gradient: Callable[
-        [ConeFound, ConeDerivative], ConeDerivative
-    ]  # to be taken in place of the exact one
+    # to be taken in place of the exact one
+    gradient: Callable[[ConeFound, ConeDerivative], ConeDerivative]
     tell: Tell  # of rows whose derivative wants a warning
 
     @property

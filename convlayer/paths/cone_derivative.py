@@ -108,9 +108,8 @@ class ConeDerivative(Local):
         canonical: Canonical,
         data: Callable[[], Data],  # made anew where it is needed: the first derivative does without
         solution: tuple[Tensor, Tensor, Tensor],  # (x, y, value)
-        point: tuple[
-            Tensor, Tensor, Tensor
-        ],  # (x, s, y) whose derivative is taken for the solution's
+        # (x, s, y) whose derivative is taken for the solution's
+        point: tuple[Tensor, Tensor, Tensor],
         adjoint: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
         tell: Callable[[Tensor, Tensor, dict[int, Tensor]], None] | None,
     ) -> None:

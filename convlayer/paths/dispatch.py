@@ -25,9 +25,8 @@ from convlayer.structures import STRUCTURES, Cost, Match, MismatchError
 SMALL = 400  # unknowns up to which a kernel is taken without looking at the sparsity
 SPARSE = 0.05  # density above which a matrix counts as dense
 AN_ENTRY = 1e-7  # seconds that each of them spends on an entry, beside its flops
-TYPICAL = (
-    clarabel.FACTORISATIONS
-)  # factorisations of a row of the cone program, for an estimate before it is there
+# factorisations of a row of the cone program, for an estimate before it is there
+TYPICAL = clarabel.FACTORISATIONS
 CHOICES = ("auto", "generic", "cone_program", *STRUCTURES)
 
 

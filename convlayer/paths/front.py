@@ -166,9 +166,8 @@ class Front:
         """Check the values, ask the path, apply the failure policy."""
         dtype, device, batch = self.shapes(tensors)
         values, kernel = self.values(tensors, batch), self.choice.kernel
-        operations = float(
-            sum(value.numel() for value in values)
-        )  # but for what the cone program does on its own threads
+        # but for what the cone program does on its own threads
+        operations = float(sum(value.numel() for value in values))
         if kernel is not None:
             operations += kernel.operations(max((len(value) for value in values), default=1))
         tell = partial(self._tell, batch)

@@ -36,13 +36,11 @@ from convlayer.solution import Cause, rows_in_words
 class Gate:
     """The outputs of a call on their way out."""
 
-    outputs: list[
-        Tensor
-    ]  # (*batch, ...), as the path recorded them; where rows failed, behind the fence
+    # (*batch, ...), as the path recorded them; where rows failed, behind the fence
+    outputs: list[Tensor]
     found: Found
-    leaves: tuple[
-        Tensor, ...
-    ]  # the parameters as they were given, in the graph that the path recorded
+    # the parameters as they were given, in the graph that the path recorded
+    leaves: tuple[Tensor, ...]
     parameters: Sequence[cp.Parameter]
     batch: tuple[int, ...]
     dtype: torch.dtype

@@ -79,9 +79,8 @@ class Found:
 
     outputs: list[Tensor]  # the variables, then the objective if it was asked for: (B or 1, ...)
     outputs_at: Outputs  # the same as a function of the parameters
-    verdict: (
-        Verdict | None
-    )  # None: every row is solved, by a closed form, and nobody asked for more
+    # None: every row is solved, by a closed form, and nobody asked for more
+    verdict: Verdict | None
     blank: Tensor | None = None  # rows without any iterate; None: no row
     # Rows differentiated by rule, and the cause of it, of which the path does not tell by itself at
     # backward.

@@ -228,9 +228,8 @@ def _sides(
     def entered(a: Tensor, c: Tensor) -> Tensor:
         inner = units.enter_cotangents(*((a, c) if part is None else part.enter_cotangents(a, c)))
         both = torch.cat(inner, 1)
-        size = both.norm(
-            dim=1, keepdim=True
-        )  # not the largest entry's: two of size one would cancel
+        # not the largest entry's: two of size one would cancel
+        size = both.norm(dim=1, keepdim=True)
         return both / torch.where(size > 0, size, 1.0)
 
     a, c = (values.to(x.device).expand(len(rows), -1) for values in canonical.reading)

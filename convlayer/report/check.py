@@ -49,9 +49,8 @@ class Check(Shown):
 
     status: Tensor  # int64, values of Status
     margin: Tensor  # the least of all constraints'
-    constraints: tuple[
-        ConstraintCheck, ...
-    ]  # problem.constraints in order, then the variables' attributes, then auxiliaries
+    # problem.constraints in order, then the variables' attributes, then auxiliaries
+    constraints: tuple[ConstraintCheck, ...]
     rank: Tensor  # int64, of the active system K,
     size: Tensor  # int64, which has this many rows
     # of the equilibrated K on its range, in the 2-norm; a Lanczos estimate where it has more than
@@ -69,12 +68,10 @@ class Check(Shown):
     # sides, as in sparsemax
     tie: Tensor
     adjoint_residual: Tensor  # relative, of a refined solve with random cotangents of the outputs
-    zero_gradient: dict[
-        str, Tensor
-    ]  # by parameter: bool, its gradient vanishes, whatever the cotangent
-    conflicts: dict[
-        tuple[int, ...], Conflict
-    ]  # by index into the batch, of the first infeasible rows: what contradicts itself
+    # by parameter: bool, its gradient vanishes, whatever the cotangent
+    zero_gradient: dict[str, Tensor]
+    # by index into the batch, of the first infeasible rows: what contradicts itself
+    conflicts: dict[tuple[int, ...], Conflict]
     _degenerate: Tensor
     _batch: tuple[int, ...]
 

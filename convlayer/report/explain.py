@@ -18,10 +18,11 @@ from convlayer.paths.settings import Settings, Solving
 from convlayer.solvers import Attempt, BatchSolver, ConeSolver
 from convlayer.structures import Cost
 
+# factorisations of a typical polish; solves of an adjoint, with its refinement
 POLISH, ADJOINT = (
     2,
     4,
-)  # factorisations of a typical polish; solves of an adjoint, with its refinement
+)
 ENTROPIES = ("entr", "kl_div", "rel_entr")
 
 

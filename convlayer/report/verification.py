@@ -89,9 +89,8 @@ def verified(
     front: Front,
     given: Sequence[Tensor],
     mine: Callable[..., Solution],
-    by_solver: Callable[
-        [str], Callable[..., Solution]
-    ],  # the same by the cone program and a solver by its name
+    # the same by the cone program and a solver by its name
+    by_solver: Callable[[str], Callable[..., Solution]],
     seed: int,
     against: str | None,
 ) -> Verification:

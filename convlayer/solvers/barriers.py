@@ -101,9 +101,8 @@ class ThreefoldScaling(ConeScaling):
         away = mu * dual_mu - 1  # ds'dy = 3 mu away
         normal, other = _cross(y, shadow), _cross(s, barrier.gradient)
         length = (_inner(normal, barrier.solve(normal)) / mu).sqrt() / _inner(normal, other).abs()
-        rows = torch.stack(
-            [y / gap.sqrt(), offset / (3 * mu * away).sqrt(), other * length]
-        )  # (3, 3, B, count)
+        # (3, 3, B, count)
+        rows = torch.stack([y / gap.sqrt(), offset / (3 * mu * away).sqrt(), other * length])
         central = ~((away > CENTRAL) & torch.isfinite(length))
         if not s.is_cpu or bool(central.any()):
             rows = torch.where(central, _by_dual_hessian(barrier, s, y, gap, mu), rows)
@@ -358,10 +357,11 @@ class PowerBarrier(Barrier):
         l_a, l_b = left * p_a + right * q_a, left * p_b + right * q_b
         pp, qq = p_a * p_b, q_a * q_b
         second = l_a * l_b - left * pp - right * qq  # of phi, over phi
+        # of psi, over psi
         g_a, g_b = (
             r * l_a - 2 * self.z * a3 * over,
             r * l_b - 2 * self.z * b3 * over,
-        )  # of psi, over psi
+        )
         along = r * second - 2 * a3 * b3 * over - 2 * g_a * g_b
         first = (
             left

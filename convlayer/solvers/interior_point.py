@@ -380,9 +380,8 @@ def _embedding(form: Form, tolerance: float, ends: Ends) -> list[Tensor]:
     v, Y, S = starting_point(form, K)
     length = v.new_ones(batch, 1)
     work, finished = current(), 0
-    near = (
-        ENDINGS.almost if form.cones.rows else tolerance
-    )  # with cones a later point may be worse, and every one is looked at
+    # with cones a later point may be worse, and every one is looked at
+    near = ENDINGS.almost if form.cones.rows else tolerance
     for iteration in range(limit + 1):
         work.note(f"iteration {iteration}")
         r = embedding_residual(form, v, Y, S)

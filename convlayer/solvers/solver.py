@@ -159,9 +159,8 @@ class ConeSolver(ABC):
     finest: ClassVar[float | None] = (
         None  # a tolerance worth a second attempt where the polish did not settle
     )
-    quick: ClassVar[
-        Mapping[str, Any]
-    ] = {}  # options for a first attempt at data in good units, whose answer will be polished
+    # options for a first attempt at data in good units, whose answer will be polished
+    quick: ClassVar[Mapping[str, Any]] = {}
 
     def check(self, program: Program, options: Mapping[str, Any]) -> None:
         """Raise ValueError for a program the solver cannot take, TypeError for an option it does

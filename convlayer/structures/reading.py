@@ -205,9 +205,8 @@ class Signs:
     """The rows x_j >= 0."""
 
     nonnegative: np.ndarray  # (n,) bool
-    rows: dict[
-        int, tuple[np.ndarray, np.ndarray]
-    ]  # by constraint: (variable, positive coefficient) of each row
+    # by constraint: (variable, positive coefficient) of each row
+    rows: dict[int, tuple[np.ndarray, np.ndarray]]
     repeated: bool  # some x_j is said nonnegative twice: its multiplier is not unique
 
 

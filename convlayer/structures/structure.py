@@ -86,9 +86,8 @@ class Match:
     vouches: frozenset[int] = frozenset()
     # The kernel reads symmetric parameters from both triangles alike by itself.
     symmetrises: bool = False
-    duals: Mapping[int, Dual] = field(
-        default_factory=dict
-    )  # by position among the normal form's constraints
+    # by position among the normal form's constraints
+    duals: Mapping[int, Dual] = field(default_factory=dict)
 
 
 class Structure(ABC):
