@@ -4,6 +4,7 @@ is the generic path's equal."""
 import copy
 import pickle
 import re
+import warnings
 
 import cvxpy as cp
 import numpy as np
@@ -14,7 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structures import SPELLINGS
 
-from convlayer import ConvexLayer, ParameterError, ProblemError, SolverError, Status, problems
+from convlayer import (
+    ConvexLayer,
+    GradientWarning,
+    ParameterError,
+    ProblemError,
+    SolverError,
+    Status,
+    problems,
+)
 from convlayer.structures import ROOT, STRUCTURES, in_order
 
 KERNELS = {name: s for name, s in STRUCTURES.items() if name != "quadratic_program"}
@@ -560,3 +569,23 @@ def test_rows_that_a_kernel_does_not_settle_have_second_derivatives_too(monkeypa
     )[1]
     assert relative(got, tangent) < 1e-9
     assert "row 1" in " ".join(layer.solve(*tensors).notes)
+
+
+def test_a_warning_about_a_rescued_row_names_it(monkeypatch):
+    """Row 1 lies at a kink, and the cone program, which answers it alone, tells so."""
+    y, x = cp.Parameter(3), cp.Variable(3)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - y)), [cp.sum(x) == 1, x >= 0])
+    layer = ConvexLayer(problem, [y], [x])
+    run = layer._choice.kernel._run
+
+    def unsettled(values, like, at=None):
+        return run(values, like, at).unsettled(torch.tensor([False, True, False]))
+
+    monkeypatch.setattr(layer._choice.kernel, "_run", unsettled)
+    rows = [[0.2, 0.3, 0.5], [0.5, 0.5, 0.0], [0.9, 0.4, -1.0]]
+    values = torch.tensor(rows, dtype=torch.float64, requires_grad=True)
+    with pytest.warns(GradientWarning, match=r"^Row 1: weakly active"):
+        layer(values)[0][:, 0].sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once a layer
+        layer(values)[0][:, 0].sum().backward()

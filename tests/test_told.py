@@ -276,3 +276,15 @@ def _capped():
         [cap],
         [x],
     )
+
+
+def test_gradients_across_what_dependent_equalities_allow_are_not_compared_with_diffcp():
+    """Of a plan's marginals, whose totals are one: any constant may be added to their gradients."""
+    structure = STRUCTURES["entropic_optimal_transport"]
+    layer = ConvexLayer(*structure.declare())
+    found = layer.verify(
+        *structure.sample((2,), torch.Generator().manual_seed(0)), against="diffcp"
+    )
+    assert found.agrees
+    assert float(found.solution.max()) > 0
+    assert "equalities depend on each other" in str(found)

@@ -139,8 +139,13 @@ def _against_incumbent(
     theirs = incumbent.solver(declared, lead, told)
     found = verify(structure, mine, theirs, leaves, lead, infeasibility, seed, "CVXPY with diffcp")
     remarks = [f"{why.rstrip('.')}." for why in dict.fromkeys(told)]
-    if any(block.name == "power" for block in declared.canonical.program.cones.blocks):
-        remarks.append("Gradients are not compared: diffcp's derivative of power cones is wrong.")
+    canonical, reason = declared.canonical, ""
+    if any(block.name == "power" for block in canonical.program.cones.blocks):
+        reason = "diffcp's derivative of power cones is wrong"
+    elif canonical.dependence is not None:
+        reason = "equalities depend on each other, and across what they allow it is a choice"
+    if reason:
+        remarks.append(f"Gradients are not compared: {reason}.")
         found = replace(found, gradient=torch.zeros_like(found.gradient))
     return replace(found, remark=" ".join(remarks))
 
