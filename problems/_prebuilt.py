@@ -16,7 +16,7 @@ from torch import Tensor
 
 from convlayer.layer import ConvexLayer
 
-Declaration = tuple[cp.Problem, Sequence[cp.Parameter], Sequence[cp.Variable]]
+DeclaredProblem = tuple[cp.Problem, Sequence[cp.Parameter], Sequence[cp.Variable]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,9 @@ class Prebuilt:
     """A prebuilt problem. A call declares it in CVXPY; sizes are those of the declaration, with its
     defaults."""
 
-    def __init__(self, declare: Callable[..., Declaration], layer_options: dict[str, Any]) -> None:
+    def __init__(
+        self, declare: Callable[..., DeclaredProblem], layer_options: dict[str, Any]
+    ) -> None:
         functools.update_wrapper(self, declare)
         self.name = declare.__name__
         self._declare, self._options = declare, layer_options
@@ -151,7 +153,7 @@ class Prebuilt:
         return f"{self.name}{self._signature}"
 
 
-def prebuilt(**layer_options: Any) -> Callable[[Callable[..., Declaration]], Prebuilt]:
-    """Make a library problem of a function from sizes to a Declaration; options (gp=True) are those
+def prebuilt(**layer_options: Any) -> Callable[[Callable[..., DeclaredProblem]], Prebuilt]:
+    """Make a library problem of a function from sizes to a DeclaredProblem; options (gp=True) are those
     of its layer."""
     return lambda declare: Prebuilt(declare, layer_options)

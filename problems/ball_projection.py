@@ -3,11 +3,11 @@
 import cvxpy as cp
 import numpy as np
 
-from ._prebuilt import Declaration, prebuilt
+from ._prebuilt import DeclaredProblem, prebuilt
 
 
 @prebuilt()
-def ball_projection(n: int = 4) -> Declaration:
+def ball_projection(n: int = 4) -> DeclaredProblem:
     """Projection onto a Euclidean ball, the clipping of a norm.
 
         minimise    |x - y|^2

@@ -3,13 +3,13 @@
 import cvxpy as cp
 import numpy as np
 
-from ._prebuilt import Declaration, prebuilt
+from ._prebuilt import DeclaredProblem, prebuilt
 
 SHARES = np.array([0.3, 0.7])
 
 
 @prebuilt()
-def cobb_douglas() -> Declaration:
+def cobb_douglas() -> DeclaredProblem:
     """Demand of a consumer with Cobb-Douglas utility, a program of the power cone.
 
         maximise    x_1^0.3 x_2^0.7

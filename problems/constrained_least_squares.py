@@ -4,11 +4,11 @@ import cvxpy as cp
 import numpy as np
 from scipy.linalg import null_space
 
-from ._prebuilt import Declaration, prebuilt
+from ._prebuilt import DeclaredProblem, prebuilt
 
 
 @prebuilt()
-def constrained_least_squares(m: int = 8, n: int = 5, p: int = 2) -> Declaration:
+def constrained_least_squares(m: int = 8, n: int = 5, p: int = 2) -> DeclaredProblem:
     """Least squares with equality constraints.
 
         minimise    |A x - b|^2

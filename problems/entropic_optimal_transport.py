@@ -4,11 +4,11 @@ import cvxpy as cp
 import numpy as np
 from scipy.special import logsumexp
 
-from ._prebuilt import Declaration, prebuilt
+from ._prebuilt import DeclaredProblem, prebuilt
 
 
 @prebuilt()
-def entropic_optimal_transport(m: int = 4, n: int = 3) -> Declaration:
+def entropic_optimal_transport(m: int = 4, n: int = 3) -> DeclaredProblem:
     """Optimal transport between two marginals, smoothed by an entropy.
 
         minimise    <M, P> + eps sum_ij P_ij log P_ij

@@ -3,11 +3,11 @@
 import cvxpy as cp
 import numpy as np
 
-from ._prebuilt import Declaration, prebuilt
+from ._prebuilt import DeclaredProblem, prebuilt
 
 
 @prebuilt()
-def equality_constrained_qp(n: int = 5, p: int = 2) -> Declaration:
+def equality_constrained_qp(n: int = 5, p: int = 2) -> DeclaredProblem:
     """Quadratic program with equality constraints alone.
 
         minimise    1/2 x'P x + q'x

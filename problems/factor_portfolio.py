@@ -5,11 +5,11 @@ from itertools import product
 import cvxpy as cp
 import numpy as np
 
-from ._prebuilt import Declaration, prebuilt
+from ._prebuilt import DeclaredProblem, prebuilt
 
 
 @prebuilt()
-def factor_portfolio(n: int = 5, k: int = 2) -> Declaration:
+def factor_portfolio(n: int = 5, k: int = 2) -> DeclaredProblem:
     """Long-only mean-variance portfolio of n assets whose risk is that of k factors, and some of
     each asset's own.
 

@@ -3,11 +3,11 @@
 import cvxpy as cp
 import numpy as np
 
-from ._prebuilt import Declaration, prebuilt
+from ._prebuilt import DeclaredProblem, prebuilt
 
 
 @prebuilt(gp=True)
-def geometric_program() -> Declaration:
+def geometric_program() -> DeclaredProblem:
     """The box of greatest volume, a geometric program.
 
         maximise    h w d

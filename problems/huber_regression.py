@@ -5,11 +5,11 @@ from itertools import product
 import cvxpy as cp
 import numpy as np
 
-from ._prebuilt import Declaration, prebuilt
+from ._prebuilt import DeclaredProblem, prebuilt
 
 
 @prebuilt()
-def huber_regression(m: int = 6, n: int = 2) -> Declaration:
+def huber_regression(m: int = 6, n: int = 2) -> DeclaredProblem:
     """Regression that counts a large error by its size, not by its square.
 
         minimise    sum_i phi(a_i'x - b_i),  phi(r) = r^2 where |r| <= 1,  2|r| - 1 elsewhere

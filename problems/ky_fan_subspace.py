@@ -3,11 +3,11 @@
 import cvxpy as cp
 import numpy as np
 
-from ._prebuilt import Declaration, prebuilt
+from ._prebuilt import DeclaredProblem, prebuilt
 
 
 @prebuilt()
-def ky_fan_subspace(n: int = 5, k: int = 2) -> Declaration:
+def ky_fan_subspace(n: int = 5, k: int = 2) -> DeclaredProblem:
     """The projector on the eigenspace of the k largest eigenvalues; their sum is Ky Fan's.
 
         maximise    <X, Z>

@@ -5,11 +5,11 @@ from itertools import product
 import cvxpy as cp
 import numpy as np
 
-from ._prebuilt import Declaration, prebuilt
+from ._prebuilt import DeclaredProblem, prebuilt
 
 
 @prebuilt()
-def lasso(m: int = 8, n: int = 4) -> Declaration:
+def lasso(m: int = 8, n: int = 4) -> DeclaredProblem:
     """Lasso.
 
         minimise    1/2 |A x - b|^2 + lam |x|_1

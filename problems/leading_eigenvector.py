@@ -3,11 +3,11 @@
 import cvxpy as cp
 import numpy as np
 
-from ._prebuilt import Declaration, prebuilt
+from ._prebuilt import DeclaredProblem, prebuilt
 
 
 @prebuilt()
-def leading_eigenvector(n: int = 4) -> Declaration:
+def leading_eigenvector(n: int = 4) -> DeclaredProblem:
     """The projector on the leading eigenvector.
 
         maximise    <X, Z>

@@ -3,11 +3,11 @@
 import cvxpy as cp
 import numpy as np
 
-from ._prebuilt import Declaration, prebuilt
+from ._prebuilt import DeclaredProblem, prebuilt
 
 
 @prebuilt()
-def least_squares(m: int = 8, n: int = 4) -> Declaration:
+def least_squares(m: int = 8, n: int = 4) -> DeclaredProblem:
     """Least squares.
 
         minimise    |A x - b|^2

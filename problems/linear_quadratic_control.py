@@ -4,11 +4,13 @@ import cvxpy as cp
 import numpy as np
 import torch
 
-from ._prebuilt import Declaration, prebuilt
+from ._prebuilt import DeclaredProblem, prebuilt
 
 
 @prebuilt()
-def linear_quadratic_control(n_states: int = 3, n_inputs: int = 2, horizon: int = 4) -> Declaration:
+def linear_quadratic_control(
+    n_states: int = 3, n_inputs: int = 2, horizon: int = 4
+) -> DeclaredProblem:
     """Linear-quadratic control over a finite horizon, T.
 
         minimise    sum_{t=0..T} |L'x_t|^2 + sum_{t=0..T-1} |N'u_t|^2

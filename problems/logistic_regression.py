@@ -5,11 +5,11 @@ import numpy as np
 from scipy.optimize import root
 from scipy.special import expit
 
-from ._prebuilt import Declaration, prebuilt
+from ._prebuilt import DeclaredProblem, prebuilt
 
 
 @prebuilt()
-def logistic_regression(m: int = 8, n: int = 3) -> Declaration:
+def logistic_regression(m: int = 8, n: int = 3) -> DeclaredProblem:
     """Logistic regression with a quadratic penalty.
 
         minimise    sum_i log(1 + exp(-a_i'x)) + lam/2 |x|^2

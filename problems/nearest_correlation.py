@@ -4,11 +4,11 @@ import cvxpy as cp
 import numpy as np
 from scipy.optimize import root
 
-from ._prebuilt import Declaration, prebuilt
+from ._prebuilt import DeclaredProblem, prebuilt
 
 
 @prebuilt()
-def nearest_correlation(n: int = 3) -> Declaration:
+def nearest_correlation(n: int = 3) -> DeclaredProblem:
     """The correlation matrix nearest to a symmetric one.
 
         minimise    |X - C|_F^2

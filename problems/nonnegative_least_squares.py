@@ -3,11 +3,11 @@
 import cvxpy as cp
 from scipy.optimize import nnls
 
-from ._prebuilt import Declaration, prebuilt
+from ._prebuilt import DeclaredProblem, prebuilt
 
 
 @prebuilt()
-def nonnegative_least_squares(m: int = 8, n: int = 5) -> Declaration:
+def nonnegative_least_squares(m: int = 8, n: int = 5) -> DeclaredProblem:
     """Nonnegative least squares.
 
         minimise    |A x - b|^2

@@ -5,11 +5,11 @@ from itertools import product
 import cvxpy as cp
 import numpy as np
 
-from ._prebuilt import Declaration, prebuilt
+from ._prebuilt import DeclaredProblem, prebuilt
 
 
 @prebuilt()
-def portfolio(n: int = 4) -> Declaration:
+def portfolio(n: int = 4) -> DeclaredProblem:
     """Long-only mean-variance portfolio, with a cost proportional to turnover.
 
         maximise    mu'w - 1/2 |L'w|^2 - kappa |w - w0|_1

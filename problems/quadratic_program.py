@@ -5,11 +5,11 @@ from itertools import chain, combinations
 import cvxpy as cp
 import numpy as np
 
-from ._prebuilt import Declaration, prebuilt
+from ._prebuilt import DeclaredProblem, prebuilt
 
 
 @prebuilt()
-def quadratic_program(n: int = 4, m: int = 5, p: int = 1) -> Declaration:
+def quadratic_program(n: int = 4, m: int = 5, p: int = 1) -> DeclaredProblem:
     """Quadratic program, with every coefficient a parameter.
 
         minimise    1/2 x'P x + q'x

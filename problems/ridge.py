@@ -3,11 +3,11 @@
 import cvxpy as cp
 import numpy as np
 
-from ._prebuilt import Declaration, prebuilt
+from ._prebuilt import DeclaredProblem, prebuilt
 
 
 @prebuilt()
-def ridge(m: int = 8, n: int = 4) -> Declaration:
+def ridge(m: int = 8, n: int = 4) -> DeclaredProblem:
     """Ridge regression.
 
         minimise    |A x - b|^2 + lam |x|^2

@@ -5,11 +5,11 @@ import numpy as np
 import torch
 from scipy.optimize import brentq
 
-from ._prebuilt import Declaration, prebuilt
+from ._prebuilt import DeclaredProblem, prebuilt
 
 
 @prebuilt()
-def robust_pooling(m: int = 7, n: int = 3, threshold: float = 1.0) -> Declaration:
+def robust_pooling(m: int = 7, n: int = 3, threshold: float = 1.0) -> DeclaredProblem:
     """Robust pooling: the mean of m points, with a bounded pull of the outliers.
 
         minimise    sum_ij h(y_j - p_ij),  h(z) = z^2 for |z| <= M, and M (2 |z| - M) beyond

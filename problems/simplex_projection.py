@@ -3,11 +3,11 @@
 import cvxpy as cp
 import numpy as np
 
-from ._prebuilt import Declaration, prebuilt
+from ._prebuilt import DeclaredProblem, prebuilt
 
 
 @prebuilt()
-def simplex_projection(n: int = 5) -> Declaration:
+def simplex_projection(n: int = 5) -> DeclaredProblem:
     """Projection onto the simplex; sparsemax where r = 1.
 
         minimise    |x - y|^2

@@ -3,11 +3,11 @@
 import cvxpy as cp
 import torch
 
-from ._prebuilt import Declaration, prebuilt
+from ._prebuilt import DeclaredProblem, prebuilt
 
 
 @prebuilt()
-def softmax(n: int = 4) -> Declaration:
+def softmax(n: int = 4) -> DeclaredProblem:
     """Softmax, as the choice that trades score for entropy.
 
         maximise    y'x - sum_i x_i log x_i

@@ -3,11 +3,11 @@
 import cvxpy as cp
 import numpy as np
 
-from ._prebuilt import Declaration, prebuilt
+from ._prebuilt import DeclaredProblem, prebuilt
 
 
 @prebuilt()
-def sparsemax(n: int = 5) -> Declaration:
+def sparsemax(n: int = 5) -> DeclaredProblem:
     """Sparsemax, a softmax that gives zeros: the choice that trades score for spread.
 
         maximise    y'x - 1/2 |x|^2

@@ -5,11 +5,11 @@ from itertools import product
 import cvxpy as cp
 import numpy as np
 
-from ._prebuilt import Declaration, prebuilt
+from ._prebuilt import DeclaredProblem, prebuilt
 
 
 @prebuilt()
-def support_vector_machine(m: int = 6, n: int = 2) -> Declaration:
+def support_vector_machine(m: int = 6, n: int = 2) -> DeclaredProblem:
     """Linear support vector machine with a soft margin.
 
         minimise    lam/2 |w|^2 + sum_i max(0, 1 - a_i'w)

@@ -4,11 +4,11 @@ import cvxpy as cp
 import numpy as np
 from scipy.optimize import lsq_linear
 
-from ._prebuilt import Declaration, prebuilt
+from ._prebuilt import DeclaredProblem, prebuilt
 
 
 @prebuilt()
-def total_variation(n: int = 6) -> Declaration:
+def total_variation(n: int = 6) -> DeclaredProblem:
     """Total variation denoising of a signal, the fused lasso without its sparsity.
 
         minimise    1/2 |x - y|^2 + lam sum_i |x_{i+1} - x_i|
