@@ -3,7 +3,7 @@ words."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +26,20 @@ class Shifts(tuple[Any, ...]):
         shifts = cls(parts)
         shifts.names = tuple(names)
         return shifts
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Shifts:
+        """The same constraints', after a function of every tensor there is."""
+        return Shifts.of(
+            [
+                tuple(map(function, shift))
+                if isinstance(shift, tuple)
+                else None
+                if shift is None
+                else function(shift)
+                for shift in self
+            ],
+            self.names,
+        )
 
     @property
     def moved(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from convlayer.autodiff.threads import few_threads_to_differentiate
-from convlayer.autodiff.torch_internals import in_vmap_alone, is_reached, is_view
+from convlayer.autodiff.torch_internals import in_vmap_alone, is_reached, is_view, plain_gradients
 
 Tensors = Sequence[Tensor]
 # What a third derivative is answered with.
@@ -143,17 +143,23 @@ def _only(tensors: Tensors, needed: Sequence[bool]) -> list[Tensor]:
 
 
 def pulled(
-    outputs: Tensors, inputs: Tensors, bars: Sequence[Tensor | None], **options: bool
+    outputs: Tensors,
+    inputs: Tensors,
+    bars: Sequence[Tensor | None],
+    plain: bool = False,
+    **options: bool,
 ) -> list[Tensor]:
     """torch.autograd.grad, with zeros where no way leads from an output to an input; a cotangent of
-    zero may be None."""
+    zero may be None. plain: without torch's checks, where all tensors are plain and retain_graph is
+    the one option."""
     both = zip(outputs, bars, strict=True)
     pairs = [(output, bar) for output, bar in both if output.requires_grad and bar is not None]
     if not pairs or not inputs:
         return [torch.zeros_like(x) for x in inputs]
     ends, starts = zip(*pairs, strict=True)
-    gradients = torch.autograd.grad(ends, inputs, starts, allow_unused=True, **options)
-    return _filled(gradients, inputs)
+    if plain:
+        return _filled(plain_gradients(ends, tuple(inputs), starts, **options), inputs)
+    return _filled(torch.autograd.grad(ends, inputs, starts, allow_unused=True, **options), inputs)
 
 
 class EvaluationPoint:
@@ -394,19 +400,10 @@ class _Tangent(_Transformable):
     @staticmethod
     def backward(ctx: Any, *bars: Tensor) -> tuple[Tensor | None, ...]:
         thetas, first, a = _split(ctx.n, ctx.saved_tensors)
-        by_theta, _, by_a = _split(ctx.n, ctx.needs_input_grad[2:])
-        # The second derivative in the parameters is not to be worked out where only that in a
-        # cotangent is asked for.
-        by_theta = [
-            need and is_reached(theta) for need, theta in zip(by_theta, thetas, strict=True)
-        ]
+        _, _, by_a = _split(ctx.n, ctx.needs_input_grad[2:])
         # Of bar' D a:  theta_bar = bar' D^2[a, .],  a_bar = D' bar
-        thetas_bar: Sequence[Tensor | None] = [None] * ctx.n
+        thetas_bar = _thetas_bar(ctx, thetas, first, bars, a)
         a_bar: Sequence[Tensor | None] = [None] * ctx.n
-        if any(by_theta):
-            thetas_bar = _spread(
-                _Mixed.apply(ctx.point, by_theta, *thetas, first, *bars, *a), by_theta
-            )
         if any(by_a):
             a_bar = _spread(_Cotangent.apply(ctx.point, by_a, *thetas, first, *bars), by_a)
         return None, None, *thetas_bar, None, *a_bar
@@ -442,18 +439,11 @@ class _Cotangent(_Transformable):
     @staticmethod
     def backward(ctx: Any, *a: Tensor) -> tuple[Tensor | None, ...]:
         thetas, first, bars = _split(ctx.n, ctx.saved_tensors)
-        by_theta, _, by_bars = _split(ctx.n, ctx.needs_input_grad[2:])
-        by_theta = [
-            need and is_reached(theta) for need, theta in zip(by_theta, thetas, strict=True)
-        ]
+        _, _, by_bars = _split(ctx.n, ctx.needs_input_grad[2:])
         # Of a' D' z_bar:  theta_bar = z_bar' D^2[a, .],  the cotangent of z_bar = D a
         direction = _filled(_spread(a, ctx.needed), thetas)
-        thetas_bar: Sequence[Tensor | None] = [None] * ctx.n
+        thetas_bar = _thetas_bar(ctx, thetas, first, bars, direction)
         bars_bar: Sequence[Tensor | None] = [None] * len(bars)
-        if any(by_theta):
-            thetas_bar = _spread(
-                _Mixed.apply(ctx.point, by_theta, *thetas, first, *bars, *direction), by_theta
-            )
         if any(by_bars):
             bars_bar = _Tangent.apply(ctx.point, None, *thetas, first, *direction)
         return None, None, *thetas_bar, None, *bars_bar
@@ -475,6 +465,18 @@ class _Cotangent(_Transformable):
                 _Cotangent.apply(ctx.point, ctx.needed, *thetas, first, *_filled(d_bars, bars))
             )
         return _summed(parts)
+
+
+def _thetas_bar(
+    ctx: Any, thetas: Tensors, first: Tensor, bars: Tensors, direction: Tensors
+) -> Sequence[Tensor | None]:
+    """bars' D^2[direction, .], where a backward goes on to parameters: the second derivative in
+    them is not to be worked out where only that in a tangent or cotangent is asked for."""
+    needs, _, _ = _split(ctx.n, ctx.needs_input_grad[2:])
+    wanted = [need and is_reached(theta) for need, theta in zip(needs, thetas, strict=True)]
+    if not any(wanted):
+        return [None] * ctx.n
+    return _spread(_Mixed.apply(ctx.point, wanted, *thetas, first, *bars, *direction), wanted)
 
 
 class _Last(_Transformable):

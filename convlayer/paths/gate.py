@@ -17,13 +17,12 @@ import cvxpy as cp
 import torch
 from torch import Tensor
 
-from convlayer.autodiff.derivative import EvaluationPoint, Local, Recorded, pulled_back
+from convlayer.autodiff.derivative import EvaluationPoint, Local, Recorded, pulled, pulled_back
 from convlayer.autodiff.threads import few_threads_to_differentiate
 from convlayer.autodiff.torch_internals import (
     is_of_old_vmap,
     is_transformed,
     keeps_graph,
-    plain_gradients,
     versions,
 )
 from convlayer.paths.path import Found, Tell
@@ -107,11 +106,9 @@ class Gate:
     def shifts(self) -> Shifts | None:
         """By constraint, (*batch, ...) each."""
         shift = self.found.shift
-        return (
-            None
-            if shift is None
-            else Shifts.of([_in_batch(part, self.batch) for part in shift], shift.names)
-        )
+        if shift is None:
+            return None
+        return shift.each(lambda part: part.reshape(self.batch + part.shape[1:]))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -284,13 +281,6 @@ def _where(rows: Tensor, then: Tensor, output: Tensor) -> Tensor:
     )
 
 
-def _in_batch(part: Any, batch: tuple[int, ...]) -> Any:
-    """(B, ...) -> (*batch, ...); a tuple's parts each, None as it is."""
-    if isinstance(part, tuple):
-        return tuple(_in_batch(one, batch) for one in part)
-    return None if part is None else part.reshape(batch + part.shape[1:])
-
-
 def leaves_of(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The same tensors as leaves of a graph of the layer's own, to be differentiated as they
     are."""
@@ -328,7 +318,8 @@ class _Leave(torch.autograd.Function):
             wanted = [leaf for leaf, need in zip(gate.leaves, needed, strict=True) if need]
             keep = keeps_graph()
             with few_threads_to_differentiate([*thetas, *gate.outputs]):
-                found = iter(_pulled(gate, wanted, gate.guard(bars), keep))
+                bars = gate.guard(bars)
+                found = iter(pulled(gate.outputs, wanted, bars, plain=True, retain_graph=keep))
             return None, *(next(found) if need else None for need in needed)
         given = [
             torch.zeros_like(output) if bar is None else bar
@@ -336,22 +327,6 @@ class _Leave(torch.autograd.Function):
         ]
         point = EvaluationPoint([len(p.shape) for p in gate.parameters], local=gate.local)
         return None, *pulled_back(point, thetas, gate.filled[0], given, needed)
-
-
-def _pulled(
-    gate: Gate, leaves: Sequence[Tensor], bars: Sequence[Tensor | None], keep: bool
-) -> list[Tensor]:
-    """Cotangents of the leaves."""
-    both = zip(gate.outputs, bars, strict=True)
-    pairs = [(output, bar) for output, bar in both if output.requires_grad and bar is not None]
-    if not pairs or not leaves:
-        return [torch.zeros_like(leaf) for leaf in leaves]
-    ends, starts = zip(*pairs, strict=True)
-    found = plain_gradients(ends, tuple(leaves), starts, keep)
-    return [
-        torch.zeros_like(leaf) if bar is None else bar
-        for leaf, bar in zip(leaves, found, strict=True)
-    ]
 
 
 def flatten_batch(tensor: Tensor, parameter: cp.Parameter, batch: tuple[int, ...]) -> Tensor:

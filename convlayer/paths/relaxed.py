@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,16 +86,19 @@ class Relaxed:
             found, request, rows, relaxation, least, torch.arange(len(rows)), entries
         )
         good = least.status < Status.INFEASIBLE
-        parts = relaxation.by_constraint(least.shift.detach())
-        shift = Shifts.of([_spread(part, rows, request.size) for part in parts], relaxation.names)
+        shift = Shifts.of(relaxation.by_constraint(least.shift.detach()), relaxation.names)
         notes = found.notes
         if bool(good.any()):
-            how = Shifts.of([_taken(part, good) for part in parts], relaxation.names)
+            how = shift.each(lambda part: part[good])
             notes = (
                 *notes,
                 (rows[good], f"infeasible; solved as the closest feasible problem. {how}"),
             )
-        return replace(answered, notes=notes, shift=shift)
+        # (R, ...) of these rows -> (B, ...), zeros elsewhere
+        among_all = shift.each(
+            lambda part: part.new_zeros(request.size, *part.shape[1:]).index_copy(0, rows, part)
+        )
+        return replace(answered, notes=notes, shift=among_all)
 
 
 def _relaxation(declared: Declaration, rows: Tensor) -> Relaxation | None:
@@ -108,7 +110,7 @@ def _relaxation(declared: Declaration, rows: Tensor) -> Relaxation | None:
 
 
 def _entries(declared: Declaration, rows: Tensor, values: list[Tensor]) -> list[Tensor]:
-    return entries_of(declared, [take_rows(value, rows.to(value.device)) for value in values])
+    return entries_of(declared, [take_rows(value, rows) for value in values])
 
 
 def _answered(
@@ -148,17 +150,3 @@ def _answered(
         ruled=(*((mask & others, cause) for mask, cause in found.ruled), (ruled, Cause.SINGULAR)),
         iterate=None,
     )
-
-
-def _taken(part: Any, which: Tensor) -> Any:
-    """Some rows of one constraint's shift."""
-    if isinstance(part, tuple):
-        return tuple(one[which] for one in part)
-    return None if part is None else part[which]
-
-
-def _spread(part: Any, rows: Tensor, size: int) -> Any:
-    """One constraint's shift of these rows, (R, ...), as (size, ...) with zeros elsewhere."""
-    if isinstance(part, tuple):
-        return tuple(_spread(one, rows, size) for one in part)
-    return None if part is None else part.new_zeros(size, *part.shape[1:]).index_copy(0, rows, part)
