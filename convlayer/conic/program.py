@@ -373,8 +373,11 @@ class Operators:
 
 
 def take_rows(values: Tensor, index: Tensor, dim: int = 0) -> Tensor:
-    """The instances at `index` along the batch dimension `dim`; what all share stays shared."""
-    return values if values.shape[dim] == 1 else values.index_select(dim, index)
+    """The instances at `index`, on whatever device, along the batch dimension `dim`; what all share
+    stays shared."""
+    if values.shape[dim] == 1:
+        return values
+    return values.index_select(dim, index.to(values.device))
 
 
 def _gather_add(values: Tensor, x: Tensor, source: Tensor, target: Tensor, size: int) -> Tensor:

@@ -37,8 +37,8 @@ class Declaration:
         variables: list[cp.Variable],
         gp: bool,
         owners: dict[int, Any],
-        weight: cp.Parameter
-        | None = None,  # of a proximal term in the cone program: a parameter after the others
+        # of a proximal term in the cone program: a parameter after the others
+        weight: cp.Parameter | None = None,
     ) -> None:
         self.problem, self.parameters, self.variables, self.gp, self.owners = (
             problem,

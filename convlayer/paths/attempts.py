@@ -131,8 +131,8 @@ def _unlimited(request: ConeRequest, data: Data, found: Attempted) -> tuple[Atte
     """Rows that did not settle, solved again without their infinite bounds, which a solver sees as
     large ones; and all data so.
 
-    Not from the start: the rows of a batch that share A, and all that is worked out from it, would
-                        no longer.
+    That is not how they start: the rows of a batch that share A, and all that is worked out from
+    it, would no longer share it.
     """
     free = unlimited(data)
     if free is data:
@@ -194,7 +194,7 @@ def _attempt_in_units(
             found.x,
             found.s,
             found.y,
-            _verdict_of(found, found.status, point.iterations, place),
+            _verdict_of(found, point.iterations, place),
         )
     else:
         parts = [
@@ -209,9 +209,7 @@ def _attempt_in_units(
                 whole.index_copy(0, part, some)
                 for whole, some in zip((x, s, y), (found.x, found.s, found.y), strict=True)
             )
-            verdict = verdict.put(
-                part, _verdict_of(found, found.status, point.iterations[part], place)
-            )
+            verdict = verdict.put(part, _verdict_of(found, point.iterations[part], place))
     if point.stopped is not None:
         halted = torch.nonzero(point.stopped).flatten()
         left = _residual_of(
@@ -245,11 +243,11 @@ def _usable(point: Points) -> tuple[Tensor, Tensor | None]:
     return status, finite if usable is None else finite & usable
 
 
-def _verdict_of(found: Refined, status: Tensor, iterations: Tensor, place: int) -> Verdict:
+def _verdict_of(found: Refined, iterations: Tensor, place: int) -> Verdict:
     """Of polished rows; from a warm start the polish's steps are the iterations."""
     zero = found.zero
     spent = iterations + zero.steps if place == FROM_START else iterations
-    return Verdict(status, spent, zero.residual, zero.degenerate, zero.margin)
+    return Verdict(found.status, spent, zero.residual, zero.degenerate, zero.margin)
 
 
 def _piece(rows: Tensor, found: Refined) -> Piece:

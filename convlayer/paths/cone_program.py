@@ -26,10 +26,7 @@ from convlayer.solution import Status
 from convlayer.solvers import Attempt, BatchSolver
 
 # the tolerance is at least so many roundings of the parameters, up to this
-ROUNDINGS, COARSEST = (
-    8,
-    1e-6,
-)
+ROUNDINGS, COARSEST = 8, 1e-6
 HOST = torch.device("cpu")
 STOPPED = "The solver's time limit ended it before it had converged; it was not tried again, and its last point was not improved."
 

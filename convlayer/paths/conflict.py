@@ -138,7 +138,7 @@ def _found(
     sources = sources_of(declared)
     with torch.no_grad():
         index = torch.tensor(rows)
-        part = [take_rows(value.detach(), index.to(value.device)) for value in values]
+        part = [take_rows(value.detach(), index) for value in values]
         entries = entries_of(declared, part)
         data, _ = evaluate(canonical, entries, False, torch.zeros((), dtype=torch.float64))
     found, until = {}, time.monotonic() + BUDGET.seconds

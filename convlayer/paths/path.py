@@ -45,12 +45,10 @@ class Request:
     look_closer: Callable[[], BadRows] = BadRows
     everything: bool = False  # the objective, as the last output, and a verdict on every row
     solver_args: Mapping[str, Any] | None = None  # of this call
-    start: tuple[Tensor, ...] | None = (
-        None  # (x, s, y) of the cone program, NaN in rows that have none
-    )
-    samples: Sequence[Hashable] | None = (
-        None  # the row's names, under which its solution is kept for a next start
-    )
+    # (x, s, y) of the cone program, NaN in rows that have none
+    start: tuple[Tensor, ...] | None = None
+    # the rows' names, under which their solutions are kept for a next start
+    samples: Sequence[Hashable] | None = None
 
     def of_rows(self, rows: Tensor) -> Request:
         """These rows alone, cold, none of them bad."""
@@ -58,7 +56,7 @@ class Request:
         def tell(which: Tensor, cause: Cause, parameters: Sequence[int]) -> None:
             self.tell(rows[which], cause, parameters)
 
-        values = [take_rows(value, rows.to(value.device)) for value in self.values]
+        values = [take_rows(value, rows) for value in self.values]
         return Request(
             values,
             len(rows),
@@ -86,9 +84,8 @@ class Found:
     # backward.
     ruled: tuple[tuple[Tensor, Cause], ...] = ()
     stopped: Tensor | None = None  # rows that a time limit ended; None: no row
-    iterate: tuple[Tensor, Tensor, Tensor] | None = (
-        None  # (x, s, y) of the cone program, if it was solved alone
-    )
+    # (x, s, y) of the cone program, if it was solved alone
+    iterate: tuple[Tensor, Tensor, Tensor] | None = None
     notes: tuple[tuple[Tensor, str], ...] = ()  # rows, and which way they took
     details: Mapping[int, str] = field(default_factory=dict)  # of rows that failed, why
     shift: Shifts | None = None  # of each constraint, (B, ...), where one was shifted

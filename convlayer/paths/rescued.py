@@ -80,7 +80,7 @@ def _outputs_at(
             outputs = found.outputs_at([without(value, unsettled) for value in values])
         if not len(rescued):
             return outputs
-        parts = [take_rows(value, rescued.to(value.device)) for value in values]
+        parts = [take_rows(value, rescued) for value in values]
         return put(outputs, rescued, anew(solve, parts), request.size)
 
     return outputs_at

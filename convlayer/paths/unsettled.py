@@ -43,8 +43,6 @@ def refuted(
 ) -> Tensor:
     """Rows that did not settle, INFEASIBLE where the multipliers that they ran off with prove
     it."""
-    if not bool(status.any()):
-        return status
     for candidate in candidates:
         unsettled = is_unsettled(status) if stopped is None else is_unsettled(status) & ~stopped
         rows = torch.nonzero(unsettled).flatten()
