@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-from importlib import import_module
-from pkgutil import iter_modules
 from typing import Any
 
-import convlayer.cones as room
 from convlayer.cones.cone import Cone
 from convlayer.cones.product import Product
-
-
-def _found() -> tuple[type[Cone], ...]:
-    modules = [
-        import_module(f"{room.__name__}.{module.name}") for module in iter_modules(room.__path__)
-    ]
-    kinds = {
-        kind
-        for module in modules
-        for kind in vars(module).values()
-        if inspect.isclass(kind) and issubclass(kind, Cone) and not inspect.isabstract(kind)
-    }
-    return tuple(sorted(kinds, key=lambda kind: kind.place))
-
+from convlayer.registry import found_in
 
 # In CVXPY's order of their rows.
-KINDS = _found()
+KINDS: tuple[type[Cone], ...] = tuple(
+    sorted(found_in("convlayer.cones", Cone), key=lambda kind: kind.place)
+)
 
 
 def cones_of(dims: Any) -> Product:

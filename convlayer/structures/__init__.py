@@ -3,11 +3,9 @@ special come first."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
-from importlib import import_module
-from pkgutil import iter_modules
 
+from convlayer.registry import found_in
 from convlayer.structures.structure import (
     Cost,
     DeclaredProblem,
@@ -38,18 +36,9 @@ def in_order(structures: Mapping[str, Structure]) -> dict[str, Structure]:
     }
 
 
-def _found() -> dict[str, Structure]:
-    modules = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
-    kinds = {
-        kind
-        for module in modules
-        for kind in vars(module).values()
-        if inspect.isclass(kind) and issubclass(kind, Structure) and not inspect.isabstract(kind)
-    }
-    return {kind.name: kind() for kind in kinds}
-
-
-STRUCTURES: dict[str, Structure] = in_order(_found())
+STRUCTURES: dict[str, Structure] = in_order(
+    {kind.name: kind() for kind in found_in(__name__, Structure)}
+)
 
 __all__ = [
     "ROOT",
