@@ -1,15 +1,15 @@
 """Run the benchmarks, print their tables, and write them.
 
-    python -m benchmarks [--suite generic|structures|programs|crossover|torch|all] [--only FAMILY]
-    [--quick] [--device cpu] [--dtype float64]
+    python -m benchmarks [--suite generic|structures|programs|real|crossover|torch|all]
+    [--only FAMILY] [--case NAME ...] [--quick] [--device cpu] [--dtype float64]
 
 The suites: `generic`, the cone program, on any problem; `structures`, the kernels of the problems
 that the layer recognises, and `programs`, quadratic and cone programs that no kernel knows, against
-every peer there is for them; `crossover`, the bare solvers, and the model by which the layer
-chooses between them; `torch`, the layer as a part of torch: calls, torch.compile, transforms,
-memory, processes. All, by default. The full run of a suite is written to
-benchmarks/results/SUITE-DEVICE.md and .json (SUITE-DEVICE-float32 in single precision), a partial
-one to out/.
+every peer there is for them; `real`, some seventy layers as people declare them, of many fields,
+against the incumbents; `crossover`, the bare solvers, and the model by which the layer chooses
+between them; `torch`, the layer as a part of torch: calls, torch.compile, transforms, memory,
+processes. All, by default. The full run of a suite is written to benchmarks/results/SUITE-DEVICE.md
+and .json (SUITE-DEVICE-float32 in single precision), a partial one to out/.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from benchmarks import (
     crossover,
     large,
     programs,
+    real,
     speed,
     structures,
 )
@@ -38,6 +39,7 @@ from benchmarks.programs import accuracy as programs_accuracy
 from benchmarks.programs import families as programs_families
 from benchmarks.programs import speed as programs_speed
 from benchmarks.pytorch import calls, compiled, memory, processes, transforms
+from benchmarks.real import declarations
 from benchmarks.structures import accuracy as structures_accuracy
 from benchmarks.structures import construction as structures_construction
 from benchmarks.structures import growth, incumbents, overhead, specialists, temperature
@@ -75,6 +77,7 @@ SUITES = {
         by_name(programs_speed, published, programs_accuracy, programs_families, accelerator),
         programs.PACKAGES,
     ),
+    "real": Suite("Real declarations", by_name(declarations), real.PACKAGES),
     "crossover": Suite("Crossover of the solvers", by_name(crossover), crossover.PACKAGES),
     "torch": Suite("Within torch", by_name(calls, compiled, transforms, memory, processes)),
 }
@@ -92,6 +95,9 @@ def main() -> None:
     )
     parser.add_argument("--only", choices=families, help="one family of rows")
     parser.add_argument(
+        "--case", nargs="+", default=(), metavar="NAME", help="rows whose names have one of these"
+    )
+    parser.add_argument(
         "--quick", action="store_true", help="fewer problems, smaller sizes, fewer repeats"
     )
     parser.add_argument(
@@ -104,7 +110,12 @@ def main() -> None:
         help="of the parameters, in the suites structures and programs",
     )
     arguments = parser.parse_args()
-    options = Options(arguments.quick, arguments.device, getattr(torch, arguments.dtype))
+    options = Options(
+        arguments.quick,
+        arguments.device,
+        getattr(torch, arguments.dtype),
+        tuple(arguments.case),
+    )
     chosen = [name for name in SUITES if arguments.suite in (name, "all")]
     chosen = [
         name for name in chosen if arguments.only is None or arguments.only in SUITES[name].families
@@ -121,11 +132,15 @@ def run(name: str, only: str | None, options: Options) -> None:
     families = [
         suite.families[family].family(options) for family in ([only] if only else suite.families)
     ]
+    tasks = {
+        family.name: [task for task in family.tasks if options.chosen(task[0])]
+        for family in families
+    }
     tables: dict[str, tuple[str, list[Row]]] = {}
-    with tqdm(total=sum(len(family.tasks) for family in families), unit="problem") as progress:
+    with tqdm(total=sum(map(len, tasks.values())), unit="problem") as progress:
         for family in families:
             rows = []
-            for task_name, task in family.tasks:
+            for task_name, task in tasks[family.name]:
                 progress.set_description(f"{family.name}: {task_name}")
                 rows += collect(task, task_name)
                 progress.update()
@@ -139,7 +154,7 @@ def run(name: str, only: str | None, options: Options) -> None:
     else:
         suite_title, suffix = suite.title, ""
     print(markdown(suite_title, about, tables))
-    partial = options.quick or only
+    partial = options.quick or only or options.cases
     folder = Path("out") if partial else Path(__file__).parent / "results"
     paths = write(folder, f"{name}-{options.device.type}{suffix}", suite_title, about, tables)
     print("written:", *paths)

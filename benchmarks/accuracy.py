@@ -59,7 +59,7 @@ def measure(case: Prebuilt, options: Options) -> Iterable[Row]:
         declared.problem, declared.parameters, declared.variables, gp=gp, structure="generic"
     )
     exact, source = _reference(case, declared, tensors)
-    expected, slopes = _differences(case, layer, tensors)
+    expected, slopes = differences(case, layer, tensors)
     row = Row(
         case.name,
         {
@@ -164,7 +164,7 @@ def _tight(declared: Declared, tensors: Variables) -> Variables:
     return tuple(map(torch.stack, zip(*rows, strict=True)))
 
 
-def _differences(case: Prebuilt, layer: ConvexLayer, tensors: Variables):
+def differences(case: Prebuilt, layer: ConvexLayer, tensors: Variables):
     """Expected (directions, derivatives, which to keep): of the functional, with its weights, and
     of the value."""
     directions = [

@@ -34,6 +34,10 @@ class Options:
     quick: bool
     device: torch.device
     dtype: torch.dtype = torch.float64
+    cases: tuple[str, ...] = ()  # parts of the names of those that are measured; none: all
+
+    def chosen(self, name: str) -> bool:
+        return not self.cases or any(case in name for case in self.cases)
 
 
 @dataclass

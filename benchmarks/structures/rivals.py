@@ -29,7 +29,11 @@ def incumbent(name: str, declared: Declared) -> Layer:
         raise ImportError("cvxpylayers is not installed")
     parameters, variables = list(declared.parameters), list(declared.variables)
     return CvxpyLayer(
-        declared.problem, parameters=parameters, variables=variables, **INCUMBENTS[name]
+        declared.problem,
+        parameters=parameters,
+        variables=variables,
+        gp=not declared.problem.is_dcp(),
+        **INCUMBENTS[name],
     )
 
 

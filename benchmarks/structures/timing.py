@@ -19,6 +19,7 @@ from convlayer.problems import Declared
 SLICE = 0.02  # seconds that a fast run repeats itself in one turn
 LONG = 3.0  # seconds of a first call that is the measurement
 TURNS = 60
+ROUNDING = 1e-13  # what is smaller is zero
 # parameters, the marginals of a transport, whose gradient is known up to a constant
 UNDETERMINED = (
     "r",
@@ -164,4 +165,4 @@ def _relative(got: Variables, exact: Variables) -> float:
     error = sum((g - e).reshape(len(e), -1).square().sum(1) for g, e in pairs)
     size = sum(e.reshape(len(e), -1).square().sum(1) for _, e in pairs)
     # A row that is zero, as the gradient at a vertex of the simplex, is compared absolutely.
-    return float((error / torch.where(size > 0, size, 1.0)).sqrt().max())
+    return float((error / torch.where(size > ROUNDING**2, size, 1.0)).sqrt().max())
