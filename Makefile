@@ -6,8 +6,9 @@ PARALLEL := --numprocesses 2 --dist worksteal
 PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
 CONSTRAINTS ?= constraints.txt
 INSTALL := $(PY) -m pip install --constraint $(CONSTRAINTS)
+CORE := convlayer/core/src
 
-.PHONY: help demo test test-all test-installed test-lowest bench lint format clean
+.PHONY: help demo test test-all test-installed test-lowest bench core-check lint format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -24,7 +25,7 @@ test-all: lint  ## the same with every law over every case, and the tests that t
 	$(PY) -m pytest $(PARALLEL) --all
 
 test-installed: .venv/dev  ## a plain install in an environment of its own, tried from the root of the checkout and on its own
-	rm -rf build/lib build/bdist.* build/installed
+	rm -rf build/lib* build/temp.* build/bdist.* build/installed
 	$(PY) -m venv --without-pip build/installed
 	$(PY) -m pip --python build/installed/bin/python install --no-deps .
 	$(PY) -c '$(PACKAGES)' > $$(build/installed/bin/python -c '$(PACKAGES)')/dependencies.pth
@@ -43,6 +44,12 @@ test-lowest:  ## every law on the lowest versions that pyproject.toml allows, in
 
 bench: .venv/benchmarks  ## us against the peers, side by side: the cone program, then the structures
 	$(PY) -m benchmarks
+
+core-check:  ## the compiled core under sanitizers: addresses, undefined behaviour, threads; without a compiler nothing
+	@command -v $(firstword $(CXX)) > /dev/null || { echo "no compiler $(CXX): the compiled core is not checked"; exit 0; }; \
+	mkdir -p build && for kind in address,undefined thread; do echo "core-check: $$kind"; \
+	$(CXX) -std=c++17 -O1 -g -fsanitize=$$kind -fno-sanitize-recover=all -pthread -I$(CORE) $(CORE)/check.cpp \
+	    -o build/check-$$kind && build/check-$$kind || exit 1; done
 
 lint: .venv/dev  ## style and types
 	$(PY) -m ruff format --check --quiet
@@ -64,6 +71,6 @@ clean:  ## remove .venv, pictures and caches
 	$(INSTALL) torch
 	@touch $@
 
-.venv/examples .venv/dev .venv/benchmarks: .venv/%: .venv/torch pyproject.toml
+.venv/examples .venv/dev .venv/benchmarks: .venv/%: .venv/torch pyproject.toml setup.py $(wildcard $(CORE)/core.cpp $(CORE)/*.h* $(CORE)/*/*.h*)
 	$(INSTALL) --editable '.[$*]'
 	@touch $@

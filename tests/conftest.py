@@ -33,6 +33,16 @@ WHOLE = (
 )
 
 
+# Laws of torch's own way through a cone program: they replace its parts, or look at them.
+WITHOUT_CORE = ("test_mutants.py", "test_sparse.py", "test_retry.py", "test_kinks.py", "test_interior_point.py")
+
+
+@pytest.fixture(autouse=True)
+def _without_core(request, monkeypatch):
+    if request.path.name in WITHOUT_CORE or request.node.get_closest_marker("without_core"):
+        monkeypatch.setattr("convlayer.paths.cone_program.ConeProgram._core", lambda *_: None)
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--all", action="store_true", help="every law over every case, and the tests that take long"
@@ -44,6 +54,7 @@ def pytest_configure(config):
         "markers",
         "dear: a law of a second or so a case, which meets a third of them however few they are",
     )
+    config.addinivalue_line("markers", "without_core: of what torch does where there is no core")
     config.addinivalue_line(
         "markers",
         "long: takes ten CPU-seconds or so, for what shorter tests hold too; with --all only",

@@ -10,7 +10,7 @@ import convlayer
 ROOT = Path(convlayer.__file__).parent
 # From the bottom up; a room imports from the levels below its own, and from itself.
 LEVELS = (
-    {"memo", "registry"},
+    {"memo", "registry", "core"},
     {"cones", "autodiff", "solution", "shifts", "display", "notices", "progress"},
     {"conic", "kernels"},
     {"solvers"},

@@ -14,6 +14,7 @@ import torch
 from threadpoolctl import threadpool_info
 
 from convlayer import __version__, problems
+from convlayer.core.library import SWITCH, state
 from convlayer.layer import ConvexLayer
 from convlayer.report.verification import verify
 from convlayer.solvers import SOLVERS
@@ -26,6 +27,7 @@ SETTINGS = (
     "MKL_ENABLE_INSTRUCTIONS",
     "MKL_CBWR",
     "CUDA_VISIBLE_DEVICES",
+    SWITCH,
 )
 BATCH = 8
 STEP, TOLERANCE = 1e-6, 1e-6  # of the differences, and of the gradient against them
@@ -43,6 +45,7 @@ def examine() -> int:
         f"{'processor':<14}{_processor()}; torch computes for {torch.backends.cpu.get_cpu_capability()}"
     )
     print(f"{'cores':<14}{os.cpu_count()}; torch uses {torch.get_num_threads()} threads")
+    print(f"{'compiled':<14}{state()}")
     for line in _blas():
         print(f"{'blas':<14}{line}")
     given = [f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ]

@@ -18,12 +18,14 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from convlayer.conic.by_core import plan_of
 from convlayer.conic.bounds import Bounds, implied
 from convlayer.conic.consistency import Dependence
 from convlayer.conic.costs import dense_seconds, system_seconds
 from convlayer.conic.elimination import Elimination
 from convlayer.conic.kkt import Visible
 from convlayer.conic.program import Program
+from convlayer.core.rows import Plan
 from convlayer.declaration.maps import ONE, AffineMap, ParameterEntries, Recovery, row_of_each
 from convlayer.solvers import SOLVERS, Solver
 
@@ -179,6 +181,11 @@ class Canonical:
     def elimination(self) -> Elimination | None:
         """Of auxiliary variables, if the program is then cheaper to solve and to differentiate."""
         return Elimination.of(self.program, *self._constants, self.visible, _row_seconds)
+
+    @cached_property
+    def core(self) -> Plan | None:
+        """How the compiled core solves it; None: there is no core, or it is not for it."""
+        return plan_of(self.program, self.visible, self.implied)
 
     @cached_property
     def dependence(self) -> Dependence | None:

@@ -65,7 +65,7 @@ class Attempted:
     def lifted(self, eliminated: Eliminated) -> Attempted:
         """The same for the program before the elimination."""
         x, s, y = eliminated.leave(self.x, self.s, self.y)
-        pieces = [replace(piece, eliminated=eliminated.only(piece.rows)) for piece in self.pieces]
+        pieces = [piece.lifted(eliminated) for piece in self.pieces]
         return replace(self, x=x, s=s, y=y, pieces=pieces)
 
     def improved(self, rows: Tensor, other: Attempted) -> Attempted:

@@ -20,7 +20,7 @@ from convlayer.conic.program import Data, Operators
 from convlayer.conic.residual import JUDGING, Scaling, normalise, recentre, residual, term_sizes
 from convlayer.paths.attempted import Attempted
 from convlayer.paths.cone_call import ConeRequest
-from convlayer.paths.pieces import Piece, rows_at_once
+from convlayer.paths.pieces import Piece, RootPiece, rows_at_once
 from convlayer.paths.refined import Refined, Unpolished, refined
 from convlayer.paths.unsettled import claims_checked, refuted, running_off, with_a_feasible_point
 from convlayer.paths.verdict import Verdict
@@ -251,9 +251,8 @@ def _verdict_of(found: Refined, iterations: Tensor, place: int) -> Verdict:
 
 
 def _piece(rows: Tensor, found: Refined) -> Piece:
-    return Piece(
-        rows, found.zero.settled(), found.scaling, torch.arange(len(rows), device=rows.device)
-    )
+    every = torch.arange(len(rows), device=rows.device)
+    return RootPiece(rows, every, found.zero.settled(), found.scaling)
 
 
 def _is_sharpest(request: ConeRequest, place: int) -> bool:

@@ -198,6 +198,7 @@ def _solved(stage: _Stage, entries: Sequence[Tensor], tolerance: float) -> ConeF
         tolerance=tolerance,
         executor=None,
         elimination=None,
+        core=None,
         device=torch.device("cpu"),
         bad=torch.zeros(rows, dtype=torch.bool),
         start=None,

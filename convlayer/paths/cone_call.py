@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from convlayer.conic.elimination import Elimination
+from convlayer.core.rows import Plan
 from convlayer.declaration.canonical import Canonical
 from convlayer.paths.cone_derivative import ConeDerivative
 from convlayer.paths.evaluation import Agreement
@@ -28,6 +29,7 @@ class ConeRequest:
     tolerance: float
     executor: Executor | None
     elimination: Elimination | None  # for the first attempt
+    core: Plan | None  # the compiled core's, which goes before all attempts
     device: torch.device  # where the work is done
     bad: Tensor  # (B,) on the host: rows whose parameters are not to be used
     start: tuple[Tensor, ...] | None  # canonical (x, s, y), (B, .) each, NaN in rows that have none

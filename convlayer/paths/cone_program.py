@@ -12,6 +12,7 @@ from torch import Tensor
 
 from convlayer.autodiff.derivative import known
 from convlayer.autodiff.threads import one_thread
+from convlayer.core.rows import Plan
 from convlayer.declaration import domain
 from convlayer.declaration.declaration import Declaration
 from convlayer.paths.cone_call import ConeFound, ConeRequest
@@ -69,6 +70,7 @@ class ConeProgram:
             tolerance=max(solving.tolerance, min(ROUNDINGS * torch.finfo(coarsest).eps, COARSEST)),
             executor=self.executor,
             elimination=None if solving.alone else canonical.elimination,
+            core=self._core(solving, device),
             device=device,
             bad=bad,
             start=self._start(request),
@@ -109,6 +111,16 @@ class ConeProgram:
             ),
             details={**_disagreeing(found.agreement, coarsest), **_stopped(found)},
         )
+
+    def _core(self, solving: Solving, device: torch.device) -> Plan | None:
+        """The compiled core is for the host, where nothing says who is to solve the rows."""
+        if (
+            solving.alone
+            or device.type != "cpu"
+            or self.declared.weight is not None
+        ):
+            return None
+        return self.declared.canonical.core
 
     def _start(self, request: Request) -> tuple[Tensor, ...] | None:
         """Where the rows' solutions were last, or where the request says."""

@@ -23,11 +23,11 @@ from convlayer.conic.program import Data, Operators
 from convlayer.conic.residual import normalise, recentre
 from convlayer.conic.smoothing import smoothed
 from convlayer.paths.attempted import Attempted
-from convlayer.paths.attempts import attempted
+from convlayer.paths.by_core import settled
 from convlayer.paths.cone_call import ConeFound, ConeRequest
 from convlayer.paths.cone_derivative import WHOLE_ENTRIES, ConeDerivative
 from convlayer.paths.evaluation import Agreement, agreed, agreement, evaluate, evaluated, objective
-from convlayer.paths.pieces import Piece, Telling, adjoint_of, rows_at_once
+from convlayer.paths.pieces import Piece, RootPiece, Telling, adjoint_of, rows_at_once
 from convlayer.paths.verdict import Verdict
 from convlayer.solution import Cause, Status
 
@@ -95,7 +95,12 @@ def _solve(request: ConeRequest, thetas: Sequence[Tensor]) -> ConeFound:
         reader.read(theta) for reader, theta in zip(canonical.parameters, thetas, strict=True)
     ]
     affordable = batch * (program.n + program.m) * program.n <= WHOLE_ENTRIES
-    dense = request.elimination is None and prefers_dense(program) and affordable
+    dense = (
+        request.core is None
+        and request.elimination is None
+        and prefers_dense(program)
+        and affordable
+    )
     data, d = evaluate(
         canonical, entries, dense, torch.zeros((), dtype=torch.float64, device=request.device)
     )
@@ -151,7 +156,7 @@ def _solved(
     start = (
         None if request.start is None else tuple(part.to(device)[good] for part in request.start)
     )
-    found = attempted(request, chosen, start)
+    found = settled(request, chosen, start)
     if not everything:
         found = _spread(found, good, _left_out(request, refuted, batch))
     implied = request.canonical.implied
@@ -242,7 +247,7 @@ def on_central_path(
             Operators(data, dense), *inner.enter(x[rows], s[rows], y[rows]), kappa, visible, inner.c
         )
         x[rows], s[rows], y[rows] = inner.leave(zero.x, zero.s, zero.y)
-        pieces.append(Piece(rows, zero, inner, torch.arange(len(rows), device=device)))
+        pieces.append(RootPiece(rows, torch.arange(len(rows), device=device), zero, inner))
         lost[rows] = ~(zero.residual <= UNSMOOTHED)
 
     tell = found.request.tell

@@ -3,6 +3,7 @@ that each of them gives."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,7 @@ from convlayer.conic.elimination import Eliminated
 from convlayer.conic.polish import Root
 from convlayer.conic.program import DENSE_ENTRIES, Program
 from convlayer.conic.residual import Scaling
+from convlayer.core.rows import Solved
 from convlayer.declaration.canonical import Canonical
 from convlayer.paths.path import Tell
 from convlayer.solution import Cause
@@ -23,13 +25,40 @@ NOTHING = 1e-10  # a derivative below this, relative to solution and costs, is z
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class Piece(ABC):
     """Some rows of the batch with the zero found for them."""
 
     rows: Tensor
+    keep: Tensor  # which of `rows`, by position, this is the answer for
+
+    @abstractmethod
+    def adjoint(self, x_bar: Tensor, y_bar: Tensor) -> tuple[Tensor, Tensor]:
+        """Cotangents of these rows -> (w, u), in the original units."""
+
+    @property
+    @abstractmethod
+    def by_rule(self) -> dict[Cause, Tensor]:
+        """(rows,) those whose derivative is one by rule, or not a good one, by cause; none: {}."""
+
+    def lifted(self, eliminated: Eliminated) -> Piece:
+        """The same for the program before the elimination."""
+        raise NotImplementedError
+
+    def whole(self, batch: int) -> bool:
+        """It is the answer for all rows of the batch, in order."""
+        return len(self.keep) == len(self.rows) == batch
+
+    def only(self, wanted: Tensor) -> Piece:
+        """The piece as the answer for fewer rows, wanted (all rows,)."""
+        return replace(self, keep=self.keep[wanted[self.rows[self.keep]]])
+
+
+@dataclass(frozen=True, eq=False)
+class RootPiece(Piece):
+    """With a root of the residual map."""
+
     zero: Root
     scaling: Scaling
-    keep: Tensor  # which of `rows`, by position, this is the answer for
     eliminated: Eliminated | None = None  # the zero is of the program without these variables
 
     def adjoint(self, x_bar: Tensor, y_bar: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,13 +75,39 @@ class Piece:
             (w, u) if self.eliminated is None else self.eliminated.leave_adjoint(w, u, x_bar, y_bar)
         )
 
-    def whole(self, batch: int) -> bool:
-        """It is the answer for all rows of the batch, in order."""
-        return len(self.keep) == len(self.rows) == batch
+    @property
+    def by_rule(self) -> dict[Cause, Tensor]:
+        zero = self.zero
+        poor, singular = zero.system.poor, zero.system.singular
+        if not bool((zero.near | zero.flagged | singular | poor).any()):
+            return {}
+        return {
+            Cause.ONE_SIDED: zero.weak,
+            Cause.SINGULAR: (singular | (zero.flagged & ~poor)) & ~zero.unfelt,
+            Cause.ILL_CONDITIONED: poor,
+        }
 
-    def only(self, wanted: Tensor) -> Piece:
-        """The piece as the answer for fewer rows, wanted (all rows,)."""
-        return replace(self, keep=self.keep[wanted[self.rows[self.keep]]])
+    def lifted(self, eliminated: Eliminated) -> Piece:
+        return replace(self, eliminated=eliminated.only(self.rows))
+
+
+@dataclass(frozen=True, eq=False)
+class CorePiece(Piece):
+    """With what the compiled core keeps of the rows that it settled."""
+
+    solved: Solved
+    places: Tensor  # (rows,) int64, of the rows in what was solved
+    poor: Tensor  # (rows,) a solve could not be certified
+
+    def adjoint(self, x_bar: Tensor, y_bar: Tensor) -> tuple[Tensor, Tensor]:
+        w, u, good = self.solved.adjoint(self.places, x_bar, y_bar)
+        if not good.all():
+            self.poor.logical_or_(~good)
+        return w, u
+
+    @property
+    def by_rule(self) -> dict[Cause, Tensor]:
+        return {Cause.ILL_CONDITIONED: self.poor} if self.poor.any() else {}
 
 
 def adjoint_of(pieces: Sequence[Piece], x_bar: Tensor, y_bar: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,20 +164,11 @@ class Telling:
         """(B,) by cause."""
         causes: dict[Cause, Tensor] = {}
         for piece in self.pieces:
-            zero = piece.zero
-            poor, singular = zero.system.poor, zero.system.singular
-            if not bool((zero.near | zero.flagged | singular | poor).any()):
-                continue
             rows, keep = piece.rows[piece.keep], piece.keep
-            flags = {
-                Cause.ONE_SIDED: zero.weak,
-                Cause.SINGULAR: (singular | (zero.flagged & ~poor)) & ~zero.unfelt,
-                Cause.ILL_CONDITIONED: poor,
-            }
-            for cause, flag in flags.items():
+            for cause, flag in piece.by_rule.items():
                 causes.setdefault(cause, torch.zeros_like(used))[rows] = flag[keep]
-            more = flags[Cause.SINGULAR] | poor
-            self.degenerate[rows.cpu()] |= more[keep].cpu()
+                if cause is not Cause.ONE_SIDED:
+                    self.degenerate[rows.cpu()] |= flag[keep].cpu()
         return causes
 
     def _unmoved(self, x_bar: Tensor, bars: Sequence[Tensor]) -> Tensor:
