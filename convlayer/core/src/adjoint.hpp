@@ -12,7 +12,7 @@
 namespace convlayer {
 
 constexpr double EXACT = 1e-15, CERTIFIED = 1e-10;
-constexpr int ADJOINT_REFINEMENTS = 25;
+constexpr int ADJOINT_REFINEMENTS = 25, NULLS = 3;
 
 // Cotangents of x and y in the user's units -> (w, u) in these; false where a solve is not good.
 inline bool adjoint(Row& r, const double* gx, const double* gy, double* w, double* u) {
@@ -41,20 +41,40 @@ inline bool adjoint(Row& r, const double* gx, const double* gy, double* w, doubl
   double before = HUGE_NUMBER, error = size;
   std::vector<double>& best = r.right;
   std::fill(best.begin(), best.end(), 0.0);
+  // What no solution can meet, of null vectors that nobody sees.
+  std::vector<double> off(n + m, 0.0), image(n + m), part(m);
+  int taken = 0;
   if (size > 0) {
     for (int step = 0; step < ADJOINT_REFINEMENTS; ++step) {
       // left = (gx - P w - A'u,  D (gy - A w) + (I - D) u)
       for (int j = 0; j < n; ++j) left[j] = 0;
       r.add_P(x, left);
       r.add_At(x + n, left);
-      for (int j = 0; j < n; ++j) left[j] = a[j] - left[j];
+      for (int j = 0; j < n; ++j) left[j] = a[j] - left[j] - off[j];
       for (int i = 0; i < m; ++i) Aw[i] = 0;
       r.add_A(x, Aw.data());
       for (int i = 0; i < m; ++i) Aw[i] = g[i] - Aw[i] - x[n + i];
       r.spectral(r.d, Aw.data(), rest.data());
-      for (int i = 0; i < m; ++i) rest[i] += x[n + i];
+      for (int i = 0; i < m; ++i) rest[i] += x[n + i] - off[n + i];
       error = std::max(largest(left, n), largest(rest.data(), m));
-      if (!(error < 0.7 * before)) break;
+      if (!(error < 0.7 * before)) {
+        if (good || taken == NULLS || !std::isfinite(error)) break;
+        // Is it one: P w + A'u = 0,  D A w = (I - D) u?
+        std::fill(image.begin(), image.end(), 0.0);
+        std::fill(part.begin(), part.end(), 0.0);
+        r.add_P(left, image.data());
+        r.add_At(rest.data(), image.data());
+        r.add_A(left, part.data());
+        for (int i = 0; i < m; ++i) part[i] += rest[i];
+        r.spectral(r.d, part.data(), image.data() + n);
+        for (int i = 0; i < m; ++i) image[n + i] -= rest[i];
+        if (!(largest(image.data(), n + m) <= NULL_IMAGE * error)) break;
+        for (int j = 0; j < n; ++j) off[j] += left[j];
+        for (int i = 0; i < m; ++i) off[n + i] += rest[i];
+        ++taken;
+        before = HUGE_NUMBER;
+        continue;
+      }
       std::copy(r.solution.begin(), r.solution.end(), best.begin());
       before = error;
       good = error <= CERTIFIED * size;
