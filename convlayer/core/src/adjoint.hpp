@@ -72,6 +72,9 @@ inline bool adjoint(Row& r, const double* gx, const double* gy, double* w, doubl
         for (int j = 0; j < n; ++j) off[j] += left[j];
         for (int i = 0; i < m; ++i) off[n + i] += rest[i];
         ++taken;
+        // From the beginning: the shift had blown the null vector up.
+        std::fill(r.solution.begin(), r.solution.end(), 0.0);
+        std::fill(best.begin(), best.end(), 0.0);
         before = HUGE_NUMBER;
         continue;
       }
