@@ -34,7 +34,13 @@ WHOLE = (
 
 
 # Laws of torch's own way through a cone program: they replace its parts, or look at them.
-WITHOUT_CORE = ("test_mutants.py", "test_sparse.py", "test_retry.py", "test_kinks.py", "test_interior_point.py")
+WITHOUT_CORE = (
+    "test_mutants.py",
+    "test_sparse.py",
+    "test_retry.py",
+    "test_kinks.py",
+    "test_interior_point.py",
+)
 
 
 @pytest.fixture(autouse=True)

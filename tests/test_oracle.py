@@ -54,6 +54,8 @@ def diffcp_cones(blocks) -> dict:
     return {key: value for key, value in cones.items() if value}
 
 
+# where multipliers are not unique diffcp's own system is singular, and exact at the torch path's only
+@pytest.mark.without_core
 @pytest.mark.parametrize("name", LINEAR)
 def test_cotangents_of_x_y_and_s_are_pulled_back_as_diffcp_does(name, monkeypatch):
     """All of the canonical x, y and s at once; the data move along CVXPY's own affine map of the

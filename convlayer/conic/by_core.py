@@ -44,9 +44,7 @@ def plan_of(program: Program, visible: Visible, implied: Tensor | None) -> Plan 
             (program.parts[0].numpy(), program.parts[1].numpy(), program.parts[2]),
             (visible.x.numpy(), visible.y.numpy()),
             ignored,
-            None
-            if logs is None
-            else (logs.group.numpy(), logs.seen.numpy(), logs.valued.numpy()),
+            None if logs is None else (logs.group.numpy(), logs.seen.numpy(), logs.valued.numpy()),
         ),
     )
     return plan if plan.flops <= FLOPS else None

@@ -7,9 +7,10 @@ import ctypes
 import os
 import weakref
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, byref, c_double, c_int32, c_int64, c_uint8, c_void_p
+from ctypes import POINTER, Structure, byref, c_double, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,7 +93,9 @@ class Pattern:
     # (kind, rows, order of a psd cone's matrices, exponent of a power cone), in the rows' order
     cones: Sequence[tuple[ConeRows, int, int, float]]
     parts: tuple[np.ndarray, np.ndarray, int]  # of each variable and row, and how many
-    seen: tuple[np.ndarray, np.ndarray]  # variables and rows that an output reads or a parameter moves
+    seen: tuple[
+        np.ndarray, np.ndarray
+    ]  # variables and rows that an output reads or a parameter moves
     ignored: np.ndarray  # (m,) inequalities that others imply
     # of the variables: group, whether under a logarithm, whether its value; None: no logarithms
     logarithms: tuple[np.ndarray, np.ndarray, np.ndarray] | None
@@ -103,7 +106,7 @@ class Plan:
 
     def __init__(self, core: ctypes.CDLL, pattern: Pattern) -> None:
         self.n, self.m, self.library = pattern.n, pattern.m, core
-        arrays = {
+        arrays: dict[str, tuple[Any, type]] = {
             "P_rows": (pattern.P[0], np.int32),
             "P_cols": (pattern.P[1], np.int32),
             "A_rows": (pattern.A[0], np.int32),
@@ -126,7 +129,9 @@ class Plan:
                 strict=True,
             ):
                 arrays[name] = (part, dtype)
-        held = {name: np.ascontiguousarray(part, dtype) for name, (part, dtype) in arrays.items()}
+        held: dict[str, np.ndarray] = {
+            name: np.ascontiguousarray(part, dtype) for name, (part, dtype) in arrays.items()
+        }
         given = _Pattern(
             n=pattern.n,
             m=pattern.m,
@@ -226,12 +231,8 @@ def solve_rows(
     )
     report = torch.empty(batch, REPORT, dtype=torch.float64)
     kept = torch.empty(batch, plan.kept, dtype=torch.float64)
-    options = _Options(
-        tolerance, ITERATIONS, plan.threads(batch, SOLUTION), int(start is not None)
-    )
-    outputs = [
-        (part.data_ptr(), 8 * part.shape[1]) for part in (x, s, y, report, kept)
-    ]
+    options = _Options(tolerance, ITERATIONS, plan.threads(batch, SOLUTION), int(start is not None))
+    outputs = [(part.data_ptr(), 8 * part.shape[1]) for part in (x, s, y, report, kept)]
     # An interrupt is heard between two calls.
     at_once = max(1, int(LONGEST / plan.row_seconds))
     for first in range(0, batch, at_once):

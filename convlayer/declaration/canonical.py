@@ -18,8 +18,8 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from convlayer.conic.by_core import plan_of
 from convlayer.conic.bounds import Bounds, implied
+from convlayer.conic.by_core import plan_of
 from convlayer.conic.consistency import Dependence
 from convlayer.conic.costs import dense_seconds, system_seconds
 from convlayer.conic.elimination import Elimination

@@ -114,11 +114,7 @@ class ConeProgram:
 
     def _core(self, solving: Solving, device: torch.device) -> Plan | None:
         """The compiled core is for the host, where nothing says who is to solve the rows."""
-        if (
-            solving.alone
-            or device.type != "cpu"
-            or self.declared.weight is not None
-        ):
+        if solving.alone or device.type != "cpu" or self.declared.weight is not None:
             return None
         return self.declared.canonical.core
 

@@ -59,7 +59,14 @@ inline bool adjoint(Row& r, const double* gx, const double* gy, double* w, doubl
       error = std::max(largest(left, n), largest(rest.data(), m));
       if (!(error < 0.7 * before)) {
         if (good || taken == NULLS || !std::isfinite(error)) break;
-        // Is it one: P w + A'u = 0,  D A w = (I - D) u?
+        // The part of it that the shifted factor enlarges most, twice over,
+        for (int round = 0; round < 2; ++round) {
+          for (int i = 0; i < m; ++i) left[n + i] = -rest[i];
+          solve(plan, r.factor, left, trial, r.buffer.data());
+          for (int j = 0; j < n; ++j) left[j] = SHIFT * trial[j];
+          for (int i = 0; i < m; ++i) rest[i] = SHIFT * trial[n + i];
+        }
+        // and is it a null vector: P w + A'u = 0,  D A w = (I - D) u?
         std::fill(image.begin(), image.end(), 0.0);
         std::fill(part.begin(), part.end(), 0.0);
         r.add_P(left, image.data());
@@ -68,7 +75,7 @@ inline bool adjoint(Row& r, const double* gx, const double* gy, double* w, doubl
         for (int i = 0; i < m; ++i) part[i] += rest[i];
         r.spectral(r.d, part.data(), image.data() + n);
         for (int i = 0; i < m; ++i) image[n + i] -= rest[i];
-        if (!(largest(image.data(), n + m) <= NULL_IMAGE * error)) break;
+        if (!(largest(image.data(), n + m) <= NULL_IMAGE * error + 1e-13 * size)) break;
         for (int j = 0; j < n; ++j) off[j] += left[j];
         for (int i = 0; i < m; ++i) off[n + i] += rest[i];
         ++taken;

@@ -113,6 +113,36 @@ EXPORT int64_t core_kept(const void* plan) { return Layout(*static_cast<const Pl
 // Multiplications of a factorisation.
 EXPORT double core_flops(const void* plan) { return static_cast<const Plan*>(plan)->flops; }
 
+// One cone at v, for the tests: y, s, D = DPi_K*(v) (size, size), and the margin.
+EXPORT void core_cone(int32_t kind, int32_t size, int32_t order, double parameter, const double* v,
+                      double* y, double* s, double* D, double* margin) {
+  std::vector<double> d(size), U(size * size), work(16 * size * size + 64), x(size, 0.0),
+      column(size);
+  for (int j = 0; j < size; ++j) {
+    x.assign(size, 0.0), x[j] = 1;
+    switch (Kind(kind)) {
+      case SECOND_ORDER:
+        if (!j) second_order::project(v, size, y, s, d.data(), U.data(), margin);
+        second_order::apply(U.data(), d.data(), x.data(), column.data(), size);
+        break;
+      case PSD:
+        if (!j) psd::project(v, order, y, s, d.data(), U.data(), margin, work.data());
+        psd::apply(U.data(), d.data(), x.data(), column.data(), order, work.data());
+        break;
+      default:
+        if (!j && Kind(kind) == EXPONENTIAL)
+          exponential::project_dual(v, y, s, d.data(), U.data(), margin);
+        if (!j && Kind(kind) == POWER)
+          power::project_dual(parameter, v, y, s, d.data(), U.data(), margin);
+        for (int i = 0; i < 3; ++i) {
+          column[i] = 0;
+          for (int k = 0; k < 3; ++k) column[i] += U[3 * i + k] * d[k] * U[3 * j + k];
+        }
+    }
+    for (int i = 0; i < size; ++i) D[i * size + j] = column[i];
+  }
+}
+
 extern "C" struct Options {
   double tolerance;
   int32_t limit, threads, polish;
