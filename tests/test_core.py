@@ -9,12 +9,14 @@ from pathlib import Path
 import cvxpy as cp
 import numpy as np
 import pytest
+import test_gradient
 import torch
 from cases import CASES
 
 from convlayer import ConvexLayer, Status
 from convlayer.cones import Exponential, Power, Psd, SecondOrder
 from convlayer.cones.cone import rotate
+from convlayer.core import rows
 from convlayer.core.library import SWITCH
 from convlayer.core.rows import ConeRows, Outcome, core, solve_rows
 from convlayer.paths.evaluation import evaluate
@@ -99,9 +101,10 @@ def test_the_core_settles_what_torch_settles_and_agrees(name):
     seen_x, seen_y = canonical.visible
     assert not (settled & (reference.status != Status.SOLVED)).any()
     for mine, theirs, seen in ((found.x, x, seen_x), (found.y, y, seen_y)):
-        error = ((mine - theirs).abs() * seen)[settled & ~reference.degenerate]
-        size = 1 + theirs.abs().amax(1, keepdim=True)[settled & ~reference.degenerate]
-        assert bool((error <= 1e-7 * size).all())
+        if len(seen):
+            error = ((mine - theirs).abs() * seen)[settled & ~reference.degenerate]
+            size = 1 + theirs.abs().amax(1, keepdim=True)[settled & ~reference.degenerate]
+            assert bool((error <= 1e-7 * size).all())
     assert int(settled.sum()) >= 4 - int(reference.degenerate.sum())
 
 
@@ -168,13 +171,42 @@ def test_rows_without_a_solution_do_not_reach_the_others(status):
         layer = ConvexLayer(
             cp.Problem(cp.Minimize(z**2), [z >= b, z <= 1]), [b], [z], on_failure="nan"
         )
-        rows = torch.tensor([0.5, 2.0, 0.2], dtype=D)
+        values = torch.tensor([0.5, 2.0, 0.2], dtype=D)
     else:
-        rows = torch.tensor([[0.3, 1.0], bad, [0.7, 2.0]], dtype=D)
-    solution = layer.solve(rows)
+        values = torch.tensor([[0.3, 1.0], bad, [0.7, 2.0]], dtype=D)
+    solution = layer.solve(values)
     assert solution.status.tolist() == [0, int(status), 0]
-    alone = layer.solve(rows[:1])
+    alone = layer.solve(values[:1])
     assert torch.equal(alone.variables[0][0], solution.variables[0][0])
+
+
+def spoilt(change):
+    """The core's adjoint with a fault in it."""
+    original = rows.Solved.adjoint
+
+    def adjoint(self, places, x_bar, y_bar):
+        w, u, good = original(self, places, x_bar, y_bar)
+        return *change(w, u), good
+
+    return adjoint
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w, u: (-w, -u),
+        lambda w, u: (w, -u),
+        lambda w, u: (w.flip(1), u),
+        lambda w, u: (w, u * 1.001),
+    ],
+    ids=["the sign", "the sign of u", "the order of x", "the units of u"],
+)
+def test_the_law_of_differences_catches_a_fault_of_the_core(change, monkeypatch):
+    law = test_gradient.test_the_gradient_of_variables_duals_and_value_is_that_of_five_point_differences
+    law(CASES["quadratic_program"])
+    monkeypatch.setattr(rows.Solved, "adjoint", spoilt(change))
+    with pytest.raises(AssertionError):
+        law(CASES["quadratic_program"])
 
 
 def test_switched_off_the_answers_agree():
@@ -186,7 +218,7 @@ def test_switched_off_the_answers_agree():
         "print(*[repr(v) for part in (x, *(p.grad for p in t)) for v in part.flatten().tolist()])"
     )
     found = []
-    for switch in ("0", "1"):
+    for switch in ("0", "baseline", "1"):
         done = subprocess.run(
             [sys.executable, "-c", script],
             env={**os.environ, SWITCH: switch},
@@ -196,4 +228,5 @@ def test_switched_off_the_answers_agree():
             cwd=ROOT,
         )
         found.append(np.array([float(value) for value in done.stdout.split()]))
-    assert np.abs(found[0] - found[1]).max() <= 1e-9 * (1 + np.abs(found[0]).max())
+    for other in found[1:]:
+        assert np.abs(found[0] - other).max() <= 1e-9 * (1 + np.abs(found[0]).max())

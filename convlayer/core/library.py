@@ -45,7 +45,7 @@ def _found() -> tuple[ctypes.CDLL | None, str]:
             f"no compiled core: its library has version {version} of the interface, "
             f"the package {VERSION}; run {AGAIN}"
         )
-    if level >= 3 and (faster := _faster()):
+    if level >= 3 and os.environ.get(SWITCH) != "baseline" and (faster := _faster()):
         return faster, "compiled core: x86-64-v3"
     return baseline, "compiled core: baseline"
 
