@@ -82,8 +82,8 @@ class ConvexLayer(torch.nn.Module):
                      loss uses has NaN for its gradient; see `solve` for training.
         validate:    check the declared domains of the parameters (sign, symmetry, PSD, bounds) at
                      every call.
-        executor:    a concurrent.futures.Executor for the rows: threads, spawned processes, a dask
-                     cluster's; by default a pool of one thread a core. It is not copied.
+        executor:    a concurrent.futures.Executor for rows that compiled code does not settle:
+                     processes, a dask cluster's; by default one thread a core. It is not copied.
         squeeze:     a call returns the only variable itself, not a tuple of one.
         verbose:     rows that take long are shown as they are done; see convlayer.progress.
 

@@ -21,8 +21,8 @@ from convlayer.core.library import library
 # Iterations of the interior point, at most.
 ITERATIONS = 60
 # A row takes about so many factorisations, and one of them so many seconds beside its
-# multiplications: fitted to measurements.
-STEPS, STEP, RATE = 10, 4e-6, 2.5e9
+# multiplications and the numbers that it holds: fitted to measurements.
+STEPS, STEP, RATE, NUMBER = 10, 2e-6, 2.5e9, 3e-9
 # Another thread is worth it from so many seconds of work on,
 WORTH = 2e-3
 # and a call takes no longer than about this.
@@ -146,7 +146,11 @@ class Plan:
         weakref.finalize(self, core.core_free, self.handle)
         self.kept: int = core.core_kept(self.handle)
         self.flops: float = core.core_flops(self.handle)
-        self.row_seconds = STEPS * (STEP + self.flops / RATE)
+        self.row_seconds = STEPS * (STEP + self.flops / RATE + NUMBER * self.kept)
+
+    def seconds(self, rows: int) -> float:
+        """A coarse estimate for so many rows."""
+        return rows * self.row_seconds / self.threads(rows, SOLUTION)
 
     def threads(self, rows: int, share: float) -> int:
         """For so many rows, a share of whose solution is wanted: one, where that is no work to

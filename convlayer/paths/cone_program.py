@@ -17,6 +17,7 @@ from convlayer.declaration import domain
 from convlayer.declaration.declaration import Declaration
 from convlayer.paths.cone_call import ConeFound, ConeRequest
 from convlayer.paths.cone_solution import attached, solve
+from convlayer.paths.dispatch import cheaper_core
 from convlayer.paths.evaluation import Agreement, least_norm_weight
 from convlayer.paths.gradients import Gradient
 from convlayer.paths.notes import Note, another_way, made_to_agree
@@ -24,7 +25,7 @@ from convlayer.paths.path import Found, Request
 from convlayer.paths.settings import Solving
 from convlayer.paths.starts import Starts
 from convlayer.solution import Status
-from convlayer.solvers import Attempt, BatchSolver
+from convlayer.solvers import Attempt, BatchSolver, ConeSolver
 
 # the tolerance is at least so many roundings of the parameters, up to this
 ROUNDINGS, COARSEST = 8, 1e-6
@@ -70,7 +71,7 @@ class ConeProgram:
             tolerance=max(solving.tolerance, min(ROUNDINGS * torch.finfo(coarsest).eps, COARSEST)),
             executor=self.executor,
             elimination=None if solving.alone else canonical.elimination,
-            core=self._core(solving, device),
+            core=self._core(solving, device, attempts[0].solver, request.size),
             device=device,
             bad=bad,
             start=self._start(request),
@@ -112,11 +113,14 @@ class ConeProgram:
             details={**_disagreeing(found.agreement, coarsest), **_stopped(found)},
         )
 
-    def _core(self, solving: Solving, device: torch.device) -> Plan | None:
-        """The compiled core is for the host, where nothing says who is to solve the rows."""
+    def _core(
+        self, solving: Solving, device: torch.device, solver: ConeSolver, batch: int
+    ) -> Plan | None:
+        """The compiled core is for the host, where nothing says who is to solve the rows, and
+        where it is not the slower way."""
         if solving.alone or device.type != "cpu" or self.declared.weight is not None:
             return None
-        return self.declared.canonical.core
+        return cheaper_core(self.declared.canonical, solver, batch)
 
     def _start(self, request: Request) -> tuple[Tensor, ...] | None:
         """Where the rows' solutions were last, or where the request says."""

@@ -12,13 +12,16 @@ import scipy.sparse as sp
 import torch
 from scipy.sparse.csgraph import reverse_cuthill_mckee
 
-from convlayer.conic.costs import prefers_dense
+from convlayer.autodiff.threads import cores
+from convlayer.conic.costs import prefers_dense, system_seconds
 from convlayer.conic.program import Program
+from convlayer.core.rows import Plan
 from convlayer.declaration.affine import Table, UnsupportedError
+from convlayer.declaration.canonical import Canonical
 from convlayer.declaration.diagnose import ProblemError
 from convlayer.declaration.normal_form import NormalForm, normal_form
 from convlayer.paths.specialised import outputs_of
-from convlayer.solvers import DEFAULT, SOLVERS, Attempt, clarabel, interior_point
+from convlayer.solvers import DEFAULT, SOLVERS, Attempt, ConeSolver, clarabel, interior_point
 from convlayer.solvers.solver import fits_densely
 from convlayer.structures import STRUCTURES, Cost, Match, MismatchError
 
@@ -27,6 +30,8 @@ SPARSE = 0.05  # density above which a matrix counts as dense
 AN_ENTRY = 1e-7  # seconds that each of them spends on an entry, beside its flops
 # factorisations of a row of the cone program, for an estimate before it is there
 TYPICAL = clarabel.FACTORISATIONS
+# What a call costs in torch's own operations around a solver, in seconds.
+AROUND = 2e-3
 CHOICES = ("auto", "generic", "cone_program", *STRUCTURES)
 
 
@@ -114,6 +119,17 @@ def attempts(program: Program, batch: int, tolerance: float, device: torch.devic
     first = Attempt(SOLVERS[name], tolerance, SOLVERS[name].quick)
     # What a sharper solve does not settle, the same tolerance again seldom does: it comes last.
     return [first, *(reversed(sure) if name == DEFAULT else sure)]
+
+
+def cheaper_core(canonical: Canonical, solver: ConeSolver, batch: int) -> Plan | None:
+    """The compiled core for this batch; None: there is none, or the solver is the cheaper way."""
+    core = canonical.core
+    if core is None or not canonical.program.is_polyhedral:
+        return core
+    eliminated = canonical.elimination
+    program = canonical.program if eliminated is None else eliminated.program
+    other = solver.seconds(program, batch) + 2 * batch * system_seconds(program) / cores()
+    return core if core.seconds(batch) <= AROUND + other else None
 
 
 def other_solver(program: Program, batch: int, taken: Sequence[Attempt]) -> str | None:

@@ -15,6 +15,7 @@ from convlayer.core.rows import Plan
 from convlayer.declaration.canonical import Canonical
 from convlayer.declaration.declaration import Declaration
 from convlayer.paths.choice import Choice
+from convlayer.paths.dispatch import cheaper_core
 from convlayer.paths.settings import Settings, Solving
 from convlayer.solvers import Attempt, BatchSolver, ConeSolver
 from convlayer.structures import Cost
@@ -104,7 +105,8 @@ def _cone_program(
         gone = f"{program.n - left.n} auxiliary variables and the rows that define them"
         lines.append(("Eliminated", f"{gone}: {left.n} variables and {left.m} rows are left"))
     lines.append(("Data", _data(canonical)))
-    core = None if solving.alone or declared.weight is not None else canonical.core
+    alone = solving.alone or declared.weight is not None
+    core = None if alone else cheaper_core(canonical, solver, batch)
     if core is not None:
         lines.append(("Compiled", _compiled(core, batch)))
     lines.append(("Solver", _solver(attempts, solving)))

@@ -313,7 +313,7 @@ struct InteriorPoint {
   bool run(double tolerance, int limit) {
     if (!started) start();
     int idle = 0;
-    double best = HUGE_NUMBER;
+    double best = HUGE_NUMBER, least[] = {HUGE_NUMBER, HUGE_NUMBER, HUGE_NUMBER};
     load();
     while (true) {
       residuals();
@@ -322,11 +322,16 @@ struct InteriorPoint {
       const double primal = largest(r.F2.data(), m) / size_x,
                    dual = largest(r.F1.data(), n) / size_y;
       const double cost = std::fabs(dot(r.q.data(), r.x.data(), n));
-      const double error = std::max({primal, dual, std::fabs(gap) / (1 + cost)});
+      const double errors[] = {primal, dual, std::fabs(gap) / (1 + cost)};
+      const double error = std::max({errors[0], errors[1], errors[2]});
       if (!std::isfinite(error) || size_x > 1e12 || size_y > 1e12) return false;
       if (error <= tolerance) return true;
       if (iterations >= limit) return false;
-      idle = error < 0.9 * best ? 0 : idle + 1;
+      // A row that gains in none of the three for some steps does not converge.
+      bool gains = false;
+      for (int k = 0; k < 3; ++k)
+        if (errors[k] < 0.9 * least[k]) least[k] = errors[k], gains = true;
+      idle = gains ? 0 : idle + 1;
       best = std::min(best, error);
       if (idle > 12 || (idle > 5 && best < 1e-5)) return false;
       ++iterations;
