@@ -305,7 +305,8 @@ struct Polish {
       // K of the shifted factor is symmetric: the shift's signs are taken back
       for (int i = 0; i < n + m; ++i) r.right[i] = i < n ? x[i] : -x[i];
     }
-    if (image > NULL_IMAGE) return false;
+    // the factor may be of a point nearby, whose null vector is not quite one here
+    if (image > NULL_IMAGE && growth < 1 / NULL_IMAGE) return false;
     double seen = 0;
     for (int j = 0; j < n; ++j)
       if (plan.seen_x[j]) seen = std::max(seen, std::fabs(x[j]));
