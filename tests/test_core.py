@@ -151,6 +151,34 @@ def test_what_is_degenerate_is_left_to_torch():
     assert edge.solve(torch.tensor([0.0, 1.0], dtype=D)).degenerate
 
 
+def twice():
+    """Curved constraints, each of them with two bounds that are equal: where they are active no
+    multiplier is the only one."""
+    x, r = cp.Variable(3), cp.Parameter(2)
+    wall = cp.bmat([[1 + x[0], x[1], 0], [x[1], 1 - x[0], x[2]], [0, x[2], 0]])
+    return {
+        "second order": (x, r, [cp.norm(x) <= r[k] for k in range(2)]),
+        "psd": (x, r, [wall + r[k] * np.eye(3) >> 0 for k in range(2)]),
+        "exponential": (x, r, [cp.sum(cp.exp(x)) <= 1 + r[k] for k in range(2)]),
+        "power": (x, r, [cp.norm(x, 3) <= r[k] for k in range(2)]),
+    }
+
+
+@pytest.mark.parametrize("kind", twice())
+def test_multipliers_that_are_not_unique_are_left_to_torch(kind):
+    x, r, rules = twice()[kind]
+    q = cp.Parameter(3)
+    objective = cp.Minimize(q @ x + 0.1 * cp.sum_squares(x))
+    layer = ConvexLayer(cp.Problem(objective, rules), [q, r], [x], structure="generic")
+    costs = torch.randn(16, 3, dtype=D, generator=torch.Generator().manual_seed(0)) * 3
+    values = [costs, torch.ones(1, 2, dtype=D)]
+    found = solved(layer, values, 16)
+    reference = layer.with_options(solver="clarabel").solve(costs, values[1][0])
+    assert reference.degenerate.any()
+    assert not (found.settled & reference.degenerate).any()
+    assert torch.equal(layer.solve(costs, values[1][0]).degenerate, reference.degenerate)
+
+
 @pytest.mark.parametrize("status", [Status.INFEASIBLE, Status.UNBOUNDED, Status.BAD_INPUT])
 def test_rows_without_a_solution_do_not_reach_the_others(status):
     a, x = cp.Parameter(2), cp.Variable(2)
