@@ -27,6 +27,8 @@ STEPS, STEP, RATE, NUMBER = 10, 2e-6, 2.5e9, 3e-9
 WORTH = 2e-3
 # and a call takes no longer than about this.
 LONGEST = 0.2
+# Rows whose work is held at a time where nothing of it is kept.
+FEW = 256
 # What is done of a row's solution.
 SOLUTION, ADJOINT = 1.0, 0.1
 # Numbers of a row's report.
@@ -188,7 +190,7 @@ class Solved:
     s: Tensor  # (B, m)
     y: Tensor  # (B, m)
     report: Tensor  # (B, REPORT) outcome, residual, judged, error, margin, steps, iterations
-    kept: Tensor  # (B, plan.kept) for the derivative
+    kept: Tensor  # (B, plan.kept) for the derivative; fewer rows: nothing was to be kept
 
     @property
     def settled(self) -> Tensor:
@@ -224,8 +226,10 @@ def solve_rows(
     data: Sequence[Tensor],  # P, q, A, b: (B or 1, .) each
     tolerance: float,
     start: Sequence[Tensor] | None = None,
+    keep: bool = True,
 ) -> Solved:
-    """The rows from their data, or from points (x, s, y) near their solutions."""
+    """The rows from their data, or from points (x, s, y) near their solutions. keep: what their
+    derivative needs."""
     held = [part.contiguous() for part in data]
     strides = [part.shape[1] if len(part) > 1 else 0 for part in held]
     x, s, y = (
@@ -234,12 +238,13 @@ def solve_rows(
         else (part.clone(memory_format=torch.contiguous_format) for part in start)
     )
     report = torch.empty(batch, REPORT, dtype=torch.float64)
-    kept = torch.empty(batch, plan.kept, dtype=torch.float64)
-    options = _Options(tolerance, ITERATIONS, plan.threads(batch, SOLUTION), int(start is not None))
-    outputs = [(part.data_ptr(), 8 * part.shape[1]) for part in (x, s, y, report, kept)]
     # An interrupt is heard between two calls.
     at_once = max(1, int(LONGEST / plan.row_seconds))
-    for first in range(0, batch, at_once):
+    at_once = min(at_once, batch if keep else FEW)
+    kept = torch.empty(batch if keep else at_once, plan.kept, dtype=torch.float64)
+    options = _Options(tolerance, ITERATIONS, plan.threads(batch, SOLUTION), int(start is not None))
+    outputs = [(part.data_ptr(), 8 * part.shape[1]) for part in (x, s, y, report)]
+    for first in range(0, batch, max(at_once, 1)):
         values = _Values(
             *(
                 part.data_ptr() + 8 * stride * first
@@ -253,5 +258,6 @@ def solve_rows(
             min(at_once, batch - first),
             byref(values),
             *(pointer + row * first for pointer, row in outputs),
+            kept.data_ptr() + 8 * plan.kept * first * keep,
         )
     return Solved(plan, x, s, y, report, kept)

@@ -43,7 +43,7 @@ def settled(request: ConeRequest, data: Data, start: tuple[Tensor, ...] | None) 
 
 def _solved(plan: Plan, request: ConeRequest, data: Data) -> Solved:
     values = data.P_entries, data.q, data.A_entries, data.b
-    return solve_rows(plan, data.batch, values, request.tolerance)
+    return solve_rows(plan, data.batch, values, request.tolerance, keep=request.differentiable)
 
 
 def _attempted(request: ConeRequest, solved: Solved) -> Attempted:
