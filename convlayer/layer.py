@@ -23,6 +23,7 @@ from convlayer.paths.front import Call, Front
 from convlayer.paths.gradients import Gradient
 from convlayer.paths.policy import check_policy
 from convlayer.paths.settings import Settings
+from convlayer.paths.short import ShortWay
 from convlayer.paths.starts import Starts
 from convlayer.report.check import Check
 from convlayer.report.examine import checked
@@ -138,6 +139,7 @@ class ConvexLayer(torch.nn.Module):
 
     def _take(self, choice: Choice, settings: Settings) -> None:
         self._choice, self._settings, self.structure = choice, settings, choice.structure
+        self._short = ShortWay.of(choice.declared, settings, choice.kernel is None)
 
     def _fresh(self) -> None:
         """What a layer does not share with its copies."""
@@ -149,17 +151,9 @@ class ConvexLayer(torch.nn.Module):
     @property
     def _front(self) -> Front:
         """The layer as a call sees it; some of its attributes may be set at any time."""
-        return Front(
-            self._choice,
-            self._settings,
-            self.on_failure,
-            self.validate,
-            self.verbose,
-            self.executor,
-            self._starts,
-            self._told,
-            self._names,
-        )
+        options = self.on_failure, self.validate, self.verbose, self.executor
+        own = self._short, self._starts, self._told, self._names
+        return Front(self._choice, self._settings, *options, *own)
 
     @property
     def _declared(self) -> Declaration:
@@ -296,11 +290,11 @@ class ConvexLayer(torch.nn.Module):
         if structure is not None or settings.gradient != before.gradient:
             sibling._settle(self._declared, settings)
         elif solver is not None or solver_args is not None:
-            if settings.solving.alone:
-                sibling._take(self._choice.cone_program(settings), settings)
-            if sibling._choice.kernel is None:
+            alone = settings.solving.alone
+            choice = self._choice.cone_program(settings) if alone else self._choice
+            if choice.kernel is None:
                 settings.solving.check(self._canonical)
-            sibling._settings = settings
+            sibling._take(choice, settings)
         if on_failure is not None:
             check_policy(on_failure, lambda: self._canonical)
             sibling.on_failure = on_failure
@@ -327,7 +321,7 @@ class ConvexLayer(torch.nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """The declaration and the options: the rest is made from them anew."""
-        made = ("_choice", "_told", "_starts", "_names", "_number")
+        made = ("_choice", "_told", "_starts", "_names", "_number", "_short")
         kept = {name: part for name, part in self.__dict__.items() if name not in made}
         return {**kept, "executor": None, "_declaration": self._declared}
 

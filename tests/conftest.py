@@ -47,6 +47,7 @@ WITHOUT_CORE = (
 def _without_core(request, monkeypatch):
     if request.path.name in WITHOUT_CORE or request.node.get_closest_marker("without_core"):
         monkeypatch.setattr("convlayer.paths.cone_program.ConeProgram._core", lambda *_: None)
+        monkeypatch.setattr("convlayer.paths.short.ShortWay.__call__", lambda *_: None)
 
 
 def pytest_addoption(parser):

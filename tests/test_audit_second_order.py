@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.func import grad, jacrev
 
 from convlayer import ConvexLayer
+from convlayer.core.maps import Called
 from convlayer.paths.cone_derivative import ConeDerivative
 
 POINT = torch.tensor([0.3, -0.5, 0.8, 0.1], dtype=torch.float64)
@@ -99,14 +100,14 @@ def vertex(gradient: str) -> ConvexLayer:
 @pytest.mark.parametrize("gradient", ["exact", "smoothed", "lpgd", "perturbed", "blackbox"])
 def test_a_factor_goes_with_its_graph(gradient, monkeypatch):
     """Without the help of the garbage collector, which knows nothing of how large a factor is."""
-    made: weakref.WeakSet[ConeDerivative] = weakref.WeakSet()
-    initialise = ConeDerivative.__init__
+    made: weakref.WeakSet[object] = weakref.WeakSet()
+    for kind in (ConeDerivative, Called):
 
-    def watched(self, *args):
-        initialise(self, *args)
-        made.add(self)
+        def watched(self, *args, initialise=kind.__init__):
+            initialise(self, *args)
+            made.add(self)
 
-    monkeypatch.setattr(ConeDerivative, "__init__", watched)
+        monkeypatch.setattr(kind, "__init__", watched)
     layer, c = vertex(gradient), POINT.clone().requires_grad_()
     gc.collect()
     gc.disable()

@@ -17,9 +17,11 @@ from convlayer import ConvexLayer, Status
 from convlayer.cones import Exponential, Power, Psd, SecondOrder
 from convlayer.cones.cone import rotate
 from convlayer.core import rows
+from convlayer.core.interface import core
 from convlayer.core.library import SWITCH
-from convlayer.core.rows import ConeRows, Outcome, core, solve_rows
+from convlayer.core.rows import ConeRows, Outcome, solve_rows
 from convlayer.paths.evaluation import evaluate
+from convlayer.paths.short import Answered, ShortWay
 
 ROOT = Path(__file__).parent.parent
 D = torch.float64
@@ -208,31 +210,46 @@ def test_rows_without_a_solution_do_not_reach_the_others(status):
     assert torch.equal(alone.variables[0][0], solution.variables[0][0])
 
 
-def spoilt(change):
-    """The core's adjoint with a fault in it."""
+FAULTS = {
+    "the sign": lambda w, u: (-w, -u),
+    "the sign of u": lambda w, u: (w, -u),
+    "the order of x": lambda w, u: (w.flip(1), u),
+    "the units of u": lambda w, u: (w, u * 1.001),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_law_of_differences_catches_a_fault_of_the_core(fault, monkeypatch):
+    """Where rows are solved one way and another, and the core's adjoint serves its own."""
+    law = test_gradient.test_the_gradient_of_variables_duals_and_value_is_that_of_five_point_differences
     original = rows.Solved.adjoint
 
     def adjoint(self, places, x_bar, y_bar):
         w, u, good = original(self, places, x_bar, y_bar)
-        return *change(w, u), good
+        return *FAULTS[fault](w, u), good
 
-    return adjoint
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda w, u: (-w, -u),
-        lambda w, u: (w, -u),
-        lambda w, u: (w.flip(1), u),
-        lambda w, u: (w, u * 1.001),
-    ],
-    ids=["the sign", "the sign of u", "the order of x", "the units of u"],
-)
-def test_the_law_of_differences_catches_a_fault_of_the_core(change, monkeypatch):
-    law = test_gradient.test_the_gradient_of_variables_duals_and_value_is_that_of_five_point_differences
+    monkeypatch.setattr(ShortWay, "__call__", lambda *_: None)
     law(CASES["quadratic_program"])
-    monkeypatch.setattr(rows.Solved, "adjoint", spoilt(change))
+    monkeypatch.setattr(rows.Solved, "adjoint", adjoint)
+    with pytest.raises(AssertionError):
+        law(CASES["quadratic_program"])
+
+
+SHORT_FAULTS = {
+    "the sign": lambda bars: [-bar for bar in bars],
+    "the order": lambda bars: [bar.flatten().flip(0).reshape(bar.shape) for bar in bars],
+    "the units of one": lambda bars: [*bars[:-1], 1.001 * bars[-1]],
+    "one row for another": lambda bars: [bar.roll(1, 0) for bar in bars],
+}
+
+
+@pytest.mark.parametrize("fault", SHORT_FAULTS)
+def test_the_law_of_differences_catches_a_fault_of_the_short_way(fault, monkeypatch):
+    law = test_gradient.test_the_gradient_of_variables_duals_and_value_is_that_of_five_point_differences
+    original = Answered.cotangents
+    monkeypatch.setattr(
+        Answered, "cotangents", lambda self, *given: SHORT_FAULTS[fault](original(self, *given))
+    )
     with pytest.raises(AssertionError):
         law(CASES["quadratic_program"])
 

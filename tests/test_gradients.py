@@ -38,7 +38,7 @@ def smoothed_solution(layer, tensors, product=None):
     units, by default that of KAPPA; and that product."""
     sibling = layer.with_options(validate=False)
     caught = Caught()
-    sibling._settings = replace(sibling._settings, gradient=caught)
+    sibling._take(sibling._choice, replace(sibling._settings, gradient=caught))
     leaves = [t.detach().requires_grad_() for t in tensors]
     torch.autograd.grad(sibling(*leaves)[0].sum(), leaves, allow_unused=True)
     ((call, exact),) = caught.seen
@@ -93,7 +93,7 @@ def test_a_smoothed_gradient_is_that_of_the_smoothed_solution(name):
 def canonical_gradient(layer, tensors, x_bar, y_bar):
     """Of a linear functional of the cone program's (x, y), by the layer's own way back."""
     mode, caught = layer._settings.gradient, Caught()
-    layer._settings = replace(layer._settings, gradient=caught)
+    layer._take(layer._choice, replace(layer._settings, gradient=caught))
     leaves = [t.detach().requires_grad_() for t in tensors]
     torch.autograd.grad(layer(*leaves)[0].sum(), leaves, allow_unused=True)
     ((call, exact),) = caught.seen

@@ -17,7 +17,7 @@ from cases import CASES
 
 from convlayer import ConvexLayer, GradientWarning
 from convlayer.conic.kkt import DenseSystem, SparseSystem
-from convlayer.core import rows
+from convlayer.core import maps, rows
 from convlayer.solvers.dealing import default_executor
 
 
@@ -75,7 +75,7 @@ def test_a_call_keeps_nothing_alive(case):
     for name in ("lasso", "quadratic_program", "entropy"):
         layer, tensors = CASES[name].layer(), [t.requires_grad_() for t in CASES[name].sample(4)]
         alive: list[weakref.ref] = []
-        for kind in (DenseSystem, SparseSystem, rows.Solved):
+        for kind in (DenseSystem, SparseSystem, rows.Solved, maps.Called):
             original = kind.__init__
 
             def recorded(self, *arguments, original=original, alive=alive):

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from convlayer import ConvexLayer, problems
 from convlayer.autodiff.threads import _libraries, few_threads, lu_factor, one_thread
+from convlayer.core.interface import core
 from convlayer.structures import STRUCTURES
 
 
@@ -163,7 +164,8 @@ def test_small_work_asks_for_one_thread_forward_backward_and_in_second_derivativ
                     torch.autograd.grad(found, inputs, bars)
                 else:
                     torch.autograd.grad(firsts, inputs, seconds)
-            assert asked.count > 0
+            short = layer._choice.kernel is None and core() is not None  # it asks torch nothing
+            assert asked.count > 0 or short
             assert not asked.several, f"{work}: {sorted(set(asked.several))}"
         assert torch.get_num_threads() == 2
 

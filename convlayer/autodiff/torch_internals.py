@@ -15,6 +15,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 functorch: Any = torch._C._functorch
+_PLAIN = (Tensor, torch.nn.Parameter)
 # Inside an operator torch records nothing, whatever its grad mode: there the dispatcher passes
 # autograd by. As it is here it does not.
 _OUTSIDE = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
@@ -86,6 +87,23 @@ def versions(tensors: Sequence[Tensor]) -> list[int]:
 def is_view(tensor: Tensor) -> bool:
     """It shares another tensor's memory."""
     return tensor._is_view()
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Numbers lie in its memory on the host, as they are: it is of no subclass, and not sparse."""
+    return (
+        type(tensor) in _PLAIN
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and not (tensor.is_neg() or tensor.is_nested or tensor._is_zerotensor())
+    )
+
+
+def laid_out(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same numbers one after the other in memory of this dtype."""
+    if tensor.dtype is not dtype or not is_plain(tensor):
+        tensor = torch.zeros(tensor.shape, dtype=dtype).copy_(tensor)
+    return tensor.contiguous()
 
 
 def softmax_backward(bar: Tensor, p: Tensor, out: Tensor | None = None) -> Tensor:

@@ -8,7 +8,8 @@ from torch import Tensor
 from convlayer.cones import Block
 from convlayer.conic.kkt import Visible
 from convlayer.conic.program import Program
-from convlayer.core.rows import ConeRows, Pattern, Plan, core
+from convlayer.core.interface import core
+from convlayer.core.rows import ConeRows, Pattern, Plan
 
 # Unknowns and rows up to which the order of elimination is found in no time,
 LARGEST = 1500

@@ -7,7 +7,7 @@ import os
 from functools import cache
 from pathlib import Path
 
-VERSION = 1  # of the interface, as core.cpp has it
+VERSION = 2  # of the interface, as core.cpp has it
 SWITCH = "CONVLAYER_CORE"
 FOLDER = Path(__file__).parent
 SUFFIX = ".dll" if os.name == "nt" else ".so"

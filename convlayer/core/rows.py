@@ -7,7 +7,7 @@ import ctypes
 import os
 import weakref
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, byref, c_double, c_int32, c_int64, c_void_p
+from ctypes import byref, c_void_p
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convlayer.core.library import library
+from convlayer.core.interface import REPORT, Options, PatternOf, Values
 
 # Iterations of the interior point, at most.
 ITERATIONS = 60
@@ -31,8 +31,6 @@ LONGEST = 0.2
 FEW = 256
 # What is done of a row's solution.
 SOLUTION, ADJOINT = 1.0, 0.1
-# Numbers of a row's report.
-REPORT = 7
 
 
 class Outcome(IntEnum):
@@ -45,6 +43,7 @@ class Outcome(IntEnum):
     INEXACT = 4  # the point is not certified to the tolerance
     KINK = 5  # a constraint is weakly active, to the accuracy of the point
     SINGULAR = 6  # solution or multipliers are not unique, or all but so
+    UNREAD = 7  # it was not looked at: its parameters, or right-hand sides, are to be looked at first
 
 
 class ConeRows(IntEnum):
@@ -56,32 +55,6 @@ class ConeRows(IntEnum):
     PSD = 3
     EXPONENTIAL = 4
     POWER = 5
-
-
-class _Pattern(Structure):
-    _fields_ = [
-        *((name, c_int32) for name in ("n", "m", "nnz_P", "nnz_A", "cones", "parts", "logs")),
-        *((name, c_void_p) for name in ("P_rows", "P_cols", "A_rows", "A_cols")),
-        *((name, c_void_p) for name in ("kinds", "sizes", "orders", "parameters")),
-        *((name, c_void_p) for name in ("part_x", "part_y", "log_group")),
-        *((name, c_void_p) for name in ("seen_x", "seen_y", "ignored", "log_seen", "log_valued")),
-    ]
-
-
-class _Options(Structure):
-    _fields_ = [
-        ("tolerance", c_double),
-        ("limit", c_int32),
-        ("threads", c_int32),
-        ("polish", c_int32),
-    ]
-
-
-class _Values(Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in "PqAb"),
-        *((f"{name}_stride", c_int64) for name in "PqAb"),
-    ]
 
 
 @dataclass(frozen=True)
@@ -134,7 +107,7 @@ class Plan:
         held: dict[str, np.ndarray] = {
             name: np.ascontiguousarray(part, dtype) for name, (part, dtype) in arrays.items()
         }
-        given = _Pattern(
+        given = PatternOf(
             n=pattern.n,
             m=pattern.m,
             nnz_P=len(pattern.P[0]),
@@ -160,27 +133,6 @@ class Plan:
         return min(rows, os.cpu_count() or 1) if share * rows * self.row_seconds > WORTH else 1
 
 
-def core() -> ctypes.CDLL | None:
-    """The library with the types of its functions; None: none runs."""
-    found = library()
-    if found is not None and found.core_plan.restype is not c_void_p:
-        found.core_plan.restype, found.core_plan.argtypes = c_void_p, [POINTER(_Pattern)]
-        found.core_free.restype, found.core_free.argtypes = None, [c_void_p]
-        found.core_kept.restype, found.core_kept.argtypes = c_int64, [c_void_p]
-        found.core_flops.restype, found.core_flops.argtypes = c_double, [c_void_p]
-        found.core_solve.restype = None
-        found.core_solve.argtypes = [
-            c_void_p,
-            POINTER(_Options),
-            c_int64,
-            POINTER(_Values),
-            *[c_void_p] * 5,
-        ]
-        found.core_adjoint.restype = None
-        found.core_adjoint.argtypes = [c_void_p, c_int32, c_int64, *[c_void_p] * 7]
-    return found
-
-
 @dataclass(frozen=True, eq=False)
 class Solved:
     """The rows of a batch; those that are not SETTLED hold anything."""
@@ -191,6 +143,12 @@ class Solved:
     y: Tensor  # (B, m)
     report: Tensor  # (B, REPORT) outcome, residual, judged, error, margin, steps, iterations
     kept: Tensor  # (B, plan.kept) for the derivative; fewer rows: nothing was to be kept
+
+    def of_rows(self, rows: Tensor) -> Solved:
+        """Of some rows."""
+        x, s, y, report = (part[rows] for part in (self.x, self.s, self.y, self.report))
+        kept = self.kept if len(self.kept) < len(self.x) else self.kept[rows]
+        return Solved(self.plan, x, s, y, report, kept)
 
     @property
     def settled(self) -> Tensor:
@@ -242,10 +200,10 @@ def solve_rows(
     at_once = max(1, int(LONGEST / plan.row_seconds))
     at_once = min(at_once, batch if keep else FEW)
     kept = torch.empty(batch if keep else at_once, plan.kept, dtype=torch.float64)
-    options = _Options(tolerance, ITERATIONS, plan.threads(batch, SOLUTION), int(start is not None))
+    options = Options(tolerance, ITERATIONS, plan.threads(batch, SOLUTION), int(start is not None))
     outputs = [(part.data_ptr(), 8 * part.shape[1]) for part in (x, s, y, report)]
     for first in range(0, batch, max(at_once, 1)):
-        values = _Values(
+        values = Values(
             *(
                 part.data_ptr() + 8 * stride * first
                 for part, stride in zip(held, strides, strict=True)

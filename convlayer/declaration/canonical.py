@@ -43,7 +43,7 @@ class Canonical:
     sign: float  # -1 where the user maximises
     gp: bool
     sizes: dict[str, int]  # the problem as the user wrote it, for explain()
-    _matrices: dict[str, sp.csr_array]  # of the maps, with all their columns
+    matrices: dict[str, sp.csr_array]  # of the maps, with all their columns
 
     @cached_property
     def dense_maps(self) -> dict[str, AffineMap]:
@@ -51,7 +51,7 @@ class Canonical:
         entries of their cotangents."""
         program, sizes = self.program, [math.prod(p.shape) for p in self.parameters]
         n, m = program.n, program.m
-        P, A = self._matrices["P"], self._matrices["A"]
+        P, A = self.matrices["P"], self.matrices["A"]
         row = row_of_each(P)
         i, j = program.P_rows[row], program.P_cols[row]
         below = i != j
@@ -71,7 +71,7 @@ class Canonical:
     def _mirrored(self) -> np.ndarray:
         """The inputs of the maps, with each entry of a symmetric parameter in the place of its
         mirror image."""
-        order, start = np.arange(self._matrices["P"].shape[1]), ONE + 1
+        order, start = np.arange(self.matrices["P"].shape[1]), ONE + 1
         for parameter in self.parameters:
             size = math.prod(parameter.shape)
             if parameter.symmetric:
@@ -89,7 +89,7 @@ class Canonical:
         for recovery in self.variables:
             (y if recovery.dual else x)[recovery.position] = True
         for name, seen in (("q", x), ("b", y)):
-            matrix = self._matrices[name]
+            matrix = self.matrices[name]
             seen[torch.from_numpy(row_of_each(matrix)[matrix.indices > ONE])] = True
         index = self.program.indices
         x[index["A_cols"][self.moving["A"]]] = True
@@ -151,7 +151,7 @@ class Canonical:
     @cached_property
     def implied(self) -> Tensor | None:
         """Inequalities that a cone implies, whose multipliers are nobody's."""
-        matrix = self._matrices["b"]
+        matrix = self.matrices["b"]
         b = matrix[:, [ONE]].toarray()[:, 0]
         b[row_of_each(matrix)[matrix.indices > ONE]] = np.nan
         return implied(self.program, *self._constants, b, self.visible.y.numpy())
@@ -163,9 +163,9 @@ class Canonical:
 
         Not in a log-log convex program, whose limits are logarithms within exponentials.
         """
-        alone = np.ones(self._matrices["b"].shape[1], dtype=bool)
+        alone = np.ones(self.matrices["b"].shape[1], dtype=bool)
         inequalities = self.program.inequalities.numpy()
-        for name, matrix in self._matrices.items():
+        for name, matrix in self.matrices.items():
             elsewhere = matrix[~inequalities] if name == "b" else matrix
             alone[np.unique(elsewhere.indices)] = False
         starts = np.cumsum([ONE + 1, *(math.prod(p.shape) for p in self.parameters)])
@@ -198,7 +198,7 @@ class Canonical:
         count = len(self.program.A_rows)
         fixed, values = np.ones(count, dtype=bool), np.zeros(count)
         fixed[self.moving["A"]] = False
-        matrix = self._matrices["A"]
+        matrix = self.matrices["A"]
         constant = matrix.indices == ONE
         values[row_of_each(matrix)[constant]] = matrix.data[constant]
         return fixed, values
@@ -209,7 +209,7 @@ class Canonical:
         ones = torch.ones(batch, 1, dtype=torch.float64)
         head = torch.cat([torch.zeros_like(ones), ones], 1)
         parts = [head, *(part.detach().abs().cpu().expand(batch, -1) for part in entries)]
-        sizes = abs(self._matrices["b"]) @ torch.cat(parts, 1).numpy().T
+        sizes = abs(self.matrices["b"]) @ torch.cat(parts, 1).numpy().T
         return torch.from_numpy(np.ascontiguousarray(sizes.T))
 
     def objective(self, value: Tensor) -> Tensor:

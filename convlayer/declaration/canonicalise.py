@@ -86,7 +86,7 @@ def canonicalise(
             "parameters": sum(sizes),
             "constraints": sum(int(np.prod(c.shape)) for c in problem.constraints),
         },
-        _matrices=matrices,
+        matrices=matrices,
     )
     _self_check(canonical, parameters, reduced)
     return canonical
@@ -331,7 +331,7 @@ def _self_check(canonical: Canonical, parameters: Sequence[cp.Parameter], reduce
             reduced_value = np.asarray(values[standing.id])
             whole[positions(entering, standing)] = reduced_value.flatten(order="F")
         inputs.append(whole)
-    ours = {name: matrix @ np.concatenate(inputs) for name, matrix in canonical._matrices.items()}
+    ours = {name: matrix @ np.concatenate(inputs) for name, matrix in canonical.matrices.items()}
 
     # The difference of each.
     program = canonical.program

@@ -9,7 +9,9 @@ from typing import Any
 
 import cvxpy as cp
 
+from convlayer.core.maps import Maps
 from convlayer.declaration import domain
+from convlayer.declaration.by_core import maps_of
 from convlayer.declaration.canonical import Canonical
 from convlayer.declaration.canonicalise import canonicalise
 from convlayer.declaration.cvxpy_internals import lin_utils
@@ -101,6 +103,14 @@ class Declaration:
         """Of each parameter, its declared properties that a call is to check."""
         return [domain.declared(parameter) for parameter in self.parameters]
 
+    @cached_property
+    def maps(self) -> Maps | None:
+        """How the compiled core reads the parameters and writes the variables; None: it does not.
+
+        ProblemError or CanonicalisationError: there is no cone program.
+        """
+        return None if self.weight is not None else maps_of(self.canonical, self.parameters)
+
     @property
     def digest(self) -> str:
         """A name that only equal declarations have, in any process."""
@@ -125,7 +135,8 @@ class Declaration:
             "_lock": None,
             "_next": lin_utils.ID_COUNTER.count,
         }
-        return {**self.__dict__, **made}
+        kept = {name: part for name, part in self.__dict__.items() if name != "maps"}
+        return {**kept, **made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # CVXPY numbers variables and parameters by a counter of the process: those that

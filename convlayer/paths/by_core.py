@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from convlayer.conic.program import Data
-from convlayer.core.rows import Plan, Solved, solve_rows
+from convlayer.core.rows import Outcome, Plan, Solved, solve_rows
 from convlayer.paths import attempts
 from convlayer.paths.attempted import Attempted
 from convlayer.paths.cone_call import ConeRequest
@@ -22,13 +22,16 @@ def settled(request: ConeRequest, data: Data, start: tuple[Tensor, ...] | None) 
     plan = request.core
     if plan is None or start is not None:
         return attempts.attempted(request, data, start)
-    solved = _solved(plan, request, data)
+    solved = request.called or _solved(plan, request, data)
     done = solved.settled
     found = _attempted(request, solved)
     if bool(done.all()):
         return found
     left = torch.nonzero(~done).flatten()
-    rest = attempts.attempted(request, data.rows(left), None)
+    if request.called is not None and bool((solved.report[left, 0] == Outcome.UNREAD).any()):
+        rest = settled(replace(request, called=None), data.rows(left), None)
+    else:
+        rest = attempts.attempted(request, data.rows(left), None)
     x, s, y, attempt, stopped = (
         getattr(found, name).index_copy(0, left, getattr(rest, name))
         for name in ("x", "s", "y", "attempt", "stopped")

@@ -287,7 +287,7 @@ class _Stage(Canonical):
             sign=1.0,
             gp=False,
             sizes={},
-            _matrices=matrices,
+            matrices=matrices,
             consistent=consistent,
         )
 
@@ -367,7 +367,7 @@ class Relaxation:
     @cached_property
     def first(self) -> _Stage:
         """The least shift: the variables are x and t's rows S."""
-        program, matrices = self.canonical.program, self.canonical._matrices
+        program, matrices = self.canonical.program, self.canonical.matrices
         n, m, width = program.n, program.m, matrices["b"].shape[1]
         rows = np.flatnonzero(self.soft.numpy())
         t, ones = n + np.arange(len(rows)), _constants(np.ones(len(rows)), width)
@@ -393,7 +393,7 @@ class Relaxation:
     def first_few(self) -> _Stage:
         """The same for the least one-norm, with t = v - u: the variables are x, u (on S) and v (on
         rows of S that may be shifted both ways)."""
-        program, matrices = self.canonical.program, self.canonical._matrices
+        program, matrices = self.canonical.program, self.canonical.matrices
         n, m, width = program.n, program.m, matrices["b"].shape[1]
         down, up = (
             np.flatnonzero(self.soft.numpy()),
@@ -517,9 +517,9 @@ class _Faces:
             A_rows=A_rows[order],
             A_cols=A_cols[order],
         )
-        width = canonical._matrices["b"].shape[1]
+        width = canonical.matrices["b"].shape[1]
         wider = [m] if not k else [m, len(on_ray)]
-        maps = {name: _widened(matrix, sum(wider)) for name, matrix in canonical._matrices.items()}
+        maps = {name: _widened(matrix, sum(wider)) for name, matrix in canonical.matrices.items()}
         total = width + sum(wider)
         directions = _selection(np.arange(len(on_ray)), width + m, total)
         maps["A"] = sp.csr_array(

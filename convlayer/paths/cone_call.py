@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from convlayer.conic.elimination import Elimination
-from convlayer.core.rows import Plan
+from convlayer.core.rows import Plan, Solved
 from convlayer.declaration.canonical import Canonical
 from convlayer.paths.cone_derivative import ConeDerivative
 from convlayer.paths.evaluation import Agreement
@@ -42,6 +42,7 @@ class ConeRequest:
     # to be taken in place of the exact one
     gradient: Callable[[ConeFound, ConeDerivative], ConeDerivative]
     tell: Tell  # of rows whose derivative wants a warning
+    called: Solved | None = None  # what the core has found already, of all rows
 
     @property
     def precision(self) -> float:

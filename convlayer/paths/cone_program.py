@@ -67,11 +67,11 @@ class ConeProgram:
         asked = ConeRequest(
             canonical=canonical,
             attempts=attempts,
-            # No answer is wanted beyond the rounding of what it is made of.
-            tolerance=max(solving.tolerance, min(ROUNDINGS * torch.finfo(coarsest).eps, COARSEST)),
+            tolerance=tolerance_of(solving, request.values),
             executor=self.executor,
             elimination=None if solving.alone else canonical.elimination,
             core=self._core(solving, device, attempts[0].solver, request.size),
+            called=None if request.called is None else request.called.solved,
             device=device,
             bad=bad,
             start=self._start(request),
@@ -133,6 +133,12 @@ class ConeProgram:
 def coarsest_of(values: Sequence[Tensor]) -> torch.dtype:
     """The dtype of least precision."""
     return max((v.dtype for v in values), key=domain.relative, default=torch.float64)
+
+
+def tolerance_of(solving: Solving, values: Sequence[Tensor]) -> float:
+    """No answer is wanted beyond the rounding of what it is made of."""
+    rounding = ROUNDINGS * torch.finfo(coarsest_of(values)).eps
+    return max(solving.tolerance, min(rounding, COARSEST))
 
 
 def thetas_of(

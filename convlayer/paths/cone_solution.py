@@ -156,6 +156,9 @@ def _solved(
     start = (
         None if request.start is None else tuple(part.to(device)[good] for part in request.start)
     )
+    called = request.called
+    if called is not None and not everything:
+        request = replace(request, called=called.of_rows(good))
     found = settled(request, chosen, start)
     if not everything:
         found = _spread(found, good, _left_out(request, refuted, batch))
@@ -219,7 +222,13 @@ def resolved(request: ConeRequest) -> Callable[[Data], tuple[Tensor, Tensor, Ten
         batch = data.batch
         bad = torch.zeros(batch, dtype=torch.bool)
         plain = replace(
-            request, elimination=None, bad=bad, start=None, differentiable=False, judged=False
+            request,
+            elimination=None,
+            called=None,
+            bad=bad,
+            start=None,
+            differentiable=False,
+            judged=False,
         )
         found, _ = _solved(plain, data, data.q.new_zeros(1, 1), batch, None)
         return found.x, found.y, found.verdict.failed

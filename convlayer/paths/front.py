@@ -17,6 +17,7 @@ from torch import Tensor
 from convlayer.autodiff.derivative import EvaluationPoint, Local, solved
 from convlayer.autodiff.threads import few_threads
 from convlayer.autodiff.torch_internals import is_transformed
+from convlayer.core.maps import Called
 from convlayer.declaration import arguments
 from convlayer.declaration.declaration import Declaration
 from convlayer.declaration.hashing import digest
@@ -24,12 +25,14 @@ from convlayer.declaration.inputs import BadRows, bad_rows
 from convlayer.notices import OnceEach
 from convlayer.paths.choice import Choice
 from convlayer.paths.cone_program import ConeProgram
-from convlayer.paths.gate import Gate, flatten_batch, leaves_of, no_autocast
-from convlayer.paths.path import Found, Path, Request
+from convlayer.paths.exit import Exit
+from convlayer.paths.gate import Gate, flatten_batch, no_autocast
+from convlayer.paths.path import Found, Path, Request, Tell
 from convlayer.paths.policy import CLOSEST, refuse_bad, refuse_failed
 from convlayer.paths.relaxed import Reconciled, Relaxed
 from convlayer.paths.rescued import Rescued
 from convlayer.paths.settings import Settings
+from convlayer.paths.short import Answered, ShortWay
 from convlayer.paths.starts import Starts, samples_of, start_of
 from convlayer.progress import shown
 from convlayer.solution import AccuracyWarning, Cause, GradientWarning, Solution, Status
@@ -45,6 +48,11 @@ class Call:
     warm_start: Solution | None = None
     ids: Tensor | Sequence[Hashable] | None = None
     everything: bool = False  # the objective and a table of the rows too
+
+    @property
+    def is_plain(self) -> bool:
+        """It has none of them."""
+        return self.solver_args is None and self.warm_start is None and self.ids is None
 
     @property
     def of_cone_program(self) -> bool:
@@ -63,6 +71,7 @@ class Front:
     validate: bool
     verbose: bool
     executor: Executor | None
+    short: ShortWay | None
     starts: Starts
     told: OnceEach
     names: dict[Any, str]  # in graphs, by the options that may change
@@ -116,31 +125,35 @@ class Front:
 
     def run(
         self, tensors: tuple[Tensor, ...], call: Call
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Gate]:
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Exit, bool]:
         """The outputs; with `everything` the objective too, and status, iterations, residual,
-        degenerate and margin of the rows."""
+        degenerate and margin of the rows. Last whether a next call may start from what was found.
+        """
         if not is_transformed(tensors):
-            gate = self._solved(leaves_of(tensors), call)
-            return gate.leave(tensors), gate.table() if call.everything else (), gate
+            recorded = torch.is_grad_enabled()
+            wanted = [recorded and isinstance(t, Tensor) and t.requires_grad for t in tensors]
+            way_out = self._way_out(tensors, call, wanted)
+            table = way_out.table() if call.everything else ()
+            return way_out.leave(tensors), table, way_out, True
         if call.ids is not None or call.warm_start is not None:
             raise RuntimeError(COLD_IN_TRANSFORMS)
-        gates: list[Gate] = []
+        ways_out: list[Exit] = []
 
         def solve(
             thetas: Sequence[Tensor], differentiable: bool
         ) -> tuple[list[Tensor], tuple[Tensor, ...], Local]:
-            gate = self.apart(thetas, call, differentiable)
-            gates.append(gate)
-            return gate.filled, gate.table() if call.everything else (), gate.local
+            way_out = self.apart(thetas, call, differentiable)
+            ways_out.append(way_out)
+            return way_out.filled, way_out.table() if call.everything else (), way_out.local
 
         self.shapes(tensors)
         point = EvaluationPoint([len(p.shape) for p in self.declared.parameters], solve)
         outputs = solved(point, tensors)
-        return outputs[: point.outputs], outputs[point.outputs :], gates[0].without_iterate()
+        return outputs[: point.outputs], outputs[point.outputs :], ways_out[0], False
 
     def solution(self, tensors: tuple[Tensor, ...], call: Call) -> Solution:
         """All that there is to say of a call with `everything`."""
-        outputs, table, gate = self.run(tensors, call)
+        outputs, table, way_out, plain = self.run(tensors, call)
         status, iterations, residual, degenerate, margin = table
         return Solution(
             outputs[:-1],
@@ -150,19 +163,42 @@ class Front:
             residual,
             degenerate,
             margin,
-            gate.notes,
-            gate.shifts,
-            gate.found.iterate,
+            way_out.notes,
+            way_out.shifts,
+            way_out.iterate if plain else None,
         )
 
-    def apart(self, thetas: Sequence[Tensor], call: Call, differentiable: bool) -> Gate:
+    def apart(self, thetas: Sequence[Tensor], call: Call, differentiable: bool) -> Exit:
         """Solved on plain tensors apart from every graph, with what its derivatives need."""
-        with torch.set_grad_enabled(differentiable):
-            return self._solved(
-                tuple(theta.detach().requires_grad_(differentiable) for theta in thetas), call
-            )
+        return self._way_out(thetas, call, [differentiable] * len(thetas))
 
-    def _solved(self, tensors: tuple[Tensor, ...], call: Call) -> Gate:
+    def taken_over(self, tensors: Sequence[Tensor], everything: bool, called: Called) -> Gate:
+        """See `short.Long`."""
+        return self._long(tensors, Call(everything=everything), [True] * len(tensors), called)
+
+    def teller(self, batch: tuple[int, ...]) -> Tell:
+        """See `short.Long`."""
+        return partial(self._tell, batch)
+
+    def _way_out(self, tensors: Sequence[Tensor], call: Call, wanted: list[bool]) -> Exit:
+        """wanted: the parameters that derivatives are taken in."""
+        if self.short is None or not call.is_plain:
+            return self._long(tensors, call, wanted, None)
+        found = self.short(self, tensors, call.everything, any(wanted), self.validate)
+        return found if isinstance(found, Answered) else self._long(tensors, call, wanted, found)
+
+    def _long(
+        self, tensors: Sequence[Any], call: Call, wanted: list[bool], called: Called | None
+    ) -> Gate:
+        # Leaves of a graph of the layer's own, to be differentiated as they are.
+        leaves = tuple(
+            t.detach().requires_grad_(want) if isinstance(t, Tensor) else t
+            for t, want in zip(tensors, wanted, strict=True)
+        )
+        with torch.set_grad_enabled(any(wanted)):
+            return self._solved(leaves, call, called)
+
+    def _solved(self, tensors: tuple[Tensor, ...], call: Call, called: Called | None) -> Gate:
         """Check the values, ask the path, apply the failure policy."""
         dtype, device, batch = self.shapes(tensors)
         values, kernel = self.values(tensors, batch), self.choice.kernel
@@ -188,6 +224,7 @@ class Front:
                 everything=call.everything,
                 solver_args=call.solver_args,
                 start=start,
+                called=called,
                 samples=samples_of(call.ids, batch),
             )
             found = self._path(cone_program)(request)

@@ -10,21 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import cvxpy as cp
 import torch
 from torch import Tensor
 
-from convlayer.autodiff.derivative import EvaluationPoint, Local, Recorded, pulled, pulled_back
+from convlayer.autodiff.derivative import Local, Recorded, pulled
 from convlayer.autodiff.threads import few_threads_to_differentiate
-from convlayer.autodiff.torch_internals import (
-    is_of_old_vmap,
-    is_transformed,
-    keeps_graph,
-    versions,
-)
+from convlayer.autodiff.torch_internals import keeps_graph, versions
+from convlayer.paths.exit import Exit
 from convlayer.paths.path import Found, Tell
 from convlayer.paths.specialised import without
 from convlayer.shifts import Shifts
@@ -32,7 +28,7 @@ from convlayer.solution import Cause, rows_in_words
 
 
 @dataclass(frozen=True, eq=False)
-class Gate:
+class Gate(Exit):
     """The outputs of a call on their way out."""
 
     # (*batch, ...), as the path recorded them; where rows failed, behind the fence
@@ -81,30 +77,40 @@ class Gate:
 
     @property
     def filled(self) -> list[Tensor]:
-        """The outputs apart from their graph, NaN in rows that are to be empty."""
+        """NaN in rows that are to be empty."""
         outputs = [output.detach() for output in self.outputs]
         return (
             outputs if self.empty is None else [_filled(output, self.empty) for output in outputs]
         )
 
-    def leave(self, thetas: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The outputs, through the gate if they are differentiable."""
-        if any(output.requires_grad for output in self.outputs):
-            return _Leave.apply(self, *thetas)
-        return tuple(self.filled)
+    @property
+    def differentiable(self) -> bool:  # type: ignore[override]
+        return any(output.requires_grad for output in self.outputs)
+
+    @property
+    def ranks(self) -> list[int]:
+        return [len(parameter.shape) for parameter in self.parameters]
+
+    def cotangents(
+        self, thetas: tuple[Tensor, ...], bars: Sequence[Tensor | None], needed: Sequence[bool]
+    ) -> list[Tensor]:
+        """As `guard` lets them into the graph that was recorded between leaves and outputs, which
+        is of the layer's own so that all of it can run on one thread."""
+        wanted = [leaf for leaf, need in zip(self.leaves, needed, strict=True) if need]
+        keep = keeps_graph()
+        with few_threads_to_differentiate([*thetas, *self.outputs]):
+            return pulled(self.outputs, wanted, self.guard(bars), plain=True, retain_graph=keep)
 
     def table(self) -> tuple[Tensor, ...]:
-        """Status, iterations, residual, degenerate and margin, (*batch,) each."""
         assert self.found.verdict is not None
         return self.found.verdict.each(lambda part: part.reshape(self.batch)).parts()
 
-    def without_iterate(self) -> Gate:
-        """Without the point that a next call might start from."""
-        return replace(self, found=replace(self.found, iterate=None))
+    @property
+    def iterate(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        return self.found.iterate
 
     @property
     def shifts(self) -> Shifts | None:
-        """By constraint, (*batch, ...) each."""
         shift = self.found.shift
         if shift is None:
             return None
@@ -112,7 +118,6 @@ class Gate:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Which rows took which way, in words."""
         return tuple(
             f"{rows_in_words(rows, self.batch)}: {what}" for rows, what in self.found.notes
         )
@@ -174,7 +179,6 @@ class Gate:
 
     @property
     def local(self) -> Local:
-        """The derivative, for torch to compose."""
         return Recorded(self.leaves, self.outputs, self._outputs_at, self.guard, self.spoil)
 
     def _outputs_at(self, *thetas: Tensor) -> list[Tensor]:
@@ -279,54 +283,6 @@ def _where(rows: Tensor, then: Tensor, output: Tensor) -> Tensor:
     return torch.where(
         rows.to(output.device).view(-1, *ones), then.to(output).view(-1, *ones), output
     )
-
-
-def leaves_of(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The same tensors as leaves of a graph of the layer's own, to be differentiated as they
-    are."""
-    recorded = torch.is_grad_enabled()
-    return tuple(
-        t.detach().requires_grad_(recorded and t.requires_grad) if isinstance(t, Tensor) else t
-        for t in tensors
-    )
-
-
-class _Leave(torch.autograd.Function):
-    """(gate, *parameters) -> the outputs, NaN in rows that are to be empty.
-
-    Cotangents pass as `Gate.guard` lets them into the graph that was recorded between leaves and
-    outputs, which is of the layer's own so that all of it can run on one thread. Where their own
-    derivative is wanted (create_graph=True) they are pulled back by a function that has one.
-    """
-
-    @staticmethod
-    def forward(ctx, gate: Gate, *thetas: Tensor):
-        ctx.gate = gate
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*thetas)
-        return tuple(gate.filled)
-
-    @staticmethod
-    def backward(ctx, *bars: Tensor | None):
-        if any(bar is not None and is_of_old_vmap(bar) for bar in bars):
-            raise RuntimeError(
-                "A layer does not take torch's old vmap (is_grads_batched=True, vectorize=True, check_batched_grad=True): use torch.func.jacrev, "
-                "or torch.func.vmap over torch.autograd.grad."
-            )
-        gate, thetas, needed = ctx.gate, ctx.saved_tensors, ctx.needs_input_grad[1:]
-        if not (torch.is_grad_enabled() or is_transformed(bars)):
-            wanted = [leaf for leaf, need in zip(gate.leaves, needed, strict=True) if need]
-            keep = keeps_graph()
-            with few_threads_to_differentiate([*thetas, *gate.outputs]):
-                bars = gate.guard(bars)
-                found = iter(pulled(gate.outputs, wanted, bars, plain=True, retain_graph=keep))
-            return None, *(next(found) if need else None for need in needed)
-        given = [
-            torch.zeros_like(output) if bar is None else bar
-            for bar, output in zip(bars, gate.outputs, strict=True)
-        ]
-        point = EvaluationPoint([len(p.shape) for p in gate.parameters], local=gate.local)
-        return None, *pulled_back(point, thetas, gate.filled[0], given, needed)
 
 
 def flatten_batch(tensor: Tensor, parameter: cp.Parameter, batch: tuple[int, ...]) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from convlayer.conic.program import take_rows
+from convlayer.core.maps import Called
 from convlayer.declaration.inputs import BadRows
 from convlayer.paths.verdict import Verdict
 from convlayer.shifts import Shifts
@@ -47,6 +48,7 @@ class Request:
     solver_args: Mapping[str, Any] | None = None  # of this call
     # (x, s, y) of the cone program, NaN in rows that have none
     start: tuple[Tensor, ...] | None = None
+    called: Called | None = None  # what the compiled core has found of these rows
     # the rows' names, under which their solutions are kept for a next start
     samples: Sequence[Hashable] | None = None
 
@@ -68,7 +70,7 @@ class Request:
 
     def at(self, values: list[Tensor]) -> Request:
         """The same at other values of the parameters."""
-        return replace(self, values=values)
+        return replace(self, values=values, called=None)
 
 
 @dataclass(frozen=True, eq=False)

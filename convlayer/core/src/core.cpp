@@ -3,7 +3,7 @@
 #include <atomic>
 #include <thread>
 
-#include "adjoint.hpp"
+#include "maps.hpp"
 
 #if defined(_WIN32)
 #define EXPORT extern "C" __declspec(dllexport)
@@ -13,7 +13,7 @@
 
 using namespace convlayer;
 
-EXPORT int core_version(void) { return 1; }
+EXPORT int core_version(void) { return 2; }
 
 // 3 where the processor has what x86-64-v3 asks for.
 EXPORT int core_level(void) {
@@ -160,12 +160,10 @@ constexpr int REPORT = 7;
 
 namespace {
 
-void solve_row(Row& row, const Options& options, const Values& data, int64_t k, double* x,
-               double* s, double* y, double* report, double* kept) {
+void solve_row(Row& row, const Options& options, const double* P, const double* q, const double* A,
+               const double* b, double* x, double* s, double* y, double* report, double* kept) {
   const Plan& plan = row.plan;
   row.keep_at(kept);
-  const double *P = data.P + k * data.P_stride, *q = data.q + k * data.q_stride,
-               *A = data.A + k * data.A_stride, *b = data.b + k * data.b_stride;
   InteriorPoint method(row);
   Polish polish(row);
   Outcome outcome = FOREIGN;
@@ -206,18 +204,23 @@ void solve_row(Row& row, const Options& options, const Values& data, int64_t k, 
     if (row.none[plan.A_rows[j]]) s[plan.A_rows[j]] -= A[j] * x[plan.A_cols[j]];
 }
 
-// The rows of a batch, on so many threads.
+// Work that takes the next of `count` numbers until there is none, on so many threads.
 template <class F>
-void each_row(const Plan& plan, int64_t batch, int threads, F work) {
+void deal(int threads, int64_t count, F work) {
   std::atomic<int64_t> next{0};
-  auto loop = [&] {
-    Row row(plan);
-    for (int64_t k = next++; k < batch; k = next++) work(row, k);
-  };
+  auto loop = [&] { work([&] { return next++; }); };
   std::vector<std::thread> helpers;
-  for (int t = 1; t < threads; ++t) helpers.emplace_back(loop);
+  for (int t = 1; t < std::min<int64_t>(threads, count); ++t) helpers.emplace_back(loop);
   loop();
   for (std::thread& helper : helpers) helper.join();
+}
+
+template <class F>
+void each_row(const Plan& plan, int64_t batch, int threads, F work) {
+  deal(threads, batch, [&](auto next) {
+    Row row(plan);
+    for (int64_t k; (k = next()) < batch;) work(row, k);
+  });
 }
 
 }  // namespace
@@ -228,8 +231,9 @@ EXPORT void core_solve(const void* handle, const Options* options, int64_t batch
   const Plan& plan = *static_cast<const Plan*>(handle);
   const int64_t size = Layout(plan).size;
   each_row(plan, batch, options->threads, [&](Row& row, int64_t k) {
-    solve_row(row, *options, *data, k, x + k * plan.n, s + k * plan.m, y + k * plan.m,
-              report + k * REPORT, kept + k * size);
+    solve_row(row, *options, data->P + k * data->P_stride, data->q + k * data->q_stride,
+              data->A + k * data->A_stride, data->b + k * data->b_stride, x + k * plan.n,
+              s + k * plan.m, y + k * plan.m, report + k * REPORT, kept + k * size);
   });
 }
 
@@ -244,4 +248,230 @@ EXPORT void core_adjoint(const void* handle, int32_t threads, int64_t batch, con
     row.keep_at(kept + places[k] * size);
     good[k] = adjoint(row, gx + k * plan.n, gy + k * plan.m, w + k * plan.n, u + k * plan.m);
   });
+}
+
+// The maps of a plan, which must live as long: coefficients by (value, entry), the values being
+// P, q, A, b, d one after the other.
+extern "C" struct MapsPattern {
+  int32_t parameters, outputs, nonzeros, bounds, tied, ties, empty, objective_exp;
+  double sign;
+  const int32_t *sizes, *domains, *orders;
+  const uint8_t *logs, *limits;
+  const double* constant;
+  const int32_t *rows, *columns;
+  const double* coefficients;
+  const int32_t* output_sizes;
+  const uint8_t* output_exps;
+  const int32_t* positions;
+  const double* weights;
+  const int32_t *bound_rows, *bound_columns;
+  const double* bound_coefficients;
+  const int32_t *tied_rows, *tie_groups;
+  const double* tie_basis;
+  const int32_t* empty_rows;
+};
+
+EXPORT void* core_maps(const void* handle, const MapsPattern* p) {
+  const Plan& plan = *static_cast<const Plan*>(handle);
+  auto* maps = new Maps(plan);
+  std::vector<int> owner;
+  for (int k = 0; k < p->parameters; ++k) {
+    maps->parameters.push_back(
+        {maps->entries, p->sizes[k], p->domains[k], p->orders[k], bool(p->logs[k])});
+    maps->entries += p->sizes[k];
+    owner.insert(owner.end(), p->sizes[k], k);
+  }
+  maps->limits.assign(p->limits, p->limits + maps->entries);
+  maps->constant.assign(p->constant, p->constant + maps->d_at() + 1);
+  // C comes row by row.
+  std::vector<std::vector<Back>> back(maps->entries);
+  for (int k = 0; k < p->nonzeros; ++k) {
+    const int value = p->rows[k], entry = p->columns[k];
+    if (!k || value != p->rows[k - 1]) {
+      maps->from.push_back(k);
+      Moved moved{Moved::d, value, 0, 0, false};
+      if (value < maps->q_at()) {
+        moved = {Moved::P, value, plan.P_rows[value], plan.P_cols[value],
+                 plan.P_rows[value] == plan.P_cols[value]};
+      } else if (value < maps->A_at()) {
+        moved = {Moved::q, value, 0, value - maps->q_at(), false};
+      } else if (value < maps->b_at()) {
+        const int place = value - maps->A_at();
+        moved = {Moved::A, value, plan.A_rows[place], plan.A_cols[place], false};
+      } else if (value < maps->d_at()) {
+        moved = {Moved::b, value, value - maps->b_at(), 0, false};
+      }
+      maps->moved.push_back(moved);
+    }
+    maps->terms.push_back({owner[entry], entry - maps->parameters[owner[entry]].first,
+                           p->coefficients[k]});
+    back[entry].push_back({int(maps->moved.size()) - 1, p->coefficients[k]});
+  }
+  maps->from.push_back(p->nonzeros);
+  for (const auto& list : back) {
+    maps->to.push_back(int(maps->back.size()));
+    maps->back.insert(maps->back.end(), list.begin(), list.end());
+  }
+  maps->to.push_back(int(maps->back.size()));
+  int first = 0;
+  for (int k = 0; k < p->outputs; ++k) {
+    maps->outputs.push_back({first, p->output_sizes[k], bool(p->output_exps[k])});
+    first += p->output_sizes[k];
+  }
+  maps->position.assign(p->positions, p->positions + first);
+  maps->weight.assign(p->weights, p->weights + first);
+  maps->sign = p->sign, maps->exp = p->objective_exp;
+  maps->bound_row.assign(p->bound_rows, p->bound_rows + p->bounds);
+  maps->bound_column.assign(p->bound_columns, p->bound_columns + p->bounds);
+  maps->bound_coefficient.assign(p->bound_coefficients, p->bound_coefficients + p->bounds);
+  maps->tied.assign(p->tied_rows, p->tied_rows + p->tied);
+  maps->tie_group.assign(p->tie_groups, p->tie_groups + p->tied);
+  maps->tie_basis.assign(p->tie_basis, p->tie_basis + int64_t(p->tied) * p->ties);
+  maps->ties = p->ties;
+  maps->empty.assign(p->empty_rows, p->empty_rows + p->empty);
+  return maps;
+}
+
+EXPORT void core_maps_free(void* maps) { delete static_cast<Maps*>(maps); }
+
+// A call: `count` rows from `first` on. Where nothing is kept for a derivative, `kept` is for these
+// rows alone. Outputs are the variables, then the objective.
+extern "C" struct Call {
+  Options options;
+  int32_t validate, keep;
+  int64_t first, count;
+  Tensors thetas, outputs;
+  double *x, *s, *y, *value, *report, *kept;
+};
+
+// Returns how many rows were not settled; their outputs hold anything.
+EXPORT int64_t core_call(const void* handle, const Call* call) {
+  const Maps& maps = *static_cast<const Maps*>(handle);
+  const Plan& plan = maps.plan;
+  const int64_t size = Layout(plan).size, first = call->first;
+  const int parameters = int(maps.parameters.size());
+  // What the batch shares is read once.
+  Room shared(maps);
+  std::vector<uint8_t> own(parameters);
+  bool good = true;
+  for (int k = 0; k < parameters; ++k) {
+    own[k] = call->thetas.strides[k] != 0;
+    if (!own[k]) good = good && read(maps, call->thetas, k, 0, call->validate, shared);
+  }
+  std::vector<int> moving;
+  for (int r = 0; good && r < int(maps.moved.size()); ++r) {
+    bool mine = false;
+    for (int k = maps.from[r]; k < maps.from[r + 1]; ++k) mine = mine || own[maps.terms[k].parameter];
+    if (mine)
+      moving.push_back(r);
+    else
+      shared.values[maps.moved[r].value] = moved_value(maps, shared, r);
+  }
+  std::atomic<int64_t> left{0};
+  auto work = [&](Row& row, Room& room, int64_t k) {
+    double* report = call->report + k * REPORT;
+    bool taken = good;
+    for (int j = 0; taken && j < parameters; ++j)
+      if (own[j]) taken = read(maps, call->thetas, j, k, call->validate, room);
+    if (taken) {
+      room.values = shared.values;
+      for (int r : moving) room.values[maps.moved[r].value] = moved_value(maps, room, r);
+      taken = agree(maps, room);
+    }
+    std::fill_n(report, REPORT, double(UNREAD));
+    if (taken) {
+      const double* P = room.values.data();
+      double *x = call->x + k * plan.n, *s = call->s + k * plan.m, *y = call->y + k * plan.m;
+      solve_row(row, call->options, P, P + maps.q_at(), P + maps.A_at(), P + maps.b_at(), x, s, y,
+                report, call->kept + (call->keep ? k : k - first) * size);
+      if (report[0] == double(SETTLED_WELL))
+        finish(maps, room, k, x, s, y, call->value + k, call->outputs);
+    }
+    if (report[0] != double(SETTLED_WELL)) ++left;
+  };
+  deal(call->options.threads, call->count, [&](auto next) {
+    Row row(plan);
+    Room room(shared);
+    for (int64_t k; (k = next()) < call->count;) work(row, room, first + k);
+  });
+  return left;
+}
+
+// Cotangents of the outputs, null where there is none, back to those of the parameters, null where
+// they are not wanted: for each row, or, at a stride of 0, their sum over the batch. Of each row:
+// 1 where the solve is not good, 2 where a cotangent is not finite; and if they are asked for, the
+// largest entries of x_bar, x and q. Returns how many rows have a flag.
+EXPORT int64_t core_pull(const void* handle, const Call* call, const Tensors* bars,
+                         const Tensors* theta_bars, uint8_t* flags, double* sizes) {
+  const Maps& maps = *static_cast<const Maps*>(handle);
+  const Plan& plan = maps.plan;
+  const int64_t size = Layout(plan).size, batch = call->count;
+  const int parameters = int(maps.parameters.size());
+  // The sums are of parts, in their order: whatever the threads, the same bits.
+  const int64_t parts = std::min<int64_t>(batch, 32);
+  std::vector<int64_t> place(parameters, -1);
+  int64_t summed = 0;
+  for (int k = 0; k < parameters; ++k)
+    if (theta_bars->at[k] && !theta_bars->strides[k]) {
+      place[k] = summed;
+      summed += maps.parameters[k].size;
+    }
+  std::vector<double> sums(parts * summed, 0.0);
+  std::atomic<int64_t> flagged{0};
+  auto work = [&](Row& row, Room& room, std::vector<double>& bar, int64_t k, double* sum) {
+    const double *x = call->x + k * plan.n, *y = call->y + k * plan.m;
+    double v;
+    flags[k] = 0;
+    if (!enter_cotangents(maps, k, *bars, x, y, call->value[k], room, &v)) {
+      flags[k] = 2;
+      room.w.assign(plan.n, NAN), room.u.assign(plan.m, NAN);
+      if (bars->at[maps.outputs.size()]) v = NAN;
+    } else {
+      room.w.assign(plan.n, 0.0), room.u.assign(plan.m, 0.0);
+      row.keep_at(call->kept + k * size);
+      if ((largest(room.x_bar.data(), plan.n) > 0 || largest(room.y_bar.data(), plan.m) > 0) &&
+          !adjoint(row, room.x_bar.data(), room.y_bar.data(), room.w.data(), room.u.data()))
+        flags[k] = 1;
+    }
+    if (flags[k]) ++flagged;
+    if (sizes) {
+      bool known = true;
+      for (int j = 0; j < parameters; ++j)
+        known = read(maps, call->thetas, j, k, false, room) && known;
+      for (int r = 0; known && r < int(maps.moved.size()); ++r)
+        if (maps.moved[r].part == Moved::q)
+          room.values[maps.moved[r].value] = moved_value(maps, room, r);
+      const double found[] = {largest(room.x_bar.data(), plan.n), largest(x, plan.n),
+                              largest(room.values.data() + maps.q_at(), plan.n)};
+      std::copy_n(found, 3, sizes + 3 * k);
+    }
+    data_cotangents(maps, x, y, v, room);
+    for (int j = 0; j < parameters; ++j) {
+      if (!theta_bars->at[j]) continue;
+      if (place[j] >= 0) {
+        add_entries(maps, j, call->thetas, k, room, sum + place[j]);
+        continue;
+      }
+      bar.assign(maps.parameters[j].size, 0.0);
+      add_entries(maps, j, call->thetas, k, room, bar.data());
+      for (int i = 0; i < int(bar.size()); ++i) theta_bars->put(j, k, i, bar[i]);
+    }
+  };
+  deal(call->options.threads, parts, [&](auto next) {
+    Row row(plan);
+    Room room(maps);
+    std::vector<double> bar;
+    for (int64_t part; (part = next()) < parts;)
+      for (int64_t k = part * batch / parts; k < (part + 1) * batch / parts; ++k)
+        work(row, room, bar, k, sums.data() + part * summed);
+  });
+  for (int k = 0; k < parameters; ++k) {
+    if (place[k] < 0) continue;
+    for (int i = 0; i < maps.parameters[k].size; ++i) {
+      double total = 0;
+      for (int64_t part = 0; part < parts; ++part) total += sums[part * summed + place[k] + i];
+      theta_bars->put(k, 0, i, total);
+    }
+  }
+  return flagged;
 }

@@ -35,12 +35,9 @@ inline bool cholesky(double* a, int n) {
   for (int j = 0; j < n; ++j) {
     double* row = a + j * n;
     for (int i = 0; i < j; ++i) {
-      double sum = row[i];
-      for (int k = 0; k < i; ++k) sum -= row[k] * a[i * n + k];
-      row[i] = sum / a[i * n + i];
+      row[i] = (row[i] - dot(row, a + i * n, i)) / a[i * n + i];
     }
-    double pivot = row[j];
-    for (int k = 0; k < j; ++k) pivot -= row[k] * row[k];
+    const double pivot = row[j] - dot(row, row, j);
     if (!(pivot > 0)) return false;
     row[j] = std::sqrt(pivot);
   }

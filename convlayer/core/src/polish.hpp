@@ -22,7 +22,9 @@ constexpr double GROWTH = 1e4, NULL_IMAGE = 1e-6, TOUCHED = 1e-7;
 constexpr int INVERSE_ITERATIONS = 4;
 
 // What came of a row.
-enum Outcome { SETTLED_WELL, FOREIGN, UNSOLVED, UNPOLISHED, INEXACT, KINK, SINGULAR_SYSTEM };
+enum Outcome {
+  SETTLED_WELL, FOREIGN, UNSOLVED, UNPOLISHED, INEXACT, KINK, SINGULAR_SYSTEM, UNREAD
+};
 
 struct Report {
   double residual = 0, judged = 0, error = 0, margin = HUGE_NUMBER;
