@@ -40,38 +40,38 @@ inline void subtract(double* __restrict t, double* __restrict u, const double* _
 // The first `width` pivots of the upper triangle of a front: rows become d l', the rest what is
 // left. `inverse` gets 1/d.
 inline void eliminate(double* F, const Front& front, const int8_t* signs, double* inverse) {
-  const int stride = front.stride, width = front.width, order = width + front.rows;
+  const int width = front.width, order = width + front.rows;
   for (int k = 0; k < width; k += 4) {
     const int end = std::min(k + 4, width);
     for (int p = k; p < end; ++p) {
-      double* row = F + p * stride;
+      double* row = F + front.row(p);
       if (!front.diagonal)
         for (int q = k; q < p; ++q) {
-          const double* other = F + q * stride;
+          const double* other = F + front.row(q);
           const double f = other[p] * inverse[q];
           for (int j = p; j < order; ++j) row[j] -= f * other[j];
         }
-      double pivot = row[p];
+      double pivot = F[front.pivot(p)];
       if (!(pivot * signs[p] > LEAST_PIVOT)) pivot = signs[p] * LEAST_PIVOT;
       inverse[p] = 1 / pivot;
     }
     const double* rows[4];
     double scale[4];
     for (int q = 0; q < 4; ++q) {
-      rows[q] = F + std::min(k + q, end - 1) * stride;
+      rows[q] = F + front.row(std::min(k + q, end - 1));
       scale[q] = k + q < end ? inverse[k + q] : 0.0;
     }
     int i = front.diagonal ? width : end;
     double f[4], g[4];
     for (; i + 1 < order; i += 2) {
       for (int q = 0; q < 4; ++q) f[q] = rows[q][i] * scale[q], g[q] = rows[q][i + 1] * scale[q];
-      double *t = F + i * stride, *u = t + stride;
+      double *t = F + front.row(i), *u = F + front.row(i + 1);
       t[i] -= f[0] * rows[0][i] + f[1] * rows[1][i] + f[2] * rows[2][i] + f[3] * rows[3][i];
       subtract(t, u, rows[0], rows[1], rows[2], rows[3], f, g, i + 1, order);
     }
     if (i < order) {
       for (int q = 0; q < 4; ++q) f[q] = rows[q][i] * scale[q];
-      subtract(F + i * stride, rows[0], rows[1], rows[2], rows[3], f[0], f[1], f[2], f[3], i,
+      subtract(F + front.row(i), rows[0], rows[1], rows[2], rows[3], f[0], f[1], f[2], f[3], i,
                order);
     }
   }
@@ -100,9 +100,9 @@ struct FactorWork {
 // Of K with these values.
 inline void factorise(const Plan& plan, const double* values, Factor factor, FactorWork& work) {
   for (const Front& front : plan.fronts) {
-    const int order = front.width + front.rows, stride = front.stride;
+    const int order = front.width + front.rows;
     double* F = work.front.data();
-    std::fill(F, F + order * stride, 0.0);
+    std::fill(F, F + order * front.stride, 0.0);
     const int *source = plan.entry_source.data() + front.entries,
               *target = plan.entry_target.data() + front.entries;
     for (int k = 0; k < front.count; ++k) F[target[k]] += values[source[k]];
@@ -111,20 +111,24 @@ inline void factorise(const Plan& plan, const double* values, Factor factor, Fac
       const double* update = work.updates.data() + part.update;
       const int* place = plan.relative.data() + part.relative;
       for (int i = 0; i < part.rows; ++i) {
-        double* into = F + place[i] * stride;
+        double* into = F + front.row(place[i]);
         const double* row = update + i * part.rows;
-        for (int j = i; j < part.rows; ++j) into[place[j]] += row[j];
+        F[front.pivot(place[i])] += row[i];
+        for (int j = i + 1; j < part.rows; ++j) into[place[j]] += row[j];
       }
     }
     double* inverse = factor.inverse + front.first;
     eliminate(F, front, work.signs.data() + front.first, inverse);
-    double* panel = factor.panels + front.panel;
-    for (int k = 0; k < front.width; ++k)
+    double* panels = factor.panels + front.panel;
+    for (int k = 0; k < front.width; ++k) {
+      double* panel = panels + front.row(k);
+      const double* row = F + front.row(k);
       for (int j = front.diagonal ? front.width : k + 1; j < order; ++j)
-        panel[k * stride + j] = F[k * stride + j] * inverse[k];
+        panel[j] = row[j] * inverse[k];
+    }
     double* update = work.updates.data() + front.update;
     for (int i = 0; i < front.rows; ++i) {
-      const double* row = F + (front.width + i) * stride + front.width;
+      const double* row = F + front.row(front.width + i) + front.width;
       for (int j = i; j < front.rows; ++j) update[i * front.rows + j] = row[j];
     }
   }
@@ -142,7 +146,7 @@ inline void solve(const Plan& plan, Factor factor, const double* right, double* 
     const int w = front.width, r = front.rows;
     std::fill(own, own + r, 0.0);
     for (int k = 0; k < w; ++k) {
-      const double f = part[k], *row = panel + k * front.stride;
+      const double f = part[k], *row = panel + front.row(k);
       if (!front.diagonal)
         for (int j = k + 1; j < w; ++j) part[j] -= f * row[j];
       for (int j = 0; j < r; ++j) own[j] += f * row[w + j];
@@ -158,7 +162,7 @@ inline void solve(const Plan& plan, Factor factor, const double* right, double* 
     const int w = front.width, r = front.rows;
     for (int j = 0; j < r; ++j) own[j] = z[rows[j]];
     for (int k = w - 1; k >= 0; --k) {
-      const double* row = panel + k * front.stride;
+      const double* row = panel + front.row(k);
       double sum = dot(row + w, own, r);
       if (!front.diagonal) sum += dot(row + k + 1, part + k + 1, w - k - 1);
       part[k] -= sum;

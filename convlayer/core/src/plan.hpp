@@ -40,6 +40,10 @@ struct Front {
   int64_t panel;        // its part of the factor
   int64_t update;       // what it leaves to its parent
   std::vector<int> children;
+  // Where row i of its matrix stands, by columns from 0 on, and its entry on the diagonal. Columns
+  // that do not see each other have the diagonal before the columns below, and none between.
+  int row(int i) const { return i * stride - (!diagonal ? 0 : i < width ? width - 1 : width); }
+  int pivot(int i) const { return diagonal && i < width ? i * stride : row(i) + i; }
 };
 
 // Entries of a matrix one after the other, in consecutive rows of a column.
@@ -184,24 +188,54 @@ inline void plan_elimination(Plan& plan) {
     parent[j] = below[j].empty() ? -1 : below[j][0];
     (parent[j] < 0 ? roots : children[parent[j]]).push_back(j);
   }
-  auto is_leaf = [&](int j) { return children[j].empty(); };
-  for (int j = 0; j < size; ++j)
-    std::stable_sort(children[j].begin(), children[j].end(), [&](int a, int b) {
-      if (is_leaf(a) != is_leaf(b)) return is_leaf(a);
-      return is_leaf(a) && below[a] < below[b];
-    });
+  // Siblings with the same rows, under which there is no more than columns of their own, stand
+  // together: they are one front.
+  auto is_plain = [&](int j) {
+    for (int child : children[j])
+      if (below[child].size() > 1) return false;
+    return true;
+  };
+  struct Siblings {
+    std::vector<int> members;
+    std::vector<std::vector<int>> under;
+    size_t next = 0;
+  };
+  auto gathered = [&](const std::vector<int>& nodes) {
+    std::vector<std::vector<int>> groups;
+    std::vector<int> plain, others;
+    for (int j : nodes) (is_plain(j) ? plain : others).push_back(j);
+    std::stable_sort(plain.begin(), plain.end(),
+                     [&](int a, int b) { return below[a] < below[b]; });
+    for (int j : plain)
+      if (!groups.empty() && below[groups.back()[0]] == below[j] && !below[j].empty())
+        groups.back().push_back(j);
+      else
+        groups.push_back({j});
+    for (int j : others) groups.push_back({j});
+    return groups;
+  };
 
   // Children before parents, the tree in depth.
-  std::vector<int> sorted, stack;
-  std::vector<int> next(size, 0);
-  for (int root : roots) {
-    stack.push_back(root);
+  std::vector<int> sorted, family(size);  // of each column: the first of its siblings
+  std::vector<uint8_t> single(size);
+  std::vector<Siblings> stack;
+  auto enter = [&](const std::vector<int>& members) {
+    std::vector<int> all;
+    for (int j : members) all.insert(all.end(), children[j].begin(), children[j].end());
+    stack.push_back({members, gathered(all)});
+  };
+  for (const std::vector<int>& tops : gathered(roots)) {
+    enter(tops);
     while (!stack.empty()) {
-      const int j = stack.back();
-      if (next[j] < int(children[j].size())) {
-        stack.push_back(children[j][next[j]++]);
+      Siblings& top = stack.back();
+      if (top.next < top.under.size()) {
+        const std::vector<int> members = top.under[top.next++];
+        enter(members);
       } else {
-        sorted.push_back(j);
+        for (int j : top.members) {
+          family[j] = top.members[0], single[j] = top.members.size() == 1;
+          sorted.push_back(j);
+        }
         stack.pop_back();
       }
     }
@@ -214,8 +248,7 @@ inline void plan_elimination(Plan& plan) {
     std::sort(pattern[k].begin(), pattern[k].end());
   }
 
-  // Fronts: of columns each of which is the next one's child with one row more; of leaves with
-  // equal rows.
+  // Fronts: of columns each of which is the next one's child with one row more; of siblings.
   struct Group {
     int first, width;
     bool diagonal;
@@ -223,19 +256,16 @@ inline void plan_elimination(Plan& plan) {
   };
   std::vector<Group> groups;
   for (int k = 0; k < size; ++k) {
-    const bool leaf = is_leaf(sorted[k]);
     if (!groups.empty()) {
       Group& last = groups.back();
-      const bool nested = !last.rows.empty() && last.rows[0] == k && !last.diagonal &&
+      const bool nested = single[sorted[k]] && !last.rows.empty() && last.rows[0] == k && !last.diagonal &&
                           last.rows.size() == pattern[k].size() + 1;
       if (nested) {
         ++last.width;
         last.rows = pattern[k];
         continue;
       }
-      const bool alike = leaf && last.rows == pattern[k] && (last.diagonal || last.width == 1) &&
-                         is_leaf(sorted[k - 1]) && !pattern[k].empty();
-      if (alike) {
+      if (family[sorted[k]] == family[sorted[k - 1]]) {
         ++last.width;
         last.diagonal = true;
         continue;
@@ -272,7 +302,7 @@ inline void plan_elimination(Plan& plan) {
     front.rows = int(group.rows.size());
     front.parent = front.rows ? front_of[group.rows[0]] : -1;
     const int order_of = front.width + front.rows;
-    front.stride = (order_of + 3) / 4 * 4;
+    front.stride = ((front.diagonal ? front.rows + 1 : order_of) + 3) / 4 * 4;
     front.row_list = int(plan.row_list.size());
     front.panel = plan.factor_size;
     front.update = plan.update_size;
@@ -280,7 +310,7 @@ inline void plan_elimination(Plan& plan) {
     plan.factor_size += int64_t(front.width) * front.stride;
     plan.update_size += int64_t(front.rows) * front.rows;
     plan.front_size = std::max(plan.front_size, order_of * front.stride);
-    plan.longest = std::max(plan.longest, front.stride);
+    plan.longest = std::max(plan.longest, front.rows);
     const double r = front.rows, w = front.width;
     plan.flops += w * r * r + (front.diagonal ? 0.0 : w * w * r + w * w * w / 3);
     plan.fronts.push_back(front);
@@ -312,7 +342,8 @@ inline void plan_elimination(Plan& plan) {
     const int column = b < front.first + front.width
                            ? b - front.first
                            : front.width + int(std::lower_bound(rows, rows + front.rows, b) - rows);
-    entries[front_of[a]].push_back({(a - front.first) * front.stride + column, source});
+    const int at = a - front.first;
+    entries[front_of[a]].push_back({a == b ? front.pivot(at) : front.row(at) + column, source});
   };
   for (int k = 0; k < plan.nnz_P; ++k) place(plan.P_rows[k], plan.P_cols[k], k);
   for (int k = 0; k < plan.nnz_A; ++k) place(n + plan.A_rows[k], plan.A_cols[k], plan.nnz_P + k);
