@@ -20,11 +20,13 @@ from convlayer.core.interface import REPORT, Options, PatternOf, Values
 
 # Iterations of the interior point, at most.
 ITERATIONS = 60
-# A row takes about so many factorisations, and one of them so many seconds beside its
-# multiplications and the numbers that it holds: fitted to measurements.
-STEPS, STEP, RATE, NUMBER = 10, 2e-6, 2.5e9, 3e-9
+# What a row, solved and differentiated, takes in seconds: by itself, for each variable and row, for
+# each row of a second-order, exponential or power cone, for the cube of a psd cone's order; and
+# multiplications of one factorisation a second, all of its factorisations counted. Fitted to the
+# declarations of `benchmarks/real`.
+ROW, UNKNOWN, CURVED, CUBE, RATE = 2.7e-6, 6.5e-7, 1e-6, 6.3e-7, 2.3e9
 # Another thread is worth it from so many seconds of work on,
-WORTH = 2e-3
+WORTH = 4e-4
 # and a call takes no longer than about this.
 LONGEST = 0.2
 # Rows whose work is held at a time where nothing of it is kept.
@@ -121,7 +123,14 @@ class Plan:
         weakref.finalize(self, core.core_free, self.handle)
         self.kept: int = core.core_kept(self.handle)
         self.flops: float = core.core_flops(self.handle)
-        self.row_seconds = STEPS * (STEP + self.flops / RATE + NUMBER * self.kept)
+        curved = [cone for cone in pattern.cones if cone[0] > ConeRows.NONNEGATIVE]
+        self.row_seconds = (
+            ROW
+            + UNKNOWN * (self.n + self.m)
+            + CURVED * sum(size for kind, size, _, _ in curved if kind is not ConeRows.PSD)
+            + CUBE * sum(order**3 for _, _, order, _ in curved)
+            + self.flops / RATE
+        )
 
     def seconds(self, rows: int) -> float:
         """A coarse estimate for so many rows."""

@@ -102,6 +102,7 @@ EXPORT void* core_plan(const Pattern* p) {
     plan->cones.push_back(cone);
   }
   plan_elimination(*plan);
+  plan->reduction = reduction_of(*plan);
   return plan;
 }
 
@@ -160,41 +161,55 @@ constexpr int REPORT = 7;
 
 namespace {
 
-void solve_row(Row& row, const Options& options, const double* P, const double* q, const double* A,
+void solve_row(Row& row, ActiveSet& active, const Options& options, const double* P, const double* q, const double* A,
                const double* b, double* x, double* s, double* y, double* report, double* kept) {
   const Plan& plan = row.plan;
   row.keep_at(kept);
   InteriorPoint method(row);
   Polish polish(row);
   Outcome outcome = FOREIGN;
+  int iterations = 0;
   if (normalise(row, P, q, A, b)) {
     const double rho = *row.rho, tau = *row.tau;
-    // Near enough for Newton's method at first; nearer where that was not enough.
-    for (double tolerance : {1e-6, 1e-9}) {
-      if (options.polish) {
-        enter(row, x, s, y);
-      } else if (!method.run(tolerance, options.limit)) {
-        outcome = UNSOLVED;
-        break;
-      }
-      std::vector<double> point;
-      point.insert(point.end(), row.x.begin(), row.x.end());
-      point.insert(point.end(), row.s.begin(), row.s.end());
-      point.insert(point.end(), row.y.begin(), row.y.end());
+    // Back to the units in which the data are of size one.
+    auto reset = [&] { rescale(row, rho / *row.rho, tau / *row.tau); };
+    if (options.polish) {
+      enter(row, x, s, y);
       recentre(row);
       outcome = polish.run(options.tolerance, rho);
-      if (outcome == SETTLED_WELL || outcome == SINGULAR_SYSTEM || options.polish) break;
-      if (tolerance == 1e-9) break;
-      // Back to where the interior point was.
-      rescale(row, rho / *row.rho, tau / *row.tau);
-      std::copy_n(point.begin(), plan.n, row.x.begin());
-      std::copy_n(point.begin() + plan.n, plan.m, row.s.begin());
-      std::copy_n(point.begin() + plan.n + plan.m, plan.m, row.y.begin());
+    } else if (plan.reduction.worth) {
+      if (active.run()) {
+        recentre(row);
+        outcome = polish.run(options.tolerance, rho);
+        if (outcome != SETTLED_WELL) reset();
+      }
+      iterations = active.iterations;
+    }
+    if (outcome != SETTLED_WELL && !options.polish) {
+      // Near enough for Newton's method at first; nearer where that was not enough.
+      for (double tolerance : {1e-6, 1e-9}) {
+        if (!method.run(tolerance, options.limit)) {
+          outcome = UNSOLVED;
+          break;
+        }
+        std::vector<double> point;
+        point.insert(point.end(), row.x.begin(), row.x.end());
+        point.insert(point.end(), row.s.begin(), row.s.end());
+        point.insert(point.end(), row.y.begin(), row.y.end());
+        recentre(row);
+        outcome = polish.run(options.tolerance, rho);
+        if (outcome == SETTLED_WELL || outcome == SINGULAR_SYSTEM || tolerance == 1e-9) break;
+        reset();
+        std::copy_n(point.begin(), plan.n, row.x.begin());
+        std::copy_n(point.begin() + plan.n, plan.m, row.s.begin());
+        std::copy_n(point.begin() + plan.n + plan.m, plan.m, row.y.begin());
+      }
+      iterations += method.iterations;
     }
   }
   const double found[REPORT] = {double(outcome),      polish.report.residual, polish.report.judged,
                                 polish.report.error,  polish.report.margin,
-                                double(polish.report.steps), double(method.iterations)};
+                                double(polish.report.steps), double(iterations)};
   std::copy_n(found, REPORT, report);
   if (outcome != SETTLED_WELL) return;
   leave(row, x, s, y);
@@ -219,7 +234,8 @@ template <class F>
 void each_row(const Plan& plan, int64_t batch, int threads, F work) {
   deal(threads, batch, [&](auto next) {
     Row row(plan);
-    for (int64_t k; (k = next()) < batch;) work(row, k);
+    ActiveSet active(row, plan.reduction);
+    for (int64_t k; (k = next()) < batch;) work(row, active, k);
   });
 }
 
@@ -230,8 +246,8 @@ EXPORT void core_solve(const void* handle, const Options* options, int64_t batch
                        double* kept) {
   const Plan& plan = *static_cast<const Plan*>(handle);
   const int64_t size = Layout(plan).size;
-  each_row(plan, batch, options->threads, [&](Row& row, int64_t k) {
-    solve_row(row, *options, data->P + k * data->P_stride, data->q + k * data->q_stride,
+  each_row(plan, batch, options->threads, [&](Row& row, ActiveSet& active, int64_t k) {
+    solve_row(row, active, *options, data->P + k * data->P_stride, data->q + k * data->q_stride,
               data->A + k * data->A_stride, data->b + k * data->b_stride, x + k * plan.n,
               s + k * plan.m, y + k * plan.m, report + k * REPORT, kept + k * size);
   });
@@ -244,7 +260,7 @@ EXPORT void core_adjoint(const void* handle, int32_t threads, int64_t batch, con
                          double* kept) {
   const Plan& plan = *static_cast<const Plan*>(handle);
   const int64_t size = Layout(plan).size;
-  each_row(plan, batch, threads, [&](Row& row, int64_t k) {
+  each_row(plan, batch, threads, [&](Row& row, ActiveSet&, int64_t k) {
     row.keep_at(kept + places[k] * size);
     good[k] = adjoint(row, gx + k * plan.n, gy + k * plan.m, w + k * plan.n, u + k * plan.m);
   });
@@ -368,7 +384,7 @@ EXPORT int64_t core_call(const void* handle, const Call* call) {
       shared.values[maps.moved[r].value] = moved_value(maps, shared, r);
   }
   std::atomic<int64_t> left{0};
-  auto work = [&](Row& row, Room& room, int64_t k) {
+  auto work = [&](Row& row, ActiveSet& active, Room& room, int64_t k) {
     double* report = call->report + k * REPORT;
     bool taken = good;
     for (int j = 0; taken && j < parameters; ++j)
@@ -382,7 +398,7 @@ EXPORT int64_t core_call(const void* handle, const Call* call) {
     if (taken) {
       const double* P = room.values.data();
       double *x = call->x + k * plan.n, *s = call->s + k * plan.m, *y = call->y + k * plan.m;
-      solve_row(row, call->options, P, P + maps.q_at(), P + maps.A_at(), P + maps.b_at(), x, s, y,
+      solve_row(row, active, call->options, P, P + maps.q_at(), P + maps.A_at(), P + maps.b_at(), x, s, y,
                 report, call->kept + (call->keep ? k : k - first) * size);
       if (report[0] == double(SETTLED_WELL))
         finish(maps, room, k, x, s, y, call->value + k, call->outputs);
@@ -391,8 +407,9 @@ EXPORT int64_t core_call(const void* handle, const Call* call) {
   };
   deal(call->options.threads, call->count, [&](auto next) {
     Row row(plan);
+    ActiveSet active(row, plan.reduction);
     Room room(shared);
-    for (int64_t k; (k = next()) < call->count;) work(row, room, first + k);
+    for (int64_t k; (k = next()) < call->count;) work(row, active, room, first + k);
   });
   return left;
 }

@@ -55,6 +55,15 @@ inline void eliminate(double* F, const Front& front, const int8_t* signs, double
       if (!(pivot * signs[p] > LEAST_PIVOT)) pivot = signs[p] * LEAST_PIVOT;
       inverse[p] = 1 / pivot;
     }
+    if (end == k + 1) {  // as of most small fronts
+      const double* row = F + front.row(k);
+      for (int i = front.diagonal ? width : end; i < order; ++i) {
+        const double f = row[i] * inverse[k];
+        double* t = F + front.row(i);
+        for (int j = i; j < order; ++j) t[j] -= f * row[j];
+      }
+      continue;
+    }
     const double* rows[4];
     double scale[4];
     for (int q = 0; q < 4; ++q) {
@@ -144,6 +153,15 @@ inline void solve(const Plan& plan, Factor factor, const double* right, double* 
     const int* rows = plan.row_list.data() + front.row_list;
     double* part = z + front.first;
     const int w = front.width, r = front.rows;
+    if (front.is_small()) {
+      for (int k = 0; k < w; ++k) {
+        const double f = part[k], *row = panel + front.row(k) + w;
+        if (!front.diagonal)
+          for (int j = k + 1; j < w; ++j) part[j] -= f * row[j - w];
+        for (int j = 0; j < r; ++j) z[rows[j]] -= f * row[j];
+      }
+      continue;
+    }
     std::fill(own, own + r, 0.0);
     for (int k = 0; k < w; ++k) {
       const double f = part[k], *row = panel + front.row(k);
@@ -160,6 +178,17 @@ inline void solve(const Plan& plan, Factor factor, const double* right, double* 
     const int* rows = plan.row_list.data() + front.row_list;
     double* part = z + front.first;
     const int w = front.width, r = front.rows;
+    if (front.is_small()) {
+      for (int k = w - 1; k >= 0; --k) {
+        const double* row = panel + front.row(k) + w;
+        double sum = 0;
+        for (int j = 0; j < r; ++j) sum += row[j] * z[rows[j]];
+        if (!front.diagonal)
+          for (int j = k + 1; j < w; ++j) sum += row[j - w] * part[j];
+        part[k] -= sum;
+      }
+      continue;
+    }
     for (int j = 0; j < r; ++j) own[j] = z[rows[j]];
     for (int k = w - 1; k >= 0; --k) {
       const double* row = panel + front.row(k);

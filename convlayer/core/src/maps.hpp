@@ -8,6 +8,7 @@
 
 #pragma once
 
+#include "active_set.hpp"
 #include "adjoint.hpp"
 
 namespace convlayer {

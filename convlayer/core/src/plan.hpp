@@ -43,6 +43,8 @@ struct Front {
   // Where row i of its matrix stands, by columns from 0 on, and its entry on the diagonal. Columns
   // that do not see each other have the diagonal before the columns below, and none between.
   int row(int i) const { return i * stride - (!diagonal ? 0 : i < width ? width - 1 : width); }
+  // Solves with it do without vectors, whose beginnings and ends would take longer.
+  bool is_small() const { return rows <= 8 && (diagonal || width <= 3); }
   int pivot(int i) const { return diagonal && i < width ? i * stride : row(i) + i; }
 };
 
@@ -68,6 +70,21 @@ inline std::vector<Run> runs_of(const std::vector<int>& rows, const std::vector<
   }
   return runs;
 }
+
+// Variables that one equality alone has, written by the others; see active_set.hpp.
+struct Defined {
+  int variable, row, entry;  // of A
+};
+
+struct Reduction {
+  bool worth = false;
+  std::vector<Defined> defined;
+  std::vector<int> place;  // of each variable among those that are kept; -1 - k of the k-th defined
+  std::vector<int> kept;
+  std::vector<int> rows;  // the equalities that are left, then the inequalities
+  int equalities = 0;
+  std::vector<std::vector<int>> row_entries;  // of A
+};
 
 struct Plan {
   int n = 0, m = 0, nnz_P = 0, nnz_A = 0;
@@ -97,6 +114,8 @@ struct Plan {
   int64_t factor_size = 0, update_size = 0;
   int front_size = 0, longest = 0;
   double flops = 0;
+
+  Reduction reduction;
 
   int unknowns() const { return n + m; }
 };
