@@ -79,7 +79,7 @@ struct ActiveSet {
         if (entry != one.entry) S[k * n + how.place[plan.A_cols[entry]]] -= r.A[entry] / own;
       x0[k] = r.b[one.row] / own;
     }
-    // H = S'P S and f = S'(q + P x0), the upper triangle of H
+    // H = S'P S and f = S'(q + P x0), the lower triangle of H
     std::fill(H.begin(), H.end(), 0.0);
     std::copy(r.q.begin(), r.q.end(), product.begin());
     for (int k = 0; k < plan.nnz_P; ++k) {
@@ -88,14 +88,14 @@ struct ActiveSet {
       if (a < 0) product[j] += i == j ? value * x0[-1 - a] : value * x0[-1 - a];
       if (b < 0 && i != j) product[i] += value * x0[-1 - b];
       if (a >= 0 && b >= 0) {
-        H[size_t(std::min(a, b)) * n + std::max(a, b)] += value;
+        H[size_t(std::max(a, b)) * n + std::min(a, b)] += value;
       } else if (a < 0 && b < 0) {
         outer(S.data() + size_t(-1 - a) * n, S.data() + size_t(-1 - b) * n, value, i != j);
       } else {
         const double* row = S.data() + size_t(-1 - (a < 0 ? a : b)) * n;
         const int z = a < 0 ? b : a;
         for (int c = 0; c < n; ++c)
-          H[size_t(std::min(z, c)) * n + std::max(z, c)] += (c == z ? 2 : 1) * value * row[c];
+          H[size_t(std::max(z, c)) * n + std::min(z, c)] += (c == z ? 2 : 1) * value * row[c];
       }
     }
     for (int c = 0; c < n; ++c) f[c] = product[how.kept[c]];
@@ -115,41 +115,65 @@ struct ActiveSet {
     for (int i = 0; i < n; ++i) {
       const double x = value * a[i], y = both ? value * b[i] : 0.0;
       double* row = H.data() + size_t(i) * n;
-      if (x != 0) add(row + i, b + i, x, n - i);
-      if (y != 0) add(row + i, a + i, y, n - i);
+      if (x != 0) add(row, b, x, i + 1);
+      if (y != 0) add(row, a, y, i + 1);
     }
   }
 
-  // H = R'R; G becomes M = G R^-1, f becomes R'^-1 f, d becomes d + M f.
+  // H = R'R, its lower triangle R'; G becomes M = G R^-1, f becomes R'^-1 f, d becomes d + M f.
   bool factorise() {
     double most = 0;
     for (int i = 0; i < n; ++i) most = std::max(most, H[size_t(i) * n + i]);
-    for (int k = 0; k < n; ++k) {
-      double* row = H.data() + size_t(k) * n;
-      if (!(row[k] > DEFINITE * most)) return false;
-      const double pivot = std::sqrt(row[k]), inverse = 1 / pivot;
-      for (int j = k; j < n; ++j) row[j] *= inverse;
-      for (int i = k + 1; i < n; ++i)
-        if (row[i] != 0) add(H.data() + size_t(i) * n + i, row + i, -row[i], n - i);
+    for (int first = 0; first < n; first += 4) {
+      double* rows[4];
+      const int some = std::min(4, n - first);
+      for (int q = 0; q < 4; ++q) rows[q] = H.data() + size_t(first + std::min(q, some - 1)) * n;
+      across(rows, some, first);
+      for (int q = 0; q < some; ++q) {
+        const int k = first + q;
+        double pivot = rows[q][k];
+        for (int j = first; j < k; ++j) {
+          rows[q][j] = (rows[q][j] - dot(rows[q], R(j), j)) / R(j)[j];
+          pivot -= rows[q][j] * rows[q][j];
+        }
+        pivot -= dot(rows[q], rows[q], first);
+        if (!(pivot > DEFINITE * most)) return false;
+        rows[q][k] = std::sqrt(pivot);
+      }
     }
-    across(f.data());
-    for (int i = 0; i < count; ++i) {
-      double* row = G.data() + size_t(i) * n;
-      across(row);
-      d[i] += dot(row, f.data(), n);
-      sizes[i] = dot(row, row, n);
+    double* alone[4] = {f.data(), f.data(), f.data(), f.data()};
+    across(alone, 1, n);
+    for (int first = 0; first < count; first += 4) {
+      double* rows[4];
+      const int some = std::min(4, count - first);
+      for (int q = 0; q < 4; ++q) rows[q] = G.data() + size_t(first + std::min(q, some - 1)) * n;
+      across(rows, some, n);
+      for (int i = first; i < first + some; ++i) {
+        d[i] += dot(row_of(i), f.data(), n);
+        sizes[i] = dot(row_of(i), row_of(i), n);
+      }
     }
     return true;
   }
 
-  // row R^-1
-  void across(double* row) const {
-    int k = 0;
-    while (k < n && row[k] == 0) ++k;
-    for (; k < n; ++k) {
-      const double* R = H.data() + size_t(k) * n;
-      row[k] /= R[k];
-      if (row[k] != 0) add(row + k + 1, R + k + 1, -row[k], n - k - 1);
+  const double* R(int k) const { return H.data() + size_t(k) * n; }
+
+  // The first entries of up to four rows times R^-1, in their places.
+  void across(double* const* rows, int some, int to) const {
+    if (some == 1) {
+      for (int k = 0; k < to; ++k) rows[0][k] = (rows[0][k] - dot(rows[0], R(k), k)) / R(k)[k];
+      return;
+    }
+    for (int k = 0; k < to; ++k) {
+      const double* own = R(k);
+      double a = 0, b = 0, c = 0, e = 0;
+#pragma omp simd reduction(+ : a, b, c, e)
+      for (int j = 0; j < k; ++j) {
+        a += rows[0][j] * own[j], b += rows[1][j] * own[j];
+        c += rows[2][j] * own[j], e += rows[3][j] * own[j];
+      }
+      const double sums[4] = {a, b, c, e}, inverse = 1 / own[k];
+      for (int q = 0; q < some; ++q) rows[q][k] = (rows[q][k] - sums[q]) * inverse;
     }
   }
 
@@ -298,8 +322,8 @@ struct ActiveSet {
     // R z = u - f
     for (int j = 0; j < n; ++j) u[j] -= f[j];
     for (int k = n - 1; k >= 0; --k) {
-      const double* R = H.data() + size_t(k) * n;
-      u[k] = (u[k] - dot(R + k + 1, u.data() + k + 1, n - k - 1)) / R[k];
+      u[k] /= R(k)[k];
+      add(u.data(), R(k), -u[k], k);
     }
     for (int c = 0; c < n; ++c) r.x[how.kept[c]] = u[c];
     for (size_t k = 0; k < how.defined.size(); ++k)

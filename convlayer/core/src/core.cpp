@@ -1,6 +1,7 @@
 // The plain C interface of the compiled core.
 
 #include <atomic>
+#include <map>
 #include <thread>
 
 #include "maps.hpp"
@@ -299,36 +300,75 @@ EXPORT void* core_maps(const void* handle, const MapsPattern* p) {
   }
   maps->limits.assign(p->limits, p->limits + maps->entries);
   maps->constant.assign(p->constant, p->constant + maps->d_at() + 1);
-  // C comes row by row.
-  std::vector<std::vector<Back>> back(maps->entries);
-  for (int k = 0; k < p->nonzeros; ++k) {
-    const int value = p->rows[k], entry = p->columns[k];
-    if (!k || value != p->rows[k - 1]) {
-      maps->from.push_back(k);
-      Moved moved{Moved::d, value, 0, 0, false};
-      if (value < maps->q_at()) {
-        moved = {Moved::P, value, plan.P_rows[value], plan.P_cols[value],
-                 plan.P_rows[value] == plan.P_cols[value]};
-      } else if (value < maps->A_at()) {
-        moved = {Moved::q, value, 0, value - maps->q_at(), false};
-      } else if (value < maps->b_at()) {
-        const int place = value - maps->A_at();
-        moved = {Moved::A, value, plan.A_rows[place], plan.A_cols[place], false};
-      } else if (value < maps->d_at()) {
-        moved = {Moved::b, value, value - maps->b_at(), 0, false};
+  // C comes row by row: the places of the numbers that are moved, and the terms of each.
+  std::vector<int> values, from;
+  for (int k = 0; k < p->nonzeros; ++k)
+    if (!k || p->rows[k] != p->rows[k - 1]) values.push_back(p->rows[k]), from.push_back(k);
+  from.push_back(p->nonzeros);
+  maps->moved = int(values.size());
+  std::vector<int> mixture(values.size());
+  std::map<std::vector<int>, int> numbers;
+  size_t most = 0;
+  for (int r = 0; r < maps->moved; ++r) {
+    std::vector<int> mixed;
+    for (int k = from[r]; k < from[r + 1]; ++k) mixed.push_back(owner[p->columns[k]]);
+    most = std::max(most, mixed.size());
+    std::sort(mixed.begin(), mixed.end());
+    mixed.erase(std::unique(mixed.begin(), mixed.end()), mixed.end());
+    const auto [place, isnew] = numbers.insert({mixed, int(maps->mixtures.size())});
+    if (isnew) maps->mixtures.push_back(mixed);
+    mixture[r] = place->second;
+    // The block that it goes on, or begins.
+    const int value = values[r];
+    Block block{Block::d, r, 0, 0, 1};
+    if (value < maps->q_at())
+      block = {Block::P, r, plan.P_rows[value], plan.P_cols[value], 1};
+    else if (value < maps->A_at())
+      block = {Block::q, r, 0, value - maps->q_at(), 1};
+    else if (value < maps->b_at())
+      block = {Block::A, r, plan.A_rows[value - maps->A_at()], plan.A_cols[value - maps->A_at()], 1};
+    else if (value < maps->d_at())
+      block = {Block::b, r, value - maps->b_at(), 0, 1};
+    if (!maps->blocks.empty()) {
+      Block& last = maps->blocks.back();
+      const bool across = block.part == Block::q;
+      const bool diagonal = block.part == Block::P && (block.row == block.column ||
+                                                       last.row == last.column);
+      if (last.part == block.part && block.part != Block::d && !diagonal &&
+          block.row == last.row + (across ? 0 : last.length) &&
+          block.column == last.column + (across ? last.length : 0)) {
+        ++last.length;
+        continue;
       }
-      maps->moved.push_back(moved);
     }
-    maps->terms.push_back({owner[entry], entry - maps->parameters[owner[entry]].first,
-                           p->coefficients[k]});
-    back[entry].push_back({int(maps->moved.size()) - 1, p->coefficients[k]});
+    maps->blocks.push_back(block);
   }
-  maps->from.push_back(p->nonzeros);
-  for (const auto& list : back) {
-    maps->to.push_back(int(maps->back.size()));
-    maps->back.insert(maps->back.end(), list.begin(), list.end());
+  for (size_t term = 0; term < most; ++term) {
+    bool open = false;  // whether the last run may go on
+    for (int r = 0; r < maps->moved; ++r) {
+      const int k = from[r] + int(term);
+      if (k >= from[r + 1]) {
+        open = false;
+        continue;
+      }
+      const int parameter = owner[p->columns[k]];
+      const int entry = p->columns[k] - maps->parameters[parameter].first;
+      if (open) {
+        Strand& last = maps->strands.back();
+        const int end = last.entry + last.stride * (last.length - 1);
+        if (values[r] == last.value + last.length && parameter == last.parameter &&
+            p->coefficients[k] == last.coefficient && mixture[r] == last.mixture &&
+            entry > end && (last.length == 1 || entry - end == last.stride)) {
+          last.stride = entry - end;
+          ++last.length;
+          continue;
+        }
+      }
+      maps->strands.push_back(
+          {r, values[r], 1, parameter, entry, 1, mixture[r], p->coefficients[k]});
+      open = true;
+    }
   }
-  maps->to.push_back(int(maps->back.size()));
   int first = 0;
   for (int k = 0; k < p->outputs; ++k) {
     maps->outputs.push_back({first, p->output_sizes[k], bool(p->output_exps[k])});
@@ -374,15 +414,10 @@ EXPORT int64_t core_call(const void* handle, const Call* call) {
     own[k] = call->thetas.strides[k] != 0;
     if (!own[k]) good = good && read(maps, call->thetas, k, 0, call->validate, shared);
   }
-  std::vector<int> moving;
-  for (int r = 0; good && r < int(maps.moved.size()); ++r) {
-    bool mine = false;
-    for (int k = maps.from[r]; k < maps.from[r + 1]; ++k) mine = mine || own[maps.terms[k].parameter];
-    if (mine)
-      moving.push_back(r);
-    else
-      shared.values[maps.moved[r].value] = moved_value(maps, shared, r);
-  }
+  std::vector<uint8_t> mine(maps.mixtures.size(), 0);
+  for (size_t k = 0; k < mine.size(); ++k)
+    for (int parameter : maps.mixtures[k]) mine[k] = mine[k] || own[parameter];
+  if (good) evaluate(maps, mine, 0, shared);
   std::atomic<int64_t> left{0};
   auto work = [&](Row& row, ActiveSet& active, Room& room, int64_t k) {
     double* report = call->report + k * REPORT;
@@ -391,7 +426,7 @@ EXPORT int64_t core_call(const void* handle, const Call* call) {
       if (own[j]) taken = read(maps, call->thetas, j, k, call->validate, room);
     if (taken) {
       room.values = shared.values;
-      for (int r : moving) room.values[maps.moved[r].value] = moved_value(maps, room, r);
+      evaluate(maps, mine, 1, room);
       taken = agree(maps, room);
     }
     std::fill_n(report, REPORT, double(UNREAD));
@@ -434,8 +469,9 @@ EXPORT int64_t core_pull(const void* handle, const Call* call, const Tensors* ba
       summed += maps.parameters[k].size;
     }
   std::vector<double> sums(parts * summed, 0.0);
+  const std::vector<uint8_t> all(maps.mixtures.size(), 1);
   std::atomic<int64_t> flagged{0};
-  auto work = [&](Row& row, Room& room, std::vector<double>& bar, int64_t k, double* sum) {
+  auto work = [&](Row& row, Room& room, std::vector<double*>& into, int64_t k, double* sum) {
     const double *x = call->x + k * plan.n, *y = call->y + k * plan.m;
     double v;
     flags[k] = 0;
@@ -455,32 +491,47 @@ EXPORT int64_t core_pull(const void* handle, const Call* call, const Tensors* ba
       bool known = true;
       for (int j = 0; j < parameters; ++j)
         known = read(maps, call->thetas, j, k, false, room) && known;
-      for (int r = 0; known && r < int(maps.moved.size()); ++r)
-        if (maps.moved[r].part == Moved::q)
-          room.values[maps.moved[r].value] = moved_value(maps, room, r);
+      room.values = maps.constant;
+      if (known) evaluate(maps, all, 1, room);
       const double found[] = {largest(room.x_bar.data(), plan.n), largest(x, plan.n),
                               largest(room.values.data() + maps.q_at(), plan.n)};
       std::copy_n(found, 3, sizes + 3 * k);
     }
     data_cotangents(maps, x, y, v, room);
     for (int j = 0; j < parameters; ++j) {
+      const Parameter& parameter = maps.parameters[j];
+      into[j] = nullptr;
       if (!theta_bars->at[j]) continue;
-      if (place[j] >= 0) {
-        add_entries(maps, j, call->thetas, k, room, sum + place[j]);
+      const bool apart = parameter.log || theta_bars->single[j];
+      if (place[j] >= 0 && !parameter.log) {
+        into[j] = sum + place[j];
         continue;
       }
-      bar.assign(maps.parameters[j].size, 0.0);
-      add_entries(maps, j, call->thetas, k, room, bar.data());
-      for (int i = 0; i < int(bar.size()); ++i) theta_bars->put(j, k, i, bar[i]);
+      into[j] = apart || place[j] >= 0
+                    ? room.entries.data() + parameter.first
+                    : static_cast<double*>(theta_bars->at[j]) + k * theta_bars->strides[j];
+      std::fill_n(into[j], parameter.size, 0.0);
+    }
+    add_entries(maps, room, into.data());
+    for (int j = 0; j < parameters; ++j) {
+      const Parameter& parameter = maps.parameters[j];
+      if (!into[j]) continue;
+      if (parameter.log)  // nothing comes of nothing, be the entry what it may
+        for (int i = 0; i < parameter.size; ++i)
+          if (into[j][i] != 0) into[j][i] /= call->thetas.get(j, k, i);
+      if (place[j] >= 0 && parameter.log)
+        for (int i = 0; i < parameter.size; ++i) sum[place[j] + i] += into[j][i];
+      else if (place[j] < 0 && (parameter.log || theta_bars->single[j]))
+        for (int i = 0; i < parameter.size; ++i) theta_bars->put(j, k, i, into[j][i]);
     }
   };
   deal(call->options.threads, parts, [&](auto next) {
     Row row(plan);
     Room room(maps);
-    std::vector<double> bar;
+    std::vector<double*> into(parameters);
     for (int64_t part; (part = next()) < parts;)
       for (int64_t k = part * batch / parts; k < (part + 1) * batch / parts; ++k)
-        work(row, room, bar, k, sums.data() + part * summed);
+        work(row, room, into, k, sums.data() + part * summed);
   });
   for (int k = 0; k < parameters; ++k) {
     if (place[k] < 0) continue;

@@ -35,19 +35,18 @@ struct Output {
   bool exp;
 };
 
-struct Moved {  // a number of the data that a parameter moves
-  enum { P, q, A, b, d } part;
-  int value, row, column;
-  bool diagonal;
+// Numbers of the data that parameters move, in consecutive rows of a column of P or A, or of a
+// vector.
+struct Block {
+  enum Part { P, q, A, b, d } part;
+  int moved, row, column, length;
 };
 
-struct Term {
-  int parameter, entry;  // of its own entries
-  double coefficient;
-};
-
-struct Back {
-  int moved;
+// data[value + i] += coefficient theta[entry + stride i]
+struct Strand {
+  int moved, value, length;
+  int parameter, entry, stride;  // of its own entries
+  int mixture;                   // the parameters that these numbers depend on
   double coefficient;
 };
 
@@ -57,11 +56,10 @@ struct Maps {
   std::vector<Parameter> parameters;
   std::vector<uint8_t> limits;  // entries for which infinity has a meaning
   std::vector<double> constant;
-  std::vector<Moved> moved;
-  std::vector<int> from;  // C, by the rows of what is moved
-  std::vector<Term> terms;
-  std::vector<int> to;  // C', by the entries
-  std::vector<Back> back;
+  int moved = 0;  // how many numbers of the data parameters move
+  std::vector<Block> blocks;
+  std::vector<Strand> strands;  // C; a number's terms in the order in which they are added
+  std::vector<std::vector<int>> mixtures;
   std::vector<Output> outputs;
   std::vector<int> position;  // from n on of y
   std::vector<double> weight;
@@ -172,13 +170,18 @@ inline bool read(const Maps& maps, const Tensors& thetas, int k, int64_t row, bo
   return true;
 }
 
-inline double moved_value(const Maps& maps, const Room& room, int r) {
-  double value = maps.constant[maps.moved[r].value];
-  for (int k = maps.from[r]; k < maps.from[r + 1]; ++k) {
-    const Term& term = maps.terms[k];
-    value += term.coefficient * room.at[term.parameter][term.entry];
+// The data of a row: `values` holds its constant part, and that of the other mixtures.
+inline void evaluate(const Maps& maps, const std::vector<uint8_t>& mixtures, uint8_t wanted,
+                     Room& room) {
+  for (const Strand& strand : maps.strands) {
+    if (mixtures[strand.mixture] != wanted) continue;
+    double* value = room.values.data() + strand.value;
+    const double *theta = room.at[strand.parameter] + strand.entry, coefficient = strand.coefficient;
+    if (strand.stride == 1)
+      for (int i = 0; i < strand.length; ++i) value[i] += coefficient * theta[i];
+    else
+      for (int i = 0; i < strand.length; ++i) value[i] += coefficient * theta[i * strand.stride];
   }
-  return value;
 }
 
 // Right-hand sides: infinity is a bound that is none; equalities that depend on each other are made
@@ -277,30 +280,42 @@ inline void data_cotangents(const Maps& maps, const double* x, const double* y, 
   double *w = room.w.data(), *u = room.u.data();
   for (int j = 0; j < plan.n; ++j) w[j] -= v * x[j] / 2;
   for (int i = 0; i < plan.m; ++i) u[i] -= v * y[i] / 2;
-  room.bars.resize(maps.moved.size());
-  for (size_t r = 0; r < maps.moved.size(); ++r) {
-    const Moved& at = maps.moved[r];
+  room.bars.resize(maps.moved);
+  for (const Block& at : maps.blocks) {
+    double* bar = room.bars.data() + at.moved;
     const int i = at.row, j = at.column;
     switch (at.part) {
-      case Moved::P: room.bars[r] = -(w[i] * x[j] + w[j] * x[i]) * (at.diagonal ? 0.5 : 1.0); break;
-      case Moved::q: room.bars[r] = v * x[j] / 2 - w[j]; break;
-      case Moved::A: room.bars[r] = -(y[i] * w[j] + u[i] * x[j]); break;
-      case Moved::b: room.bars[r] = u[i] - v * y[i] / 2; break;
-      case Moved::d: room.bars[r] = v;
+      case Block::P:
+        if (i == j) {
+          bar[0] = -w[i] * x[i];
+          break;
+        }
+        for (int k = 0; k < at.length; ++k) bar[k] = -(w[i + k] * x[j] + w[j] * x[i + k]);
+        break;
+      case Block::q:
+        for (int k = 0; k < at.length; ++k) bar[k] = v * x[j + k] / 2 - w[j + k];
+        break;
+      case Block::A:
+        for (int k = 0; k < at.length; ++k) bar[k] = -(y[i + k] * w[j] + u[i + k] * x[j]);
+        break;
+      case Block::b:
+        for (int k = 0; k < at.length; ++k) bar[k] = u[i + k] - v * y[i + k] / 2;
+        break;
+      case Block::d: bar[0] = v;
     }
   }
 }
 
-// One parameter's cotangent in a row, added to what is there.
-inline void add_entries(const Maps& maps, int k, const Tensors& thetas, int64_t row, const Room& room,
-                        double* bar) {
-  const Parameter& parameter = maps.parameters[k];
-  for (int i = 0; i < parameter.size; ++i) {
-    double total = 0;
-    for (int c = maps.to[parameter.first + i]; c < maps.to[parameter.first + i + 1]; ++c)
-      total += maps.back[c].coefficient * room.bars[maps.back[c].moved];
-    if (parameter.log && total != 0) total /= thetas.get(k, row, i);
-    bar[i] += total;
+// The parameters' cotangents in a row, added to what is there; null where they are not wanted.
+inline void add_entries(const Maps& maps, const Room& room, double* const* bars) {
+  for (const Strand& strand : maps.strands) {
+    if (!bars[strand.parameter]) continue;
+    double* into = bars[strand.parameter] + strand.entry;
+    const double *bar = room.bars.data() + strand.moved, coefficient = strand.coefficient;
+    if (strand.stride == 1)
+      for (int i = 0; i < strand.length; ++i) into[i] += coefficient * bar[i];
+    else
+      for (int i = 0; i < strand.length; ++i) into[i * strand.stride] += coefficient * bar[i];
   }
 }
 
