@@ -139,7 +139,7 @@ class ConvexLayer(torch.nn.Module):
 
     def _take(self, choice: Choice, settings: Settings) -> None:
         self._choice, self._settings, self.structure = choice, settings, choice.structure
-        self._short = ShortWay.of(choice.declared, settings, choice.kernel is None)
+        self._short = ShortWay.of(choice, settings)
 
     def _fresh(self) -> None:
         """What a layer does not share with its copies."""

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from convlayer.structures import STRUCTURES
+
 torch.set_num_threads(1)  # the tensors here are small, and threads that share a core spin
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -41,6 +43,22 @@ WITHOUT_CORE = (
     "test_kinks.py",
     "test_interior_point.py",
 )
+
+
+# Laws of kernels, whatever the batch: small ones of some structures would be the compiled core's.
+OF_KERNELS = (
+    "test_structures.py",
+    "test_structure_mutants.py",
+    "test_warm_start.py",
+    "test_threads.py",
+)
+
+
+@pytest.fixture(autouse=True)
+def _kernels_alone(request, monkeypatch):
+    if request.path.name in OF_KERNELS or request.path.name.startswith("test_kernel_"):
+        for structure in STRUCTURES.values():
+            monkeypatch.setattr(type(structure), "compiled", False)
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from cases import CASES
 from convlayer import ConvexLayer, ParameterError, SolverError
 from convlayer.core.interface import core
 from convlayer.paths.short import KEPT, Answered, ShortWay
+from convlayer.structures import STRUCTURES
 
 D = torch.float64
 pytestmark = pytest.mark.skipif(core() is None, reason="no compiled core was built")
@@ -393,6 +394,41 @@ def test_nothing_grows_with_the_number_of_calls():
     for k in range(KEPT + 10):
         layer(points(k + 1), radius, W)
     assert len(layer._short._arrangements) <= KEPT
+
+
+COMPILED = [name for name in STRUCTURES if STRUCTURES[name].compiled]
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_small_batch_of_a_structure_is_the_cores_and_says_what_the_kernel_says(name):
+    structure = STRUCTURES[name]
+    problem, parameters, variables = structure.declare()
+    layer = ConvexLayer(problem, parameters, variables)
+    kernel = layer.with_options(structure=name)
+    assert layer.structure == name
+    assert "the compiled core, by their estimates" in layer.explain()
+    assert "the kernel, by their estimates" in layer.explain(4096)
+    for batch in ((), (3,)):
+        tensors = structure.sample(batch, torch.Generator().manual_seed(1))
+        mine, theirs = (told(one, tensors, False) for one in (layer, kernel))
+        for group, others in zip(mine[:3], theirs[:3], strict=True):
+            for a, b in zip(group, others, strict=True):
+                assert torch.allclose(a, b, atol=1e-9 * (1 + float(b.abs().max())))
+    assert taken(layer)
+    assert kernel._short is None
+    many = structure.sample((4096,), torch.Generator().manual_seed(1))
+    layer(*many)
+    assert None in layer._short._arrangements.values()  # there the kernel is faster
+
+
+def test_a_degenerate_row_of_a_structure_is_the_kernels():
+    A, b, x = cp.Parameter((3, 2), name="A"), cp.Parameter(3), cp.Variable(2)
+    layer = ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(A @ x - b))), [A, b], [x])
+    assert layer.structure == "least_squares"
+    square = torch.tensor([[1.0, 2.0], [2.0, 4.0], [0.0, 0.0]], dtype=D)
+    right = torch.tensor([1.0, 2.0, 3.0], dtype=D)
+    expected = torch.linalg.pinv(square) @ right  # of least norm
+    assert torch.allclose(layer(square, right)[0], expected, atol=1e-12)
 
 
 def test_what_is_not_plain_goes_the_long_way():

@@ -96,6 +96,7 @@ WITHOUT_WORK = {
     "aten::detach",
     "aten::alias",
     "aten::empty.memory_format",
+    "aten::empty_like",
     "aten::lift_fresh",
     "aten::_reshape_alias",
 }

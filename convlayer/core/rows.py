@@ -45,7 +45,9 @@ class Outcome(IntEnum):
     INEXACT = 4  # the point is not certified to the tolerance
     KINK = 5  # a constraint is weakly active, to the accuracy of the point
     SINGULAR = 6  # solution or multipliers are not unique, or all but so
-    UNREAD = 7  # it was not looked at: its parameters, or right-hand sides, are to be looked at first
+    UNREAD = (
+        7  # it was not looked at: its parameters, or right-hand sides, are to be looked at first
+    )
 
 
 class ConeRows(IntEnum):

@@ -23,6 +23,7 @@ from convlayer.core.maps import INEXACT, NOT_FINITE, Called, Calls
 from convlayer.declaration.by_core import sees
 from convlayer.declaration.declaration import Declaration
 from convlayer.declaration.inputs import bad_rows
+from convlayer.paths.choice import Choice
 from convlayer.paths.cone_program import HOST, tolerance_of
 from convlayer.paths.dispatch import cheaper_core
 from convlayer.paths.exit import Exit
@@ -31,9 +32,15 @@ from convlayer.paths.gradients import Exact
 from convlayer.paths.path import Tell
 from convlayer.paths.pieces import NOTHING
 from convlayer.paths.settings import Settings, Solving
+from convlayer.paths.specialised import Specialised
 from convlayer.solution import Cause
+from convlayer.structures import STRUCTURES
 
 DTYPES = (torch.float32, torch.float64)
+# What a call and its backward cost beside the core, in seconds.
+CALL = 1.2e-4
+# Numbers in parameters and variables up to which a problem with a kernel is the core's as well.
+LARGEST = 5000
 # Kinds of calls, as of batches of many sizes, whose arrangements are kept.
 KEPT = 256
 
@@ -66,17 +73,25 @@ class Arranged:
 class ShortWay:
     """For one problem, with the options that a call's outcome depends on."""
 
-    def __init__(self, declared: Declaration, solving: Solving) -> None:
-        self.declared, self.solving = declared, solving
+    def __init__(self, declared: Declaration, solving: Solving, kernel: Specialised | None) -> None:
+        """kernel: what the core is to be faster than."""
+        self.declared, self.solving, self.kernel = declared, solving, kernel
         self.ranks = [len(parameter.shape) for parameter in declared.parameters]
         self._arrangements: dict[Hashable, Arranged | None] = {}
 
     @classmethod
-    def of(cls, declared: Declaration, settings: Settings, generic: bool) -> ShortWay | None:
-        """generic: the path is the cone program. None: the core is not asked."""
-        if not generic or settings.solving.alone or declared.weight is not None:
+    def of(cls, choice: Choice, settings: Settings) -> ShortWay | None:
+        """None: the core is not asked."""
+        declared, kernel, solving = choice.declared, choice.kernel, settings.solving
+        if solving.alone or declared.weight is not None or not isinstance(settings.gradient, Exact):
             return None
-        return cls(declared, settings.solving) if isinstance(settings.gradient, Exact) else None
+        if kernel is not None:
+            # It is canonicalised for the core, which is not to take long.
+            numbers = sum(p.size for p in (*declared.parameters, *declared.variables))
+            small = STRUCTURES[choice.structure].compiled and numbers <= LARGEST
+            if not small or settings.structure != "auto":
+                return None
+        return cls(declared, solving, kernel)
 
     @cached_property
     def sees_all(self) -> bool:
@@ -98,7 +113,7 @@ class ShortWay:
         validate: bool,
     ) -> Answered | Called | None:
         """None: it is not for this call. What was called, where some row was not settled."""
-        if not all([is_plain(t) for t in tensors]):
+        if (everything and self.kernel is not None) or not all([is_plain(t) for t in tensors]):
             return None
         like = validate, *[(t.shape, t.dtype) for t in tensors]
         if like not in self._arrangements:
@@ -119,6 +134,17 @@ class ShortWay:
         if called.unsettled:
             return called
         return Answered(self, long, kind, called, outputs, tensors, differentiable)
+
+    def takes(self, batch: int) -> bool:
+        """Whether the core is asked at this batch: where it is not the slower way."""
+        canonical, maps = self.declared.canonical, self.declared.maps
+        if maps is None:
+            return False
+        if self.kernel is None:
+            solver = self.solving.attempts(canonical, batch, HOST)[0].solver
+            return cheaper_core(canonical, solver, batch) is not None
+        cost = self.kernel.match.cost
+        return cost is not None and maps.plan.seconds(batch) + CALL <= cost.seconds(batch)
 
     def held(self, tensors: Sequence[Tensor], kind: Arranged) -> list[Tensor]:
         """As the core reads them."""
@@ -146,11 +172,10 @@ class ShortWay:
         batch: tuple[int, ...],
         validate: bool,
     ) -> Arranged | None:
-        canonical, size, maps = self.declared.canonical, math.prod(batch), self.declared.maps
+        size, maps = math.prod(batch), self.declared.maps
         if not size or maps is None or any(t.dtype not in DTYPES for t in tensors):
             return None
-        solver = self.solving.attempts(canonical, size, HOST)[0].solver
-        if cheaper_core(canonical, solver, size) is None:
+        if not self.takes(size):
             return None
         own = [
             t.shape[: t.ndim - rank].numel() for t, rank in zip(tensors, self.ranks, strict=True)
@@ -223,10 +248,7 @@ class Answered(Exit, Local):
         self, thetas: Tensors, bars: Sequence[Tensor | None], needed: Sequence[bool]
     ) -> list[Tensor]:
         kind, calls = self.kind, self.kind.calls
-        found = [
-            torch.empty(shape, dtype=theta.dtype) if need else None
-            for theta, shape, need in zip(thetas, self._rows_of(thetas), needed, strict=True)
-        ]
+        found = self._room(thetas, needed)
         given = [None if bar is None else laid_out(bar, kind.dtype) for bar in bars]
         costs, read, sizes = self._moving_costs(bars, needed), [0] * len(found), None
         if costs:
@@ -282,14 +304,20 @@ class Answered(Exit, Local):
         """(B,) of the table; a derivative may flag some."""
         return torch.zeros(self.kind.calls.batch, dtype=torch.bool)
 
-    def _rows_of(self, thetas: Tensors) -> Sequence[Sequence[int]]:
-        """The shapes of the parameters' cotangents, as the core gives them."""
-        kind = self.kind
+    def _room(self, thetas: Tensors, needed: Sequence[bool]) -> list[Tensor | None]:
+        """For the cotangents that are needed, as the core gives them."""
+        kind, pairs = self.kind, zip(thetas, needed, strict=True)
         if not kind.wide:
-            return kind.given
-        each = zip(thetas, self.ranks, kind.wide, strict=True)
+            return [
+                torch.empty_like(t, memory_format=torch.contiguous_format) if need else None
+                for t, need in pairs
+            ]
+        each = zip(pairs, self.ranks, kind.wide, strict=True)
         return [
-            (*kind.batch, *t.shape[t.ndim - rank :]) if wide else t.shape for t, rank, wide in each
+            t.new_empty((*kind.batch, *t.shape[t.ndim - rank :]) if wide else t.shape)
+            if need
+            else None
+            for (t, need), rank, wide in each
         ]
 
     def _moving_costs(self, bars: Sequence[Tensor | None], needed: Sequence[bool]) -> list[int]:

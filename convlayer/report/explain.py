@@ -17,6 +17,7 @@ from convlayer.declaration.declaration import Declaration
 from convlayer.paths.choice import Choice
 from convlayer.paths.dispatch import cheaper_core
 from convlayer.paths.settings import Settings, Solving
+from convlayer.paths.short import ShortWay
 from convlayer.solvers import Attempt, BatchSolver, ConeSolver
 from convlayer.structures import Cost
 
@@ -39,7 +40,7 @@ def described(choice: Choice, settings: Settings) -> str:
 
 def explained(choice: Choice, settings: Settings, executor: bool, batch: int) -> str:
     """The report of `ConvexLayer.explain`."""
-    lines = list(_choice(choice, settings.regularise, batch))
+    lines = list(_choice(choice, settings, batch))
     text = "\n".join(f"{name + ':':31}{value}" for name, value in lines)
     if choice.kernel is not None:
         return text
@@ -52,13 +53,12 @@ def explained(choice: Choice, settings: Settings, executor: bool, batch: int) ->
     return "\n".join([text, *rest])
 
 
-def _choice(
-    choice: Choice, regularise: float | str | None, batch: int
-) -> Iterator[tuple[str, str]]:
+def _choice(choice: Choice, settings: Settings, batch: int) -> Iterator[tuple[str, str]]:
     """The first part: the path, why, and what every structure said.
 
     Where no kernel runs, what the cone program costs is told of it itself, and not estimated here.
     """
+    regularise = settings.regularise
     yield "Path", f"{choice.structure}: {choice.why}"
     if regularise == "least_norm":
         yield "Regularised", "of all solutions the one of least norm"
@@ -78,6 +78,10 @@ def _choice(
                 f"  {finding.name}",
                 f"yes: {finding.match.bound}; {_cost(finding.match.cost, batch)}",
             )
+    short = ShortWay.of(choice, settings)
+    if choice.kernel is not None and short is not None:
+        who = "the compiled core" if short.takes(batch) else "the kernel"
+        yield "  at this batch", f"{who}, by their estimates; degenerate rows are the kernel's"
     if choice.recognition.generic is not None and choice.kernel is not None:
         cost = _cost(choice.recognition.generic, batch)
         yield "  cone_program", f"always; about {cost}, estimated from its sparsity"

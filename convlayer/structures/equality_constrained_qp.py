@@ -53,6 +53,7 @@ class EqualityConstrainedQP(Structure):
     """minimise 1/2 x'Px + q'x subject to Ax = b; the quadratic may be given by squares too."""
 
     name = "equality_constrained_qp"
+    compiled = True
     least_norm = True
     refines = "quadratic_program"
 
@@ -168,6 +169,7 @@ class EqualityConstrainedQP(Structure):
                 + 2.0 * squares.size * n * n
                 + 40.0 * n * (n + p),
                 bytes=40.0 * n * (n + p),
+                fixed=9e-4,
                 rate=1.5e10,
             ),
             duals=duals,

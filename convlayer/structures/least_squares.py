@@ -47,6 +47,7 @@ class LeastSquares(Structure):
     unique."""
 
     name = "least_squares"
+    compiled = True
     least_norm = True
     refines = "equality_constrained_qp"
 
@@ -175,6 +176,7 @@ class LeastSquares(Structure):
             Cost(
                 flops=m * n * small + small**3 / 3 + 16.0 * m * n * k,
                 bytes=40.0 * m * n,
+                fixed=6e-4,
                 rate=1.5e10,
             ),
         )

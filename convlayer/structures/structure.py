@@ -97,6 +97,8 @@ class Structure(ABC):
     cause: ClassVar[Cause] = Cause.SINGULAR  # why its kernel flags a row
     # Of solutions that are not unique its kernel gives the one of least norm.
     least_norm: ClassVar[bool] = False
+    # Small batches are the compiled core's, whose answer is as good: no closed form gives more.
+    compiled: ClassVar[bool] = False
     refines: ClassVar[str]  # the more general structure that also answers it
 
     @abstractmethod
