@@ -25,6 +25,9 @@ constexpr double DEFINITE = 1e-9, DEPENDENT = 1e-10;
 constexpr double VIOLATED = 1e-10;
 // The coefficient of a variable in the equality that defines it, in rows of size one.
 constexpr double DEFINING = 1e-2;
+// Rows that are solved with a triangle at a time, four of short ones: as many sums as do not wait
+// for each other.
+constexpr int TOGETHER = 8;
 // What an interior point takes in a step beside its factor, in multiplications an unknown.
 constexpr double BESIDE = 200;
 
@@ -122,12 +125,13 @@ struct ActiveSet {
 
   // H = R'R, its lower triangle R'; G becomes M = G R^-1, f becomes R'^-1 f, d becomes d + M f.
   bool factorise() {
+    const int together = n < 64 ? 4 : TOGETHER;
     double most = 0;
     for (int i = 0; i < n; ++i) most = std::max(most, H[size_t(i) * n + i]);
-    for (int first = 0; first < n; first += 4) {
-      double* rows[4];
-      const int some = std::min(4, n - first);
-      for (int q = 0; q < 4; ++q) rows[q] = H.data() + size_t(first + std::min(q, some - 1)) * n;
+    for (int first = 0; first < n; first += together) {
+      double* rows[TOGETHER];
+      const int some = std::min(together, n - first);
+      for (int q = 0; q < TOGETHER; ++q) rows[q] = H.data() + size_t(first + std::min(q, some - 1)) * n;
       across(rows, some, first);
       for (int q = 0; q < some; ++q) {
         const int k = first + q;
@@ -141,12 +145,12 @@ struct ActiveSet {
         rows[q][k] = std::sqrt(pivot);
       }
     }
-    double* alone[4] = {f.data(), f.data(), f.data(), f.data()};
+    double* alone[] = {f.data()};
     across(alone, 1, n);
-    for (int first = 0; first < count; first += 4) {
-      double* rows[4];
-      const int some = std::min(4, count - first);
-      for (int q = 0; q < 4; ++q) rows[q] = G.data() + size_t(first + std::min(q, some - 1)) * n;
+    for (int first = 0; first < count; first += together) {
+      double* rows[TOGETHER];
+      const int some = std::min(together, count - first);
+      for (int q = 0; q < TOGETHER; ++q) rows[q] = G.data() + size_t(first + std::min(q, some - 1)) * n;
       across(rows, some, n);
       for (int i = first; i < first + some; ++i) {
         d[i] += dot(row_of(i), f.data(), n);
@@ -158,21 +162,35 @@ struct ActiveSet {
 
   const double* R(int k) const { return H.data() + size_t(k) * n; }
 
-  // The first entries of up to four rows times R^-1, in their places.
+  // The first entries of up to TOGETHER rows times R^-1, in their places.
   void across(double* const* rows, int some, int to) const {
     if (some == 1) {
       for (int k = 0; k < to; ++k) rows[0][k] = (rows[0][k] - dot(rows[0], R(k), k)) / R(k)[k];
       return;
     }
+    const double *a = rows[0], *b = rows[1], *c = rows[2], *d = rows[3];
+    if (some <= 4) {
+      for (int k = 0; k < to; ++k) {
+        const double* own = R(k);
+        double s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+        for (int j = 0; j < k; ++j)
+          s0 += a[j] * own[j], s1 += b[j] * own[j], s2 += c[j] * own[j], s3 += d[j] * own[j];
+        const double sums[] = {s0, s1, s2, s3}, inverse = 1 / own[k];
+        for (int q = 0; q < some; ++q) rows[q][k] = (rows[q][k] - sums[q]) * inverse;
+      }
+      return;
+    }
+    const double *e = rows[4], *f = rows[5], *g = rows[6], *h = rows[7];
     for (int k = 0; k < to; ++k) {
       const double* own = R(k);
-      double a = 0, b = 0, c = 0, e = 0;
-#pragma omp simd reduction(+ : a, b, c, e)
+      double s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0, s5 = 0, s6 = 0, s7 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3, s4, s5, s6, s7)
       for (int j = 0; j < k; ++j) {
-        a += rows[0][j] * own[j], b += rows[1][j] * own[j];
-        c += rows[2][j] * own[j], e += rows[3][j] * own[j];
+        s0 += a[j] * own[j], s1 += b[j] * own[j], s2 += c[j] * own[j], s3 += d[j] * own[j];
+        s4 += e[j] * own[j], s5 += f[j] * own[j], s6 += g[j] * own[j], s7 += h[j] * own[j];
       }
-      const double sums[4] = {a, b, c, e}, inverse = 1 / own[k];
+      const double sums[] = {s0, s1, s2, s3, s4, s5, s6, s7}, inverse = 1 / own[k];
       for (int q = 0; q < some; ++q) rows[q][k] = (rows[q][k] - sums[q]) * inverse;
     }
   }
