@@ -11,24 +11,28 @@ namespace convlayer {
 
 constexpr double HUGE_NUMBER = 1e300;
 
-inline double dot(const double* a, const double* b, int n) {
-  double sum = 0;
-  int first = 0;
-  if (n >= 32) {  // in four parts: one sum would wait for itself
-    const int part = n / 16 * 4;
-    const double *a1 = a + part, *a2 = a1 + part, *a3 = a2 + part;
-    const double *b1 = b + part, *b2 = b1 + part, *b3 = b2 + part;
-    double s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+// In four parts: one sum would wait for itself.
+inline double long_dot(const double* a, const double* b, int n) {
+  const int part = n / 16 * 4;
+  const double *a1 = a + part, *a2 = a1 + part, *a3 = a2 + part;
+  const double *b1 = b + part, *b2 = b1 + part, *b3 = b2 + part;
+  double s0 = 0, s1 = 0, s2 = 0, s3 = 0;
 #pragma omp simd reduction(+ : s0, s1, s2, s3)
-    for (int i = 0; i < part; ++i) {
-      s0 += a[i] * b[i], s1 += a1[i] * b1[i];
-      s2 += a2[i] * b2[i], s3 += a3[i] * b3[i];
-    }
-    sum = (s0 + s1) + (s2 + s3);
-    first = 4 * part;
+  for (int i = 0; i < part; ++i) {
+    s0 += a[i] * b[i], s1 += a1[i] * b1[i];
+    s2 += a2[i] * b2[i], s3 += a3[i] * b3[i];
   }
-#pragma omp simd reduction(+ : sum)
-  for (int i = first; i < n; ++i) sum += a[i] * b[i];
+  for (int i = 4 * part; i < n; ++i) s0 += a[i] * b[i];
+  return (s0 + s1) + (s2 + s3);
+}
+
+inline double dot(const double* a, const double* b, int n) {
+  if (n >= 32) return long_dot(a, b, n);
+  double sum = 0;
+  int i = 0;
+  for (; i + 4 <= n; i += 4)
+    sum += (a[i] * b[i] + a[i + 1] * b[i + 1]) + (a[i + 2] * b[i + 2] + a[i + 3] * b[i + 3]);
+  for (; i < n; ++i) sum += a[i] * b[i];
   return sum;
 }
 
