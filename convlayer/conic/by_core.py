@@ -13,8 +13,9 @@ from convlayer.core.rows import ConeRows, Pattern, Plan
 
 # Unknowns and rows up to which the order of elimination is found in no time,
 LARGEST = 1500
-# rows of a curved cone, whose block is dense,
-LARGEST_CONE = 80
+# rows of a curved cone, whose block is dense: matrices of order 20,
+LARGEST_CONES = {ConeRows.PSD: 210}
+LARGEST_CONE = 150
 # and multiplications of a factorisation: beyond, torch's own factors are as fast.
 FLOPS = 4e6
 KINDS = {kind.name.lower(): kind for kind in ConeRows}
@@ -26,9 +27,10 @@ def plan_of(program: Program, visible: Visible, implied: Tensor | None) -> Plan 
     if library is None or program.n + program.m > LARGEST or not program.n:
         return None
     blocks = program.cones.blocks
-    if any(not block.elementwise and block.size > LARGEST_CONE for block in blocks):
-        return None
     if any(block.name not in KINDS for block in blocks):
+        return None
+    curved = [block for block in blocks if not block.elementwise]
+    if any(b.size > LARGEST_CONES.get(KINDS[b.name], LARGEST_CONE) for b in curved):
         return None
     ignored = np.zeros(program.m, dtype=bool)
     if implied is not None and not program.is_polyhedral:
