@@ -242,11 +242,11 @@ def _left(program: Program, t: np.ndarray, r: np.ndarray) -> Program:
     of_square = square.col[upper].astype(np.int64) * n + square.row[upper]
     of_P = x[program.P_cols[own]] * n + x[program.P_rows[own]]
     P_cols, P_rows = np.divmod(np.unique(np.concatenate([of_square, of_P])), n)
-    cones = Product([_shortened(block, r) for block in program.cones.blocks])
+    cones = Product([shortened(block, r) for block in program.cones.blocks])
     return Program(n, m, cones, P_rows, P_cols, A_rows[kept], A_cols[kept])
 
 
-def _shortened(block: Block, r: np.ndarray) -> Cone:
+def shortened(block: Block, r: np.ndarray) -> Cone:
     """Without the rows that go, which are all of the zero cone's."""
     gone = int(np.count_nonzero((r >= block.start) & (r < block.start + block.size)))
     return Zero(block.size - gone) if gone else block.cone

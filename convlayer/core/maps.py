@@ -80,8 +80,9 @@ class Maps:
         objective: tuple[float, bool],  # sign, and whether it is the exponential
         bounds: tuple[np.ndarray, np.ndarray, np.ndarray],  # row, column, coefficient
         ties: Ties,
+        whole: Any = None,  # what leads from this program's solution to that of the one asked for
     ) -> None:
-        self.plan = plan
+        self.plan, self.whole = plan, whole
         self.sizes = [parameter.size for parameter in parameters]
         self.output_sizes = [len(output.positions) for output in outputs]
         self.reads_entries = any(parameter.log for parameter in parameters)

@@ -8,6 +8,7 @@ import cvxpy as cp
 import numpy as np
 import scipy.sparse as sp
 
+from convlayer.conic.lift import Lift
 from convlayer.core.maps import Domain, Maps, Read, Ties, Written
 from convlayer.declaration import domain
 from convlayer.declaration.canonical import Canonical
@@ -18,8 +19,11 @@ LARGEST = 5_000_000
 PARTS = ("P", "q", "A", "b", "d")
 
 
-def maps_of(canonical: Canonical, parameters: Sequence[cp.Parameter]) -> Maps | None:
-    """None: the program, or a way to read a parameter, is not the core's."""
+def maps_of(
+    canonical: Canonical, parameters: Sequence[cp.Parameter], lift: Lift | None = None
+) -> Maps | None:
+    """None: the program, or a way to read a parameter, is not the core's. lift: back to the whole
+    program, of which this is a part."""
     if canonical.core is None or any(p.symmetric and p.log for p in canonical.parameters):
         return None
     stacked = sp.csr_array(sp.vstack([canonical.matrices[part] for part in PARTS]))
@@ -56,6 +60,7 @@ def maps_of(canonical: Canonical, parameters: Sequence[cp.Parameter]) -> Maps | 
             dependence.basis.numpy(),
             dependence.empty.numpy(),
         ),
+        lift,
     )
 
 

@@ -16,6 +16,7 @@ from convlayer.declaration.canonical import Canonical
 from convlayer.declaration.canonicalise import canonicalise
 from convlayer.declaration.cvxpy_internals import lin_utils
 from convlayer.declaration.hashing import digest_of_declaration
+from convlayer.declaration.lean import lean
 from convlayer.declaration.rewriting import Prepared, prepared
 from convlayer.notices import quiet_cvxpy
 
@@ -111,6 +112,13 @@ class Declaration:
         """
         return None if self.weight is not None else maps_of(self.canonical, self.parameters)
 
+    @cached_property
+    def lean_maps(self) -> Maps | None:
+        """The same of a program without what CVXPY adds for quadratic terms, where there is such:
+        of the variables alone, not of the objective."""
+        smaller = None if self.weight is not None else lean(self.canonical)
+        return self.maps if smaller is None else maps_of(smaller[0], self.parameters, smaller[1])
+
     @property
     def digest(self) -> str:
         """A name that only equal declarations have, in any process."""
@@ -135,7 +143,9 @@ class Declaration:
             "_lock": None,
             "_next": lin_utils.ID_COUNTER.count,
         }
-        kept = {name: part for name, part in self.__dict__.items() if name != "maps"}
+        kept = {
+            name: part for name, part in self.__dict__.items() if name not in ("maps", "lean_maps")
+        }
         return {**kept, **made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from convlayer.conic.elimination import Elimination
+from convlayer.conic.lift import Lift
 from convlayer.core.rows import Plan, Solved
 from convlayer.declaration.canonical import Canonical
 from convlayer.paths.cone_derivative import ConeDerivative
@@ -43,6 +44,7 @@ class ConeRequest:
     gradient: Callable[[ConeFound, ConeDerivative], ConeDerivative]
     tell: Tell  # of rows whose derivative wants a warning
     called: Solved | None = None  # what the core has found already, of all rows
+    lift: Lift | None = None  # that was of a smaller program
 
     @property
     def precision(self) -> float:

@@ -72,6 +72,7 @@ class ConeProgram:
             elimination=None if solving.alone else canonical.elimination,
             core=self._core(solving, device, attempts[0].solver, request.size),
             called=None if request.called is None else request.called.solved,
+            lift=None if request.called is None else request.called.calls.maps.whole,
             device=device,
             bad=bad,
             start=self._start(request),

@@ -115,9 +115,9 @@ class ShortWay:
         """None: it is not for this call. What was called, where some row was not settled."""
         if (everything and self.kernel is not None) or not all([is_plain(t) for t in tensors]):
             return None
-        like = validate, *[(t.shape, t.dtype) for t in tensors]
+        like = everything, validate, *[(t.shape, t.dtype) for t in tensors]
         if like not in self._arrangements:
-            self._arrange(like, long, tensors, validate)
+            self._arrange(like, long, tensors, everything, validate)
         kind = self._arrangements[like]
         if kind is None:
             return None
@@ -157,10 +157,15 @@ class ShortWay:
             return [t.contiguous() for t in wider]
 
     def _arrange(
-        self, like: Hashable, long: Long, tensors: Sequence[Tensor], validate: bool
+        self,
+        like: Hashable,
+        long: Long,
+        tensors: Sequence[Tensor],
+        everything: bool,
+        validate: bool,
     ) -> None:
         dtype, _, batch = long.shapes(tensors)
-        kind = self._arranged(tensors, dtype, batch, validate)
+        kind = self._arranged(tensors, dtype, batch, everything, validate)
         if len(self._arrangements) >= KEPT:
             self._arrangements.clear()
         self._arrangements[like] = kind
@@ -170,9 +175,11 @@ class ShortWay:
         tensors: Sequence[Tensor],
         dtype: torch.dtype,
         batch: tuple[int, ...],
+        everything: bool,
         validate: bool,
     ) -> Arranged | None:
-        size, maps = math.prod(batch), self.declared.maps
+        declared, size = self.declared, math.prod(batch)
+        maps = declared.maps if everything else declared.lean_maps
         if not size or maps is None or any(t.dtype not in DTYPES for t in tensors):
             return None
         if not self.takes(size):
