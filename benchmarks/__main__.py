@@ -39,7 +39,7 @@ from benchmarks.programs import accuracy as programs_accuracy
 from benchmarks.programs import families as programs_families
 from benchmarks.programs import speed as programs_speed
 from benchmarks.pytorch import calls, compiled, memory, processes, transforms
-from benchmarks.real import declarations
+from benchmarks.real import declarations, predictive, steady
 from benchmarks.structures import accuracy as structures_accuracy
 from benchmarks.structures import construction as structures_construction
 from benchmarks.structures import growth, incumbents, overhead, specialists, temperature
@@ -77,7 +77,7 @@ SUITES = {
         by_name(programs_speed, published, programs_accuracy, programs_families, accelerator),
         programs.PACKAGES,
     ),
-    "real": Suite("Real declarations", by_name(declarations), real.PACKAGES),
+    "real": Suite("Real declarations", by_name(declarations, predictive, steady), real.PACKAGES),
     "crossover": Suite("Crossover of the solvers", by_name(crossover), crossover.PACKAGES),
     "torch": Suite("Within torch", by_name(calls, compiled, transforms, memory, processes)),
 }
