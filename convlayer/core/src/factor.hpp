@@ -163,7 +163,21 @@ inline void solve(const Plan& plan, Factor factor, const double* right, double* 
       continue;
     }
     std::fill(own, own + r, 0.0);
-    for (int k = 0; k < w; ++k) {
+    int k = 0;
+    for (; k + 4 <= w; k += 4) {  // four columns at a time
+      const double* c[4];
+      double g[4] = {part[k], 0, 0, 0};
+      for (int q = 0; q < 4; ++q) c[q] = panel + front.row(k + q);
+      for (int q = 1; q < 4; ++q) {
+        g[q] = part[k + q];
+        if (!front.diagonal)
+          for (int p = 0; p < q; ++p) g[q] -= g[p] * c[p][k + q];
+        part[k + q] = g[q];
+      }
+      if (!front.diagonal) subtract(part, c[0], c[1], c[2], c[3], g[0], g[1], g[2], g[3], k + 4, w);
+      subtract(own - w, c[0], c[1], c[2], c[3], -g[0], -g[1], -g[2], -g[3], w, w + r);
+    }
+    for (; k < w; ++k) {
       const double f = part[k], *row = panel + front.row(k);
       if (!front.diagonal)
         for (int j = k + 1; j < w; ++j) part[j] -= f * row[j];
@@ -190,11 +204,36 @@ inline void solve(const Plan& plan, Factor factor, const double* right, double* 
       continue;
     }
     for (int j = 0; j < r; ++j) own[j] = z[rows[j]];
-    for (int k = w - 1; k >= 0; --k) {
-      const double* row = panel + front.row(k);
-      double sum = dot(row + w, own, r);
-      if (!front.diagonal) sum += dot(row + k + 1, part + k + 1, w - k - 1);
-      part[k] -= sum;
+    for (int k = w - 1; k >= 0;) {
+      if (k < 3) {
+        const double* row = panel + front.row(k);
+        double sum = dot(row + w, own, r);
+        if (!front.diagonal) sum += dot(row + k + 1, part + k + 1, w - k - 1);
+        part[k--] -= sum;
+        continue;
+      }
+      const double *c0 = panel + front.row(k), *c1 = panel + front.row(k - 1),
+                   *c2 = panel + front.row(k - 2), *c3 = panel + front.row(k - 3);
+      double s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+      for (int j = 0; j < r; ++j) {
+        const double z = own[j];
+        s0 += c0[w + j] * z, s1 += c1[w + j] * z, s2 += c2[w + j] * z, s3 += c3[w + j] * z;
+      }
+      if (!front.diagonal) {
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+        for (int j = k + 1; j < w; ++j) {
+          const double z = part[j];
+          s0 += c0[j] * z, s1 += c1[j] * z, s2 += c2[j] * z, s3 += c3[j] * z;
+        }
+        part[k] -= s0;
+        part[k - 1] -= s1 + c1[k] * part[k];
+        part[k - 2] -= s2 + c2[k] * part[k] + c2[k - 1] * part[k - 1];
+        part[k - 3] -= s3 + c3[k] * part[k] + c3[k - 1] * part[k - 1] + c3[k - 2] * part[k - 2];
+      } else {
+        part[k] -= s0, part[k - 1] -= s1, part[k - 2] -= s2, part[k - 3] -= s3;
+      }
+      k -= 4;
     }
   }
   for (int i = 0; i < size; ++i) x[i] = z[plan.position[i]];
