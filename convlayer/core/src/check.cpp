@@ -722,6 +722,101 @@ struct Check {
   }
 };
 
+// A call whose parameters are the data themselves, and whose outputs are x and y: it finds what
+// core_solve finds, and its way back is core_adjoint's.
+void through_maps(const Program& p, const void* plan, const Found& found, Check& check) {
+  const int n = p.n, m = p.m, batch = p.batch;
+  const int32_t sizes[] = {int32_t(p.P_rows.size()), n, int32_t(p.A_rows.size()), m};
+  const int total = sizes[0] + n + sizes[2] + m;
+  const int32_t domains[] = {0, 0, 0, 0}, orders[] = {0, 0, 0, 0}, output_sizes[] = {n, m};
+  const Flags logs(4), limits(total, 1), exps(2);
+  Indices entries(total), positions(n + m);
+  for (int k = 0; k < total; ++k) entries[k] = k;
+  for (int k = 0; k < n + m; ++k) positions[k] = k;
+  const Vector constant(total + 1, 0.0), ones(total, 1.0), weights(n + m, 1.0);
+  const MapsPattern pattern{4, 2, total, 0, 0, 0, 0, 0, 1.0, sizes, domains, orders,
+                            logs.data(), limits.data(), constant.data(), entries.data(),
+                            entries.data(), ones.data(), output_sizes, exps.data(),
+                            positions.data(), weights.data(), nullptr, nullptr, nullptr,
+                            nullptr, nullptr, nullptr, nullptr};
+  void* maps = core_maps(plan, &pattern);
+  void* thetas[] = {const_cast<double*>(p.values.P), const_cast<double*>(p.values.q),
+                    const_cast<double*>(p.values.A), const_cast<double*>(p.values.b)};
+  const int64_t strides[] = {p.values.P_stride, p.values.q_stride, p.values.A_stride,
+                             p.values.b_stride};
+  const int64_t output_strides[] = {n, m, 1};
+  const Flags single(4);
+  Vector at_x[2], at_y[2], x[2], s[2], y[2], value[2], report[2], kept[2];
+  Call calls[2];
+  for (int way = 0; way < 2; ++way) {
+    at_x[way].assign(batch * n, NAN), at_y[way].assign(batch * m, NAN);
+    x[way].assign(batch * n, NAN), s[way].assign(batch * m, NAN), y[way].assign(batch * m, NAN);
+    value[way].assign(batch, NAN), report[way].assign(batch * REPORT, NAN);
+    kept[way].assign(batch * core_kept(plan), NAN);
+    void* outputs[] = {at_x[way].data(), at_y[way].data(), nullptr};
+    calls[way] = {{TOLERANCE, LIMIT, way ? 3 : 1, 0}, 1, 1, 0, batch,
+                  {thetas, strides, single.data()}, {outputs, output_strides, single.data()},
+                  x[way].data(), s[way].data(), y[way].data(), value[way].data(),
+                  report[way].data(), kept[way].data()};
+    const int64_t left = core_call(maps, &calls[way]);
+    int settled = 0;
+    for (int k = 0; k < batch; ++k) {
+      const bool good = report[way][k * REPORT] == SETTLED_WELL;
+      settled += good;
+      check.row = k;
+      check.that(good == found.settled(k), "a call settles otherwise", 0);
+      if (!good || !found.settled(k)) continue;
+      check.that(same_bits(at_x[way], k, found.x, k, n) && same_bits(at_y[way], k, found.y, k, m),
+                 "other bits by a call", 0);
+    }
+    check.that(left == batch - settled, "the rows that are left", double(left));
+    if (left) {
+      core_maps_free(maps);
+      return;
+    }
+  }
+  Random random{uint64_t(p.number) + 17};
+  Vector g(batch * n), h(batch * m), w(batch * n), u(batch * m);
+  for (int j = 0; j < batch * n; ++j) g[j] = p.seen_x[j % n] ? random.normal() / p.unit_x[j % n] : 0;
+  for (int i = 0; i < batch * m; ++i) h[i] = p.seen_y[i % m] ? random.normal() / p.unit_y[i % m] : 0;
+  std::vector<int64_t> places(batch);
+  for (int k = 0; k < batch; ++k) places[k] = k;
+  Flags good(batch), flags(batch);
+  core_adjoint(plan, 1, batch, places.data(), g.data(), h.data(), w.data(), u.data(), good.data(),
+               kept[0].data());
+  Vector back[2][4];
+  for (int way = 0; way < 2; ++way) {
+    void *bars[] = {g.data(), h.data(), nullptr}, *into[4];
+    for (int k = 0; k < 4; ++k) {
+      back[way][k].assign(strides[k] ? batch * sizes[k] : sizes[k], NAN);
+      into[k] = back[way][k].data();
+    }
+    const Tensors given{bars, output_strides, single.data()}, taken{into, strides, single.data()};
+    core_pull(maps, &calls[way], &given, &taken, flags.data(), nullptr);
+  }
+  for (int k = 0; k < 4; ++k)
+    check.that(same_bits(back[0][k], 0, back[1][k], 0, int(back[0][k].size())),
+               "other bits of the way back on three threads", k);
+  for (int k = 0; k < batch; ++k) {
+    check.row = k;
+    check.that(good[k] == (flags[k] != 1), "the way back is flagged otherwise", flags[k]);
+    for (int j = 0; j < n && strides[1]; ++j)
+      check.that(back[0][1][k * n + j] == -w[k * n + j], "the cotangent of q", j);
+    for (int i = 0; i < m && strides[3]; ++i)
+      check.that(back[0][3][k * m + i] == u[k * m + i], "the cotangent of b", i);
+    for (int e = 0; e < sizes[2] && strides[2]; ++e) {
+      const int i = p.A_rows[e], j = p.A_cols[e];
+      const double *own_w = &w[k * n], *own_u = &u[k * m];
+      const double expected = -(y[0][k * m + i] * own_w[j] + own_u[i] * x[0][k * n + j]);
+      const double error = std::fabs(back[0][2][k * sizes[2] + e] - expected);
+      check.that(error <= 1e-14 * (std::fabs(y[0][k * m + i] * own_w[j]) +
+                                   std::fabs(own_u[i] * x[0][k * n + j])),
+                 "the cotangent of A", error);
+    }
+  }
+  core_maps_free(maps);
+}
+
 void check(const Program& p, Counts& counts) {
   const int n = p.n, m = p.m, batch = p.batch;
   Check check{p, counts};
@@ -729,6 +824,7 @@ void check(const Program& p, Counts& counts) {
   const int kept = int(core_kept(plan));
   Found found = solved(plan, p.values, n, m, batch, 1, NAN);
   Found dealt = solved(plan, p.values, n, m, batch, 3, 7e7);
+  through_maps(p, plan, found, check);
   std::vector<int64_t> places;
   for (int k = 0; k < batch; ++k) {
     check.row = k;
