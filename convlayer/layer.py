@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from convlayer.autodiff import compiled
+from convlayer.autodiff.torch_internals import made_at_home
 from convlayer.declaration.canonical import Canonical
 from convlayer.declaration.declaration import Declaration, with_proximal_term
 from convlayer.display import Words
@@ -120,15 +121,14 @@ class ConvexLayer(torch.nn.Module):
         if isinstance(settings.regularise, float):
             problem = with_proximal_term(problem, settings.regularise)
         if squeeze and len(variables) != 1:
-            raise ValueError(
-                f"squeeze=True is for one variable; this layer returns {len(variables)}."
-            )
+            raise ValueError(f"squeeze=True is for one variable; {len(variables)} are returned.")
         self.on_failure, self.validate, self.executor = on_failure, validate, executor
         self.squeeze, self.verbose = squeeze, verbose
         self._settle(Declaration.checked(problem, parameters, variables, gp), settings)
         check_policy(on_failure, lambda: self._canonical)
         self._fresh()
 
+    @made_at_home
     def _settle(self, declared: Declaration, settings: Settings) -> None:
         """Choose the path, and check that the options are of that path."""
         choice = choose(declared, settings)
@@ -223,6 +223,7 @@ class ConvexLayer(torch.nn.Module):
         """Drop the solutions kept by `ids`."""
         self._starts.clear()
 
+    @made_at_home
     def verify(
         self, *tensors: Any, seed: int = 0, against: str | None = None, **named: Any
     ) -> Verification:
@@ -241,6 +242,7 @@ class ConvexLayer(torch.nn.Module):
         by_solver = partial(_solve_by, mine)
         return verified(front, front.given(tensors, named), mine.solve, by_solver, seed, against)
 
+    @made_at_home
     def check(self, *tensors: Any, **named: Any) -> Check:
         """How far each row is from where the solution map is not differentiable, or not well: by
         constraint, as tensors; print it for words.
@@ -254,12 +256,11 @@ class ConvexLayer(torch.nn.Module):
         # Of multipliers that are not unique the central ones: an extreme one looks weakly active.
         solver = None if self._settings.solving.alone else "clarabel"
         solve = self._on_cone_program().with_options(on_failure="keep", solver=solver).solve
-        values, gap = (
-            front.values(given, front.shapes(given)[2]),
-            None if kernel is None else kernel.gap,
-        )
+        values = front.values(given, front.shapes(given)[2])
+        gap = None if kernel is None else kernel.gap
         return checked(self._declared, values, partial(solve, *given), gap)
 
+    @made_at_home
     def explain(self, batch: int = 1) -> str:
         """Which path runs and why, why the others do not, the sizes, and what a forward and a
         backward cost."""
@@ -325,6 +326,7 @@ class ConvexLayer(torch.nn.Module):
         kept = {name: part for name, part in self.__dict__.items() if name not in made}
         return {**kept, "executor": None, "_declaration": self._declared}
 
+    @made_at_home
     def __setstate__(self, state: dict[str, Any]) -> None:
         declared = state.pop("_declaration")
         super().__setstate__(state)

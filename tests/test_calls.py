@@ -221,7 +221,7 @@ def test_a_single_output_stands_in_a_sequence():
     ):
         close(same(inputs), expected)
     assert len(layer.solve(inputs[:, :3]).variables) == 1
-    with pytest.raises(ValueError, match="squeeze=True is for one variable; this layer returns 2"):
+    with pytest.raises(ValueError, match="squeeze=True is for one variable; 2 are returned"):
         ConvexLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - y))), [y], [x, x], squeeze=True)
 
 

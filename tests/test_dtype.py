@@ -232,6 +232,36 @@ def test_an_output_changed_in_place_is_not_what_the_core_differentiates(which):
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+@pytest.mark.parametrize("core", [True, False], ids=["short", "long"])
+@pytest.mark.parametrize("structure", ["auto", "generic"])
+def test_a_default_device_of_the_users_is_not_where_the_layer_works(structure, core, monkeypatch):
+    """Tensors that a layer makes for itself lie where its parameters do."""
+    case = CASES["quadratic_program" if structure == "generic" else "lasso"]
+    if not core:
+        monkeypatch.setattr("convlayer.paths.cone_program.ConeProgram._core", lambda *_: None)
+        monkeypatch.setattr("convlayer.paths.short.ShortWay.__call__", lambda *_: None)
+    inputs = leaves(case.sample(2, seed=0))
+    expected = case.layer(structure=structure)(*inputs)
+    bars = torch.autograd.grad(sum(out.square().sum() for out in expected), inputs)
+    torch.set_default_device("meta")  # a device that cannot compute
+    try:
+        layer = case.layer(structure=structure)
+        outputs = layer(*inputs)
+        total = sum(out.square().sum() for out in outputs)
+        firsts = torch.autograd.grad(total, inputs, create_graph=True)
+        seconds = torch.autograd.grad(sum(bar.sum() for bar in firsts), inputs)
+        solution = layer.solve(*inputs)
+        assert "Path" in layer.explain()
+        mapped = torch.func.vmap(lambda *t: layer(*t)[0])(*inputs)
+    finally:
+        torch.set_default_device(None)
+    assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+    assert all(torch.allclose(a, b) for a, b in zip(firsts, bars, strict=True))
+    assert all(torch.isfinite(second).all() for second in seconds)
+    assert solution.status.tolist() == [0, 0]
+    assert torch.allclose(mapped, expected[0])
+
+
 # Modules
 # ----------------------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from convlayer.autodiff.derivative import Local
-from convlayer.autodiff.torch_internals import in_forward_mode, recording
+from convlayer.autodiff.torch_internals import at_home, in_forward_mode, recording
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -161,7 +161,7 @@ def _solve(
     thetas: Sequence[Tensor], ids: Tensor | None, layer: str, differentiable: bool
 ) -> list[Tensor]:
     _without_tangents()
-    with recording():
+    with recording(), at_home():
         outputs, local = _layer(layer)._front.evaluated(thetas, ids, differentiable)
     number = _keep(local) if differentiable else torch.zeros(1, dtype=torch.int64)
     return [*(output.clone(memory_format=torch.contiguous_format) for output in outputs), number]
@@ -182,7 +182,7 @@ def _adjoint(
     layer: str,
 ) -> list[Tensor]:
     local = _kept.get(int(number))
-    with recording():
+    with recording(), at_home():
         if local is None:
             _, local = _layer(layer)._front.evaluated(thetas, None, True)
         cotangents = local.cotangent(thetas, bars, needed)

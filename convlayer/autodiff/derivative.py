@@ -30,7 +30,13 @@ from torch import Tensor
 from torch.autograd import Function
 
 from convlayer.autodiff.threads import few_threads_to_differentiate
-from convlayer.autodiff.torch_internals import in_vmap_alone, is_reached, is_view, plain_gradients
+from convlayer.autodiff.torch_internals import (
+    at_home,
+    in_vmap_alone,
+    is_reached,
+    is_view,
+    plain_gradients,
+)
 
 Tensors = Sequence[Tensor]
 # What a third derivative is answered with.
@@ -355,9 +361,10 @@ class _Solved(_Transformable):
     def forward(point: EvaluationPoint, needed: None, *thetas: Tensor) -> tuple[Tensor, ...]:
         assert point.solve is not None
         differentiable = point.recorded or any(theta.requires_grad for theta in thetas)
-        outputs, rest, point.local = point.solve(thetas, differentiable)
-        point.outputs = len(outputs)
-        return *_apart(outputs), *rest
+        with at_home():
+            outputs, rest, point.local = point.solve(thetas, differentiable)
+            point.outputs = len(outputs)
+            return *_apart(outputs), *rest
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -395,7 +402,8 @@ class _Tangent(_Transformable):
     @staticmethod
     def forward(point: EvaluationPoint, needed: None, *tensors: Tensor) -> tuple[Tensor, ...]:
         thetas, _, a = _split(len(point.ranks), tensors)
-        return _apart(point.local.tangent(thetas, a))
+        with at_home():
+            return _apart(point.local.tangent(thetas, a))
 
     @staticmethod
     def backward(ctx: Any, *bars: Tensor) -> tuple[Tensor | None, ...]:
@@ -434,7 +442,8 @@ class _Cotangent(_Transformable):
         point: EvaluationPoint, needed: Sequence[bool], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         thetas, _, bars = _split(len(point.ranks), tensors)
-        return _apart(point.local.cotangent(thetas, bars, needed))
+        with at_home():
+            return _apart(point.local.cotangent(thetas, bars, needed))
 
     @staticmethod
     def backward(ctx: Any, *a: Tensor) -> tuple[Tensor | None, ...]:
@@ -500,7 +509,8 @@ class _Second(_Last):
     def forward(point: EvaluationPoint, needed: None, *tensors: Tensor) -> tuple[Tensor, ...]:
         n = len(point.ranks)
         thetas, _, directions = _split(n, tensors)
-        return _apart(point.local.second(thetas, directions[:n], directions[n:]))
+        with at_home():
+            return _apart(point.local.second(thetas, directions[:n], directions[n:]))
 
 
 class _Mixed(_Last):
@@ -516,7 +526,8 @@ class _Mixed(_Last):
         n = len(point.ranks)
         thetas, _, rest = _split(n, tensors)
         bars, a = rest[: len(rest) - n], rest[len(rest) - n :]
-        return _apart(point.local.mixed(thetas, bars, a, needed))
+        with at_home():
+            return _apart(point.local.mixed(thetas, bars, a, needed))
 
 
 for _kind in (_Solved, _Tangent, _Cotangent, _Second, _Mixed):

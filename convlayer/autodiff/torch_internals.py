@@ -6,13 +6,17 @@ torch is checked against this list.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 functorch: Any = torch._C._functorch
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -97,6 +101,22 @@ def is_plain(tensor: Tensor) -> bool:
         and tensor.layout is torch.strided
         and not (tensor.is_neg() or tensor.is_nested or tensor._is_zerotensor())
     )
+
+
+def at_home() -> AbstractContextManager:
+    """What the library makes for itself is made on the host, whatever the user's default device."""
+    return torch.device("cpu") if torch._C._len_torch_function_stack() else nullcontext()
+
+
+def made_at_home(function: Callable[P, R]) -> Callable[P, R]:
+    """The whole of it `at_home`."""
+
+    @wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        with at_home():
+            return function(*args, **kwargs)
+
+    return guarded
 
 
 def laid_out(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from convlayer.autodiff.derivative import EvaluationPoint, Local, pulled_back
-from convlayer.autodiff.torch_internals import is_of_old_vmap, is_transformed
+from convlayer.autodiff.torch_internals import at_home, is_of_old_vmap, is_transformed
 from convlayer.shifts import Shifts
 
 NO_OLD_VMAP = (
@@ -89,7 +89,8 @@ class _Leave(torch.autograd.Function):
             raise RuntimeError(NO_OLD_VMAP)
         way_out, thetas, needed = ctx.way_out, ctx.saved_tensors, ctx.needs_input_grad[1:]
         if not (torch.is_grad_enabled() or is_transformed(bars)):
-            found = iter(way_out.cotangents(thetas, bars, needed))
+            with at_home():
+                found = iter(way_out.cotangents(thetas, bars, needed))
             return None, *(next(found) if need else None for need in needed)
         outputs = way_out.filled
         given = [

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from convlayer.autodiff.derivative import EvaluationPoint, Local, solved
 from convlayer.autodiff.threads import few_threads
-from convlayer.autodiff.torch_internals import is_transformed
+from convlayer.autodiff.torch_internals import at_home, is_transformed
 from convlayer.core.maps import Called
 from convlayer.declaration import arguments
 from convlayer.declaration.declaration import Declaration
@@ -132,9 +132,10 @@ class Front:
         if not is_transformed(tensors):
             recorded = torch.is_grad_enabled()
             wanted = [recorded and isinstance(t, Tensor) and t.requires_grad for t in tensors]
-            way_out = self._way_out(tensors, call, wanted)
-            table = way_out.table() if call.everything else ()
-            return way_out.leave(tensors), table, way_out, True
+            with at_home():
+                way_out = self._way_out(tensors, call, wanted)
+                table = way_out.table() if call.everything else ()
+                return way_out.leave(tensors), table, way_out, True
         if call.ids is not None or call.warm_start is not None:
             raise RuntimeError(COLD_IN_TRANSFORMS)
         ways_out: list[Exit] = []

@@ -116,9 +116,10 @@ class ShortWay:
         if (everything and self.kernel is not None) or not all([is_plain(t) for t in tensors]):
             return None
         like = everything, validate, *[(t.shape, t.dtype) for t in tensors]
-        if like not in self._arrangements:
-            self._arrange(like, long, tensors, everything, validate)
-        kind = self._arrangements[like]
+        try:  # another thread may clear them meanwhile
+            kind = self._arrangements[like]
+        except KeyError:
+            kind = self._arrange(like, long, tensors, everything, validate)
         if kind is None:
             return None
         held = self.held(tensors, kind)
@@ -163,12 +164,13 @@ class ShortWay:
         tensors: Sequence[Tensor],
         everything: bool,
         validate: bool,
-    ) -> None:
+    ) -> Arranged | None:
         dtype, _, batch = long.shapes(tensors)
         kind = self._arranged(tensors, dtype, batch, everything, validate)
         if len(self._arrangements) >= KEPT:
             self._arrangements.clear()
         self._arrangements[like] = kind
+        return kind
 
     def _arranged(
         self,
