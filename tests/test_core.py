@@ -153,6 +153,18 @@ def test_what_is_degenerate_is_left_to_torch():
     assert edge.solve(torch.tensor([0.0, 1.0], dtype=D)).degenerate
 
 
+def test_a_solution_that_is_not_unique_is_left_to_torch_whichever_way_it_may_move():
+    """The test's random vector is nearly orthogonal to some of these directions."""
+    n = 40
+    c, x = cp.Parameter(n), cp.Variable(n)
+    layer = ConvexLayer(cp.Problem(cp.Minimize(c @ x), [x >= 0, cp.sum(x) == 1]), [c], [x])
+    pairs = torch.combinations(torch.arange(n))
+    costs = 1 + torch.rand(len(pairs), n, dtype=D, generator=torch.Generator().manual_seed(0))
+    costs.scatter_(1, pairs, 0.5)  # two that are tied
+    found = solved(layer, [costs], len(pairs))
+    assert not found.settled.any()
+
+
 def twice():
     """Curved constraints, each of them with two bounds that are equal: where they are active no
     multiplier is the only one."""

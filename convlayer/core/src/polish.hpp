@@ -18,7 +18,7 @@ constexpr int STEPS = 20, PATIENCE = 4;
 constexpr double MARGIN = 1e-7, SMALLEST_X = 1e-3, ROUNDING = 2e-16, FARTHEST = 1e3;
 // A random right-hand side that grows by more than this may have met a null vector, which inverse
 // iteration then finds: K makes of it less than NULL_IMAGE, and it touches what is above TOUCHED.
-constexpr double GROWTH = 1e4, NULL_IMAGE = 1e-6, TOUCHED = 1e-7;
+constexpr double GROWTH = 1e2, NULL_IMAGE = 1e-6, TOUCHED = 1e-7;
 constexpr int INVERSE_ITERATIONS = 4;
 
 // What came of a row.
@@ -290,7 +290,8 @@ struct Polish {
       const double size = largest(x.data(), n + m);
       growth = size / largest(r.right.data(), n + m);
       if (!std::isfinite(growth)) return true;
-      if (step == 0 && growth <= GROWTH) return false;
+      // Not at the first step: a null vector may have little of the random one.
+      if (step == 1 && growth <= GROWTH) return false;
       for (double& value : x) value /= size;
       // K x = (P w + A'u,  D A w - (I - D) u)
       std::fill(Kx.begin(), Kx.end(), 0.0);
