@@ -37,7 +37,7 @@ struct ActiveSet {
   const Reduction& how;
   const int n, count;  // of z, and rows of G
   int iterations = 0;
-  std::vector<double> S, x0, H, f, G, d, sizes, u, product;
+  std::vector<double> S, x0, H, f, G, d, sizes, lengths, u, product;
   std::vector<double> L, D, l, step, next, column;
   std::vector<int> working;
   std::vector<uint8_t> in;
@@ -45,8 +45,8 @@ struct ActiveSet {
   explicit ActiveSet(Row& row, const Reduction& reduction)
       : r(row), plan(row.plan), how(reduction), n(int(how.kept.size())), count(int(how.rows.size())),
         S(how.defined.size() * n), x0(how.defined.size()), H(size_t(n) * n), f(n),
-        G(size_t(count) * n), d(count), sizes(count), u(n), product(plan.n), L(size_t(n + 1) * (n + 1)),
-        D(n + 1), l(n + 1), step(n + 1), next(n + 1), column(n + 1), in(count) {}
+        G(size_t(count) * n), d(count), sizes(count), lengths(count), u(n), product(plan.n),
+        L(size_t(n + 1) * (n + 1)), D(n + 1), l(n + 1), step(n + 1), next(n + 1), column(n + 1), in(count) {}
 
   // Whether (x, s, y) of the row is the solution now, to rounding.
   bool run() {
@@ -88,7 +88,7 @@ struct ActiveSet {
     for (int k = 0; k < plan.nnz_P; ++k) {
       const double value = r.P[k];
       const int i = plan.P_rows[k], j = plan.P_cols[k], a = how.place[i], b = how.place[j];
-      if (a < 0) product[j] += i == j ? value * x0[-1 - a] : value * x0[-1 - a];
+      if (a < 0) product[j] += value * x0[-1 - a];
       if (b < 0 && i != j) product[i] += value * x0[-1 - b];
       if (a >= 0 && b >= 0) {
         H[size_t(std::max(a, b)) * n + std::min(a, b)] += value;
@@ -154,7 +154,7 @@ struct ActiveSet {
       across(rows, some, n);
       for (int i = first; i < first + some; ++i) {
         d[i] += dot(row_of(i), f.data(), n);
-        sizes[i] = dot(row_of(i), row_of(i), n);
+        sizes[i] = dot(row_of(i), row_of(i), n), lengths[i] = std::sqrt(sizes[i]);
       }
     }
     return true;
@@ -299,9 +299,9 @@ struct ActiveSet {
       double most = 0;
       for (int i = how.equalities; i < count; ++i) {
         if (in[i] || r.none[how.rows[i]]) continue;
-        const double over = dot(row_of(i), u.data(), n) - d[i], size_i = std::sqrt(sizes[i]);
-        if (over <= VIOLATED * (size_i + std::fabs(d[i]))) continue;
-        if (!(over <= most * size_i)) most = over / size_i, worst = i;
+        const double over = dot(row_of(i), u.data(), n) - d[i], length = lengths[i];
+        if (over <= VIOLATED * (length + std::fabs(d[i]))) continue;
+        if (!(over <= most * length)) most = over / length, worst = i;
       }
       if (worst < 0) return true;
       if (!enter(worst)) return false;
@@ -352,7 +352,6 @@ struct ActiveSet {
     r.add_At(r.y.data(), r.F1.data());
     for (const Defined& one : how.defined) r.y[one.row] = -r.F1[one.variable] / r.A[one.entry];
     std::fill(r.s.begin(), r.s.end(), 0.0);
-    std::copy(r.b.begin(), r.b.end(), r.F2.begin());
     std::fill(r.left.begin(), r.left.end(), 0.0);
     r.add_A(r.x.data(), r.left.data());
     for (int i = how.equalities; i < count; ++i)

@@ -162,8 +162,9 @@ constexpr int REPORT = 7;
 
 namespace {
 
-void solve_row(Row& row, ActiveSet& active, const Options& options, const double* P, const double* q, const double* A,
-               const double* b, double* x, double* s, double* y, double* report, double* kept) {
+void solve_row(Row& row, ActiveSet& active, const Options& options, const double* P,
+               const double* q, const double* A, const double* b, double* x, double* s, double* y,
+               double* report, double* kept) {
   const Plan& plan = row.plan;
   row.keep_at(kept);
   InteriorPoint method(row);
@@ -231,15 +232,6 @@ void deal(int threads, int64_t count, F work) {
   for (std::thread& helper : helpers) helper.join();
 }
 
-template <class F>
-void each_row(const Plan& plan, int64_t batch, int threads, F work) {
-  deal(threads, batch, [&](auto next) {
-    Row row(plan);
-    ActiveSet active(row, plan.reduction);
-    for (int64_t k; (k = next()) < batch;) work(row, active, k);
-  });
-}
-
 }  // namespace
 
 EXPORT void core_solve(const void* handle, const Options* options, int64_t batch,
@@ -247,10 +239,13 @@ EXPORT void core_solve(const void* handle, const Options* options, int64_t batch
                        double* kept) {
   const Plan& plan = *static_cast<const Plan*>(handle);
   const int64_t size = Layout(plan).size;
-  each_row(plan, batch, options->threads, [&](Row& row, ActiveSet& active, int64_t k) {
-    solve_row(row, active, *options, data->P + k * data->P_stride, data->q + k * data->q_stride,
-              data->A + k * data->A_stride, data->b + k * data->b_stride, x + k * plan.n,
-              s + k * plan.m, y + k * plan.m, report + k * REPORT, kept + k * size);
+  deal(options->threads, batch, [&](auto next) {
+    Row row(plan);
+    ActiveSet active(row, plan.reduction);
+    for (int64_t k; (k = next()) < batch;)
+      solve_row(row, active, *options, data->P + k * data->P_stride, data->q + k * data->q_stride,
+                data->A + k * data->A_stride, data->b + k * data->b_stride, x + k * plan.n,
+                s + k * plan.m, y + k * plan.m, report + k * REPORT, kept + k * size);
   });
 }
 
@@ -261,9 +256,12 @@ EXPORT void core_adjoint(const void* handle, int32_t threads, int64_t batch, con
                          double* kept) {
   const Plan& plan = *static_cast<const Plan*>(handle);
   const int64_t size = Layout(plan).size;
-  each_row(plan, batch, threads, [&](Row& row, ActiveSet&, int64_t k) {
-    row.keep_at(kept + places[k] * size);
-    good[k] = adjoint(row, gx + k * plan.n, gy + k * plan.m, w + k * plan.n, u + k * plan.m);
+  deal(threads, batch, [&](auto next) {
+    Row row(plan);
+    for (int64_t k; (k = next()) < batch;) {
+      row.keep_at(kept + places[k] * size);
+      good[k] = adjoint(row, gx + k * plan.n, gy + k * plan.m, w + k * plan.n, u + k * plan.m);
+    }
   });
 }
 
@@ -498,31 +496,32 @@ EXPORT int64_t core_pull(const void* handle, const Call* call, const Tensors* ba
       std::copy_n(found, 3, sizes + 3 * k);
     }
     data_cotangents(maps, x, y, v, room);
+    // Straight into the sum, or the tensor, or by way of the room where it is not what stands there.
     for (int j = 0; j < parameters; ++j) {
       const Parameter& parameter = maps.parameters[j];
+      const bool is_summed = place[j] >= 0;
       into[j] = nullptr;
       if (!theta_bars->at[j]) continue;
-      const bool apart = parameter.log || theta_bars->single[j];
-      if (place[j] >= 0 && !parameter.log) {
+      if (parameter.log || (theta_bars->single[j] && !is_summed))
+        into[j] = room.entries.data() + parameter.first;
+      else if (is_summed)
         into[j] = sum + place[j];
-        continue;
-      }
-      into[j] = apart || place[j] >= 0
-                    ? room.entries.data() + parameter.first
-                    : static_cast<double*>(theta_bars->at[j]) + k * theta_bars->strides[j];
-      std::fill_n(into[j], parameter.size, 0.0);
+      else
+        into[j] = static_cast<double*>(theta_bars->at[j]) + k * theta_bars->strides[j];
+      if (parameter.log || !is_summed) std::fill_n(into[j], parameter.size, 0.0);
     }
     add_entries(maps, room, into.data());
     for (int j = 0; j < parameters; ++j) {
       const Parameter& parameter = maps.parameters[j];
-      if (!into[j]) continue;
-      if (parameter.log)  // nothing comes of nothing, be the entry what it may
-        for (int i = 0; i < parameter.size; ++i)
-          if (into[j][i] != 0) into[j][i] /= call->thetas.get(j, k, i);
-      if (place[j] >= 0 && parameter.log)
-        for (int i = 0; i < parameter.size; ++i) sum[place[j] + i] += into[j][i];
-      else if (place[j] < 0 && (parameter.log || theta_bars->single[j]))
-        for (int i = 0; i < parameter.size; ++i) theta_bars->put(j, k, i, into[j][i]);
+      if (!into[j] || into[j] != room.entries.data() + parameter.first) continue;
+      for (int i = 0; i < parameter.size; ++i) {
+        double bar = into[j][i];
+        if (parameter.log && bar != 0) bar /= call->thetas.get(j, k, i);  // nothing from nothing
+        if (place[j] >= 0)
+          sum[place[j] + i] += bar;
+        else
+          theta_bars->put(j, k, i, bar);
+      }
     }
   };
   deal(call->options.threads, parts, [&](auto next) {
