@@ -64,5 +64,7 @@ class PeakMemory:
 
 
 def status(name: str) -> int:
+    """Of this process, in bytes where it is memory."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+    words = next(line.split() for line in lines if line.startswith(name + ":"))
+    return int(words[1]) * (1024 if words[2:] == ["kB"] else 1)

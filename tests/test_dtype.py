@@ -232,14 +232,11 @@ def test_an_output_changed_in_place_is_not_what_the_core_differentiates(which):
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("core", [True, False], ids=["short", "long"])
+@pytest.mark.parametrize("way", ["short", pytest.param("long", marks=pytest.mark.without_core)])
 @pytest.mark.parametrize("structure", ["auto", "generic"])
-def test_a_default_device_of_the_users_is_not_where_the_layer_works(structure, core, monkeypatch):
+def test_a_default_device_of_the_users_is_not_where_the_layer_works(structure, way):
     """Tensors that a layer makes for itself lie where its parameters do."""
     case = CASES["quadratic_program" if structure == "generic" else "lasso"]
-    if not core:
-        monkeypatch.setattr("convlayer.paths.cone_program.ConeProgram._core", lambda *_: None)
-        monkeypatch.setattr("convlayer.paths.short.ShortWay.__call__", lambda *_: None)
     inputs = leaves(case.sample(2, seed=0))
     expected = case.layer(structure=structure)(*inputs)
     bars = torch.autograd.grad(sum(out.square().sum() for out in expected), inputs)

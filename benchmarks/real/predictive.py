@@ -107,7 +107,7 @@ def walking(random: np.random.Generator) -> Program:
     pressure, speed = np.array([1, 0, -height / 9.81]), np.array([0.0, 1, 0])
     free, forced = _condensed(A, B[:, None], n)
     start = np.array([0.02, 0.1, 0.1]) * random.standard_normal(3)
-    at, on = free @ start, (forced @ np.eye(n)).reshape(n, 3, n)
+    at, on = free @ start, forced.reshape(n, 3, n)
     feet = 0.15 * np.repeat(np.arange(4), 4) * random.uniform(0.8, 1.2)
     z, z_u = at.reshape(n, 3) @ pressure, np.einsum("k,tkj->tj", pressure, on)
     v, v_u = at.reshape(n, 3) @ speed, np.einsum("k,tkj->tj", speed, on)
@@ -204,7 +204,7 @@ def robots(name: str, options: Options) -> Iterator[Row]:
     problem = cp.Problem(cp.Minimize(cp.quad_form(x, P) / 2 + q @ x), limits)
     layer = ConvexLayer(problem, [P, q, G, h], [x, limits[0].dual_variables[0]])
     batch = [torch.from_numpy(np.stack(part)) for part in zip(*programs, strict=True)]
-    ours, theirs, together, worst = [], [], [], []
+    ours, theirs, worst = [], [], []
     repeats = 3 if options.quick else REPEATS
     for k, program in enumerate(programs):
         rows = [part[k] for part in batch]
@@ -212,7 +212,7 @@ def robots(name: str, options: Options) -> Iterator[Row]:
         theirs.append(_fastest(lambda program=program: _by_daqp(*program), repeats))
         worst.append(_residual(program, *(part.numpy() for part in layer(*rows))))
     with torch.no_grad():
-        together.append(_fastest(lambda: layer(*batch), repeats) / len(programs))
+        together = _fastest(lambda: layer(*batch), repeats) / len(programs)
     all_by_daqp = statistics.fmean(theirs)
     figures = {
         "variables": n,
@@ -223,8 +223,8 @@ def robots(name: str, options: Options) -> Iterator[Row]:
         "ours, one": 1e3 * statistics.median(ours),
         "DAQP": 1e3 * statistics.median(theirs),
         "one over DAQP": statistics.median(ours) / statistics.median(theirs),
-        "ours, of all": 1e3 * together[0],
-        "all over DAQP": together[0] / all_by_daqp,
+        "ours, of all": 1e3 * together,
+        "all over DAQP": together / all_by_daqp,
     }
     yield Row(name, figures, {"solved": (">=", 1.0), "all over DAQP": ("<=", 2.0)})
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import threading
 import time
 from collections.abc import Iterator
 
@@ -41,25 +40,16 @@ def measure(name: str, options: Options) -> Iterator[Row]:
         call()
     times = np.array([call() for _ in range(calls)])
     gc.collect()
-    before = status("VmRSS"), threading.active_count(), status_count(), len(gc.get_objects())
+    before = status("VmRSS"), status("Threads"), len(gc.get_objects())
     for _ in range(many):
         call()
     gc.collect()
-    after = status("VmRSS"), threading.active_count(), status_count(), len(gc.get_objects())
-    memory, threads, native, objects = (b - a for a, b in zip(before, after, strict=True))
+    after = status("VmRSS"), status("Threads"), len(gc.get_objects())
+    memory, threads, objects = (b - a for a, b in zip(before, after, strict=True))
     quantiles = {f"{100 * q:g} %": 1e3 * float(np.quantile(times, q)) for q in (0.5, 0.99, 0.999)}
     figures = quantiles | {
         "memory": memory / MEGABYTE,
-        "threads": threads + native,
+        "threads": threads,
         "objects": objects,
     }
     yield Row(name, figures, {"memory": ("<=", 8.0), "threads": ("<=", 0), "objects": ("<=", 100)})
-
-
-def status_count() -> int:
-    """Threads of the process, Python's or not; 0 where the system does not say."""
-    try:
-        with open("/proc/self/status") as lines:
-            return next(int(line.split()[1]) for line in lines if line.startswith("Threads"))
-    except OSError:
-        return 0

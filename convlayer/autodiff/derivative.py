@@ -31,10 +31,10 @@ from torch.autograd import Function
 
 from convlayer.autodiff.threads import few_threads_to_differentiate
 from convlayer.autodiff.torch_internals import (
-    at_home,
     in_vmap_alone,
     is_reached,
     is_view,
+    made_at_home,
     plain_gradients,
 )
 
@@ -358,13 +358,13 @@ class _Solved(_Transformable):
     """z, and what else there is to say of its rows."""
 
     @staticmethod
+    @made_at_home
     def forward(point: EvaluationPoint, needed: None, *thetas: Tensor) -> tuple[Tensor, ...]:
         assert point.solve is not None
         differentiable = point.recorded or any(theta.requires_grad for theta in thetas)
-        with at_home():
-            outputs, rest, point.local = point.solve(thetas, differentiable)
-            point.outputs = len(outputs)
-            return *_apart(outputs), *rest
+        outputs, rest, point.local = point.solve(thetas, differentiable)
+        point.outputs = len(outputs)
+        return *_apart(outputs), *rest
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -400,10 +400,10 @@ class _Tangent(_Transformable):
     groups = ("parameters",)
 
     @staticmethod
+    @made_at_home
     def forward(point: EvaluationPoint, needed: None, *tensors: Tensor) -> tuple[Tensor, ...]:
         thetas, _, a = _split(len(point.ranks), tensors)
-        with at_home():
-            return _apart(point.local.tangent(thetas, a))
+        return _apart(point.local.tangent(thetas, a))
 
     @staticmethod
     def backward(ctx: Any, *bars: Tensor) -> tuple[Tensor | None, ...]:
@@ -438,12 +438,12 @@ class _Cotangent(_Transformable):
     result = "parameters"
 
     @staticmethod
+    @made_at_home
     def forward(
         point: EvaluationPoint, needed: Sequence[bool], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         thetas, _, bars = _split(len(point.ranks), tensors)
-        with at_home():
-            return _apart(point.local.cotangent(thetas, bars, needed))
+        return _apart(point.local.cotangent(thetas, bars, needed))
 
     @staticmethod
     def backward(ctx: Any, *a: Tensor) -> tuple[Tensor | None, ...]:
@@ -506,11 +506,11 @@ class _Second(_Last):
     groups = ("parameters", "parameters")
 
     @staticmethod
+    @made_at_home
     def forward(point: EvaluationPoint, needed: None, *tensors: Tensor) -> tuple[Tensor, ...]:
         n = len(point.ranks)
         thetas, _, directions = _split(n, tensors)
-        with at_home():
-            return _apart(point.local.second(thetas, directions[:n], directions[n:]))
+        return _apart(point.local.second(thetas, directions[:n], directions[n:]))
 
 
 class _Mixed(_Last):
@@ -520,14 +520,14 @@ class _Mixed(_Last):
     result = "parameters"
 
     @staticmethod
+    @made_at_home
     def forward(
         point: EvaluationPoint, needed: Sequence[bool], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         n = len(point.ranks)
         thetas, _, rest = _split(n, tensors)
         bars, a = rest[: len(rest) - n], rest[len(rest) - n :]
-        with at_home():
-            return _apart(point.local.mixed(thetas, bars, a, needed))
+        return _apart(point.local.mixed(thetas, bars, a, needed))
 
 
 for _kind in (_Solved, _Tangent, _Cotangent, _Second, _Mixed):

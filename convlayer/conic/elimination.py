@@ -71,11 +71,11 @@ class Elimination:
 
     @cached_property
     def x(self) -> np.ndarray:
-        return np.flatnonzero(_places(self.before.n, self.t) >= 0)
+        return np.flatnonzero(places(self.before.n, self.t) >= 0)
 
     @cached_property
     def rows(self) -> np.ndarray:
-        return np.flatnonzero(_places(self.before.m, self.r) >= 0)
+        return np.flatnonzero(places(self.before.m, self.r) >= 0)
 
     @cached_property
     def maps(self) -> dict[str, LinearMap]:
@@ -226,7 +226,7 @@ def _placed(source: np.ndarray, target: np.ndarray, stored: int, size: int) -> L
 def _left(program: Program, t: np.ndarray, r: np.ndarray) -> Program:
     """The program without these variables and rows; P with the products that L'DL brings."""
     n, m = program.n - len(t), program.m - len(r)
-    x, row = _places(program.n, t), _places(program.m, r)
+    x, row = places(program.n, t), places(program.m, r)
     A_rows, A_cols = row[program.A_rows], x[program.A_cols]
     kept = (A_rows >= 0) & (A_cols >= 0)
     # The rows of L that D does not zero, and the places of L'DL.
@@ -252,7 +252,7 @@ def shortened(block: Block, r: np.ndarray) -> Cone:
     return Zero(block.size - gone) if gone else block.cone
 
 
-def _places(size: int, gone: np.ndarray) -> np.ndarray:
+def places(size: int, gone: np.ndarray) -> np.ndarray:
     """(size,) where each stands among those that stay, in order; -1 for those that go."""
     stays = np.ones(size, dtype=bool)
     stays[gone] = False
@@ -267,5 +267,5 @@ def _still_visible(program: Program, t: np.ndarray, r: np.ndarray, visible: Visi
     defining[r] = True
     mine = defining[program.A_rows] & shown.numpy()[program.A_rows]
     seen[torch.from_numpy(program.A_cols[mine])] = True
-    x, rows = (torch.from_numpy(_places(*sides) >= 0) for sides in ((program.n, t), (program.m, r)))
+    x, rows = (torch.from_numpy(places(*sides) >= 0) for sides in ((program.n, t), (program.m, r)))
     return Visible(seen[x], visible.y[rows])

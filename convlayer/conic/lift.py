@@ -43,14 +43,22 @@ class Lift:
         y: np.ndarray,
         C: sp.csr_array,
     ) -> Lift:
-        where = (torch.from_numpy(part) for part in (t, rows, coefficient, square, x, y))
-        return cls(*where, *(LinearMap(matrix) for matrix in (C, sp.csr_array(C.T))))  # type: ignore[arg-type, misc]
+        return cls(
+            torch.from_numpy(t),
+            torch.from_numpy(rows),
+            torch.from_numpy(coefficient),
+            torch.from_numpy(square),
+            torch.from_numpy(x),
+            torch.from_numpy(y),
+            LinearMap(C),
+            LinearMap(sp.csr_array(C.T)),
+        )
 
     def lifted(self, solved: Solved, data: Data) -> Lifted:
         """The solution of the smaller program as that of the whole one, with these values."""
-        P, batch = data.P_entries, len(solved.x)
-        p = torch.where(self.square >= 0, P[:, self.square.clamp(min=0)], 0.0) if P.shape[1] else P
-        p = p if P.shape[1] else P.new_zeros(len(P), len(self.t))
+        P, batch, curved = data.P_entries, len(solved.x), self.square >= 0
+        p = P.new_zeros(len(P), len(self.t))
+        p[:, curved] = P[:, self.square[curved]]
         x = solved.x.new_zeros(batch, data.program.n).index_copy_(1, self.x, solved.x)
         t = (data.b[:, self.rows] - self.C(solved.x)) / self.coefficient
         x = x.index_copy_(1, self.t, t)
@@ -67,11 +75,6 @@ class Lifted(Solved):
 
     lift: Lift
     p: Tensor  # (B or 1, k)
-
-    def of_rows(self, rows: Tensor) -> Lifted:
-        part = super().of_rows(rows)
-        x, s, y, report = part.x, part.s, part.y, part.report
-        return Lifted(self.plan, x, s, y, report, part.kept, self.lift, take_rows(self.p, rows))
 
     def adjoint(
         self, places: Tensor, x_bar: Tensor, y_bar: Tensor

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from convlayer.core.interface import REPORT, CallOf, MapsOf, Options, TensorsAt
-from convlayer.core.rows import ADJOINT, FEW, ITERATIONS, LONGEST, SOLUTION, Plan, Solved
+from convlayer.core.rows import ADJOINT, ITERATIONS, SOLUTION, Plan, Solved
 
 # Of a row's derivative: what it is not.
 INEXACT, NOT_FINITE = 1, 2
@@ -175,7 +175,6 @@ class Calls:
         self.sizes = [batch * size for size in (plan.n, plan.m, plan.m, 1, REPORT)]
         self.rows = [1 if alone else batch for alone in shared]  # of each parameter
         self._numbers = sum(self.sizes)
-        self._at_once = min(batch, max(1, int(LONGEST / plan.row_seconds)))
         self._template = CallOf(
             options=Options(tolerance, ITERATIONS, plan.threads(batch, SOLUTION), 0),
             validate=validate,
@@ -189,14 +188,13 @@ class Calls:
         wanted. keep: what the derivative needs."""
         maps, batch = self.maps, self.batch
         plan = maps.plan
-        at_once = self._at_once if keep else min(self._at_once, FEW)
+        at_once = plan.at_once(batch, keep)
         points = torch.empty(self._numbers, dtype=torch.float64)
         kept = torch.empty((batch if keep else at_once) * plan.kept, dtype=torch.float64)
         call, _alive = self._of(thetas, points, kept), self._outputs.pointers(*outputs)
         call.outputs.at, call.keep = addressof(_alive), keep
         unsettled = 0
-        # An interrupt is heard between two calls.
-        for first in range(0, batch, at_once or 1):
+        for first in range(0, batch, at_once):
             call.first, call.count = first, min(at_once, batch - first)
             unsettled += plan.library.core_call(maps.handle, byref(call))
         return Called(self, points, kept, unsettled)

@@ -138,6 +138,12 @@ class Plan:
         """A coarse estimate for so many rows."""
         return rows * self.row_seconds / self.threads(rows, SOLUTION)
 
+    def at_once(self, rows: int, keep: bool) -> int:
+        """Of so many rows those of one call: an interrupt is heard between two. keep: what the
+        derivative needs, of all of them."""
+        most = max(1, int(LONGEST / self.row_seconds))
+        return min(rows, most if keep else min(most, FEW))
+
     def threads(self, rows: int, share: float) -> int:
         """For so many rows, a share of whose solution is wanted: one, where that is no work to
         deal."""
@@ -207,13 +213,11 @@ def solve_rows(
         else (part.clone(memory_format=torch.contiguous_format) for part in start)
     )
     report = torch.empty(batch, REPORT, dtype=torch.float64)
-    # An interrupt is heard between two calls.
-    at_once = max(1, int(LONGEST / plan.row_seconds))
-    at_once = min(at_once, batch if keep else FEW)
+    at_once = plan.at_once(batch, keep)
     kept = torch.empty(batch if keep else at_once, plan.kept, dtype=torch.float64)
     options = Options(tolerance, ITERATIONS, plan.threads(batch, SOLUTION), int(start is not None))
     outputs = [(part.data_ptr(), 8 * part.shape[1]) for part in (x, s, y, report)]
-    for first in range(0, batch, max(at_once, 1)):
+    for first in range(0, batch, at_once or 1):
         values = Values(
             *(
                 part.data_ptr() + 8 * stride * first

@@ -27,7 +27,7 @@ def maps_of(
     if canonical.core is None or any(p.symmetric and p.log for p in canonical.parameters):
         return None
     stacked = sp.csr_array(sp.vstack([canonical.matrices[part] for part in PARTS]))
-    stacked = sp.csr_array(stacked @ _both_triangles(canonical.parameters))
+    stacked = sp.csr_array((stacked + stacked[:, canonical.mirrored]) / 2)  # both triangles alike
     stacked.sum_duplicates()
     if stacked.nnz > LARGEST:
         return None
@@ -68,20 +68,6 @@ def sees(properties: frozenset[str], parameter: cp.Parameter) -> bool:
     """Whether the core sees all of a parameter's declared properties."""
     matrix = bool(properties & domain.MATRICES)
     return properties <= domain.SIGNS | domain.MATRICES and (not matrix or parameter.ndim == 2)
-
-
-def _both_triangles(parameters: Sequence[ParameterEntries]) -> sp.csr_array:
-    """Over all entries, and the two constants before them: symmetric parameters' read from both
-    triangles alike."""
-    parts = [sp.eye_array(ONE + 1)]
-    for parameter in parameters:
-        size = int(np.prod(parameter.shape))
-        part = sp.eye_array(size)
-        if parameter.symmetric:
-            mirrored = np.arange(size).reshape(parameter.shape).swapaxes(-1, -2).ravel()
-            part = (part + sp.csr_array((np.ones(size), (np.arange(size), mirrored)))) / 2
-        parts.append(part)
-    return sp.csr_array(sp.block_diag(parts))
 
 
 def _read(entries: ParameterEntries, parameter: cp.Parameter, limits: np.ndarray) -> Read:

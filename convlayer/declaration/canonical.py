@@ -26,7 +26,14 @@ from convlayer.conic.elimination import Elimination
 from convlayer.conic.kkt import Visible
 from convlayer.conic.program import Program
 from convlayer.core.rows import Plan
-from convlayer.declaration.maps import ONE, AffineMap, ParameterEntries, Recovery, row_of_each
+from convlayer.declaration.maps import (
+    ONE,
+    AffineMap,
+    ParameterEntries,
+    Recovery,
+    fixed_values,
+    row_of_each,
+)
 from convlayer.solvers import SOLVERS, Solver
 
 
@@ -57,7 +64,7 @@ class Canonical:
         below = i != j
         # Below the diagonal a symmetric parameter is read below its own, so that P is the parameter
         # as it lies in memory.
-        column = np.concatenate([P.indices, self._mirrored[P.indices[below]]])
+        column = np.concatenate([P.indices, self.mirrored[P.indices[below]]])
         place = np.concatenate([i * n + j, (j * n + i)[below]])
         whole_P = sp.csr_array(
             (np.concatenate([P.data, P.data[below]]), (place, column)), shape=(n * n, P.shape[1])
@@ -68,7 +75,7 @@ class Canonical:
         return {"P": AffineMap(whole_P, sizes, None), "A": AffineMap(whole_A, sizes, None)}
 
     @property
-    def _mirrored(self) -> np.ndarray:
+    def mirrored(self) -> np.ndarray:
         """The inputs of the maps, with each entry of a symmetric parameter in the place of its
         mirror image."""
         order, start = np.arange(self.matrices["P"].shape[1]), ONE + 1
@@ -76,7 +83,7 @@ class Canonical:
             size = math.prod(parameter.shape)
             if parameter.symmetric:
                 own = order[start : start + size]
-                order[start : start + size] = own.reshape(parameter.shape).T.ravel()
+                order[start : start + size] = own.reshape(parameter.shape).swapaxes(-1, -2).ravel()
             start += size
         return order
 
@@ -151,9 +158,7 @@ class Canonical:
     @cached_property
     def implied(self) -> Tensor | None:
         """Inequalities that a cone implies, whose multipliers are nobody's."""
-        matrix = self.matrices["b"]
-        b = matrix[:, [ONE]].toarray()[:, 0]
-        b[row_of_each(matrix)[matrix.indices > ONE]] = np.nan
+        b = fixed_values(self.matrices["b"])
         return implied(self.program, *self._constants, b, self.visible.y.numpy())
 
     @cached_property

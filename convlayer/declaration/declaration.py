@@ -117,7 +117,8 @@ class Declaration:
         """The same of a program without what CVXPY adds for quadratic terms, where there is such:
         of the variables alone, not of the objective."""
         smaller = None if self.weight is not None else lean(self.canonical)
-        return self.maps if smaller is None else maps_of(smaller[0], self.parameters, smaller[1])
+        maps = None if smaller is None else maps_of(smaller[0], self.parameters, smaller[1])
+        return maps or self.maps
 
     @property
     def digest(self) -> str:

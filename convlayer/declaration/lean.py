@@ -19,11 +19,11 @@ import scipy.sparse as sp
 import torch
 
 from convlayer.cones import Product
-from convlayer.conic.elimination import shortened
+from convlayer.conic.elimination import places, shortened
 from convlayer.conic.lift import Lift
 from convlayer.conic.program import Program
 from convlayer.declaration.canonical import Canonical
-from convlayer.declaration.maps import ONE, AffineMap, Recovery, row_of_each
+from convlayer.declaration.maps import ONE, AffineMap, Recovery, fixed_values, row_of_each
 
 # Variables by which one is written, at most: their products are entries of P.
 FEW = 3
@@ -36,15 +36,13 @@ def lean(canonical: Canonical) -> tuple[Canonical, Lift] | None:
         return None
     program, matrices = canonical.program, canonical.matrices
     n, m = program.n, program.m
-    gone_x, gone_y = np.zeros(n, dtype=bool), np.zeros(m, dtype=bool)
-    gone_x[[t for t, _, _, _ in found]] = True
-    gone_y[[row for _, row, _, _ in found]] = True
-    place_x, place_y = np.cumsum(~gone_x) - 1, np.cumsum(~gone_y) - 1
+    gone, own_rows = (np.array([one[k] for one in found]) for k in (0, 1))
+    place_x, place_y = places(n, gone), places(m, own_rows)
 
     # P' = R P of the stored entries
     row, column = program.P_rows, program.P_cols
     diagonal = dict(zip(row[row == column].tolist(), np.flatnonzero(row == column), strict=True))
-    own = np.flatnonzero(~gone_x[row] & ~gone_x[column])
+    own = np.flatnonzero((place_x[row] >= 0) & (place_x[column] >= 0))
     keys, sources = [place_x[column[own]] * n + place_x[row[own]]], [own]
     weights = [np.ones(len(own))]
     # q' = q_x + c r + c p e: of q, of b where p is constant, of P where e is
@@ -54,7 +52,7 @@ def lean(canonical: Canonical) -> tuple[Canonical, Lift] | None:
         for part, value in zip(by[name], (target, source, weight), strict=True):
             part.append(value)
 
-    P_value, b_value = (_constants(matrices[name]) for name in ("P", "b"))
+    P_value, b_value = (fixed_values(matrices[name]) for name in ("P", "b"))
     for t, i, others, coefficients in found:
         entry = diagonal.get(t)
         # t = c'x + e,  e = b / a
@@ -77,13 +75,13 @@ def lean(canonical: Canonical) -> tuple[Canonical, Lift] | None:
     across = sp.csr_array(
         (np.concatenate(weights), (target, np.concatenate(sources))), shape=(len(key), len(row))
     )
-    kept_x, kept_y = np.flatnonzero(~gone_x), np.flatnonzero(~gone_y)
-    kept_A = np.flatnonzero(~gone_y[program.A_rows])
+    kept_x, kept_y = np.flatnonzero(place_x >= 0), np.flatnonzero(place_y >= 0)
+    kept_A = np.flatnonzero(place_y[program.A_rows] >= 0)
     q = matrices["q"][kept_x]
-    for name, (targets, places, values) in by.items():
+    for name, (targets, origins, values) in by.items():
         if targets:
             shape = len(kept_x), matrices[name].shape[0]
-            q = q + sp.csr_array((values, (targets, places)), shape=shape) @ matrices[name]
+            q = q + sp.csr_array((values, (targets, origins)), shape=shape) @ matrices[name]
     new = {
         "P": across @ matrices["P"],
         "q": q,
@@ -99,7 +97,7 @@ def lean(canonical: Canonical) -> tuple[Canonical, Lift] | None:
     smaller = Program(
         len(kept_x),
         len(kept_y),
-        Product([shortened(block, np.flatnonzero(gone_y)) for block in program.cones.blocks]),
+        Product([shortened(block, own_rows) for block in program.cones.blocks]),
         key % n,
         key // n,
         place_y[program.A_rows[kept_A]],
@@ -116,7 +114,6 @@ def lean(canonical: Canonical) -> tuple[Canonical, Lift] | None:
             for recovery in canonical.variables
         ],
     )
-    gone, own_rows = (np.array([one[k] for one in found]) for k in (0, 1))
     counts = [len(others) for _, _, others, _ in found]
     C = sp.csr_array(
         (
@@ -134,7 +131,7 @@ def lean(canonical: Canonical) -> tuple[Canonical, Lift] | None:
 def _written(canonical: Canonical) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
     """(t, its row, the other variables there, t's coefficient and theirs)."""
     program, matrices = canonical.program, canonical.matrices
-    A, P, b = (_constants(matrices[name]) for name in ("A", "P", "b"))
+    A, P, b = (fixed_values(matrices[name]) for name in ("A", "P", "b"))
     shown_x, shown_y = np.zeros(program.n, dtype=bool), np.zeros(program.m, dtype=bool)
     for recovery in canonical.variables:
         (shown_y if recovery.dual else shown_x)[recovery.position.numpy()] = True
@@ -163,13 +160,6 @@ def _written(canonical: Canonical) -> list[tuple[int, int, np.ndarray, np.ndarra
             alone[others] = False
             break
     return found
-
-
-def _constants(matrix: sp.csr_array) -> np.ndarray:
-    """(values,) NaN where a parameter moves them."""
-    values = matrix[:, [ONE]].toarray()[:, 0]
-    values[row_of_each(matrix)[matrix.indices > ONE]] = np.nan
-    return values
 
 
 def _tidy(matrix: sp.sparray) -> sp.csr_array:

@@ -157,3 +157,10 @@ class Recovery:
 def row_of_each(matrix: sp.csr_array) -> np.ndarray:
     """The row of each stored entry."""
     return np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
+
+
+def fixed_values(matrix: sp.csr_array) -> np.ndarray:
+    """(values,) of a map's matrix what no parameter moves, NaN elsewhere."""
+    values = matrix[:, [ONE]].toarray()[:, 0]
+    values[row_of_each(matrix)[matrix.indices > ONE]] = np.nan
+    return values

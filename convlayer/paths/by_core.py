@@ -22,8 +22,10 @@ def settled(request: ConeRequest, data: Data, start: tuple[Tensor, ...] | None) 
     plan = request.core
     if plan is None or start is not None:
         return attempts.attempted(request, data, start)
-    solved = request.called or _solved(plan, request, data)
-    if request.called is not None and request.lift is not None:
+    solved = request.called
+    if solved is None:
+        solved = _solved(plan, request, data)
+    elif request.lift is not None:
         solved = request.lift.lifted(solved, data)
     done = solved.settled
     found = _attempted(request, solved)

@@ -207,7 +207,7 @@ class Front:
         operations = float(sum(value.numel() for value in values))
         if kernel is not None:
             operations += kernel.operations(max((len(value) for value in values), default=1))
-        tell = partial(self._tell, batch)
+        tell = self.teller(batch)
         watched = shown() if self.verbose else nullcontext()
         with no_autocast(device), few_threads(operations), watched:
             cone_program = kernel is None or call.of_cone_program

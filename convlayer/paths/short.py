@@ -51,6 +51,9 @@ class Long(Protocol):
     def shapes(self, tensors: Sequence[Any]) -> tuple[torch.dtype, torch.device, tuple[int, ...]]:
         """The outputs' dtype and device, and the batch shape; it refuses what is no value."""
 
+    def values(self, tensors: Sequence[Tensor], batch: tuple[int, ...]) -> list[Tensor]:
+        """(*own batch, *shape) -> (B or 1, *shape) of each parameter."""
+
     def teller(self, batch: tuple[int, ...]) -> Tell:
         """Of rows of this batch."""
 
@@ -67,7 +70,7 @@ class Arranged:
     dtype: torch.dtype  # of the outputs
     given: list[torch.Size]  # of the parameters
     outputs: list[tuple[int, ...]]  # shapes of the variables
-    wide: list[bool]  # parameters that are to be expanded to the batch; empty: none is
+    wide: list[bool]  # parameters that are to be expanded to the batch
 
 
 class ShortWay:
@@ -119,11 +122,14 @@ class ShortWay:
         try:  # another thread may clear them meanwhile
             kind = self._arrangements[like]
         except KeyError:
-            kind = self._arrange(like, long, tensors, everything, validate)
+            kind = self._arranged(long, tensors, everything, validate)
+            if len(self._arrangements) >= KEPT:
+                self._arrangements.clear()
+            self._arrangements[like] = kind
         if kind is None:
             return None
         held = self.held(tensors, kind)
-        if validate and not (self.sees_all or self._are_inside(held, kind)):
+        if validate and not (self.sees_all or self._are_inside(long, held, kind)):
             return None
         outputs = [torch.empty(shape, dtype=kind.dtype) for shape in kind.outputs]
         if everything:
@@ -138,58 +144,38 @@ class ShortWay:
 
     def takes(self, batch: int) -> bool:
         """Whether the core is asked at this batch: where it is not the slower way."""
-        canonical, maps = self.declared.canonical, self.declared.maps
-        if maps is None:
+        canonical = self.declared.canonical
+        core = canonical.core
+        if core is None:
             return False
         if self.kernel is None:
             solver = self.solving.attempts(canonical, batch, HOST)[0].solver
             return cheaper_core(canonical, solver, batch) is not None
         cost = self.kernel.match.cost
-        return cost is not None and maps.plan.seconds(batch) + CALL <= cost.seconds(batch)
+        return cost is not None and core.seconds(batch) + CALL <= cost.seconds(batch)
 
     def held(self, tensors: Sequence[Tensor], kind: Arranged) -> list[Tensor]:
         """As the core reads them."""
-        if not kind.wide and all([t.is_contiguous() for t in tensors]):
+        if not any(kind.wide) and all([t.is_contiguous() for t in tensors]):
             return list(tensors)
-        wide = kind.wide or [False] * len(tensors)
         with few_threads(sum(t.numel() for t in tensors)):
-            each = zip(tensors, self.declared.parameters, wide, strict=True)
+            each = zip(tensors, self.declared.parameters, kind.wide, strict=True)
             wider = [flatten_batch(t, p, kind.batch) if more else t for t, p, more in each]
             return [t.contiguous() for t in wider]
 
-    def _arrange(
-        self,
-        like: Hashable,
-        long: Long,
-        tensors: Sequence[Tensor],
-        everything: bool,
-        validate: bool,
+    def _arranged(
+        self, long: Long, tensors: Sequence[Tensor], everything: bool, validate: bool
     ) -> Arranged | None:
         dtype, _, batch = long.shapes(tensors)
-        kind = self._arranged(tensors, dtype, batch, everything, validate)
-        if len(self._arrangements) >= KEPT:
-            self._arrangements.clear()
-        self._arrangements[like] = kind
-        return kind
-
-    def _arranged(
-        self,
-        tensors: Sequence[Tensor],
-        dtype: torch.dtype,
-        batch: tuple[int, ...],
-        everything: bool,
-        validate: bool,
-    ) -> Arranged | None:
         declared, size = self.declared, math.prod(batch)
-        maps = declared.maps if everything else declared.lean_maps
-        if not size or maps is None or any(t.dtype not in DTYPES for t in tensors):
+        if not size or any(t.dtype not in DTYPES for t in tensors) or not self.takes(size):
             return None
-        if not self.takes(size):
+        maps = declared.maps if everything else declared.lean_maps
+        if maps is None:
             return None
         own = [
             t.shape[: t.ndim - rank].numel() for t, rank in zip(tensors, self.ranks, strict=True)
         ]
-        wide = [count not in (1, size) for count in own]
         calls = Calls(
             maps,
             size,
@@ -199,14 +185,13 @@ class ShortWay:
             tolerance_of(self.solving, tensors),
             validate,
         )
-        outputs = [(*batch, *variable.shape) for variable in self.declared.variables]
-        given = [t.shape for t in tensors]
-        return Arranged(calls, batch, dtype, given, outputs, wide if any(wide) else [])
+        outputs = [(*batch, *variable.shape) for variable in declared.variables]
+        wide = [count not in (1, size) for count in own]
+        return Arranged(calls, batch, dtype, [t.shape for t in tensors], outputs, wide)
 
-    def _are_inside(self, held: Sequence[Tensor], kind: Arranged) -> bool:
+    def _are_inside(self, long: Long, held: Sequence[Tensor], kind: Arranged) -> bool:
         """Whether the parameters are in their domains, of which the core does not see all."""
-        pairs = zip(held, self.declared.parameters, strict=True)
-        values = [flatten_batch(t, p, kind.batch) for t, p in pairs]
+        values = long.values(held, kind.batch)
         return bad_rows(self.declared, values, kind.calls.batch, True).which is None
 
 
@@ -280,11 +265,12 @@ class Answered(Exit, Local):
                 self._tell(flags)
                 if sizes is not None:
                     self._tell_of_zero(sizes, costs, found)
-        parts = [part for part in found if part is not None]
-        if not kind.wide:
-            return parts
-        shapes = [shape for shape, need in zip(kind.given, needed, strict=True) if need]
-        return [part.sum_to_size(shape) for part, shape in zip(parts, shapes, strict=True)]
+        each = zip(found, kind.given, kind.wide, strict=True)
+        return [
+            part.sum_to_size(shape) if wide else part
+            for part, shape, wide in each
+            if part is not None
+        ]
 
     def cotangent(self, thetas: Tensors, bars: Tensors, needed: Sequence[bool]) -> list[Tensor]:
         pairs = zip(thetas, self.kind.given, strict=True)
@@ -315,19 +301,15 @@ class Answered(Exit, Local):
 
     def _room(self, thetas: Tensors, needed: Sequence[bool]) -> list[Tensor | None]:
         """For the cotangents that are needed, as the core gives them."""
-        kind, pairs = self.kind, zip(thetas, needed, strict=True)
-        if not kind.wide:
-            return [
-                torch.empty_like(t, memory_format=torch.contiguous_format) if need else None
-                for t, need in pairs
-            ]
-        each = zip(pairs, self.ranks, kind.wide, strict=True)
-        return [
-            t.new_empty((*kind.batch, *t.shape[t.ndim - rank :]) if wide else t.shape)
-            if need
-            else None
-            for (t, need), rank, wide in each
-        ]
+        batch = self.kind.batch
+
+        def room(t: Tensor, rank: int, wide: bool) -> Tensor:
+            if wide:
+                return t.new_empty((*batch, *t.shape[t.ndim - rank :]))
+            return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+        each = zip(thetas, self.ranks, self.kind.wide, needed, strict=True)
+        return [room(t, rank, wide) if need else None for t, rank, wide, need in each]
 
     def _moving_costs(self, bars: Sequence[Tensor | None], needed: Sequence[bool]) -> list[int]:
         """Of the parameters that are needed, those whose gradient is to be looked at."""

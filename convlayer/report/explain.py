@@ -78,8 +78,8 @@ def _choice(choice: Choice, settings: Settings, batch: int) -> Iterator[tuple[st
                 f"  {finding.name}",
                 f"yes: {finding.match.bound}; {_cost(finding.match.cost, batch)}",
             )
-    short = ShortWay.of(choice, settings)
-    if choice.kernel is not None and short is not None:
+    short = None if choice.kernel is None else ShortWay.of(choice, settings)
+    if short is not None:
         who = "the compiled core" if short.takes(batch) else "the kernel"
         yield "  at this batch", f"{who}, by their estimates; degenerate rows are the kernel's"
     if choice.recognition.generic is not None and choice.kernel is not None:
