@@ -503,3 +503,23 @@ def test_a_single_feasible_point_that_is_found_roughly_is_flagged():
             torch.tensor([[1.0, 2.0, 0.0], [-1.0, 1.0, 2.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
         )
     assert solution.degenerate.all()
+
+
+@pytest.mark.parametrize("solver", [None, "clarabel", "interior_point"])
+def test_a_ball_through_the_vertex_of_linear_costs_is_flagged(solver):
+    """|(2, 2, -1, 0)| = 3, where the absolute values have their kink too: a double root."""
+    x, p, q = cp.Variable(4), cp.Parameter(4), cp.Parameter(4)
+    costs = cp.norm_inf(x - p) + cp.norm1(x - q)
+    rules = [-2 * x[0] - 2 * x[1] + 2 * x[2] <= -1, cp.norm(x) <= 3]
+    layer = ConvexLayer(
+        cp.Problem(cp.Minimize(costs), rules), [p, q], [x], structure="generic", solver=solver
+    )
+    values = [[1.0, 2.0, -2.0, 2.0], [2.0, 2.0, -1.0, -1.0]]
+    solution = layer.solve(*torch.tensor(values, dtype=torch.float64))
+    assert solution.degenerate
+    torch.testing.assert_close(
+        solution.variables[0],
+        torch.tensor([2.0, 2.0, -1.0, 0.0], dtype=torch.float64),
+        atol=1e-6,
+        rtol=0,
+    )

@@ -86,7 +86,7 @@ def judged(root: Root, rows: Tensor, sides: Sides) -> Root:
     # by it.
     v = (root.y - root.s)[rows]
     weak, spectrum, known = root.cones.straddle_dual(v, MARGIN)
-    known = known & ~(root.near & (root.margin >= MARGIN))[rows]
+    known = known & ~(root.turning | (root.near & (root.margin >= MARGIN)))[rows]
     part = _factorised(root, rows, spectrum, again=bool(weak.any()))
 
     # No null vector is worked against or read; or one that is, is that of a norm which is let go.

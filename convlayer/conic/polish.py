@@ -64,6 +64,10 @@ KINK = 1e-11
 # Distance from a kink below which a row is flagged; one more Newton step, where that is longer,
 # says the same.
 MARGIN = 1e-7
+# The derivative of a point whose error is above this is looked at again that far on,
+UNSURE = 1e-10
+# and is not to be had where it changes by more than this share.
+TURNED = 0.1
 # The error of x is told relative to x, and to no less than this.
 SMALLEST_X = 1e-3
 
@@ -89,7 +93,8 @@ class Root:
     visible: Visible
     units: Tensor | None
     last: System | None  # the polish's last factor, if it belongs to this very point
-    flagged: Tensor  # (B,) singular, or not solved well, as the polish found it
+    flagged: Tensor  # (B,) singular, turning or not solved well, as the polish found it
+    turning: Tensor  # (B,) the derivative changes within the point's uncertainty
     near: Tensor  # (B,) at a kink, to the accuracy of the point
     unfelt: Tensor  # (B,) differentiable all the same, in what parameters move and outputs read
 
@@ -247,6 +252,8 @@ def polish(
         factor = _Factored(factorise(operators, best.spectrum, visible, units), best)
     system = factor.system
     dx, dv = _uncertainty(operators, best, system, sizes)
+    error = _relative_step(operators.data.program, dx, best.x, visible)
+    turning = _turning(operators, best, system, (dx, dv), error, visible, units)
     margin = operators.data.program.cones.margin(best.v, best.s)
     return Root(
         operators,
@@ -256,14 +263,15 @@ def polish(
         residual=best.size,
         judged=judged,
         spectrum=best.spectrum,
-        error=_relative_step(operators.data.program, dx, best.x, visible),
+        error=error,
         margin=margin,
         steps=steps,
         pivot=system.smallest if isinstance(system, DenseSystem) else None,
         visible=visible,
         units=units,
         last=system if factor.is_of(best) else None,
-        flagged=system.singular | system.poor,
+        flagged=system.singular | system.poor | turning,
+        turning=turning,
         near=margin < (dv.abs().amax(1).clamp(min=MARGIN) if dv.shape[1] else MARGIN),
         unfelt=torch.zeros_like(margin, dtype=torch.bool),
     )
@@ -437,6 +445,36 @@ def _signs(size: int, device: torch.device) -> Tensor:
     """(size,) of no pattern, the same for every row of a batch."""
     generator = torch.Generator().manual_seed(0)
     return (2.0 * torch.randint(2, (size,), generator=generator) - 1).to(device, torch.float64)
+
+
+def _turning(
+    operators: Operators,
+    point: ResidualPoint,
+    system: System,
+    step: tuple[Tensor, Tensor],
+    error: Tensor,
+    visible: Visible,
+    units: Tensor | None,
+) -> Tensor:
+    """(B,) the derivative is another one within the point's uncertainty.
+
+    So at a double root, where a curved cone touches what already fixes the solution: the residual
+    is the square of the distance, and the derivative grows without end on the way there.
+    """
+    turning = torch.zeros_like(error, dtype=torch.bool)
+    rows = error.new_zeros(0) if point.spectrum.is_diagonal else _above(error, UNSURE)
+    if not len(rows):
+        return turning
+    x, v = (part + moved for part, moved in zip((point.x, point.v), step, strict=True))
+    part = operators.rows(rows)
+    there = ResidualPoint.at(part, x[rows], v[rows])
+    other = factorise(part, there.spectrum, visible, units_of(units, rows))
+    probe = [_signs(size.shape[1], x.device).expand_as(size) for size in step]
+    here, _ = system.solve(*probe, newton=True)
+    moved, _ = other.solve(*(side[rows] for side in probe), newton=True)
+    here = here[rows]
+    turning[rows] = (moved - here).abs().amax(1) > TURNED * here.abs().amax(1)
+    return turning
 
 
 def _relative_step(program: Program, dx: Tensor, x: Tensor, visible: Visible) -> Tensor:

@@ -89,6 +89,7 @@ def smoothed(
         error=(dx * visible.x).abs().amax(1) / point.x.abs().amax(1).clamp(min=SMALLEST_X),
         margin=torch.full_like(point.size, torch.inf),
         flagged=system.singular | system.poor,
+        turning=torch.zeros_like(system.singular),
         near=torch.zeros_like(system.singular),
         unfelt=torch.zeros_like(system.singular),
         steps=steps,

@@ -15,7 +15,7 @@ namespace convlayer {
 constexpr double CLAMP = 1e-7;
 constexpr double TARGET = 1e-13, SETTLED = 1e-11, STUCK = 1e-9, REUSE = 1e-3;
 constexpr int STEPS = 20, PATIENCE = 4;
-constexpr double MARGIN = 1e-7, SMALLEST_X = 1e-3, ROUNDING = 2e-16, FARTHEST = 1e3;
+constexpr double MARGIN = 1e-7, SMALLEST_X = 1e-3, ROUNDING = 2e-16, FARTHEST = 1e3, UNSURE = 1e-10;
 // A random right-hand side that grows by more than this may have met a null vector, which inverse
 // iteration then finds: K makes of it less than NULL_IMAGE, and it touches what is above TOUCHED.
 constexpr double GROWTH = 1e2, NULL_IMAGE = 1e-6, TOUCHED = 1e-7;
@@ -340,6 +340,8 @@ struct Polish {
     // A tenth of what torch allows: the shift blunts the estimate, and what is near is judged there.
     const double sensitive = 0.1 * std::min(std::max(3e-8, 10 * tolerance), 1e-2);
     if (!(report.judged <= tolerance && report.error <= sensitive)) return INEXACT;
+    // Near a curved cone that far off, the derivative may be another one.
+    if (!plan.polyhedral && !(report.error <= UNSURE)) return INEXACT;
     if (!(report.margin >= std::max(largest(r.ds.data(), m), MARGIN))) return KINK;
     if (singular()) return SINGULAR_SYSTEM;
     // Beside multipliers so large the costs are not seen in the residual; an x so large may be on
