@@ -1,6 +1,8 @@
 """The affine map of the parameters is CVXPY's own, the way back too, and the user's problem is left
 as it was."""
 
+import tracemalloc
+
 import cvxpy as cp
 import numpy as np
 import pytest
@@ -9,7 +11,9 @@ from cases import CASES, set_values
 from oracles import ThreeDimensionalPowers, cone_program
 
 import convlayer.declaration.canonicalise
+import convlayer.declaration.coefficients
 from convlayer import CanonicalisationError, ConvexLayer
+from convlayer.declaration.affine import Reader, UnsupportedError
 from convlayer.declaration.reductions import Reduced
 from convlayer.paths.evaluation import evaluate
 
@@ -145,15 +149,13 @@ def test_a_user_who_changes_the_problem_afterwards_does_not_change_the_layer(cas
 
 
 def tampered(monkeypatch, name, change):
-    original = convlayer.declaration.canonicalise._tensors
+    original = convlayer.declaration.canonicalise._maps
 
-    def replaced(cone_program):
-        program, tensors = original(cone_program)
-        tensors = dict(tensors)
-        tensors[name] = change(tensors[name].copy())
-        return program, tensors
+    def replaced(*arguments):
+        program, matrices = original(*arguments)
+        return program, matrices | {name: change(matrices[name].copy())}
 
-    monkeypatch.setattr(convlayer.declaration.canonicalise, "_tensors", replaced)
+    monkeypatch.setattr(convlayer.declaration.canonicalise, "_maps", replaced)
 
 
 @pytest.mark.parametrize("name", ["P", "q", "A", "b"])
@@ -339,3 +341,65 @@ def test_a_declared_sign_holds_to_the_last_bit():
     )
     assert float(x_star.min()) >= 0
     assert float(y_star.max()) <= 0
+
+
+# Coefficients are stored where they are
+# ------------------------------------------------------------------------
+
+
+@every_case
+def test_nothing_of_these_is_left_to_cvxpys_matrices(case):
+    assert not case.shared._canonical.stuffed
+    assert "Building" not in case.shared.explain()
+
+
+def test_a_product_in_three_dimensions_is_left_to_cvxpys_matrices_and_named():
+    C, X = cp.Parameter((2, 3, 4), name="C"), cp.Variable((2, 4, 3), name="X")
+    x = cp.Variable(3, name="x")
+    rules = [C @ X <= 1, cp.sum(X) + cp.sum(x) == 1]
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(X) + cp.sum_squares(x)), rules)
+    layer = ConvexLayer(problem, [C], [X], structure="generic")
+    assert "C @ X" in layer.explain()
+    value = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    (found,) = layer(value)
+    C.value = value.numpy()
+    problem.solve(solver=cp.CLARABEL, tol_gap_abs=1e-12, tol_gap_rel=1e-12, tol_feas=1e-12)
+    np.testing.assert_allclose(found.numpy(), X.value, atol=1e-7)
+
+
+def test_an_objective_that_is_not_read_is_taken_from_cvxpys_matrices(monkeypatch):
+    def refuse(*_):
+        raise UnsupportedError("not today")
+
+    case = CASES["quadratic_program"]
+    expected = dense(case.shared._canonical, case.sample(seed=0))
+    monkeypatch.setattr(convlayer.declaration.coefficients, "_objective", refuse)
+    monkeypatch.setattr(Reader, "table", refuse)
+    canonical = case.layer(structure="generic")._canonical
+    assert len(canonical.stuffed) == 1 + len(case.declare().problem.constraints)
+    for got, wanted in zip(dense(canonical, case.sample(seed=0)), expected, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-14, atol=0)
+
+
+def data_matrix(m):
+    A, w = cp.Parameter((m, 5), name="A"), cp.Variable(5, name="w")
+    loss = cp.sum(cp.logistic(A @ w)) + cp.sum_squares(w)
+    return cp.Problem(cp.Minimize(loss)), [A], [w]
+
+
+def table_of_costs(m):
+    C, X = cp.Parameter((m, 10), name="C"), cp.Variable((m, 10), name="X")
+    return cp.Problem(cp.Minimize(cp.sum(cp.multiply(C, X))), [X >= 0, cp.sum(X) == 1]), [C], [X]
+
+
+@pytest.mark.parametrize("declared", [data_matrix, table_of_costs])
+def test_memory_to_build_grows_with_the_entries(declared):
+    """Four times the rows: CVXPY's own tensors take sixteen times the memory."""
+    peaks = []
+    for m in (500, 500, 2000):
+        problem, parameters, variables = declared(m)
+        tracemalloc.start()
+        ConvexLayer(problem, parameters, variables, structure="generic")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] <= 6 * peaks[1]

@@ -51,6 +51,9 @@ class Canonical:
     gp: bool
     sizes: dict[str, int]  # the problem as the user wrote it, for explain()
     matrices: dict[str, sp.csr_array]  # of the maps, with all their columns
+    # Parts as the user would know them whose coefficients are not read here, but from CVXPY's own
+    # matrices, dense in variables and parameter entries.
+    stuffed: list[str]
 
     @cached_property
     def dense_maps(self) -> dict[str, AffineMap]:

@@ -1,8 +1,8 @@
 """CVXPY problem -> Canonical: the affine map from parameters to (P, q, A, b), the cones, and the
 way back.
 
-CVXPY canonicalises; what is read here is its parametrised cone program, kept sparse and split by
-parameter:
+CVXPY reduces the problem to cones of affine expressions, whose coefficients are read here
+(`coefficients`) and kept sparse and split by parameter:
 
     (P, q, A, b, d) = constant + sum over parameters of map_p @ theta_p,
 
@@ -15,6 +15,7 @@ layer is built.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import cvxpy as cp
@@ -26,7 +27,9 @@ from convlayer.cones import Product
 from convlayer.cones.kinds import cones_of, unknown_kinds
 from convlayer.conic.bounds import NO_BOUND
 from convlayer.conic.program import Program
+from convlayer.declaration.affine import Table
 from convlayer.declaration.canonical import Canonical
+from convlayer.declaration.coefficients import Coefficients
 from convlayer.declaration.diagnose import ProblemError, within_recursion_limit
 from convlayer.declaration.domain import is_symmetric
 from convlayer.declaration.maps import ONE, AffineMap, ParameterEntries, Recovery, row_of_each
@@ -37,6 +40,7 @@ from convlayer.declaration.reductions import (
     positions,
 )
 from convlayer.declaration.rewriting import Prepared, prepared
+from convlayer.declaration.spelling import short
 from convlayer.notices import quiet_cvxpy
 
 # The largest difference between our maps and CVXPY's matrices at random parameters, relative to
@@ -61,16 +65,18 @@ def canonicalise(
     Errors: ValueError or TypeError naming the argument or the sub-expression at fault, and the
     remedy; CanonicalisationError if this CVXPY's cone program is not the one our map gives.
     """
-    # CVXPY's part: refusals, rewritings, and the chain of reductions.
+    # CVXPY's part: refusals, rewritings, and the chain of reductions; the expressions that it
+    # leads to.
     with quiet_cvxpy(), within_recursion_limit():
         checked = checked or prepared(problem, parameters, variables, gp)
         reduced = Reductions(checked.problem, gp).apply()
+        coefficients = reduced.coefficients()
 
     # Ours: the maps into the program, and those out of its solution.
-    program, tensors = _tensors(reduced.cone_program)
-    moving = {name: _moving_rows(tensors[name]) for name in ("P", "A")}
-    entries, matrices = _parameter_maps(parameters, reduced, tensors)
+    entries, target = _columns(parameters, reduced)
     sizes = [p.size for p in parameters]
+    program, matrices = _maps(reduced, coefficients, target, ONE + 1 + sum(sizes))
+    moving = {name: _moving_rows(matrices[name]) for name in ("P", "A")}
     canonical = Canonical(
         program=program,
         moving=moving,
@@ -87,83 +93,67 @@ def canonicalise(
             "constraints": sum(int(np.prod(c.shape)) for c in problem.constraints),
         },
         matrices=matrices,
+        stuffed=[short(part) for part in coefficients.stuffed],
     )
-    _self_check(canonical, parameters, reduced)
+    _self_check(canonical, reduced, target)
     return canonical
 
 
-# From CVXPY's tensors to the program and the maps into it ---------------------------------------
+# From coefficients to the program and the maps into it -----------------------------------------
 
 
-def _tensors(cone_program) -> tuple[Program, dict[str, sp.csr_array]]:
-    """CVXPY's tensors: for each of P, q, A, b, d a row for each stored value, a column for each
-    parameter entry and one for the constant."""
-    n, m = cone_program.x.size, int(cone_program.constr_size)
+def _maps(
+    reduced: Reduced, coefficients: Coefficients, target: np.ndarray, width: int
+) -> tuple[Program, dict[str, sp.csr_array]]:
+    """The program, and for each of P, q, A, b, d the matrix (values, width) of its map.
+
+    target: of each parameter entry of the coefficients, and of none, at last, the column.
+    """
+    cone_program = reduced.cone_program
+    n, m = cone_program.x.size, coefficients.cones.size
     cones = _cones(cone_program.cone_dims, m)
-    A_rows, A_cols, A, b = _constraints(cone_program, n, m)
-    P_rows, P_cols, P = _quadratic(cone_program, n)
-    q = sp.csr_array(cone_program.q)
-    tensors = {"P": P, "q": q[:n], "A": A, "b": b, "d": q[n:]}
-    for tensor in tensors.values():
-        tensor.sum_duplicates()
-        tensor.eliminate_zeros()
+
+    def matrix(part: Table, rows: np.ndarray, height: int) -> sp.csr_array:
+        columns = target[part.parameter]
+        made = sp.csr_array((part.coefficient, (rows, columns)), shape=(height, width))
+        made.sum_duplicates()
+        made.eliminate_zeros()
+        return made
+
+    # Ours is s = b - A x.
+    place, sign = reduced.formatting
+    inside = coefficients.cones.scaled(sign)
+    inside = replace(inside, row=place[inside.row])
+    linear, offset = inside.linear(), inside.offset()
+    key, entry = np.unique(linear.variable * max(m, 1) + linear.row, return_inverse=True)
+    A_cols, A_rows = np.divmod(key, max(m, 1))
+    A = matrix(linear.scaled(-1.0), entry, len(key))
+    b = matrix(offset, offset.row, m)
+
+    costs = coefficients.linear
+    linear, offset = costs.linear(), costs.offset()
+    q, d = matrix(linear, linear.variable, n), matrix(offset, offset.row, 1)
+
+    # An entry and its mirror image, half of each, make the symmetric part.
+    i, j = coefficients.quadratic.row, coefficients.quadratic.variable
+    key, entry = np.unique(np.maximum(i, j) * n + np.minimum(i, j), return_inverse=True)
+    P_cols, P_rows = np.divmod(key, max(n, 1))
+    half = np.where(i == j, 1.0, 0.5) * coefficients.quadratic.coefficient
+    P = matrix(replace(coefficients.quadratic, coefficient=half), entry, len(key))
 
     # Infinity is the absence of a bound, in the constant part of an inequality, and nothing
     # elsewhere.
-    dims = cone_program.cone_dims
-    row = row_of_each(b)
+    dims, row = cone_program.cone_dims, row_of_each(b)
     inequality = (row >= dims.zero) & (row < dims.zero + dims.nonneg)
-    unlimited = np.isinf(b.data) & inequality & (b.indices == b.shape[1] - 1)
+    unlimited = np.isinf(b.data) & inequality & (b.indices == ONE)
     b.data[unlimited] = np.sign(b.data[unlimited]) * NO_BOUND
-    if not all(np.isfinite(tensor.data).all() for tensor in tensors.values()):
+    matrices = {"P": P, "q": q, "A": A, "b": b, "d": d}
+    if not all(np.isfinite(made.data).all() for made in matrices.values()):
         raise ProblemError(
             "A constant of the problem holds NaN or infinity. Infinity means `no bound` on the large "
             "side of an inequality, as in x <= np.inf, and nothing elsewhere."
         )
-    return Program(n, m, cones, P_rows, P_cols, A_rows, A_cols), tensors
-
-
-def _constraints(
-    cone_program, n: int, m: int
-) -> tuple[np.ndarray, np.ndarray, sp.csr_array, sp.csr_array]:
-    """(rows and columns of A's stored entries, the tensor of these, the tensor of b).
-
-    CVXPY's tensor holds s = A' x + b, the expression inside the cone, as its (m, n + 1) matrix by
-    columns; ours is s = b - A x.
-    """
-    tensor = sp.coo_array(cone_program.A)
-    width = cone_program.q.shape[1]
-    place, column = tensor.row.astype(np.int64), tensor.col
-    i, j = (place % m, place // m) if m else (place, place)
-    height = max(m, 1)
-
-    in_A = (j < n) & (tensor.data != 0)
-    key, entry = np.unique(j[in_A] * height + i[in_A], return_inverse=True)
-    cols, rows = np.divmod(key, height)
-    A = sp.csr_array((-tensor.data[in_A], (entry, column[in_A])), shape=(len(key), width))
-
-    in_b = j == n
-    b = sp.csr_array((tensor.data[in_b], (i[in_b], column[in_b])), shape=(m, width))
-    return rows, cols, A, b
-
-
-def _quadratic(cone_program, n: int) -> tuple[np.ndarray, np.ndarray, sp.csr_array]:
-    """(rows and columns of the stored entries of P's upper triangle, their tensor).
-
-    An entry and its mirror image, half of each, make the symmetric part.
-    """
-    width = cone_program.q.shape[1]
-    if cone_program.P is None:
-        nowhere = np.zeros(0, dtype=np.int64)
-        return nowhere, nowhere, sp.csr_array((0, width))
-    tensor = sp.coo_array(cone_program.P)
-    place = tensor.row.astype(np.int64)
-    i, j = place % n, place // n
-    upper, lower = np.minimum(i, j), np.maximum(i, j)
-    key, entry = np.unique(lower * n + upper, return_inverse=True)
-    cols, rows = np.divmod(key, n)
-    half = np.where(i == j, 1.0, 0.5) * tensor.data
-    return rows, cols, sp.csr_array((half, (entry, tensor.col)), shape=(len(key), width))
+    return Program(n, m, cones, P_rows, P_cols, A_rows, A_cols), matrices
 
 
 def _cones(dims, m: int) -> Product:
@@ -179,46 +169,37 @@ def _cones(dims, m: int) -> Product:
     return cones
 
 
-def _parameter_maps(
-    parameters: Sequence[cp.Parameter], reduced: Reduced, tensors: dict[str, sp.csr_array]
-) -> tuple[list[ParameterEntries], dict[str, sp.csr_array]]:
-    """How each parameter is read, and for each of P, q, A, b, d the matrix (values, 2 + all
-    entries) of its map."""
-    cone_program = reduced.cone_program
-    columns = cone_program.param_id_to_col
-    entries, first = [], ONE + 1
-    # Of each of CVXPY's columns, of which the last is the constant, the column in our maps.
-    target = np.full(cone_program.total_param_size + 1, ONE)
+def _columns(
+    parameters: Sequence[cp.Parameter], reduced: Reduced
+) -> tuple[list[ParameterEntries], np.ndarray]:
+    """How each parameter is read; and of each entry of the reduced problem's parameters, and of
+    none, at last, the column in our maps."""
+    starts, end = {}, 0
+    for standing in reduced.values:
+        starts[standing.id], end = end, end + standing.size
+    target, entries, first = np.full(end + 1, ONE), [], ONE + 1
     for parameter, (entering, standing) in zip(
         parameters, reduced.parameters(parameters), strict=True
     ):
         log = entering is not parameter
-        if log and parameter.id in columns:
+        if log and parameter.id in starts:
             raise ValueError(
                 f"Parameter `{parameter.name()}` stands both as a factor and as an exponent of the "
                 "log-log convex program; use two parameters and pass the same tensor twice."
             )
         entries.append(ParameterEntries(tuple(parameter.shape), is_symmetric(parameter), log=log))
-        if standing.id in columns:
+        if standing.id in starts:
             read = positions(entering, standing)
-            start = columns[standing.id]
+            start = starts[standing.id]
             target[start : start + len(read)] = first + read
         first += parameter.size
-    return entries, {name: _relabelled(tensor, target, first) for name, tensor in tensors.items()}
+    return entries, target
 
 
-def _relabelled(tensor: sp.csr_array, target: np.ndarray, width: int) -> sp.csr_array:
-    """With each column in the place of its target; no two have the same."""
-    shape = tensor.shape[0], width
-    matrix = sp.csr_array((tensor.data, target[tensor.indices], tensor.indptr), shape=shape)
-    matrix.sort_indices()
-    return matrix
-
-
-def _moving_rows(tensor: sp.csr_array) -> np.ndarray:
-    """The values that some parameter moves: entries before the last column."""
-    moving = np.zeros(tensor.shape[0], dtype=bool)
-    moving[row_of_each(tensor)[tensor.indices < tensor.shape[1] - 1]] = True
+def _moving_rows(matrix: sp.csr_array) -> np.ndarray:
+    """The values of a map that some parameter moves."""
+    moving = np.zeros(matrix.shape[0], dtype=bool)
+    moving[row_of_each(matrix)[matrix.indices > ONE]] = True
     return np.flatnonzero(moving)
 
 
@@ -308,30 +289,20 @@ def _gathered(once: np.ndarray, squared: np.ndarray, size: int) -> tuple[np.ndar
 # Whether the maps are CVXPY's -------------------------------------------------------------------
 
 
-def _self_check(canonical: Canonical, parameters: Sequence[cp.Parameter], reduced: Reduced) -> None:
-    """Compare our map with CVXPY's own matrices at random parameter entries."""
+def _self_check(canonical: Canonical, reduced: Reduced, target: np.ndarray) -> None:
+    """Compare our map with CVXPY's own matrices, where its parameters are random constants."""
     # Theirs.
     cone_program = reduced.cone_program
-    theta = np.random.default_rng(0).standard_normal(cone_program.total_param_size + 1)
-    theta[-1] = 1.0
-    values = {
-        p.id: theta[cone_program.param_id_to_col[p.id] :][: p.size].reshape(p.shape, order="F")
-        for p in cone_program.parameters
-    }
     quadratic = cone_program.P is not None
-    applied = cone_program.apply_parameters(values, quad_obj=quadratic)
+    applied = cone_program.apply_parameters(quad_obj=quadratic)
     P, q, d, A, b = applied if quadratic else (None, *applied)
     A = sp.coo_array(A)
 
     # Ours, at the same.
-    inputs = [np.array([0.0, 1.0])]
-    for entering, standing in reduced.parameters(parameters):
-        whole = np.zeros(entering.size)
-        if standing.id in values:
-            reduced_value = np.asarray(values[standing.id])
-            whole[positions(entering, standing)] = reduced_value.flatten(order="F")
-        inputs.append(whole)
-    ours = {name: matrix @ np.concatenate(inputs) for name, matrix in canonical.matrices.items()}
+    inputs = np.zeros(canonical.matrices["A"].shape[1])
+    theta = [value.ravel(order="F") for value in reduced.values.values()]
+    inputs[target] = np.concatenate([*theta, [1.0]])
+    ours = {name: matrix @ inputs for name, matrix in canonical.matrices.items()}
 
     # The difference of each.
     program = canonical.program

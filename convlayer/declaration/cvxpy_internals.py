@@ -29,7 +29,7 @@ from cvxpy.atoms.elementwise.power import Power
 from cvxpy.atoms.elementwise.rel_entr import rel_entr
 from cvxpy.atoms.norm1 import norm1
 from cvxpy.atoms.pnorm import Pnorm
-from cvxpy.atoms.quad_form import QuadForm
+from cvxpy.atoms.quad_form import QuadForm, SymbolicQuadForm
 from cvxpy.atoms.quad_over_lin import quad_over_lin
 from cvxpy.constraints import PowConeND, SvecPSD
 from cvxpy.constraints.constraint import Constraint
@@ -42,12 +42,17 @@ from cvxpy.problems.objective import Objective
 from cvxpy.problems.problem_form import make_problem_form
 from cvxpy.reductions.canonicalization import Canonicalization
 from cvxpy.reductions.cvx_attr2constr import CvxAttr2Constr, lower_value
+from cvxpy.reductions.dcp2cone.cone_matrix_stuffing import ConeMatrixStuffing
 from cvxpy.reductions.dcp2cone.dcp2cone import Dcp2Cone
 from cvxpy.reductions.dgp2dcp.dgp2dcp import Dgp2Dcp
+from cvxpy.reductions.inverse_data import InverseData
 from cvxpy.reductions.solvers.conic_solvers.clarabel_conif import CLARABEL
 from cvxpy.reductions.solvers.solver_inverse_data import SolverInverseData
 from cvxpy.reductions.solvers.solving_chain import _build_solving_chain as build_solving_chain
+from cvxpy.reductions.solvers.solving_chain_utils import get_canon_backend
+from cvxpy.reductions.utilities import lower_equality, lower_ineq_to_nonneg
 from cvxpy.utilities import scopes
+from cvxpy.utilities.coeff_extractor import CoeffExtractor
 
 __all__ = [
     "CLARABEL",
@@ -55,7 +60,9 @@ __all__ = [
     "AddExpression",
     "Atom",
     "Canonicalization",
+    "CoeffExtractor",
     "Concatenate",
+    "ConeMatrixStuffing",
     "Constraint",
     "CvxAttr2Constr",
     "CvxpyAbsolute",
@@ -65,6 +72,7 @@ __all__ = [
     "Equality",
     "Hstack",
     "Inequality",
+    "InverseData",
     "Leaf",
     "MulExpression",
     "NegExpression",
@@ -79,6 +87,7 @@ __all__ = [
     "SolverInverseData",
     "Sum",
     "SvecPSD",
+    "SymbolicQuadForm",
     "Vstack",
     "Zero",
     "broadcast_to",
@@ -87,9 +96,12 @@ __all__ = [
     "diag_mat",
     "diag_vec",
     "entr",
+    "get_canon_backend",
     "index",
     "kl_div",
     "lin_utils",
+    "lower_equality",
+    "lower_ineq_to_nonneg",
     "lower_value",
     "make_problem_form",
     "multiply",

@@ -7,7 +7,7 @@ costs the graph's size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import cvxpy as cp
@@ -56,6 +56,29 @@ def _finished(
             if opened(part):
                 stack.extend((argument, False) for argument in onto(arguments(part)))
     return order
+
+
+def rewritten(
+    roots: Sequence[Any],
+    rule: Callable[[Any, list[Any]], Any],
+    opened: Callable[[Any], bool],
+) -> dict[int, Any]:
+    """By id, what stands in the place of each part that a rule replaces, or that holds one that it
+    does.
+
+    rule: a part, and its arguments as they now are -> what it becomes; None: it stays as it is.
+    """
+    new: dict[int, Any] = {}
+    for part in arguments_first(roots, opened):
+        inner = [new.get(id(argument), argument) for argument in part.args]
+        changed = rule(part, inner)
+        if changed is None and any(
+            now is not before for now, before in zip(inner, part.args, strict=True)
+        ):
+            changed = part.copy(inner)
+        if changed is not None:
+            new[id(part)] = changed
+    return new
 
 
 def is_affine(part: Any) -> bool:

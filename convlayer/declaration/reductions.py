@@ -9,7 +9,9 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,19 +19,29 @@ import cvxpy as cp
 import numpy as np
 import scipy.sparse as sp
 
+from convlayer.declaration.coefficients import Coefficients, read
 from convlayer.declaration.cvxpy_internals import (
     CLARABEL,
     Atom,
     Canonicalization,
+    CoeffExtractor,
+    ConeMatrixStuffing,
     CvxAttr2Constr,
     Dgp2Dcp,
+    Equality,
+    Inequality,
+    InverseData,
     PowConeND,
     SolverInverseData,
     build_solving_chain,
+    get_canon_backend,
+    lower_equality,
+    lower_ineq_to_nonneg,
     lower_value,
     make_problem_form,
 )
 from convlayer.declaration.diagnose import ProblemError
+from convlayer.declaration.graph import Contents, arguments, rewritten
 from convlayer.declaration.spelling import short
 
 
@@ -70,10 +82,19 @@ class Reductions:
 
     def apply(self) -> Reduced:
         """ProblemError: an atom that CVXPY cannot turn into cones."""
+        problem: Any = self._problem
+        inverses = []
         with _in_the_users_terms():
-            data, inverse = self._chain.apply(self._problem)
-        inverse[-1] = SolverInverseData(inverse[-1], self._chain.solver, {})
-        cone_program = data[cp.settings.PARAM_PROB]
+            for step in self.steps:
+                if isinstance(step, ConeMatrixStuffing):
+                    parametrised, values = problem, _drawn(problem.parameters())
+                    problem, inverse = step.apply(_with_values(problem, values))
+                    stuffed, backend = problem, step.canon_backend
+                else:
+                    problem, inverse = step.apply(problem)
+                inverses.append(inverse)
+        inverses[-1] = SolverInverseData(inverses[-1], self._chain.solver, {})
+        cone_program = problem[cp.settings.PARAM_PROB]
         if (
             getattr(cone_program, "dir_cones", None)
             or cone_program.lower_bounds is not None
@@ -83,15 +104,98 @@ class Reductions:
                 "CVXPY left bounds or cones outside the constraint matrix; "
                 "this version is not supported."
             )
-        return Reduced(cone_program, list(zip(self.steps, inverse, strict=True)))
+        return Reduced(
+            parametrised,
+            values,
+            cone_program,
+            _formatting(stuffed),
+            backend,
+            list(zip(self.steps, inverses, strict=True)),
+        )
+
+
+def _drawn(parameters: Sequence[cp.Parameter]) -> dict[cp.Parameter, np.ndarray]:
+    random = np.random.default_rng(0)
+    return {
+        parameter: random.standard_normal(parameter.size).reshape(parameter.shape, order="F")
+        for parameter in parameters
+    }
+
+
+def _with_values(problem: cp.Problem, values: dict[cp.Parameter, np.ndarray]) -> cp.Problem:
+    """The problem with constants in the places of its parameters; constraints keep their
+    numbers."""
+
+    def constant(part: Any, _: list[Any]) -> Any:
+        return cp.Constant(values[part]) if isinstance(part, cp.Parameter) else None
+
+    contents, objective = Contents(), problem.objective.expr
+    roots = [objective, *(inner for c in problem.constraints for inner in arguments(c))]
+    new = rewritten(roots, constant, contents.parameters)
+    constraints = []
+    for constraint in problem.constraints:
+        inner = [new.get(id(argument), argument) for argument in constraint.args]
+        moved = any(now is not was for now, was in zip(inner, constraint.args, strict=True))
+        valued = type(constraint)(*inner, *constraint.get_data()) if moved else constraint
+        if valued.id != constraint.id:
+            raise CanonicalisationError(
+                "CVXPY's constraints are not copied as they were; this version is not supported."
+            )
+        constraints.append(valued)
+    return cp.Problem(cp.Minimize(new.get(id(objective), objective)), constraints)
+
+
+def _formatting(stuffed: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Where CVXPY's formatting puts each row of the constraints' arguments, and with which sign:
+    read off rows that hold their numbers."""
+    n = stuffed.x.size
+    rows = stuffed.A.shape[0] // (n + 1)
+    number = np.arange(rows, dtype=np.int64)
+    labelled = copy(stuffed)
+    labelled.A = sp.csc_array(
+        (number + 1.0, (rows * n + number, np.zeros_like(number))), shape=(rows * (n + 1), 1)
+    )
+    formatted = _StandardForm.format_constraints(labelled, _StandardForm.EXP_CONE_ORDER)
+    found = sp.coo_array(formatted.A)
+    source, place = np.abs(found.data).astype(np.int64) - 1, found.row.astype(np.int64) - rows * n
+    for order in (source, place):
+        if not np.array_equal(np.sort(order), number):
+            raise CanonicalisationError(
+                "CVXPY formats cones by more than an order; this version is not supported."
+            )
+    back = np.argsort(source)
+    return place[back], np.sign(found.data[back])
 
 
 @dataclass(frozen=True, eq=False)
 class Reduced:
     """A problem that has been reduced."""
 
-    cone_program: Any  # CVXPY's, its matrices affine in the parameters
+    parametrised: cp.Problem  # a quadratic objective, cones of affine arguments, and parameters
+    # of the parameters, for which the cone program was made
+    values: dict[cp.Parameter, np.ndarray]
+    cone_program: Any  # CVXPY's, at these values
+    # Of each row of its constraints' arguments, the row of its cones, and the sign with which.
+    formatting: tuple[np.ndarray, np.ndarray]
+    backend: Any  # by which CVXPY makes its matrices
     steps: list[tuple[Any, Any]]  # each reduction, and what it kept for the way back
+
+    def coefficients(self) -> Coefficients:
+        """Of the parametrised problem, its constraints in the cone program's order."""
+        constraints = {c.id: _lowered(c) for c in self.parametrised.constraints}
+        return read(
+            self.parametrised.objective.expr,
+            [constraints[c.id] for c in self.cone_program.constraints],
+            self.cone_program.variables,
+            list(self.values),
+            lambda: self._tensors,
+        )
+
+    @cached_property
+    def _tensors(self) -> CoeffExtractor:
+        """CVXPY's own matrices, dense in variables and parameter entries."""
+        problem = self.parametrised
+        return CoeffExtractor(InverseData(problem), get_canon_backend(problem, self.backend))
 
     def parameters(self, users: Sequence[cp.Parameter]) -> list[tuple[cp.Parameter, cp.Parameter]]:
         """For each of the user's: (it or its logarithm, the reduced one that stands in the cone
@@ -140,6 +244,18 @@ class Reduced:
         for dual, value in zip(constraint.dual_variables, before, strict=True):
             dual.save_value(value)
         return values
+
+
+def _lowered(constraint: Any) -> Any:
+    """As CVXPY stacks it."""
+    if isinstance(constraint, Equality):
+        return lower_equality(constraint)
+    if isinstance(constraint, Inequality):
+        return lower_ineq_to_nonneg(constraint)
+    if isinstance(constraint, cp.SOC) and constraint.axis == 1:
+        t, X = constraint.args
+        return cp.SOC(t, X.T, axis=0)
+    return constraint
 
 
 def positions(parameter: cp.Parameter, reduced: cp.Parameter) -> np.ndarray:

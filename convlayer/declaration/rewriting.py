@@ -11,7 +11,7 @@ has one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,15 +24,11 @@ from convlayer.declaration.diagnose import (
     check_convexity,
     within_recursion_limit,
 )
-from convlayer.declaration.graph import Contents, arguments_first, is_curved
+from convlayer.declaration.graph import Contents, is_curved, rewritten
 
 # Atoms of an even function, under which an absolute value says nothing: a power if its exponent is
 # even.
 MAYBE_EVEN = (Power, cp.quad_over_lin, cp.huber)
-
-# A part that is not affine, and its arguments as they now are -> what it becomes; None: it stays as
-# it is.
-Replacement = Callable[[Any, list[Any]], Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,11 +78,11 @@ def _without_parametrised_arguments(problem: cp.Problem) -> cp.Problem:
         return part.copy([y, matrix])
 
     objective = problem.objective.expr
-    new = _rewritten([objective], named)
+    new = rewritten([objective], named, is_curved)
     if id(objective) not in new:
         return problem
-    rewritten = type(problem.objective)(new[id(objective)])
-    return cp.Problem(rewritten, [*problem.constraints, *equalities])
+    affine = type(problem.objective)(new[id(objective)])
+    return cp.Problem(affine, [*problem.constraints, *equalities])
 
 
 def _without_hidden_kinks(problem: cp.Problem) -> cp.Problem:
@@ -97,7 +93,7 @@ def _without_hidden_kinks(problem: cp.Problem) -> cp.Problem:
     """
     objective = problem.objective.expr
     arguments = [argument for constraint in problem.constraints for argument in constraint.args]
-    new = _rewritten([objective, *arguments], _smooth)
+    new = rewritten([objective, *arguments], _smooth, is_curved)
     if not new:
         return problem
     constraints = [
@@ -131,19 +127,3 @@ def _smooth(part: Any, arguments: list[Any]) -> Any:
 def _is_euclidean(part: Any) -> bool:
     """The 2-norm of all entries."""
     return isinstance(part, Pnorm) and part.p == 2 and part.axis is None and not part.keepdims
-
-
-def _rewritten(roots: Sequence[Any], rule: Replacement) -> dict[int, Any]:
-    """By id, what stands in the place of each part that a rule replaces, or that holds one that it
-    does."""
-    new: dict[int, Any] = {}
-    for part in arguments_first(roots, is_curved):
-        inner = [new.get(id(argument), argument) for argument in part.args]
-        changed = rule(part, inner)
-        if changed is None and any(
-            now is not before for now, before in zip(inner, part.args, strict=True)
-        ):
-            changed = part.copy(inner)
-        if changed is not None:
-            new[id(part)] = changed
-    return new

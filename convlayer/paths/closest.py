@@ -288,6 +288,7 @@ class _Stage(Canonical):
             gp=False,
             sizes={},
             matrices=matrices,
+            stuffed=[],
             consistent=consistent,
         )
 

@@ -109,6 +109,9 @@ def _cone_program(
         gone = f"{program.n - left.n} auxiliary variables and the rows that define them"
         lines.append(("Eliminated", f"{gone}: {left.n} variables and {left.m} rows are left"))
     lines.append(("Data", _data(canonical)))
+    if canonical.stuffed:
+        dense = "memory by CVXPY's own matrices, variables times parameter entries, for "
+        lines.append(("Building", dense + "; ".join(f"`{part}`" for part in canonical.stuffed)))
     alone = solving.alone or declared.weight is not None
     core = None if alone else cheaper_core(canonical, solver, batch)
     if core is not None:
