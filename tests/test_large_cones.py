@@ -217,3 +217,18 @@ def test_a_singular_system_is_solved_with_the_least_norm_in_the_users_units(dens
     expected = S @ np.linalg.pinv(S @ K @ S, rcond=1e-10) @ S @ torch.cat([a, c], 1)[0].numpy()
     assert bool(system.singular)
     assert close(torch.cat([w, e], 1)[0], torch.from_numpy(expected), 1e-9)
+
+
+def test_a_cone_of_a_hundred_thousand_rows_takes_memory_in_proportion():
+    """A square table of its rows would be 80 GB."""
+    size = 100_000
+    v, h = random(size), random(size, seed=1)
+    v[0] = 0.3 * v[1:].norm()
+    spectrum = SecondOrder(size).linearise(v)[1]
+    along = to_basis(spectrum.basis, h.unsqueeze(-1))
+    Dh = from_basis(spectrum.basis, spectrum.values.unsqueeze(-1) * along).squeeze(-1)
+    u, ratio = v[1:] / v[1:].norm(), v[0] / v[1:].norm()
+    inner = u @ h[1:]
+    first = h[:1] + inner
+    rest = h[0] * u + (1 + ratio) * h[1:] - ratio * inner * u
+    assert (Dh - torch.cat([first, rest]) / 2).abs().amax() < 1e-12

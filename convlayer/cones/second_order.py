@@ -134,7 +134,7 @@ class SecondOrder(Cone):
         0)."""
         t, z = v.narrow(-1, 0, 1), v.narrow(-1, 1, self.size - 1)
         length = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
-        axis, signs, _ = _constants(self.size, v.dtype, v.device)
+        axis, signs = _constants(self.size, v.dtype, v.device)
         u = torch.where((length > 0) & (length < torch.inf), z / length, axis)
         eigenvalues = torch.addcmul(t, length, signs)
         half = eigenvalues.narrow(-1, 0, 1).clamp(min=0) * 0.5
@@ -151,7 +151,8 @@ class SecondOrder(Cone):
         sign(u_1) e_1; or what stands for it."""
         if self.size >= COMPACT:
             return torch.nn.functional.pad(torch.stack((u, _towards(u)), -1), (0, 0, 1, 0))
-        basis = _constants(self.size, u.dtype, u.device)[2].expand(*u.shape[:-1], -1, -1).clone()
+        fixed = _fixed_basis(self.size, u.dtype, u.device)
+        basis = fixed.expand(*u.shape[:-1], -1, -1).clone()
         below = basis.narrow(-2, 1, self.size - 1)
         below.narrow(-1, 0, 2).mul_(u.unsqueeze(-1))
         if self.size > 2:
@@ -171,16 +172,19 @@ def _towards(u: Tensor) -> Tensor:
 
 
 @constants
-def _constants(
-    size: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The axis e_1 of R^(size - 1), the signs (1, -1), and the basis where it does not depend on
-    u."""
+def _constants(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The axis e_1 of R^(size - 1), and the signs (1, -1)."""
     axis = torch.zeros(size - 1, dtype=dtype, device=device)
     axis[0] = 1
+    return axis, torch.tensor([1.0, -1.0], dtype=dtype).to(device)
+
+
+@constants
+def _fixed_basis(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(size, size) the basis where it does not depend on u."""
     basis = torch.zeros(size, size, dtype=dtype, device=device)
     basis[:, 0] = sqrt(0.5)
     basis[1:, 1] = -sqrt(0.5)
     basis[0, 1] = sqrt(0.5)
     basis[2:, 2:] = torch.eye(size - 2, dtype=dtype, device=device)
-    return axis, torch.tensor([1.0, -1.0], dtype=dtype).to(device), basis
+    return basis

@@ -158,13 +158,26 @@ def _among(rows: np.ndarray, program: Program, values: np.ndarray) -> tuple[np.n
 def _entangled(row: np.ndarray, column: np.ndarray, rows: int, columns: int) -> np.ndarray:
     """The rows, of entries at (row, column), without those that depend on no other, having a
     variable for themselves, or once such rows are gone."""
+    order = np.argsort(row, kind="stable")
+    row, column = row[order], column[order]
+    start = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=rows))])
+    # Of each column: how many rows are left in it, and the sum of their numbers, which is the last
+    # one's own.
+    count = np.bincount(column, minlength=columns)
+    total = np.zeros(columns, dtype=np.int64)
+    np.add.at(total, column, row)
     left = np.ones(rows, dtype=bool)
-    while True:
-        own = row[np.bincount(column, minlength=columns)[column] == 1]
-        if not len(own):
-            return np.flatnonzero(left)
-        left[own] = False
-        row, column = row[left[row]], column[left[row]]
+    single = np.flatnonzero(count == 1)
+    while len(single):
+        gone = np.unique(total[single])
+        left[gone] = False
+        places = np.concatenate([np.arange(start[k], start[k + 1]) for k in gone.tolist()])
+        touched = column[places]
+        np.subtract.at(count, touched, 1)
+        np.subtract.at(total, touched, row[places])
+        touched = np.unique(touched)
+        single = touched[count[touched] == 1]
+    return np.flatnonzero(left)
 
 
 def _left_null_densely(matrix: sp.csr_array) -> np.ndarray:
