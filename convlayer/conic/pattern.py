@@ -106,6 +106,7 @@ class KKTPattern:
         self._indices = rows.astype(np.int32)
         self._indptr = np.searchsorted(columns, np.arange(size + 1)).astype(np.int32)
         self._pool: deque[Factor] = deque()
+        self._counted = None if self.nnz else np.zeros(0)
 
     def rotated(self, A: Tensor, spectrum: ProductSpectrum) -> Tensor:
         """Values of U'A, (B or 1, nnz(A)) -> (B or 1, nnz(E)); of A in split cones."""
@@ -168,7 +169,9 @@ class KKTPattern:
         try:
             factor = self._pool.pop()
         except IndexError:
-            return Factor(self.matrix(values.copy()))
+            factor = Factor(self.matrix(values.copy()))
+            self._count(factor)
+            return factor
         factor.update(values.copy())  # a view would keep the whole batch alive
         return factor
 
@@ -177,12 +180,19 @@ class KKTPattern:
         room = KEPT_BYTES // (16 * max(1, self.fill)) - len(self._pool)
         self._pool.extend([factor for factor in factors if factor.valid][: max(0, room)])
 
-    @cached_property
+    @property
     def _counts(self) -> np.ndarray:
-        """Nonzeros of each column of the factor, the diagonal included."""
-        quasidefinite = np.full(self.nnz, 1e-3)
-        quasidefinite[self.place_diagonal.numpy()] = 1e3 * self.signs.numpy()
-        return Factor(self.matrix(quasidefinite)).counts() if self.nnz else np.zeros(0)
+        """Nonzeros of each column of the factor, the diagonal included; the same for all values."""
+        if self._counted is None:
+            quasidefinite = np.full(self.nnz, 1e-3)
+            quasidefinite[self.place_diagonal.numpy()] = 1e3 * self.signs.numpy()
+            self.release([self.factor(quasidefinite)])
+        assert self._counted is not None  # the factor exists: the pivots are the diagonal's
+        return self._counted
+
+    def _count(self, factor: Factor) -> None:
+        if self._counted is None and factor.valid:
+            self._counted = factor.counts()
 
     @cached_property
     def fill(self) -> int:
