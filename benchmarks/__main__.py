@@ -1,14 +1,14 @@
 """Run the benchmarks, print their tables, and write them.
 
-    python -m benchmarks [--suite generic|structures|programs|real|crossover|torch|all]
+    python -m benchmarks [--suite generic|structures|programs|real|scale|crossover|torch|all]
     [--only FAMILY] [--case NAME ...] [--quick] [--device cpu] [--dtype float64]
 
 The suites: `generic`, the cone program, on any problem; `structures`, the kernels of the problems
 that the layer recognises, and `programs`, quadratic and cone programs that no kernel knows, against
 every peer there is for them; `real`, some seventy layers as people declare them, of many fields,
-against the incumbents; `crossover`, the bare solvers, and the model by which the layer chooses
-between them; `torch`, the layer as a part of torch: calls, torch.compile, transforms, memory,
-processes. All, by default. The full run of a suite is written to benchmarks/results/SUITE-DEVICE.md
+against the incumbents; `scale`, problems of up to a million nonzeros; `crossover`, the bare
+solvers, and the model by which the layer chooses between them; `torch`, the layer as a part of
+torch: calls, torch.compile, transforms, memory, processes. All, by default. The full run of a suite is written to benchmarks/results/SUITE-DEVICE.md
 and .json (SUITE-DEVICE-float32 in single precision), a partial one to out/.
 """
 
@@ -40,6 +40,7 @@ from benchmarks.programs import families as programs_families
 from benchmarks.programs import speed as programs_speed
 from benchmarks.pytorch import calls, compiled, memory, processes, transforms
 from benchmarks.real import declarations, predictive, steady
+from benchmarks.scale import building
 from benchmarks.structures import accuracy as structures_accuracy
 from benchmarks.structures import construction as structures_construction
 from benchmarks.structures import growth, incumbents, overhead, specialists, temperature
@@ -78,6 +79,7 @@ SUITES = {
         programs.PACKAGES,
     ),
     "real": Suite("Real declarations", by_name(declarations, predictive, steady), real.PACKAGES),
+    "scale": Suite("Scale", by_name(building)),
     "crossover": Suite("Crossover of the solvers", by_name(crossover), crossover.PACKAGES),
     "torch": Suite("Within torch", by_name(calls, compiled, transforms, memory, processes)),
 }
