@@ -8,8 +8,9 @@ that the layer recognises, and `programs`, quadratic and cone programs that no k
 every peer there is for them; `real`, some seventy layers as people declare them, of many fields,
 against the incumbents; `scale`, problems of up to a million nonzeros; `crossover`, the bare
 solvers, and the model by which the layer chooses between them; `torch`, the layer as a part of
-torch: calls, torch.compile, transforms, memory, processes. All, by default. The full run of a suite is written to benchmarks/results/SUITE-DEVICE.md
-and .json (SUITE-DEVICE-float32 in single precision), a partial one to out/.
+torch: calls, torch.compile, transforms, memory, processes. All, by default. The full run of a
+suite is written to benchmarks/results/SUITE-DEVICE.md and .json (SUITE-DEVICE-float32 in single
+precision), a partial one to out/.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from itertools import pairwise
+from typing import Any
 
 import cvxpy as cp
 import numpy as np
@@ -116,9 +117,10 @@ def declare(name: str, n: int) -> Declared:
     )
 
 
-def build(who: str, declared: Declared) -> None:
+def build(who: str, declared: Declared, **options: Any) -> None:
+    """options: of our layer."""
     if who == "ours":
-        ConvexLayer(declared.problem, declared.parameters, declared.variables)
+        ConvexLayer(declared.problem, declared.parameters, declared.variables, **options)
     elif who == "CVXPY":
         declared.problem.get_problem_data(cp.CLARABEL)
     else:

@@ -1,5 +1,5 @@
-"""Building a layer: seconds and peak megabytes, and CVXPY's canonicalisation of the same within limits
-of time and memory.
+"""Building a layer: seconds and peak megabytes, and CVXPY's canonicalisation of the same within
+limits of time and memory.
 
 Each case at each size is a process of its own, `python -m benchmarks.scale.building CASE SIZE WHO`.
 """
@@ -12,18 +12,16 @@ import sys
 import warnings
 from collections.abc import Iterable
 
-import cvxpy as cp
 import numpy as np
 import torch
 
+from benchmarks.construction import build
 from benchmarks.measure import PeakMemory, clock
 from benchmarks.scale.cases import CASES
 from benchmarks.structures.timing import reason
 from benchmarks.subprocesses import alone
 from benchmarks.table import Family, Options, Row
-from convlayer import ConvexLayer
 from convlayer.declaration.canonicalise import canonicalise
-from convlayer.problems import Declared
 
 PATIENCE, GIGABYTES = 60, 8  # for CVXPY
 ENTRIES, SECONDS, MEMORY = "entries", "seconds", "MB"
@@ -32,7 +30,7 @@ EXPONENT = ("<=", 1.15)
 
 
 def family(options: Options) -> Family:
-    sizes = {name: case.built[:2] if options.quick else case.built for name, case in CASES.items()}
+    sizes = {name: case.sizes[:2] if options.quick else case.sizes for name, case in CASES.items()}
     return Family(
         "building",
         f"Building a layer. `{ENTRIES}`: nonzeros of P and A, and entries of the parameters. CVXPY: its own matrices for the same "
@@ -71,26 +69,19 @@ def main(name: str, size: int, who: str) -> dict[str, float]:
     warnings.simplefilter("ignore")
     torch.linalg.lu_factor(torch.eye(3))  # libraries are loaded before memory is counted
     case = CASES[name]
-    build(who, case(case.built[0])[0])
+    build(who, case(case.sizes[0])[0], structure="generic")
     declared, tensors = case(size)
     if who == "CVXPY":
         resource.setrlimit(resource.RLIMIT_AS, (GIGABYTES * 2**30,) * 2)
     with PeakMemory() as peak:
         start = clock()
-        build(who, declared)
+        build(who, declared, structure="generic")
         seconds = clock() - start
     if who == "CVXPY":
         return {"CVXPY seconds": seconds, "CVXPY MB": peak.megabytes}
     program = canonicalise(declared.problem, declared.parameters, declared.variables).program
     entries = len(program.A_rows) + len(program.P_rows) + sum(t.numel() for t in tensors)
     return {ENTRIES: entries, SECONDS: seconds, MEMORY: peak.megabytes}
-
-
-def build(who: str, declared: Declared) -> None:
-    if who == "CVXPY":
-        declared.problem.get_problem_data(cp.CLARABEL, enforce_dpp=True)
-    else:
-        ConvexLayer(declared.problem, declared.parameters, declared.variables, structure="generic")
 
 
 if __name__ == "__main__":

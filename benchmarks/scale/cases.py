@@ -1,7 +1,7 @@
 """Declarations of any size, as people write them, with values of their parameters.
 
-A case is a function of its size that gives the problem with its parameters' values set; the sizes at
-which it is measured stand beside it.
+A case is a function of its size that gives the problem with its parameters' values set; the sizes
+at which it is measured stand beside it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ class Case:
     """One declaration at its sizes."""
 
     declare: Callable[[int], tuple[cp.Problem, cp.Variable]]
-    sizes: tuple[int, ...]  # where calls are measured
-    built: tuple[int, ...]  # where building is
+    sizes: tuple[int, ...]
 
     def __call__(self, size: int) -> tuple[Declared, tuple[Tensor, ...]]:
         problem, variable = self.declare(size)
@@ -35,9 +34,9 @@ class Case:
         return declared, tuple(torch.from_numpy(np.array(p.value)) for p in parameters)
 
 
-def case(sizes: tuple[int, ...], built: tuple[int, ...] | None = None):
+def case(*sizes: int):
     def register(declare: Callable[[int], tuple[cp.Problem, cp.Variable]]) -> Case:
-        CASES[declare.__name__] = found = Case(declare, sizes, sizes if built is None else built)
+        CASES[declare.__name__] = found = Case(declare, sizes)
         return found
 
     return register
@@ -51,7 +50,7 @@ def parameter(name: str, value: np.ndarray, **attributes) -> cp.Parameter:
     return cp.Parameter(value.shape, name=name, value=value, **attributes)
 
 
-@case((30, 100, 300))
+@case(30, 100, 300)
 def transport(n: int):
     """A linear program over tables n x n, with its cost table and both marginals."""
     random = draw()
@@ -62,7 +61,7 @@ def transport(n: int):
     return cp.Problem(cp.Minimize(cp.sum(cp.multiply(C, X))), marginals), X
 
 
-@case((100, 400, 1600))
+@case(100, 400, 1600)
 def network_flow(n: int):
     """Least cost over a random graph of n nodes and 5 n edges with capacities."""
     random = draw()
@@ -83,7 +82,7 @@ def network_flow(n: int):
     return cp.Problem(cp.Minimize(cost @ f), constraints), f
 
 
-@case((32, 64, 100))
+@case(32, 64, 100)
 def image_total_variation(n: int):
     """Denoising of an image n x n by `cp.tv`."""
     random = draw()
@@ -93,7 +92,7 @@ def image_total_variation(n: int):
     return cp.Problem(cp.Minimize(cp.sum_squares(X - Y) / 2 + 0.1 * cp.tv(X))), X
 
 
-@case((20, 45, 60, 100))
+@case(20, 45, 60, 100)
 def nearest_correlation(n: int):
     """The nearest correlation matrix, a psd cone of order n."""
     noise = draw().standard_normal((n, n))
@@ -102,7 +101,7 @@ def nearest_correlation(n: int):
     return cp.Problem(cp.Minimize(cp.sum_squares(X - S)), [cp.diag(X) == 1]), X
 
 
-@case((20, 60, 100))
+@case(20, 60, 100)
 def maximum_cut(n: int):
     """The semidefinite relaxation of maximum cut."""
     noise = draw().standard_normal((n, n))
@@ -111,7 +110,7 @@ def maximum_cut(n: int):
     return cp.Problem(cp.Maximize(cp.trace(W @ X)), [cp.diag(X) == 1]), X
 
 
-@case((500, 2000, 10_000), (500, 1000, 2000, 20_000))
+@case(500, 1000, 2000, 20_000)
 def logistic_data(m: int):
     """Logistic regression whose data matrix, m x 20, is a Parameter."""
     random = draw()
@@ -122,7 +121,7 @@ def logistic_data(m: int):
     return cp.Problem(cp.Minimize(loss + lam * cp.sum_squares(w))), w
 
 
-@case((1000, 10_000, 100_000))
+@case(1000, 10_000, 100_000)
 def logistic(m: int):
     """Logistic regression over m points whose labels are a Parameter: m exponential cones twice."""
     random = draw()
@@ -133,7 +132,7 @@ def logistic(m: int):
     return cp.Problem(cp.Minimize(loss + 0.1 * cp.sum_squares(w))), w
 
 
-@case((2000, 20_000, 100_000))
+@case(2000, 20_000, 100_000)
 def cost_vector(n: int):
     """A linear program over a box and a few resources, its cost a Parameter."""
     random = draw()
@@ -143,7 +142,7 @@ def cost_vector(n: int):
     return cp.Problem(cp.Minimize(q @ x), [A @ x <= np.ones(50), x >= 0, x <= 1]), x
 
 
-@case((100, 1000, 10_000))
+@case(100, 1000, 10_000)
 def control(T: int):
     """Regulation over T steps, 6 states and 3 bounded inputs."""
     random = draw()
@@ -157,7 +156,7 @@ def control(T: int):
     return cp.Problem(cp.Minimize(cost), [dynamics, x[:, 0] == start, cp.abs(u) <= 0.2]), u
 
 
-@case((2000, 20_000), (2000, 20_000, 100_000))
+@case(2000, 20_000, 100_000)
 def sparse_quadratic_program(n: int):
     """Ten nonzeros a row in a band, scaled by a Parameter, with parameters in cost and bounds."""
     random = draw()
@@ -170,7 +169,7 @@ def sparse_quadratic_program(n: int):
     return cp.Problem(cp.Minimize(cp.sum_squares(x) / 2 + q @ x), constraints), x
 
 
-@case((1000, 10_000, 100_000))
+@case(1000, 10_000, 100_000)
 def portfolio(n: int):
     """Mean against variance by a factor model of n / 100 factors (half of the loadings zero)."""
     random, k = draw(), n // 100
@@ -190,12 +189,12 @@ def regression(n: int) -> tuple[sp.csr_array, np.ndarray]:
     A = sp.random_array(
         (m, n), density=min(0.15, 10 / n), random_state=random, data_sampler=random.standard_normal
     )
-    A = A.tocsr() + sp.coo_array((np.ones(n), (np.arange(n), np.arange(n))), (m, n)).tocsr()
+    A = A.tocsr() + sp.eye_array(m, n, format="csr")
     truth = random.standard_normal(n) * (random.uniform(size=n) < 0.5)
     return A, np.asarray(A @ truth) + random.standard_normal(m)
 
 
-@case((200, 2000, 10_000))
+@case(200, 2000, 10_000)
 def lasso(n: int):
     """Sparse least squares, 2 n x n."""
     A, b = regression(n)
@@ -204,7 +203,7 @@ def lasso(n: int):
     return cp.Problem(cp.Minimize(cp.sum_squares(A @ x - b) + lam * cp.norm1(x))), x
 
 
-@case((200, 2000, 10_000))
+@case(200, 2000, 10_000)
 def huber(n: int):
     """Robust regression, 2 n x n."""
     A, b = regression(n)
@@ -212,7 +211,7 @@ def huber(n: int):
     return cp.Problem(cp.Minimize(cp.sum(cp.huber(A @ x - b)) + 0.01 * cp.sum_squares(x))), x
 
 
-@case((2000, 20_000, 100_000))
+@case(2000, 20_000, 100_000)
 def ball(n: int):
     """Projection on a ball and a half-space: one second-order cone of n + 1 rows."""
     random = draw()
@@ -221,7 +220,7 @@ def ball(n: int):
     return cp.Problem(cp.Minimize(cp.sum_squares(x - y)), constraints), x
 
 
-@case((10, 32, 100))
+@case(10, 32, 100)
 def assignment(n: int):
     """An assignment of n to n, smoothed by a small square."""
     C = parameter("C", draw().uniform(size=(n, n)))

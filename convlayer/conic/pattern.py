@@ -170,7 +170,8 @@ class KKTPattern:
             factor = self._pool.pop()
         except IndexError:
             factor = Factor(self.matrix(values.copy()))
-            self._count(factor)
+            if self._counted is None and factor.valid:
+                self._counted = factor.counts()
             return factor
         factor.update(values.copy())  # a view would keep the whole batch alive
         return factor
@@ -189,10 +190,6 @@ class KKTPattern:
             self.release([self.factor(quasidefinite)])
         assert self._counted is not None  # the factor exists: the pivots are the diagonal's
         return self._counted
-
-    def _count(self, factor: Factor) -> None:
-        if self._counted is None and factor.valid:
-            self._counted = factor.counts()
 
     @cached_property
     def fill(self) -> int:
